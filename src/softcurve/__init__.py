@@ -1,0 +1,33 @@
+"""softcurve: cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
+
+from softcurve import functional, nn, reference
+from softcurve.chain import ChainRule, chain_rule
+from softcurve.functional import (
+    cross_entropy,
+    entropy,
+    js_divergence,
+    kl_divergence,
+    softmax_jacobian,
+    softmax_jacobian_product,
+)
+from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChainRule",
+    "LinearTeacher",
+    "Logits",
+    "Probabilities",
+    "TopK",
+    "chain_rule",
+    "cross_entropy",
+    "entropy",
+    "functional",
+    "js_divergence",
+    "kl_divergence",
+    "nn",
+    "reference",
+    "softmax_jacobian",
+    "softmax_jacobian_product",
+]

@@ -1,0 +1,134 @@
+"""The commands ``softcurve fit``, ``predict`` and ``explain``: their options, and errors as exit code 2."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+INSTALL = "pip install 'softcurve[all]'"
+
+try:
+    import typer
+except ImportError as error:
+    print(f"softcurve: the command line needs {error.name}; {INSTALL}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Cross-entropy and KL divergence on softmax logits, exact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="digits, or a .npz, .npy, .safetensors or .parquet file.")
+]
+Target = Annotated[
+    Path | None, typer.Option(metavar="FILE.npy", help="Labels (n,) or distributions (n, C), not DATA's.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
+
+
+@app.command()
+def fit(
+    data: Data = "digits",
+    target: Target = None,
+    loss: Annotated[
+        Literal["cross_entropy", "forward_kl", "reverse_kl"],
+        typer.Option(
+            metavar="NAME",
+            help="cross_entropy, forward_kl: D(target‖model), or reverse_kl: D(model‖target).",
+        ),
+    ] = "cross_entropy",
+    strength: Annotated[
+        float, typer.Option("--C", help="Inverse strength of the penalty ½‖W‖², as in scikit-learn.")
+    ] = 1.0,
+    holdout: Annotated[float, typer.Option(help="Share of the rows that is held out.")] = 0.2,
+    seed: Seed = 0,
+    max_iter: Annotated[int, typer.Option(min=1, help="L-BFGS iterations at most.")] = 500,
+    tol: Annotated[
+        float, typer.Option(help="Converged when no entry of the mean objective's gradient exceeds this.")
+    ] = 1e-5,
+    dtype: Annotated[
+        Literal["float64", "float32"], typer.Option(help="Of the logits, the loss and the saved head.")
+    ] = "float64",
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the head is saved.")] = Path(
+        "head.safetensors"
+    ),
+    progress: Annotated[
+        bool | None, typer.Option(help="Show progress on stderr; by default on a terminal only.")
+    ] = None,
+) -> None:
+    """Fit a linear softmax head to features, and save it."""
+    with _refusals():
+        from softcurve.app.fitting import FitOptions, fit_command
+
+        fit_command(
+            FitOptions(data, target, loss, strength, holdout, seed, max_iter, tol, dtype, out),
+            progress=progress,
+        )
+
+
+@app.command()
+def predict(
+    head: Annotated[Path, typer.Argument(metavar="HEAD", help="A head that softcurve fit has saved.")],
+    data: Data,
+    target: Target = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where predictions go: .npz, .csv, .parquet, or .npy (probabilities alone)."
+        ),
+    ] = None,
+) -> None:
+    """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
+    with _refusals():
+        from softcurve.app.fitting import predict_command
+
+        predict_command(head, data, target, out)
+
+
+@app.command()
+def explain(
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where the page goes.")] = Path(
+        "explain.html"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
+    with _refusals():
+        from softcurve.app.explain import write_explanation
+        from softcurve.app.printing import console, print_record
+
+        print_record(write_explanation(out, seed=seed, console=console()))
+
+
+def main() -> None:
+    """Run the command line; the console script starts here."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class name must not end the run on a terminal whose encoding lacks a letter of it.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    app()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except ImportError as error:
+        _refuse(f"this needs {error.name or error}, which cannot be imported; {INSTALL}", error)
+    except (ValueError, OSError) as error:
+        _refuse(str(error), error)
+
+
+def _refuse(message: str, error: Exception) -> NoReturn:
+    print(f"softcurve: {message}", file=sys.stderr)
+    raise typer.Exit(2) from error

@@ -1,0 +1,188 @@
+"""Makes a :class:`~softcurve.objective.RowLoss` differentiable, from its closed forms alone.
+
+``_Value`` is the loss of each row; its backward applies ``_Gradient``, whose own backward and jvp are the closed-form Hessian
+product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing of second order
+is computed until it is asked for. The Hessian product is made of differentiable operations, so derivatives of third and
+higher order work as well. Nothing of size N×C is saved but the inputs: the residual is formed again in the backward
+pass, for less memory traffic than reading it would cost.
+
+``torch.compile`` traces the plain pair; a custom ``jvp`` or ``vmap`` would break its graph, so those live in subclasses
+that eager mode and ``torch.func`` use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from softcurve.objective import Pulled, RowLoss
+
+# Logits a tile. On the CPU half a megabyte of float32: the passes over a tile then stay in a core's cache.
+TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+
+
+def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
+    """``loss.value(logits, target)``, differentiable; float32 or wider. ``target`` has the rows of the logits."""
+    function = _Value if torch.compiler.is_compiling() else _TransformableValue
+    return function.apply(loss, logits, target)  # type: ignore[no-any-return]
+
+
+def _row_gradients(
+    loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``loss.gradient(scale, z, target, wanted)``, differentiable."""
+    function = _Gradient if torch.compiler.is_compiling() else _TransformableGradient
+    in_z, in_target = function.apply(loss, wanted, scale, z, target)
+    return in_z if wanted[0] else None, in_target if wanted[1] else None
+
+
+class _Value(Function):
+    @staticmethod
+    def forward(loss: RowLoss, z: Tensor, target: Tensor) -> Tensor:
+        return _by_tiles(lambda *tile: (loss.value(*tile),), z.shape[:-1], z, target)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.loss, z, target = inputs
+        ctx.save_for_backward(z, target)
+        ctx.save_for_forward(z, target)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        z, target = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        return None, *_row_gradients(ctx.loss, scale, z, target, wanted)
+
+
+class _TransformableValue(_Value):
+    @staticmethod
+    def jvp(ctx: Any, _: None, v_z: Tensor | None, v_target: Tensor | None) -> Tensor:
+        with _outer_tangents(ctx) as (z, target):
+            ones = z.new_ones(z.shape[:-1], dtype=torch.promote_types(z.dtype, torch.float32))
+            gradients = _row_gradients(ctx.loss, ones, z, target, (v_z is not None, v_target is not None))
+            return _inner(gradients, (v_z, v_target))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, z: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        batched = [_to_front(t, d, info.batch_size) for t, d in zip((z, target), in_dims[1:], strict=True)]
+        return _TransformableValue.apply(loss, *batched), 0
+
+
+class _Gradient(Function):
+    """An output that is not wanted is a row of zeros, and has no derivative."""
+
+    @staticmethod
+    def forward(
+        loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        in_z, in_target = _by_tiles(lambda *tile: loss.gradient(*tile, wanted), scale.shape, scale, z, target)
+        return (
+            torch.zeros_like(scale) if in_z is None else in_z,
+            torch.zeros_like(scale) if in_target is None else in_target,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.loss, ctx.wanted, scale, z, target = inputs
+        ctx.mark_non_differentiable(*(o for o, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scale, z, target)
+        ctx.save_for_forward(scale, z, target)
+
+    @staticmethod
+    def backward(ctx: Any, v_z: Tensor | None, v_target: Tensor | None) -> tuple[Tensor | None, ...]:
+        scale, z, target = ctx.saved_tensors
+        directions = (v_z if ctx.wanted[0] else None, v_target if ctx.wanted[1] else None)
+        given = (directions[0] is not None, directions[1] is not None)
+        if not any(given):
+            return None, None, None, None, None
+        in_scale = None
+        if ctx.needs_input_grad[2]:
+            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, given), directions)
+        in_z, in_target = ctx.loss.hessian_product(scale, z, target, *directions)
+        return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
+
+
+class _TransformableGradient(_Gradient):
+    @staticmethod
+    def jvp(
+        ctx: Any, _: None, __: None, v_scale: Tensor | None, v_z: Tensor | None, v_target: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        changes: list[Pulled] = []
+        with _outer_tangents(ctx) as (scale, z, target):
+            if v_scale is not None:
+                changes.append(_row_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
+            if v_z is not None or v_target is not None:
+                changes.append(ctx.loss.hessian_product(scale, z, target, v_z, v_target))
+            in_z, in_target = (
+                _total([change[i] for change in changes]) if wanted else None for i, wanted in enumerate(ctx.wanted)
+            )
+        return in_z, in_target
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, wanted: tuple[bool, bool], *tensors: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        batched = [_to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims[2:], strict=True)]
+        return _TransformableGradient.apply(loss, wanted, *batched), (0, 0)
+
+
+@contextmanager
+def _outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
+    """The saved tensors inside a ``jvp``, with tangents of enclosing forward-mode levels alive.
+
+    torch turns forward mode off around a custom ``jvp``, for the level at hand and, wrongly, for those around it too:
+    ``jacfwd(jacfwd(f))`` would silently lose terms. So it is turned on again, and only this level's tangent taken off.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield [forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in ctx.saved_tensors]
+
+
+def _inner(gradients: Pulled, directions: Pulled) -> Tensor:
+    """``Σ gradient · direction`` of each row, over those that are there."""
+    products = [
+        (g * v.to(torch.promote_types(v.dtype, torch.float32))).sum(-1)
+        for g, v in zip(gradients, directions, strict=True)
+        if g is not None and v is not None
+    ]
+    total = _total(products)
+    assert total is not None
+    return total
+
+
+def _total(terms: list[Tensor | None]) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _by_tiles(
+    function: Callable[..., tuple[Tensor | None, ...]], rows: torch.Size, *tensors: Tensor
+) -> tuple[Tensor | None, ...]:
+    """``function(*tensors)`` row tile by row tile; every tensor starts with the dimensions ``rows``."""
+    size = max(tensor.numel() for tensor in tensors)
+    count = math.prod(rows)
+    limit = TILE_ELEMENTS.get(tensors[0].device.type, size)
+    if torch.compiler.is_compiling() or size <= limit or count < 2:
+        return function(*tensors)
+    step = max(1, limit * count // size)
+    flat = [tensor.reshape(count, *tensor.shape[len(rows) :]) for tensor in tensors]
+    whole: list[Tensor | None] = []
+    for start in range(0, count, step):
+        parts = function(*(tensor[start : start + step] for tensor in flat))
+        if not whole:
+            whole = [None if part is None else part.new_empty((count, *part.shape[1:])) for part in parts]
+        for out, part in zip(whole, parts, strict=True):
+            if out is not None and part is not None:
+                out[start : start + step] = part
+    return tuple(None if out is None else out.reshape(*rows, *out.shape[1:]) for out in whole)

@@ -1,0 +1,136 @@
+"""The seed's chain on a real model: every gradient by its closed form, the features by one vector-Jacobian product."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softcurve import checks, reference, softmax
+from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.targets import Target, as_target
+
+LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")
+
+
+@dataclass(frozen=True, eq=False)
+class ChainRule:
+    """The links ``x → e → z → p → L`` and the gradient at each, as in the seed.
+
+    Of each row's own loss, a row each: ``loss (...)``, ``e, dL_de (..., d)``, ``z, p, dL_dp, dL_dz (..., C)``,
+    ``dL_dx`` (the shape of ``x``; ``None`` for an ``x`` of integers, such as tokens). Of the mean loss: ``dL_dW (C, d)``,
+    ``dL_db (C,)`` (``None`` for a head without bias) and ``dL_dtheta``, by parameter name of the features.
+    """
+
+    e: Float[Tensor, "*rows features"]
+    z: Float[Tensor, "*rows classes"]
+    p: Float[Tensor, "*rows classes"]
+    loss: Float[Tensor, "*rows"]
+    dL_dp: Float[Tensor, "*rows classes"]
+    dL_dz: Float[Tensor, "*rows classes"]
+    dL_de: Float[Tensor, "*rows features"]
+    dL_dx: Tensor | None
+    dL_dW: Float[Tensor, "classes features"]
+    dL_db: Float[Tensor, " classes"] | None
+    dL_dtheta: dict[str, Tensor]
+
+
+def chain_rule(
+    features: nn.Module, head: nn.Linear, x: Tensor, target: Tensor | Target, *, loss: str = "cross_entropy"
+) -> ChainRule:
+    """What ``loss(head(features(x)), target).backward()`` computes, by the seed's formulas, link by link.
+
+    Args:
+        features: any module that maps a batch ``x`` to features ``e (..., d)``; run once, in its present mode.
+        head: an ``nn.Linear`` from ``d`` to ``C``.
+        x: the batch.
+        target: class indices ``(...)`` or a distribution ``(..., C)``, as in :func:`softcurve.cross_entropy`.
+        loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(y‖p)``) or ``"reverse_kl"`` (``D(p‖y)``), in nats.
+
+    A parameter that does not require a gradient has one here all the same; one that the features do not use gets zeros.
+    ``dL_dx`` is each row's own where the features treat rows apart; else (batch normalisation) that of the sum of the losses.
+
+    Raises:
+        TypeError, ValueError: for a head that is no ``nn.Linear`` or of another width, a target that does not fit, or
+            ``reverse_kl`` against a target with zeros, which is infinite.
+
+    Source: the seed, "链式求导": ``∂L/∂z = p − y``, ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``, ``∂L/∂W = (p − y)eᵀ``.
+    """
+    checks.require_choice("loss", loss, LOSSES)
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"head must be a torch.nn.Linear, got {type(head).__name__}; put what precedes it into features")
+    parameters = {name: p.detach().requires_grad_() for name, p in features.named_parameters()}
+    x = x.detach().requires_grad_(x.is_floating_point())
+    with torch.enable_grad():
+        e = torch.func.functional_call(features, parameters, (x,))
+    if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != head.in_features:
+        came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
+        raise ValueError(f"features must map x to a tensor of shape (..., {head.in_features}), as wide as head, got {came}")
+
+    with torch.no_grad():
+        z = head(e)
+        y = _distribution(target, z)
+        value, dL_dp, dL_dz = _link_at_logits(loss, z, y)
+        p = softmax.softmax_rows(z).probabilities
+        dL_de = reference.dL_de(dL_dz, head.weight)
+        rows = max(1, math.prod(z.shape[:-1]))
+        dL_dz_rows, e_rows = dL_dz.flatten(0, -2), e.flatten(0, -2)
+    in_x, in_theta = _pull_back(e, x, parameters, dL_de)
+    return ChainRule(
+        e=e.detach(),
+        z=z,
+        p=p,
+        loss=value,
+        dL_dp=dL_dp,
+        dL_dz=dL_dz,
+        dL_de=dL_de,
+        dL_dx=in_x,
+        dL_dW=dL_dz_rows.mT @ e_rows.detach() / rows,  # the mean of reference.dL_dW over rows, without the C×d of each
+        dL_db=None if head.bias is None else dL_dz_rows.sum(0) / rows,
+        dL_dtheta={name: gradient / rows for name, gradient in in_theta.items()},
+    )
+
+
+def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
+    """The target of each row as probabilities."""
+    target = as_target(target)
+    if isinstance(target, Target):
+        if target.coarsens:
+            raise ValueError("target must be a distribution over all classes, got a TopK with tail='bucket'")
+        return target.distribution_against(z)[1].detach().to(z.dtype)
+    checks.require_rows("target", target, z.shape[:-1], "the head's logits")
+    checks.require_class_indices("target", target, z.shape[-1])
+    return nn.functional.one_hot(target, z.shape[-1]).to(z.dtype)
+
+
+def _link_at_logits(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``L``, ``∂L/∂p`` and ``∂L/∂z`` of each row."""
+    p = softmax.softmax_rows(z).probabilities
+    if loss == "reverse_kl":
+        if not (y > 0).all():
+            raise ValueError(
+                "target must be above 0 for every class when loss='reverse_kl', got a 0: D(p‖y) is infinite there; "
+                "mix in a little of the uniform distribution, or use loss='forward_kl'"
+            )
+        pair = softmax.pair(z, torch.log(y))
+        return ReverseKL().value(pair), reference.kl_gradient_in_first(p, y), softmax.divergence_gradient(ReverseKL(), pair)
+    value = softmax.dense_loss(z, y)
+    if loss == "forward_kl":
+        value = ForwardKL().value(softmax.pair(z, torch.log(y)))
+    return value, reference.dL_dp(y, p), softmax.dense_residual(z, y)
+
+
+def _pull_back(
+    e: Tensor, x: Tensor, parameters: dict[str, Tensor], dL_de: Tensor
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """``(∂e/∂x)ᵀ dL_de`` and ``(∂e/∂θ_f)ᵀ dL_de``; zeros for what the features do not use."""
+    inputs = [*parameters.values(), *([x] if x.requires_grad else [])]
+    pulled: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    if e.requires_grad:
+        pulled = torch.autograd.grad(e, inputs, dL_de, allow_unused=True)
+    gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, pulled, strict=True)]
+    in_x = gradients.pop() if x.requires_grad else None
+    return in_x, dict(zip(parameters, gradients, strict=True))

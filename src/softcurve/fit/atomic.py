@@ -1,0 +1,55 @@
+"""Files that are either whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from softcurve.fit import DataError
+
+__all__ = ["check_writable", "replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a binary file that takes the place of ``path`` once the block has ended without an error.
+
+    Otherwise whatever stood at ``path`` stands there still. A symbolic link is followed, not replaced.
+    """
+    place = Path(os.path.realpath(path))
+    part = _beside(place)
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(place)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: Path, argument: str) -> None:
+    """Raise DataError where ``replacing(path)`` would fail, so that no work is done for nothing."""
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise DataError(f"{argument}: {path} is a folder; give the name of a file in it")
+    if place.exists() and not place.is_file():
+        raise DataError(f"{argument}: {path} is not a regular file; give another name")
+    if not place.parent.is_dir():
+        raise DataError(f"{argument}: there is no folder {path.parent}; create it first or give another path")
+    part = _beside(place)
+    try:
+        part.touch(exist_ok=False)
+        part.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{argument}: {path} cannot be written ({error.strerror}); give a path in a folder that can be"
+        ) from error
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.{os.getpid()}.part")

@@ -1,0 +1,282 @@
+"""What is minimised, as frozen descriptions: the loss of a row of logits in closed form, and how rows are reduced.
+
+A :class:`RowLoss` knows its value, its gradient and its Hessian product, in the logits and in the target, in ``O(C)`` a
+row; it holds no tensors and records nothing. :mod:`softcurve.autograd` makes it differentiable.
+
+The logits pass through a :class:`LogitMap` (soft cap, then temperature) first; the z-loss is on the log-sum-exp of what
+the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g = m′ ⊙ g′`` and ``H v = m′ ⊙ H′(m′ ⊙ v) + m″ ⊙ g′ ⊙ v``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softcurve import checks, softmax
+from softcurve.divergences import Divergence
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+Pulled = tuple[Tensor | None, Tensor | None]  # in the logits, in the target
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """``κ tanh(z/κ) / T``, elementwise; a masked class (−inf) stays masked. ``softcap=None`` leaves out the cap."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.require_positive("temperature", self.temperature)
+        if self.softcap is not None:
+            checks.require_positive("softcap", self.softcap)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the map changes nothing."""
+        return self.softcap is None and self.temperature == 1
+
+    def value(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """``m(z)``."""
+        if self.softcap is not None:
+            z = torch.where(z == -math.inf, z, self.softcap * torch.tanh(z / self.softcap))
+        return z if self.temperature == 1 else z / self.temperature
+
+    def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """``m′(z) = (1 − tanh²(z/κ)) / T``, as ``1 / (T cosh²)``, which does not cancel near the cap."""
+        if self.softcap is None:
+            return torch.full_like(z, 1 / self.temperature)
+        return torch.cosh(z / self.softcap).square().reciprocal() / self.temperature
+
+    def bend(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """``m″(z) = −(2/κ) tanh(z/κ) m′(z)``."""
+        if self.softcap is None:
+            return torch.zeros_like(z)
+        return (-2 / self.softcap) * torch.tanh(z / self.softcap) * self.slope(z)
+
+
+@dataclass(frozen=True)
+class RowLoss(ABC):
+    """The loss of each row, with both derivatives. Half-precision inputs are computed in float32."""
+
+    logit_map: LogitMap
+    z_loss: float = 0.0
+
+    # What a member is: closed forms in the mapped logits.
+
+    @abstractmethod
+    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
+        """The value of each row."""
+
+    @abstractmethod
+    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
+        """``∂loss/∂z`` and ``∂loss/∂target`` where wanted."""
+
+    @abstractmethod
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
+        """The joint Hessian times a direction; ``None`` is a direction of zeros."""
+
+    # What every member does: the map, the z-loss, the scale of the rows, the dtypes.
+
+    def value(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
+        """The loss of each row, in float32 or wider."""
+        z, target = _widened(z, target)
+        z = self.logit_map.value(z)
+        rows = self.loss(z, target)
+        return rows + self.z_loss * softmax.softmax_rows(z).log_sum_exp.square() if self.z_loss else rows
+
+    def gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
+        """``scale ⊙ ∂value`` in the inputs' dtypes. A row of scale 0 has gradient 0, whatever its logits hold."""
+        wide_z, wide_target = _widened(z, target)
+        mapped = self.logit_map.value(wide_z)
+        in_z, in_target = self.residuals(mapped, wide_target, wanted)
+        if in_z is not None:
+            in_z = in_z + self._z_loss_gradient(mapped) if self.z_loss else in_z
+            in_z = in_z if self.logit_map.is_identity else in_z * self.logit_map.slope(wide_z)
+        return _scaled(scale, in_z, z.dtype), _scaled(scale, in_target, target.dtype)
+
+    def hessian_product(
+        self, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
+    ) -> Pulled:
+        """``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
+        wide_z, wide_target = _widened(z, target)
+        mapped = self.logit_map.value(wide_z)
+        inner = v_z
+        if v_z is not None:
+            v_z = v_z.to(wide_z.dtype)
+            inner = v_z if self.logit_map.is_identity else v_z * self.logit_map.slope(wide_z)
+        wide_v_target = None if v_target is None else v_target.to(wide_target.dtype)
+        in_z, in_target = self.products(mapped, wide_target, inner, wide_v_target)
+        if self.z_loss and inner is not None:
+            in_z = _sum(in_z, self._z_loss_product(mapped, inner))
+        if not self.logit_map.is_identity and in_z is not None:
+            in_z = in_z * self.logit_map.slope(wide_z)
+            if self.logit_map.softcap is not None and v_z is not None:
+                residual = _sum(
+                    self.residuals(mapped, wide_target, (True, False))[0],
+                    self._z_loss_gradient(mapped) if self.z_loss else None,
+                )
+                in_z = _sum(in_z, self.logit_map.bend(wide_z) * residual * v_z)
+        return _scaled(scale, in_z, z.dtype), _scaled(scale, in_target, target.dtype)
+
+    def _z_loss_gradient(self, z: Tensor) -> Tensor:
+        """``2 λ lse p``."""
+        rows = softmax.softmax_rows(z)
+        return 2 * self.z_loss * rows.log_sum_exp.unsqueeze(-1) * rows.probabilities
+
+    def _z_loss_product(self, z: Tensor, v: Tensor) -> Tensor:
+        """``2 λ [lse p ⊙ (v − p·v) + p (p·v)]``."""
+        rows = softmax.softmax_rows(z)
+        p = rows.probabilities
+        mean = (p * v).sum(-1, keepdim=True)
+        return 2 * self.z_loss * p * (rows.log_sum_exp.unsqueeze(-1) * softmax.centred(v, p, rows.top) + mean)
+
+
+@dataclass(frozen=True)
+class IndexCrossEntropy(RowLoss):
+    """``−log p_t`` for class indices ``t``."""
+
+    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+        return softmax.index_loss(z, target)
+
+    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        return softmax.index_residual(z, target), None
+
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
+        """``p ⊙ (v − p·v)``: the target has no derivative."""
+        return None if v_z is None else softmax.jacobian_product(z, v_z), None
+
+
+@dataclass(frozen=True)
+class DenseCrossEntropy(RowLoss):
+    """``−Σ_k y_k log p_k`` for rows ``y ≥ 0`` of any mass, differentiable in ``y`` too."""
+
+    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+        return softmax.dense_loss(z, target)
+
+    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        return (
+            softmax.dense_residual(z, target) if wanted[0] else None,
+            softmax.dense_target_gradient(z, target) if wanted[1] else None,
+        )
+
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
+        """``(Σy) p ⊙ u + (Σẏ) p − ẏ`` in the logits, ``−u`` in the target, ``u = v − p·v``."""
+        rows = softmax.softmax_rows(z)
+        p = rows.probabilities
+        in_z, in_target = None, None
+        if v_z is not None:
+            u = softmax.centred(v_z, p, rows.top)
+            in_z = target.sum(-1, keepdim=True) * p * u
+            in_target = _unless_masked(z, -u)
+        if v_target is not None:
+            in_z = _sum(in_z, _unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target))
+        return in_z, in_target
+
+
+@dataclass(frozen=True)
+class LogitDivergence(RowLoss):
+    """``D(y, p)`` of a separable divergence, both distributions by logits and both differentiable."""
+
+    divergence: Divergence = field(kw_only=True)
+
+    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+        return self.divergence.value(softmax.pair(z, target))
+
+    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        pair = softmax.pair(z, target)
+        return (
+            _unless_masked(z, softmax.divergence_gradient(self.divergence, pair)) if wanted[0] else None,
+            _unless_masked(target, softmax.divergence_gradient(self.divergence.exchanged(), pair.exchanged()))
+            if wanted[1]
+            else None,
+        )
+
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
+        pair = softmax.pair(z, target)
+        zeros = torch.zeros_like(pair.p)
+        u_z = zeros if v_z is None else softmax.centred(v_z, pair.p, z.argmax(-1, keepdim=True))
+        u_y = zeros if v_target is None else softmax.centred(v_target, pair.y, target.argmax(-1, keepdim=True))
+        product = softmax.divergence_hessian_product
+        return (
+            _unless_masked(z, product(self.divergence, pair, u_z, u_y)),
+            _unless_masked(target, product(self.divergence.exchanged(), pair.exchanged(), u_y, u_z)),
+        )
+
+
+@dataclass(frozen=True)
+class Entropy(RowLoss):
+    """``H(p)``; there is no target, and what stands in its place is not read."""
+
+    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+        return softmax.entropy_rows(z)
+
+    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        return softmax.entropy_gradient(z), None
+
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
+        return None if v_z is None else softmax.entropy_hessian_product(z, v_z), None
+
+
+def _widened(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and a floating-point target, in their common dtype, at least float32."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    if not target.is_floating_point():
+        return z.to(dtype), target
+    dtype = torch.promote_types(dtype, target.dtype)
+    return z.to(dtype), target.to(dtype)
+
+
+def _scaled(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if rows is None:
+        return None
+    scale = scale.unsqueeze(-1)
+    return torch.where(scale == 0, torch.zeros_like(rows), scale * rows).to(dtype)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _unless_masked(z: Tensor, values: Tensor) -> Tensor:
+    """A masked class has no gradient, also where the target gives it mass and the loss is infinite."""
+    return torch.where(z == -math.inf, torch.zeros_like(values), values)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the losses of rows become one number, and in which unit."""
+
+    kind: str = "mean"
+    base: float = math.e
+
+    def __post_init__(self) -> None:
+        checks.require_choice("reduction", self.kind, REDUCTIONS)
+        if not (isinstance(self.base, int | float) and self.base > 0 and self.base != 1 and math.isfinite(self.base)):
+            raise ValueError(f"base must be a finite number above 0 and not 1 (2 for bits), got {self.base!r}")
+
+    @property
+    def nats(self) -> float:
+        """``ln base``: nats in one unit."""
+        return 1.0 if self.base == math.e else math.log(self.base)
+
+    def apply(self, rows: Float[Tensor, "*rows"], mass: Tensor | None = None) -> Tensor:
+        """``rows`` reduced; ``mass`` is the weight of each row in a mean (``None``: one each)."""
+        if self.kind == "none":
+            return rows
+        if rows.numel() == 0 and self.kind != "sum":
+            raise ValueError(
+                f"reduction={self.kind!r} needs at least one row, got an empty batch of shape {tuple(rows.shape)}; "
+                "skip empty batches, or use reduction='sum' or 'none'"
+            )
+        if self.kind == "sum":
+            return rows.sum()
+        return rows.sum() / (rows.numel() if self.kind == "batchmean" or mass is None else mass.sum())

@@ -1,0 +1,157 @@
+"""Every formula of the seed, in its order, dense and a few lines each: the oracle.
+
+Nothing here is fast, streamed or guarded: a function is its formula. A row of classes is the last dimension, leading
+dimensions are free, logarithms are natural unless ``base`` says otherwise. The names are the seed's:
+``x`` input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` target, ``W`` the head's weight (C×d).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# --- the softmax -----------------------------------------------------------------------------------------------------
+
+
+def softmax(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+    """``p_i = e^{z_i} / Σ_j e^{z_j}`` (a common factor ``e^{−max z}`` cancels)."""
+    exponentials = torch.exp(z - z.amax(-1, keepdim=True))
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def softmax_derivative(p: Float[Tensor, "*rows classes"], i: int, j: int) -> Float[Tensor, "*rows"]:
+    """``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``, one element of the Jacobian."""
+    return p[..., i] * (float(i == j) - p[..., j])
+
+
+def softmax_jacobian(p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
+    """``∂p/∂z = J_sm(z) = diag(p) − p pᵀ``, symmetric, C×C."""
+    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+
+
+# --- entropy, cross-entropy, KL --------------------------------------------------------------------------------------
+
+
+def kl_divergence(
+    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"], base: float = math.e
+) -> Float[Tensor, "*rows"]:
+    """``KL(p‖q) = Σ_i p_i log(p_i / q_i)``, with ``0 log 0 = 0``; in bits for ``base=2``."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1) / math.log(base)
+
+
+def entropy(p: Float[Tensor, "*rows classes"], base: float = math.e) -> Float[Tensor, "*rows"]:
+    """``H(p) = −Σ_i p_i log p_i``."""
+    return -torch.xlogy(p, p).sum(-1) / math.log(base)
+
+
+def cross_entropy(
+    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
+) -> Float[Tensor, "*rows"]:
+    """``H(y, p) = L(y, p) = −Σ_k y_k log p_k``, for a one-hot or a soft ``y``."""
+    return -torch.xlogy(y, p).sum(-1) / math.log(base)
+
+
+def kl_from_cross_entropy(
+    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
+) -> Float[Tensor, "*rows"]:
+    """``KL(y‖p) = −H(y) + H(y, p)``, the decomposition."""
+    return -entropy(y, base) + cross_entropy(y, p, base)
+
+
+# --- the chain of cross-entropy --------------------------------------------------------------------------------------
+
+
+def dL_dp(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+    """``∂L/∂p = −y ⊘ p``, elementwise."""
+    return torch.where(y == 0, torch.zeros_like(p), -y / p)
+
+
+def basic_identity(
+    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows classes"]:
+    """``J(y ⊘ p) = y − (Σ_k y_k) p``, the identity that the seed leaves blank.
+
+    Row i of ``J`` is ``p_i (δ_i − p)``, so ``J(y⊘p)_i = p_i y_i/p_i − p_i Σ_k p_k y_k/p_k = y_i − p_i Σ_k y_k``.
+    """
+    return y - y.sum(-1, keepdim=True) * p
+
+
+def dL_dz(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+    """``∂L/∂z = J ∂L/∂p = −J(y⊘p) = p − y`` for a target of mass ``Σ_k y_k = 1``, else ``(Σ_k y_k) p − y``."""
+    return -basic_identity(y, p)
+
+
+def dL_de(
+    dL_dz: Float[Tensor, "*rows classes"], W: Float[Tensor, "classes features"]
+) -> Float[Tensor, "*rows features"]:
+    """``∂L/∂e = (∂z/∂e)ᵀ ∂L/∂z = W_cᵀ (p − y)``."""
+    return dL_dz @ W
+
+
+def dL_dx(pull_back: Callable[[Tensor], Tensor], dL_de: Float[Tensor, "*rows features"]) -> Tensor:
+    """``∂L/∂x = (∂e/∂x)ᵀ W_cᵀ (p − y)``; ``pull_back`` is ``ē ↦ (∂e/∂x)ᵀ ē``."""
+    return pull_back(dL_de)
+
+
+def dL_dW(
+    dL_dz: Float[Tensor, "*rows classes"], e: Float[Tensor, "*rows features"]
+) -> Float[Tensor, "*rows classes features"]:
+    """``∂L/∂W_c = (p − y) eᵀ``, of the shape C×d of ``W_c``."""
+    return dL_dz.unsqueeze(-1) * e.unsqueeze(-2)
+
+
+def dL_dtheta(
+    pull_back: Callable[[Tensor], dict[str, Tensor]], dL_de: Float[Tensor, "*rows features"]
+) -> dict[str, Tensor]:
+    """``∂L/∂θ_f = (∂e/∂θ_f)ᵀ W_cᵀ (p − y)``; ``pull_back`` is ``ē ↦ (∂e/∂θ_f)ᵀ ē``."""
+    return pull_back(dL_de)
+
+
+# --- KL, in both directions and in both arguments --------------------------------------------------------------------
+
+
+def forward_kl(
+    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
+) -> Float[Tensor, "*rows"]:
+    """``D(y‖p) = Σ_k y_k log(y_k / p_k)``: the target first; mode-covering."""
+    return kl_divergence(y, p, base)
+
+
+def reverse_kl(
+    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
+) -> Float[Tensor, "*rows"]:
+    """``D(p‖y) = Σ_k p_k log(p_k / y_k)``: the model first; mode-seeking."""
+    return kl_divergence(p, y, base)
+
+
+def kl_gradient_in_first(
+    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows classes"]:
+    """``∂D(p‖q)/∂p = log(p ⊘ q) + 1``."""
+    return torch.log(p / q) + 1
+
+
+def kl_gradient_in_second(
+    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows classes"]:
+    """``∂D(p‖q)/∂q = −p ⊘ q``: with ``p = y`` constant, that of the cross-entropy."""
+    return dL_dp(p, q)
+
+
+def kl_gradient_in_first_logits(
+    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows classes"]:
+    """``∂D(p‖q)/∂z_p = J_p (log(p⊘q) + 1) = p ⊙ (log(p⊘q) − D(p‖q))``: what moves the ``q`` of a VAE's KL."""
+    ratio = torch.log(p) - torch.log(q)
+    return p * (ratio - (p * ratio).sum(-1, keepdim=True))
+
+
+def kl_gradient_in_second_logits(
+    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
+) -> Float[Tensor, "*rows classes"]:
+    """``∂D(p‖q)/∂z_q = q − p``: identical to the cross-entropy's."""
+    return q - p

@@ -1,0 +1,51 @@
+"""Every test: shapes checked at run time, one seed, one thread; fresh processes for what must go without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes.
+install_import_hook("softcurve", "beartype.beartype")
+
+# The same examples on every run, and no deadline: the machine may be busy with other things.
+settings.register_profile("softcurve", deadline=None, derandomize=True)
+settings.load_profile("softcurve")
+
+
+# What torch does to itself when its inductor is first used, and nothing that a caller could change.
+INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> None:
+    """Each test starts from the same random numbers, on one thread, whichever worker runs it."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run code in a fresh interpreter at the repository's root, without the import hook, warnings as errors.
+
+    For what the hook's wrappers disturb (``torch.compile``) and what only a fresh process shows (imports).
+    A failure of the code is a failure of the test and shows the code's standard error.
+    """
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", "-W", INDUCTOR_WARNING, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            pytest.fail(f"exit code {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
+        return done
+
+    return run

@@ -1,0 +1,385 @@
+"""``softcurve fit`` and ``softcurve predict`` as a user sees them: figures, files, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from softcurve.app.cli import app
+from softcurve.fit.rows import load_rows, make_rows, split
+from softcurve.fit.saved_head import SavedHead
+
+FEATURES = np.random.default_rng(1).normal(size=(60, 4))
+WORDS = np.array(["één", "[red]two", "three"])[np.abs(FEATURES[:, :3]).argmax(axis=1)]
+SOFT = np.random.default_rng(2).dirichlet(np.full(3, 0.5), size=60)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def words():
+    np.savez("words.npz", features=FEATURES, target=WORDS)
+    return "words.npz"
+
+
+@pytest.fixture
+def soft():
+    save_file({"features": torch.tensor(FEATURES), "target": torch.tensor(SOFT)}, "soft.safetensors")
+    return "soft.safetensors"
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def run(*arguments):
+    """The JSON record and all of the output of a run that must succeed without a word on stderr."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("{")] == lines[-1:]
+    return json.loads(lines[-1], parse_constant=refuse_constant), done.stdout
+
+
+def refused(*arguments):
+    """The message of a run that must be refused, and leave the folder as it was."""
+    before = {name: os.stat(name).st_mtime_ns for name in os.listdir()}
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert {name: os.stat(name).st_mtime_ns for name in os.listdir()} == before
+    return done.stderr
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def test_digits_are_the_default_and_the_figures_are_those_of_the_saved_head():
+    record, table = run("fit")
+    tensors = load_file("head.safetensors")
+    train, held = split(load_rows("digits"), 0.2, seed=0)
+    log_p = log_softmax(held.features @ tensors["weight"].numpy().T + tensors["bias"].numpy())
+    loss = -log_p[np.arange(len(held)), held.target].mean()
+    assert record["converged"] is True
+    assert record["gradient_max"] <= 1e-5
+    assert record["held_out_accuracy"] == (log_p.argmax(axis=1) == held.target).mean()
+    assert record["held_out_accuracy"] > 0.95
+    assert record["held_out_loss_nats"] == pytest.approx(loss, rel=1e-12)
+    assert record["held_out_loss_bits"] == pytest.approx(loss / np.log(2), rel=1e-12)
+    assert record["held_out_kl_nats"] is None
+    assert (record["rows"], record["rows_train"], record["rows_held_out"]) == (1797, len(train), len(held))
+    assert (record["features"], record["classes"], record["head"]) == (64, 10, "head.safetensors")
+    assert f"{loss:.6f} nats = {loss / np.log(2):.6f} bits" in table
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl"])
+def test_distributions_with_every_loss(soft, loss):
+    record, table = run("fit", soft, "--loss", loss, "--out", "h.safetensors", "--seed", 7, "--holdout", 0.25)
+    _, held = split(make_rows(FEATURES, SOFT), 0.25, seed=7)
+    tensors = load_file("h.safetensors")
+    log_p = log_softmax(held.features @ tensors["weight"].numpy().T + tensors["bias"].numpy())
+    log_y = np.log(held.target)
+    forward = (held.target * (log_y - log_p)).sum(axis=1).mean()
+    expected = {
+        "cross_entropy": -(held.target * log_p).sum(axis=1).mean(),
+        "forward_kl": forward,
+        "reverse_kl": (np.exp(log_p) * (log_p - log_y)).sum(axis=1).mean(),
+    }[loss]
+    assert record["targets"] == "distributions"
+    assert record["loss"] == SavedHead.load("h.safetensors").loss == loss
+    assert record["held_out_loss_nats"] == pytest.approx(expected, rel=1e-12)
+    assert record["held_out_kl_nats"] == pytest.approx(forward, rel=1e-12)
+    assert "KL(target||model)" in table
+
+
+def test_the_same_seed_gives_the_same_head_and_another_one_another(words):
+    run("fit", words, "--out", "a.safetensors")
+    run("fit", words, "--out", "b.safetensors")
+    run("fit", words, "--out", "c.safetensors", "--seed", 1)
+    first, second, third = (load_file(f"{name}.safetensors")["weight"] for name in "abc")
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_options_reach_the_fit(words):
+    record, _ = run("fit", words, "--C", 0.01, "--dtype", "float32", "--tol", 1e-3, "--max-iter", 50)
+    head = SavedHead.load("head.safetensors")
+    assert (record["C"], record["dtype"], record["tol"]) == (0.01, "float32", 1e-3)
+    assert head.weight.dtype == torch.float32
+    assert head.C == 0.01
+    assert head.classes == ("[red]two", "three", "één")
+
+
+def test_too_few_iterations_are_said(words):
+    record, table = run("fit", words, "--max-iter", 1)
+    assert record["converged"] is False
+    assert record["iterations"] == 1
+    assert re.search(r"converged +│ NO", table)
+    assert "raise --max-iter" in table
+
+
+def test_a_class_that_is_only_held_out_is_said():
+    _, held = split(make_rows(FEATURES, np.arange(60) % 2), 0.2, seed=0)
+    only = int(np.flatnonzero((held.features[0] == FEATURES).all(axis=1))[0])
+    target = np.arange(60) % 2
+    target[only] = 9
+    np.savez("rare.npz", X=FEATURES, y=target)
+    record, table = run("fit", "rare.npz", "--max-iter", 50)
+    assert record["classes"] == 3
+    assert record["classes_without_training_rows"] == 1
+    assert "1 classes have no training row" in table
+
+
+def test_progress_is_shown_where_it_is_asked_for(words):
+    done = CliRunner().invoke(app, ["fit", words, "--progress"])
+    assert done.exit_code == 0
+    assert "objective" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["converged"]
+
+
+def expected_predictions():
+    tensors = load_file("head.safetensors")
+    log_p = log_softmax(FEATURES @ tensors["weight"].numpy().T + tensors["bias"].numpy())
+    return np.exp(log_p), np.array(["[red]two", "three", "één"])[log_p.argmax(axis=1)]
+
+
+def test_predictions_in_every_format(words):
+    run("fit", words)
+    p, labels = expected_predictions()
+    for suffix in ("npz", "npy", "csv", "parquet"):
+        record, _ = run("predict", "head.safetensors", words, "--out", f"p.{suffix}")
+        assert record["predictions"] == f"p.{suffix}"
+    with np.load("p.npz", allow_pickle=False) as arrays:
+        np.testing.assert_allclose(arrays["probabilities"], p, rtol=1e-12)
+        assert arrays["label"].tolist() == labels.tolist()
+        assert arrays["classes"].tolist() == ["[red]two", "three", "één"]
+    np.testing.assert_allclose(np.load("p.npy", allow_pickle=False), p, rtol=1e-12)
+    with open("p.csv", encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["label", "p([red]two)", "p(three)", "p(één)"]
+    assert [line[0] for line in lines] == labels.tolist()
+    np.testing.assert_allclose(np.array([line[1:] for line in lines], dtype=float), p, rtol=1e-12)
+    table = pq.read_table("p.parquet")
+    assert table["label"].to_pylist() == labels.tolist()
+    np.testing.assert_allclose(np.array(table["probabilities"].to_pylist()), p, rtol=1e-12)
+    assert json.loads(table.schema.metadata[b"classes"]) == ["[red]two", "three", "één"]
+
+
+def test_predictions_are_scored_where_there_are_targets(words):
+    run("fit", words)
+    p, labels = expected_predictions()
+    record, table = run("predict", "head.safetensors", words)
+    loss = -np.log(p[np.arange(60), [["[red]two", "three", "één"].index(word) for word in WORDS]]).mean()
+    entropy = -(p * np.log(p)).sum(axis=1).mean()
+    assert record["accuracy"] == (labels == WORDS).mean()
+    assert record["loss_nats"] == pytest.approx(loss, rel=1e-12)
+    assert record["loss_bits"] == pytest.approx(loss / np.log(2), rel=1e-12)
+    assert record["entropy_nats"] == pytest.approx(entropy, rel=1e-12)
+    assert record["entropy_bits"] == pytest.approx(entropy / np.log(2), rel=1e-12)
+    counts = {entry["class"]: entry["rows"] for entry in record["most_predicted"]}
+    assert counts == dict(zip(*np.unique(labels, return_counts=True), strict=True))
+    assert record["predictions"] is None
+    assert "[red]two: " in table
+
+
+def test_predictions_need_no_targets(words):
+    run("fit", words)
+    np.save("features.npy", FEATURES[:7])
+    record, table = run("predict", "head.safetensors", "features.npy")
+    assert record["rows"] == 7
+    assert not {"loss", "accuracy", "kl_nats"} & set(record)
+    assert "loss" not in table
+
+
+def test_a_head_fitted_by_reverse_kl_is_scored_on_labels_by_cross_entropy(soft):
+    run("fit", soft, "--loss", "reverse_kl")
+    np.savez("labels.npz", X=FEATURES, y=SOFT.argmax(axis=1))
+    assert run("predict", "head.safetensors", "labels.npz")[0]["loss"] == "cross_entropy"
+    np.savez("zeros.npz", X=FEATURES, y=np.eye(3)[SOFT.argmax(axis=1)])
+    record, table = run("predict", "head.safetensors", "zeros.npz")
+    assert (record["loss"], record["loss_nats"], record["loss_bits"]) == ("reverse_kl", None, None)
+    assert record["kl_nats"] > 0
+    assert "inf nats" in table
+
+
+def test_predictions_can_be_the_targets_of_another_fit(words):
+    run("fit", words)
+    run("predict", "head.safetensors", words, "--out", "teacher.npy")
+    options = ("--target", "teacher.npy", "--loss", "reverse_kl", "--C", 1e6, "--out", "student.safetensors")
+    record, _ = run("fit", words, *options)
+    assert record["targets"] == "distributions"
+    assert record["held_out_loss_nats"] < 1e-5
+
+
+def save_good_head():
+    SavedHead(torch.ones(3, 4), torch.zeros(3), ("a", "b", "c"), "cross_entropy", 1.0).save(
+        "good.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "missing.npz"], "data: there is no file missing.npz"),
+        (["fit", "data.csv"], "suffix '.csv'; it must be the word digits or a file that ends in"),
+        (["fit", "words.npz", "--loss", "reverse_kl"], "infinite for labels.*use forward_kl"),
+        (["fit", "words.npz", "--loss", "hinge"], "'hinge'"),
+        (["fit", "words.npz", "--holdout", "0"], "holdout 0 of 60 rows must leave rows on both sides"),
+        (["fit", "words.npz", "--holdout", "nan"], "holdout nan"),
+        (["fit", "words.npz", "--C", "-1"], "C must be a positive number; got -1.0"),
+        (["fit", "words.npz", "--C", "nan"], "C must be a positive number; got nan"),
+        (["fit", "words.npz", "--tol", "0"], "tol must be a positive number"),
+        (["fit", "words.npz", "--max-iter", "0"], "--max-iter"),
+        (["fit", "words.npz", "--seed", "-1"], "--seed"),
+        (["fit", "words.npz", "--dtype", "float16"], "'float16'"),
+        (["fit", "words.npz", "--out", "head.pt"], "--out: head.pt must end in .safetensors"),
+        (["fit", "missing.npz", "--out", "none/head.safetensors"], "--out: there is no folder none"),
+        (
+            ["fit", "soft.safetensors", "--out", "soft.safetensors"],
+            "--out: soft.safetensors is also an input",
+        ),
+        (["fit", "words.npz", "--target", "words.npz"], "target: words.npz must be an .npy file"),
+        (["fit", "words.npz", "--what"], "--what"),
+        (["predict", "good.safetensors"], "DATA"),
+        (["predict", "missing.safetensors", "words.npz"], "head: there is no file missing.safetensors"),
+        (
+            ["predict", "words.npz", "words.npz"],
+            "words.npz is not a head that can be used: it is no safetensors",
+        ),
+        (["predict", "soft.safetensors", "words.npz"], "soft.safetensors is not a head that can be used"),
+        (
+            ["predict", "good.safetensors", "digits"],
+            "features of digits must have 4 columns, .*; got 64",
+        ),
+        (["predict", "good.safetensors", "words.npz"], "label '.*', which is none of the head's 3 classes"),
+        (["predict", "good.safetensors", "huge.npy"], "logits of huge.npy overflow"),
+        (
+            ["predict", "good.safetensors", "words.npz", "--out", "p.json"],
+            "p.json has suffix '.json'; it must end",
+        ),
+        (
+            ["predict", "good.safetensors", "words.npz", "--out", "none/p.npz"],
+            "--out: there is no folder none",
+        ),
+        (["predict", "good.safetensors", "words.npz", "--out", "words.npz"], "words.npz is also an input"),
+        (["what"], "what"),
+    ],
+)
+def test_refusals_name_what_is_wrong(words, soft, arguments, message):
+    np.save("huge.npy", np.full((2, 4), 1.7e308))
+    save_good_head()
+    # rich folds a usage error into a box: undo it.
+    assert re.search(message, " ".join(re.sub("[│╭╮╰╯─]", " ", refused(*arguments)).split()))
+
+
+def test_an_existing_head_outlives_a_fit_that_fails(words):
+    save_good_head()
+    np.savez("far.npz", X=FEATURES * 1e200, y=WORDS)
+    assert "scale the features" in refused("fit", "far.npz", "--out", "good.safetensors")
+    assert SavedHead.load("good.safetensors").classes == ("a", "b", "c")
+
+
+def test_an_interrupt_ends_with_130_and_leaves_nothing(words, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softcurve.app.fitting.fit_head", interrupt)
+    done = CliRunner().invoke(app, ["fit", words])
+    assert done.exit_code == 130
+    assert "Traceback" not in done.output
+    assert os.listdir() == [words]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        (["fit"], "sklearn.datasets"),
+        (["fit", "table.parquet"], "pyarrow.parquet"),
+        (["predict", "good.safetensors", "words.npz", "--out", "p.parquet"], "pyarrow.parquet"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(words, arguments, package, monkeypatch):
+    Path("table.parquet").touch()
+    save_good_head()
+    monkeypatch.setitem(sys.modules, package, None)
+    message = refused(*arguments)
+    assert package in message
+    assert "pip install 'softcurve[all]'" in message
+
+
+def test_explain_prints_the_record_last(monkeypatch):
+    def write_explanation(out, *, seed, console):
+        console.print("a table")
+        return {"page": str(out), "seed": seed, "ratio": float("inf")}
+
+    stub = ModuleType("softcurve.app.explain")
+    stub.write_explanation = write_explanation
+    monkeypatch.setitem(sys.modules, "softcurve.app.explain", stub)
+    record, output = run("explain", "--out", "page.html", "--seed", 3)
+    assert record == {"page": "page.html", "seed": 3, "ratio": None}
+    assert output.startswith("a table\n")
+
+
+def python(*arguments, **options):
+    command = [sys.executable, "-W", "error", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_as_a_process_of_its_own(words):
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = python("-m", "softcurve", "fit", words, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout.splitlines()[-1])["converged"]
+    done = python("-m", "softcurve", "predict", "head.safetensors", words, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = python("-m", "softcurve", "fit", "none.npz")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "softcurve: data: there is no file none.npz; check the path\n"
+
+
+def test_an_interrupted_process_ends_with_130_and_leaves_nothing():
+    np.savez("wide.npz", X=np.random.default_rng(0).normal(size=(4000, 300)), y=np.arange(4000) % 50)
+    options = ["--tol", "1e-300", "--C", "1e9", "--max-iter", "1000000", "--progress"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "softcurve", "fit", "wide.npz", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    shown = process.stderr.read(1)  # the progress has begun, and with it the fit
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in shown + rest
+    assert out == ""
+    assert os.listdir() == ["wide.npz"]
+
+
+def test_without_typer_the_command_says_what_to_install():
+    done = python("-c", "import sys; sys.modules['typer'] = None; from softcurve.app.cli import main; main()")
+    assert done.returncode == 2
+    assert done.stderr == "softcurve: the command line needs typer; pip install 'softcurve[all]'\n"

@@ -1,0 +1,334 @@
+"""`softcurve explain`: the page, its record, and what is left behind when it fails."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from softcurve.app import explain
+from softcurve.app.explain.network import train
+from softcurve.app.explain.page import figure, fixed, render
+from softcurve.app.explain.section import Check, plain
+from softcurve.app.explain.targets_section import explain_targets
+
+SEED = 3
+SECTIONS = ("chain", "jacobian", "targets", "directions", "minimum", "vae")
+GRADIENTS = (
+    "dL_dp",
+    "dL_dz",
+    "dL_de",
+    "dL_dx",
+    "dL_dW",
+    "dL_db",
+    "dL_dtheta[hidden.weight]",
+    "dL_dtheta[hidden.bias]",
+)
+
+
+class Reader(HTMLParser):
+    """Collects the tags, their attributes and the text of a page, and insists that tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br", "source", "mspace"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def attributes(self, name: str, of: str | None = None) -> list[str]:
+        return [
+            value or ""
+            for tag, found in self.tags
+            for key, value in found.items()
+            if key == name and of in (None, tag)
+        ]
+
+
+@dataclass
+class Run:
+    out: Path
+    record: dict[str, object]
+    page: str
+    reader: Reader
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
+    out = tmp_path_factory.mktemp("explain") / "made" / "on the way" / "page.html"
+    console = Console(file=StringIO(), width=140)
+    record = explain.write_explanation(out, seed=SEED, console=console)
+    assert torch.get_num_threads() == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    page = out.read_text("utf-8")
+    return Run(out, record, page, Reader(page), console.file.getvalue())
+
+
+def test_the_page_is_whole_and_alone_in_its_folder(run: Run) -> None:
+    assert [path.name for path in run.out.parent.iterdir()] == ["page.html"]
+    assert run.page.startswith("<!DOCTYPE html>")
+    assert run.reader.attributes("lang", "html") == ["en"]
+    assert "width=device-width, initial-scale=1" in run.reader.attributes("content", "meta")
+    assert "light dark" in run.reader.attributes("content", "meta")
+
+
+def test_every_section_is_there_with_formulas_and_pictures(run: Run) -> None:
+    assert run.reader.attributes("id", "section") == [*SECTIONS, "checks"]
+    assert run.reader.attributes("href") == [f"#{key}" for key in (*SECTIONS, "checks")]
+    parts = re.split(r'<section id="\w+">', run.page)[1:]
+    for part in parts[:-1]:
+        assert 'display="block"' in part
+        assert "<picture>" in part
+        assert "<caption>" in part
+
+
+def test_nothing_is_fetched(run: Run) -> None:
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in run.reader.tags}
+    for name in ("src", "srcset"):
+        assert all(value.startswith("data:image/svg+xml;base64,") for value in run.reader.attributes(name))
+    assert all(value.startswith("#") for value in run.reader.attributes("href"))
+    assert "url(" not in run.page
+    assert "@import" not in run.page
+    before = {run.page[found.start() - 7 : found.start()] for found in re.finditer("https?://", run.page)}
+    assert before == {'xmlns="'}
+
+
+def test_pictures_come_in_two_schemes_with_a_text_and_load_nothing(run: Run) -> None:
+    light, dark = run.reader.attributes("src", "img"), run.reader.attributes("srcset", "source")
+    assert len(light) == len(dark) > 15
+    assert not set(light) & set(dark)
+    assert all(len(alt) > 8 for alt in run.reader.attributes("alt", "img"))
+    assert run.reader.attributes("alt", "img") != []
+    for uri in light + dark:
+        svg = base64.b64decode(uri.partition(",")[2]).decode()
+        assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', svg))
+
+
+def test_no_formula_or_placeholder_is_left_raw(run: Run) -> None:
+    text = "".join(run.reader.words)
+    assert "\\" not in text
+    assert "{{" not in text
+    assert "&gt;" not in text
+    assert not re.search(r"\b(nan|None|Tensor)\b", text)
+
+
+def test_the_record_is_json_and_everything_held(run: Run) -> None:
+    assert json.loads(json.dumps(run.record, allow_nan=False)) == run.record
+    assert run.record["all_within_bounds"] is True
+    assert run.record["seed"] == SEED
+    assert run.record["page"] == str(run.out)
+    assert run.record["held_out_accuracy"] > 0.9
+    assert all(check["held"] is True for check in run.record["checks"])
+    assert f"All {len(run.record['checks'])} checks held." in run.page
+
+
+def test_every_check_is_printed_and_on_the_page(run: Run) -> None:
+    text = "".join(run.reader.words)
+    printed = re.sub(r"\s*\n?│?\s+│?\s*", " ", run.printed)
+    for check in run.record["checks"]:
+        assert check["name"] in text
+        assert check["name"].split(":")[0] in printed
+    assert "NO" not in run.printed
+
+
+@pytest.mark.parametrize(
+    ("target", "losses"),
+    [("hard", ("cross_entropy", "forward_kl")), ("soft", ("cross_entropy", "forward_kl", "reverse_kl"))],
+)
+def test_every_gradient_is_within_1e_12_of_autograd(run: Run, target: str, losses: tuple[str, ...]) -> None:
+    deviations = run.record["chain"]["deviations"][target]
+    assert tuple(deviations) == losses
+    for found in deviations.values():
+        assert set(found) == {"loss", *GRADIENTS}
+        assert all(0 <= value <= 1e-12 for value in found.values())
+
+
+def test_shapes_follow_the_chain(run: Run) -> None:
+    shapes = run.record["chain"]["shapes"]
+    n = shapes["x"][0]
+    assert shapes["x"] == shapes["dL_dx"] == [n, 64]
+    assert shapes["e"] == shapes["dL_de"] == [n, 32]
+    assert shapes["z"] == shapes["dL_dz"] == shapes["p"] == shapes["dL_dp"] == [n, 10]
+    assert shapes["loss"] == [n]
+    assert shapes["W"] == shapes["dL_dW"] == [10, 32]
+    assert shapes["b"] == shapes["dL_db"] == [10]
+    assert shapes["theta[hidden.weight]"] == shapes["dL_dtheta[hidden.weight]"] == [32, 64]
+
+
+def test_eigenvalues_are_those_of_the_jacobian_by_numpy(run: Run) -> None:
+    p = np.array(run.record["jacobian"]["p"])
+    expected = np.linalg.eigvalsh(np.diag(p) - np.outer(p, p))
+    np.testing.assert_allclose(run.record["jacobian"]["eigenvalues"], expected, rtol=0, atol=1e-15)
+    ordered = np.sort(p)
+    assert (expected[1:] >= ordered[:-1] - 1e-15).all()
+    assert (expected <= ordered + 1e-15).all()
+
+
+def test_kl_is_cross_entropy_less_the_entropy_in_both_units(run: Run) -> None:
+    values = run.record["targets"]["values"]
+    for found in values.values():
+        assert found["cross_entropy"] - found["entropy"] == pytest.approx(found["divergence"], abs=1e-14)
+    for name, bits in values["bits"].items():
+        assert bits * math.log(2) == pytest.approx(values["nats"][name], abs=1e-14)
+    assert 0 < values["nats"]["divergence"] < run.record["targets"]["divergence_first"]
+
+
+def test_forward_covers_and_reverse_seeks(run: Run) -> None:
+    found = run.record["directions"]
+    assert found["half_half_against_one_zero_bits"] == "inf"
+    assert found["one_zero_against_half_half_bits"] == 1.0
+    assert run.record["chain"]["reverse_kl_of_hard_targets"] == "inf"
+    fits = found["fits"]
+    # The moments of 0.6 N(−2.5, 0.6²) + 0.4 N(2.5, 0.8²) by hand; the bins change them little.
+    assert fits["forward"]["mean"] == pytest.approx(-0.5, abs=1e-3)
+    assert fits["forward"]["deviation"] ** 2 == pytest.approx(0.6 * 0.36 + 0.4 * 0.64 + 6.25 - 0.25, rel=1e-3)
+    assert fits["reverse"]["mean"] == pytest.approx(-2.5, abs=0.05)
+    assert fits["reverse"]["deviation"] == pytest.approx(0.6, abs=0.05)
+    minima = [fit["reverse"] for name, fit in fits.items() if name.startswith("reverse")]
+    assert minima == sorted(minima)
+
+
+def test_kl_falls_as_its_quadratic_model(run: Run) -> None:
+    found = run.record["minimum"]
+    assert found["slope"] == pytest.approx(1, abs=0.02)
+    assert found["divergence"][0] == pytest.approx(found["quadratic_model"][0], rel=1e-3)
+    ratio = found["divergence"][4] / found["divergence"][0]
+    assert ratio == pytest.approx(100, rel=1e-2)
+    assert all(row["softcurve"] < row["textbook"] for row in found["float32_errors"])
+
+
+def test_only_q_moves_unless_the_prior_is_learned(run: Run) -> None:
+    runs = run.record["vae"]["runs"]
+    assert runs["fixed"]["first_gradient_in_prior"] is None
+    assert runs["fixed"]["prior_moved"] == 0
+    assert runs["fixed"]["q_at_the_end"] == pytest.approx([0.2, 0.5, 0.3], abs=1e-6)
+    assert runs["learned"]["first_gradient_in_prior"] > 0
+    assert runs["learned"]["prior_moved"] > 0.02
+    assert runs["cross_entropy"]["q_at_the_end"][1] > 0.95
+
+
+def test_the_same_seed_gives_the_same_figures_and_pictures(run: Run) -> None:
+    torch.set_num_threads(1)
+    again = train(SEED)
+    explained = explain_targets(again)
+    assert plain(explained.figures) == run.record["targets"]
+    for picture in explained.pictures.values():
+        assert picture.light in run.page
+        assert picture.dark in run.page
+    other = train(SEED + 1)
+    assert plain(explain_targets(other).figures) != run.record["targets"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        explain.write_explanation(tmp_path / "page.html", seed=seed, console=Console(file=StringIO()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_target_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "train", lambda seed: pytest.fail("work was done for nothing"))
+    console = Console(file=StringIO())
+    with pytest.raises((ValueError, OSError), match="is a folder"):
+        explain.write_explanation(tmp_path, console=console)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match=r"out: the folder .* cannot be made"):
+        explain.write_explanation(tmp_path / "file" / "deep" / "page.html", console=console)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seed: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explain, "train", interrupted)
+    old = tmp_path / "old.html"
+    old.write_text("an older page")
+    for out in (old, tmp_path / "new" / "folder" / "page.html"):
+        with pytest.raises(KeyboardInterrupt):
+            explain.write_explanation(out, console=Console(file=StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
+    assert old.read_text() == "an older page"
+
+
+def test_a_broken_bound_is_said_on_the_page() -> None:
+    checks = [Check("holds", 1e-16, "≤", 1e-12), Check("does not", 2.0, "≤", 1.0)]
+    facts = {
+        "checks": checks,
+        "all_held": False,
+        "seed": 0,
+        "hidden": 32,
+        "accuracy": 0.9,
+        "rows": 360,
+        "steps": 1,
+        "version": "0",
+        "torch": "0",
+    }
+    assert "1 of 2 checks failed" in render([], facts)
+
+
+@pytest.mark.parametrize(
+    ("measured", "relation", "bound", "held"),
+    [
+        (1.0, "≤", 1.0, True),
+        (1.1, "≤", 1.0, False),
+        (1.0, "≥", 1.0, True),
+        (0.9, "≥", 1.0, False),
+        (math.inf, "=", math.inf, True),
+        (math.nan, "=", math.nan, False),
+        (math.nan, "≤", 1.0, False),
+        (math.nan, "≥", 1.0, False),
+    ],
+)
+def test_a_check_holds_only_if_its_bound_does(
+    measured: float, relation: str, bound: float, held: bool
+) -> None:
+    assert Check("name", measured, relation, bound).held is held
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert figure(0.0) == "0"
+    assert figure(1e-12) == "10<sup>−12</sup>"
+    assert figure(-1.23e-16) == "−1.2&nbsp;·&nbsp;10<sup>−16</sup>"
+    assert figure(0.0335) == "0.0335"
+    assert figure(math.inf) == "+∞"
+    assert fixed(-0.5, 2) == "−0.50"
+    assert fixed(-math.inf) == "−∞"
+
+
+def test_plain_figures_are_valid_json() -> None:
+    figures = {"a": (1.0, math.inf), "b": {"c": -math.inf, "d": math.nan, "e": None}, 2: [True, 3]}
+    assert plain(figures) == {"a": [1.0, "inf"], "b": {"c": "-inf", "d": "nan", "e": None}, "2": [True, 3]}
