@@ -235,9 +235,7 @@ def test_predictions_can_be_the_targets_of_another_fit(words):
 
 
 def save_good_head():
-    SavedHead(torch.ones(3, 4), torch.zeros(3), ("a", "b", "c"), "cross_entropy", 1.0).save(
-        "good.safetensors"
-    )
+    SavedHead(torch.ones(3, 4), torch.zeros(3), ("a", "b", "c"), "cross_entropy", 1.0).save("good.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,7 @@ class Reader(HTMLParser):
 
     def attributes(self, name: str, of: str | None = None) -> list[str]:
         return [
-            value or ""
-            for tag, found in self.tags
-            for key, value in found.items()
-            if key == name and of in (None, tag)
+            value or "" for tag, found in self.tags for key, value in found.items() if key == name and of in (None, tag)
         ]
 
 
@@ -257,9 +254,7 @@ def test_a_seed_out_of_range_is_refused(tmp_path: Path, seed: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_target_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_target_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain, "train", lambda seed: pytest.fail("work was done for nothing"))
     console = Console(file=StringIO())
     with pytest.raises((ValueError, OSError), match="is a folder"):
@@ -313,9 +308,7 @@ def test_a_broken_bound_is_said_on_the_page() -> None:
         (math.nan, "≥", 1.0, False),
     ],
 )
-def test_a_check_holds_only_if_its_bound_does(
-    measured: float, relation: str, bound: float, held: bool
-) -> None:
+def test_a_check_holds_only_if_its_bound_does(measured: float, relation: str, bound: float, held: bool) -> None:
     assert Check("name", measured, relation, bound).held is held
 
 
@@ -323,6 +316,7 @@ def test_numbers_are_written_for_people() -> None:
     assert figure(0.0) == "0"
     assert figure(1e-12) == "10<sup>−12</sup>"
     assert figure(-1.23e-16) == "−1.2&nbsp;·&nbsp;10<sup>−16</sup>"
+    assert figure(-1e-15) == "−10<sup>−15</sup>"
     assert figure(0.0335) == "0.0335"
     assert figure(math.inf) == "+∞"
     assert fixed(-0.5, 2) == "−0.50"

@@ -178,9 +178,7 @@ def test_reverse_kl_refuses_a_zero_in_a_target():
 def test_an_overflow_is_an_error(scale, dtype):
     rows = labelled(classes=3)
     with pytest.raises(DataError, match=r"beyond the range of torch.float..; scale the features"):
-        fit_head(
-            Rows(rows.features / np.abs(rows.features).max() * scale, rows.target, rows.classes), dtype=dtype
-        )
+        fit_head(Rows(rows.features / np.abs(rows.features).max() * scale, rows.target, rows.classes), dtype=dtype)
 
 
 def test_features_beyond_float32_are_refused():

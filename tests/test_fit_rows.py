@@ -13,14 +13,10 @@ from sklearn.datasets import load_digits
 from softcurve.fit import DataError
 from softcurve.fit.rows import load_rows, load_rows_for, make_rows, split
 
-FEATURES = np.array(
-    [[0.5, 1.0, -2.0], [1.5, 0.25, 3.0], [0.0, -1.0, 4.0], [2.0, 8.0, 0.125], [7.0, 5.0, 6.0]]
-)
+FEATURES = np.array([[0.5, 1.0, -2.0], [1.5, 0.25, 3.0], [0.0, -1.0, 4.0], [2.0, 8.0, 0.125], [7.0, 5.0, 6.0]])
 NUMBERS = np.array([7, -3, 7, 40, -3])
 WORDS = np.array(["cat", "été", "cat", "a b", "été"])
-SOFT = np.array(
-    [[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.125, 0.125, 0.75], [1.0, 0.0, 0.0], [0.25, 0.5, 0.25]]
-)
+SOFT = np.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.125, 0.125, 0.75], [1.0, 0.0, 0.0], [0.25, 0.5, 0.25]])
 
 
 def npz(path, target):

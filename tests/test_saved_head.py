@@ -92,9 +92,7 @@ def test_to_linear_is_the_head_as_a_trainable_copy():
 )
 def test_damage_is_named(tmp_path, tensors, metadata, message):
     path = tmp_path / "head.safetensors"
-    contents = {
-        name: tensor.clone() for name, tensor in (tensors or {"weight": WEIGHT, "bias": BIAS}).items()
-    }
+    contents = {name: tensor.clone() for name, tensor in (tensors or {"weight": WEIGHT, "bias": BIAS}).items()}
     save_file(contents, path, METADATA | metadata)
     with pytest.raises(DataError, match=message):
         SavedHead.load(path)

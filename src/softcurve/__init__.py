@@ -1,4 +1,4 @@
-"""softcurve: cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
+"""Cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
 
 from softcurve import functional, nn, reference
 from softcurve.chain import ChainRule, chain_rule

@@ -1,10 +1,10 @@
 """Makes a :class:`~softcurve.objective.RowLoss` differentiable, from its closed forms alone.
 
-``_Value`` is the loss of each row; its backward applies ``_Gradient``, whose own backward and jvp are the closed-form Hessian
-product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing of second order
-is computed until it is asked for. The Hessian product is made of differentiable operations, so derivatives of third and
-higher order work as well. Nothing of size N×C is saved but the inputs: the residual is formed again in the backward
-pass, for less memory traffic than reading it would cost.
+``_Value`` is the loss of each row; its backward applies ``_Gradient``, whose own backward and jvp are the closed-form
+Hessian product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing
+of second order is computed until it is asked for. The Hessian product is made of differentiable operations, so
+derivatives of third and higher order work as well. Nothing of size N×C is saved but the inputs: the residual is formed
+again in the backward pass, for less memory traffic than reading it would cost.
 
 ``torch.compile`` traces the plain pair; a custom ``jvp`` or ``vmap`` would break its graph, so those live in subclasses
 that eager mode and ``torch.func`` use.
@@ -13,7 +13,7 @@ that eager mode and ``torch.func`` use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch.autograd import Function, forward_ad
 
 from softcurve.objective import Pulled, RowLoss
 
-# Logits a tile. On the CPU half a megabyte of float32: the passes over a tile then stay in a core's cache.
-TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+# Logits a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in cache, and
+# enough for two threads to be worth starting.
+TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
@@ -46,7 +47,9 @@ def _row_gradients(
 class _Value(Function):
     @staticmethod
     def forward(loss: RowLoss, z: Tensor, target: Tensor) -> Tensor:
-        return _by_tiles(lambda *tile: (loss.value(*tile),), z.shape[:-1], z, target)[0]
+        (rows,) = _by_tiles(lambda *tile: (loss.value(*tile),), z.shape[:-1], z, target)
+        assert rows is not None
+        return rows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -70,7 +73,9 @@ class _TransformableValue(_Value):
             return _inner(gradients, (v_z, v_target))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, z: Tensor, target: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, z: Tensor, target: Tensor
+    ) -> tuple[Tensor, int]:
         batched = [_to_front(t, d, info.batch_size) for t, d in zip((z, target), in_dims[1:], strict=True)]
         return _TransformableValue.apply(loss, *batched), 0
 
@@ -82,7 +87,9 @@ class _Gradient(Function):
     def forward(
         loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        in_z, in_target = _by_tiles(lambda *tile: loss.gradient(*tile, wanted), scale.shape, scale, z, target)
+        in_z, in_target = _by_tiles(
+            lambda scale, z, target: loss.gradient(scale, z, target, wanted), scale.shape, scale, z, target
+        )
         return (
             torch.zeros_like(scale) if in_z is None else in_z,
             torch.zeros_like(scale) if in_target is None else in_target,
@@ -157,7 +164,7 @@ def _inner(gradients: Pulled, directions: Pulled) -> Tensor:
     return total
 
 
-def _total(terms: list[Tensor | None]) -> Tensor | None:
+def _total(terms: Sequence[Tensor | None]) -> Tensor | None:
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
 

@@ -21,8 +21,9 @@ class ChainRule:
     """The links ``x → e → z → p → L`` and the gradient at each, as in the seed.
 
     Of each row's own loss, a row each: ``loss (...)``, ``e, dL_de (..., d)``, ``z, p, dL_dp, dL_dz (..., C)``,
-    ``dL_dx`` (the shape of ``x``; ``None`` for an ``x`` of integers, such as tokens). Of the mean loss: ``dL_dW (C, d)``,
-    ``dL_db (C,)`` (``None`` for a head without bias) and ``dL_dtheta``, by parameter name of the features.
+    ``dL_dx`` (the shape of ``x``; ``None`` for an ``x`` of integers, such as tokens). Of the mean loss:
+    ``dL_dW (C, d)``, ``dL_db (C,)`` (``None`` for a head without bias) and ``dL_dtheta``, by parameter name of the
+    features.
     """
 
     e: Float[Tensor, "*rows features"]
@@ -51,24 +52,30 @@ def chain_rule(
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(y‖p)``) or ``"reverse_kl"`` (``D(p‖y)``), in nats.
 
     A parameter that does not require a gradient has one here all the same; one that the features do not use gets zeros.
-    ``dL_dx`` is each row's own where the features treat rows apart; else (batch normalisation) that of the sum of the losses.
+    ``dL_dx`` is each row's own where the features treat rows apart; else (batch normalisation) that of the sum of the
+    losses.
 
     Raises:
         TypeError, ValueError: for a head that is no ``nn.Linear`` or of another width, a target that does not fit, or
             ``reverse_kl`` against a target with zeros, which is infinite.
 
-    Source: the seed, "链式求导": ``∂L/∂z = p − y``, ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``, ``∂L/∂W = (p − y)eᵀ``.
+    Source: the seed, "链式求导": ``∂L/∂z = p − y``, ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``,
+    ``∂L/∂W = (p − y)eᵀ``.
     """
     checks.require_choice("loss", loss, LOSSES)
     if not isinstance(head, nn.Linear):
-        raise TypeError(f"head must be a torch.nn.Linear, got {type(head).__name__}; put what precedes it into features")
+        raise TypeError(
+            f"head must be a torch.nn.Linear, got {type(head).__name__}; put what precedes it into features"
+        )
     parameters = {name: p.detach().requires_grad_() for name, p in features.named_parameters()}
     x = x.detach().requires_grad_(x.is_floating_point())
     with torch.enable_grad():
         e = torch.func.functional_call(features, parameters, (x,))
     if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != head.in_features:
         came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
-        raise ValueError(f"features must map x to a tensor of shape (..., {head.in_features}), as wide as head, got {came}")
+        raise ValueError(
+            f"features must map x to a tensor of shape (..., {head.in_features}), as wide as head, got {came}"
+        )
 
     with torch.no_grad():
         z = head(e)
@@ -116,11 +123,15 @@ def _link_at_logits(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Te
                 "mix in a little of the uniform distribution, or use loss='forward_kl'"
             )
         pair = softmax.pair(z, torch.log(y))
-        return ReverseKL().value(pair), reference.kl_gradient_in_first(p, y), softmax.divergence_gradient(ReverseKL(), pair)
+        return (
+            ReverseKL().value(pair),
+            reference.kl_gradient_in_first(p, y),
+            softmax.divergence_gradient(ReverseKL(), pair),
+        )
     value = softmax.dense_loss(z, y)
     if loss == "forward_kl":
         value = ForwardKL().value(softmax.pair(z, torch.log(y)))
-    return value, reference.dL_dp(y, p), softmax.dense_residual(z, y)
+    return value, reference.dL_dp(y, p), softmax.dense_residual(z, y, z.new_ones(z.shape[:-1]))
 
 
 def _pull_back(

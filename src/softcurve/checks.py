@@ -12,17 +12,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 SUM_TOLERANCE = 1e-4  # of a row of probabilities; half-precision rows are rounded to SUM_TOLERANCE_HALF
 SUM_TOLERANCE_HALF = 2e-2
 
 
+_WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be branched on
+    torch._C.DispatchKey.FuncTorchBatched,
+    torch._C.DispatchKey.FuncTorchGradWrapper,
+    torch._C.DispatchKey.Python,
+)
+
+
 def values_visible(*tensors: Tensor) -> bool:
     """Whether the entries of all tensors can be looked at here, at no cost to the caller's graph."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
-    return all(tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) for tensor in tensors)
+    keys = [torch._C._dispatch_keys(tensor) for tensor in tensors]
+    return all(key.has(torch._C.DispatchKey.CPU) and not any(map(key.has, _WRAPPERS)) for key in keys)
 
 
 def describe(tensor: Tensor) -> str:
@@ -37,9 +44,7 @@ def require_floating(name: str, tensor: object) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
-        raise ValueError(
-            f"{name} must be of shape (..., C) with the C >= 1 classes last, got {describe(tensor)}"
-        )
+        raise ValueError(f"{name} must be of shape (..., C) with the C >= 1 classes last, got {describe(tensor)}")
 
 
 def require_rows(name: str, tensor: Tensor, rows: Sequence[int], against: str) -> None:
@@ -89,11 +94,12 @@ def require_probabilities(name: str, probabilities: Tensor) -> None:
     if not values_visible(probabilities) or probabilities.numel() == 0:
         return
     values = probabilities.detach()
-    if values.isnan().any():
+    least = values.amin().item()
+    if math.isnan(least):
         raise ValueError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
-    if (values < 0).any():
+    if least < 0:
         raise ValueError(
-            f"{name} must hold probabilities >= 0, got {values.min().item():.6g}; "
+            f"{name} must hold probabilities >= 0, got {least:.6g}; "
             "if these are logits or log-probabilities, wrap them as softcurve.Logits(...)"
         )
     half = values.dtype in (torch.bfloat16, torch.float16)

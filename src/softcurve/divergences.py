@@ -6,9 +6,9 @@ are all that a softmax needs to pull ``D`` back to its logits, in first and seco
 (:mod:`softcurve.softmax`). Exchanging the arguments of a member gives a member, so the target's side needs no formulas
 of its own.
 
-Each ``φ`` is taken in the gauge ``φ(p, y) ≥ 0``, zero only at ``p = y``. A multiple of ``p`` or ``y`` added to ``φ`` adds a
-constant to ``D`` and nothing to a derivative in logits, so this is the textbook's value, but as a sum of terms none
-of which is negative: it cannot cancel, and it cannot come out below zero.
+Each ``φ`` is taken in the gauge ``φ(p, y) ≥ 0``, zero only at ``p = y``. A multiple of ``p`` or ``y`` added to ``φ``
+adds a constant to ``D`` and nothing to a derivative in logits, so this is the textbook's value, but as a sum of terms
+none of which is negative: it cannot cancel, and it cannot come out below zero.
 """
 
 from __future__ import annotations

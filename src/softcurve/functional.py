@@ -47,17 +47,19 @@ def cross_entropy(
     Args:
         logits: ``(..., C)``. −inf masks a class. Half precision is computed in float32 and returned in its own dtype.
         target: class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities or a
-            :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable too. It is taken as
-            it is: soft cap and temperature act on ``logits`` alone.
+            :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable too. It is
+            taken as it is: soft cap and temperature act on ``logits`` alone.
         weight: ``(C,)``, ≥ 0; a factor of each class in the target.
-        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever it holds.
+        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever it
+            holds.
         ignore_index: the class index of rows that have no part.
         label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``.
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
         z_loss: ``λ`` in ``λ lse²``, on the log-sum-exp that the softmax sees; stays in squared nats.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` (for class indices over the sum of the kept rows' weights, for
-            distributions over the rows, as in torch; with ``sample_weight`` its weighted counterpart) or ``"batchmean"``.
+            distributions over the rows, as in torch; with ``sample_weight`` its weighted counterpart) or
+            ``"batchmean"``.
         base: of the logarithm; 2 for bits.
 
     Raises:
@@ -154,7 +156,8 @@ def kl_divergence(
     Forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive gradients.
 
     Args:
-        p: logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side) ``TopK``.
+        p: logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side)
+            ``TopK``.
         q: likewise.
         sample_weight: ``(...)``; a factor of each row.
         temperature: ``T``; both sides become ``softmax(z / T)``.
@@ -166,7 +169,8 @@ def kl_divergence(
     Raises:
         TypeError, ValueError: for an argument of the wrong type, shape or value, and for logits that hold NaN or +inf.
 
-    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``, ``h(t) = e^t − 1 − t ≥ 0``.
+    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
+    ``h(t) = e^t − 1 − t ≥ 0``.
     """
     return _divergence(ForwardKL(), p, q, sample_weight, temperature, Reduction(reduction, base))
 
@@ -183,9 +187,9 @@ def js_divergence(
 ) -> Float[Tensor, "*reduced"]:
     """``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``; symmetric at ``beta = ½``.
 
-    The ends are those of the field: ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is ``D(Q‖P)``, exactly; between them this is
-    the mixture's formula, which tends to 0 towards the ends (divided by ``beta (1 − beta)`` it tends to the two KLs).
-    Arguments, errors and units are those of :func:`kl_divergence`.
+    The ends are those of the field: ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is ``D(Q‖P)``, exactly; between them
+    this is the mixture's formula, which tends to 0 towards the ends (divided by ``beta (1 − beta)`` it tends to the
+    two KLs). Arguments, errors and units are those of :func:`kl_divergence`.
 
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
@@ -201,7 +205,7 @@ def _divergence(
     temperature: float,
     reducer: Reduction,
 ) -> Tensor:
-    """``divergence`` of target ``p`` and model ``q``; a top-k list, which cannot be the model, makes them change places."""
+    """``divergence`` of target ``p`` and model ``q``; a top-k list cannot be the model, so there they change places."""
     p, q = _by_logits("p", p), _by_logits("q", q)
     if isinstance(q, TopK):
         divergence, p, q = divergence.exchanged(), q, p
@@ -236,8 +240,8 @@ def _require_finite_against(divergence: Divergence, listed: TopK, temperature: f
         )
     if listed.tail == "bucket" and temperature != 1:
         raise ValueError(
-            f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket's classes are unknown, so "
-            "it cannot be tempered; use tail='renormalize', or store log-probabilities taken at that temperature"
+            f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket's classes are "
+            "unknown, so it cannot be tempered; use tail='renormalize', or store log-probabilities taken at that temperature"
         )
 
 
@@ -282,7 +286,8 @@ def softmax_jacobian_product(
     checks.require_floating("vector", vector)
     if vector.shape != logits.shape:
         raise ValueError(
-            f"vector must have the shape {tuple(logits.shape)} of logits, got {checks.describe(vector)}; expand it first"
+            f"vector must have the shape {tuple(logits.shape)} of logits, got {checks.describe(vector)}; "
+            "expand it first"
         )
     return softmax.jacobian_product(_widened(logits), _widened(vector)).to(logits.dtype)
 

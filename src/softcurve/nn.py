@@ -52,9 +52,7 @@ class CrossEntropyLoss(torch.nn.Module):
         sample_weight: Float[Tensor, "*rows"] | None = None,
     ) -> Float[Tensor, "*reduced"]:
         """See :func:`softcurve.cross_entropy`."""
-        return functional.cross_entropy(
-            logits, target, weight=self.weight, sample_weight=sample_weight, **self.options
-        )
+        return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
     def extra_repr(self) -> str:
         """The options."""

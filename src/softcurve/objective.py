@@ -4,7 +4,8 @@ A :class:`RowLoss` knows its value, its gradient and its Hessian product, in the
 row; it holds no tensors and records nothing. :mod:`softcurve.autograd` makes it differentiable.
 
 The logits pass through a :class:`LogitMap` (soft cap, then temperature) first; the z-loss is on the log-sum-exp of what
-the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g = m′ ⊙ g′`` and ``H v = m′ ⊙ H′(m′ ⊙ v) + m″ ⊙ g′ ⊙ v``.
+the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g = m′ ⊙ g′`` and
+``H v = m′ ⊙ H′(m′ ⊙ v) + m″ ⊙ g′ ⊙ v``.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class RowLoss(ABC):
         """The value of each row."""
 
     @abstractmethod
-    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
-        """``∂loss/∂z`` and ``∂loss/∂target`` where wanted."""
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
+        """``scale ⊙ ∂loss/∂z`` and ``scale ⊙ ∂loss/∂target`` where wanted."""
 
     @abstractmethod
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
@@ -95,11 +96,18 @@ class RowLoss(ABC):
         """``scale ⊙ ∂value`` in the inputs' dtypes. A row of scale 0 has gradient 0, whatever its logits hold."""
         wide_z, wide_target = _widened(z, target)
         mapped = self.logit_map.value(wide_z)
-        in_z, in_target = self.residuals(mapped, wide_target, wanted)
-        if in_z is not None:
-            in_z = in_z + self._z_loss_gradient(mapped) if self.z_loss else in_z
-            in_z = in_z if self.logit_map.is_identity else in_z * self.logit_map.slope(wide_z)
-        return _scaled(scale, in_z, z.dtype), _scaled(scale, in_target, target.dtype)
+        in_z, in_target = self._mapped_gradient(scale, mapped, wide_target, wanted)
+        if in_z is not None and not self.logit_map.is_identity:
+            in_z = in_z * self.logit_map.slope(wide_z)
+        return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
+
+    def _mapped_gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
+        """``g′``: the residuals with the z-loss's ``2 λ lse p``."""
+        in_z, in_target = self.residuals(scale, z, target, wanted)
+        if self.z_loss and wanted[0]:
+            rows = softmax.softmax_rows(z)
+            in_z = _sum(in_z, (2 * self.z_loss * scale * rows.log_sum_exp).unsqueeze(-1) * rows.probabilities)
+        return in_z, in_target
 
     def hessian_product(
         self, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
@@ -115,27 +123,26 @@ class RowLoss(ABC):
         in_z, in_target = self.products(mapped, wide_target, inner, wide_v_target)
         if self.z_loss and inner is not None:
             in_z = _sum(in_z, self._z_loss_product(mapped, inner))
-        if not self.logit_map.is_identity and in_z is not None:
+        if in_z is not None and not self.logit_map.is_identity:
             in_z = in_z * self.logit_map.slope(wide_z)
-            if self.logit_map.softcap is not None and v_z is not None:
-                residual = _sum(
-                    self.residuals(mapped, wide_target, (True, False))[0],
-                    self._z_loss_gradient(mapped) if self.z_loss else None,
-                )
-                in_z = _sum(in_z, self.logit_map.bend(wide_z) * residual * v_z)
-        return _scaled(scale, in_z, z.dtype), _scaled(scale, in_target, target.dtype)
+        if v_z is not None and self.logit_map.softcap is not None:
+            in_z = _sum(in_z, self.logit_map.bend(wide_z) * self._differentiable_gradient(mapped, wide_target) * v_z)
+        column = scale.unsqueeze(-1)
+        in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
+        return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
 
-    def _z_loss_gradient(self, z: Tensor) -> Tensor:
-        """``2 λ lse p``."""
-        rows = softmax.softmax_rows(z)
-        return 2 * self.z_loss * rows.log_sum_exp.unsqueeze(-1) * rows.probabilities
+    def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        """``g′`` in the logits, for autograd to look into."""
+        gradient, _ = self._mapped_gradient(z.new_ones(z.shape[:-1]), z, target, (True, False))
+        assert gradient is not None
+        return gradient
 
     def _z_loss_product(self, z: Tensor, v: Tensor) -> Tensor:
         """``2 λ [lse p ⊙ (v − p·v) + p (p·v)]``."""
         rows = softmax.softmax_rows(z)
         p = rows.probabilities
         mean = (p * v).sum(-1, keepdim=True)
-        return 2 * self.z_loss * p * (rows.log_sum_exp.unsqueeze(-1) * softmax.centred(v, p, rows.top) + mean)
+        return 2 * self.z_loss * p * (rows.log_sum_exp.unsqueeze(-1) * softmax.centred(v, p) + mean)
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,12 @@ class IndexCrossEntropy(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.index_loss(z, target)
 
-    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
-        return softmax.index_residual(z, target), None
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        return softmax.index_residual(z, target, scale), None
+
+    def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+        one_hot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1.0)
+        return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, one_hot)
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
         """``p ⊙ (v − p·v)``: the target has no derivative."""
@@ -160,10 +171,10 @@ class DenseCrossEntropy(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.dense_loss(z, target)
 
-    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
         return (
-            softmax.dense_residual(z, target) if wanted[0] else None,
-            softmax.dense_target_gradient(z, target) if wanted[1] else None,
+            softmax.dense_residual(z, target, scale) if wanted[0] else None,
+            scale.unsqueeze(-1) * softmax.dense_target_gradient(z, target) if wanted[1] else None,
         )
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
@@ -172,11 +183,11 @@ class DenseCrossEntropy(RowLoss):
         p = rows.probabilities
         in_z, in_target = None, None
         if v_z is not None:
-            u = softmax.centred(v_z, p, rows.top)
+            u = softmax.centred(v_z, p)
             in_z = target.sum(-1, keepdim=True) * p * u
-            in_target = _unless_masked(z, -u)
+            in_target = softmax.unless_masked(z, -u)
         if v_target is not None:
-            in_z = _sum(in_z, _unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target))
+            in_z = _sum(in_z, softmax.unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target))
         return in_z, in_target
 
 
@@ -189,24 +200,26 @@ class LogitDivergence(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return self.divergence.value(softmax.pair(z, target))
 
-    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
-        pair = softmax.pair(z, target)
-        return (
-            _unless_masked(z, softmax.divergence_gradient(self.divergence, pair)) if wanted[0] else None,
-            _unless_masked(target, softmax.divergence_gradient(self.divergence.exchanged(), pair.exchanged()))
-            if wanted[1]
-            else None,
-        )
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        pair, column = softmax.pair(z, target), scale.unsqueeze(-1)
+        in_z, in_target = None, None
+        if wanted[0]:
+            gradient = softmax.divergence_gradient(self.divergence, pair)
+            in_z = softmax.unless_masked(z, column * gradient)
+        if wanted[1]:
+            gradient = softmax.divergence_gradient(self.divergence.exchanged(), pair.exchanged())
+            in_target = softmax.unless_masked(target, column * gradient)
+        return in_z, in_target
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
         pair = softmax.pair(z, target)
         zeros = torch.zeros_like(pair.p)
-        u_z = zeros if v_z is None else softmax.centred(v_z, pair.p, z.argmax(-1, keepdim=True))
-        u_y = zeros if v_target is None else softmax.centred(v_target, pair.y, target.argmax(-1, keepdim=True))
+        u_z = zeros if v_z is None else softmax.centred(v_z, pair.p)
+        u_y = zeros if v_target is None else softmax.centred(v_target, pair.y)
         product = softmax.divergence_hessian_product
         return (
-            _unless_masked(z, product(self.divergence, pair, u_z, u_y)),
-            _unless_masked(target, product(self.divergence.exchanged(), pair.exchanged(), u_y, u_z)),
+            softmax.unless_masked(z, product(self.divergence, pair, u_z, u_y)),
+            softmax.unless_masked(target, product(self.divergence.exchanged(), pair.exchanged(), u_y, u_z)),
         )
 
 
@@ -217,8 +230,8 @@ class Entropy(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.entropy_rows(z)
 
-    def residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
-        return softmax.entropy_gradient(z), None
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+        return scale.unsqueeze(-1) * softmax.entropy_gradient(z), None
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
         return None if v_z is None else softmax.entropy_hessian_product(z, v_z), None
@@ -233,22 +246,19 @@ def _widened(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return z.to(dtype), target.to(dtype)
 
 
-def _scaled(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _settled(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Rounded to ``dtype``; exactly 0 in a row of scale 0, where ``0 · NaN`` may stand."""
     if rows is None:
         return None
-    scale = scale.unsqueeze(-1)
-    return torch.where(scale == 0, torch.zeros_like(rows), scale * rows).to(dtype)
+    if not checks.values_visible(scale) or not scale.all():
+        rows = torch.where(scale.unsqueeze(-1) == 0, 0.0, rows)
+    return rows.to(dtype)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-def _unless_masked(z: Tensor, values: Tensor) -> Tensor:
-    """A masked class has no gradient, also where the target gives it mass and the loss is infinite."""
-    return torch.where(z == -math.inf, torch.zeros_like(values), values)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The softmax of a row: log-sum-exp, Jacobian products, and the pull-back of a loss through it.
 
-Everything here costs ``O(C)`` a row. The one rule of rounding: a row's largest class is kept apart. With ``m = max z`` at
-class ``top`` and ``rest = Σ_{k≠top} e^{z_k − m}``, ``log p_k = (z_k − m) − log1p(rest)`` and ``1 − p_top = rest/(1 + rest)``
-have no subtraction that cancels, however confident the row and however large a common offset of its logits.
+Everything here costs ``O(C)`` a row. The one rule of rounding: a row's largest class is kept apart. With ``m = max z``
+at class ``top`` and ``rest = Σ_{k≠top} e^{z_k − m}``, ``log p_k = (z_k − m) − log1p(rest)`` and
+``1 − p_top = rest/(1 + rest)`` have no subtraction that cancels, however confident the row and however large a common
+offset of its logits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softcurve.checks import values_visible
 from softcurve.divergences import Divergence, Pair
 
 
@@ -22,7 +24,6 @@ class SoftmaxRows(NamedTuple):
 
     shifted: Float[Tensor, "*rows classes"]  # z − m
     exponentials: Float[Tensor, "*rows classes"]  # e^{z − m}
-    top: Int[Tensor, "*rows 1"]
     offset: Float[Tensor, "*rows 1"]  # m
     rest: Float[Tensor, "*rows 1"]  # Σ_{k≠top} e^{z_k − m}
 
@@ -44,11 +45,13 @@ class SoftmaxRows(NamedTuple):
 
 def softmax_rows(z: Float[Tensor, "*rows classes"]) -> SoftmaxRows:
     """The softmax of each row of logits ``z``. A row without a finite class gives NaN."""
-    offset, top = z.max(-1, keepdim=True)
+    offset = z.amax(-1, keepdim=True)
     shifted = z - offset
     exponentials = torch.exp(shifted)
-    rest = exponentials.scatter(-1, top, 0.0).sum(-1, keepdim=True)
-    return SoftmaxRows(shifted, exponentials, top, offset, rest)
+    total = exponentials.sum(-1, keepdim=True)
+    # The largest class is an exact 1, which the fractional part drops: no index is needed. Two of them make total ≥ 2.
+    confident = torch.frac(exponentials).sum(-1, keepdim=True)
+    return SoftmaxRows(shifted, exponentials, offset, torch.where(total < 2, confident, total - 1))
 
 
 def jacobian(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
@@ -63,72 +66,81 @@ def jacobian_product(
 ) -> Float[Tensor, "*rows classes"]:
     """``J v = p ⊙ (v − p·v)``, symmetric: also ``Jᵀ v``."""
     p = torch.softmax(z, -1)
-    return p * centred(vector, p, z.argmax(-1, keepdim=True))
+    return p * centred(vector, p)
 
 
-def centred(
-    v: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], top: Int[Tensor, "*rows 1"]
-) -> Float[Tensor, "*rows classes"]:
+def centred(v: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
     """``v − p·v``, taken from ``v_top`` on, so that a confident row's own entry is the small sum that it is."""
-    from_top = v - v.gather(-1, top)
+    from_top = v - v.gather(-1, p.argmax(-1, keepdim=True))
     return from_top - (p * from_top).sum(-1, keepdim=True)
+
+
+def unless_masked(z: Float[Tensor, "*rows classes"], values: Tensor) -> Float[Tensor, "*rows classes"]:
+    """``values``, and 0 at a masked class, whatever a formula says there of ``0 · ∞``."""
+    return torch.where(z == -math.inf, 0.0, values) if may_be_masked(z) else values
+
+
+def may_be_masked(z: Tensor) -> bool:
+    """Whether a logit of −inf has to be reckoned with: ``where`` costs as much as several exponentials on the CPU."""
+    return not values_visible(z) or z.numel() == 0 or bool(z.amin() == -math.inf)
 
 
 # --- cross-entropy against one class ---------------------------------------------------------------------------------
 
 
+# The hot path: the passes write into their own temporaries, so these two are not for autograd to look into.
+
+
 def index_loss(z: Float[Tensor, "*rows classes"], target: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``: two terms ≥ 0, ``log1p`` where ``t`` is the top."""
-    at = target.unsqueeze(-1)
-    shifted, own, others = _around_target(z, at)
-    gap = -shifted.gather(-1, at)
+    """``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, both ≥ 0; ``log1p`` if ``t`` is the top."""
+    _, own, others, gap = _around_target(z, target.unsqueeze(-1))
     return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + own))).squeeze(-1)
 
 
 def index_residual(
-    z: Float[Tensor, "*rows classes"], target: Int[Tensor, "*rows"]
+    z: Float[Tensor, "*rows classes"], target: Int[Tensor, "*rows"], scale: Float[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``p − y`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, and 0 where the target itself is masked."""
-    at = target.unsqueeze(-1)
-    shifted, own, others = _around_target(z, at)
-    total = others + own
-    at_target = torch.where(own == 0, -_unmasked(z.gather(-1, at)), -others / total)
-    return (torch.exp(shifted) / total).scatter(-1, at, at_target)
+    """``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, and 0 where the target itself is masked."""
+    at, scale = target.unsqueeze(-1), scale.unsqueeze(-1)
+    exponentials, own, others, gap = _around_target(z, at)
+    factor = scale / (others + own)
+    return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others))
 
 
-def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``z − m``, ``e^{z_t − m}`` and ``Σ_{k≠t} e^{z_k − m}``."""
+def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``."""
     shifted = z - z.amax(-1, keepdim=True)
-    exponentials = torch.exp(shifted)
+    gap = -shifted.gather(-1, at)
+    exponentials = shifted.exp_()
     own = exponentials.gather(-1, at)
-    return shifted, own, exponentials.scatter(-1, at, 0.0).sum(-1, keepdim=True)
-
-
-def _unmasked(z: Tensor) -> Tensor:
-    """1 where a logit is above −inf (or NaN, which must stay visible), else 0."""
-    return (z != -math.inf).to(z.dtype)
+    exponentials.scatter_(-1, at, 0.0)
+    return exponentials, own, exponentials.sum(-1, keepdim=True), gap
 
 
 # --- cross-entropy against a distribution ----------------------------------------------------------------------------
 
 
-def dense_loss(
-    z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows"]:
-    """``−Σ_k y_k log p_k``, a sum of terms ≥ 0; ``y`` of any mass."""
-    log_p = softmax_rows(z).log_probabilities
-    return -torch.where(y == 0, torch.zeros_like(log_p), y * log_p).sum(-1)
+def dense_loss(z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
+    """``−Σ_k y_k log p_k = (Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0; ``y`` of any mass."""
+    rows = softmax_rows(z)
+    from_top = (y * rows.shifted).sum(-1)
+    if not values_visible(from_top) or from_top.isnan().any():
+        from_top = torch.where(y == 0, 0.0, y * rows.shifted).sum(-1)  # 0 · log 0 = 0
+    return y.sum(-1) * torch.log1p(rows.rest).squeeze(-1) - from_top
 
 
 def dense_residual(
-    z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"]
+    z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"], scale: Float[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``(Σ_k y_k) p − y``; a class above one half is minus the sum of the others, as the row sums to 0."""
-    rows = softmax_rows(z)
-    residual = y.sum(-1, keepdim=True) * rows.probabilities - y
-    from_others = -residual.scatter(-1, rows.top, 0.0).sum(-1, keepdim=True)
-    at_top = torch.where(rows.rest < 1, from_others, residual.gather(-1, rows.top))
-    return torch.where(z == -math.inf, torch.zeros_like(z), residual.scatter(-1, rows.top, at_top))
+    """``scale [(Σ_k y_k) p − y]``.
+
+    The row sums to 0; what it misses of that is the rounding error of a class above one half, which takes it up.
+    """
+    rows, scale = softmax_rows(z), scale.unsqueeze(-1)
+    factor = scale * y.sum(-1, keepdim=True) / (1 + rows.rest)
+    residual = torch.addcmul(rows.exponentials * factor, y, -scale)
+    surplus = torch.where(rows.rest < 1, residual.sum(-1, keepdim=True), 0.0)
+    return unless_masked(z, torch.addcmul(residual, torch.trunc(rows.exponentials), -surplus))
 
 
 def dense_target_gradient(
@@ -136,7 +148,7 @@ def dense_target_gradient(
 ) -> Float[Tensor, "*rows classes"]:
     """``∂L/∂y = −log p``; 0 where a masked class has no mass, as it has no part in the loss."""
     log_p = softmax_rows(z).log_probabilities
-    return torch.where((z == -math.inf) & (y == 0), torch.zeros_like(log_p), -log_p)
+    return torch.where((z == -math.inf) & (y == 0), 0.0, -log_p) if may_be_masked(z) else -log_p
 
 
 # --- a separable divergence of two softmaxes -------------------------------------------------------------------------
@@ -165,8 +177,8 @@ def pair(z_p: Float[Tensor, "*rows classes"], z_y: Float[Tensor, "*rows classes"
 def divergence_gradient(divergence: Divergence, pair: Pair) -> Float[Tensor, "*rows classes"]:
     """``∂D/∂z_p = s − p Σ_k s_k``.
 
-    Where ``Σ s`` is ``+inf`` (mass on a class that the target excludes) it is the limit: ``+inf`` at those classes, ``−inf`` at
-    the others with mass.
+    Where ``Σ s`` is ``+inf`` (mass on a class that the target excludes) it is the limit: ``+inf`` at those classes,
+    ``−inf`` at the others with mass.
     """
     score = divergence.score(pair)
     total = score.sum(-1, keepdim=True)
@@ -177,7 +189,7 @@ def divergence_gradient(divergence: Divergence, pair: Pair) -> Float[Tensor, "*r
 def divergence_hessian_product(
     divergence: Divergence, pair: Pair, u_p: Float[Tensor, "*rows classes"], u_y: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """The change of ``∂D/∂z_p`` along centred directions: ``ṡ − p Σṡ − (p ⊙ u_p) Σs`` with ``ṡ = c ⊙ u_p + x ⊙ u_y``."""
+    """The change of ``∂D/∂z_p`` for centred ``u``: ``ṡ − p Σṡ − (p ⊙ u_p) Σs`` with ``ṡ = c ⊙ u_p + x ⊙ u_y``."""
     change = divergence.curve(pair) * u_p + divergence.cross(pair) * u_y
     total = divergence.score(pair).sum(-1, keepdim=True)
     return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total
@@ -196,7 +208,7 @@ def entropy_gradient(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 
     """``∂H/∂z = −p ⊙ (log p + H)``."""
     rows = softmax_rows(z)
     p, log_p = rows.probabilities, _finite_log(rows)
-    return -p * centred(log_p, p, rows.top)
+    return -p * centred(log_p, p)
 
 
 def entropy_hessian_product(
@@ -205,11 +217,10 @@ def entropy_hessian_product(
     """``−p ⊙ [u ⊙ (log p + H + 1) − Σ_k p_k log p_k u_k]`` with ``u = v − p·v``."""
     rows = softmax_rows(z)
     p = rows.probabilities
-    u, information = centred(v, p, rows.top), centred(_finite_log(rows), p, rows.top)
+    u, information = centred(v, p), centred(_finite_log(rows), p)
     return -p * (u * (information + 1) - (p * information * u).sum(-1, keepdim=True))
 
 
 def _finite_log(rows: SoftmaxRows) -> Tensor:
     """``log p``, with 0 in place of −inf: only ever multiplied by its ``p = 0``."""
-    log_p = rows.log_probabilities
-    return torch.where(rows.shifted == -math.inf, torch.zeros_like(log_p), log_p)
+    return unless_masked(rows.shifted, rows.log_probabilities)

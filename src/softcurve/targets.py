@@ -49,8 +49,8 @@ class Target(ABC):
     def _require_shape(self, shape: torch.Size, z: Tensor) -> None:
         if tuple(shape) != tuple(z.shape):
             raise ValueError(
-                f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it is compared "
-                f"with, got {tuple(shape)}"
+                f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it "
+                f"is compared with, got {tuple(shape)}"
             )
 
 

@@ -26,9 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="digits, or a .npz, .npy, .safetensors or .parquet file.")
-]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="digits, or a .npz, .npy, .safetensors or .parquet file.")]
 Target = Annotated[
     Path | None, typer.Option(metavar="FILE.npy", help="Labels (n,) or distributions (n, C), not DATA's.")
 ]
@@ -82,9 +80,7 @@ def predict(
     target: Target = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Where predictions go: .npz, .csv, .parquet, or .npy (probabilities alone)."
-        ),
+        typer.Option(metavar="FILE", help="Where predictions go: .npz, .csv, .parquet, or .npy (probabilities alone)."),
     ] = None,
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
@@ -96,9 +92,7 @@ def predict(
 
 @app.command()
 def explain(
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where the page goes.")] = Path(
-        "explain.html"
-    ),
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where the page goes.")] = Path("explain.html"),
     seed: Seed = 0,
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""

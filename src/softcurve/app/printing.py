@@ -35,8 +35,7 @@ def print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
 def print_record(record: Mapping[str, object]) -> None:
     """Print the record as one line of JSON; a number that is not finite becomes null."""
     finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
     print(json.dumps(finite, allow_nan=False))
 
@@ -57,8 +56,6 @@ def fit_progress(max_iter: int, *, show: bool | None) -> Iterator[Callable[[Step
         task = progress.add_task("fit", total=max_iter, objective=math.nan, gradient=math.nan)
 
         def update(step: Step) -> None:
-            progress.update(
-                task, completed=step.iteration, objective=step.objective, gradient=step.gradient_max
-            )
+            progress.update(task, completed=step.iteration, objective=step.objective, gradient=step.gradient_max)
 
         yield update

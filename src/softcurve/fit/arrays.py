@@ -146,9 +146,7 @@ def _column(column: Any, name: str) -> NDArray[Any]:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         widths = pc.unique(pc.list_value_length(array)).to_pylist()
         if len(widths) > 1:
-            raise DataError(
-                f"data: {name} has lists of {min(widths)} to {max(widths)} entries; give one length"
-            )
+            raise DataError(f"data: {name} has lists of {min(widths)} to {max(widths)} entries; give one length")
         values = _column(pa.chunked_array([array.flatten()]), f"the lists in {name}")
         return values.reshape(len(array), widths[0] if widths else 0)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

@@ -76,9 +76,7 @@ def mean_loss(
 
 
 @torch.no_grad()
-def evaluate(
-    weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"], rows: Rows, loss: str
-) -> Scores:
+def evaluate(weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"], rows: Rows, loss: str) -> Scores:
     """Return the head's figures on rows; the largest class of a distribution counts as its label."""
     features, target = tensors(rows, weight.dtype)
     logits = torch.addmm(bias, features, weight.T)

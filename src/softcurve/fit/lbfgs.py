@@ -107,9 +107,7 @@ class _Objective:
         self.size = self.shape[0] * (self.shape[1] + 1)
         self.gradient_max = math.inf
 
-    def unpack(
-        self, flat: Float[Tensor, " size"]
-    ) -> tuple[Float[Tensor, "classes d"], Float[Tensor, " classes"]]:
+    def unpack(self, flat: Float[Tensor, " size"]) -> tuple[Float[Tensor, "classes d"], Float[Tensor, " classes"]]:
         weight, bias = flat.split([self.size - self.shape[0], self.shape[0]])
         return weight.view(self.shape), bias
 

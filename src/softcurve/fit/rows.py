@@ -46,12 +46,8 @@ def load_rows(data: str, target: Path | None = None) -> Rows:
     """Read rows to fit a head to; see ``read_arrays`` for ``data`` and ``target``. Raises DataError."""
     arrays = read_arrays(data, target)
     if arrays.target is None:
-        raise DataError(
-            f"data: {data} has no targets ({arrays.target_name}); give them in an .npy file as target"
-        )
-    return make_rows(
-        arrays.features, arrays.target, features_name=arrays.features_name, target_name=arrays.target_name
-    )
+        raise DataError(f"data: {data} has no targets ({arrays.target_name}); give them in an .npy file as target")
+    return make_rows(arrays.features, arrays.target, features_name=arrays.features_name, target_name=arrays.target_name)
 
 
 def load_rows_for(
@@ -102,9 +98,7 @@ def make_rows(
         return Rows(checked, distributions, tuple(range(distributions.shape[1])))
     classes, index = np.unique(_checked_labels(target, target_name), return_inverse=True)
     if len(classes) < 2:
-        raise DataError(
-            f"{target_name} has one class only, {classes.tolist()[0]!r}; a softmax head needs two or more"
-        )
+        raise DataError(f"{target_name} has one class only, {classes.tolist()[0]!r}; a softmax head needs two or more")
     return Rows(checked, index.astype(np.int64), tuple(classes.tolist()))
 
 
@@ -159,12 +153,8 @@ def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
     if kind in "iubU":
         return labels
     if kind != "f":
-        raise DataError(
-            f"{name} has labels of dtype {labels.dtype}; they must be integers or strings: convert them"
-        )
-    if not (
-        np.isfinite(labels).all() and (labels == np.rint(labels)).all() and (np.abs(labels) < 2**53).all()
-    ):
+        raise DataError(f"{name} has labels of dtype {labels.dtype}; they must be integers or strings: convert them")
+    if not (np.isfinite(labels).all() and (labels == np.rint(labels)).all() and (np.abs(labels) < 2**53).all()):
         raise DataError(
             f"{name} is one-dimensional but not whole numbers; labels must be integers or strings, and "
             "distributions need shape (n, C)"
@@ -174,9 +164,7 @@ def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
 
 def _checked_distributions(target: NDArray[Any], name: str) -> Float64[np.ndarray, "rows classes"]:
     if target.dtype.kind not in "iufb":
-        raise DataError(
-            f"{name} must be probabilities; got {target.dtype}: give floats, or labels of shape (n,)"
-        )
+        raise DataError(f"{name} must be probabilities; got {target.dtype}: give floats, or labels of shape (n,)")
     if target.ndim != 2 or target.shape[1] < 2:
         raise DataError(
             f"{name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or more; "

@@ -100,9 +100,7 @@ def _checked_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, Te
         )
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != weight.dtype:
-            raise _damaged(
-                path, f"both tensors must be float32 or float64, alike; {name!r} is {tensor.dtype}"
-            )
+            raise _damaged(path, f"both tensors must be float32 or float64, alike; {name!r} is {tensor.dtype}")
         if not tensor.isfinite().all():
             raise _damaged(path, f"{name!r} has entries that are not finite")
     return weight, bias
@@ -116,9 +114,7 @@ def _checked_classes(path: Path, text: str, count: int) -> tuple[Label, ...]:
     if not isinstance(classes, list) or not all(isinstance(label, int | str) for label in classes):
         raise _damaged(path, f"its metadata 'classes' must be a JSON list of labels, and is {text[:60]!r}")
     if len(classes) != count or len(set(classes)) != count:
-        raise _damaged(
-            path, f"its metadata 'classes' must name {count} classes, and names {len(set(classes))}"
-        )
+        raise _damaged(path, f"its metadata 'classes' must name {count} classes, and names {len(set(classes))}")
     return tuple(classes)
 
 

@@ -110,9 +110,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
-            f"out: the folder {folder} cannot be made ({error.strerror}); give another path"
-        ) from error
+        raise OSError(f"out: the folder {folder} cannot be made ({error.strerror}); give another path") from error
 
 
 @contextmanager

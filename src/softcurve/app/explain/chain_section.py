@@ -84,9 +84,7 @@ def _named(record: softcurve.ChainRule) -> dict[str, Tensor]:
     return gradients | {f"dL_dtheta[{name}]": value for name, value in record.dL_dtheta.items()}
 
 
-def _by_autograd(
-    network: Network, x: Float[Tensor, "n 64"], y: Float[Tensor, "n 10"], loss: str
-) -> dict[str, Tensor]:
+def _by_autograd(network: Network, x: Float[Tensor, "n 64"], y: Float[Tensor, "n 10"], loss: str) -> dict[str, Tensor]:
     """The chain as anyone would write it in torch, differentiated by torch alone."""
     x = x.clone().requires_grad_()
     e = network.features(x)

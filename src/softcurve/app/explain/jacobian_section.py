@@ -37,9 +37,7 @@ def explain_jacobian(network: Network) -> Section:
         checks=_checks(z, y, jacobian, eigenvalues, ordered),
         pictures=_pictures(x, p, y, jacobian, eigenvalues, ordered),
         tables={
-            "identity": list(
-                zip(range(CLASSES), *(v.tolist() for v in (p, y, y / p, identity, y - p)), strict=True)
-            ),
+            "identity": list(zip(range(CLASSES), *(v.tolist() for v in (p, y, y / p, identity, y - p)), strict=True)),
             "likeliest": p.topk(2).indices.tolist(),
         },
     )
@@ -93,9 +91,7 @@ def _pictures(
     def spectrum(theme: Theme) -> Figure:
         figure, axes = canvas(4.4, 2.9)
         ranks = range(1, CLASSES + 1)
-        axes.semilogy(
-            ranks, ordered, "_", color=theme.third, markersize=17, markeredgewidth=2, label="sorted p"
-        )
+        axes.semilogy(ranks, ordered, "_", color=theme.third, markersize=17, markeredgewidth=2, label="sorted p")
         axes.semilogy(ranks[1:], eigenvalues[1:], "o", color=theme.first, label="eigenvalue λ of J")
         axes.set_xticks(ranks)
         powers(axes.yaxis)

@@ -26,9 +26,7 @@ def explain_minimum(network: Network, seed: int) -> Section:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(z.shape, generator=generator, dtype=z.dtype)
     curves = [_compare(z, scale * direction) for scale in SCALES]
-    forward, backward, model, difference, backward_difference = (
-        list(curve) for curve in zip(*curves, strict=True)
-    )
+    forward, backward, model, difference, backward_difference = (list(curve) for curve in zip(*curves, strict=True))
     predicted = _third_order(z, direction)
     errors = [_float32_errors(z, direction, scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)]
     slope = float(np.polyfit(np.log(SCALES[:SMALL]), np.log(difference[:SMALL]), 1)[0])
@@ -77,9 +75,7 @@ def explain_minimum(network: Network, seed: int) -> Section:
     )
 
 
-def _compare(
-    z: Float[Tensor, "n c"], delta: Float[Tensor, "n c"]
-) -> tuple[float, float, float, float, float]:
+def _compare(z: Float[Tensor, "n c"], delta: Float[Tensor, "n c"]) -> tuple[float, float, float, float, float]:
     """Mean KL either way, the mean model, and the median relative difference of each KL from the model."""
     forward = softcurve.kl_divergence(z, z + delta, reduction="none")
     backward = softcurve.kl_divergence(z + delta, z, reduction="none")
@@ -95,9 +91,7 @@ def _left_of_the_terms(z: Float[Tensor, "n c"], moved: Float[Tensor, "n c"]) -> 
     return (divergence / (p * log_ratio).abs().sum(-1)).median().item()
 
 
-def _float32_errors(
-    z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float
-) -> dict[str, float]:
+def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:
     """Median relative errors of two float32 sums; the truth is the same in float64, of the rounded logits."""
     at, moved = z.float(), (z + scale * direction).float()
     truth = softcurve.kl_divergence(at.double(), moved.double(), reduction="none")
@@ -106,9 +100,7 @@ def _float32_errors(
         "textbook": (log_p.exp() * (log_p - log_q)).sum(-1),
         "softcurve": softcurve.kl_divergence(at, moved, reduction="none"),
     }
-    return {"scale": scale} | {
-        name: ((value - truth) / truth).abs().median().item() for name, value in sums.items()
-    }
+    return {"scale": scale} | {name: ((value - truth) / truth).abs().median().item() for name, value in sums.items()}
 
 
 def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> float:
@@ -122,9 +114,7 @@ def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> fl
     return (third / (3 * second)).abs().median().item()
 
 
-def _curves(
-    theme: Theme, forward: Sequence[float], backward: Sequence[float], model: Sequence[float]
-) -> Figure:
+def _curves(theme: Theme, forward: Sequence[float], backward: Sequence[float], model: Sequence[float]) -> Figure:
     figure, axes = canvas(4.4, 3.0)
     axes.loglog(SCALES, model, color=theme.third, linewidth=5, alpha=0.4, label="½ δᵀJδ")
     axes.loglog(SCALES, forward, color=theme.first, label="D(p(z) ‖ p(z+δ))")
@@ -137,9 +127,7 @@ def _curves(
     return figure
 
 
-def _differences(
-    theme: Theme, forward: Sequence[float], backward: Sequence[float], predicted: float
-) -> Figure:
+def _differences(theme: Theme, forward: Sequence[float], backward: Sequence[float], predicted: float) -> Figure:
     figure, axes = canvas(4.4, 3.0)
     line = [predicted * scale for scale in SCALES]
     axes.loglog(SCALES, line, color=theme.third, linewidth=5, alpha=0.4, label="scale × |κ₃| / 3κ₂")

@@ -33,9 +33,7 @@ def render(sections: Sequence[Section], facts: Mapping[str, object]) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     latex = unescape(found["inline"] or found["block"])
-    latex = re.sub(
-        r"\\log(?!\()", r"\\log\\,", latex
-    )  # MathML puts no space between a function and its argument
+    latex = re.sub(r"\\log(?!\()", r"\\log\\,", latex)  # MathML puts no space between a function and its argument
     if found["inline"]:
         return convert(latex, display="inline")
     return f'<div class="formula">{convert(latex, display="block")}</div>'
@@ -53,8 +51,8 @@ def _power(value: float) -> Markup:
         return fixed(value, 0)
     digits, exponent = f"{value:.1e}".split("e")
     power = Markup("10<sup>{}</sup>").format(str(int(exponent)).replace("-", "−"))
-    if float(f"1e{exponent}") == value:
-        return power
+    if abs(value) == float(f"1e{exponent}"):
+        return Markup("−" if value < 0 else "") + power
     return Markup("{}&nbsp;·&nbsp;{}").format(digits.replace("-", "−"), power)
 
 

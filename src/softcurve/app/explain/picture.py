@@ -131,9 +131,7 @@ def cells(theme: Theme, values: Sequence[Sequence[float]], *, signed: bool, cell
     return figure
 
 
-def bars(
-    theme: Theme, values: Sequence[float], *, target: Sequence[float] | None = None, width: float = 2.4
-) -> Figure:
+def bars(theme: Theme, values: Sequence[float], *, target: Sequence[float] | None = None, width: float = 2.4) -> Figure:
     """One bar for each class, negative ones in the second colour; a target as short lines across."""
     figure, axes = canvas(width, width * 0.7, left=0.4, bottom=0.22, rest=0.05)
     colours = [theme.first if value >= 0 else theme.second for value in values]
