@@ -101,6 +101,13 @@ def product(a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, a * torch.where(nothing, 0.0, log_b))
 
 
+def listed_and_rest(z: Tensor, indices: Tensor) -> Tensor:
+    """Logits over the listed classes and one outcome for all others: ``log Σ e^z`` of these."""
+    others = torch.ones_like(z, dtype=torch.bool).scatter(-1, indices, False)
+    rest = torch.logsumexp(torch.where(others, z, -math.inf), -1, keepdim=True)
+    return torch.cat([z.gather(-1, indices), rest], -1)
+
+
 def cross_entropy_rows(
     z: Tensor,
     y: Tensor,
@@ -111,10 +118,14 @@ def cross_entropy_rows(
     softcap: float | None = None,
     z_loss: float = 0.0,
     base: float = math.e,
+    indices: Tensor | None = None,
 ) -> Tensor:
-    """``−Σ_k w_k y_k log p_k`` in units of ``base``, and ``λ lse²`` in squared nats."""
+    """``−Σ_k w_k y_k log p_k`` in units of ``base``, and ``λ lse²`` in squared nats; ``y`` over list and rest if given."""
     z = seen_by_softmax(z, temperature, softcap)
-    y = (1 - label_smoothing) * y + label_smoothing / z.shape[-1]
+    uniform = torch.full_like(z, 1 / z.shape[-1])
+    if indices is not None:
+        z, uniform = listed_and_rest(z, indices), listed_and_rest(uniform.log(), indices).exp()
+    y = (1 - label_smoothing) * y + label_smoothing * uniform
     weighted = y if weight is None else y * weight
     loss = -product(weighted, torch.log_softmax(z, -1)).sum(-1) / math.log(base)
     return loss + z_loss * torch.logsumexp(z, -1).square()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,17 +28,16 @@ __all__ = ["write_explanation"]
 def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str, object]:
     """Train a small network on digits, write the page that explains its chain, and print every check.
 
-    Folders on the way to `out` are made. The same seed gives the same page and the same record. Returns the
-    record: figures by section, in nats where not said otherwise, as valid JSON (an infinity is `"inf"`).
+    The same seed gives the same page and the same record. Returns the record: figures by section, in nats where
+    not said otherwise, as valid JSON (an infinity is `"inf"`).
 
     Raises:
         ValueError: `seed` is negative or too large, or `out` cannot be written; found before any work.
-        OSError: a folder on the way to `out` cannot be made.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
-    with _folder(out), _one_thread():
-        check_writable(out, "out")
+    check_writable(out, "--out")
+    with _one_thread():
         network = train(seed)
         sections = _sections(network, seed)
         checks = [check for section in sections for check in section.checks]
@@ -90,27 +89,6 @@ def _table(checks: Sequence[Check]) -> Table:
         bound = f"{check.relation} {check.bound:.3g}"
         table.add_row(check.name, f"{check.measured:.3g}", bound, "yes" if check.held else "NO")
     return table
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[None]:
-    """Make the folders on the way to `out`, and take them away again if nothing came of it."""
-    missing = [folder for folder in out.absolute().parents if not folder.exists()]
-    try:
-        _make(out.absolute().parent)
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"out: the folder {folder} cannot be made ({error.strerror}); give another path") from error
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""The losses on dense logits beside torch's own: what is timed, and how it is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softcurve as sc
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss of logits ``z`` and a target, ours and torch's."""
+
+    name: str
+    ours: Loss
+    torchs: Loss
+    soft: bool  # whether the target is made of logits, or of class indices
+    order: int = 1  # 2: the Hessian product by double backward
+
+
+def _kl_torch(z: Tensor, b: Tensor) -> Tensor:
+    return F.kl_div(torch.log_softmax(z, -1), torch.log_softmax(b, -1), log_target=True, reduction="batchmean")
+
+
+def _reverse_kl_torch(z: Tensor, b: Tensor) -> Tensor:
+    return F.kl_div(torch.log_softmax(b, -1), torch.log_softmax(z, -1), log_target=True, reduction="batchmean")
+
+
+def _js_torch(z: Tensor, b: Tensor) -> Tensor:
+    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(b, -1)
+    mixture = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    return (log_p.exp() * (log_p - mixture) + log_q.exp() * (log_q - mixture)).sum(-1).mean() / 2
+
+
+CASES = (
+    Case("cross_entropy, indices", sc.cross_entropy, F.cross_entropy, soft=False),
+    Case(
+        "cross_entropy, label smoothing",
+        lambda z, t: sc.cross_entropy(z, t, label_smoothing=0.1),
+        lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1),
+        soft=False,
+    ),
+    Case(
+        "cross_entropy, distributions",
+        lambda z, b: sc.cross_entropy(z, torch.softmax(b, -1)),
+        lambda z, b: F.cross_entropy(z, torch.softmax(b, -1)),
+        soft=True,
+    ),
+    Case("kl_divergence, forward", lambda z, b: sc.kl_divergence(b, z), _kl_torch, soft=True),
+    Case("kl_divergence, reverse", sc.kl_divergence, _reverse_kl_torch, soft=True),
+    Case("js_divergence", lambda z, b: sc.js_divergence(b, z), _js_torch, soft=True),
+    Case("cross_entropy, Hessian product", sc.cross_entropy, F.cross_entropy, soft=False, order=2),
+)
+
+
+def inputs(rows: int, classes: int, soft: bool) -> tuple[Tensor, Tensor]:
+    """Logits that want a gradient, and a target: indices, or a teacher's logits."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(rows, classes, generator=generator).requires_grad_()
+    if soft:
+        return z, torch.randn(rows, classes, generator=generator)
+    return z, torch.randint(classes, (rows,), generator=generator)
+
+
+def step(loss: Loss, z: Tensor, target: Tensor, order: int) -> Tensor:
+    """Forward and backward, for ``order=2`` twice; the last gradient."""
+    (gradient,) = torch.autograd.grad(loss(z, target), z, create_graph=order == 2)
+    if order == 2:
+        (gradient,) = torch.autograd.grad(gradient, z, z.detach())
+    return gradient
