@@ -1,4 +1,4 @@
-"""Relative errors in float32 where the textbook formula cancels, ours beside torch's; the truth is mpmath or float64."""
+"""Relative errors in float32 where the textbook formula cancels, ours beside torch's; truth from mpmath or float64."""
 
 from __future__ import annotations
 

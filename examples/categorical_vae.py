@@ -276,7 +276,7 @@ def mosaic(axes: Axes, rows: Sequence[Tensor], names: Sequence[str], title: str)
     pixels = torch.cat(list(rows)).reshape(len(rows), -1, SIDE, SIDE)
     framed = nn.functional.pad(pixels, (1, 1, 1, 1))
     tiled = framed.permute(0, 2, 1, 3).reshape(len(rows) * (SIDE + 2), -1)
-    axes.imshow(tiled, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
+    axes.imshow(tiled.numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1)
     axes.set_yticks([(SIDE + 2) * (row + 0.5) - 0.5 for row in range(len(rows))], names)
     axes.set_xticks([])
     axes.tick_params(length=0)
@@ -426,6 +426,7 @@ def record(terms: Terms) -> dict[str, float]:
 def main() -> None:
     """Train, put the note's remark to autograd, draw, report."""
     chosen = arguments()
+    torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works
     torch.manual_seed(chosen.seed)
     digits = load_split()
     model = CategoricalVAE(learned_prior=chosen.learned_prior)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
 
-from .cases import CASES, INDICES, SINGLE, TEACHER, Case, options_for, problem, reductions_for
+import softcurve
+
+from .cases import BUCKET, CASES, INDICES, RENORMALIZED, SINGLE, Case, options_for, problem, reductions_for
 
 # torch's own doing when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -27,10 +31,13 @@ def combinations(*option_sets: str) -> list[Any]:
     ]
 
 
-# Every case with every reduction and all of its options at once, and each on its plain path.
+# Every reduction with all options at once, and the plain path. Jensen-Shannon once; on a list, from both sides.
 DIFFERENTIATED = [
-    *combinations("everything"),
-    *(parameter for parameter in combinations("plain") if parameter.values[2] in ("mean", "none")),
+    parameter
+    for parameter in combinations("everything", "plain")
+    if parameter.values[1] == "everything" or parameter.values[2] in ("mean", "none")
+    if parameter.values[0].name not in ("js0", "js0.5", "js1")
+    if parameter.values[0].name != "js0.3 exchanged" or parameter.values[0].kind in (BUCKET, RENORMALIZED)
 ]
 
 
@@ -56,14 +63,12 @@ def test_equals_the_dense_formula(case: Case, option: str, reduction: str) -> No
     assert_equals_dense(case, option, reduction, (5,), 4)
 
 
-@pytest.mark.parametrize(("case", "option", "reduction"), combinations("everything"))
-def test_any_leading_shape(case: Case, option: str, reduction: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_leading_shape(case: Case) -> None:
     for rows in ((), (1,), (2, 3), (2, 1, 2)):
-        if rows == () and case.kind is TEACHER:
-            continue  # its input is a matrix of features
-        if rows in ((), (1,)) and case.kind is INDICES and reduction == "mean":
-            continue  # the one row is ignored: a mean of nothing, in test_targets.py
-        assert_equals_dense(case, option, reduction, rows, 3)
+        for reduction in {"none", "mean"} & set(reductions_for(case)):
+            option = "plain" if case.kind is INDICES and math.prod(rows) == 1 else "everything"  # which ignores a row
+            assert_equals_dense(case, option, reduction, rows, 3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -93,11 +98,77 @@ def test_one_class(case: Case) -> None:
 def test_gradcheck(case: Case, option: str, reduction: str) -> None:
     """First derivatives in reverse, forward and batched mode against differences of the value."""
     posed = problem(case, option, reduction, (2,), 3)
-    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True, check_batched_grad=True)
+    fast = option == "everything"  # along random directions; the plain path entry by entry
+    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True, check_batched_grad=True, fast_mode=fast)
 
 
 @pytest.mark.parametrize(("case", "option", "reduction"), DIFFERENTIATED)
 def test_gradgradcheck(case: Case, option: str, reduction: str) -> None:
     """Second derivatives, reverse over reverse and forward over reverse, against differences of the first."""
     posed = problem(case, option, reduction, (2,), 3)
-    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True, check_batched_grad=True)
+    fast = option == "everything"
+    assert gradgradcheck(
+        posed.ours, posed.arguments, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=fast
+    )
+
+
+@pytest.mark.parametrize("kind", ["Probabilities", "Logits", "LinearTeacher", "bucket"])
+def test_ends_of_jensen_shannon(kind: str) -> None:
+    """β = 0 is the forward and β = 1 the reverse KL, to the last bit, derivatives included."""
+    by_name = {str(case): case for case in CASES}
+    for end, direction in (("js0", "forward"), ("js1", "reverse")):
+        one = problem(by_name[f"{end}-{kind}"], "everything", "mean")
+        other = by_name[f"{direction}-{kind}"]
+        mean = problem(other, "everything", "mean").ours(*one.arguments)
+        value = one.ours(*one.arguments)
+        assert torch.equal(value, mean)
+        for got, expected in zip(derivatives(value, one.arguments), derivatives(mean, one.arguments), strict=True):
+            assert torch.equal(got, expected)
+
+
+# --- torch's own losses ------------------------------------------------------------------------------------------------
+
+TORCH_OPTIONS = [
+    {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    for weight in (None, torch.tensor([0.3, 1.7, 0.0, 2.0, 0.9], dtype=torch.float64))
+    for ignore_index in (-100, 2, 7)
+    for label_smoothing in (0.0, 0.15, 1.0)
+    for reduction in ("none", "sum", "mean")
+]
+
+
+@pytest.mark.parametrize("options", TORCH_OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values() if v is not None))
+def test_equals_torch_cross_entropy(options: dict[str, Any]) -> None:
+    """Every option that torch has, for class indices and for probabilities."""
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([0, 2, 4, 1, 3, 2])
+    if options["ignore_index"] not in range(5):
+        indices[::3] = options["ignore_index"]
+    for target in (indices, torch.softmax(torch.randn(6, 5, dtype=torch.float64), -1)):
+        ours, torchs = softcurve.cross_entropy(z, target, **options), F.cross_entropy(z, target, **options)
+        torch.testing.assert_close(ours, torchs, **EXACT)
+        got, expected = (torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, torchs))
+        torch.testing.assert_close(got, expected, **EXACT)
+
+
+def test_all_rows_ignored_as_in_torch() -> None:
+    """A mean of nothing is NaN, a sum of nothing 0, and neither moves the logits otherwise than torch's does."""
+    z, target = torch.randn(3, 4, requires_grad=True), torch.full((3,), -100)
+    for reduction in ("none", "sum", "mean"):
+        ours = softcurve.cross_entropy(z, target, reduction=reduction)
+        torchs = F.cross_entropy(z, target, reduction=reduction)
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
+    assert softcurve.cross_entropy(z, target, reduction="mean").isnan()
+    assert softcurve.cross_entropy(z, target, reduction="batchmean").item() == 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+def test_equals_torch_kl_div(reduction: str) -> None:
+    """``F.kl_div(log q, log p)`` is ``D(p‖q)`` with the arguments exchanged; ours are logits."""
+    p, q = torch.randn(2, 6, 5, dtype=torch.float64).requires_grad_()
+    torchs = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction=reduction)
+    torchs = torchs.sum(-1) if reduction == "none" else torchs
+    ours = softcurve.kl_divergence(p, q, reduction=reduction)
+    torch.testing.assert_close(ours, torchs, **EXACT)
+    for got, expected in zip(*(torch.autograd.grad(v.sum(), (p, q)) for v in (ours, torchs)), strict=True):
+        torch.testing.assert_close(got, expected, **EXACT)

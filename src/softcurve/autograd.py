@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from softcurve.checks import values_visible
 from softcurve.objective import Pulled, RowLoss
 
 # Logits a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in cache, and
@@ -113,8 +114,25 @@ class _Gradient(Function):
         in_scale = None
         if ctx.needs_input_grad[2]:
             in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, given), directions)
-        in_z, in_target = ctx.loss.hessian_product(scale, z, target, *directions)
+        in_z, in_target = _hessian_product(ctx.loss, scale, z, target, *directions)
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
+
+
+def _hessian_product(
+    loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
+) -> Pulled:
+    """``loss.hessian_product``, tile by tile where nothing looks into it: no graph of third order, no transform."""
+    given = [v for v in (v_z, v_target) if v is not None]
+    if torch.is_grad_enabled() or not values_visible(scale, z, target, *given):
+        return loss.hessian_product(scale, z, target, v_z, v_target)
+
+    def tile(scale: Tensor, z: Tensor, target: Tensor, *directions: Tensor) -> Pulled:
+        in_order = iter(directions)
+        here = [None if v is None else next(in_order) for v in (v_z, v_target)]
+        return loss.hessian_product(scale, z, target, *here)
+
+    in_z, in_target = _by_tiles(tile, scale.shape, scale, z, target, *given)
+    return in_z, in_target
 
 
 class _TransformableGradient(_Gradient):
