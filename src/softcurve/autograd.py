@@ -74,9 +74,7 @@ class _TransformableValue(_Value):
             return _inner(gradients, (v_z, v_target))
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, z: Tensor, target: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], loss: RowLoss, z: Tensor, target: Tensor) -> tuple[Tensor, int]:
         batched = [_to_front(t, d, info.batch_size) for t, d in zip((z, target), in_dims[1:], strict=True)]
         return _TransformableValue.apply(loss, *batched), 0
 
@@ -153,7 +151,7 @@ class _TransformableGradient(_Gradient):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], loss: RowLoss, wanted: tuple[bool, bool], *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], loss: RowLoss, wanted: tuple[bool, bool], *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         batched = [_to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims[2:], strict=True)]
         return _TransformableGradient.apply(loss, wanted, *batched), (0, 0)

@@ -69,8 +69,8 @@ def log_mixture(t: Float[Tensor, "*any"], weight: float) -> Float[Tensor, "*any"
 
 
 def _times_finite(p: Tensor, factor: Tensor) -> Tensor:
-    """``p ⊙ factor`` with ``0 · ±inf = 0``: a class without mass has no part in a sum."""
-    return torch.where(p == 0, torch.zeros_like(p), p * factor)
+    """``p ⊙ factor`` with ``0 · ±inf = 0``, in its derivatives too: a class without mass has no part in a sum."""
+    return p * torch.where(p == 0, 0.0, factor)
 
 
 class Divergence(ABC):

@@ -241,7 +241,7 @@ def _require_finite_against(divergence: Divergence, listed: TopK, temperature: f
     if listed.tail == "bucket" and temperature != 1:
         raise ValueError(
             f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
-            "tempered, its classes being unknown; use tail='renormalize', or store log-probabilities taken at that temperature"
+            "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
         )
 
 

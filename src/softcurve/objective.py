@@ -50,10 +50,11 @@ class LogitMap:
         return z if self.temperature == 1 else z / self.temperature
 
     def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m′(z) = (1 − tanh²(z/κ)) / T``, as ``1 / (T cosh²)``, which does not cancel near the cap."""
+        """``m′(z) = (1 − tanh²(z/κ)) / T = 4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: no cancellation near the cap."""
         if self.softcap is None:
             return torch.full_like(z, 1 / self.temperature)
-        return torch.cosh(z / self.softcap).square().reciprocal() / self.temperature
+        e = torch.exp(-2 * (z / self.softcap).abs())
+        return 4 * e / ((1 + e).square() * self.temperature)
 
     def bend(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """``m″(z) = −(2/κ) tanh(z/κ) m′(z)``."""
