@@ -1,12 +1,12 @@
 """A variational autoencoder with categorical latents, both of whose ELBO terms are softcurve's.
 
 The data are scikit-learn's embedded digits: 64 pixels of 17 grey levels. An encoder gives q(z|x), 16 latent variables
-of 8 categories each; straight-through Gumbel-softmax draws z; a decoder ends in a linear head and a softmax over levels.
+of 8 categories each; straight-through Gumbel-softmax draws z; a decoder ends in a linear head and a softmax of levels.
 −ELBO = cross_entropy(levels) + Σ KL(q‖prior) ≥ −log p(x), a true bound: a drawn z is one-hot, as the prior's are.
 
 The remark on a VAE's KL is then put to autograd. With a fixed prior, KL(q‖prior) gives a gradient to q alone, and q
-moves to the prior. With a learned prior both receive one, and they meet. H(q, prior) = KL(q‖prior) + H(q) has the same
-gradient in the prior but another in q, since H(q) is no constant where q is learned: none at all, if the prior is uniform.
+moves to the prior. With a learned prior both receive one, and they meet. H(q, prior) = KL(q‖prior) + H(q) has the
+same gradient in the prior but another in q, where H(q) is no constant; under a uniform prior it has none in q at all.
 
     python examples/categorical_vae.py [--epochs 80] [--seed 0] [--learned-prior] [--out build/categorical_vae.png]
 
@@ -38,8 +38,7 @@ import softcurve
 from softcurve import reference
 
 PIXELS, SIDE, LEVELS = 64, 8, 17
-LATENTS, CATEGORIES = 16, 8
-HIDDEN, PIXEL_FEATURES = 256, 16
+LATENTS, CATEGORIES, HIDDEN, PIXEL_FEATURES = 16, 8, 256, 16
 BATCH, RATE = 128, 5e-3
 DESCENT_STEPS, DESCENT_RATE = 100, 0.2
 BIT_PER_PIXEL = PIXELS * math.log(2)  # in nats per digit
@@ -49,6 +48,7 @@ Levels = Int[Tensor, "n pixels"]
 QLogits = Float[Tensor, "n latents categories"]
 PriorLogits = Float[Tensor, "latents categories"]
 Gradients = tuple[QLogits, PriorLogits | None]
+Descent = dict[str, list[float]]
 
 LOSSES = ("KL(q‖prior), prior fixed", "KL(q‖prior), prior learned", "H(q, prior), prior learned")
 FORMULAS = (
@@ -92,15 +92,6 @@ class Epoch:
     held_out: Terms
 
 
-@dataclass(frozen=True)
-class Descent:
-    """KL in nats per digit, and the mean total variation of q and of the prior from where they were, step by step."""
-
-    kl: list[float]
-    q_moved: list[float]
-    prior_moved: list[float]
-
-
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
@@ -109,19 +100,13 @@ class CategoricalVAE(nn.Module):
 
     def __init__(self, *, learned_prior: bool) -> None:
         super().__init__()
+        latent, pixel = (LATENTS, CATEGORIES), (PIXELS, PIXEL_FEATURES)
         self.encoder = nn.Sequential(
-            nn.Linear(PIXELS, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, LATENTS * CATEGORIES),
-            nn.Unflatten(-1, (LATENTS, CATEGORIES)),
+            nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, math.prod(latent)), nn.Unflatten(-1, latent)
         )
         self.decoder = nn.Sequential(
-            nn.Flatten(-2),
-            nn.Linear(LATENTS * CATEGORIES, HIDDEN),
-            nn.ReLU(),
-            nn.Linear(HIDDEN, PIXELS * PIXEL_FEATURES),
-            nn.Unflatten(-1, (PIXELS, PIXEL_FEATURES)),
-            nn.ReLU(),
+            nn.Sequential(nn.Flatten(-2), nn.Linear(math.prod(latent), HIDDEN), nn.ReLU()),
+            nn.Sequential(nn.Linear(HIDDEN, math.prod(pixel)), nn.Unflatten(-1, pixel), nn.ReLU()),
             nn.Linear(PIXEL_FEATURES, LEVELS),
         )
         self.prior = nn.Parameter(torch.zeros(LATENTS, CATEGORIES), requires_grad=learned_prior)
@@ -176,12 +161,8 @@ def train(model: CategoricalVAE, digits: Digits, epochs: int) -> Iterator[Epoch]
 @torch.no_grad()
 def measure(model: CategoricalVAE, digits: Digits, draws: int = 1) -> Epoch:
     """The terms of the ELBO, KL weighted by 1, with ``draws`` of z for each digit."""
-
-    def terms(x: Levels) -> Terms:
-        reconstruction, kl = model(x.repeat(draws, 1))
-        return Terms(reconstruction.mean().item(), kl.mean().item())
-
-    return Epoch(terms(digits.train[: len(digits.held_out)]), terms(digits.held_out))
+    parts = digits.train[: len(digits.held_out)], digits.held_out
+    return Epoch(*(Terms(*(term.mean().item() for term in model(x.repeat(draws, 1)))) for x in parts))
 
 
 def independent_pixels(digits: Digits) -> float:
@@ -234,15 +215,18 @@ def compare(q: QLogits, prior: PriorLogits) -> tuple[dict[str, Gradients], dict[
 
 
 def descend(q: QLogits, prior: PriorLogits, *, learned: bool) -> Descent:
-    """Follow the gradient of KL alone, without an encoder: Adam on the logits themselves."""
+    """Follow the gradient of KL alone, without an encoder: Adam on the logits themselves.
+
+    Step by step: KL in nats per digit, and the mean total variation of q and of the prior from where they were.
+    """
     q, prior = q.clone().requires_grad_(), prior.clone().requires_grad_(learned)
     starts = [logits.detach().softmax(-1) for logits in (q, prior)]
     optimizer = torch.optim.Adam([q, prior], DESCENT_RATE)
-    path = Descent([], [], [])
+    path: Descent = {"kl": [], "q_moved": [], "prior_moved": []}
     for _ in range(DESCENT_STEPS + 1):
         kl = divergence(q, prior)
-        path.kl.append(kl.item() / len(q))
-        for moved, logits, start in zip((path.q_moved, path.prior_moved), (q, prior), starts, strict=True):
+        path["kl"].append(kl.item() / len(q))
+        for moved, logits, start in zip((path["q_moved"], path["prior_moved"]), (q, prior), starts, strict=True):
             moved.append((logits.detach().softmax(-1) - start).abs().sum(-1).mean().item() / 2)
         optimizer.zero_grad()
         kl.backward()
@@ -265,9 +249,9 @@ def curves(axes: Axes, history: Sequence[Epoch], term: Callable[[Terms], float],
 
 def movement(axes: Axes, path: Descent, title: str) -> None:
     """How far q and the prior go while KL alone is descended."""
-    axes.plot(path.q_moved, color=Q_COLOUR, label="q(z|x)")
-    axes.plot(path.prior_moved, color=PRIOR_COLOUR, label="prior")
-    axes.set_title(f"{title}: KL {path.kl[0]:.1f} → {path.kl[-1]:.3f} nats per digit", loc="left")
+    axes.plot(path["q_moved"], color=Q_COLOUR, label="q(z|x)")
+    axes.plot(path["prior_moved"], color=PRIOR_COLOUR, label="prior")
+    axes.set_title(f"{title}: KL {path['kl'][0]:.1f} → {path['kl'][-1]:.3f} nats per digit", loc="left")
     axes.set_xlabel("step of descent on KL(q‖prior) alone")
     axes.set_ylabel("total variation from the start")
     axes.legend(frameon=False, loc="center right")
@@ -391,14 +375,13 @@ def main() -> None:
     print(f"\nIn training, the prior {'has received a gradient' if received else 'has received none'}.")
     paths = {name: descend(q, prior, learned=name == "learned") for name in ("fixed", "learned")}
     for name, path in paths.items():
-        print(f"KL alone, prior {name}: {path.kl[0]:.3f} → {path.kl[-1]:.3f} nats per digit;", end=" ")
-        print(f"q moves by {path.q_moved[-1]:.3f}, the prior by {path.prior_moved[-1]:.3f} (total variation)")
+        print(f"KL alone, prior {name}: {path['kl'][0]:.3f} → {path['kl'][-1]:.3f} nats per digit;", end=" ")
+        print(f"q moves by {path['q_moved'][-1]:.3f}, the prior by {path['prior_moved'][-1]:.3f} (total variation)")
     save(draw(model, digits, history, baseline, paths), chosen.out)
     print(f"\nThe picture is at {chosen.out}")
     report = {
-        "epochs": chosen.epochs,
-        "seed": chosen.seed,
-        "learned_prior": chosen.learned_prior,
+        **vars(chosen),
+        "out": str(chosen.out),
         "seconds": round(time.perf_counter() - start, 2),
         "untrained": history[0].held_out.record(),
         "train": final.train.record(),
@@ -407,10 +390,7 @@ def main() -> None:
         "prior_received_gradient_in_training": received,
         "gradient_norms": {name: dict(zip(("q", "prior"), pair, strict=True)) for name, pair in norms.items()},
         "deviations": deviations,
-        "descent": {
-            name: {key: values[::DESCENT_STEPS] for key, values in vars(path).items()} for name, path in paths.items()
-        },
-        "picture": str(chosen.out),
+        "descent": {name: {k: values[::DESCENT_STEPS] for k, values in path.items()} for name, path in paths.items()},
     }
     print(json.dumps(report, allow_nan=False))
 

@@ -32,8 +32,12 @@ TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
     """``loss.value(logits, target)``, differentiable; float32 or wider. ``target`` has the rows of the logits."""
-    function = _Value if torch.compiler.is_compiling() else _TransformableValue
-    return function.apply(loss, logits, target)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        return _TransformableValue.apply(loss, logits, target)  # type: ignore[no-any-return]
+    if torch._C._are_functorch_transforms_active():
+        # Inside a compiled transform torch drops a custom backward (pytorch#193279): leave it to torch's own.
+        return loss.value(logits, target)
+    return _Value.apply(loss, logits, target)  # type: ignore[no-any-return]
 
 
 def _row_gradients(

@@ -26,7 +26,9 @@ _WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be 
 
 def values_visible(*tensors: Tensor) -> bool:
     """Whether the entries of all tensors can be looked at here, at no cost to the caller's graph."""
-    if torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    ):  # the latter: a tracing mode, such as make_fx
         return False
     keys = [torch._C._dispatch_keys(tensor) for tensor in tensors]
     return all(key.has(torch._C.DispatchKey.CPU) and not any(map(key.has, _WRAPPERS)) for key in keys)
@@ -47,8 +49,18 @@ def require_floating(name: str, tensor: object) -> None:
         raise ValueError(f"{name} must be of shape (..., C) with the C >= 1 classes last, got {describe(tensor)}")
 
 
-def require_rows(name: str, tensor: Tensor, rows: Sequence[int], against: str) -> None:
-    """One entry for each row."""
+def require_tensor(name: str, value: object) -> None:
+    """A tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}; take {name}.real")
+
+
+def require_rows(name: str, tensor: object, rows: Sequence[int], against: str) -> None:
+    """One real entry for each row."""
+    require_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
     if tuple(tensor.shape) != tuple(rows):
         raise ValueError(
             f"{name} must have one entry per row, shape {tuple(rows)} (the leading dimensions of {against}), "
@@ -58,16 +70,15 @@ def require_rows(name: str, tensor: Tensor, rows: Sequence[int], against: str) -
 
 def require_positive(name: str, value: float) -> None:
     """A finite number above 0."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value < math.inf):  # no math.isfinite: torch.compile traces this
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def require_between(name: str, value: float, low: float, high: float) -> None:
     """A number in ``[low, high]``, infinity excluded."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        upper = "at least" if math.isinf(high) else "between"
-        bounds = f"{low:g}" if math.isinf(high) else f"{low:g} and {high:g}"
-        raise ValueError(f"{name} must be a finite number {upper} {bounds}, got {value!r}")
+    if not (isinstance(value, int | float) and low <= value <= high and value < math.inf):
+        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -107,14 +118,22 @@ def require_probabilities(name: str, probabilities: Tensor) -> None:
     worst = sums.flatten()[(sums - 1).abs().argmax()].item()
     if not abs(worst - 1) <= (SUM_TOLERANCE_HALF if half else SUM_TOLERANCE):
         raise ValueError(
-            f"{name} must hold rows that sum to 1, got a row that sums to {worst:.6g}; "
-            f"divide each row by its sum, or express its mass by sample_weight"
+            f"{name} must hold rows that sum to 1, got a row that sums to {worst:.6g}; divide each row by its sum, or "
+            "express its mass by sample_weight (class indices are integers: convert them with .long())"
         )
 
 
-def explain_nan(rows: Tensor, **logits: Tensor) -> None:
-    """If a row's loss came out NaN, say which argument it came from; a NaN is never an ordinary result."""
+def require_numbers(name: str, tensor: Tensor) -> None:
+    """No NaN."""
+    if values_visible(tensor) and tensor.detach().isnan().any():
+        raise ValueError(f"{name} must hold numbers, got NaN; use 0 for a row that does not count")
+
+
+def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) -> None:
+    """If the loss of a row that counts came out NaN, say which argument it came from."""
     if not values_visible(rows) or not rows.detach().isnan().any():
+        return
+    if sample_weight is not None and not (rows.detach().isnan() & (sample_weight != 0)).any():
         return
     for name, tensor in logits.items():
         values = tensor.detach()
@@ -127,3 +146,4 @@ def explain_nan(rows: Tensor, **logits: Tensor) -> None:
                 f"{name} must have at least one finite logit per row, got a row of -inf only; "
                 "unmask a class or drop the row"
             )
+    raise ValueError("target must give every row numbers and a class with mass, got a row whose loss is NaN; mask it")

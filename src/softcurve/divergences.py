@@ -57,15 +57,15 @@ def excess(
     """
     near = t.abs() < 0.5
     series = a * _exponential_excess(t.clamp(-0.5, 0.5))
-    direct = difference - torch.where(a == 0, torch.zeros_like(a), a * t)
+    direct = difference - _times_finite(a, t)
     return torch.where(near, series, torch.where(t == -math.inf, torch.full_like(a, math.inf), direct))
 
 
 def log_mixture(t: Float[Tensor, "*any"], weight: float) -> Float[Tensor, "*any"]:
-    """``log((1−w) + w e^t)``, without overflow, right relatively near ``t = 0``."""
-    below = torch.log1p(weight * torch.expm1(t.clamp(max=1.0)))
-    above = t.clamp(min=1.0) + torch.log1p((1 - weight) * torch.expm1(-t.clamp(min=1.0)))
-    return torch.where(t < 1, below, above)
+    """``log((1−w) + w e^t)``, right relatively wherever ``e^t`` does not overflow, and without overflow beyond."""
+    below = torch.log1p(weight * torch.expm1(t.clamp(max=80.0)))
+    above = t.clamp(min=80.0) + torch.log1p((1 - weight) * torch.expm1(-t.clamp(min=80.0)))
+    return torch.where(t < 80, below, above)
 
 
 def _times_finite(p: Tensor, factor: Tensor) -> Tensor:

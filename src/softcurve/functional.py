@@ -78,6 +78,8 @@ def cross_entropy(
     if isinstance(target, Target):
         rows = described.against_distribution(logits, target)
     else:
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
         checks.require_rows("target", target, logits.shape[:-1], "logits")
         checks.require_class_indices("target", target, logits.shape[-1], ignore_index)
         rows, mass = described.against_indices(logits, target, ignore_index)
@@ -96,6 +98,7 @@ class _CrossEntropy:
     def require_weight(self, logits: Tensor) -> None:
         if self.weight is None:
             return
+        checks.require_tensor("weight", self.weight)
         if not self.weight.is_floating_point() or tuple(self.weight.shape) != (logits.shape[-1],):
             raise ValueError(
                 f"weight must be a floating-point tensor of one factor per class, shape ({logits.shape[-1]},), "
@@ -105,20 +108,28 @@ class _CrossEntropy:
             raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
 
     def against_distribution(self, logits: Tensor, target: Target) -> Tensor:
-        logit_map = self.logit_map
         if target.coarsens:
-            if self.weight is not None:
-                raise ValueError(
-                    "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
-                    "use tail='renormalize' or sample_weight"
-                )
-            logits, logit_map = logit_map.value(_widened(logits)), LogitMap()
+            return self._against_coarse(logits, target)
         model, y = target.distribution_against(logits)
+        return row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), model, self._shaped(y, target, logits))
+
+    def _against_coarse(self, logits: Tensor, target: Target) -> Tensor:
+        """The map before the outcomes are made, which are those of the softmax; the z-loss on all classes."""
+        if self.weight is not None:
+            raise ValueError(
+                "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
+                "use tail='renormalize' or sample_weight"
+            )
+        z = self.logit_map.value(_widened(logits))
+        model, y = target.distribution_against(z)
+        rows = row_losses(DenseCrossEntropy(LogitMap()), model, self._shaped(y, target, z))
+        return rows + self.z_loss * torch.logsumexp(z, -1).square() if self.z_loss else rows
+
+    def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
+        """Label smoothing and class weights act on the target."""
         if self.smoothing:
             y = (1 - self.smoothing) * y + self.smoothing * target.uniform_over(logits)
-        if self.weight is not None:
-            y = y * self.weight
-        return row_losses(DenseCrossEntropy(logit_map, self.z_loss), model, y)
+        return y if self.weight is None else y * self.weight
 
     def against_indices(self, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The rows, 0 where ignored, and the weight of each in a mean."""
@@ -129,7 +140,7 @@ class _CrossEntropy:
             rows = row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), logits, self._densified(logits, classes))
         else:
             rows = row_losses(IndexCrossEntropy(self.logit_map, self.z_loss), logits, classes)
-            rows = rows if own is None else own * rows
+            rows = rows if own is None else _weighted(own, rows)
         mass = kept.to(rows.dtype) if own is None else torch.where(kept, own, 0.0)
         return torch.where(kept, rows, 0.0), mass
 
@@ -211,7 +222,16 @@ def _divergence(
         divergence, p, q = divergence.exchanged(), q, p
     if isinstance(p, TopK):
         _require_finite_against(divergence, p, temperature)
-    model, target = p.against(q.logits())
+    model = q.logits()
+    if isinstance(p, TopK):
+        model, target = p.against(model)
+    else:
+        target = p.logits()
+        if target.shape != model.shape:
+            raise ValueError(
+                f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}; "
+                "expand the smaller one"
+            )
     dtype = torch.promote_types(model.dtype, target.dtype)
     logit_map = LogitMap(temperature)
     target = target if logit_map.is_identity else logit_map.value(_widened(target))
@@ -296,6 +316,11 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+    """``weight ⊙ rows``; 0 in a row of weight 0 that is infinite or no number."""
+    return weight * torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
+
+
 def _reduced(
     rows: Tensor,
     mass: Tensor | None,
@@ -305,14 +330,19 @@ def _reduced(
     **logits: Tensor,
 ) -> Tensor:
     """Rows in nats, weighted, reduced, and rounded once to the dtype of the result."""
-    checks.explain_nan(rows, **logits)
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows.shape, next(iter(logits)))
-        rows = torch.where(sample_weight == 0, 0.0, rows * sample_weight)
+        checks.require_numbers("sample_weight", sample_weight)
+    checks.explain_nan(rows, sample_weight, **logits)
+    if sample_weight is not None:
+        rows = _weighted(sample_weight, rows)
         mass = sample_weight if mass is None else mass * sample_weight
     if reducer.nats != 1:
         rows = rows / reducer.nats
     result = reducer.apply(rows, mass)
-    if torch.is_autocast_enabled(rows.device.type):  # autocast keeps losses in float32, as for torch's own
+    device = rows.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    ):  # autocast keeps losses in float32, as for torch's own
         dtype = torch.promote_types(dtype, torch.float32)
     return result.to(dtype)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softcurve import functional
-from softcurve.objective import Reduction
+from softcurve import checks, functional
+from softcurve.objective import LogitMap, Reduction
 from softcurve.targets import Target
 
 
@@ -33,6 +33,9 @@ class CrossEntropyLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         Reduction(reduction, base)
+        LogitMap(temperature, softcap)
+        checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
+        checks.require_between("z_loss", z_loss, 0.0, math.inf)
         self.register_buffer("weight", weight)
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -65,6 +68,7 @@ class KLDivergenceLoss(torch.nn.Module):
     def __init__(self, *, temperature: float = 1.0, reduction: str = "batchmean", base: float = math.e) -> None:
         super().__init__()
         Reduction(reduction, base)
+        LogitMap(temperature)
         self.options: dict[str, Any] = {"temperature": temperature, "reduction": reduction, "base": base}
 
     def forward(
@@ -91,6 +95,8 @@ class JSDivergenceLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         Reduction(reduction, base)
+        LogitMap(temperature)
+        checks.require_between("beta", beta, 0.0, 1.0)
         self.options: dict[str, Any] = {
             "beta": beta,
             "temperature": temperature,

@@ -271,7 +271,7 @@ class Reduction:
 
     def __post_init__(self) -> None:
         checks.require_choice("reduction", self.kind, REDUCTIONS)
-        if not (isinstance(self.base, int | float) and self.base > 0 and self.base != 1 and math.isfinite(self.base)):
+        if not (isinstance(self.base, int | float) and 0 < self.base < math.inf and self.base != 1):
             raise ValueError(f"base must be a finite number above 0 and not 1 (2 for bits), got {self.base!r}")
 
     @property

@@ -50,8 +50,27 @@ def softmax_rows(z: Float[Tensor, "*rows classes"]) -> SoftmaxRows:
     exponentials = torch.exp(shifted)
     total = exponentials.sum(-1, keepdim=True)
     # The largest class is an exact 1, which the fractional part drops: no index is needed. Two of them make total ≥ 2.
-    confident = torch.frac(exponentials).sum(-1, keepdim=True)
-    return SoftmaxRows(shifted, exponentials, offset, torch.where(total < 2, confident, total - 1))
+    rest = torch.where(total < 2, torch.frac(exponentials).sum(-1, keepdim=True), total - 1)
+    if _feels_rounding(rest):
+        exponentials = _compensated(exponentials, z, offset)
+        rest = torch.where(total < 2, torch.frac(exponentials).sum(-1, keepdim=True), rest)
+    return SoftmaxRows(shifted, exponentials, offset, rest)
+
+
+def _feels_rounding(rest: Float[Tensor, "*rows 1"]) -> bool:
+    """Whether a row is so confident that the rounding of ``z − m``, half an ulp of 32 and more, shows in ``rest``."""
+    return rest.dtype == torch.float32 and (not values_visible(rest) or bool((rest < 1e-9).any()))
+
+
+def _compensated(
+    exponentials: Float[Tensor, "*rows classes"], z: Float[Tensor, "*rows classes"], offset: Float[Tensor, "*rows 1"]
+) -> Float[Tensor, "*rows classes"]:
+    """``e^{z − m}`` from its value at the rounded difference, whose exact error is Knuth's two-sum."""
+    z, offset = z.detach(), offset.detach()
+    shifted = z - offset
+    back = shifted - z
+    error = (z - (shifted - back)) - (offset + back)
+    return exponentials + exponentials * torch.where(shifted == -math.inf, 0.0, error)
 
 
 def jacobian(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
@@ -109,12 +128,18 @@ def index_residual(
 
 def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``."""
-    shifted = z - z.amax(-1, keepdim=True)
+    offset = z.amax(-1, keepdim=True)
+    shifted = z - offset
     gap = -shifted.gather(-1, at)
-    exponentials = shifted.exp_()
+    in_place = not torch.compiler.is_compiling()  # a compiled graph is differentiated, and fused anyway
+    exponentials = shifted.exp_() if in_place else shifted.exp()
     own = exponentials.gather(-1, at)
-    exponentials.scatter_(-1, at, 0.0)
-    return exponentials, own, exponentials.sum(-1, keepdim=True), gap
+    exponentials = exponentials.scatter_(-1, at, 0.0) if in_place else exponentials.scatter(-1, at, 0.0)
+    others = exponentials.sum(-1, keepdim=True)
+    if _feels_rounding(others):
+        exponentials = _compensated(exponentials, z, offset)
+        others = exponentials.sum(-1, keepdim=True)
+    return exponentials, own, others, gap
 
 
 # --- cross-entropy against a distribution ----------------------------------------------------------------------------

@@ -64,12 +64,12 @@ class Probabilities(Target):
     values: Float[Tensor, "*rows classes"]
 
     def __post_init__(self) -> None:
-        checks.require_floating("Probabilities", self.values)
-        checks.require_probabilities("Probabilities", self.values)
+        checks.require_floating("target probabilities", self.values)
+        checks.require_probabilities("target probabilities", self.values)
 
     def logits(self) -> Float[Tensor, "*rows classes"]:
         """``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
-        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
+        values = _widened(self.values)
         some = values > 0
         return torch.where(some, torch.log(torch.where(some, values, 1.0)), -math.inf)
 
@@ -110,6 +110,8 @@ class LinearTeacher(Target):
                 f"LinearTeacher linear_weight must be of shape (C, {self.input.shape[-1]}), as wide as its input, "
                 f"got {checks.describe(self.linear_weight)}"
             )
+        if self.linear_bias is not None:
+            checks.require_floating("LinearTeacher linear_bias", self.linear_bias)
         if self.linear_bias is not None and self.linear_bias.shape != self.linear_weight.shape[:1]:
             raise ValueError(
                 f"LinearTeacher linear_bias must be of shape ({self.linear_weight.shape[0]},), "
@@ -173,27 +175,43 @@ class TopK(Target):
         if self.tail == "renormalize":
             masked = torch.full(z.shape, -math.inf, dtype=self.log_probs.dtype, device=z.device)
             return z, masked.scatter(-1, self.indices, self.log_probs)
-        wide = z.to(torch.promote_types(z.dtype, torch.float32))
-        others = torch.logsumexp(wide.scatter(-1, self.indices, -math.inf), -1, keepdim=True)
-        listed = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
-        mass = listed.exp().sum(-1, keepdim=True)
+        # A shift of all outcomes changes nothing, and without it the bucket would be rounded at the logits' offset.
+        wide = _widened(z)
+        top = wide.detach().amax(-1, keepdim=True)
+        wide = wide - torch.where(top == -math.inf, 0.0, top)
+        student, teacher = wide.gather(-1, self.indices), _widened(self.log_probs)
+        if self.indices.shape[-1] == z.shape[-1]:
+            return student, teacher
+        others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
+        mass = teacher.exp().sum(-1, keepdim=True)
         tail = torch.where(mass < 1, torch.log1p(-torch.where(mass < 1, mass, 0.0)), -math.inf)
-        return torch.cat([wide.gather(-1, self.indices), others], -1), torch.cat([listed, tail], -1)
+        return torch.cat([student, others], -1), torch.cat([teacher, tail], -1)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
-        one = super().uniform_over(z)
-        if self.tail == "renormalize":
+        one, others = super().uniform_over(z), z.shape[-1] - self.indices.shape[-1]
+        if self.tail == "renormalize" or not others:
             return one
-        k = self.indices.shape[-1]
-        return torch.cat([one.expand(k), (z.shape[-1] - k) * one.reshape(1)])
+        return torch.cat([one.expand(self.indices.shape[-1]), others * one.reshape(1)])
 
     def _require_fit(self, z: Tensor) -> None:
         if self.indices.shape[:-1] != z.shape[:-1] or self.indices.shape[-1] > z.shape[-1]:
             raise ValueError(
-                f"target must list at most {z.shape[-1]} classes for rows {tuple(z.shape[:-1])} when it is a TopK, "
-                f"got {checks.describe(self.indices)}"
+                f"TopK indices must be of shape {tuple(z.shape[:-1])} + (k,) with k <= {z.shape[-1]}, as the "
+                f"logits that they are compared with, got {checks.describe(self.indices)}"
             )
         checks.require_class_indices("TopK indices", self.indices, z.shape[-1])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _log_sum_exp(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 1"]:
+    """As torch's, but a row of −inf only has −inf with gradient 0: torch's second derivative there is NaN."""
+    top = z.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = (z - top).exp().sum(-1, keepdim=True)
+    return torch.where(total > 0, top + torch.where(total > 0, total, 1.0).log(), -math.inf)
 
 
 def as_target(target: Tensor | Target) -> Tensor | Target:
