@@ -7,13 +7,14 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from torch import Tensor
 
 import softcurve
 
 KL, JS = softcurve.kl_divergence, softcurve.js_divergence
 DTYPES = st.sampled_from([torch.float32, torch.float64])
+few = settings(max_examples=40)  # of the dearer ones
 BETAS = st.sampled_from([0.0, 1e-3, 0.25, 0.5, 0.8, 1.0])
 
 
@@ -72,6 +73,7 @@ def test_positive_of_unequals(pair: list[Tensor], at: int) -> None:
     assert KL(p, q).item() > 0
 
 
+@few
 @given(rows(), st.sampled_from([-1e3, -3.0, 0.5, 64.0]), BETAS)
 def test_shift_invariance(pair: list[Tensor], offset: float, beta: float) -> None:
     """Of every loss, in every logits argument."""
@@ -115,11 +117,12 @@ def test_jensen_shannon_is_bounded(pair: list[Tensor], beta: float) -> None:
     """By the entropy of ``(β, 1 − β)``, which is log 2 at one half; reached where the supports are apart."""
     p, q = pair
     bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-    assert JS(p, q, beta=beta).item() <= bound * (1 + 4 * torch.finfo(p.dtype).eps)
+    assert JS(p, q, beta=beta).item() <= bound * (1 + 8 * torch.finfo(p.dtype).eps)
     apart = torch.tensor([0.0, -math.inf], dtype=p.dtype)
-    assert JS(apart, apart.flip(0), beta=beta).item() == pytest.approx(bound, rel=4 * torch.finfo(p.dtype).eps)
+    assert JS(apart, apart.flip(0), beta=beta).item() == pytest.approx(bound, rel=8 * torch.finfo(p.dtype).eps)
 
 
+@few
 @given(rows(largest=4.0))
 @example([torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)])
 def test_jensen_shannon_tends_to_the_divergences(pair: list[Tensor]) -> None:
@@ -140,7 +143,7 @@ def test_entropy_is_bounded(only: list[Tensor]) -> None:
     ulp = torch.finfo(z.dtype).eps
     assert 0 <= softcurve.entropy(z).item() <= math.log(kept) * (1 + 4 * ulp)
     uniform = torch.where(z > -math.inf, 0.0, z)
-    assert softcurve.entropy(uniform).item() == pytest.approx(math.log(kept), rel=ulp)
+    assert softcurve.entropy(uniform).item() == pytest.approx(math.log(kept), rel=4 * ulp)
 
 
 @given(rows())
@@ -152,9 +155,10 @@ def test_cross_entropy_is_entropy_and_divergence(pair: list[Tensor]) -> None:
     torch.testing.assert_close(softcurve.entropy(y) + KL(y, p), whole, rtol=50 * ulp, atol=0)
 
 
-@given(rows(), st.integers(1, 8), BETAS)
+@few
+@given(rows(largest=4.0), st.integers(1, 8), BETAS)
 def test_data_processing(pair: list[Tensor], k: int, beta: float) -> None:
-    """Making one outcome of the tail never adds to a divergence, and listing every class loses nothing."""
+    """Making one outcome of the tail never adds to a divergence, and a tail of one class loses nothing."""
     p, q = (z.double() for z in pair)
     classes = len(p)
     log_p = torch.log_softmax(p, -1)
@@ -167,8 +171,8 @@ def test_data_processing(pair: list[Tensor], k: int, beta: float) -> None:
     ):
         assert coarse >= 0
         assert coarse <= full * (1 + 1e-9) + 1e-13
-    if min(k, classes - 1) == classes - 1:  # a bucket of one class
-        torch.testing.assert_close(KL(bucket, q), KL(p, q), rtol=1e-6, atol=1e-12)
+    if k >= classes - 1:
+        torch.testing.assert_close(KL(bucket, q), KL(p, q), rtol=1e-9, atol=1e-13)
 
 
 @given(rows(largest=8.0))

@@ -86,6 +86,18 @@ def test_bucket_without_a_tail(full: float) -> None:
     )
 
 
+@pytest.mark.parametrize("surprise", [1e-2, 1e-4, 1e-6])
+def test_bucket_of_a_confident_teacher(surprise: float) -> None:
+    """The tail of a list with one near-certain class holds ``1 − e^l``, of which float32 must not lose the digits."""
+    log_probs, z = torch.tensor([-surprise]), torch.tensor([6.0, -1.0, 0.5])
+    y = -math.expm1(float(log_probs[0]))
+    p = torch.softmax(z.double(), -1)
+    p_tail = float(p[1] + p[2])
+    truth = (1 - y) * (math.log1p(-y) - math.log1p(-p_tail)) + y * math.log(y / p_tail)
+    kl = KL(TopK(torch.tensor([0]), log_probs), z)
+    assert kl.item() == pytest.approx(truth, rel=2e-6)
+
+
 def test_renormalize() -> None:
     """The list becomes a distribution of its own, zero elsewhere; temperature acts on it as on logits."""
     indices, y = torch.tensor([[2, 0], [0, 3], [1, 2]]), torch.tensor([[0.5, 0.2], [0.6, 0.3], [0.25, 0.25]], dtype=F64)

@@ -67,16 +67,16 @@ def chain_rule(
         raise TypeError(
             f"head must be a torch.nn.Linear, got {type(head).__name__}; put what precedes it into features"
         )
-    parameters = {name: p.detach().requires_grad_() for name, p in features.named_parameters()}
-    x = x.detach().requires_grad_(x.is_floating_point())
-    with torch.enable_grad():
-        e = torch.func.functional_call(features, parameters, (x,))
+    _require_batch(features, x)
+    with torch.inference_mode(False), torch.enable_grad():
+        parameters = {name: _leaf(p) for name, p in features.named_parameters() if p.is_floating_point()}
+        x = _leaf(x) if x.is_floating_point() else x
+        e = torch.func.functional_call(features, parameters, (x.clone(),))  # features may work in place on their input
     if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != head.in_features:
         came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
         raise ValueError(
             f"features must map x to a tensor of shape (..., {head.in_features}), as wide as head, got {came}"
         )
-
     with torch.no_grad():
         z = head(e)
         y = _distribution(target, z)
@@ -84,8 +84,9 @@ def chain_rule(
         p = softmax.softmax_rows(z).probabilities
         dL_de = reference.dL_de(dL_dz, head.weight)
         rows = max(1, math.prod(z.shape[:-1]))
-        dL_dz_rows, e_rows = dL_dz.flatten(0, -2), e.flatten(0, -2)
-    in_x, in_theta = _pull_back(e, x, parameters, dL_de)
+        dL_dz_rows, e_rows = dL_dz.reshape(-1, z.shape[-1]), e.reshape(-1, e.shape[-1])
+    with torch.inference_mode(False):
+        in_x, in_theta = _pull_back(e, x, parameters, dL_de)
     return ChainRule(
         e=e.detach(),
         z=z,
@@ -99,6 +100,20 @@ def chain_rule(
         dL_db=None if head.bias is None else dL_dz_rows.sum(0) / rows,
         dL_dtheta={name: gradient / rows for name, gradient in in_theta.items()},
     )
+
+
+def _require_batch(features: nn.Module, x: Tensor) -> None:
+    if not isinstance(features, nn.Module):
+        raise TypeError(f"features must be a torch.nn.Module, got {type(features).__name__}; wrap it in one")
+    checks.require_tensor("x", x)
+    if x.is_floating_point():
+        checks.require_numbers("x", x)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """A leaf of a graph of its own; a tensor made under inference mode cannot be one."""
+    tensor = tensor.detach()
+    return (tensor.clone() if tensor.is_inference() else tensor).requires_grad_()
 
 
 def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def require_probabilities(name: str, probabilities: Tensor) -> None:
 def require_numbers(name: str, tensor: Tensor) -> None:
     """No NaN."""
     if values_visible(tensor) and tensor.detach().isnan().any():
-        raise ValueError(f"{name} must hold numbers, got NaN; use 0 for a row that does not count")
+        raise ValueError(f"{name} must hold numbers, got NaN; look for where it came from")
 
 
 def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) -> None:

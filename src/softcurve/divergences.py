@@ -62,10 +62,12 @@ def excess(
 
 
 def log_mixture(t: Float[Tensor, "*any"], weight: float) -> Float[Tensor, "*any"]:
-    """``log((1−w) + w e^t)``, right relatively wherever ``e^t`` does not overflow, and without overflow beyond."""
-    below = torch.log1p(weight * torch.expm1(t.clamp(max=80.0)))
-    above = t.clamp(min=80.0) + torch.log1p((1 - weight) * torch.expm1(-t.clamp(min=80.0)))
-    return torch.where(t < 80, below, above)
+    """``log((1−w) + w e^t)``, right relatively, and without overflow."""
+    near = torch.log1p(weight * torch.expm1(t.clamp(max=80.0)))
+    if weight > 0.5:  # 1 + w (e^t − 1) cancels towards 1 − w
+        near = torch.where(t < -1, torch.log((1 - weight) + weight * torch.exp(t.clamp(max=-1.0))), near)
+    far = t.clamp(min=80.0) + torch.log(weight + (1 - weight) * torch.exp(-t.clamp(min=80.0)))
+    return torch.where(t < 80, near, far)
 
 
 def _times_finite(p: Tensor, factor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def cross_entropy(
             :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable too. It is
             taken as it is: soft cap and temperature act on ``logits`` alone.
         weight: ``(C,)``, ≥ 0; a factor of each class in the target.
-        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever it
+        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever logits it
             holds.
         ignore_index: the class index of rows that have no part.
         label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``.
@@ -76,6 +76,9 @@ def cross_entropy(
     target = as_target(target)
     mass: Tensor | None = None
     if isinstance(target, Target):
+        if isinstance(target, Logits) and sample_weight is not None:
+            checks.require_rows("sample_weight", sample_weight, logits.shape[:-1], "logits")
+            target = Logits(torch.where((sample_weight == 0).unsqueeze(-1), 0.0, target.values))
         rows = described.against_distribution(logits, target)
     else:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):

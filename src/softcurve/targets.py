@@ -183,9 +183,7 @@ class TopK(Target):
         if self.indices.shape[-1] == z.shape[-1]:
             return student, teacher
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
-        mass = teacher.exp().sum(-1, keepdim=True)
-        tail = torch.where(mass < 1, torch.log1p(-torch.where(mass < 1, mass, 0.0)), -math.inf)
-        return torch.cat([student, others], -1), torch.cat([teacher, tail], -1)
+        return torch.cat([student, others], -1), torch.cat([teacher, _log_complement(teacher)], -1)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
         one, others = super().uniform_over(z), z.shape[-1] - self.indices.shape[-1]
@@ -204,6 +202,13 @@ class TopK(Target):
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _log_complement(log_probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows 1"]:
+    """``log(1 − Σ_k e^{l_k})``, the largest apart as ``−expm1(l)``; −inf where the list has all the mass."""
+    at = log_probs.argmax(-1, keepdim=True)
+    rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
 
 
 def _log_sum_exp(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 1"]:
