@@ -71,9 +71,7 @@ INDICES = Kind(
     "indices", lambda rows, classes: (), lambda z: classes_of(z), lambda z: torch.eye(z.shape[-1])[classes_of(z)].log()
 )
 FLOAT = Kind("float", _probabilities, lambda z, y: y, lambda z, y: y.log())
-PROBABILITIES = Kind(
-    "Probabilities", _probabilities, lambda z, y: softcurve.Probabilities(y), lambda z, y: y.log()
-)
+PROBABILITIES = Kind("Probabilities", _probabilities, lambda z, y: softcurve.Probabilities(y), lambda z, y: y.log())
 LOGITS = Kind(
     "Logits", lambda rows, classes: (_logits(rows, classes),), lambda z, t: softcurve.Logits(t), lambda z, t: t
 )
@@ -147,14 +145,29 @@ def _dense_cross_entropy(
 
 
 def _our_divergence(
-    loss: Callable[..., Tensor], exchanged: bool, kind: Kind, z: Tensor, leaves: Leaves, sample_weight, _, reduction, **options
+    loss: Callable[..., Tensor],
+    exchanged: bool,
+    kind: Kind,
+    z: Tensor,
+    leaves: Leaves,
+    sample_weight,
+    _,
+    reduction,
+    **options,
 ) -> Tensor:
     sides = (z, kind.target(z, *leaves)) if exchanged else (kind.target(z, *leaves), z)
     return loss(*sides, reduction=reduction, **_given(sample_weight=sample_weight), **options)
 
 
 def _dense_divergence(
-    rows: Callable[[Tensor, Tensor], Tensor], kind: Kind, z: Tensor, leaves: Leaves, sample_weight, _, reduction, **options
+    rows: Callable[[Tensor, Tensor], Tensor],
+    kind: Kind,
+    z: Tensor,
+    leaves: Leaves,
+    sample_weight,
+    _,
+    reduction,
+    **options,
 ) -> Tensor:
     temperature = options.get("temperature", 1.0)
     log_y = torch.log_softmax(kind.raw(z, *leaves) / temperature, -1)
@@ -167,7 +180,10 @@ def _divergence_cases() -> list[Case]:
     cases = []
     for kind in DISTRIBUTIONS:
         forward, reverse = oracle.kl_rows, lambda log_y, log_p: oracle.kl_rows(log_p, log_y)
-        members = [("forward", softcurve.kl_divergence, False, forward), ("reverse", softcurve.kl_divergence, True, reverse)]
+        members = [
+            ("forward", softcurve.kl_divergence, False, forward),
+            ("reverse", softcurve.kl_divergence, True, reverse),
+        ]
         for beta in (0.0, 0.3, 0.5, 1.0):
             ours, dense = partial(softcurve.js_divergence, beta=beta), partial(oracle.js_rows, beta=beta)
             members.append((f"js{beta:g}", ours, False, dense))
@@ -183,7 +199,8 @@ def _divergence_cases() -> list[Case]:
 
 
 CROSS_ENTROPIES = [
-    Case("cross_entropy", kind, partial(_our_cross_entropy, kind), partial(_dense_cross_entropy, kind)) for kind in KINDS
+    Case("cross_entropy", kind, partial(_our_cross_entropy, kind), partial(_dense_cross_entropy, kind))
+    for kind in KINDS
 ]
 DIVERGENCES = _divergence_cases()
 ENTROPY = Case(
@@ -249,7 +266,9 @@ def problem(case: Case, option: str, reduction: str, rows: tuple[int, ...] = (3,
     def call(function: Callable[..., Tensor], z: Tensor, *rest: Tensor) -> Tensor:
         more = list(rest[len(leaves) :])
         sample_weight = more.pop(0) if of_rows else None
-        return function(z, rest[: len(leaves)], sample_weight, more.pop(0) if of_classes else None, reduction, **options)
+        return function(
+            z, rest[: len(leaves)], sample_weight, more.pop(0) if of_classes else None, reduction, **options
+        )
 
     arguments = tuple(t.detach().requires_grad_() for t in (_logits(rows, classes), *leaves, *weights))
     return Problem(partial(call, case.ours), partial(call, case.dense), arguments)

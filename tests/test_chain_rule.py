@@ -49,7 +49,8 @@ FEATURES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "MLP": (lambda: nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 9), nn.GELU()), IMAGES, 9),
     "Conv2d": (
         lambda: nn.Sequential(nn.Unflatten(-1, (1, 8, 8)), nn.Conv2d(1, 3, 3, stride=2), nn.SiLU(), nn.Flatten()),
-        IMAGES, 27,
+        IMAGES,
+        27,
     ),
     "Embedding": (lambda: nn.Sequential(nn.EmbeddingBag(17, 6, mode="mean"), nn.Tanh()), TOKENS, 6),
     "BatchNorm": (lambda: nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10), nn.ReLU()), IMAGES, 10),
@@ -94,8 +95,10 @@ def assert_equals_autograd(
         assert not getattr(found, name).requires_grad
     theta = dict(features.named_parameters())
     means = torch.autograd.grad(
-        rows.mean(), [head.weight, *([] if head.bias is None else [head.bias]), *theta.values()],
-        allow_unused=True, materialize_grads=True,
+        rows.mean(),
+        [head.weight, *([] if head.bias is None else [head.bias]), *theta.values()],
+        allow_unused=True,
+        materialize_grads=True,
     )
     assert_exact(found.dL_dW, means[0])
     if head.bias is None:
@@ -122,7 +125,11 @@ def test_against_autograd(name: str, bias: bool, target: str, loss: str) -> None
     rows = (ROWS, 8) if name == "Sequence" else (ROWS,)
     labels = LABELS[:, None].expand(rows) if name == "Sequence" else LABELS
     y = soft(rows) if target == "soft" else torch.eye(10, dtype=F64)[labels]
-    before = {key: value.clone() for key, value in features.state_dict().items() if "running" not in key and "num_batches" not in key}
+    before = {
+        key: value.clone()
+        for key, value in features.state_dict().items()
+        if "running" not in key and "num_batches" not in key
+    }
     found = softcurve.chain_rule(features, head, x, y if target == "soft" else labels, loss=loss)
     assert all(torch.equal(features.state_dict()[key], value) for key, value in before.items())
     assert all(p.grad is None for p in [*features.parameters(), *head.parameters()])
@@ -149,8 +156,10 @@ def test_kinds_of_target_agree() -> None:
     y = torch.softmax(t, -1)
     order = torch.arange(10).expand(ROWS, 10)
     kinds = [
-        softcurve.Probabilities(y), softcurve.Logits(t),
-        softcurve.TopK(order, y.log(), tail="renormalize"), softcurve.LinearTeacher(t, torch.eye(10, dtype=F64)),
+        softcurve.Probabilities(y),
+        softcurve.Logits(t),
+        softcurve.TopK(order, y.log(), tail="renormalize"),
+        softcurve.LinearTeacher(t, torch.eye(10, dtype=F64)),
     ]
     for loss in LOSSES:
         expected = softcurve.chain_rule(features, head, IMAGES, y, loss=loss)
@@ -188,12 +197,17 @@ def test_hard_reverse_kl_is_refused() -> None:
 WRONG = {
     "loss": (lambda f, h, x, y: softcurve.chain_rule(f, h, x, y, loss="mse"), ValueError, "loss must be one of"),
     "width": (lambda f, h, x, y: softcurve.chain_rule(nn.Identity(), h, x, y), ValueError, "features must map x"),
-    "rows": (lambda f, h, x, y: softcurve.chain_rule(f, h, x, y[:-1]), ValueError, "target must have one entry per row"),
+    "rows": (
+        lambda f, h, x, y: softcurve.chain_rule(f, h, x, y[:-1]),
+        ValueError,
+        "target must have one entry per row",
+    ),
     "class": (lambda f, h, x, y: softcurve.chain_rule(f, h, x, y + 1), ValueError, "target must hold classes in 0 … 9"),
     "ignored": (lambda f, h, x, y: softcurve.chain_rule(f, h, x, y - 100), ValueError, "target must hold classes"),
     "bucket": (
         lambda f, h, x, y: softcurve.chain_rule(f, h, x, softcurve.TopK(y[:, None], torch.full((ROWS, 1), -0.1))),
-        ValueError, "bucket",
+        ValueError,
+        "bucket",
     ),
 }
 

@@ -107,9 +107,7 @@ def test_gradgradcheck(case: Case, option: str, reduction: str) -> None:
     """Second derivatives, reverse over reverse and forward over reverse, against differences of the first."""
     posed = problem(case, option, reduction, (2,), 3)
     fast = option == "everything"
-    assert gradgradcheck(
-        posed.ours, posed.arguments, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=fast
-    )
+    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True, check_batched_grad=True, fast_mode=fast)
 
 
 @pytest.mark.parametrize("kind", ["Probabilities", "Logits", "LinearTeacher", "bucket"])
@@ -137,7 +135,9 @@ TORCH_OPTIONS = [
 
 
 def _shown(options: dict[str, Any]) -> str:
-    return "-".join(["plain" if options["weight"] is None else "weighted", *(str(v) for v in list(options.values())[1:])])
+    return "-".join(
+        ["plain" if options["weight"] is None else "weighted", *(str(v) for v in list(options.values())[1:])]
+    )
 
 
 @pytest.mark.parametrize("options", TORCH_OPTIONS, ids=_shown)

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from softcurve.divergences import Divergence, ForwardKL, JensenShannon, Pair, ReverseKL, excess, jensen_shannon, log_mixture
+from softcurve.divergences import (
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Pair,
+    ReverseKL,
+    excess,
+    jensen_shannon,
+    log_mixture,
+)
 
 from .oracle import MP, relative_error
 
@@ -56,7 +65,9 @@ def test_derivatives_of_phi(divergence: Divergence, phi: Callable[[Any, Any], An
         first = MP.diff(phi, at, (1, 0), h=at[0] * MP.mpf(10) ** -25)
         second = MP.diff(lambda a: phi(a, at[1]), at[0], 2, h=at[0] * MP.mpf(10) ** -20)
         mixed = MP.diff(
-            lambda a: MP.diff(lambda b: phi(a, b), at[1], h=at[1] * MP.mpf(10) ** -20), at[0], h=at[0] * MP.mpf(10) ** -20
+            lambda a: MP.diff(lambda b: phi(a, b), at[1], h=at[1] * MP.mpf(10) ** -20),
+            at[0],
+            h=at[0] * MP.mpf(10) ** -20,
         )
         expected = {
             "value": phi(*at),
@@ -91,7 +102,11 @@ def masked_pair(p: float, y: float) -> Pair:
 MASKED = [  # divergence, value at (0, y), (p, 0) by the limits of φ
     (ForwardKL(), math.inf, lambda p: p),
     (ReverseKL(), 0.7, lambda p: math.inf),
-    (JensenShannon(0.3), 0.7 * float(jensen(0.3)(MP.mpf(10) ** -40, MP.mpf(1))), lambda p: p * float(jensen(0.3)(MP.mpf(1), MP.mpf(10) ** -40))),
+    (
+        JensenShannon(0.3),
+        0.7 * float(jensen(0.3)(MP.mpf(10) ** -40, MP.mpf(1))),
+        lambda p: p * float(jensen(0.3)(MP.mpf(1), MP.mpf(10) ** -40)),
+    ),
 ]
 
 

@@ -39,9 +39,7 @@ def test_jacobian() -> None:
     J = reference.softmax_jacobian(P)
     for j in range(4):
         up, down = ([v + s * h * (k == j) for k, v in enumerate(z)] for s in (1, -1))
-        column = [
-            (a - b) / (2 * h) for a, b in zip(oracle.exact_softmax(up), oracle.exact_softmax(down), strict=True)
-        ]
+        column = [(a - b) / (2 * h) for a, b in zip(oracle.exact_softmax(up), oracle.exact_softmax(down), strict=True)]
         assert_close(J[:, j], as_tensor(column), **EXACT)
         for i in range(4):
             assert_close(reference.softmax_derivative(P, i, j), J[i, j], **EXACT)
@@ -61,7 +59,10 @@ def test_entropy_cross_entropy_kl(base: float) -> None:
     for kl in (reference.kl_divergence, reference.forward_kl, reference.kl_from_cross_entropy):
         of_y_and_p = kl(Y, P, base)
         assert oracle.relative_error(of_y_and_p.item(), cross - own) < 1e-14
-    assert oracle.relative_error(reference.reverse_kl(FULL, P, base).item(), oracle.exact_kl(p, oracle.exact(FULL)) / unit) < 1e-14
+    assert (
+        oracle.relative_error(reference.reverse_kl(FULL, P, base).item(), oracle.exact_kl(p, oracle.exact(FULL)) / unit)
+        < 1e-14
+    )
 
 
 def test_bits() -> None:
@@ -123,4 +124,6 @@ def test_gap_of_kl_and_cross_entropy_is_the_entropy() -> None:
     """Whatever the model: so their gradients agree."""
     for _ in range(5):
         p = torch.softmax(torch.randn(4, dtype=F64), -1)
-        assert_close(reference.cross_entropy(Y, p) - reference.forward_kl(Y, p), reference.entropy(Y), rtol=1e-13, atol=0)
+        assert_close(
+            reference.cross_entropy(Y, p) - reference.forward_kl(Y, p), reference.entropy(Y), rtol=1e-13, atol=0
+        )

@@ -27,7 +27,11 @@ def test_every_kind_says_the_same() -> None:
     t = e @ w.T + torch.arange(4, dtype=F64)
     log_p, order = torch.log_softmax(t, -1), torch.tensor([2, 0, 3, 1]).expand(3, 4)
     kinds = [
-        teacher, Logits(t), Logits(log_p), Logits(t - 5.0), Probabilities(log_p.exp()),
+        teacher,
+        Logits(t),
+        Logits(log_p),
+        Logits(t - 5.0),
+        Probabilities(log_p.exp()),
         TopK(order, log_p.gather(-1, order), tail="renormalize"),
     ]
     for kind in kinds:

@@ -56,7 +56,9 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "jacfwd(hessian)": lambda f, a: jacfwd(hessian(f))(*a),
     "jacrev(hessian)": lambda f, a: jacrev(hessian(f))(*a),
     "jacfwd(jacfwd(jacfwd))": lambda f, a: jacfwd(jacfwd(jacfwd(f)))(*a),
-    "grad(jvp(grad))": lambda f, a: grad(lambda *b: dot(jvp(grad(f, everywhere(a)), b, directions(a))[1]), everywhere(a))(*a),
+    "grad(jvp(grad))": lambda f, a: grad(
+        lambda *b: dot(jvp(grad(f, everywhere(a)), b, directions(a))[1]), everywhere(a)
+    )(*a),
 }
 
 
@@ -193,13 +195,18 @@ def test_arguments_are_left_alone() -> None:
 def test_jacobian_and_its_product_are_differentiable() -> None:
     z, v = torch.randn(2, 3, 4, dtype=torch.float64)
     ours = jacrev(jacfwd(softcurve.softmax_jacobian_product, (0, 1)), (0, 1))(z, v)
-    dense = jacrev(jacfwd(lambda z, v: (softcurve.reference.softmax_jacobian(z.softmax(-1)) @ v[..., None])[..., 0], (0, 1)), (0, 1))
+    dense = jacrev(
+        jacfwd(lambda z, v: (softcurve.reference.softmax_jacobian(z.softmax(-1)) @ v[..., None])[..., 0], (0, 1)),
+        (0, 1),
+    )
     assert_equal(ours, dense(z, v))
     assert_equal(
         hessian(lambda z: softcurve.softmax_jacobian(z).sin().sum())(z),
         hessian(lambda z: softcurve.reference.softmax_jacobian(z.softmax(-1)).sin().sum())(z),
     )
-    assert_equal(vmap(softcurve.softmax_jacobian)(z), softcurve.reference.softmax_jacobian(oracle.seen_by_softmax(z).softmax(-1)))
+    assert_equal(
+        vmap(softcurve.softmax_jacobian)(z), softcurve.reference.softmax_jacobian(oracle.seen_by_softmax(z).softmax(-1))
+    )
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------------------

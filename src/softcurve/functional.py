@@ -50,8 +50,8 @@ def cross_entropy(
             :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable too. It is
             taken as it is: soft cap and temperature act on ``logits`` alone.
         weight: ``(C,)``, ≥ 0; a factor of each class in the target.
-        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever its logits
-            hold.
+        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever logits
+            it holds.
         ignore_index: the class index of rows that have no part.
         label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``.
         temperature: ``T`` in ``z / T``, after the soft cap.
