@@ -208,7 +208,10 @@ def divergence_gradient(divergence: Divergence, pair: Pair) -> Float[Tensor, "*r
     score = divergence.score(pair)
     total = score.sum(-1, keepdim=True)
     limit = torch.where(score == math.inf, score, torch.where(pair.p > 0, -math.inf, 0.0).to(score.dtype))
-    return torch.where(total == math.inf, limit, score - pair.p * total)
+    gradient = score - pair.p * total
+    # As in dense_residual, a class above one half takes up what the row misses of its sum of 0.
+    surplus = torch.where(total == math.inf, 0.0, gradient.sum(-1, keepdim=True))
+    return torch.where(total == math.inf, limit, torch.where(pair.p > 0.5, gradient - surplus, gradient))
 
 
 def divergence_hessian_product(

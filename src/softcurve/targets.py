@@ -183,7 +183,11 @@ class TopK(Target):
         if self.indices.shape[-1] == z.shape[-1]:
             return student, teacher
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
-        return torch.cat([student, others], -1), torch.cat([teacher, _log_complement(teacher)], -1)
+        tail = _log_complement(teacher)
+        # A tail of rounding errors is no mass: over a masked bucket it would make the divergence infinite.
+        rounding = math.log(teacher.shape[-1] * torch.finfo(teacher.dtype).eps)
+        tail = torch.where((others == -math.inf) & (tail < rounding), -math.inf, tail)
+        return torch.cat([student, others], -1), torch.cat([teacher, tail], -1)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
         one, others = super().uniform_over(z), z.shape[-1] - self.indices.shape[-1]

@@ -43,7 +43,7 @@ def write_predictions(
 
 
 def _npz(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:
-    np.savez(file, probabilities=probabilities, label=labels, classes=np.array(classes))
+    np.savez(file, allow_pickle=False, probabilities=probabilities, label=labels, classes=np.array(classes))
 
 
 def _npy(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:

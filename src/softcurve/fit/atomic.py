@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,4 +53,4 @@ def check_writable(path: Path, argument: str) -> None:
 
 
 def _beside(place: Path) -> Path:
-    return place.with_name(f".{place.name}.{os.getpid()}.part")
+    return place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.part")

@@ -106,12 +106,17 @@ def _checked_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, Te
     return weight, bias
 
 
+def _is_label(value: object) -> bool:
+    """Text, or an integer that an int64 array can hold."""
+    return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+
+
 def _checked_classes(path: Path, text: str, count: int) -> tuple[Label, ...]:
     try:
         classes = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         classes = None
-    if not isinstance(classes, list) or not all(isinstance(label, int | str) for label in classes):
+    if not isinstance(classes, list) or not all(_is_label(label) for label in classes):
         raise _damaged(path, f"its metadata 'classes' must be a JSON list of labels, and is {text[:60]!r}")
     if len(classes) != count or len(set(classes)) != count:
         raise _damaged(path, f"its metadata 'classes' must name {count} classes, and names {len(set(classes))}")
