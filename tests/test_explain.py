@@ -83,7 +83,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(2)
     state = torch.get_rng_state()
-    out = tmp_path_factory.mktemp("explain") / "made" / "on the way" / "page.html"
+    out = tmp_path_factory.mktemp("explain") / "page.html"
     console = Console(file=StringIO(), width=140)
     record = explain.write_explanation(out, seed=SEED, console=console)
     assert torch.get_num_threads() == 2

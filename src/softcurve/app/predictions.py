@@ -64,7 +64,7 @@ def _parquet(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple
     import pyarrow.parquet as pq
 
     lists = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), probabilities.shape[1])
-    table = pa.table({"label": pa.array(labels.tolist()), "probabilities": lists})
+    table = pa.table({"label": pa.array(labels), "probabilities": lists})
     pq.write_table(table.replace_schema_metadata({"classes": json.dumps(classes)}), file)
 
 

@@ -150,8 +150,6 @@ def _same_length(features: NDArray[Any], target: NDArray[Any], features_name: st
 
 def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
     kind = labels.dtype.kind
-    if kind == "u" and labels.size and int(labels.max()) >= 2**63:
-        raise DataError(f"{name} has labels of 2**63 and more; number the classes anew, below that")
     if kind in "iubU":
         return labels
     if kind != "f":

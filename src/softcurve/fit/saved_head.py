@@ -107,8 +107,8 @@ def _checked_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def _is_label(value: object) -> bool:
-    """Text, or an integer that an int64 array can hold."""
-    return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+    """Text, or an integer that an array can hold."""
+    return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**64)
 
 
 def _checked_classes(path: Path, text: str, count: int) -> tuple[Label, ...]:
