@@ -10,6 +10,7 @@ from softcurve.functional import (
     softmax_jacobian,
     softmax_jacobian_product,
 )
+from softcurve.linear import LossStats, linear_cross_entropy, linear_js_divergence, linear_kl_divergence
 from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "ChainRule",
     "LinearTeacher",
     "Logits",
+    "LossStats",
     "Probabilities",
     "TopK",
     "chain_rule",
@@ -26,6 +28,9 @@ __all__ = [
     "functional",
     "js_divergence",
     "kl_divergence",
+    "linear_cross_entropy",
+    "linear_js_divergence",
+    "linear_kl_divergence",
     "nn",
     "reference",
     "softmax_jacobian",

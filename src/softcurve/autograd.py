@@ -72,7 +72,7 @@ class _Value(Function):
 class _TransformableValue(_Value):
     @staticmethod
     def jvp(ctx: Any, _: None, v_z: Tensor | None, v_target: Tensor | None) -> Tensor:
-        with _outer_tangents(ctx) as (z, target):
+        with outer_tangents(ctx) as (z, target):
             ones = z.new_ones(z.shape[:-1], dtype=torch.promote_types(z.dtype, torch.float32))
             gradients = _row_gradients(ctx.loss, ones, z, target, (v_z is not None, v_target is not None))
             return _inner(gradients, (v_z, v_target))
@@ -143,13 +143,13 @@ class _TransformableGradient(_Gradient):
         ctx: Any, _: None, __: None, v_scale: Tensor | None, v_z: Tensor | None, v_target: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         changes: list[Pulled] = []
-        with _outer_tangents(ctx) as (scale, z, target):
+        with outer_tangents(ctx) as (scale, z, target):
             if v_scale is not None:
                 changes.append(_row_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
             if v_z is not None or v_target is not None:
                 changes.append(ctx.loss.hessian_product(scale, z, target, v_z, v_target))
             in_z, in_target = (
-                _total([change[i] for change in changes]) if wanted else None for i, wanted in enumerate(ctx.wanted)
+                total_of([change[i] for change in changes]) if wanted else None for i, wanted in enumerate(ctx.wanted)
             )
         return in_z, in_target
 
@@ -162,14 +162,14 @@ class _TransformableGradient(_Gradient):
 
 
 @contextmanager
-def _outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
+def outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
     """The saved tensors inside a ``jvp``, with tangents of enclosing forward-mode levels alive.
 
     torch turns forward mode off around a custom ``jvp``, for the level at hand and, wrongly, for those around it too:
     ``jacfwd(jacfwd(f))`` would silently lose terms. So it is turned on again, and only this level's tangent taken off.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        yield [forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in ctx.saved_tensors]
+        yield [forward_ad.unpack_dual(t).primal if t is not None and t.is_floating_point() else t for t in ctx.saved_tensors]
 
 
 def _inner(gradients: Pulled, directions: Pulled) -> Tensor:
@@ -179,12 +179,13 @@ def _inner(gradients: Pulled, directions: Pulled) -> Tensor:
         for g, v in zip(gradients, directions, strict=True)
         if g is not None and v is not None
     ]
-    total = _total(products)
+    total = total_of(products)
     assert total is not None
     return total
 
 
-def _total(terms: Sequence[Tensor | None]) -> Tensor | None:
+def total_of(terms: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of what is there; ``None`` if nothing is."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
 

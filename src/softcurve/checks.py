@@ -24,14 +24,19 @@ _WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be 
 )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of numbers, and not a transform's or a tracer's stand-in."""
+    return not any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
+
+
 def values_visible(*tensors: Tensor) -> bool:
     """Whether the entries of all tensors can be looked at here, at no cost to the caller's graph."""
     if (
         torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     ):  # the latter: a tracing mode, such as make_fx
         return False
-    keys = [torch._C._dispatch_keys(tensor) for tensor in tensors]
-    return all(key.has(torch._C.DispatchKey.CPU) and not any(map(key.has, _WRAPPERS)) for key in keys)
+    on_cpu = torch._C.DispatchKey.CPU
+    return all(torch._C._dispatch_keys(tensor).has(on_cpu) and is_plain(tensor) for tensor in tensors)
 
 
 def describe(tensor: Tensor) -> str:
@@ -47,6 +52,16 @@ def require_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
         raise ValueError(f"{name} must be of shape (..., C) with the C >= 1 classes last, got {describe(tensor)}")
+
+
+def require_features(name: str, tensor: object) -> None:
+    """A real floating-point tensor whose last dimension is one of features, of which there is at least one."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must be of shape (..., d) with the d >= 1 features last, got {describe(tensor)}")
 
 
 def require_tensor(name: str, value: object) -> None:

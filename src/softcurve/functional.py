@@ -72,7 +72,8 @@ def cross_entropy(
     checks.require_between("z_loss", z_loss, 0.0, math.inf)
     reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
     described = _CrossEntropy(weight, label_smoothing, z_loss * reducer.nats, logit_map)
-    described.require_weight(logits)
+    if weight is not None:
+        require_class_weight(weight, logits.shape[-1])
     target = as_target(target)
     mass: Tensor | None = None
     if isinstance(target, Target):
@@ -89,6 +90,18 @@ def cross_entropy(
     return _reduced(rows, mass, sample_weight, reducer, logits.dtype, logits=logits)
 
 
+def require_class_weight(weight: Tensor, classes: int) -> None:
+    """One factor >= 0 per class."""
+    checks.require_tensor("weight", weight)
+    if not weight.is_floating_point() or tuple(weight.shape) != (classes,):
+        raise ValueError(
+            f"weight must be a floating-point tensor of one factor per class, shape ({classes},), "
+            f"got {checks.describe(weight)}"
+        )
+    if checks.values_visible(weight) and not (weight >= 0).all():
+        raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
+
+
 @dataclass(frozen=True)
 class _CrossEntropy:
     """The options of a cross-entropy that shape its rows."""
@@ -97,18 +110,6 @@ class _CrossEntropy:
     smoothing: float
     z_loss: float
     logit_map: LogitMap
-
-    def require_weight(self, logits: Tensor) -> None:
-        if self.weight is None:
-            return
-        checks.require_tensor("weight", self.weight)
-        if not self.weight.is_floating_point() or tuple(self.weight.shape) != (logits.shape[-1],):
-            raise ValueError(
-                f"weight must be a floating-point tensor of one factor per class, shape ({logits.shape[-1]},), "
-                f"got {checks.describe(self.weight)}"
-            )
-        if checks.values_visible(self.weight) and not (self.weight >= 0).all():
-            raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
 
     def against_distribution(self, logits: Tensor, target: Target) -> Tensor:
         if target.coarsens:
@@ -143,7 +144,7 @@ class _CrossEntropy:
             rows = row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), logits, self._densified(logits, classes))
         else:
             rows = row_losses(IndexCrossEntropy(self.logit_map, self.z_loss), logits, classes)
-            rows = rows if own is None else _weighted(own, rows)
+            rows = rows if own is None else weighted(own, rows)
         mass = kept.to(rows.dtype) if own is None else torch.where(kept, own, 0.0)
         return torch.where(kept, rows, 0.0), mass
 
@@ -224,7 +225,7 @@ def _divergence(
     if isinstance(q, TopK):
         divergence, p, q = divergence.exchanged(), q, p
     if isinstance(p, TopK):
-        _require_finite_against(divergence, p, temperature)
+        require_finite_against(divergence, p, temperature)
     model = q.logits()
     if isinstance(p, TopK):
         model, target = p.against(model)
@@ -255,7 +256,7 @@ def _by_logits(name: str, side: Tensor | Target) -> Target:
     return Logits(side)
 
 
-def _require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
+def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
     if listed.tail == "renormalize" and isinstance(divergence, ReverseKL):
         raise ValueError(
             "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "
@@ -319,7 +320,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+def weighted(weight: Tensor, rows: Tensor) -> Tensor:
     """``weight ⊙ rows``; 0 in a row of weight 0 that is infinite or no number."""
     return weight * torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
 
@@ -338,7 +339,7 @@ def _reduced(
         checks.require_numbers("sample_weight", sample_weight)
     checks.explain_nan(rows, sample_weight, **logits)
     if sample_weight is not None:
-        rows = _weighted(sample_weight, rows)
+        rows = weighted(sample_weight, rows)
         mass = sample_weight if mass is None else mass * sample_weight
     if reducer.nats != 1:
         rows = rows / reducer.nats

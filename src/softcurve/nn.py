@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softcurve import checks, functional
+from softcurve import checks, functional, linear
 from softcurve.objective import LogitMap, Reduction
 from softcurve.targets import Target
 
@@ -113,6 +113,200 @@ class JSDivergenceLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return _shown(self.options)
+
+
+class _LinearLoss(torch.nn.Module):
+    """A head of one's own, ``linear``, and a loss of what it makes."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        positions: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes * positions, bias=bias, device=device, dtype=dtype)
+        self.options: dict[str, Any] = {}
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return _shown(self.options)
+
+
+class LinearCrossEntropyLoss(_LinearLoss):
+    """:func:`softcurve.linear_cross_entropy` of a head ``linear``; in place of ``torch.nn.LinearCrossEntropyLoss``.
+
+    Names, defaults and state-dict keys are torch's. Tie an embedding by ``module.linear.weight = embedding.weight``.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Float[Tensor, " classes"] | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        base: float = math.e,
+        shift: int = 0,
+        memory_budget: int | None = None,
+    ) -> None:
+        Reduction(reduction, base)
+        LogitMap(temperature, softcap)
+        checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
+        checks.require_between("z_loss", z_loss, 0.0, math.inf)
+        if weight is not None:
+            functional.require_class_weight(weight, num_classes)
+        super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
+        self.head_shape = (num_classes, *out_features)
+        self.register_buffer("weight", weight)
+        self.options = {
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "temperature": temperature,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "base": base,
+            "shift": shift,
+            "memory_budget": memory_budget,
+        }
+
+    def forward(
+        self,
+        input: Float[Tensor, "*rows features"],
+        target: Tensor | Target,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+        """See :func:`softcurve.linear_cross_entropy`."""
+        bias = self.linear.bias
+        return linear.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*self.head_shape, -1),
+            target,
+            linear_bias=None if bias is None else bias.reshape(self.head_shape),
+            weight=self.weight,
+            sample_weight=sample_weight,
+            return_stats=return_stats,
+            **self.options,
+        )
+
+
+class LinearKLDivergenceLoss(_LinearLoss):
+    """:func:`softcurve.linear_kl_divergence` of a head ``linear``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        direction: str = "forward",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        reduction: str = "batchmean",
+        base: float = math.e,
+        memory_budget: int | None = None,
+    ) -> None:
+        checks.require_choice("direction", direction, ("forward", "reverse"))
+        Reduction(reduction, base)
+        LogitMap(temperature, softcap)
+        super().__init__(in_features, num_classes, 1, bias, device, dtype)
+        self.options = {
+            "direction": direction,
+            "temperature": temperature,
+            "softcap": softcap,
+            "reduction": reduction,
+            "base": base,
+            "memory_budget": memory_budget,
+        }
+
+    def forward(
+        self,
+        input: Float[Tensor, "*rows features"],
+        target: Tensor | Target,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+        """See :func:`softcurve.linear_kl_divergence`."""
+        return linear.linear_kl_divergence(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            sample_weight=sample_weight,
+            return_stats=return_stats,
+            **self.options,
+        )
+
+
+class LinearJSDivergenceLoss(_LinearLoss):
+    """:func:`softcurve.linear_js_divergence` of a head ``linear``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        beta: float = 0.5,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        reduction: str = "batchmean",
+        base: float = math.e,
+        memory_budget: int | None = None,
+    ) -> None:
+        checks.require_between("beta", beta, 0.0, 1.0)
+        Reduction(reduction, base)
+        LogitMap(temperature, softcap)
+        super().__init__(in_features, num_classes, 1, bias, device, dtype)
+        self.options = {
+            "beta": beta,
+            "temperature": temperature,
+            "softcap": softcap,
+            "reduction": reduction,
+            "base": base,
+            "memory_budget": memory_budget,
+        }
+
+    def forward(
+        self,
+        input: Float[Tensor, "*rows features"],
+        target: Tensor | Target,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+        """See :func:`softcurve.linear_js_divergence`."""
+        return linear.linear_js_divergence(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            sample_weight=sample_weight,
+            return_stats=return_stats,
+            **self.options,
+        )
 
 
 def _shown(options: dict[str, Any]) -> str:

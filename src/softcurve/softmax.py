@@ -51,18 +51,18 @@ def softmax_rows(z: Float[Tensor, "*rows classes"]) -> SoftmaxRows:
     total = exponentials.sum(-1, keepdim=True)
     # The largest class is an exact 1, which the fractional part drops: no index is needed. Two of them make total ≥ 2.
     rest = torch.where(total < 2, torch.frac(exponentials).sum(-1, keepdim=True), total - 1)
-    if _feels_rounding(rest):
-        exponentials = _compensated(exponentials, z, offset)
+    if feels_rounding(rest):
+        exponentials = compensated(exponentials, z, offset)
         rest = torch.where(total < 2, torch.frac(exponentials).sum(-1, keepdim=True), rest)
     return SoftmaxRows(shifted, exponentials, offset, rest)
 
 
-def _feels_rounding(rest: Float[Tensor, "*rows 1"]) -> bool:
+def feels_rounding(rest: Float[Tensor, "*rows 1"]) -> bool:
     """Whether a row is so confident that the rounding of ``z − m``, half an ulp of 32 and more, shows in ``rest``."""
     return rest.dtype == torch.float32 and (not values_visible(rest) or bool((rest < 1e-9).any()))
 
 
-def _compensated(
+def compensated(
     exponentials: Float[Tensor, "*rows classes"], z: Float[Tensor, "*rows classes"], offset: Float[Tensor, "*rows 1"]
 ) -> Float[Tensor, "*rows classes"]:
     """``e^{z − m}`` from its value at the rounded difference, whose exact error is Knuth's two-sum."""
@@ -136,8 +136,8 @@ def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     own = exponentials.gather(-1, at)
     exponentials = exponentials.scatter_(-1, at, 0.0) if in_place else exponentials.scatter(-1, at, 0.0)
     others = exponentials.sum(-1, keepdim=True)
-    if _feels_rounding(others):
-        exponentials = _compensated(exponentials, z, offset)
+    if feels_rounding(others):
+        exponentials = compensated(exponentials, z, offset)
         others = exponentials.sum(-1, keepdim=True)
     return exponentials, own, others, gap
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,7 +172,7 @@ class TopK(Target):
 
     def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
         """Over the listed classes and a bucket, or over all classes with −inf where nothing is listed."""
-        self._require_fit(z)
+        self.require_fit(z.shape)
         if self.tail == "renormalize":
             masked = torch.full(z.shape, -math.inf, dtype=self.log_probs.dtype, device=z.device)
             return z, masked.scatter(-1, self.indices, self.log_probs)
@@ -183,7 +184,7 @@ class TopK(Target):
         if self.indices.shape[-1] == z.shape[-1]:
             return student, teacher
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
-        tail = _log_complement(teacher)
+        tail = log_complement(teacher)
         # A tail of rounding errors is no mass: over a masked bucket it would make the divergence infinite.
         rounding = math.log(teacher.shape[-1] * torch.finfo(teacher.dtype).eps)
         tail = torch.where((others == -math.inf) & (tail < rounding), -math.inf, tail)
@@ -195,20 +196,28 @@ class TopK(Target):
             return one
         return torch.cat([one.expand(self.indices.shape[-1]), others * one.reshape(1)])
 
-    def _require_fit(self, z: Tensor) -> None:
-        if self.indices.shape[:-1] != z.shape[:-1] or self.indices.shape[-1] > z.shape[-1]:
+    def coarse_log_probs(self, classes: int) -> Float[Tensor, "*rows outcomes"]:
+        """By logits over the listed classes and all others, ``(..., k + 1)``: what the list leaves over, or no mass."""
+        listed = _widened(self.log_probs)
+        if self.coarsens and self.indices.shape[-1] < classes:
+            return torch.cat([listed, log_complement(listed)], -1)
+        return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
+
+    def require_fit(self, shape: Sequence[int]) -> None:
+        """Rows and classes of the logits ``shape`` that the list is compared with."""
+        if tuple(self.indices.shape[:-1]) != tuple(shape[:-1]) or self.indices.shape[-1] > shape[-1]:
             raise ValueError(
-                f"TopK indices must be of shape {tuple(z.shape[:-1])} + (k,) with k <= {z.shape[-1]}, as the "
+                f"TopK indices must be of shape {tuple(shape[:-1])} + (k,) with k <= {shape[-1]}, as the "
                 f"logits that they are compared with, got {checks.describe(self.indices)}"
             )
-        checks.require_class_indices("TopK indices", self.indices, z.shape[-1])
+        checks.require_class_indices("TopK indices", self.indices, shape[-1])
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _log_complement(log_probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows 1"]:
+def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows 1"]:
     """``log(1 − Σ_k e^{l_k})``, the largest apart as ``−expm1(l)``; −inf where the list has all the mass."""
     at = log_probs.argmax(-1, keepdim=True)
     rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)

@@ -1,0 +1,322 @@
+"""Makes the passes over a head's tiles differentiable, twice.
+
+``_Losses`` returns ``Σ weight · loss``, each row's loss and, when a derivative will be wanted of the sum, the gradients
+from the same pass. Its backward applies ``_Gradients``, which only scales them, or computes them where the rows'
+weights come from above (``reduction="none"``). The backward and the jvp of ``_Gradients`` are the streaming Hessian
+product, ``_Products``. Nothing is computed again until a second derivative is asked for; a third is an error.
+
+As in :mod:`softcurve.autograd`, ``torch.compile`` traces the plain classes, and their subclasses add what eager mode
+and ``torch.func`` need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from softcurve.autograd import outer_tangents, total_of
+from softcurve.checks import is_plain, values_visible
+from softcurve.head import operators
+from softcurve.head.kernel import Statistics
+from softcurve.head.problem import NOTHING, HeadLoss, HeadTensors, Wanted
+
+Optional6 = Sequence[Tensor | None]
+
+
+class HeadOutcome(NamedTuple):
+    """The weighted sum of the rows' losses, the losses, and statistics if they were asked for."""
+
+    total: Tensor
+    rows: Tensor
+    statistics: Statistics
+
+
+def head_outcome(
+    loss: HeadLoss, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, stats: bool
+) -> HeadOutcome:
+    """The losses of a head, differentiable; of its two forms of result that one which ``per_row`` says is used."""
+    wanted = NOTHING
+    if torch.is_grad_enabled() and not per_row:
+        a, b, c, d, e, f = (tensor is not None and tensor.requires_grad for tensor in tensors[:6])
+        wanted = (a, b, c, d, e, f)
+    function = _Losses if torch.compiler.is_compiling() else _TransformableLosses
+    total, rows, lse, entropy, predicted, label, *_ = function.apply(
+        loss, memory_budget, stats, per_row, wanted, *tensors
+    )
+    return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
+
+
+class _Losses(Function):
+    @staticmethod
+    def forward(
+        loss: HeadLoss,
+        memory_budget: int | None,
+        stats: bool,
+        per_row: bool,
+        wanted: Wanted,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor | None,
+        target_weight: Tensor | None,
+        target_bias: Tensor | None,
+        indices: Tensor | None,
+        row_weight: Tensor,
+        class_weight: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        rows, *others = torch.ops.softcurve.head_losses(
+            input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
+            *operators.described(loss), memory_budget, stats, row_weight.requires_grad, list(wanted),
+        )  # fmt: skip
+        return torch.where(row_weight == 0, 0.0, row_weight * rows).sum(), rows, *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.loss, ctx.memory_budget, _, ctx.per_row, ctx.wanted, *tensors = inputs
+        rows, ready = output[1], output[6:]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, rows, *ready)
+        ctx.save_for_forward(*tensors, rows, *ready)
+
+    @staticmethod
+    def backward(ctx: Any, v_total: Tensor | None, v_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, rows, ready = HeadTensors(*saved[:9]), saved[9], saved[10:]
+        needs = ctx.needs_input_grad[5:11]
+        in_weight = None
+        gradients: Optional6 = [None] * 6
+        if v_rows is not None:
+            weight = v_rows if v_total is None else v_rows + v_total * tensors.row_weight
+            gradients = _gradients(ctx, tensors._replace(row_weight=weight), needs, torch.ones_like(weight.sum()), None)
+        elif v_total is not None:
+            if _may_overwrite(v_total):
+                gradients = [g if n else None for g, n in zip(ready, needs, strict=True)]
+                if v_total != 1:
+                    gradients = [None if g is None else g.mul_(v_total) for g in gradients]
+            else:
+                gradients = _gradients(ctx, tensors, needs, v_total, ready)
+        if ctx.needs_input_grad[12] and v_total is not None:
+            in_weight = v_total * rows
+        return None, None, None, None, None, *gradients, None, in_weight, None
+
+
+def _may_overwrite(scale: Tensor) -> bool:
+    """Whether saved gradients may be handed over as they are: this backward is the last to see them."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(scale):
+        return False
+    if not values_visible(scale):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+
+
+def _gradients(
+    ctx: Any, tensors: HeadTensors, wanted: Sequence[bool], scale: Tensor, ready: Sequence[Tensor] | None
+) -> list[Tensor | None]:
+    """``scale`` times the gradients of ``Σ weight · loss``, differentiable; from those at hand, if they are."""
+    if not any(wanted):
+        return [None] * 6
+    complete = ready is not None and all(r.numel() or not w for r, w in zip(ready, wanted, strict=True))
+    given = ready if complete and ready is not None else [None] * 6
+    function = _Gradients if torch.compiler.is_compiling() else _TransformableGradients
+    found = function.apply(ctx.loss, ctx.memory_budget, tuple(wanted), scale, *given, *tensors)
+    return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
+
+
+class _TransformableLosses(_Losses):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        directions, v_weight = tangents[5:11], tangents[12]
+        nothing = (None,) * 10
+        with outer_tangents(ctx) as saved:
+            tensors, rows = HeadTensors(*saved[:9]), saved[9]
+            moved = any(v is not None for v in directions)
+            if ctx.per_row:
+                if not moved:
+                    return torch.zeros_like(rows).sum(), torch.zeros_like(rows), *nothing
+                change = _products(ctx, tensors, directions, NOTHING, True)[0]
+                return (tensors.row_weight * change).sum(), change, *nothing
+            total = rows.new_zeros(())
+            if moved:
+                wanted = tuple(v is not None for v in directions)
+                found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
+                total = total + _inner(found, directions)
+            if v_weight is not None:
+                total = total + (v_weight * rows).sum()
+            return total, torch.zeros_like(rows), *nothing
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_TransformableLosses.apply, info.batch_size, in_dims, inputs)
+
+
+class _Gradients(Function):
+    @staticmethod
+    def forward(
+        loss: HeadLoss,
+        memory_budget: int | None,
+        wanted: Wanted,
+        scale: Tensor,
+        g_input: Tensor | None,
+        g_weight: Tensor | None,
+        g_bias: Tensor | None,
+        g_target: Tensor | None,
+        g_target_weight: Tensor | None,
+        g_target_bias: Tensor | None,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor | None,
+        target_weight: Tensor | None,
+        target_bias: Tensor | None,
+        indices: Tensor | None,
+        row_weight: Tensor,
+        class_weight: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ready = (g_input, g_weight, g_bias, g_target, g_target_weight, g_target_bias)
+        if any(g is not None for g in ready):
+            return tuple(
+                input.new_empty(0) if g is None or not is_wanted else (g * scale).to(g.dtype)
+                for g, is_wanted in zip(ready, wanted, strict=True)
+            )
+        found = torch.ops.softcurve.head_losses(
+            input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
+            *operators.described(loss), memory_budget, False, False, list(wanted),
+        )  # fmt: skip
+        return tuple(found[5:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.loss, ctx.memory_budget, ctx.wanted, scale, *rest = inputs
+        ctx.mark_non_differentiable(*(o for o, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scale, *rest[6:])
+        ctx.save_for_forward(scale, *rest[6:])
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        directions = tuple(v if wanted else None for v, wanted in zip(directions, ctx.wanted, strict=True))
+        if all(v is None for v in directions):
+            return (None,) * 19
+        scale, *rest = ctx.saved_tensors
+        tensors = HeadTensors(*rest)
+        needs = ctx.needs_input_grad
+        tangents = bool(needs[3] or needs[17])
+        weighted = tensors._replace(row_weight=tensors.row_weight * scale)
+        change, *products = _products(ctx, weighted, directions, needs[10:16], tangents)
+        in_scale = (tensors.row_weight * change).sum() if needs[3] else None
+        in_weight = scale * change if needs[17] else None
+        return None, None, None, in_scale, *(None,) * 6, *products, None, in_weight, None
+
+
+class _TransformableGradients(_Gradients):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        v_scale, directions, v_weight = tangents[3], tangents[10:16], tangents[17]
+        with outer_tangents(ctx) as (scale, *rest):
+            tensors = HeadTensors(*rest)
+            changes: list[list[Tensor | None]] = []
+            if any(v is not None for v in directions):
+                weighted = tensors._replace(row_weight=tensors.row_weight * scale)
+                changes.append(_products(ctx, weighted, directions, ctx.wanted, False)[1:])
+            if v_scale is not None:
+                changes.append(_gradients(ctx, tensors, ctx.wanted, v_scale, None))
+            if v_weight is not None:
+                changes.append(_gradients(ctx, tensors._replace(row_weight=v_weight), ctx.wanted, scale, None))
+        return tuple(total_of([change[i] for change in changes]) for i in range(6))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_TransformableGradients.apply, info.batch_size, in_dims, inputs)
+
+
+def _products(
+    ctx: Any, tensors: HeadTensors, directions: Optional6, wanted: Sequence[bool], tangents: bool
+) -> list[Tensor | None]:
+    """The change of each row's loss, then of the six gradients."""
+    if not (tangents or any(wanted)):
+        return [None] * 7
+    function = _Products if torch.compiler.is_compiling() else _TransformableProducts
+    change, *products = function.apply(ctx.loss, ctx.memory_budget, tangents, tuple(wanted), *directions, *tensors)
+    return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
+
+
+class _Products(Function):
+    @staticmethod
+    def forward(
+        loss: HeadLoss,
+        memory_budget: int | None,
+        tangents: bool,
+        wanted: Wanted,
+        input_v: Tensor | None,
+        weight_v: Tensor | None,
+        bias_v: Tensor | None,
+        target_v: Tensor | None,
+        target_weight_v: Tensor | None,
+        target_bias_v: Tensor | None,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor | None,
+        target_weight: Tensor | None,
+        target_bias: Tensor | None,
+        indices: Tensor | None,
+        row_weight: Tensor,
+        class_weight: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.ops.softcurve.head_hessian_product(
+                input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
+                input_v, weight_v, bias_v, target_v, target_weight_v, target_bias_v,
+                *operators.described(loss), memory_budget, tangents, list(wanted),
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(THIRD)
+
+
+class _TransformableProducts(_Products):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(THIRD)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_TransformableProducts.apply, info.batch_size, in_dims, inputs)
+
+
+THIRD = (
+    "a streamed head has exact first and second derivatives, but none of third order (for reduction='none' in forward "
+    "mode, none of second); for those use the loss on logits: softcurve.cross_entropy(linear(input, weight), ...)"
+)
+
+
+def _one_by_one(
+    function: Callable[..., tuple[Tensor, ...]], size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """``vmap`` as a loop: a tile is large enough to fill the machine."""
+    results = [
+        function(*(t if dim is None or not isinstance(t, Tensor) else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _inner(gradients: Optional6, directions: Optional6) -> Tensor:
+    products = [
+        (g.to(torch.promote_types(g.dtype, torch.float32)) * v).sum()
+        for g, v in zip(gradients, directions, strict=True)
+        if g is not None and v is not None
+    ]
+    return sum(products[1:], start=products[0])

@@ -1,0 +1,303 @@
+"""Targets that speak of every class, where a tile holds only part of a row.
+
+Sweep 0 gathers the log-sum-exps, sweep 1 what DESIGN's formulas sum over a row, and for a Hessian product sweep 2 the
+sum of the changes; then every block can form its residuals
+
+    g = s − p S,     ġ = c ⊙ u + x ⊙ u_y − p Σ(c ⊙ u + x ⊙ u_y) − p ⊙ u S.
+
+The cross-entropy is the member ``φ = −y log p`` with ``s = −y``, ``c = 0``, ``x = −y``; seen from the target's logits,
+``s = c = −y log p``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.divergences import Divergence, Pair
+from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
+from softcurve.head.target import DenseTarget
+
+
+class _Softmax:
+    """The running softmax of rows whose classes come in blocks."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.offset = torch.full((rows, 1), -math.inf, dtype=torch.float64, device=device)
+        self.rest = torch.zeros_like(self.offset)  # Σ e^{z − offset} but for one class of the largest logit
+        self.top = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+
+    def absorb(self, rows: slice, z: Tensor, first: int) -> None:
+        """Take in the logits of a block that starts at class ``first``."""
+        top, at = z.max(-1, keepdim=True)
+        finite = torch.where(top == -math.inf, 0.0, top)
+        rest = (z - finite).exp_().scatter_(-1, at, 0.0).sum(-1, keepdim=True).double()
+        top = top.double()
+        old = self.offset[rows]
+        higher = top > old
+        new = torch.maximum(top, old)
+        safe = torch.where(new == -math.inf, 0.0, new)
+        here, before = torch.exp(top - safe), torch.exp(old - safe)
+        # The lower of the two tops joins the rest.
+        lower = torch.where(higher, before, here)
+        self.rest[rows] = rest * here + self.rest[rows] * before + lower
+        self.offset[rows] = new
+        self.top[rows] = torch.where(higher, at + first, self.top[rows])
+
+    def log_sum_exp(self, rows: slice | None = None) -> Tensor:
+        """``(r, 1)``, float64."""
+        rows = slice(None) if rows is None else rows
+        return self.offset[rows] + torch.log1p(self.rest[rows])
+
+    def log_probabilities(self, rows: slice, z: Tensor) -> Tensor:
+        """Of a block."""
+        offset = torch.where(self.offset[rows] == -math.inf, 0.0, self.offset[rows])
+        return (z - offset.to(z.dtype)) - torch.log1p(self.rest[rows]).to(z.dtype)
+
+    def is_top(self, rows: slice, classes: slice) -> Tensor:
+        """The place of the kept-apart class of confident rows in a block, as ``(row, column)`` indices."""
+        top = self.top[rows].squeeze(-1) - classes.start
+        here = (top >= 0) & (top < classes.stop - classes.start) & (self.rest[rows].squeeze(-1) < 1)
+        row = here.nonzero().squeeze(-1)
+        return torch.stack([row, top[row]])
+
+    def complement(self, rows: slice) -> Tensor:
+        """``1 − p_top``."""
+        return self.rest[rows] / (1 + self.rest[rows])
+
+
+class _Terms(NamedTuple):
+    """One block of one side, elementwise: its score, curve and cross term."""
+
+    p: Tensor
+    score: Tensor
+    curve: Tensor
+    cross: Tensor
+
+
+class _Side:
+    """What one side's rows sum up to."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.softmax = _Softmax(rows, device)
+        zeros = torch.zeros((rows, 1), dtype=torch.float64, device=device)
+        self.score, self.score_rest, self.mean_v, self.change = (zeros.clone() for _ in range(4))
+
+    def gather(self, rows: slice, classes: slice, terms: _Terms, v: Tensor | None) -> None:
+        """Sweep 1."""
+        total = terms.score.sum(-1, keepdim=True).double()
+        self.score[rows] += total
+        row, column = self.softmax.is_top(rows, classes)
+        without = terms.score.clone()
+        without[row, column] = 0.0
+        self.score_rest[rows] += without.sum(-1, keepdim=True).double()
+        if v is not None:
+            self.mean_v[rows] += (terms.p * torch.where(terms.p == 0, 0.0, v)).sum(-1, keepdim=True).double()
+
+    def centred(self, rows: slice, v: Tensor | None, like: Tensor) -> Tensor:
+        """``u = v − p·v``."""
+        return torch.zeros_like(like) if v is None else v - self.mean_v[rows].to(v.dtype)
+
+    def changes(self, terms: _Terms, u: Tensor, u_other: Tensor) -> Tensor:
+        """``c ⊙ u + x ⊙ u_y``."""
+        return terms.curve * u + terms.cross * u_other
+
+    def gradient(self, rows: slice, classes: slice, terms: _Terms) -> Tensor:
+        """``s − p S``; of a class above one half as minus the sum of all others."""
+        dtype = terms.p.dtype
+        gradient = terms.score - terms.p * self.score[rows].to(dtype)
+        row, column = self.softmax.is_top(rows, classes)
+        own = self.score[rows] * self.softmax.complement(rows) - self.score_rest[rows]
+        gradient[row, column] = own.squeeze(-1)[row].to(dtype)
+        return gradient
+
+    def product(self, rows: slice, terms: _Terms, change: Tensor, u: Tensor) -> Tensor:
+        """The change of :meth:`gradient`."""
+        total, score = self.change[rows].to(u.dtype), self.score[rows].to(u.dtype)
+        return change - terms.p * total - terms.p * u * score
+
+
+@dataclass
+class BlockKernel(Kernel):
+    """Three sweeps at most, whatever the loss."""
+
+    def __post_init__(self) -> None:
+        rows, device = len(self.data.weight), self.data.weight.device
+        self.sweeps = 3 if self.data.has_direction else 2
+        self.map = DenseTarget(self.loss, self.data.class_weight, self.data.class_count)
+        self.model, self.target = _Side(rows, device), _Side(rows, device)
+        self.by_logits = self.loss.target != "probabilities" or self.loss.family != "cross_entropy"
+        zeros = torch.zeros((rows, 1), dtype=torch.float64, device=device)
+        self.values, self.information, self.tangent = zeros.clone(), zeros.clone(), zeros.clone()
+        self.best = torch.full((rows, 1), -math.inf, dtype=torch.float64, device=device)
+        self.label = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+
+    def rows(self) -> Tensor:  # noqa: D102
+        values = self.values
+        if self.loss.z_loss:
+            values = values + self.loss.z_loss * self.model.softmax.log_sum_exp().square()
+        return values.squeeze(-1)
+
+    def tangents(self) -> Tensor:  # noqa: D102
+        return self.tangent.squeeze(-1)
+
+    def close(self, number: int) -> None:  # noqa: D102
+        if number == 1 and self.data.wants_stats:
+            columns = self.model.softmax.log_sum_exp(), self.information, self.model.softmax.top, self.label
+            self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
+
+    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+        for rows in self.groups(block):
+            self.map_logits(block, rows)
+            z, given = block.z[rows], block.target_of(rows)
+            if number == 0:
+                self.model.softmax.absorb(rows, z, block.classes.start)
+                if self.by_logits:
+                    self.target.softmax.absorb(rows, self._target_logits(given), block.classes.start)
+                continue
+            pair, model, target = self._terms(rows, block, z, given)
+            v, target_v = self._directions(block, rows, given)
+            if number == 1:
+                self._gather(rows, block.classes, pair, model, target, v, target_v)
+            else:
+                u, u_y = self.model.centred(rows, v, z), self._target_centred(rows, target_v, z)
+                for side, terms, own, other in ((self.model, model, u, u_y), (self.target, target, u_y, u)):
+                    side.change[rows] += side.changes(terms, own, other).sum(-1, keepdim=True).double()
+
+    def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
+        for rows in self.groups(block):
+            if fresh:
+                self.map_logits(block, rows)
+            self._residual(block, rows)
+        return Residuals(block.z, block.target_out, block.v, block.target_v_out)
+
+    # --- one group of rows -------------------------------------------------------------------------------------------
+
+    def _target_logits(self, given: Tensor) -> Tensor:
+        return given if self.loss.family == "cross_entropy" else self.map.forward(given)
+
+    def _directions(self, block: Block, rows: slice, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        v = None if block.v is None else block.v[rows]
+        if block.target_v is None:
+            return v, None
+        target_v = block.target_v[rows]
+        return v, target_v if self.loss.family == "cross_entropy" else self.map.direction(given, target_v)
+
+    def _target_centred(self, rows: slice, v: Tensor | None, like: Tensor) -> Tensor:
+        if v is not None and not self.by_logits:
+            return v  # of probabilities themselves
+        return self.target.centred(rows, v, like)
+
+    def _terms(self, rows: slice, block: Block, z: Tensor, given: Tensor) -> tuple[Pair, _Terms, _Terms]:
+        log_p = self.model.softmax.log_probabilities(rows, z)
+        p = log_p.exp()
+        if self.loss.family == "cross_entropy":
+            return self._cross_entropy_terms(rows, block.classes, p, log_p, given)
+        logits = self._target_logits(given)
+        log_y = self.target.softmax.log_probabilities(rows, logits)
+        y = log_y.exp()
+        both_masked = (log_p == -math.inf) & (log_y == -math.inf)
+        ratio = torch.where(both_masked, 0.0, log_p - log_y)
+        near = torch.where(ratio.abs() < 0.5, y * torch.expm1(ratio.clamp(-0.5, 0.5)), p - y)
+        pair = Pair(p, y, ratio, near)
+        return pair, _of(self.loss.divergence, pair), _of(self.loss.divergence.exchanged(), pair.exchanged())
+
+    def _cross_entropy_terms(
+        self, rows: slice, classes: slice, p: Tensor, log_p: Tensor, given: Tensor
+    ) -> tuple[Pair, _Terms, _Terms]:
+        weight = None if self.data.class_weight is None else self.data.class_weight[classes].to(p.dtype)
+        y0 = self.target.softmax.log_probabilities(rows, given).exp() if self.by_logits else given
+        own = y0 if self.loss.smoothing == 0 else (1 - self.loss.smoothing) * y0
+        y = own if self.loss.smoothing == 0 else own + self.loss.smoothing / self.data.class_count
+        if weight is not None:
+            own, y = own * weight, y * weight
+        information = torch.where(own == 0, 0.0, own * -log_p)
+        model = _Terms(p, -y, torch.zeros_like(p), -own)
+        if self.by_logits:
+            return Pair(p, y, log_p, own), model, _Terms(y0, information, information, -own)
+        # Probabilities as they are: ∂L/∂y = −w log p, with no softmax around.
+        factor = torch.full_like(p, 1 - self.loss.smoothing) if weight is None else (
+            (1 - self.loss.smoothing) * weight
+        ).expand_as(p)
+        zero = torch.zeros_like(p)
+        model = model._replace(cross=-factor)
+        masked = (log_p == -math.inf) & (given == 0)
+        return Pair(p, y, log_p, own), model, _Terms(zero, torch.where(masked, 0.0, factor * -log_p), zero, -factor)
+
+    def _gather(
+        self,
+        rows: slice,
+        classes: slice,
+        pair: Pair,
+        model: _Terms,
+        target: _Terms,
+        v: Tensor | None,
+        target_v: Tensor | None,
+    ) -> None:
+        self.model.gather(rows, classes, model, v)
+        if self.by_logits:
+            self.target.gather(rows, classes, target, target_v)
+        if self.loss.family == "cross_entropy":
+            value = torch.where(pair.y == 0, 0.0, pair.y * -pair.log_ratio).sum(-1)
+        else:
+            value = self.loss.divergence.value(pair)
+        self.values[rows] += value.double().unsqueeze(-1)
+        if self.data.wants_stats:
+            finite = torch.where(model.p == 0, 0.0, torch.log(model.p))
+            self.information[rows] -= (model.p * finite).sum(-1, keepdim=True).double()
+            best, at = pair.y.max(-1, keepdim=True)
+            better = best.double() > self.best[rows]
+            self.best[rows] = torch.where(better, best.double(), self.best[rows])
+            self.label[rows] = torch.where(better, at + classes.start, self.label[rows])
+
+    def _residual(self, block: Block, rows: slice) -> None:
+        z, given = block.z[rows], block.target_of(rows)
+        _, model, target = self._terms(rows, block, z, given)
+        v, target_v = self._directions(block, rows, given)
+        weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
+        gradient = self.model.gradient(rows, block.classes, model)
+        in_target = self.target.gradient(rows, block.classes, target) if self.by_logits else target.score
+        lse = self.model.softmax.log_sum_exp(rows).to(z.dtype)
+        if self.loss.z_loss:
+            gradient = gradient + 2 * self.loss.z_loss * lse * model.p
+        masked = z == -math.inf
+        gradient = torch.where(masked, 0.0, gradient)
+        if block.v is not None:
+            u, u_y = self.model.centred(rows, v, z), self._target_centred(rows, target_v, z)
+            product = self.model.product(rows, model, self.model.changes(model, u, u_y), u)
+            if self.loss.z_loss:
+                product = product + 2 * self.loss.z_loss * model.p * (lse * u + self.model.mean_v[rows].to(z.dtype))
+            change = self.target.changes(target, u_y, u)
+            in_target_v = self.target.product(rows, target, change, u_y) if self.by_logits else change
+            if self.data.wants_tangents:
+                self._add_tangents(rows, gradient, v, in_target, target_v)
+            mapped_v = block.v[rows].clone() if block.raw is not None else None
+            block.v[rows].copy_(weight * torch.where(masked, 0.0, product))
+            if block.target_v_out is not None and block.target_v is not None:
+                if self.loss.family != "cross_entropy":
+                    in_target_v = self.map.product(given, in_target, in_target_v, block.target_v[rows])
+                block.target_v_out[rows] = weight * in_target_v
+        else:
+            mapped_v = None
+        z.copy_(weight * gradient)
+        if block.target_out is not None:
+            if self.loss.family != "cross_entropy":
+                in_target = self.map.gradient(given, in_target)
+            block.target_out[rows] = weight * in_target
+        self.unmap_residuals(block, rows, mapped_v)
+
+    def _add_tangents(
+        self, rows: slice, gradient: Tensor, v: Tensor | None, in_target: Tensor, target_v: Tensor | None
+    ) -> None:
+        if v is not None:
+            self.tangent[rows] += (gradient * v).sum(-1, keepdim=True).double()
+        if target_v is not None:
+            self.tangent[rows] += (in_target * target_v).sum(-1, keepdim=True).double()
+
+
+def _of(divergence: Divergence, pair: Pair) -> _Terms:
+    return _Terms(pair.p, divergence.score(pair), divergence.curve(pair), divergence.cross(pair))

@@ -1,0 +1,130 @@
+"""What a kernel does with the logits of one tile of rows; see :mod:`softcurve.head.passes` for who calls it when."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softcurve.head.problem import HeadLoss
+
+
+@dataclass
+class Block:
+    """The logits of a tile's rows over some classes. A kernel writes residuals where the logits stood."""
+
+    classes: slice
+    z: Tensor
+    raw: Tensor | None = None  # room for the logits before their soft cap
+    v: Tensor | None = None  # the change of z along a direction
+    target: Tensor | None = None  # the target's probabilities or logits; the kernel's own, if a product made them
+    target_v: Tensor | None = None
+    target_out: Tensor | None = None  # room for the target's residual
+    target_v_out: Tensor | None = None  # and for its change
+
+    def target_of(self, rows: slice) -> Tensor:
+        """The target of some rows, in the dtype of the logits."""
+        assert self.target is not None
+        return self.target[rows].to(self.z.dtype)
+
+
+class Residuals(NamedTuple):
+    """Of the loss in the logits and in the target's, times the rows' weights; and their changes along a direction."""
+
+    z: Tensor
+    target: Tensor | None = None
+    v: Tensor | None = None
+    target_v: Tensor | None = None
+
+
+@dataclass
+class RowData:
+    """What belongs to the rows of a tile, all classes together."""
+
+    weight: Tensor  # (r,)
+    indices: Tensor | None = None  # (r, k)
+    target: Tensor | None = None  # (r, k + 1), of a list
+    target_v: Tensor | None = None
+    class_weight: Tensor | None = None
+    wants_target: bool = False
+    wants_gradient: bool = False
+    wants_stats: bool = False
+    wants_tangents: bool = False
+    has_direction: bool = False
+    class_count: int = 0
+    cached: int = 0
+
+
+@dataclass
+class Statistics:
+    """Of each row's softmax: what ``return_stats`` returns."""
+
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    predicted: Tensor | None = None
+    target: Tensor | None = None  # the most probable class of the target
+
+
+@dataclass
+class Kernel(ABC):
+    """One tile of rows: sweeps over its blocks gather what rows must know; then residuals, block by block, in place."""
+
+    loss: HeadLoss
+    data: RowData
+    sweeps: int = field(default=1, init=False)
+    # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
+    factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
+    statistics: Statistics = field(default_factory=Statistics, init=False)
+
+    @abstractmethod
+    def sweep(self, number: int, block: Block) -> None:
+        """Look at a block. May overwrite it; with more than one block it is computed anew for the next sweep."""
+
+    @abstractmethod
+    def close(self, number: int) -> None:
+        """The sweep has seen every block."""
+
+    @abstractmethod
+    def rows(self) -> Float[Tensor, " rows"]:
+        """The loss of each row, not weighted, once every sweep is closed."""
+
+    @abstractmethod
+    def residuals(self, block: Block, fresh: bool) -> Residuals:
+        """What the products take back to features and weights; ``fresh`` if the block was computed anew."""
+
+    @abstractmethod
+    def tangents(self) -> Float[Tensor, " rows"]:
+        """The change of each row's loss, not weighted, along the direction, once the residuals are formed."""
+
+    def groups(self, block: Block) -> Iterator[slice]:
+        """So many rows at a time as stay in the cache."""
+        count, classes = block.z.shape
+        step = max(1, self.data.cached // max(1, classes))
+        for start in range(0, count, step):
+            yield slice(start, start + step)
+
+    def map_logits(self, block: Block, rows: slice) -> None:
+        """``z ← m(z)``, ``ż ← m′(z) ż``, and the logits before it set aside: where there is a soft cap."""
+        if block.raw is None:
+            return
+        z, raw = block.z[rows], block.raw[rows]
+        raw.copy_(z)
+        z.copy_(self.loss.logit_map.value(raw))
+        if block.v is not None:
+            block.v[rows].mul_(self.loss.logit_map.slope(raw))
+
+    def unmap_residuals(self, block: Block, rows: slice, mapped_v: Tensor | None) -> None:
+        """``g ← m′ g``, ``ġ ← m′ ġ + m″ g ż``; ``mapped_v`` is ``m′ ż``."""
+        if block.raw is None or self.loss.softcap is None:
+            return
+        z, slope = block.z[rows], self.loss.logit_map.slope(block.raw[rows])
+        if block.v is not None and mapped_v is not None:
+            # m″ g ż = (m″/m′) g (m′ ż), and m″/m′ = −(2/κ) tanh(z/κ).
+            bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap)
+            block.v[rows].mul_(slope).add_(bend.mul_(mapped_v).mul_(z))
+        z.mul_(slope)

@@ -1,0 +1,270 @@
+"""Targets that name few classes: an index, or a list with all other classes as one outcome.
+
+With ``o = log Σ_{unlisted} e^z`` the loss is a loss of the ``k + 1`` logits ``c = (z_listed, o)``, which
+:mod:`softcurve.objective` has in closed form. It is computed there in float64, which costs nothing beside ``C`` classes
+and leaves the rounding of the tile's one sum. With ``q = e^{z − o}``, the softmax over the unlisted,
+
+    ∂L/∂z = G_o q,   its change along ż:  Ġ_o q + G_o q (ż − ȯ),   ȯ = q·ż,
+
+at unlisted classes and ``G_k``, ``Ġ_k`` at listed ones. Label smoothing adds ``U lse − u·z`` with ``u = ε w / C``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcurve import softmax
+from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
+from softcurve.objective import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, LogitMap, RowLoss
+
+# Where a row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
+DIRECT = (0.0, 30.0)
+NO_MASS = -math.inf
+
+
+@dataclass
+class ListKernel(Kernel):
+    """Sweep 0: the listed logits and ``o``. Then the residual is a multiple of ``e^z``, but for the listed classes."""
+
+    def __post_init__(self) -> None:
+        indices = self.data.indices
+        assert indices is not None
+        rows, self.count = indices.shape
+        wide = {"dtype": torch.float64, "device": indices.device}
+        self.shift = torch.full((rows, 1), NO_MASS, **wide)
+        self.others = torch.zeros((rows, 1), **wide)  # Σ_{unlisted} e^{z − shift}
+        self.v_others = torch.zeros((rows, 1), **wide)  # the same sum with ż
+        self.own = torch.full(indices.shape, NO_MASS, **wide)
+        self.v_own = torch.zeros(indices.shape, **wide)
+        self.uniform, self.v_uniform = torch.zeros(rows, **wide), torch.zeros(rows, **wide)  # u·z, u·ż
+        if self.data.wants_stats:
+            self.moment = torch.zeros((rows, 1), **wide)  # Σ_{unlisted} e^{z − shift} (z − shift)
+            self.best = torch.full((rows,), NO_MASS, **wide)
+            self.predicted = torch.zeros(rows, dtype=torch.int64, device=indices.device)
+
+    # --- the sweep ---------------------------------------------------------------------------------------------------
+
+    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+        for rows in self.groups(block):
+            self.map_logits(block, rows)
+            self._absorb(block, rows)
+
+    def _absorb(self, block: Block, rows: slice) -> None:
+        z, v = block.z[rows], None if block.v is None else block.v[rows]
+        top = z.amax(-1, keepdim=True)
+        direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
+        shift = torch.zeros_like(top) if direct else torch.where(top == -math.inf, 0.0, top)
+        present, where, at = self._listed(block.classes, rows)
+        own = z.gather(-1, at)
+        self.own[rows] = torch.where(present, own.double(), self.own[rows])
+        logits = z.clone() if self.data.wants_stats else None
+        if self.loss.smoothing:
+            u = self._smooth(block.classes, z)
+            self.uniform[rows] += ((z - shift) @ u).double() + u.double().sum() * shift.squeeze(-1).double()
+            if v is not None:
+                self.v_uniform[rows] += (v @ u).double()
+        if direct:
+            z.exp_()
+            self._put(z, where, at, 0.0)
+            others = z.sum(-1, keepdim=True)
+        else:
+            others = self._shifted(z, shift, where, at)
+        merged = torch.maximum(self.shift[rows], shift.double())
+        kept = torch.where(self.shift[rows] == NO_MASS, 0.0, torch.exp(self.shift[rows] - merged))
+        added = torch.exp(shift.double() - merged)
+        if v is not None:
+            self.v_own[rows] = torch.where(present, v.gather(-1, at).double(), self.v_own[rows])
+            self.v_others[rows] = self.v_others[rows] * kept + (z * v).sum(-1, keepdim=True) * added
+        if logits is not None:
+            self._observe(logits, rows, block.classes.start)
+            lowered = torch.where(kept == 0, 0.0, self.shift[rows] - merged)
+            self.moment[rows] = kept * (self.moment[rows] + lowered * self.others[rows])
+            centred = torch.where(z == 0, 0.0, logits - merged.to(z.dtype))
+            self.moment[rows] += added * (z * centred).sum(-1, keepdim=True)
+        self.others[rows] = self.others[rows] * kept + others.double() * added
+        self.shift[rows] = merged
+
+    def _shifted(self, z: Tensor, shift: Tensor, where: Tensor | None, at: Tensor) -> Tensor:
+        """``z ← e^{z − shift}`` with 0 at the listed, and its sum; the rounding of a far ``z − shift`` made good."""
+        exponentials = (z - shift).exp_()
+        self._put(exponentials, where, at, 0.0)
+        others = exponentials.sum(-1, keepdim=True)
+        if softmax.feels_rounding(others):
+            exponentials = softmax.compensated(exponentials, z, shift)
+            others = exponentials.sum(-1, keepdim=True)
+        z.copy_(exponentials)
+        return others
+
+    def _listed(self, classes: slice, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Which listed classes lie in a block, where (``None``: all do), and their places in it."""
+        indices = self.data.indices
+        assert indices is not None
+        places = indices[rows] - classes.start
+        width = classes.stop - classes.start
+        if width == self.data.class_count:
+            return torch.ones_like(places, dtype=torch.bool), None, places
+        present = (places >= 0) & (places < width)
+        return present, present.nonzero(), places.clamp(0, width - 1)
+
+    @staticmethod
+    def _put(z: Tensor, where: Tensor | None, at: Tensor, values: Tensor | float) -> None:
+        """``z[row, at] = values`` at the listed classes of this block."""
+        if where is None:
+            z.scatter_(-1, at, values if isinstance(values, float) else values.to(z.dtype))
+            return
+        row, slot = where.unbind(-1)
+        z[row, at[row, slot]] = values if isinstance(values, float) else values[row, slot].to(z.dtype)
+
+    def _smooth(self, classes: slice, z: Tensor) -> Tensor:
+        """``u = ε w / C`` of a block."""
+        each = self.loss.smoothing / self.data.class_count
+        if self.data.class_weight is None:
+            return z.new_full((z.shape[-1],), each)
+        return self.data.class_weight[classes].to(z.dtype) * each
+
+    def _smoothing_mass(self) -> Tensor | float:
+        """``U = Σ u``."""
+        weight = self.data.class_weight
+        return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
+
+    def _observe(self, z: Tensor, rows: slice, first: int) -> None:
+        """The largest class so far."""
+        best, at = z.max(-1)
+        better = best.double() > self.best[rows]
+        self.best[rows] = torch.where(better, best.double(), self.best[rows])
+        self.predicted[rows] = torch.where(better, at + first, self.predicted[rows])
+
+    # --- the rows ----------------------------------------------------------------------------------------------------
+
+    def close(self, number: int) -> None:
+        """The loss of the coarse rows."""
+        self.row_loss, self.target = self._coarse_loss()
+        others = torch.where(self.others > 0, self.shift + torch.log(self.others), self.others + NO_MASS)
+        self.coarse = torch.cat([self.own, others], -1)
+        self.lse = softmax.softmax_rows(self.coarse).log_sum_exp
+        if isinstance(self.row_loss, LogitDivergence):
+            # A tail of rounding errors is no mass: over a masked rest it would make the divergence infinite.
+            rounding = math.log(self.coarse.shape[-1] * torch.finfo(torch.float32).eps)
+            tail = self.target[:, -1:]
+            tail = torch.where((others == NO_MASS) & (tail < rounding), NO_MASS, tail)
+            self.target = torch.cat([self.target[:, :-1], tail], -1)
+        if self.data.wants_stats:
+            # The entropy of the coarse row, and of the unlisted classes among themselves.
+            within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)
+            share = torch.softmax(self.coarse, -1)[:, -1:]
+            entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
+            self.statistics = Statistics(self.lse, entropy, self.predicted)
+
+    def _coarse_loss(self) -> tuple[RowLoss, Tensor]:
+        target = self.data.target
+        if target is None:
+            assert self.data.indices is not None
+            return IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.data.indices[:, 0])
+        if self.loss.family == "cross_entropy":
+            return DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
+        return LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
+
+    def rows(self) -> Tensor:  # noqa: D102
+        rows = self.row_loss.value(self.coarse, self.target)
+        if self.loss.smoothing:
+            rows = rows + self._smoothing_mass() * self.lse - self.uniform
+        return rows
+
+    def coarse_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In the coarse logits and in the target, times the rows' ``weight``."""
+        wants_target = self.data.wants_target
+        gradient, target = self.row_loss.gradient(weight, self.coarse, self.target, (True, wants_target))
+        assert gradient is not None
+        if self.loss.smoothing:
+            gradient = gradient + (weight * self._smoothing_mass()).unsqueeze(-1) * torch.softmax(self.coarse, -1)
+        return gradient, target
+
+    # --- the residual ------------------------------------------------------------------------------------------------
+
+    def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
+        if not hasattr(self, "gradient"):
+            weight = self.data.weight.double()
+            self.gradient, self.target_gradient = self.coarse_gradient(weight)
+            self.beta = torch.where(self.others > 0, self.gradient[:, -1:] / self.others, 0.0)
+            self.folded = False
+            if self.data.has_direction:
+                self._differentiate()
+            elif block.z.device.type == "cpu":
+                self._fold()
+        for rows in self.groups(block):
+            if fresh:
+                self._renew(block, rows)
+            self._residual(block, rows)
+        return Residuals(block.z, None, block.v, None)
+
+    def _fold(self) -> None:
+        """Leave ``G_o / Σ e^z`` to the products' small operands, unless it is too small to divide by."""
+        listed = self.gradient[:, :-1] / self.beta
+        self.folded = bool((listed.abs() < 1e30).all()) and bool((self.beta.abs() > 1e-25).all())
+        if self.folded:
+            self.factor = self.beta
+
+    def _differentiate(self) -> None:
+        """The change of the coarse gradient."""
+        weight = self.data.weight.double()
+        change = torch.where(self.others > 0, self.v_others / self.others, 0.0)
+        self.direction = torch.cat([self.v_own, change], -1)
+        target_v = None if self.data.target_v is None else self.data.target_v.double()
+        product, self.target_product = self.row_loss.hessian_product(
+            weight, self.coarse, self.target, self.direction, target_v
+        )
+        assert product is not None
+        if self.loss.smoothing:
+            mass = (weight * self._smoothing_mass()).unsqueeze(-1)
+            product = product + mass * softmax.jacobian_product(self.coarse, self.direction)
+        self.product = product
+        others_change = product[:, -1:] - self.gradient[:, -1:] * change
+        self.alpha = torch.where(self.others > 0, others_change / self.others, 0.0)
+
+    def tangents(self) -> Tensor:  # noqa: D102
+        gradient, target = self.row_loss.gradient(
+            torch.ones_like(self.lse), self.coarse, self.target, (True, self.data.target_v is not None)
+        )
+        assert gradient is not None
+        total = _inner(gradient, self.direction)
+        if target is not None and self.data.target_v is not None:
+            total = total + _inner(target, self.data.target_v.double())
+        if self.loss.smoothing:
+            mean = _inner(torch.softmax(self.coarse, -1), self.direction)
+            total = total + self._smoothing_mass() * mean - self.v_uniform
+        return total
+
+    def _renew(self, block: Block, rows: slice) -> None:
+        """``z ← e^{z − shift}`` with 0 at the listed, of a block computed anew."""
+        self.map_logits(block, rows)
+        z = block.z[rows]
+        z.sub_(self.shift[rows].to(z.dtype)).exp_()
+        _, where, at = self._listed(block.classes, rows)
+        self._put(z, where, at, 0.0)
+
+    def _residual(self, block: Block, rows: slice) -> None:
+        z, v = block.z[rows], None if block.v is None else block.v[rows]
+        _, where, at = self._listed(block.classes, rows)
+        listed = self.gradient[rows, :-1]
+        weight = self.data.weight[rows].to(z.dtype)
+        mapped_v = v.clone() if v is not None and block.raw is not None else None
+        if v is not None:
+            v.mul_(self.beta[rows].to(z.dtype)).add_(self.alpha[rows].to(z.dtype)).mul_(z)
+            self._put(v, where, at, self.product[rows, :-1])
+        if not self.folded:
+            z.mul_(self.beta[rows].to(z.dtype))
+        if self.loss.smoothing:
+            u = self._smooth(block.classes, z)
+            listed = listed - self.data.weight[rows].double().unsqueeze(-1) * u[at].double()
+            z.addr_(weight / self.beta[rows, 0].to(z.dtype) if self.folded else weight, u, alpha=-1)
+        self._put(z, where, at, listed / self.beta[rows] if self.folded else listed)
+        self.unmap_residuals(block, rows, mapped_v)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """``Σ a b`` of each row, where an infinite gradient that meets no change counts as nothing."""
+    return torch.where(b == 0, 0.0, a * b).sum(-1)

@@ -1,0 +1,429 @@
+"""The three passes over a head's tiles: the losses, the losses with their gradients, the Hessian product.
+
+A tile of logits comes from one matrix product, a kernel turns it into residuals where it stands, and two more products
+take these back to features and weight. Rows of weight 0 have no part in a gradient and are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.head import products
+from softcurve.head.blocks import BlockKernel
+from softcurve.head.dense import DenseKernel
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
+from softcurve.head.lists import ListKernel
+from softcurve.head.plan import Plan, make_plan
+from softcurve.head.problem import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
+
+
+class Outcome(NamedTuple):
+    """What a pass returns; what was not asked for is ``None``."""
+
+    rows: Tensor  # (n,): each row's loss, or its change along a direction
+    statistics: Statistics
+    gradients: Directions  # of Σ weight · loss, or their changes along a direction
+
+
+def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
+    """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
+    teacher, listed = loss.target == "teacher", loss.target == "list"
+    buffers = (1 + teacher) * (1 + directed) + (loss.softcap is not None)
+    written = tensors.target is not None and loss.target in ("probabilities", "logits")
+    temporaries = (6 if listed else 24) + (4 if directed else 0) + 2 * written
+    return make_plan(
+        rows,
+        len(tensors.weight),
+        dtype=tensors.dtype,
+        device=tensors.input.device,
+        buffers=buffers,
+        temporaries=temporaries,
+        whole_rows=not listed,
+        memory_budget=budget,
+    )
+
+
+def evaluate(
+    loss: HeadLoss,
+    tensors: HeadTensors,
+    budget: int | None,
+    *,
+    wanted: Wanted = NOTHING,
+    stats: bool = False,
+    all_rows: bool = False,
+) -> Outcome:
+    """Each row's loss, not weighted, and the gradients of ``Σ weight · loss`` in the tensors that are ``wanted``.
+
+    Rows of weight 0 have a loss of 0 unless ``all_rows``, or statistics, are asked for.
+    """
+    if len(tensors.input) == 0:
+        return _Pass(loss, tensors, budget, wanted, stats=stats).outcome()
+    kept = _kept_rows(tensors.row_weight)
+    run = _Pass(loss, tensors, budget, wanted, stats=stats)
+    run.over(kept)
+    if isinstance(kept, Tensor) and (stats or all_rows):
+        rest = _Pass(loss, tensors, budget, NOTHING, stats=stats, into=run)
+        rest.over((tensors.row_weight == 0).nonzero().squeeze(-1))
+    return run.outcome()
+
+
+def hessian_product(
+    loss: HeadLoss,
+    tensors: HeadTensors,
+    directions: Directions,
+    budget: int | None,
+    *,
+    wanted: Wanted,
+    wants_tangents: bool = False,
+) -> Outcome:
+    """The changes of the gradients along ``directions`` (``None``: zero), and of each row's loss if wanted."""
+    run = _Pass(loss, tensors, budget, wanted, directions=directions, wants_tangents=wants_tangents)
+    if len(tensors.input):
+        kept = _kept_rows(tensors.row_weight)
+        run.over(kept)
+        if isinstance(kept, Tensor) and wants_tangents:
+            rest = _Pass(loss, tensors, budget, NOTHING, directions=directions, wants_tangents=True, into=run)
+            rest.over((tensors.row_weight == 0).nonzero().squeeze(-1))
+    return run.outcome()
+
+
+def _kept_rows(weight: Tensor) -> slice | Tensor:
+    """The rows of weight other than 0; all of them where looking would make the device wait."""
+    if weight.device.type != "cpu":
+        return slice(0, len(weight))
+    kept = weight != 0
+    return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
+
+
+@dataclass
+class _Pass:
+    loss: HeadLoss
+    tensors: HeadTensors
+    budget: int | None
+    wanted: Wanted
+    stats: bool = False
+    directions: Directions | None = None
+    wants_tangents: bool = False
+    into: _Pass | None = None  # whose rows and statistics are completed
+    storage: dict[str, Tensor] = field(default_factory=dict)
+    started: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        t = self.tensors
+        n, self.dtype, device = len(t.input), t.dtype, t.input.device
+        self.statistics = Statistics()
+        if self.into is not None:
+            self.rows, self.statistics = self.into.rows, self.into.statistics
+        else:
+            self.rows = torch.zeros(n, dtype=self.dtype, device=device)
+            if self.stats:
+                floats = [torch.zeros(n, dtype=self.dtype, device=device) for _ in range(2)]
+                integers = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
+                self.statistics = Statistics(*floats, *integers)
+        # Gradients of weights and biases are summed over tiles: in the dtype of the computation.
+        self.gradients: list[Tensor | None] = []
+        for i, (tensor, wanted) in enumerate(zip(t[:6], self.wanted, strict=True)):
+            written_once = i == 3 and self.loss.target != "teacher"
+            dtype = tensor.dtype if tensor is not None and written_once else self.dtype
+            self.gradients.append(
+                torch.empty(tensor.shape, dtype=dtype, device=device) if wanted and tensor is not None else None
+            )
+
+    def outcome(self) -> Outcome:
+        """The gradients in the dtypes of their tensors; what no tile has touched is 0."""
+        final: list[Tensor | None] = []
+        for i, (gradient, tensor) in enumerate(zip(self.gradients, self.tensors[:6], strict=True)):
+            if gradient is not None and tensor is not None:
+                if str(i) not in self.started:
+                    gradient.zero_()
+                gradient = gradient.to(tensor.dtype)
+            final.append(gradient)
+        return Outcome(self.rows, self.statistics, tuple(final))  # type: ignore[arg-type]
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def over(self, kept: slice | Tensor) -> None:
+        """Every tile of the rows that are kept."""
+        count = kept.stop if isinstance(kept, slice) else len(kept)
+        self._prepare_rows(kept)
+        if count == 0:
+            return
+        self.plan = plan_of(self.loss, self.tensors, count, self.directions is not None, self.budget)
+        for start in range(0, count, self.plan.rows):
+            stop = min(start + self.plan.rows, count)
+            self._tile(slice(start, stop) if isinstance(kept, slice) else kept[start:stop])
+
+    def _prepare_rows(self, kept: slice | Tensor) -> None:
+        """Rows that no tile will visit have gradient 0."""
+        if isinstance(kept, Tensor):
+            for i in (0, 3):
+                gradient = self.gradients[i]
+                if gradient is not None:
+                    gradient.zero_()
+
+    def _take(self, tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    def _tile(self, rows: slice | Tensor) -> None:
+        t, loss = self.tensors, self.loss
+        listed, teacher = loss.target == "list", loss.target == "teacher"
+        direction = self.directions
+        data = RowData(
+            weight=t.row_weight[rows].to(self.dtype),
+            indices=self._take(t.indices, rows),
+            target=self._take(t.target, rows) if listed else None,
+            target_v=self._take(direction[3], rows) if direction is not None and listed else None,
+            class_weight=None if t.class_weight is None else t.class_weight.to(self.dtype),
+            wants_target=self._wants_target(),
+            wants_gradient=any(self.wanted),
+            wants_stats=self.stats,
+            wants_tangents=self.wants_tangents,
+            has_direction=direction is not None,
+            class_count=len(t.weight),
+            cached=self.plan.cached,
+        )
+        e = t.input[rows].to(self.dtype)
+        e_v = None if direction is None else self._take(direction[0], rows)
+        side = _Operands(e, t.weight, t.bias, e_v, *((direction[1], direction[2]) if direction else (None, None)))
+        target = None
+        if teacher:
+            assert t.target is not None and t.target_weight is not None
+            f_v = None if direction is None else self._take(direction[3], rows)
+            others = (direction[4], direction[5]) if direction else (None, None)
+            target = _Operands(t.target[rows].to(self.dtype), t.target_weight, t.target_bias, f_v, *others)
+        tile = _Tile(self, rows, data, side, target)
+        kernel = tile.kernel
+        single = not self.plan.cuts_classes
+        block = None
+        for number in range(kernel.sweeps):
+            for classes in self.plan.class_blocks():
+                block = tile.load(classes)
+                kernel.sweep(number, block)
+            kernel.close(number)
+        wants_residuals = any(self.wanted) or self.wants_tangents
+        if wants_residuals:
+            if single:
+                assert block is not None
+                tile.take_back(kernel.residuals(block, False), block)
+            else:
+                for classes in self.plan.class_blocks():
+                    block = tile.load(classes)
+                    tile.take_back(kernel.residuals(block, True), block)
+        if self.wants_tangents:
+            self.rows[rows] = kernel.tangents().to(self.dtype)
+        elif direction is None:
+            self.rows[rows] = kernel.rows().to(self.dtype)
+        if self.stats:
+            for name, column in vars(kernel.statistics).items():
+                whole = getattr(self.statistics, name)
+                if column is not None:
+                    whole[rows] = column.to(whole.dtype)
+                elif t.indices is not None:
+                    whole[rows] = self._label(rows)
+        gradient = self.gradients[3]
+        if listed and gradient is not None and isinstance(kernel, ListKernel):
+            found = kernel.target_gradient if direction is None else kernel.target_product
+            assert found is not None
+            gradient[rows] = found.to(gradient.dtype)
+            self.started.add("3")
+
+    def _label(self, rows: slice | Tensor) -> Tensor:
+        """The most probable class of a list."""
+        indices, target = self.tensors.indices, self.tensors.target
+        assert indices is not None
+        if target is None:
+            return indices[rows, 0]
+        return indices[rows].gather(-1, target[rows, : indices.shape[-1]].argmax(-1, keepdim=True)).squeeze(-1)
+
+    def _wants_target(self) -> bool:
+        return any(self.wanted[3:])
+
+    # --- storage -----------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: str, rows: int, classes: int) -> Tensor:
+        """Room for a tile, the same for every tile of a pass."""
+        size = self.plan.rows * self.plan.classes
+        if name not in self.storage or self.storage[name].numel() < size:
+            self.storage[name] = torch.empty(size, dtype=self.dtype, device=self.tensors.input.device)
+        return self.storage[name][: rows * classes].view(rows, classes)
+
+    def accumulates(self, name: str) -> bool:
+        """Whether a gradient holds something already; from now on it does."""
+        if name in self.started:
+            return True
+        self.started.add(name)
+        return False
+
+
+class _Operands(NamedTuple):
+    """One linear map on one tile of rows, and a direction."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    input_v: Tensor | None
+    weight_v: Tensor | None
+    bias_v: Tensor | None
+
+
+@dataclass
+class _Tile:
+    run: _Pass
+    rows: slice | Tensor
+    data: RowData
+    model: _Operands
+    target: _Operands | None
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.kernel: Kernel
+        if run.loss.target == "list":
+            self.kernel = ListKernel(run.loss, self.data)
+        elif run.plan.cuts_classes:
+            self.kernel = BlockKernel(run.loss, self.data)
+        else:
+            self.kernel = DenseKernel(run.loss, self.data, again=self._again)
+
+    def load(self, classes: slice) -> Block:
+        """The logits of a block, and what belongs to them."""
+        run, count = self.run, len(self.data.weight)
+        width = classes.stop - classes.start
+
+        def room(name: str) -> Tensor:
+            return run.buffer(name, count, width)
+
+        block = Block(classes, self._product(room("z"), self.model, classes, run.loss.scale))
+        if run.loss.softcap is not None:
+            block.raw = room("raw")
+        if run.directions is not None:
+            block.v = self._direction(room("v"), self.model, classes, run.loss.scale)
+        wants_target = self.data.wants_target
+        if self.target is not None:
+            scale = run.loss.target_scale
+            block.target = self._product(room("target"), self.target, classes, scale)
+            block.target_out = block.target if wants_target else None
+            if run.directions is not None:
+                block.target_v = self._direction(room("target_v"), self.target, classes, scale)
+                block.target_v_out = block.target_v if wants_target else None
+        elif run.loss.target != "list":
+            assert run.tensors.target is not None
+            block.target = run.tensors.target[self.rows, classes]
+            direction = None if run.directions is None else run.directions[3]
+            if run.directions is not None:
+                block.target_v = (
+                    torch.zeros_like(block.target) if direction is None else direction[self.rows, classes]
+                ).to(run.dtype)
+            if wants_target:
+                block.target_out = torch.empty_like(block.target, dtype=run.dtype)
+                block.target_v_out = None if run.directions is None else torch.empty_like(block.target_out)
+        return block
+
+    def _again(self, rows: Tensor) -> Block:
+        """Logits and target of some rows of the tile anew, all classes; in memory of their own."""
+        run, everything = self.run, slice(0, self.data.class_count)
+
+        def product(side: _Operands, scale: float) -> Tensor:
+            out = side.input.new_empty(len(rows), self.data.class_count)
+            return self._product(out, side._replace(input=side.input[rows]), everything, scale)
+
+        block = Block(everything, product(self.model, run.loss.scale))
+        if self.target is not None:
+            block.target = product(self.target, run.loss.target_scale)
+        else:
+            assert run.tensors.target is not None
+            chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
+            block.target = run.tensors.target[chosen]
+        if self.data.wants_target:
+            block.target_out = torch.empty_like(block.z)
+        return block
+
+    @staticmethod
+    def _product(out: Tensor, side: _Operands, classes: slice, scale: float) -> Tensor:
+        bias = None if side.bias is None else side.bias[classes]
+        return products.linear_into(out, side.input, side.weight[classes], bias, scale=scale)
+
+    @staticmethod
+    def _direction(out: Tensor, side: _Operands, classes: slice, scale: float) -> Tensor:
+        """``scale (ė Wᵀ + e Ẇᵀ + ḃ)``."""
+        started = False
+        if side.input_v is not None:
+            products.linear_into(out, side.input_v, side.weight[classes], None, scale=scale)
+            started = True
+        if side.weight_v is not None:
+            weight_v = side.weight_v[classes]
+            products.linear_into(out, side.input, weight_v, None, scale=scale, accumulate=started)
+            started = True
+        if side.bias_v is not None:
+            bias_v = side.bias_v[classes].to(out.dtype)
+            out.add_(bias_v, alpha=scale) if started else out.copy_((bias_v * scale).expand_as(out))
+            started = True
+        return out if started else out.zero_()
+
+    # --- back --------------------------------------------------------------------------------------------------------
+
+    def take_back(self, residuals: Residuals, block: Block) -> None:
+        """Residuals to features, weight and bias, on both sides."""
+        loss = self.run.loss
+        self._side(0, self.model, residuals.z, residuals.v, self.kernel.factor, loss.scale, block.classes)
+        if self.target is not None:
+            assert residuals.target is not None or not self.data.wants_target
+            if residuals.target is not None:
+                v = residuals.target_v
+                self._side(3, self.target, residuals.target, v, None, loss.target_scale, block.classes)
+        elif residuals.target is not None and self.run.gradients[3] is not None:
+            out = residuals.target if self.run.directions is None else residuals.target_v
+            assert out is not None
+            self.run.gradients[3][self.rows, block.classes] = out.to(self.run.gradients[3].dtype)  # type: ignore[index]
+            self.run.started.add("3")
+
+    def _side(
+        self,
+        first: int,
+        side: _Operands,
+        residual: Tensor,
+        residual_v: Tensor | None,
+        factor: Tensor | None,
+        scale: float,
+        classes: slice,
+    ) -> None:
+        """Gradients of one linear map; with a direction their changes ``ġ W + g Ẇ``, ``ġᵀ e + gᵀ ė``, ``Σ ġ``."""
+        run = self.run
+        in_input, in_weight, in_bias = run.gradients[first : first + 3]
+        scaling = None if factor is None else factor.to(run.dtype)
+        if scale != 1:
+            scaling = residual.new_full((len(residual), 1), scale) if scaling is None else scaling * scale
+        outer = residual if residual_v is None else residual_v
+        if in_input is not None:
+            part = self._features(outer, side.weight[classes])
+            if residual_v is not None and side.weight_v is not None:
+                products.back_to_features(part, residual, side.weight_v[classes], accumulate=True)
+            if scaling is not None:
+                part.mul_(scaling)
+            if classes.start == 0:
+                in_input[self.rows] = part
+            else:
+                in_input[self.rows] += part
+            run.started.add(str(first))
+        if in_weight is not None:
+            e = side.input if scaling is None else side.input * scaling
+            more = run.accumulates(f"{first + 1}:{classes.start}")
+            run.started.add(str(first + 1))
+            products.back_to_weight(in_weight[classes], outer, e, accumulate=more)
+            if residual_v is not None and side.input_v is not None:
+                e_v = side.input_v.to(run.dtype)
+                e_v = e_v if scaling is None else e_v * scaling
+                products.back_to_weight(in_weight[classes], residual, e_v, accumulate=True)
+        if in_bias is not None:
+            ones = residual.new_ones(len(residual)) if scaling is None else scaling.squeeze(-1)
+            more = run.accumulates(f"{first + 2}:{classes.start}")
+            run.started.add(str(first + 2))
+            torch.addmv(in_bias[classes], outer.T, ones, beta=1.0 if more else 0.0, out=in_bias[classes])
+
+    def _features(self, residual: Tensor, weight: Tensor) -> Tensor:
+        out = residual.new_empty(len(residual), weight.shape[1])
+        products.back_to_features(out, residual, weight, accumulate=False)
+        return out

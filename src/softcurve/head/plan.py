@@ -1,0 +1,104 @@
+"""How a head is cut into tiles, so that what it needs beyond inputs and gradients stays within a budget of bytes.
+
+Row tiles with all classes cost three matrix products for a loss and its gradients. Where the budget leaves so few rows
+that the weight's gradient would be read and written too often, classes are cut as well; each block of logits is then
+computed once more for every sweep over a row's statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_BUDGET = {"cpu": 256 * 2**20, "cuda": 2**30}
+
+# Entries that the elementwise passes work on at a time. On the CPU they then stay in the cache.
+CACHE_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
+
+# Rows below which cutting classes is cheaper than accumulating the weight's gradient once more for each tile.
+FEWEST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of ``rows`` × ``classes``; ``cached`` entries at a time go through the elementwise passes."""
+
+    row_count: int
+    class_count: int
+    rows: int
+    classes: int
+    cached: int
+    buffers: int  # tiles alive at a time
+    temporaries: int  # buffers of ``cached`` entries alive at a time
+    itemsize: int
+
+    @property
+    def cuts_classes(self) -> bool:
+        """Whether a tile holds only part of a row."""
+        return self.classes < self.class_count
+
+    @property
+    def bytes(self) -> int:
+        """What tiles and temporaries occupy at most."""
+        return self.itemsize * (self.buffers * self.rows * self.classes + self.temporaries * self.cached)
+
+    def class_blocks(self) -> Iterator[slice]:
+        """The classes of each tile."""
+        for start in range(0, self.class_count, self.classes):
+            yield slice(start, min(start + self.classes, self.class_count))
+
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"{self.row_count} rows × {self.class_count} classes in tiles of {self.rows} × {self.classes}, "
+            f"{self.buffers} at a time: {self.bytes / 2**20:.1f} MiB"
+        )
+
+
+def make_plan(
+    row_count: int,
+    class_count: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    buffers: int,
+    temporaries: int,
+    whole_rows: bool,
+    memory_budget: int | None,
+) -> Plan:
+    """The plan of fewest tiles within ``memory_budget`` bytes.
+
+    ``buffers`` tiles and ``temporaries`` cache-sized pieces are alive at a time; with ``whole_rows`` the pieces are
+    whole rows as long as classes are not cut. Raises ``ValueError`` where not even a tile of one row fits.
+    """
+    itemsize = dtype.itemsize
+    entries = (DEFAULT_BUDGET.get(device.type, 2**28) if memory_budget is None else memory_budget) // itemsize
+    row_count, class_count = max(row_count, 1), max(class_count, 1)
+
+    def planned(rows: int, classes: int, cached: int) -> Plan:
+        return Plan(row_count, class_count, rows, classes, cached, buffers, temporaries, itemsize)
+
+    fewest_classes = min(class_count, 16)
+    least = buffers * fewest_classes + temporaries * fewest_classes
+    if entries < least:
+        raise ValueError(
+            f"memory_budget must be at least {least * itemsize} bytes for {class_count} classes, got {memory_budget}"
+        )
+    # Half of the budget, at most, is for the temporaries.
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, entries // (2 * temporaries)))
+    fits = cached >= class_count or not whole_rows
+    if not fits and entries // 2 >= temporaries * class_count:
+        cached, fits = class_count, True
+    rows = (entries - temporaries * cached) // (buffers * class_count)
+    if fits and rows >= min(row_count, FEWEST_ROWS):
+        tiles = -(-row_count // rows)
+        rows = -(-row_count // tiles)
+        return planned(rows, class_count, min(cached, max(rows * class_count, 1)))
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, entries // (2 * temporaries)))
+    free = (entries - temporaries * cached) // buffers
+    rows = max(1, min(row_count, 1024, free // min(class_count, 256)))
+    classes = max(1, min(class_count, free // rows))
+    blocks = -(-class_count // classes)
+    return planned(rows, -(-class_count // blocks), min(cached, rows * classes))

@@ -1,0 +1,78 @@
+"""A tile of a target that speaks of every class, as a row loss wants it, and the way back of derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcurve import softmax
+from softcurve.head.problem import HeadLoss
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """From what is given to what is compared: ``y ← w ⊙ ((1 − ε) y + ε / C)`` for the cross-entropy, logits for the rest."""
+
+    loss: HeadLoss
+    class_weight: Tensor | None
+    class_count: int
+
+    @property
+    def scale_left(self) -> float:
+        """The target's temperature, where no product has applied it."""
+        return 1.0 if self.loss.target == "teacher" else self.loss.target_scale
+
+    @property
+    def _by_logits(self) -> bool:
+        return self.loss.target != "probabilities"
+
+    def forward(self, given: Tensor) -> Tensor:
+        """What the row loss is given."""
+        if self.loss.family == "cross_entropy":
+            y = torch.softmax(given, -1) if self._by_logits else given
+            if self.loss.smoothing:
+                y = (1 - self.loss.smoothing) * y + self.loss.smoothing / self.class_count
+            return y if self.class_weight is None else y * self.class_weight
+        if self._by_logits:
+            return given if self.scale_left == 1 else given * self.scale_left
+        return torch.log(given) * self.scale_left
+
+    def _chain(self, rows: Tensor) -> Tensor:
+        """Through smoothing and class weights, either way."""
+        rows = rows * (1 - self.loss.smoothing) if self.loss.smoothing else rows
+        return rows if self.class_weight is None else rows * self.class_weight
+
+    def direction(self, given: Tensor, v: Tensor) -> Tensor:
+        """The change of :meth:`forward`."""
+        if self.loss.family == "cross_entropy":
+            return self._chain(softmax.jacobian_product(given, v) if self._by_logits else v)
+        if self._by_logits:
+            return v * self.scale_left
+        return torch.where(given > 0, v / given, 0.0) * self.scale_left
+
+    def gradient(self, given: Tensor, gradient: Tensor) -> Tensor:
+        """In what is given, from the gradient in :meth:`forward`'s."""
+        if self.loss.family == "cross_entropy":
+            gradient = self._chain(gradient)
+            return softmax.jacobian_product(given, gradient) if self._by_logits else gradient
+        if self._by_logits:
+            return gradient * self.scale_left
+        return torch.where(given > 0, gradient / given, 0.0) * self.scale_left
+
+    def product(self, given: Tensor, gradient: Tensor, change: Tensor | None, v: Tensor | None) -> Tensor:
+        """The change of :meth:`gradient` as ``gradient`` changes by ``change`` and what is given by ``v``."""
+        total = torch.zeros_like(given) if change is None else self.gradient(given, change)
+        if v is None:
+            return total
+        if self.loss.family == "cross_entropy":
+            if not self._by_logits:
+                return total
+            gradient = self._chain(gradient)
+            y = torch.softmax(given, -1)
+            y_v = y * softmax.centred(v, y)
+            return total + y_v * softmax.centred(gradient, y) - y * (y_v * gradient).sum(-1, keepdim=True)
+        if self._by_logits:
+            return total
+        return total - torch.where(given > 0, gradient * v / given.square(), 0.0) * self.scale_left
