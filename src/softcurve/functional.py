@@ -77,7 +77,7 @@ def cross_entropy(
     target = as_target(target)
     mass: Tensor | None = None
     if isinstance(target, Target):
-        if isinstance(target, Logits) and sample_weight is not None:
+        if isinstance(target, Logits) and sample_weight is not None and not sample_weight.requires_grad:
             checks.require_rows("sample_weight", sample_weight, logits.shape[:-1], "logits")
             target = Logits(torch.where((sample_weight == 0).unsqueeze(-1), 0.0, target.values))
         rows = described.against_distribution(logits, target)

@@ -76,7 +76,7 @@ def linear_cross_entropy(
         base: of the logarithm; 2 for bits.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions have no part.
-        memory_budget: bytes for tiles; by default 256 MiB on the CPU and 1 GiB on CUDA.
+        memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: also return :class:`LossStats`, from the same pass.
 
     Half precision is multiplied and summed in float32, weight gradients too, and rounded once. Third derivatives are
@@ -99,6 +99,8 @@ def linear_cross_entropy(
     head = _Head.of(input, linear_weight, linear_bias)
     if weight is not None:
         require_class_weight(weight, head.classes)
+        if weight.requires_grad:
+            raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
     target = target if isinstance(target, Tensor) and target.is_floating_point() else as_target(target)
     posed = _Posed(head, reducer, memory_budget, return_stats)
     options = {"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats}

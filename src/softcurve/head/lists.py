@@ -48,50 +48,48 @@ class ListKernel(Kernel):
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def sweep(self, number: int, block: Block) -> None:
+        """Few operations look at the whole tile; what reads and writes each entry goes group by group."""
+        z, v = block.z, block.v
         for rows in self.groups(block):
             self.map_logits(block, rows)
-            self._absorb(block, rows)
-
-    def _absorb(self, block: Block, rows: slice) -> None:
-        z, v = block.z[rows], None if block.v is None else block.v[rows]
         top = z.amax(-1, keepdim=True)
         direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
         shift = torch.zeros_like(top) if direct else torch.where(top == -math.inf, 0.0, top)
-        present, where, at = self._listed(block.classes, rows)
-        own = z.gather(-1, at)
-        self.own[rows] = torch.where(present, own.double(), self.own[rows])
+        present, where, at = self._listed(block.classes)
+        own = z.gather(-1, at).double()
+        self.own = own if where is None else torch.where(present, own, self.own)
+        if v is not None:
+            own_v = v.gather(-1, at).double()
+            self.v_own = own_v if where is None else torch.where(present, own_v, self.v_own)
+        self._gather_uniform(block, shift)
         logits = z.clone() if self.data.wants_stats else None
-        if self.loss.smoothing:
-            u = self._smooth(block.classes, z)
-            self.uniform[rows] += ((z - shift) @ u).double() + u.double().sum() * shift.squeeze(-1).double()
-            if v is not None:
-                self.v_uniform[rows] += (v @ u).double()
-        if direct:
-            z.exp_()
-            self._put(z, where, at, 0.0)
-            others = z.sum(-1, keepdim=True)
-        else:
-            others = self._shifted(z, shift, where, at)
-        merged = torch.maximum(self.shift[rows], shift.double())
-        kept = torch.where(self.shift[rows] == NO_MASS, 0.0, torch.exp(self.shift[rows] - merged))
+        self._put(z, where, at, NO_MASS)
+        others = torch.empty_like(top)
+        for rows in self.groups(block):
+            if direct:
+                torch.sum(z[rows].exp_(), -1, keepdim=True, out=others[rows])
+            else:
+                others[rows] = self._shifted(z[rows], shift[rows])
+        merged = torch.maximum(self.shift, shift.double())
+        kept = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - merged))
         added = torch.exp(shift.double() - merged)
         if v is not None:
-            self.v_own[rows] = torch.where(present, v.gather(-1, at).double(), self.v_own[rows])
-            self.v_others[rows] = self.v_others[rows] * kept + (z * v).sum(-1, keepdim=True) * added
+            for rows in self.groups(block):
+                change = (z[rows] * v[rows]).sum(-1, keepdim=True)
+                self.v_others[rows] = self.v_others[rows] * kept[rows] + change * added[rows]
         if logits is not None:
-            self._observe(logits, rows, block.classes.start)
-            lowered = torch.where(kept == 0, 0.0, self.shift[rows] - merged)
-            self.moment[rows] = kept * (self.moment[rows] + lowered * self.others[rows])
-            centred = torch.where(z == 0, 0.0, logits - merged.to(z.dtype))
-            self.moment[rows] += added * (z * centred).sum(-1, keepdim=True)
-        self.others[rows] = self.others[rows] * kept + others.double() * added
-        self.shift[rows] = merged
+            self._observe(logits, block.classes.start)
+            lowered = torch.where(kept == 0, 0.0, self.shift - merged)
+            moment = (z * torch.where(z == 0, 0.0, logits - merged.to(z.dtype))).sum(-1, keepdim=True)
+            self.moment = kept * (self.moment + lowered * self.others) + added * moment
+        self.others = self.others * kept + others.double() * added
+        self.shift = merged
 
-    def _shifted(self, z: Tensor, shift: Tensor, where: Tensor | None, at: Tensor) -> Tensor:
-        """``z ← e^{z − shift}`` with 0 at the listed, and its sum; the rounding of a far ``z − shift`` made good."""
+    @staticmethod
+    def _shifted(z: Tensor, shift: Tensor) -> Tensor:
+        """``z ← e^{z − shift}``, and its sum; the rounding of a far ``z − shift`` made good."""
         exponentials = (z - shift).exp_()
-        self._put(exponentials, where, at, 0.0)
         others = exponentials.sum(-1, keepdim=True)
         if softmax.feels_rounding(others):
             exponentials = softmax.compensated(exponentials, z, shift)
@@ -99,10 +97,22 @@ class ListKernel(Kernel):
         z.copy_(exponentials)
         return others
 
-    def _listed(self, classes: slice, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _gather_uniform(self, block: Block, shift: Tensor) -> None:
+        """``u·z`` and ``u·ż`` of label smoothing, the former without the rounding of a large offset."""
+        if not self.loss.smoothing:
+            return
+        u = self._smooth(block.classes, block.z)
+        for rows in self.groups(block):
+            self.uniform[rows] += ((block.z[rows] - shift[rows]) @ u).double()
+            if block.v is not None:
+                self.v_uniform[rows] += (block.v[rows] @ u).double()
+        self.uniform += u.double().sum() * shift.squeeze(-1).double()
+
+    def _listed(self, classes: slice, rows: slice | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Which listed classes lie in a block, where (``None``: all do), and their places in it."""
         indices = self.data.indices
         assert indices is not None
+        rows = slice(None) if rows is None else rows
         places = indices[rows] - classes.start
         width = classes.stop - classes.start
         if width == self.data.class_count:
@@ -131,12 +141,12 @@ class ListKernel(Kernel):
         weight = self.data.class_weight
         return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
 
-    def _observe(self, z: Tensor, rows: slice, first: int) -> None:
+    def _observe(self, z: Tensor, first: int) -> None:
         """The largest class so far."""
         best, at = z.max(-1)
-        better = best.double() > self.best[rows]
-        self.best[rows] = torch.where(better, best.double(), self.best[rows])
-        self.predicted[rows] = torch.where(better, at + first, self.predicted[rows])
+        better = best.double() > self.best
+        self.best = torch.where(better, best.double(), self.best)
+        self.predicted = torch.where(better, at + first, self.predicted)
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
@@ -195,6 +205,10 @@ class ListKernel(Kernel):
                 self._differentiate()
             elif block.z.device.type == "cpu":
                 self._fold()
+        if self.folded and not fresh and block.raw is None and not self.loss.smoothing:
+            _, where, at = self._listed(block.classes)
+            self._put(block.z, where, at, self.gradient[:, :-1] / self.beta)
+            return Residuals(block.z)
         for rows in self.groups(block):
             if fresh:
                 self._renew(block, rows)

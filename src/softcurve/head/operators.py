@@ -1,11 +1,12 @@
 """The passes as operators of ``torch.library``: opaque to ``torch.compile``, so that a compiled model has no break.
 
-What is not asked for comes back as an empty tensor, since an operator returns a fixed number of tensors.
+What is not asked for comes back as an empty tensor, since an operator's tensors are all there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,160 +14,76 @@ from torch import Tensor
 from softcurve.head import passes
 from softcurve.head.problem import Directions, HeadLoss, HeadTensors, Wanted
 
-
-@torch.library.custom_op("softcurve::head_losses", mutates_args=())
-def head_losses(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    target_weight: Tensor | None,
-    target_bias: Tensor | None,
-    indices: Tensor | None,
-    row_weight: Tensor,
-    class_weight: Tensor | None,
-    family: str,
-    kind: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    z_loss: float,
-    smoothing: float,
-    memory_budget: int | None,
-    stats: bool,
-    all_rows: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    """Each row's loss; log-sum-exp, entropy, predicted class and label if ``stats``; the six gradients ``wanted``."""
-    loss = HeadLoss(family, kind, beta, temperature, softcap, z_loss, smoothing)
-    tensors = HeadTensors(
-        input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight
-    )
-    outcome = passes.evaluate(
-        loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows
-    )
-    return [outcome.rows, *_present(input, *vars(outcome.statistics).values(), *outcome.gradients)]
-
-
-@head_losses.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    target_weight: Tensor | None,
-    target_bias: Tensor | None,
-    indices: Tensor | None,
-    row_weight: Tensor,
-    class_weight: Tensor | None,
-    family: str,
-    kind: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    z_loss: float,
-    smoothing: float,
-    memory_budget: int | None,
-    stats: bool,
-    all_rows: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    tensors = HeadTensors(
-        input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight
-    )
-    rows = input.new_empty(input.shape[0], dtype=tensors.dtype)
-    columns: list[Tensor | None] = [None] * 4
-    if stats:
-        columns = [torch.empty_like(rows), torch.empty_like(rows)]
-        columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
-    return [rows, *_present(input, *columns, *_gradients_like(tensors, wanted))]
-
-
-@torch.library.custom_op("softcurve::head_hessian_product", mutates_args=())
-def head_hessian_product(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    target_weight: Tensor | None,
-    target_bias: Tensor | None,
-    indices: Tensor | None,
-    row_weight: Tensor,
-    class_weight: Tensor | None,
-    input_v: Tensor | None,
-    weight_v: Tensor | None,
-    bias_v: Tensor | None,
-    target_v: Tensor | None,
-    target_weight_v: Tensor | None,
-    target_bias_v: Tensor | None,
-    family: str,
-    kind: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    z_loss: float,
-    smoothing: float,
-    memory_budget: int | None,
-    tangents: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
-    loss = HeadLoss(family, kind, beta, temperature, softcap, z_loss, smoothing)
-    tensors = HeadTensors(
-        input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight
-    )
-    directions = (input_v, weight_v, bias_v, target_v, target_weight_v, target_bias_v)
-    outcome = passes.hessian_product(
-        loss, tensors, directions, memory_budget, wanted=_six(wanted), wants_tangents=tangents
-    )
-    return [outcome.rows, *_present(input, *outcome.gradients)]
-
-
-@head_hessian_product.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    target_weight: Tensor | None,
-    target_bias: Tensor | None,
-    indices: Tensor | None,
-    row_weight: Tensor,
-    class_weight: Tensor | None,
-    input_v: Tensor | None,
-    weight_v: Tensor | None,
-    bias_v: Tensor | None,
-    target_v: Tensor | None,
-    target_weight_v: Tensor | None,
-    target_bias_v: Tensor | None,
-    family: str,
-    kind: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    z_loss: float,
-    smoothing: float,
-    memory_budget: int | None,
-    tangents: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    tensors = HeadTensors(
-        input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight
-    )
-    rows = input.new_empty(input.shape[0], dtype=tensors.dtype)
-    return [rows, *_present(input, *_gradients_like(tensors, wanted))]
+# The fields of HeadTensors, and those of HeadLoss.
+TENSORS = (
+    "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
+    "Tensor? indices, Tensor row_weight, Tensor? class_weight"
+)
+LOSS = "str family, str kind, float beta, float temperature, float? softcap, float z_loss, float smoothing"
+DIRECTIONS = (
+    "Tensor? input_v, Tensor? weight_v, Tensor? bias_v, Tensor? target_v, Tensor? target_weight_v, "
+    "Tensor? target_bias_v"
+)
 
 
 def described(loss: HeadLoss) -> tuple[str, str, float, float, float | None, float, float]:
     """The description as an operator takes it."""
-    return (
-        loss.family, loss.target, loss.beta, loss.temperature, loss.softcap, loss.z_loss, loss.smoothing
-    )  # fmt: skip
+    return loss.family, loss.target, loss.beta, loss.temperature, loss.softcap, loss.z_loss, loss.smoothing
+
+
+@torch.library.custom_op(
+    "softcurve::head_losses",
+    mutates_args=(),
+    schema=f"({TENSORS}, {LOSS}, int? memory_budget, bool stats, bool all_rows, bool[] wanted) -> Tensor[]",
+)
+def head_losses(*arguments: Any) -> list[Tensor]:
+    """Each row's loss; log-sum-exp, entropy, predicted class and label if ``stats``; the six gradients ``wanted``."""
+    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:16])
+    memory_budget, stats, all_rows, wanted = arguments[16:]
+    outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
+    return [outcome.rows, *_present(tensors.input, *vars(outcome.statistics).values(), *outcome.gradients)]
+
+
+@head_losses.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    tensors, (_, stats, _, wanted) = HeadTensors(*arguments[:9]), arguments[16:]
+    rows = _rows_like(tensors)
+    columns: list[Tensor | None] = [None] * 4
+    if stats:
+        columns = [torch.empty_like(rows), torch.empty_like(rows)]
+        columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
+    return [rows, *_present(rows, *columns, *_gradients_like(tensors, wanted))]
+
+
+@torch.library.custom_op(
+    "softcurve::head_hessian_product",
+    mutates_args=(),
+    schema=f"({TENSORS}, {DIRECTIONS}, {LOSS}, int? memory_budget, bool tangents, bool[] wanted) -> Tensor[]",
+)
+def head_hessian_product(*arguments: Any) -> list[Tensor]:
+    """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
+    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:22])
+    memory_budget, tangents, wanted = arguments[22:]
+    outcome = passes.hessian_product(
+        loss, tensors, arguments[9:15], memory_budget, wanted=_six(wanted), wants_tangents=tangents
+    )
+    return [outcome.rows, *_present(tensors.input, *outcome.gradients)]
+
+
+@head_hessian_product.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    tensors = HeadTensors(*arguments[:9])
+    rows = _rows_like(tensors)
+    return [rows, *_present(rows, *_gradients_like(tensors, arguments[24]))]
 
 
 def _six(wanted: Sequence[bool]) -> Wanted:
     a, b, c, d, e, f = wanted
     return a, b, c, d, e, f
+
+
+def _rows_like(tensors: HeadTensors) -> Tensor:
+    return tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
 
 
 def _gradients_like(tensors: HeadTensors, wanted: Sequence[bool]) -> Directions:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import products
+from softcurve.head import products, workspace
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
@@ -68,6 +68,7 @@ def evaluate(
     if isinstance(kept, Tensor) and (stats or all_rows):
         rest = _Pass(loss, tensors, budget, NOTHING, stats=stats, into=run)
         rest.over((tensors.row_weight == 0).nonzero().squeeze(-1))
+        rest.release()
     return run.outcome()
 
 
@@ -88,6 +89,7 @@ def hessian_product(
         if isinstance(kept, Tensor) and wants_tangents:
             rest = _Pass(loss, tensors, budget, NOTHING, directions=directions, wants_tangents=True, into=run)
             rest.over((tensors.row_weight == 0).nonzero().squeeze(-1))
+            rest.release()
     return run.outcome()
 
 
@@ -135,6 +137,7 @@ class _Pass:
 
     def outcome(self) -> Outcome:
         """The gradients in the dtypes of their tensors; what no tile has touched is 0."""
+        self.release()
         final: list[Tensor | None] = []
         for i, (gradient, tensor) in enumerate(zip(self.gradients, self.tensors[:6], strict=True)):
             if gradient is not None and tensor is not None:
@@ -242,13 +245,18 @@ class _Pass:
     def _wants_target(self) -> bool:
         return any(self.wanted[3:])
 
+    def release(self) -> None:
+        """Tiles are no longer needed."""
+        workspace.give_back(list(self.storage.values()))
+        self.storage.clear()
+
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def buffer(self, name: str, rows: int, classes: int) -> Tensor:
         """Room for a tile, the same for every tile of a pass."""
         size = self.plan.rows * self.plan.classes
         if name not in self.storage or self.storage[name].numel() < size:
-            self.storage[name] = torch.empty(size, dtype=self.dtype, device=self.tensors.input.device)
+            self.storage[name] = workspace.take(size, self.dtype, self.tensors.input.device)
         return self.storage[name][: rows * classes].view(rows, classes)
 
     def accumulates(self, name: str) -> bool:

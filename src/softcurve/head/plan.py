@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-DEFAULT_BUDGET = {"cpu": 256 * 2**20, "cuda": 2**30}
+DEFAULT_BUDGET = {"cpu": 128 * 2**20, "cuda": 2**30}
 
 # Entries that the elementwise passes work on at a time. On the CPU they then stay in the cache.
 CACHE_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
