@@ -169,7 +169,10 @@ def outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
     ``jacfwd(jacfwd(f))`` would silently lose terms. So it is turned on again, and only this level's tangent taken off.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        yield [forward_ad.unpack_dual(t).primal if t is not None and t.is_floating_point() else t for t in ctx.saved_tensors]
+        yield [
+            forward_ad.unpack_dual(t).primal if t is not None and t.is_floating_point() else t
+            for t in ctx.saved_tensors
+        ]
 
 
 def _inner(gradients: Pulled, directions: Pulled) -> Tensor:

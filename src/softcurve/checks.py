@@ -26,7 +26,8 @@ _WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is one of numbers, and not a transform's or a tracer's stand-in."""
-    return not any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
+    wrapped = any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
+    return not wrapped and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def values_visible(*tensors: Tensor) -> bool:

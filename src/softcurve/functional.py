@@ -257,6 +257,7 @@ def _by_logits(name: str, side: Tensor | Target) -> Target:
 
 
 def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
+    """A divergence that a list can be compared by, at a temperature that it can have."""
     if listed.tail == "renormalize" and isinstance(divergence, ReverseKL):
         raise ValueError(
             "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "

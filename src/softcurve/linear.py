@@ -20,7 +20,7 @@ from softcurve.functional import require_class_weight, require_finite_against, w
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.objective import LogitMap, Reduction
-from softcurve.targets import LinearTeacher, Logits, Probabilities, Target, TopK, as_target, log_complement
+from softcurve.targets import LinearTeacher, Logits, Probabilities, Target, TopK, as_target
 
 NOT_GIVEN = -100  # torch's own default of ignore_index
 
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target,
     *,
-    linear_bias: Float[Tensor, "classes *positions"] | None = None,
+    linear_bias: Float[Tensor, " classes *positions"] | None = None,
     weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Tensor | None = None,
     ignore_index: int | None = None,
@@ -100,7 +100,9 @@ def linear_cross_entropy(
     if weight is not None:
         require_class_weight(weight, head.classes)
         if weight.requires_grad:
-            raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
+            raise ValueError(
+                "weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight"
+            )
     target = target if isinstance(target, Tensor) and target.is_floating_point() else as_target(target)
     posed = _Posed(head, reducer, memory_budget, return_stats)
     options = {"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats}
@@ -151,9 +153,7 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    posed = _Posed(
-        _Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats
-    )
+    posed = _Posed(_Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats)
     _require_no_shift(shift)
     divergence = ForwardKL() if direction == "forward" else ReverseKL()
     return _divergence(posed, direction, 0.5, divergence, target, sample_weight, temperature, softcap)
@@ -182,9 +182,7 @@ def linear_js_divergence(
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
     checks.require_between("beta", beta, 0.0, 1.0)
-    posed = _Posed(
-        _Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats
-    )
+    posed = _Posed(_Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats)
     _require_no_shift(shift)
     family = {0.0: "forward", 1.0: "reverse"}.get(float(beta), "js")
     divergence = HeadLoss(family, "logits", beta).divergence

@@ -11,12 +11,12 @@ and ``torch.func`` need.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from softcurve.autograd import outer_tangents, total_of
 from softcurve.checks import is_plain, values_visible
@@ -44,9 +44,13 @@ def head_outcome(
         a, b, c, d, e, f = (tensor is not None and tensor.requires_grad for tensor in tensors[:6])
         wanted = (a, b, c, d, e, f)
     function = _Losses if torch.compiler.is_compiling() else _TransformableLosses
-    total, rows, lse, entropy, predicted, label, *_ = function.apply(
-        loss, memory_budget, stats, per_row, wanted, *tensors
-    )
+    # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
+    all_rows = tensors.row_weight.requires_grad or forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling():
+        all_rows = all_rows or torch._C._are_functorch_transforms_active()
+    settings = loss, memory_budget, (stats, all_rows), per_row, wanted
+    outputs: tuple[Tensor, ...] = function.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
+    total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
 
 
@@ -55,7 +59,7 @@ class _Losses(Function):
     def forward(
         loss: HeadLoss,
         memory_budget: int | None,
-        stats: bool,
+        extras: tuple[bool, bool],
         per_row: bool,
         wanted: Wanted,
         input: Tensor,
@@ -70,7 +74,7 @@ class _Losses(Function):
     ) -> tuple[Tensor, ...]:
         rows, *others = torch.ops.softcurve.head_losses(
             input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
-            *operators.described(loss), memory_budget, stats, row_weight.requires_grad, list(wanted),
+            *operators.described(loss), memory_budget, *extras, list(wanted),
         )  # fmt: skip
         return torch.where(row_weight == 0, 0.0, row_weight * rows).sum(), rows, *others
 
@@ -111,7 +115,7 @@ def _may_overwrite(scale: Tensor) -> bool:
         return False
     if not values_visible(scale):
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _gradients(
@@ -123,7 +127,8 @@ def _gradients(
     complete = ready is not None and all(r.numel() or not w for r, w in zip(ready, wanted, strict=True))
     given = ready if complete and ready is not None else [None] * 6
     function = _Gradients if torch.compiler.is_compiling() else _TransformableGradients
-    found = function.apply(ctx.loss, ctx.memory_budget, tuple(wanted), scale, *given, *tensors)
+    settings = ctx.loss, ctx.memory_budget, tuple(wanted), scale
+    found: tuple[Tensor, ...] = function.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]
     return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
 
 
@@ -151,7 +156,8 @@ class _TransformableLosses(_Losses):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_TransformableLosses.apply, info.batch_size, in_dims, inputs)
+        stacked = operators.one_by_one(_TransformableLosses.apply, info.batch_size, in_dims, inputs)
+        return tuple(stacked), (0,) * len(stacked)
 
 
 class _Gradients(Function):
@@ -183,7 +189,8 @@ class _Gradients(Function):
                 input.new_empty(0) if g is None or not is_wanted else (g * scale).to(g.dtype)
                 for g, is_wanted in zip(ready, wanted, strict=True)
             )
-        found = torch.ops.softcurve.head_losses(
+        found = operators.batched(
+            torch.ops.softcurve.head_losses,
             input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
             *operators.described(loss), memory_budget, False, False, list(wanted),
         )  # fmt: skip
@@ -231,17 +238,19 @@ class _TransformableGradients(_Gradients):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_TransformableGradients.apply, info.batch_size, in_dims, inputs)
+        stacked = operators.one_by_one(_TransformableGradients.apply, info.batch_size, in_dims, inputs)
+        return tuple(stacked), (0,) * len(stacked)
 
 
 def _products(
     ctx: Any, tensors: HeadTensors, directions: Optional6, wanted: Sequence[bool], tangents: bool
-) -> list[Tensor | None]:
-    """The change of each row's loss, then of the six gradients."""
+) -> list[Any]:
+    """The change of each row's loss, then of the six gradients; ``None`` where it is not wanted."""
     if not (tangents or any(wanted)):
         return [None] * 7
     function = _Products if torch.compiler.is_compiling() else _TransformableProducts
-    change, *products = function.apply(ctx.loss, ctx.memory_budget, tangents, tuple(wanted), *directions, *tensors)
+    settings = ctx.loss, ctx.memory_budget, tangents, tuple(wanted)
+    change, *products = function.apply(*settings, *directions, *tensors)  # type: ignore[no-untyped-call]
     return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
 
 
@@ -269,7 +278,8 @@ class _Products(Function):
         class_weight: Tensor | None,
     ) -> tuple[Tensor, ...]:
         return tuple(
-            torch.ops.softcurve.head_hessian_product(
+            operators.batched(
+                torch.ops.softcurve.head_hessian_product,
                 input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
                 input_v, weight_v, bias_v, target_v, target_weight_v, target_bias_v,
                 *operators.described(loss), memory_budget, tangents, list(wanted),
@@ -292,25 +302,14 @@ class _TransformableProducts(_Products):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_TransformableProducts.apply, info.batch_size, in_dims, inputs)
+        stacked = operators.one_by_one(_TransformableProducts.apply, info.batch_size, in_dims, inputs)
+        return tuple(stacked), (0,) * len(stacked)
 
 
 THIRD = (
     "a streamed head has exact first and second derivatives, but none of third order (for reduction='none' in forward "
     "mode, none of second); for those use the loss on logits: softcurve.cross_entropy(linear(input, weight), ...)"
 )
-
-
-def _one_by_one(
-    function: Callable[..., tuple[Tensor, ...]], size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """``vmap`` as a loop: a tile is large enough to fill the machine."""
-    results = [
-        function(*(t if dim is None or not isinstance(t, Tensor) else t.select(dim, i) for t, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 def _inner(gradients: Optional6, directions: Optional6) -> Tensor:

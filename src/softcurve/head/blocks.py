@@ -220,9 +220,11 @@ class BlockKernel(Kernel):
         if self.by_logits:
             return Pair(p, y, log_p, own), model, _Terms(y0, information, information, -own)
         # Probabilities as they are: ∂L/∂y = −w log p, with no softmax around.
-        factor = torch.full_like(p, 1 - self.loss.smoothing) if weight is None else (
-            (1 - self.loss.smoothing) * weight
-        ).expand_as(p)
+        factor = (
+            torch.full_like(p, 1 - self.loss.smoothing)
+            if weight is None
+            else ((1 - self.loss.smoothing) * weight).expand_as(p)
+        )
         zero = torch.zeros_like(p)
         model = model._replace(cross=-factor)
         masked = (log_p == -math.inf) & (given == 0)

@@ -150,8 +150,10 @@ class DenseKernel(Kernel):
         if block.z.device.type != "cpu" or self.loss.softcap is not None or self.loss.z_loss:
             return False
         if self.loss.family == "cross_entropy":
-            return not self.loss.smoothing and self.data.class_weight is None and not (
-                self.loss.target == "probabilities" and block.target_out is not None
+            return (
+                not self.loss.smoothing
+                and self.data.class_weight is None
+                and not (self.loss.target == "probabilities" and block.target_out is not None)
             )
         mixed = self.loss.family != "js" or 0.01 <= self.loss.beta <= 0.99
         return mixed and self.loss.target != "probabilities"

@@ -34,17 +34,15 @@ class ListKernel(Kernel):
         indices = self.data.indices
         assert indices is not None
         rows, self.count = indices.shape
-        wide = {"dtype": torch.float64, "device": indices.device}
-        self.shift = torch.full((rows, 1), NO_MASS, **wide)
-        self.others = torch.zeros((rows, 1), **wide)  # Σ_{unlisted} e^{z − shift}
-        self.v_others = torch.zeros((rows, 1), **wide)  # the same sum with ż
-        self.own = torch.full(indices.shape, NO_MASS, **wide)
-        self.v_own = torch.zeros(indices.shape, **wide)
-        self.uniform, self.v_uniform = torch.zeros(rows, **wide), torch.zeros(rows, **wide)  # u·z, u·ż
+        zeros = torch.zeros((rows, 1), dtype=torch.float64, device=indices.device)
+        self.shift = torch.full_like(zeros, NO_MASS)
+        self.others, self.v_others = zeros, zeros.clone()  # Σ_{unlisted} e^{z − shift}, and the same sum with ż
+        self.own, self.v_own = zeros.expand_as(indices), zeros.expand_as(indices)
+        self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·z, u·ż
         if self.data.wants_stats:
-            self.moment = torch.zeros((rows, 1), **wide)  # Σ_{unlisted} e^{z − shift} (z − shift)
-            self.best = torch.full((rows,), NO_MASS, **wide)
-            self.predicted = torch.zeros(rows, dtype=torch.int64, device=indices.device)
+            self.moment = zeros.clone()  # Σ_{unlisted} e^{z − shift} (z − shift)
+            self.best = torch.full_like(zeros.squeeze(-1), NO_MASS)
+            self.predicted = torch.zeros_like(indices[:, 0])
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ What is not asked for comes back as an empty tensor, since an operator's tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,44 @@ def _(*arguments: Any) -> list[Tensor]:
     tensors = HeadTensors(*arguments[:9])
     rows = _rows_like(tensors)
     return [rows, *_present(rows, *_gradients_like(tensors, arguments[24]))]
+
+
+def one_by_one(
+    function: Callable[..., Sequence[Tensor]], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> list[Tensor]:
+    """``vmap`` as a loop over problems, each of which fills the machine; stacked in front."""
+    results = [
+        function(
+            *(
+                argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, i)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+def batched(operator: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    """``operator(*arguments)``, one by one where ``is_grads_batched`` has batched a gradient.
+
+    That older ``vmap`` of autograd's does not know the rules of an ``autograd.Function`` and runs its body as it is.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    in_dims = [0 if isinstance(argument, Tensor) and is_batched(argument) else None for argument in arguments]
+    if all(dim is None for dim in in_dims):
+        return operator(*arguments)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [
+        argument if dim is None else torch._remove_batch_dim(argument, level, -1, 0)
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    size = next(len(argument) for argument, dim in zip(whole, in_dims, strict=True) if dim == 0)
+    stacked = one_by_one(operator, size, in_dims, whole)
+    return [torch._add_batch_dim(part, 0, level) for part in stacked]
 
 
 def _six(wanted: Sequence[bool]) -> Wanted:

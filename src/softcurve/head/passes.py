@@ -117,15 +117,13 @@ class _Pass:
     def __post_init__(self) -> None:
         t = self.tensors
         n, self.dtype, device = len(t.input), t.dtype, t.input.device
+        self.rows = torch.zeros(n, dtype=self.dtype, device=device)
         self.statistics = Statistics()
+        if self.stats:
+            integers = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
+            self.statistics = Statistics(torch.zeros_like(self.rows), torch.zeros_like(self.rows), *integers)
         if self.into is not None:
             self.rows, self.statistics = self.into.rows, self.into.statistics
-        else:
-            self.rows = torch.zeros(n, dtype=self.dtype, device=device)
-            if self.stats:
-                floats = [torch.zeros(n, dtype=self.dtype, device=device) for _ in range(2)]
-                integers = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
-                self.statistics = Statistics(*floats, *integers)
         # Gradients of weights and biases are summed over tiles: in the dtype of the computation.
         self.gradients: list[Tensor | None] = []
         for i, (tensor, wanted) in enumerate(zip(t[:6], self.wanted, strict=True)):
@@ -194,7 +192,8 @@ class _Pass:
         side = _Operands(e, t.weight, t.bias, e_v, *((direction[1], direction[2]) if direction else (None, None)))
         target = None
         if teacher:
-            assert t.target is not None and t.target_weight is not None
+            assert t.target is not None
+            assert t.target_weight is not None
             f_v = None if direction is None else self._take(direction[3], rows)
             others = (direction[4], direction[5]) if direction else (None, None)
             target = _Operands(t.target[rows].to(self.dtype), t.target_weight, t.target_bias, f_v, *others)
@@ -385,7 +384,7 @@ class _Tile:
         elif residuals.target is not None and self.run.gradients[3] is not None:
             out = residuals.target if self.run.directions is None else residuals.target_v
             assert out is not None
-            self.run.gradients[3][self.rows, block.classes] = out.to(self.run.gradients[3].dtype)  # type: ignore[index]
+            self.run.gradients[3][self.rows, block.classes] = out.to(self.run.gradients[3].dtype)
             self.run.started.add("3")
 
     def _side(

@@ -24,7 +24,9 @@ def linear_into(
         here = out[:, piece]
         if bias is not None:
             row = bias[piece].to(out.dtype)
-            here.add_(row, alpha=scale) if accumulate else here.copy_((row if scale == 1 else scale * row).expand_as(here))
+            here.add_(row, alpha=scale) if accumulate else here.copy_(
+                (row if scale == 1 else scale * row).expand_as(here)
+            )
         start = 1.0 if accumulate or bias is not None else 0.0
         torch.addmm(here, input, weight[piece].to(out.dtype).T, beta=start, alpha=scale, out=here)
     return out

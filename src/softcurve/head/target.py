@@ -13,7 +13,7 @@ from softcurve.head.problem import HeadLoss
 
 @dataclass(frozen=True)
 class DenseTarget:
-    """From what is given to what is compared: ``y ← w ⊙ ((1 − ε) y + ε / C)`` for the cross-entropy, logits for the rest."""
+    """From what is given to what is compared: ``w ⊙ ((1 − ε) y + ε / C)`` for a cross-entropy, else logits."""
 
     loss: HeadLoss
     class_weight: Tensor | None
