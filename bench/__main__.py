@@ -1,50 +1,188 @@
-"""Print every table: ``python -m bench [--rows N --classes C] [--repeats K]``."""
+"""Print every table, or one: ``python -m bench [logits | heads | exactness]``."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
-from bench import exactness, logits
-from bench.measure import in_fresh_process, interleaved_medians
+from bench import exactness, heads, logits
+from bench.heads import CASES, OURS, Shape
+from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
+
+Record = dict[str, Any]  # a row of a table, by its column
 
 
 def main() -> None:
-    """Speed and memory of the losses on dense logits, then exactness."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--classes", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
+    """Speed, memory and errors of the losses on dense logits and on a head, then exactness."""
+    options = _options()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {threads} threads")
-    print_speed_and_memory(options.rows, options.classes, options.repeats)
-    print_exactness()
+    tables: dict[str, list[Record]] = {}
+    if options.table in ("all", "logits"):
+        tables["logits"] = print_logits(options.rows, options.classes, options.repeats)
+    if options.table in ("all", "heads"):
+        names = options.case or list(CASES)
+        rows = [(name, shape) for name in names for shape in options.shape or CASES[name].shapes]
+        tables["heads"] = print_heads(rows, options.repeats)
+        budgeted = [name for name in names if name in heads.BUDGETED]
+        rows = [(name, shape) for name in budgeted for shape in options.shape or heads.BUDGETED[name]]
+        tables["heads in a budget"] = print_heads_in_a_budget(rows)
+    if options.table in ("all", "exactness"):
+        tables["exactness"] = print_exactness()
+    if options.json:
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
+        _print_json(machine | tables, options.json)
 
 
-def print_speed_and_memory(rows: int, classes: int, repeats: int) -> None:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("table", nargs="?", choices=("all", "logits", "heads", "exactness"), default="all")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds in which everybody takes a turn")
+    parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")
+    parser.add_argument("--classes", type=int, default=10_000, help="of the dense logits")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="of the head; may be repeated")
+    parser.add_argument("--shape", action="append", type=_shape, metavar="N,d,C", help="of the head; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds: to see that everything runs")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, and print them last")
+    options = parser.parse_args()
+    if options.quick:
+        options.repeats, options.rows, options.classes = 3, 64, 1000
+        options.shape = [Shape(options.rows, 16, options.classes)]
+    return options
+
+
+def _shape(text: str) -> Shape:
+    rows, width, classes = map(int, text.split(","))
+    return Shape(rows, width, classes)
+
+
+def _print_json(tables: Mapping[str, Any], path: Path) -> None:
+    line = json.dumps(tables)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(line + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    print(f"\n{line}")
+
+
+# --- a head -----------------------------------------------------------------------------------------------------------
+
+
+def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]:
+    """Who can run each case, ours first, and the floor: seconds, extra memory, error."""
+    print("\nlosses on features and a head, (rows, width, classes) float32, gradients in features and weight\n")
+    print(
+        "The ratio is the median of the rounds' own. Extra memory is beyond inputs and results (gradients, Hessian\n"
+        "products). The error is the largest of the results', on a sixteenth of the rows. The floor of a Hessian\n"
+        "product does not count the gradients' own products. Who has no row does not offer the loss.\n"
+    )
+    _print_row("case", "shape", "who", "s", "ours / it", "extra MB", "results MB", "error")
+    _print_row(*["---"] * 8)
+    records = []
+    for name, shape in rows:
+        for record in _figures(name, shape, repeats):
+            _print_row(
+                name,
+                str(shape),
+                record["who"],
+                record.get("note") or f"{record['s']:.4f}",
+                _cell(record, "ratio", ".2f"),
+                _cell(record, "extra_mb", ".1f"),
+                _cell(record, "results_mb", ".1f"),
+                _cell(record, "error", ".1e"),
+            )
+            records.append(record)
+    return records
+
+
+def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
+    torch.compiler.reset()  # the shapes before would count against the limit on recompilations
+    case, contestants = CASES[name], heads.contestants(name)
+    given = case.inputs(shape)
+    tried = {who: heads.prepared(who, prepare, given) for who, prepare in contestants.items()}
+    runs = {who: run for who, run in tried.items() if not isinstance(run, str)}
+    products = case.floor(given)
+    floor = f"floor, {len(products)} products"
+    seconds = interleaved({**runs, floor: partial(heads.multiply, products)}, repeats)
+    few = case.inputs(shape._replace(rows=max(16, shape.rows // 16)))
+    truth = case.run(case.dense, few.in_float64())()
+    for who in (OURS, floor, *(peer for peer in contestants if peer != OURS)):
+        record: Record = {"case": name, "shape": shape, "who": who}
+        if who in seconds:
+            record["s"] = median(seconds[who])
+            record["ratio"] = median_ratio(seconds[OURS], seconds[who])
+        else:
+            record["note"] = tried[who]
+        if who in runs:
+            record |= _memory(name, who, shape)
+            record["error"] = max(map(relative_error, contestants[who](few)(), truth))
+        yield record
+
+
+def print_heads_in_a_budget(rows: Iterable[tuple[str, Shape]]) -> list[Record]:
+    """Extra memory of everybody who can run each case, ours told to stay within the budget."""
+    print(f"\nmemory of losses on features and a head, ours within memory_budget = {heads.BUDGET // 2**20} MB\n")
+    _print_row("case", "shape", "who", "extra MB", "results MB")
+    _print_row(*["---"] * 5)
+    records = []
+    for name, shape in rows:
+        for who in heads.contestants(name):
+            record: Record = {"case": name, "shape": shape, "who": who, **_memory(name, who, shape, heads.BUDGET)}
+            extra = record.get("note") or _cell(record, "extra_mb", ".1f")
+            _print_row(name, str(shape), who, extra, _cell(record, "results_mb", ".1f"))
+            records.append(record)
+    return records
+
+
+def _memory(name: str, who: str, shape: Shape, budget: int | None = None) -> Record:
+    call = f"heads.print_memory({name!r}, {who!r}, heads.Shape(*{tuple(shape)}), {budget})"
+    figures: Record = json.loads(in_fresh_process(f"from bench import heads\n{call}\n").splitlines()[-1])
+    return figures
+
+
+def _cell(record: Record, column: str, form: str) -> str:
+    return format(record[column], form) if column in record else ""
+
+
+def _print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# --- dense logits -----------------------------------------------------------------------------------------------------
+
+
+def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
     """Loss and gradient (or Hessian product) of each case: seconds, their ratio, extra memory, error of the result."""
     print(f"\nforward and backward, ({rows}, {classes}) float32; extra memory includes the gradient\n")
-    print("| loss | ours s | torch s | ratio | ours MB | torch MB | ours error | torch error |")
-    print("|---|---|---|---|---|---|---|---|")
+    _print_row("loss", "ours s", "torch s", "ratio", "ours MB", "torch MB", "ours error", "torch error")
+    _print_row(*["---"] * 8)
+    records: list[Record] = []
     for index, case in enumerate(logits.CASES):
         z, target = logits.inputs(rows, classes, case.soft)
         runs = {
             "ours": partial(logits.step, case.ours, z, target, case.order),
             "torchs": partial(logits.step, case.torchs, z, target, case.order),
         }
-        seconds = interleaved_medians(runs, repeats)
-        memory = {side: _extra_memory(index, side, rows, classes) for side in runs}
+        seconds = interleaved(runs, repeats)
+        s = {side: median(values) for side, values in seconds.items()}
+        ratio = median_ratio(seconds["ours"], seconds["torchs"])
+        mb = {side: _extra_memory(index, side, rows, classes) for side in runs}
         errors = _errors(case, rows // 16, classes)
-        print(
-            f"| {case.name} | {seconds['ours']:.3f} | {seconds['torchs']:.3f} "
-            f"| {seconds['ours'] / seconds['torchs']:.2f} | {memory['ours']:.0f} | {memory['torchs']:.0f} "
-            f"| {errors['ours']:.1e} | {errors['torchs']:.1e} |",
-            flush=True,
+        _print_row(
+            case.name,
+            *(f"{s['ours']:.3f}", f"{s['torchs']:.3f}", f"{ratio:.2f}", f"{mb['ours']:.0f}", f"{mb['torchs']:.0f}"),
+            *(f"{errors['ours']:.1e}", f"{errors['torchs']:.1e}"),
         )
+        records.append({"loss": case.name, "s": s, "ratio": ratio, "extra_mb": mb, "error": errors})
+    return records
 
 
 def _extra_memory(index: int, side: str, rows: int, classes: int) -> float:
@@ -64,21 +202,24 @@ def _errors(case: logits.Case, rows: int, classes: int) -> dict[str, float]:
     z, target = logits.inputs(rows, classes, case.soft)
     wide = z.detach().double().requires_grad_()
     truth = logits.step(case.torchs, wide, target.double() if case.soft else target, case.order)
-    errors = {}
-    for side, loss in (("ours", case.ours), ("torchs", case.torchs)):
-        result = logits.step(loss, z, target, case.order).double()
-        errors[side] = ((result - truth).norm() / truth.norm()).item()
-    return errors
+    losses = {"ours": case.ours, "torchs": case.torchs}
+    return {side: relative_error(logits.step(loss, z, target, case.order), truth) for side, loss in losses.items()}
 
 
-def print_exactness() -> None:
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+def print_exactness() -> list[Record]:
     """Relative errors where the textbook formula cancels."""
     print("\nfloat32 where the textbook formula cancels: relative errors\n")
-    print("| what | truth | ours | torch | ours' error | torch's error |")
-    print("|---|---|---|---|---|---|")
+    _print_row("what", "truth", "ours", "torch", "ours' error", "torch's error")
+    _print_row(*["---"] * 6)
+    records: list[Record] = []
     for what, truth, ours, torchs in exactness.confident_rows() + exactness.nearly_equal():
-        errors = (abs(ours / truth - 1), abs(torchs / truth - 1))
-        print(f"| {what} | {truth:.7e} | {ours:.7e} | {torchs:.7e} | {errors[0]:.1e} | {errors[1]:.1e} |")
+        errors = {"ours": abs(ours / truth - 1), "torchs": abs(torchs / truth - 1)}
+        _print_row(what, f"{truth:.7e}", f"{ours:.7e}", f"{torchs:.7e}", *(f"{e:.1e}" for e in errors.values()))
+        records.append({"what": what, "truth": truth, "ours": ours, "torchs": torchs, "error": errors})
+    return records
 
 
 if __name__ == "__main__":

@@ -282,17 +282,18 @@ class _Posed:
             if not weight.requires_grad:
                 row_weight = torch.where(weight == 0, 0.0, row_weight)
         else:
-            divisor = mass if self.reducer.kind in ("mean", "batchmean") else 1.0
-            row_weight = weight / (divisor * self.reducer.nats)
+            divisor = (
+                weight.new_tensor(1.0) if self.reducer.kind == "sum" else torch.as_tensor(mass, device=weight.device)
+            )
+            row_weight = torch.where(weight == 0, 0.0, weight / (divisor * self.reducer.nats).to(wide))
         tensors = HeadTensors(head.input, head.weight, head.bias, *target, indices, row_weight, class_weight)
         outcome = head_outcome(loss, tensors, self.memory_budget, per_row=per_row, stats=self.return_stats)
         if per_row:
             result = weighted(weight, outcome.rows).reshape(head.leading)
             result = result if self.reducer.nats == 1 else result / self.reducer.nats
         else:
-            result = outcome.total
-            if len(head.input) == 0 and self.reducer.kind != "sum":
-                result = result * math.nan
+            # A mean of nothing is NaN and has gradient 0, as in torch.
+            result = outcome.total + torch.where(divisor == 0, math.nan, 0.0).to(wide)
         result = result.to(head.dtype)
         if not self.return_stats:
             return result
@@ -545,7 +546,9 @@ def _by_positions(
     elif reducer.kind == "sum":
         result = losses.sum()
     else:
-        result = losses.sum() / _mass(reducer, flat_target, soft, weight, sample_weight, ignore_index)
+        mass = _mass(reducer, flat_target, soft, weight, sample_weight, ignore_index)
+        result = losses.sum() / torch.where(mass == 0, 1.0, mass) + torch.where(mass == 0, math.nan, 0.0)
+        result = result.to(losses.dtype)
     if not return_stats:
         return result
     stats = [part[1] for part in parts if isinstance(part, tuple)]
@@ -562,7 +565,7 @@ def _mass(
 ) -> Tensor:
     """What the mean of a loss of ``K`` more dimensions divides by."""
     rows = target[:, 0] if soft else target
-    ones = torch.ones_like(rows, dtype=torch.float32)
+    ones = torch.ones_like(rows, dtype=torch.float64)
     if reducer.kind == "batchmean":
         return ones.sum()
     mass = ones if sample_weight is None else sample_weight

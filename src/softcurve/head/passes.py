@@ -32,9 +32,14 @@ class Outcome(NamedTuple):
 def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
     """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
     teacher, listed = loss.target == "teacher", loss.target == "list"
-    buffers = (1 + teacher) * (1 + directed) + (loss.softcap is not None)
-    written = tensors.target is not None and loss.target in ("probabilities", "logits")
-    temporaries = (6 if listed else 24) + (4 if directed else 0) + 2 * written
+
+    def needs(directed: bool) -> tuple[int, int]:
+        """Tiles, and cache-sized temporaries, that are alive at a time."""
+        buffers = (1 + teacher) * (1 + directed) + (loss.softcap is not None)
+        written = 2 * (loss.target in ("probabilities", "logits"))
+        return buffers, (6 if listed else 24) + 4 * directed + written
+
+    buffers, temporaries = needs(directed)
     return make_plan(
         rows,
         len(tensors.weight),
@@ -42,6 +47,7 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
         device=tensors.input.device,
         buffers=buffers,
         temporaries=temporaries,
+        least_pieces=sum(needs(True)),  # one least for all passes
         whole_rows=not listed,
         memory_budget=budget,
     )

@@ -65,13 +65,14 @@ def make_plan(
     device: torch.device,
     buffers: int,
     temporaries: int,
+    least_pieces: int,
     whole_rows: bool,
     memory_budget: int | None,
 ) -> Plan:
     """The plan of fewest tiles within ``memory_budget`` bytes.
 
     ``buffers`` tiles and ``temporaries`` cache-sized pieces are alive at a time; with ``whole_rows`` the pieces are
-    whole rows as long as classes are not cut. Raises ``ValueError`` where not even a tile of one row fits.
+    whole rows as long as classes are not cut. Raises ``ValueError`` for a budget below ``least_pieces`` of a few classes.
     """
     itemsize = dtype.itemsize
     entries = (DEFAULT_BUDGET.get(device.type, 2**28) if memory_budget is None else memory_budget) // itemsize
@@ -81,7 +82,7 @@ def make_plan(
         return Plan(row_count, class_count, rows, classes, cached, buffers, temporaries, itemsize)
 
     fewest_classes = min(class_count, 16)
-    least = buffers * fewest_classes + temporaries * fewest_classes
+    least = least_pieces * fewest_classes
     if entries < least:
         raise ValueError(
             f"memory_budget must be at least {least * itemsize} bytes for {class_count} classes, got {memory_budget}"

@@ -1,0 +1,282 @@
+"""The losses on features and a head: what is measured beside what, and how it is prepared.
+
+A target is a tuple of tensors, so that all losses are called alike: ``loss(input, linear_weight, *target)``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+import softcurve as sc
+from bench import measure, peers
+from bench.peers import Loss
+
+Tensors = tuple[Tensor, ...]
+Run = Callable[[], Tensors]
+
+
+class Shape(NamedTuple):
+    """Of the logits that nobody should hold, and the features' width."""
+
+    rows: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"({self.rows}, {self.width}, {self.classes})"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the gradients are wanted in (features and head), the target, and the direction of a Hessian product."""
+
+    wanted: tuple[Tensor, Tensor]
+    target: Tensors
+    direction: tuple[Tensor, Tensor]
+
+    def in_float64(self) -> Inputs:
+        """The same numbers."""
+        (e, w), (de, dw) = self.wanted, self.direction
+        target = tuple(t.double() if t.is_floating_point() else t for t in self.target)
+        wanted = e.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+        return Inputs(wanted, target, (de.double(), dw.double()))
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+TOP_K = 64
+
+
+def class_indices(shape: Shape, generator: Generator) -> Tensors:
+    """One class a row."""
+    return (torch.randint(shape.classes, (shape.rows,), generator=generator),)
+
+
+def teacher(shape: Shape, generator: Generator) -> Tensors:
+    """A head on features half as wide again as the student's: its features and weight."""
+    return _features_and_weight(shape._replace(width=shape.width * 3 // 2), generator)
+
+
+def probabilities(shape: Shape, generator: Generator) -> Tensors:
+    """A teacher's softmax, written out."""
+    return (torch.nn.functional.linear(*teacher(shape, generator)).softmax(-1),)
+
+
+def top_k(shape: Shape, generator: Generator) -> Tensors:
+    """A teacher's largest log-probabilities: the classes, then the values."""
+    logits = torch.nn.functional.linear(*teacher(shape, generator))
+    log_probs, indices = logits.log_softmax(-1).topk(min(TOP_K, shape.classes))
+    return indices, log_probs
+
+
+def _features_and_weight(shape: Shape, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Such that a logit has the standard deviation 2."""
+    features = torch.randn(shape.rows, shape.width, generator=generator)
+    weight = torch.randn(shape.classes, shape.width, generator=generator).mul_(2 / math.sqrt(shape.width))
+    return features, weight
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def _kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, memory_budget: int | None) -> Tensor:
+    return sc.linear_kl_divergence(e, w, sc.LinearTeacher(te, tw), memory_budget=memory_budget)
+
+
+def _reverse_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, memory_budget: int | None) -> Tensor:
+    target = sc.LinearTeacher(te, tw)
+    return sc.linear_kl_divergence(e, w, target, direction="reverse", memory_budget=memory_budget)
+
+
+def _js(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, memory_budget: int | None) -> Tensor:
+    return sc.linear_js_divergence(e, w, sc.LinearTeacher(te, tw), memory_budget=memory_budget)
+
+
+def _top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor, *, memory_budget: int | None) -> Tensor:
+    return sc.linear_kl_divergence(e, w, sc.TopK(indices, log_probs), memory_budget=memory_budget)
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def gradients(loss: Loss, given: Inputs) -> Run:
+    """The loss and its gradients."""
+    return lambda: torch.autograd.grad(loss(*given.wanted, *given.target), given.wanted)
+
+
+def hessian(loss: Loss, given: Inputs) -> Run:
+    """The loss, its gradients with a graph, and their product with the direction: a Hessian product from nothing."""
+    return lambda: hessian_product(loss, given)()
+
+
+def hessian_product(loss: Loss, given: Inputs) -> Run:
+    """The product alone: the graph of the gradients is made here, once."""
+    first = torch.autograd.grad(loss(*given.wanted, *given.target), given.wanted, create_graph=True)
+    return lambda: first + torch.autograd.grad(first, given.wanted, given.direction, retain_graph=True)
+
+
+def compiled_gradients(loss: Loss, given: Inputs) -> Run:
+    """As :func:`gradients`, compiled for the very shape."""
+    return gradients(torch.compile(loss, dynamic=False), given)
+
+
+def compiled_hessian(loss: Loss, given: Inputs) -> Run:
+    """As :func:`hessian`, forward over reverse: a compiled loss cannot be differentiated twice from outside."""
+
+    def products(e: Tensor, w: Tensor, de: Tensor, dw: Tensor, *target: Tensor) -> Tensors:
+        slope = torch.func.grad(lambda e, w: loss(e, w, *target), argnums=(0, 1))
+        (of_e, of_w), product = torch.func.jvp(slope, (e, w), (de, dw))[:2]
+        return of_e, of_w, *product
+
+    compiled = torch.compile(products, dynamic=False)
+    e, w = given.wanted
+    return lambda: compiled(e.detach(), w.detach(), *given.direction, *given.target)
+
+
+Products = list[tuple[Tensor, Tensor, Tensor]]  # left, right, and where the product goes
+
+
+def gradient_products(given: Inputs) -> Products:
+    """``z = e Wᵀ``, then with the residual in its place ``g W`` and ``gᵀ e``."""
+    (e, w), z = given.wanted, _logits(given)
+    return [(e, w.T, z), (z, w, torch.empty_like(e)), (z.T, e, torch.empty_like(w))]
+
+
+def teacher_products(given: Inputs) -> Products:
+    """The teacher's logits besides."""
+    te, tw = given.target
+    return [*gradient_products(given), (te, tw.T, _logits(given))]
+
+
+def hessian_products(given: Inputs) -> Products:
+    """``z = e Wᵀ``, ``ż = ė Wᵀ + e Ẇᵀ``, then ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``; the gradients' own are not counted."""
+    (e, w), (de, dw), z, dz = given.wanted, given.direction, _logits(given), _logits(given)
+    of_e, of_w = torch.empty_like(e), torch.empty_like(w)
+    forward = [(e, w.T, z), (de, w.T, dz), (e, dw.T, dz)]
+    return [*forward, (dz, w, of_e), (z, dw, of_e), (dz.T, e, of_w), (z.T, de, of_w)]
+
+
+def _logits(given: Inputs) -> Tensor:
+    e, w = given.wanted
+    return e.new_empty(e.shape[0], w.shape[0])
+
+
+@torch.no_grad()
+def multiply(products: Products) -> None:
+    """The floor: the matrix products that nobody can do without, and nothing else."""
+    for left, right, out in products:
+        torch.mm(left, right, out=out)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+BASE = Shape(1024, 256, 32_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss: ours, and the dense one that it must equal."""
+
+    target: Callable[[Shape, Generator], Tensors]
+    ours: Loss
+    dense: Loss
+    shapes: tuple[Shape, ...] = (BASE,)
+    floor: Callable[[Inputs], Products] = gradient_products
+    run: Callable[[Loss, Inputs], Run] = gradients
+    compiled: Callable[[Loss, Inputs], Run] | None = compiled_gradients
+
+    def inputs(self, shape: Shape) -> Inputs:
+        """The same numbers for everybody."""
+        generator = torch.Generator().manual_seed(0)
+        e, w = _features_and_weight(shape, generator)
+        direction = torch.randn(e.shape, generator=generator), torch.randn(w.shape, generator=generator)
+        return Inputs((e.requires_grad_(), w.requires_grad_()), self.target(shape, generator), direction)
+
+
+CASES: Mapping[str, Case] = {
+    "cross-entropy": Case(
+        class_indices,
+        sc.linear_cross_entropy,
+        peers.dense_cross_entropy,
+        shapes=(BASE, Shape(1024, 768, 50_257), Shape(4096, 256, 10_000), Shape(512, 2048, 32_000)),
+    ),
+    "soft-targets": Case(probabilities, sc.linear_cross_entropy, peers.dense_cross_entropy),
+    "forward-kl": Case(teacher, _kl, peers.dense_kl, floor=teacher_products),
+    "reverse-kl": Case(teacher, _reverse_kl, peers.dense_reverse_kl, floor=teacher_products),
+    "js": Case(teacher, _js, peers.dense_js, floor=teacher_products),
+    "top-k": Case(top_k, _top_k, peers.dense_top_k),
+    "hessian": Case(
+        class_indices,
+        sc.linear_cross_entropy,
+        peers.dense_cross_entropy,
+        floor=hessian_products,
+        run=hessian,
+        compiled=compiled_hessian,
+    ),
+    "hessian-product": Case(
+        class_indices,
+        sc.linear_cross_entropy,
+        peers.dense_cross_entropy,
+        floor=hessian_products,
+        run=hessian_product,
+        compiled=None,
+    ),
+}
+
+BUDGET = 64 * 2**20
+BUDGETED: Mapping[str, tuple[Shape, ...]] = {
+    "cross-entropy": (Shape(2048, 128, 50_257), Shape(8192, 128, 50_257), Shape(256, 64, 1_000_000)),
+    "reverse-kl": (Shape(2048, 128, 50_257),),
+}
+
+OURS, COMPILED = "ours", "torch.compile"
+
+
+def contestants(name: str, budget: int | None = None) -> dict[str, Callable[[Inputs], Run]]:
+    """Who runs the case, ours first and within the budget."""
+    case = CASES[name]
+    found: dict[str, Callable[[Inputs], Run]] = {
+        OURS: partial(case.run, partial(case.ours, memory_budget=budget)),
+        "torch eager": partial(case.run, case.dense),
+    }
+    if case.compiled is not None:
+        found[COMPILED] = partial(case.compiled, case.dense)
+    return found | {peer: partial(case.run, loss) for peer, loss in peers.LOSSES.get(name, {}).items()}
+
+
+def prepared(who: str, prepare: Callable[[Inputs], Run], given: Inputs) -> Run | str:
+    """The run, tried once; or why a peer cannot do it."""
+    try:
+        run = prepare(given)
+        run()
+    except Exception as failure:
+        if who == OURS:
+            raise
+        return peers.reason(failure)
+    return run
+
+
+def print_memory(name: str, who: str, shape: Shape, budget: int | None) -> None:
+    """One line of JSON: megabytes of the results, and how far the resident set rises beyond inputs and results.
+
+    For a process of its own. What compiles does so before, at the full shape; everybody else warms up on a tiny one.
+    """
+    case, prepare = CASES[name], contestants(name, budget)[who]
+    given = case.inputs(shape)
+    warm = prepared(who, prepare, given if who in peers.COMPILING else case.inputs(Shape(4, 8, 100)))
+    if isinstance(warm, str):
+        print(json.dumps({"note": warm}))
+        return
+    del warm
+    results: list[Tensor] = []
+    peak = measure.extra_peak_of(lambda: results.extend(prepare(given)()))
+    size = sum(result.nbytes for result in results) / 2**20
+    print(json.dumps({"extra_mb": peak - size, "results_mb": size}))

@@ -1,0 +1,92 @@
+"""What the head is measured beside: torch's own losses on the written-out logits, and libraries with their defaults.
+
+All are called alike, ``loss(input, linear_weight, *target)``, as in ``bench.heads``. A library is imported when it is
+run: none has to be installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[..., Tensor]
+
+
+def dense_cross_entropy(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """Against class indices or probabilities."""
+    return F.cross_entropy(F.linear(e, w), target)
+
+
+def dense_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
+    """``D(teacher‖model)``."""
+    log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def dense_reverse_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
+    """``D(model‖teacher)``."""
+    log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def dense_js(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
+    """At β = ½."""
+    log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean() / 2
+
+
+def dense_top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    """``D(list‖model)``, all other classes being one outcome."""
+    log_p = F.linear(e, w).log_softmax(-1).gather(-1, indices)
+    return F.kl_div(_with_rest(log_p), _with_rest(log_probs), log_target=True, reduction="batchmean")
+
+
+def _with_rest(listed: Tensor) -> Tensor:
+    return torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], -1)
+
+
+def _torch_chunked(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.linear_cross_entropy(input, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _cut_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(input, weight, target, impl="torch_compile")
+    return loss
+
+
+def _liger(input: Tensor, weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, *, beta: float) -> Tensor:
+    """Its β is ours: 0 is forward KL, 1 reverse. It wants labels even where the hard loss has no weight."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+    labels = torch.zeros(input.shape[0], dtype=torch.int64)
+    loss: Tensor = divergence(input, weight, teacher_input, teacher_weight, labels)
+    return loss
+
+
+# By the case in bench.heads. torch's chunked op and cut-cross-entropy take class indices alone, Liger's losses for the
+# CPU a linear teacher alone; none of the three can be differentiated twice.
+LOSSES: Mapping[str, Mapping[str, Loss]] = {
+    "cross-entropy": {"torch chunked": _torch_chunked, "cut-cross-entropy": _cut_cross_entropy},
+    "forward-kl": {"Liger": partial(_liger, beta=0.0)},
+    "reverse-kl": {"Liger": partial(_liger, beta=1.0)},
+    "js": {"Liger": partial(_liger, beta=0.5)},
+}
+
+COMPILING = ("torch.compile", "cut-cross-entropy", "Liger")
+
+
+def reason(error: Exception) -> str:
+    """Why a peer has no figures, for its row."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed ({error.name})"
+    first_line, _, _ = str(error).strip().partition("\n")
+    return f"fails: {type(error).__name__}: {first_line}"

@@ -1,0 +1,393 @@
+"""Each loss of the linear head × target kind × options, with the dense computation it must equal: plain torch and ``oracle``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import softcurve
+
+from . import oracle
+
+Leaves = tuple[Tensor, ...]
+Rows = tuple[int, ...]
+LISTED = 5  # classes in a top-k list, where there are as many
+
+# --- target kinds ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of target. ``indices`` are the class of each row, or the listed classes of each row; ``leaves`` its floats."""
+
+    name: str
+    leaves: Callable[[Rows, int, Tensor], Leaves]
+    target: Callable[..., Any]  # (indices, *leaves): what the head is given
+    raw: Callable[..., Tensor]  # (z, indices, *leaves): log y, up to a constant; over list and rest for a bucket
+    listed: bool = False
+    tiles: int = 3  # a budget of so many times the logits cuts them in two or more: buffers and temporaries take the rest
+
+    def indices(self, rows: Rows, classes: int) -> Tensor:
+        if self.listed:
+            return torch.rand(*rows, classes).topk(min(LISTED, classes)).indices
+        return torch.randint(classes, rows)
+
+
+def _logits(*shape: int) -> Tensor:
+    return 1.5 * torch.randn(shape, dtype=torch.float64)
+
+
+def _mass_of_any_size(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return ((0.5 + torch.rand(*rows, 1, dtype=torch.float64)) * torch.softmax(_logits(*rows, classes), -1),)
+
+
+def _probabilities(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return (torch.softmax(_logits(*rows, classes), -1),)
+
+
+def _log_probs(rows: Rows, classes: int, indices: Tensor) -> Leaves:
+    return (torch.log_softmax(_logits(*rows, classes), -1).gather(-1, indices),)
+
+
+def _teacher(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return _logits(*rows, 3), _logits(classes, 3) / 2, _logits(classes) / 2
+
+
+def _one_hot(z: Tensor, indices: Tensor) -> Tensor:
+    return torch.zeros_like(z).scatter(-1, indices.unsqueeze(-1), 1.0)
+
+
+def _list_only(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    return torch.full_like(z, -math.inf).scatter(-1, indices, log_probs)
+
+
+def _list_and_rest(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    if indices.shape[-1] == z.shape[-1]:  # there is no rest
+        return _list_only(z, indices, log_probs)
+    return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)
+
+
+INDICES = Kind("indices", lambda *_: (), lambda i: i, lambda z, i: _one_hot(z, i).log(), tiles=2)
+FLOAT = Kind("float", _mass_of_any_size, lambda _, y: y, lambda z, _, y: y.log())
+NORMALIZED = Kind("normalized float", _probabilities, lambda _, y: y, lambda z, _, y: y.log())
+PROBABILITIES = Kind("Probabilities", _probabilities, lambda _, y: softcurve.Probabilities(y), lambda z, _, y: y.log())
+LOGITS = Kind(
+    "Logits", lambda rows, classes, _: (_logits(*rows, classes),), lambda _, t: softcurve.Logits(t), lambda z, _, t: t
+)
+BUCKET = Kind("bucket", _log_probs, lambda i, t: softcurve.TopK(i, t), _list_and_rest, listed=True)
+RENORMALIZED = Kind(
+    "renormalize",
+    _log_probs,
+    lambda i, t: softcurve.TopK(i, t, tail="renormalize"),
+    _list_only,
+    listed=True,
+)
+TEACHER = Kind(
+    "LinearTeacher",
+    _teacher,
+    lambda _, *t: softcurve.LinearTeacher(*t),
+    lambda z, _, e, w, b: F.linear(e, w, b),
+    tiles=4,
+)
+BIASLESS_TEACHER = Kind(
+    "LinearTeacher without bias",
+    lambda rows, classes, i: _teacher(rows, classes, i)[:2],
+    lambda _, *t: softcurve.LinearTeacher(*t),
+    lambda z, _, e, w: F.linear(e, w),
+    tiles=4,
+)
+
+# --- losses ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss of the head against a kind of target. ``rows(log_y, log_p)``: the divergence; ``None`` is cross-entropy."""
+
+    name: str
+    kind: Kind
+    ours: Callable[..., Any]
+    rows: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.kind.name}"
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        return self.rows is None
+
+    def knows(self, option: str) -> bool:
+        """Whether the option makes sense here; where it does not, it is an error (test_head_bad_input.py)."""
+        bucket, indices = self.kind is BUCKET, self.kind is INDICES
+        return {
+            "weight": self.is_cross_entropy and not bucket,
+            "label_smoothing": self.is_cross_entropy,
+            "z_loss": self.is_cross_entropy,
+            "ignore_index": indices,
+            "shift": indices,
+            "temperature": self.is_cross_entropy or not bucket,
+        }.get(option, True)
+
+
+# The functions are looked up when they are called.
+def _cross_entropy(*arguments: Any, **options: Any) -> Any:
+    return softcurve.linear_cross_entropy(*arguments, **options)
+
+
+def _kl(*arguments: Any, **options: Any) -> Any:
+    return softcurve.linear_kl_divergence(*arguments, **options)
+
+
+def _js(*arguments: Any, **options: Any) -> Any:
+    return softcurve.linear_js_divergence(*arguments, **options)
+
+
+def _reverse_rows(log_y: Tensor, log_p: Tensor) -> Tensor:
+    return oracle.kl_rows(log_p, log_y)
+
+
+def _cases() -> list[Case]:
+    kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER)
+    cases = [Case("cross_entropy", kind, _cross_entropy) for kind in kinds]
+    for kind in (NORMALIZED, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER):
+        cases.append(Case("forward", kind, _kl, oracle.kl_rows))
+        if kind is not RENORMALIZED:  # infinite
+            cases.append(Case("reverse", kind, partial(_kl, direction="reverse"), _reverse_rows))
+        cases.append(Case("js0.3", kind, partial(_js, beta=0.3), partial(oracle.js_rows, beta=0.3)))
+    return cases
+
+
+CASES = _cases()
+BY_NAME = {str(case): case for case in CASES}
+
+# --- problems ----------------------------------------------------------------------------------------------------------
+
+# What each option is when it is on.
+OPTIONS: dict[str, Any] = {
+    "bias": True,
+    "weight": True,
+    "sample_weight": True,
+    "label_smoothing": 0.2,
+    "ignore_index": -100,
+    "temperature": 0.7,
+    "softcap": 2.5,
+    "z_loss": 0.3,
+    "shift": 2,
+    "base": 2.0,
+}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def everything(case: Case, *without: str) -> dict[str, Any]:
+    """All the options that the loss knows."""
+    return {name: value for name, value in OPTIONS.items() if case.knows(name) and name not in without}
+
+
+class Stats(NamedTuple):
+    """What ``return_stats`` must hold."""
+
+    lse: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    correct: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with options, a reduction and numbers: ``ours(*arguments)`` must equal ``dense(*arguments)``."""
+
+    case: Case
+    options: Mapping[str, Any]  # as the function takes them, tensors apart
+    indices: Tensor
+    weight: Tensor | None  # of the classes: a constant, as in torch
+    names: tuple[str, ...]
+    arguments: Leaves = field(repr=False)  # every one requires gradients
+
+    # --- ours
+
+    def ours(self, *arguments: Tensor, **more: Any) -> Any:
+        """The loss of the head, or ``(loss, stats)``."""
+        named, leaves = self._named(arguments)
+        given = {name: named[name] for name in ("linear_bias", "sample_weight") if name in named}
+        if self.weight is not None:
+            given["weight"] = self.weight
+        target = self.case.kind.target(self.indices, *leaves)
+        return self.case.ours(named["input"], named["linear_weight"], target, **given, **self.options, **more)
+
+    @cached_property
+    def least_budget(self) -> int:
+        """The least budget that works, as the error of one that does not says."""
+        with pytest.raises(ValueError, match="memory_budget") as refused:
+            self.ours(*self.arguments, memory_budget=1)
+        return least_of(str(refused.value))
+
+    def budget(self, name: str) -> int | None:
+        """``whole``: the default, which holds all of these logits. ``tiles``: a few times their size, which cuts them."""
+        tiles = self.case.kind.tiles * math.prod(self.arguments[0].shape[:-1]) * len(self.arguments[1]) * 8
+        return {"whole": lambda: None, "tiles": lambda: max(tiles, self.least_budget), "least": lambda: self.least_budget}[name]()
+
+    # --- dense
+
+    def dense(self, *arguments: Tensor) -> Tensor:
+        named, leaves = self._named(arguments)
+        z, indices, sample_weight = self._logits(named), self.indices, named.get("sample_weight")
+        if s := self.options.get("shift", 0):
+            z, indices = z[..., :-s, :], indices[..., s:]
+            sample_weight = None if sample_weight is None else sample_weight[..., :-s]
+        kept = self._kept(indices)
+        indices = indices if self.case.kind.listed else torch.where(kept, indices, 0)
+        rows = torch.where(kept, self._dense_rows(z, indices, leaves), 0.0)
+        counts_class = self.weight is not None and self.case.kind is INDICES
+        mass = torch.where(kept, self.weight[indices] if counts_class else torch.ones_like(rows), 0.0)
+        value = oracle.reduced(rows, self.options["reduction"], sample_weight, mass)
+        return F.pad(value, (0, s)) if s and self.options["reduction"] == "none" else value
+
+    def _dense_rows(self, z: Tensor, indices: Tensor, leaves: Leaves) -> Tensor:
+        kind, options = self.case.kind, self.options
+        raw = kind.raw(z, indices, *leaves)
+        temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
+        coarse = kind is BUCKET and indices.shape[-1] < z.shape[-1]
+        if self.case.rows is None:
+            y = leaves[0] if kind in (FLOAT, PROBABILITIES) else torch.softmax(raw, -1)
+            known = ("label_smoothing", "temperature", "softcap", "z_loss", "base")
+            return oracle.cross_entropy_rows(
+                z,
+                y,
+                weight=self.weight,
+                indices=indices if coarse else None,
+                **{name: options[name] for name in known if name in options},
+            )
+        seen = oracle.seen_by_softmax(z, temperature, softcap)
+        log_p = torch.log_softmax(oracle.listed_and_rest(seen, indices) if coarse else seen, -1)
+        return self.case.rows(torch.log_softmax(raw / temperature, -1), log_p) / math.log(options.get("base", math.e))
+
+    def dense_stats(self) -> Stats:
+        named, leaves = self._named(tuple(a.detach() for a in self.arguments))
+        z = self._logits(named)
+        seen = oracle.seen_by_softmax(z, self.options.get("temperature", 1.0), self.options.get("softcap"))
+        kind, s = self.case.kind, self.options.get("shift", 0)
+        if kind.listed:
+            best = self.indices.gather(-1, leaves[0].argmax(-1, keepdim=True)).squeeze(-1)
+        else:
+            best = self.indices if kind is INDICES else kind.raw(z, self.indices, *leaves).argmax(-1)
+        meant = torch.where(self._kept(self.indices), best, -1)
+        if s:
+            meant = torch.cat([meant[..., s:], torch.full_like(meant[..., :s], -1)], -1)
+        entropy = oracle.entropy_rows(seen) / math.log(self.options.get("base", math.e))
+        return Stats(torch.logsumexp(seen, -1), entropy, seen.argmax(-1), seen.argmax(-1) == meant)
+
+    def _kept(self, indices: Tensor) -> Tensor:
+        rows = indices[..., 0] if self.case.kind.listed else indices
+        if self.case.kind is not INDICES:
+            return torch.ones(rows.shape, dtype=torch.bool)
+        return rows != self.options.get("ignore_index", -100)
+
+    def _logits(self, named: Mapping[str, Tensor]) -> Tensor:
+        return F.linear(named["input"], named["linear_weight"], named.get("linear_bias"))
+
+    def _named(self, arguments: Sequence[Tensor]) -> tuple[dict[str, Tensor], Leaves]:
+        named = dict(zip(self.names, arguments, strict=True))
+        return named, tuple(named[name] for name in self.names if name.startswith("target"))
+
+
+def problem(
+    case: Case,
+    options: Mapping[str, Any] | None = None,
+    reduction: str = "mean",
+    rows: Rows = (4,),
+    features: int = 3,
+    classes: int = 6,
+) -> Problem:
+    """Random numbers: logits of a few units; every third row ignored where rows are; a row whose weight is 0."""
+    options = {name: value for name, value in (options or {}).items() if case.knows(name)}
+    biased, of_rows, of_classes = (options.pop(name, False) for name in ("bias", "sample_weight", "weight"))
+    indices = case.kind.indices(rows, classes) if math.prod(rows) else torch.zeros(rows, dtype=torch.int64)
+    if case.kind.listed and not math.prod(rows):
+        indices = torch.zeros(*rows, min(LISTED, classes), dtype=torch.int64)
+    if "ignore_index" in options and math.prod(rows) > 2:
+        indices.view(-1)[::3] = options["ignore_index"]
+    made = {
+        "input": torch.randn(*rows, features, dtype=torch.float64),
+        "linear_weight": _logits(classes, features) / math.sqrt(features),
+    }
+    if biased:
+        made["linear_bias"] = _logits(classes) / 2
+    for n, leaf in enumerate(case.kind.leaves(rows, classes, indices)):
+        made[f"target {n}"] = leaf
+    if of_rows:
+        made["sample_weight"] = 0.5 + torch.rand(rows, dtype=torch.float64)
+        made["sample_weight"].view(-1)[1:2] = 0.0
+    weight = 0.5 + torch.rand(classes, dtype=torch.float64) if of_classes else None
+    if weight is not None and classes > 2:
+        weight[2] = 0.0
+    arguments = tuple(tensor.requires_grad_() for tensor in made.values())
+    return Problem(case, options | {"reduction": reduction}, indices, weight, tuple(made), arguments)
+
+
+def least_of(message: str) -> int:
+    """The bytes of "at least … bytes"."""
+    found = re.search(r"at least (\d+) bytes", message)
+    assert found, message
+    return int(found[1])
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------------
+
+
+def derivatives(value: Tensor, arguments: Leaves) -> list[Tensor]:
+    """The gradient in every argument, and that of its product with a fixed direction: a Hessian product."""
+    first = torch.autograd.grad(value.sin().sum(), arguments, create_graph=True, materialize_grads=True)
+    return [*first, *torch.autograd.grad(along(first), arguments, materialize_grads=True)]
+
+
+def along(tensors: Sequence[Tensor]) -> Tensor:
+    """The product with a fixed direction."""
+    return sum(((t * d).sum() for t, d in zip(tensors, directions(tensors), strict=True)), start=torch.zeros(()))
+
+
+def directions(tensors: Sequence[Tensor]) -> Leaves:
+    return tuple(torch.arange(t.numel(), dtype=t.dtype).add(0.3).cos().reshape(t.shape) for t in tensors)
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str = "", bound: float = 1e-10) -> None:
+    """Of one shape and dtype, and within ``bound`` of the largest entry; a zero of 1e-17 is one."""
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), what
+    if not expected.numel():
+        return
+    error = (got - expected).abs().max().item()
+    assert error <= bound * max(expected.abs().max().item(), 1e-3), f"{what}: {error}"
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few settings in which any two levels of any two factors meet: greedily, and the same ones every time."""
+    levels = [(name, n) for name, values in factors.items() for n in range(len(values))]
+    open_pairs = {pair for pair in itertools.combinations(levels, 2) if pair[0][0] != pair[1][0]}
+
+    def newly_met(chosen: Mapping[str, int], name: str, n: int) -> int:
+        return sum(_pair(levels, item, (name, n)) in open_pairs for item in chosen.items())
+
+    settings: list[dict[str, Any]] = []
+    while open_pairs:
+        chosen = dict(min(open_pairs))
+        for name, values in factors.items():
+            if name not in chosen:
+                turn = len(settings) % len(values)
+                order = [*range(turn, len(values)), *range(turn)]
+                chosen[name] = max(order, key=lambda n, name=name: newly_met(chosen, name, n))
+        open_pairs -= {_pair(levels, *pair) for pair in itertools.combinations(chosen.items(), 2)}
+        settings.append({name: values[chosen[name]] for name, values in factors.items()})
+    return settings
+
+
+def _pair(levels: Sequence[Any], *pair: Any) -> Any:
+    return tuple(sorted(pair, key=levels.index))

@@ -1,0 +1,153 @@
+"""The head's extra memory stays within its budget, whatever N and C: measured in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+
+BUDGET, MOST = 64, 96  # MB: what is asked for, and what a process may show
+
+PREAMBLE = """
+import json, torch, softcurve
+from pathlib import Path
+torch.set_num_threads(1)
+torch.manual_seed(0)
+BUDGET = %d << 20
+
+
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+
+
+def tensors(rows, features, classes):
+    x, w = torch.randn(rows, features), torch.randn(classes, features) / features**0.5
+    return x.requires_grad_(), w.requires_grad_()
+
+
+def extra(work, given):
+    '''Megabytes at the highest, beyond what was there and the results, which are kept.'''
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    results = work(*given)
+    return status("VmHWM") - before - sum(r.nbytes for r in results) / 2**20
+
+
+def warm_and_extra(work, rows, features, classes, more=lambda *shape: ()):
+    '''Libraries, threads and code are loaded by a small problem first.'''
+    for shape in ((64, features, 1000), (rows, features, classes)):
+        given = tensors(*shape) + tuple(more(*shape))
+        found = extra(work, given)
+    print(json.dumps(found))
+
+
+def index_loss(x, w, **options):
+    return softcurve.linear_cross_entropy(x, w, torch.arange(len(x)) %% len(w), memory_budget=BUDGET, **options)
+
+
+def gradients(x, w):
+    return torch.autograd.grad(index_loss(x, w), (x, w))
+""" % BUDGET
+
+SHAPES = [
+    (2048, 128, 50257),
+    pytest.param((8192, 128, 50257), marks=pytest.mark.slow),
+    pytest.param((256, 64, 1000000), marks=pytest.mark.slow),
+]
+
+
+def extra(run_python: Callable[[str], object], body: str) -> float:
+    done = run_python(PREAMBLE + body)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[attr-defined]
+
+
+def test_what_is_measured(run_python: Callable[[str], object]) -> None:
+    """The dense loss, by the same ruler: logits, log-probabilities and their gradients of 98 MB each."""
+    body = """
+def dense(x, w):
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.T, torch.arange(len(x))), (x, w))
+
+warm_and_extra(dense, 512, 128, 50257)
+"""
+    found = extra(run_python, body)
+    assert 2.5 * 98 < found < 4.5 * 98
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradients(shape: tuple[int, int, int], run_python: Callable[[str], object]) -> None:
+    assert extra(run_python, f"warm_and_extra(gradients, *{shape})") <= MOST
+
+
+def test_loss_alone(run_python: Callable[[str], object]) -> None:
+    body = """
+def alone(x, w):
+    with torch.no_grad():
+        return (index_loss(x, w, reduction="none"), *index_loss(x, w, return_stats=True)[1])
+
+warm_and_extra(alone, 2048, 128, 50257)
+"""
+    assert extra(run_python, body) <= MOST
+
+
+TEACHER = """
+def teacher(rows, features, classes):
+    return torch.randn(rows, 96), torch.randn(classes, 96) / 96**0.5
+
+def distilled(x, w, t, h):
+    target = softcurve.LinearTeacher(t, h)
+    loss = softcurve.{loss}(x, w, target, {options}memory_budget=BUDGET)
+    return torch.autograd.grad(loss, (x, w))
+
+warm_and_extra(distilled, 2048, 128, 50257, teacher)
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("linear_kl_divergence", "direction='reverse', "),
+        pytest.param("linear_kl_divergence", "", marks=pytest.mark.slow),
+        pytest.param("linear_js_divergence", "", marks=pytest.mark.slow),
+    ],
+    ids=["reverse", "forward", "js"],
+)
+def test_linear_teacher(loss: str, options: str, run_python: Callable[[str], object]) -> None:
+    """Neither the student's nor the teacher's logits are held."""
+    assert extra(run_python, TEACHER.format(loss=loss, options=options)) <= MOST
+
+
+@pytest.mark.slow
+def test_top_k(run_python: Callable[[str], object]) -> None:
+    """A list of 32 classes is never made dense; its own gradient is no temporary."""
+    body = """
+def listed(rows, features, classes):
+    i = torch.rand(rows, classes // 10).topk(32).indices
+    return i, torch.full(i.shape, -4.0)
+
+def distilled(x, w, i, l):
+    loss = softcurve.linear_kl_divergence(x, w, softcurve.TopK(i, l), memory_budget=BUDGET)
+    return torch.autograd.grad(loss, (x, w))
+
+warm_and_extra(distilled, 2048, 128, 50257, listed)
+"""
+    assert extra(run_python, body) <= MOST
+
+
+@pytest.mark.slow
+def test_hessian_product(run_python: Callable[[str], object]) -> None:
+    """The graph of the gradient keeps gradients, not logits; its backward is another pass over tiles."""
+    body = """
+def product(x, w, v, u):
+    first = torch.autograd.grad(index_loss(x, w), (x, w), create_graph=True)
+    return (*first, *torch.autograd.grad(first, (x, w), (v, u)))
+
+warm_and_extra(product, 2048, 128, 50257, lambda *shape: [t.detach() for t in tensors(*shape)])
+"""
+    # Beyond the budget, the gradients that the graph saved are also scaled: one more of each.
+    assert extra(run_python, body) <= MOST + (2048 + 50257) * 128 * 4 / 2**20

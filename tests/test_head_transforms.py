@@ -1,0 +1,679 @@
+"""The head's autograd contract: every transform of torch.func and of autograd, up to the second order, equal to the dense ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import softcurve
+
+from .head_cases import BY_NAME, CASES, REDUCTIONS, Case, Problem, along, assert_same, directions, everything, problem
+from .test_head_conformance import products_of
+
+# torch's own doing when forward mode is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+Function = Callable[..., Tensor]
+
+# A kind of target for each way that a target can enter a tile.
+CHOSEN = [
+    BY_NAME[name]
+    for name in (
+        "cross_entropy-indices",
+        "cross_entropy-float",
+        "cross_entropy-Logits",
+        "cross_entropy-bucket",
+        "cross_entropy-renormalize",
+        "cross_entropy-LinearTeacher",
+        "forward-Probabilities",
+        "forward-LinearTeacher",
+        "forward-bucket",
+        "reverse-Logits",
+        "reverse-LinearTeacher",
+        "reverse-bucket",
+        "js0.3-LinearTeacher",
+        "js0.3-bucket",
+        "js0.3-renormalize",
+    )
+]
+FEW = [BY_NAME[n] for n in ("cross_entropy-indices", "cross_entropy-bucket", "forward-Logits", "reverse-LinearTeacher")]
+
+
+def small(case: Case, reduction: str = "none", rows: tuple[int, ...] = (2,)) -> Problem:
+    """With everything on; without the shift, which needs a dimension that vmap takes away."""
+    return problem(case, everything(case, "shift"), reduction, rows, 2, 4)
+
+
+# --- against differences -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "reduction"), [(c, r) for c, r in zip(CHOSEN, 4 * REDUCTIONS, strict=False)], ids=str)
+def test_gradcheck_and_gradgradcheck(case: Case, reduction: str) -> None:
+    """Reverse, forward and batched mode, forward over reverse and reverse over reverse, at random directions."""
+    posed = problem(case, everything(case), reduction, (4,), 2, 5)
+    modes = {"check_batched_grad": True, "fast_mode": True}
+    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True, check_batched_forward_grad=True, **modes)
+    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_gradcheck_of_tiles(case: Case) -> None:
+    """With rows and classes cut."""
+    posed = problem(case, everything(case), "none", (4,), 2, 301)
+    budget = posed.budget("tiles")
+
+    def ours(*arguments: Tensor) -> Tensor:
+        return posed.ours(*arguments, memory_budget=budget)
+
+    assert gradcheck(ours, posed.arguments, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(ours, posed.arguments, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_entry_by_entry(case: Case) -> None:
+    posed = problem(case, {"bias": True}, "none", (2,), 2, 3)
+    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True)
+    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True)
+
+
+# --- torch.func --------------------------------------------------------------------------------------------------------
+
+
+def everywhere(arguments: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(arguments)))
+
+
+TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
+    "grad": lambda f, a: grad(f, everywhere(a))(*a),
+    "grad in input": lambda f, a: grad(f)(*a),
+    "grad in weight": lambda f, a: grad(f, 1)(*a),
+    "grad_and_value": lambda f, a: grad_and_value(f, everywhere(a))(*a),
+    "vjp": lambda f, a: vjp(f, *a)[1](torch.tensor(0.7, dtype=torch.float64)),
+    "jvp": lambda f, a: jvp(f, a, directions(a)),
+    "jvp in input": lambda f, a: jvp(lambda x: f(x, *a[1:]), a[:1], directions(a[:1])),
+    "jvp in weight": lambda f, a: jvp(lambda w: f(a[0], w, *a[2:]), a[1:2], directions(a[1:2])),
+    "jacrev": lambda f, a: jacrev(f, everywhere(a))(*a),
+    "jacfwd": lambda f, a: jacfwd(f, everywhere(a))(*a),
+    "hessian": lambda f, a: hessian(f, everywhere(a))(*a),
+    "hessian in input": lambda f, a: hessian(f)(*a),
+    "hessian in weight": lambda f, a: hessian(f, 1)(*a),
+    "jacrev(jacrev)": lambda f, a: jacrev(jacrev(f, everywhere(a)), everywhere(a))(*a),
+    "jacrev(jacfwd)": lambda f, a: jacrev(jacfwd(f, everywhere(a)), everywhere(a))(*a),
+    "jacfwd(jacfwd)": lambda f, a: jacfwd(jacfwd(f, everywhere(a)), everywhere(a))(*a),
+    "jvp(grad)": lambda f, a: jvp(grad(f, everywhere(a)), a, directions(a)),
+    "vjp(grad)": lambda f, a: vjp(grad(f, everywhere(a)), *a)[1](directions(a)),
+    "jvp(jvp)": lambda f, a: jvp(lambda *b: jvp(f, b, directions(a))[1], a, directions(a)),
+    "grad(jvp)": lambda f, a: grad(lambda *b: jvp(f, b, directions(a))[1], everywhere(a))(*a),
+    "grad(grad)": lambda f, a: grad(lambda *b: along(grad(f, everywhere(a))(*b)), everywhere(a))(*a),
+    "vmap(jvp(grad))": lambda f, a: vmap(lambda *v: jvp(grad(f, everywhere(a)), a, v)[1])(
+        *(torch.stack([d, -0.4 * d.flip(-1)]) for d in directions(a))
+    ),
+}
+
+
+def assert_equal(got: Any, expected: Any, bound: float = 1e-10) -> None:
+    got, expected = pytree.tree_leaves(got), pytree.tree_leaves(expected)
+    assert len(got) == len(expected)
+    for n, (one, other) in enumerate(zip(got, expected, strict=True)):
+        assert_same(one, other, f"output {n}", bound)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_func(case: Case, transform: str) -> None:
+    posed = small(case)
+    arguments = tuple(a.detach() for a in posed.arguments)
+    ours, dense = (lambda *a, f=f: f(*a).sin().sum() for f in (posed.ours, posed.dense))
+    assert_equal(TRANSFORMS[transform](ours, arguments), TRANSFORMS[transform](dense, arguments))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vjp(grad)", "vmap(jvp(grad))"])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_func_of_tiles(case: Case, transform: str) -> None:
+    posed = problem(case, everything(case, "shift"), "mean", (3,), 1, 21)
+    budget, arguments = posed.budget("least"), tuple(a.detach() for a in posed.arguments)
+    got = TRANSFORMS[transform](lambda *a: posed.ours(*a, memory_budget=budget), arguments)
+    assert_equal(got, TRANSFORMS[transform](posed.dense, arguments))
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_stats_beside_transforms(case: Case) -> None:
+    posed = problem(case, {"bias": True}, "mean")
+    arguments = tuple(a.detach() for a in posed.arguments)
+    gradients, stats = grad(lambda *a: posed.ours(*a, return_stats=True), everywhere(arguments), has_aux=True)(*arguments)
+    assert_equal(gradients, grad(posed.dense, everywhere(arguments))(*arguments))
+    assert_equal(tuple(stats)[:2], tuple(posed.dense_stats())[:2])
+    assert torch.equal(stats.correct, posed.dense_stats().correct)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_vmap(case: Case) -> None:
+    """Over each argument alone (features, heads, biases, targets), and over all; by chunks, and nested."""
+    posed = problem(case, {"bias": True, "sample_weight": True, "temperature": 0.7}, "mean", (3,), 2, 4)
+    one = tuple(a.detach() for a in posed.arguments)
+    for mapped in (*((at,) for at in everywhere(one)), everywhere(one)):
+        dims = tuple(0 if at in mapped else None for at in everywhere(one))
+        # Halves and thirds keep a list's mass below 1 and a distribution's sum at 1 only in logits: leaves repeat as they are.
+        many = [
+            torch.stack([a, a, a]) if posed.names[at].startswith("target") else torch.stack([a, a / 2, a / 3])
+            for at, a in enumerate(one)
+        ]
+        arguments = [many[at] if at in mapped else one[at] for at in everywhere(one)]
+        rows = [[many[at][i] if at in mapped else one[at] for at in everywhere(one)] for i in range(3)]
+        expected = torch.stack([posed.dense(*row) for row in rows])
+        assert_equal(vmap(posed.ours, dims)(*arguments), expected)
+        assert_equal(vmap(posed.ours, dims, chunk_size=2)(*arguments), expected)
+        ours, dense = (grad(f, everywhere(one)) for f in (posed.ours, posed.dense))
+        stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *[dense(*row) for row in rows])
+        assert_equal(vmap(ours, dims)(*arguments), stacked)
+    twice = [torch.stack([a, a.flip(0)]) for a in arguments]
+    assert_equal(vmap(vmap(posed.ours))(*twice), torch.stack([expected, expected.flip(0)]))
+
+
+@pytest.mark.parametrize("budget", ["whole", "least"])
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_per_sample_gradients(case: Case, budget: str) -> None:
+    """``vmap(grad(...))`` over single rows, shared head; and their Hessian products."""
+    posed = problem(case, {"bias": True}, "none", (), 2, 5)
+    one = tuple(a.detach() for a in posed.arguments)
+    of_budget = posed.budget(budget)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    dims = (0, *(None for _ in one[1:]))
+
+    def ours(*arguments: Tensor) -> Tensor:
+        return posed.ours(*arguments, memory_budget=of_budget)
+
+    for transform in (
+        lambda f: grad(f, everywhere(one)),
+        lambda f: lambda *a: vjp(grad(f, everywhere(one)), *a)[1](directions(a)),
+        lambda f: lambda *a: jvp(grad(f, everywhere(one)), a, directions(a))[1],
+    ):
+        rows = [transform(posed.dense)(row, *one[1:]) for row in x]
+        stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
+        assert_equal(vmap(transform(ours), dims)(x, *one[1:]), stacked)
+
+
+def test_vmap_over_class_indices() -> None:
+    x, w = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    indices = torch.tensor([[0, 3, 1, 2, -100], [1, 1, 0, 2, 3]])
+    expected = torch.stack([F.cross_entropy(x @ w.T, t) for t in indices])
+    assert_equal(vmap(softcurve.linear_cross_entropy, (None, None, 0))(x, w, indices), expected)
+    in_x, in_w = vmap(grad(softcurve.linear_cross_entropy, (0, 1)), (0, None, 0))(x, w, indices[1])
+    residual = torch.softmax(x @ w.T, -1) - F.one_hot(indices[1], 4)
+    assert_equal((in_x, in_w), (residual @ w, residual.unsqueeze(-1) * x.unsqueeze(-2)))
+
+
+def test_per_sample_gradients_of_a_model() -> None:
+    """The parameters of features and head, by ``functional_call``, for every sample."""
+    features = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double()
+    head = softcurve.nn.LinearCrossEntropyLoss(4, 7, bias=True, dtype=torch.float64)
+    dense = torch.nn.Linear(4, 7).double()
+    dense.load_state_dict({name.removeprefix("linear."): p for name, p in head.state_dict().items()})
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randint(7, (6,))
+
+    def ours(body: dict[str, Tensor], top: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return torch.func.functional_call(head, top, (torch.func.functional_call(features, body, (x,)), y))
+
+    def plain(body: dict[str, Tensor], top: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(dense, top, (torch.func.functional_call(features, body, (x,)),)), y)
+
+    body, top, of_dense = ({n: p.detach() for n, p in m.named_parameters()} for m in (features, head, dense))
+    got = vmap(grad(ours, (0, 1)), (None, None, 0, 0))(body, top, x, y)
+    expected = vmap(grad(plain, (0, 1)), (None, None, 0, 0))(body, of_dense, x, y)
+    assert_equal(got[0], expected[0])
+    assert_equal([got[1][f"linear.{name}"] for name in of_dense], [expected[1][name] for name in of_dense])
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_legacy_functional(case: Case) -> None:
+    posed = small(case, rows=(3,))
+    expected = torch.autograd.functional.jacobian(posed.dense, posed.arguments)
+    for options in ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
+        assert_equal(torch.autograd.functional.jacobian(posed.ours, posed.arguments, **options), expected)
+    ours, dense = (lambda *a, f=f: f(*a).square().sum() for f in (posed.ours, posed.dense))
+    expected = torch.autograd.functional.hessian(dense, posed.arguments)
+    assert_equal(torch.autograd.functional.hessian(ours, posed.arguments), expected)
+    assert_equal(torch.autograd.functional.hessian(ours, posed.arguments, vectorize=True), expected)
+
+
+# --- graphs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_graphs_are_kept(case: Case, reduction: str) -> None:
+    """Again and again through one graph, with other scales between: always the same, and ``.grad`` only adds up."""
+    posed = small(case, reduction, (3,))
+    value = posed.ours(*posed.arguments)
+    scales = [torch.tensor(numbers, dtype=torch.float64) for numbers in ([0.5, -2.0, 3.0], [1e6, -1e6, 7.0])]
+    scales = scales if reduction == "none" else [scale[2] for scale in scales]
+    first = torch.autograd.grad(value, posed.arguments, scales[0], retain_graph=True, materialize_grads=True)
+    kept = [g.clone() for g in first]
+    for scale in (scales[1], scales[0]):
+        again = torch.autograd.grad(value, posed.arguments, scale, retain_graph=True, materialize_grads=True)
+    assert all(torch.equal(g, k) for g, k in zip(first, kept, strict=True))
+    assert all(torch.equal(g, k) for g, k in zip(again, kept, strict=True))
+    value.backward(scales[0], retain_graph=True)
+    of_first = {n: a.grad for n, a in zip(posed.names, posed.arguments, strict=True) if a.grad is not None}
+    copies = {n: g.clone() for n, g in of_first.items()}
+    value.backward(scales[0])
+    for name, argument in zip(posed.names, posed.arguments, strict=True):
+        if name in of_first:
+            assert_same(argument.grad, 2 * copies[name], name, 1e-14)
+
+
+def test_a_caller_may_write_to_a_gradient() -> None:
+    """Clipping in place between two passes through one graph does not reach what the graph holds."""
+    for case in FEW:
+        posed = problem(case, {"bias": True}, "mean")
+        value = posed.ours(*posed.arguments)
+        first = torch.autograd.grad(value, posed.arguments, retain_graph=True)
+        kept = [g.clone() for g in first]
+        for gradient in first:
+            gradient.mul_(1e3)
+        again = torch.autograd.grad(value, posed.arguments, create_graph=True)
+        assert all(torch.equal(g, k) for g, k in zip(again, kept, strict=True))
+        second = torch.autograd.grad(along(again), posed.arguments)
+        truth = torch.autograd.grad(posed.dense(*posed.arguments), posed.arguments, create_graph=True)
+        assert_equal(second, torch.autograd.grad(along(truth), posed.arguments))
+
+
+def test_a_freed_graph_is_an_error() -> None:
+    posed = problem(FEW[0])
+    value = posed.ours(*posed.arguments)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_an_argument_that_was_changed_is_an_error() -> None:
+    """The second derivative needs the features as they were."""
+    for at in (0, 1):
+        posed = problem(FEW[0])
+        (gradient,) = torch.autograd.grad(posed.ours(*posed.arguments), posed.arguments[at], create_graph=True)
+        with torch.no_grad():
+            posed.arguments[at].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(gradient.square().sum(), posed.arguments[at])
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_create_graph_twice(case: Case) -> None:
+    """A gradient penalty: backward through the gradient, added to the backward of the loss; twice over one graph."""
+    posed = small(case, "sum", (3,))
+    totals = []
+    for f in (posed.ours, posed.dense):
+        value = f(*posed.arguments)
+        gradients = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
+        penalty = value.square() + sum(g.square().sum() for g in gradients)
+        totals.append([
+            torch.autograd.grad(penalty, posed.arguments, retain_graph=True, materialize_grads=True) for _ in range(2)
+        ])
+    assert all(torch.equal(a, b) for a, b in zip(*totals[0], strict=True))
+    assert_equal(totals[0], totals[1])
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_third_derivatives_are_an_error(case: Case) -> None:
+    """Never a wrong number: an error that says so."""
+    posed = small(case, "sum", (3,))
+    arguments = posed.arguments[:2]
+    first = torch.autograd.grad(posed.ours(*posed.arguments).sin(), arguments, create_graph=True)
+    second = torch.autograd.grad(along(first), arguments, create_graph=True)
+    with pytest.raises(RuntimeError, match="third"):
+        torch.autograd.grad(along(second), arguments)
+    frozen = tuple(a.detach() for a in posed.arguments)
+    with pytest.raises(RuntimeError, match="third"):
+        jacrev(hessian(posed.ours))(*frozen)
+    with pytest.raises(RuntimeError, match="third"):
+        jvp(lambda x: jvp(grad(lambda x: posed.ours(x, *frozen[1:])), (x,), (x,))[1], frozen[:1], frozen[:1])
+
+
+# --- what is not asked for ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_frozen_arguments(case: Case) -> None:
+    """Any one argument alone, or all but one: the same gradients, ``None`` for the rest, and second derivatives too."""
+    posed = problem(case, everything(case), "mean", (5,), 2, 7)
+    value = posed.dense(*posed.arguments)
+    expected = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
+    for at in everywhere(posed.arguments):
+        for free in ((at,), tuple(n for n in everywhere(posed.arguments) if n != at)):
+            given = tuple(a.detach().requires_grad_(n in free) for n, a in enumerate(posed.arguments))
+            loss = posed.ours(*given)
+            loss.backward(retain_graph=True)
+            assert all(a.grad is None for n, a in enumerate(given) if n not in free)
+            wanted = tuple(given[n] for n in free)
+            first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            assert_equal(first, tuple(expected[n] for n in free))
+            if not any(g.requires_grad for g in first):
+                continue
+            truth = torch.autograd.grad(
+                along([expected[n] for n in free]),
+                [posed.arguments[n] for n in free],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            assert_equal(torch.autograd.grad(along(first), wanted, materialize_grads=True), truth)
+
+
+def test_frozen_arguments_cost_nothing() -> None:
+    """One product of the tile's size for the loss, one for each gradient that is wanted; in tiles, one more to recompute."""
+    x, w, target = torch.randn(64, 32), torch.randn(512, 32), torch.arange(64)
+    one = 64 * 32 * 512
+
+    def products(of_x: bool, of_w: bool, run: Callable[[Tensor], object] = lambda loss: loss.backward(), **options) -> float:
+        leaves = x.clone().requires_grad_(of_x), w.clone().requires_grad_(of_w)
+
+        def work() -> None:
+            run(softcurve.linear_cross_entropy(*leaves, target, **options))
+
+        return sum(m * k * n for m, k, n in products_of(work)) / one
+
+    assert products(False, False, lambda loss: loss.item()) == 1
+    assert products(True, False) == 2
+    assert products(False, True) == 2
+    assert products(True, True) == 3
+    with torch.no_grad():
+        assert products(True, True, lambda loss: loss.item()) == 1
+    with torch.inference_mode():
+        assert products(True, True, lambda loss: loss.item()) == 1
+
+
+def test_a_frozen_teacher_costs_one_product() -> None:
+    x, w, t, head = torch.randn(64, 32), torch.randn(512, 32), torch.randn(64, 16), torch.randn(512, 16)
+    leaves = x.requires_grad_(), w.requires_grad_()
+    for direction, most in (("forward", 3.5), ("reverse", 3.5)):
+        shapes = products_of(
+            lambda direction=direction: softcurve.linear_kl_divergence(
+                *leaves, softcurve.LinearTeacher(t, head), direction=direction
+            ).backward()
+        )
+        assert sum(m * k * n for m, k, n in shapes) <= most * 64 * 32 * 512
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_gradients(case: Case) -> None:
+    posed = problem(case, everything(case), "mean", (5,))
+    expected = posed.ours(*posed.arguments).detach()
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            value = posed.ours(*posed.arguments)
+            assert not value.requires_grad
+            assert_same(value.clone(), expected, bound=1e-14)
+    assert not posed.ours(*(a.detach() for a in posed.arguments)).requires_grad
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_dual_numbers(case: Case) -> None:
+    posed = problem(case, everything(case), "mean", (5,))
+    arguments = tuple(a.detach() for a in posed.arguments)
+    tangents = []
+    for f in (posed.ours, posed.dense):
+        with forward_ad.dual_level():
+            dual = f(*(forward_ad.make_dual(a, d) for a, d in zip(arguments, directions(arguments), strict=True)))
+            tangents.append(forward_ad.unpack_dual(dual).tangent)
+    assert_same(*tangents)
+
+
+def test_module_hooks_and_accumulation() -> None:
+    """Micro-batches add up in ``.grad``, and hooks on the head's weight see each of them once."""
+    head = softcurve.nn.LinearCrossEntropyLoss(3, 7, dtype=torch.float64, reduction="sum")
+    x, y, seen = torch.randn(8, 3, dtype=torch.float64), torch.randint(7, (8,)), []
+    head.linear.weight.register_hook(lambda g: seen.append(g.clone()))
+    for part in range(4):
+        head(x[2 * part : 2 * part + 2], y[2 * part : 2 * part + 2]).backward()
+    assert len(seen) == 4
+    whole = torch.autograd.grad(F.cross_entropy(x @ head.linear.weight.T, y, reduction="sum"), head.linear.weight)[0]
+    assert_same(head.linear.weight.grad, whole)
+
+
+# --- autocast ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "js0.3-Logits"])
+def test_autocast(name: str) -> None:
+    """The loss in float32 from products in bfloat16; float32 parameters get float32 gradients, within bfloat16's error."""
+    posed = problem(BY_NAME[name], {"bias": True}, "mean", (33,), 16, 129)
+    arguments = tuple(a.detach().float().requires_grad_() for a in posed.arguments)
+    exact = torch.autograd.grad(posed.dense(*posed.arguments), posed.arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = posed.ours(*arguments)
+    gradients = torch.autograd.grad(value, arguments)
+    assert value.dtype == torch.float32
+    assert abs(value.item() / posed.dense(*posed.arguments).item() - 1) < 2e-2
+    for what, got, truth in zip(posed.names, gradients, exact, strict=True):
+        assert got.dtype == torch.float32
+        assert (got.double() - truth).norm() <= 3e-2 * truth.norm(), what
+    # What torch does itself, at the same place, is no better.
+    x, w = (a.detach().requires_grad_() for a in arguments[:2])
+    target, double = torch.randint(129, (33,)), (x.double() @ w.double().T)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = softcurve.linear_cross_entropy(x, w, target)
+        plain = F.cross_entropy(F.linear(x, w), target)
+    truth = torch.autograd.grad(F.cross_entropy(double, target), (x, w))
+    for got, other, true in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)), truth, strict=True):
+        assert (got - true).norm() <= 1.01 * (other - true).norm()
+
+
+def test_autocast_of_a_model() -> None:
+    """Features come in bfloat16, the head's weight is float32: each gets its gradient in its own dtype."""
+    body = torch.nn.Linear(8, 16)
+    head = softcurve.nn.LinearCrossEntropyLoss(16, 57, bias=True)
+    x, y = torch.randn(9, 8), torch.randint(57, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        e = body(x)
+        assert e.dtype == torch.bfloat16
+        loss = head(e, y)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    truth = F.cross_entropy(F.linear(body(x), head.linear.weight, head.linear.bias), y)
+    assert abs(loss.item() / truth.item() - 1) < 2e-2
+    for parameter in (*body.parameters(), *head.parameters()):
+        assert parameter.grad.dtype == torch.float32
+        (true,) = torch.autograd.grad(truth, parameter, retain_graph=True)
+        assert (parameter.grad - true).norm() <= 3e-2 * true.norm()
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------
+
+
+class Recorded(TorchDispatchMode):
+    """Every call of an operator of ``softcurve``, with its arguments as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func.namespace == "softcurve":
+            copied = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            self.calls.setdefault(func.name(), []).append((func, *copied))
+        return func(*args, **kwargs)
+
+
+def calls_of(cases: list[Case]) -> dict[str, list[Any]]:
+    with Recorded() as recorded:
+        for case in cases:
+            for options in ({}, everything(case)):
+                posed = problem(case, options, "mean", (5,), 3, 7)
+                value = posed.ours(*posed.arguments)
+                first = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
+                torch.autograd.grad(along(first), posed.arguments, materialize_grads=True)
+                posed.ours(*(a.detach() for a in posed.arguments), return_stats=True)
+                arguments = tuple(a.detach() for a in posed.arguments)
+                jvp(grad(posed.ours, everywhere(arguments)), arguments, directions(arguments))
+    return recorded.calls
+
+
+def operators() -> set[str]:
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    return {name for name in names if name.startswith("softcurve::")}
+
+
+def test_every_operator_is_called() -> None:
+    called = {name.split(".")[0] for name in calls_of(FEW)}
+    assert operators()
+    assert operators() == called
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    """Schema, fake tensors, registration and AOT dispatch with dynamic shapes, on the arguments of real calls."""
+    for calls in calls_of([case]).values():
+        for func, args, kwargs in calls[:3]:
+            torch.library.opcheck(func, args, kwargs)
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------------------
+
+PREAMBLE = """
+import json, warnings, torch, softcurve
+from softcurve import LinearTeacher, Logits, Probabilities, TopK
+# Dynamo's own doing when it traces an autograd.Function.
+warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+f64 = torch.float64
+
+CE, KL, JS = softcurve.linear_cross_entropy, softcurve.linear_kl_divergence, softcurve.linear_js_divergence
+C = 11
+weight, bias = torch.rand(C, dtype=f64) + 0.5, torch.randn(C, dtype=f64)
+
+
+def index(x):
+    return torch.arange(x.shape[0], device=x.device) % C
+
+
+def ignoring(x):
+    return torch.where(index(x) == 1, -100, index(x))
+
+
+def listed(x, t):
+    i = torch.stack([index(x), (index(x) + 2) % C], -1)
+    return i, torch.log_softmax(t, -1).gather(-1, i)
+
+
+module = softcurve.nn.LinearCrossEntropyLoss(3, C, bias=True, dtype=f64)
+
+LOSSES = {
+    "index": lambda x, w, t: CE(x, w, index(x)) + 0 * t.sum(),
+    "weighted": lambda x, w, t: CE(x, w, ignoring(x), linear_bias=bias, weight=weight, sample_weight=t.exp().sum(-1)),
+    "options": lambda x, w, t: CE(x, w, ignoring(x), label_smoothing=0.1, temperature=0.7, softcap=3.0, z_loss=0.2, base=2.0, shift=1) + 0 * t.sum(),
+    "budget": lambda x, w, t: CE(x, w, index(x), memory_budget=1 << 20, reduction="none").cos().sum() + 0 * t.sum(),
+    "dense": lambda x, w, t: CE(x, w, torch.softmax(t, -1)),
+    "Logits": lambda x, w, t: CE(x, w, Logits(t)),
+    "bucket": lambda x, w, t: CE(x, w, TopK(*listed(x, t))) + KL(x, w, TopK(*listed(x, t)), direction="reverse"),
+    "renormalize": lambda x, w, t: KL(x, w, TopK(*listed(x, t), tail="renormalize")),
+    "teacher": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2], bias), temperature=2.0),
+    "reverse": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2]), direction="reverse", reduction="none").sum(),
+    "js": lambda x, w, t: JS(x, w, Logits(t), beta=0.3),
+    "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
+    "module": lambda x, w, t: module(x @ w.T @ w, index(x)) + 0 * t.sum(),
+}
+
+
+def evaluated(f, rows):
+    torch.manual_seed(rows)
+    x, w, t = (torch.randn(s, dtype=f64).requires_grad_() for s in ((rows, 3), (C, 3), (rows, C)))
+    value = f(x, w, t)
+    return [value.detach(), *torch.autograd.grad(value, (x, w, t))]
+
+
+def worst(got, expected):
+    return max(float(((a - b).abs() / (1 + b.abs())).max()) for a, b in zip(got, expected, strict=True))
+"""
+
+
+def compiled(run_python: Callable[[str], object], body: str) -> dict[str, float]:
+    done = run_python(PREAMBLE + body)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[attr-defined]
+
+
+def assert_small(found: dict[str, float], count: int) -> None:
+    assert len(found) == count
+    assert {name: error for name, error in found.items() if not error <= 1e-12} == {}
+
+
+@pytest.mark.slow
+def test_fullgraph(run_python: Callable[[str], object]) -> None:
+    body = """
+print(json.dumps({
+    name: worst(evaluated(torch.compile(f, fullgraph=True, backend="aot_eager"), 6), evaluated(f, 6)) for name, f in LOSSES.items()
+}))
+"""
+    assert_small(compiled(run_python, body), 13)
+
+
+@pytest.mark.slow
+def test_dynamic_shapes(run_python: Callable[[str], object]) -> None:
+    """A graph made for one batch serves batches of any size: none of them compiles anew."""
+    body = """
+found = {}
+for name in ("index", "budget", "reverse", "bucket"):
+    f = LOSSES[name]
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    g = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    errors, compiled = [], []
+    for rows in (4, 9, 17):
+        errors.append(worst(evaluated(g, rows), evaluated(f, rows)))
+        compiled.append(backend.frame_count)
+    found[name] = max(errors) + compiled[-1] - compiled[0]
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, "import torch._dynamo.testing\n" + body), 4)
+
+
+@pytest.mark.slow
+def test_compiled_func_and_evaluation(run_python: Callable[[str], object]) -> None:
+    """``torch.func.grad`` inside the graph, and losses without gradients."""
+    body = """
+def of(f):
+    g = torch.Generator().manual_seed(3)
+    return f(*(torch.randn(s, dtype=f64, generator=g) for s in ((6, 3), (C, 3), (6, C))))
+
+found = {}
+for name in ("index", "dense", "reverse"):
+    torch._dynamo.reset()
+    gradient = torch.func.grad(LOSSES[name], (0, 1, 2))
+    found[name] = worst(of(torch.compile(gradient, fullgraph=True, backend="aot_eager")), of(gradient))
+    with torch.no_grad():
+        f = LOSSES[name]
+        found["no_grad " + name] = worst([of(torch.compile(f, fullgraph=True, backend="aot_eager"))], [of(f)])
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, body), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor(run_python: Callable[[str], object]) -> None:
+    """The default backend, with a model around the head, in autocast as well."""
+    body = """
+f = lambda x, w, t: LOSSES["index"]((x @ w.T).tanh() @ w, w, t) + LOSSES["reverse"](x, w, t)
+found = {"both": worst(evaluated(torch.compile(f, fullgraph=True), 6), evaluated(f, 6))}
+
+def cast(x, w, t):
+    with torch.autocast("cpu", torch.bfloat16):
+        return CE((x.float() @ w.float().T).tanh() @ w.float(), w.float(), index(x)) + 0 * t.sum()
+
+torch._dynamo.reset()
+got, plain = evaluated(torch.compile(cast, fullgraph=True), 6), evaluated(cast, 6)
+found["autocast"] = 0.0 if worst(got, plain) < 2e-2 else worst(got, plain)
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, body), 2)

@@ -1,0 +1,229 @@
+"""The language model of the examples: its parts, a small run in a process of its own, and, slow, the run that is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("tokenizers", reason="the extra `examples` is not installed")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TINY = ("--steps", "12", "--vocab", "600", "--context", "16", "--width", "32", "--batch", "2", "--top-k", "8")
+STUDENTS = ("plain", "forward", "reverse", "top_k")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left behind."""
+
+    out: Path
+    stdout: str
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[..., Run]:
+    """Run the example into a folder that is not there yet, once for each choice of arguments; warnings are errors."""
+    runs: dict[tuple[str, ...], Run] = {}
+
+    def once(*arguments: str) -> Run:
+        if arguments not in runs:
+            out = tmp_path_factory.mktemp("tiny_lm") / "new" / "folder"
+            command = [sys.executable, "-W", "error", str(EXAMPLES / "tiny_lm.py"), *arguments, "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=1800, check=False)
+            assert done.returncode == 0, done.stderr
+            runs[arguments] = Run(out, done.stdout)
+        return runs[arguments]
+
+    return once
+
+
+@pytest.fixture
+def text(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from tiny_lm import text
+
+    return text
+
+
+def numbers(value: object) -> list[float]:
+    """Every number in a record, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_docstrings_are_read_and_nothing_is_run(text):
+    source = b'''"""Module."""
+raise SystemExit
+class A:
+    """Class."""
+    async def f(self):
+        """Method, \xc3\xa9."""
+try:
+    f = lambda: 0
+except ImportError:
+    def g():
+        """In a handler."""
+else:
+    def h():
+        """In an else."""
+        "not one"
+'''
+    assert list(text.docstrings(source)) == ["Module.", "Class.", "Method, é.", "In a handler.", "In an else."]
+    assert list(text.docstrings(b"print 'no Python 3'")) == []
+    assert list(text.docstrings(b"nul \0")) == []
+
+
+def test_tokens_give_back_the_bytes_and_windows_the_tokens(text):
+    texts = ["naïve — text ≤ 3 words\n" * 5, "\tanother, with 'quotes' and\x00 and 日本語. " * 9]
+    tokenizer = text.train_tokenizer(texts, 300)
+    for one in texts:
+        tokens = tokenizer.encode(one).tokens
+        assert sum(map(len, tokens)) == len(one.encode())
+    windows = text.windows(tokenizer, texts, 4)
+    first, second = (torch.tensor(tokenizer.encode(one).ids) for one in texts)
+    end = tokenizer.token_to_id(text.END)
+    assert windows.shape[1] == 4
+    assert windows.numel() > len(first) + len(second) + 2 - 4
+    assert torch.equal(windows.flatten()[: len(first)], first)
+    assert windows.flatten()[len(first)] == end
+    assert (windows == end).sum() <= 2
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(text):
+    with pytest.raises(ValueError, match=r"--vocab must be .* got 5000"):
+        text.train_tokenizer(["ab ab abab"], 5000)
+
+
+def test_the_schedule_visits_every_window_before_any_again(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from tiny_lm.training import Schedule
+
+    schedule, windows = Schedule(steps=9, batch=4, seed=0, rate=1.0), torch.arange(12)[:, None]
+    batches = list(schedule.batches(windows))
+    assert all(batch.shape == (4, 1) for batch in batches)
+    epochs = torch.cat(batches).view(3, 12)
+    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert all(map(torch.equal, batches, schedule.batches(windows)))
+    rates = [schedule.rate_at(step) for step in range(9)]
+    assert max(rates) == rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.2
+
+
+# --- a small run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_hold_together(run):
+    figures = run(*TINY).figures()
+    assert all(map(math.isfinite, numbers(figures)))
+    assert set(figures["curves"]) == set(figures["scores"]) == {"teacher", *STUDENTS}
+    assert set(figures["costs"]) == set(STUDENTS)
+    for curve in figures["curves"].values():
+        assert len(curve["minimised"]) == 12
+        assert curve["steps"][0] == 0
+        assert curve["steps"][-1] == 12
+        assert len(curve["steps"]) == len(curve["validation"]) == 11
+    for name, score in figures["scores"].items():
+        assert 0 < score["nats_per_token"] < math.log(600)
+        assert 0 < score["bits_per_byte"] < 8
+        assert 0 <= score["accuracy"] <= 1
+        assert 0 < score["entropy"] < math.log(600)
+        if name != "teacher":
+            assert score["forward_kl"] > 0
+            assert score["reverse_kl"] > 0
+
+
+def test_students_start_equal_and_from_the_frequencies(run):
+    curves = run(*TINY).figures()["curves"]
+    assert len({curves[name]["validation"][0] for name in STUDENTS}) == 1
+    assert curves["plain"]["minimised"][0] < math.log(600) - 0.5
+
+
+def test_every_loss_falls(run):
+    for curve in run(*TINY).figures()["curves"].values():
+        assert min(curve["minimised"]) < curve["minimised"][0]
+
+
+def test_streamed_and_dense_train_alike(run):
+    for cost in run(*TINY).figures()["costs"].values():
+        assert cost["largest_relative_deviation"] < 1e-3
+        assert min(numbers(cost["tokens_per_second"])) > 0
+
+
+def test_the_lists_are_the_teachers_likeliest_tokens(run):
+    lists = load_file(run(*TINY).out / "teacher_top_k.safetensors")
+    assert lists["indices"].shape == lists["log_probs"].shape == (12, 2, 16, 8)
+    assert (lists["indices"].long().sort(-1).values.diff(dim=-1) > 0).all()
+    assert (lists["log_probs"].diff(dim=-1) <= 0).all()
+    mass = lists["log_probs"].double().exp().sum(-1)
+    assert (mass <= 1 + 1e-6).all()
+    assert (mass > 8 / 600).all()
+
+
+def test_the_folder_has_the_picture_the_record_and_the_lists(run):
+    done = run(*TINY)
+    assert sorted(path.name for path in done.out.iterdir()) == [
+        "teacher_top_k.safetensors",
+        "tiny_lm.json",
+        "tiny_lm.png",
+    ]
+    assert (done.out / "tiny_lm.png").read_bytes().startswith(PNG)
+    assert json.loads((done.out / "tiny_lm.json").read_text()) == done.figures()
+
+
+def test_a_seed_gives_the_same_figures_again(run):
+    def of(figures):
+        losses = {name: (curve["minimised"], curve["validation"]) for name, curve in figures["curves"].items()}
+        return losses, figures["scores"]
+
+    first = run(*TINY).figures()
+    assert of(run(*TINY, "--seed", "0").figures()) == of(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--steps", "1"), "--steps: must be at least 2, got 1"),
+        (("--steps", "many"), "--steps: invalid int value: 'many'"),
+        (("--width", "40"), "--width: must be a multiple of 32, got 40"),
+        (("--vocab", "256"), "--vocab: must be at least"),
+        (("--vocab", "512", "--top-k", "513"), "--top-k: must be at most the vocabulary of 512, got 513"),
+        (("--seed", "-1"), "--seed: must be at least 0"),
+        (("--seed", str(2**63)), "--seed: must be below 2^63"),
+        (("--out", "file/folder"), "--out: the folder file/folder cannot be made"),
+    ],
+)
+def test_bad_arguments_are_explained_before_any_work(arguments, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["tiny_lm.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / "tiny_lm.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
