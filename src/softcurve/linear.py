@@ -282,10 +282,8 @@ class _Posed:
             if not weight.requires_grad:
                 row_weight = torch.where(weight == 0, 0.0, row_weight)
         else:
-            divisor = (
-                weight.new_tensor(1.0) if self.reducer.kind == "sum" else torch.as_tensor(mass, device=weight.device)
-            )
-            row_weight = torch.where(weight == 0, 0.0, weight / (divisor * self.reducer.nats).to(wide))
+            divisor = torch.as_tensor(1.0 if self.reducer.kind == "sum" else mass, dtype=wide, device=weight.device)
+            row_weight = weight / (torch.where(divisor == 0, 1.0, divisor) * self.reducer.nats)
         tensors = HeadTensors(head.input, head.weight, head.bias, *target, indices, row_weight, class_weight)
         outcome = head_outcome(loss, tensors, self.memory_budget, per_row=per_row, stats=self.return_stats)
         if per_row:
@@ -323,6 +321,7 @@ def _against_indices(
     checks.require_rows("target", target, head.leading, "input")
     checks.require_class_indices("target", target, head.classes, ignore_index)
     present = torch.ones_like(target, dtype=torch.bool)
+    require_shift(shift)
     if shift != 0:
         target, present = _shifted(target, shift, ignore_index)
     target = target.reshape(-1)
@@ -351,14 +350,18 @@ def _against_indices(
 
 def _shifted(target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The targets ``shift`` positions further on, nothing at the end; and where there is one."""
-    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
-        raise ValueError(f"shift must be an int >= 0, got {shift!r}")
     if target.ndim == 0:
         raise ValueError("shift must be 0 for a single row, which has no next position")
     shift = min(shift, target.shape[-1])
     missing = torch.full_like(target[..., :shift], ignore_index)
     present = torch.cat([torch.ones_like(target[..., shift:]), torch.zeros_like(missing)], -1).bool()
     return torch.cat([target[..., shift:], missing], -1), present
+
+
+def require_shift(shift: int) -> None:
+    """Positions to look ahead."""
+    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
+        raise ValueError(f"shift must be an int >= 0, got {shift!r}")
 
 
 def _require_no_shift(shift: int) -> None:

@@ -168,6 +168,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         LogitMap(temperature, softcap)
         checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", z_loss, 0.0, math.inf)
+        linear.require_shift(shift)
         if weight is not None:
             functional.require_class_weight(weight, num_classes)
         super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)

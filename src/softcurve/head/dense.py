@@ -203,11 +203,11 @@ class DenseKernel(Kernel):
         else:
             assert isinstance(divergence, JensenShannon)
             beta = divergence.beta
-            # log(m/p) = log((1−β) + β y/p): of m itself where p and y do not underflow.
-            torch.lerp(p, y, beta, out=z).clamp_(min=torch.finfo(z.dtype).tiny).log_()
-            mixture.sub_(torch.log(target_total)).sub_(z)  # log y/m
-            ratio.add_(mixture)  # log p/m
-            to_target = self._pulled(y, mixture, out, beta)
+            # log m/p = log((1−β) + β e^{−r}) and log m/y = log(β + (1−β) e^r): no difference of two logarithms.
+            torch.neg(ratio.clamp_(-80.0, 80.0), out=z).exp_()
+            torch.mul(z, beta, out=ratio).add_(1 - beta).log_().neg_()
+            z.reciprocal_().mul_(1 - beta).add_(beta).log_().neg_()
+            to_target = self._pulled(y, z, out, beta)
             to_model = self._pulled(p, ratio, z if self.data.wants_gradient else None, 1 - beta)
             values = (to_target + to_model).squeeze(-1)
             least = LEAST_VALUE * beta * (1 - beta)

@@ -72,7 +72,7 @@ def make_plan(
     """The plan of fewest tiles within ``memory_budget`` bytes.
 
     ``buffers`` tiles and ``temporaries`` cache-sized pieces are alive at a time; with ``whole_rows`` the pieces are
-    whole rows as long as classes are not cut. Raises ``ValueError`` for a budget below ``least_pieces`` of a few classes.
+    whole rows as long as classes are not cut. Raises ``ValueError`` for less than ``least_pieces`` of a few classes.
     """
     itemsize = dtype.itemsize
     entries = (DEFAULT_BUDGET.get(device.type, 2**28) if memory_budget is None else memory_budget) // itemsize
