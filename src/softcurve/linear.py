@@ -272,9 +272,13 @@ class _Posed:
         *,
         target: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
         indices: Tensor | None = None,
+        label: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """Rows of the given ``weight`` reduced; ``mass`` is what a mean divides by. ``counted`` rows can be correct."""
+        """Rows of the given ``weight`` reduced; ``mass`` is what a mean divides by. ``counted`` rows can be correct.
+
+        ``label`` is the target's class, ``(n,)``, where the pass does not see the whole target.
+        """
         head, per_row = self.head, self.reducer.kind == "none"
         wide = weight.dtype
         if per_row:
@@ -295,9 +299,10 @@ class _Posed:
         result = result.to(head.dtype)
         if not self.return_stats:
             return result
-        lse, entropy, predicted, label = (
+        lse, entropy, predicted, found = (
             column.detach().reshape(head.leading) for column in vars(outcome.statistics).values()
         )
+        label = found if label is None else label.reshape(head.leading)
         correct = (predicted == label) & counted.reshape(head.leading)
         return result, LossStats(lse, entropy / self.reducer.nats, predicted, correct)
 
@@ -344,7 +349,14 @@ def _against_indices(
         divisor = present.sum().to(posed.wide)
     loss = HeadLoss("cross_entropy", "list", smoothing=smoothing, **options)  # type: ignore[arg-type]
     return posed.solve(
-        loss, row_weight, divisor, kept, target=(coarse, None, None), indices=classes.unsqueeze(-1), class_weight=weight
+        loss,
+        row_weight,
+        divisor,
+        kept,
+        target=(coarse, None, None),
+        indices=classes.unsqueeze(-1),
+        label=classes,
+        class_weight=weight,
     )
 
 
@@ -407,7 +419,9 @@ def _against_distribution(
             own = weight.to(y.dtype)[indices]
             y = torch.cat([y[:, :-1] * own, y[:, -1:]], -1)
         loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options)  # type: ignore[arg-type]
-        return posed.solve(loss, *rows, target=(y, None, None), indices=indices, class_weight=weight)
+        return posed.solve(
+            loss, *rows, target=(y, None, None), indices=indices, label=_most_probable(target), class_weight=weight
+        )
     kind, tensors = _dense_target(posed, target)
     loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options)  # type: ignore[arg-type]
     return posed.solve(loss, *rows, target=tensors, class_weight=weight)
@@ -442,7 +456,8 @@ def _divergence(
         logits = target.coarse_log_probs(head.classes)
         logits = logits if temperature == 1 else logits / temperature
         coarse = (_flat(logits), None, None)
-        return posed.solve(loss("list"), *rows, target=coarse, indices=_flat(target.indices))
+        label = _most_probable(target)
+        return posed.solve(loss("list"), *rows, target=coarse, indices=_flat(target.indices), label=label)
     kind, tensors = _dense_target(posed, target)
     return posed.solve(loss(kind), *rows, target=tensors)
 
@@ -480,6 +495,11 @@ def _dense_target(
             f"got {checks.describe(target)}"
         )
     return kind, (_flat(target), None, None)
+
+
+def _most_probable(target: TopK) -> Tensor:
+    """The class that heads a list."""
+    return target.indices.gather(-1, target.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def _flat(tensor: Tensor) -> Tensor:

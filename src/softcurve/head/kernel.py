@@ -67,7 +67,7 @@ class Statistics:
     lse: Tensor | None = None
     entropy: Tensor | None = None
     predicted: Tensor | None = None
-    target: Tensor | None = None  # the most probable class of the target
+    target: Tensor | None = None  # the most probable class of the target; a list's is known beforehand
 
 
 @dataclass

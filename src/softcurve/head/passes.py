@@ -230,22 +230,12 @@ class _Pass:
                 whole = getattr(self.statistics, name)
                 if column is not None:
                     whole[rows] = column.to(whole.dtype)
-                elif t.indices is not None:
-                    whole[rows] = self._label(rows)
         gradient = self.gradients[3]
         if listed and gradient is not None and isinstance(kernel, ListKernel):
             found = kernel.target_gradient if direction is None else kernel.target_product
             assert found is not None
             gradient[rows] = found.to(gradient.dtype)
             self.started.add("3")
-
-    def _label(self, rows: slice | Tensor) -> Tensor:
-        """The most probable class of a list."""
-        indices, target = self.tensors.indices, self.tensors.target
-        assert indices is not None
-        if target is None:
-            return indices[rows, 0]
-        return indices[rows].gather(-1, target[rows, : indices.shape[-1]].argmax(-1, keepdim=True)).squeeze(-1)
 
     def _wants_target(self) -> bool:
         return any(self.wanted[3:])
