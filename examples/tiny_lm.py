@@ -45,7 +45,7 @@ from tiny_lm.training import (
 from softcurve.fit.atomic import replacing
 
 HEAD_WIDTH, TEACHER_LAYERS, STUDENT_LAYERS = 32, 4, 2
-TEACHER_STEPS, RATE = 2, 4e-3
+TEACHER_STEPS, RATE = 2, 4e-3  # the rate for the students, and half of it for a teacher twice as wide
 QUICK = 32  # validation windows that are looked at while training
 EVERY = 4  # validation windows are left out of the divergences but for each fourth
 TIMED = 6  # steps
@@ -91,7 +91,7 @@ class Course:
     def __init__(self, text: texts.Text, chosen: argparse.Namespace) -> None:
         self.text, self.chosen = text, chosen
         self.schedule = Schedule(chosen.steps, chosen.batch, chosen.seed, RATE)
-        self.teachers = replace(self.schedule, steps=TEACHER_STEPS * chosen.steps)
+        self.teachers = replace(self.schedule, steps=TEACHER_STEPS * chosen.steps, rate=RATE / 2)
         self.curves: dict[str, Curve] = {}
 
     def model(self, width: int, layers: int) -> TinyLM:

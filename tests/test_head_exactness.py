@@ -213,7 +213,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 def test_never_negative_and_zero_at_itself(name: str, dtype: torch.dtype) -> None:
     """A teacher that is the student, one that is nearly so, and anything between."""
     divergence = DIVERGENCES[name]
-    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((13, 16), (701, 16), (701,)))
+    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((7, 16), (401, 16), (401,)))
     itself = LinearTeacher(x.clone(), w.clone(), b.clone())
     for options in ({}, {"temperature": 2.0}):
         given = {"linear_bias": b, "reduction": "none", **options}
@@ -223,7 +223,7 @@ def test_never_negative_and_zero_at_itself(name: str, dtype: torch.dtype) -> Non
             assert (rows == 0).all(), (options, budget)
             for gradient in torch.autograd.grad(rows.sum(), leaves):
                 assert gradient.abs().max() <= 8 * torch.finfo(dtype).eps
-            for distance in (1e-7, 1e-5, 1e-3, 1e-1):
+            for distance in (1e-7, 1e-5, 1e-2):
                 other = w + distance * torch.randn_like(w)
                 rows = divergence(x, w, LinearTeacher(x, other, b), memory_budget=budget, **given)
                 assert (rows >= 0).all(), (options, budget, distance)
@@ -394,10 +394,12 @@ def test_masked_classes_of_divergences() -> None:
     ):
         leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
         value = softcurve.linear_kl_divergence(*leaves, target, linear_bias=bias, direction=direction)
-        assert (value.item() == INF) if infinite else (0 < value.item() < INF)
-        assert not any(g.isnan().any() for g in torch.autograd.grad(value, leaves))
-        side = (F.linear(t, h, target.linear_bias), F.linear(x, w, bias))
-        dense = softcurve.kl_divergence(*(side if direction == "forward" else side[::-1]))
+        sides = (F.linear(t, h, target.linear_bias), F.linear(*leaves, bias))
+        dense = softcurve.kl_divergence(*(sides if direction == "forward" else sides[::-1]))
+        assert value.item() == INF if infinite else 0 < value.item() < INF
+        if not infinite or direction == "forward":
+            for got, truth in zip(*(torch.autograd.grad(v, leaves) for v in (value, dense)), strict=True):
+                assert_same(got, truth)
         assert infinite or abs(value.item() / dense.item() - 1) < 1e-12
 
 
@@ -485,9 +487,10 @@ def test_huge_logits(scale: float) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: float) -> None:
     """One bad entry in any argument, in a class far from the target's: an error, or a loss that is no finite number."""
-    posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 67)
-    frozen = [a.detach() for a in posed.arguments]
-    for tiles in ("whole", "least"):
+    posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 301)
+    # Features above 0, of teachers too: below it, an infinite weight would mask its class.
+    frozen = [a.detach().abs() if n == "input" or n == "target 0" and "Teacher" in str(case) else a.detach() for n, a in zip(posed.names, posed.arguments, strict=True)]
+    for tiles in ("whole", "tiles"):
         budget = posed.budget(tiles)
         for at, name in enumerate(posed.names):
             arguments = [a.clone() for a in frozen]
@@ -551,7 +554,7 @@ def test_a_class_out_of_range_that_no_row_sees() -> None:
 def test_the_same_every_time(name: str) -> None:
     """Bit for bit, within a process."""
     posed = problem(BY_NAME[name], {"bias": True}, "mean", (129,), 16, 301)
-    for tiles in ("whole", "least"):
+    for tiles in ("whole", "tiles"):
         runs = []
         for _ in range(2):
             value = posed.ours(*posed.arguments, memory_budget=posed.budget(tiles))

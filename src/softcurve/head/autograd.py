@@ -48,7 +48,9 @@ def head_outcome(
     all_rows = tensors.row_weight.requires_grad or forward_ad._current_level >= 0
     if not torch.compiler.is_compiling():
         all_rows = all_rows or torch._C._are_functorch_transforms_active()
-    settings = loss, memory_budget, (stats, all_rows), per_row, wanted
+    # Whether the rows are what is returned, and whether a weight's gradient, which they are, may be differentiated.
+    rows_move = per_row, tensors.row_weight.requires_grad
+    settings = loss, memory_budget, (stats, all_rows), rows_move, wanted
     outputs: tuple[Tensor, ...] = function.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
     total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
@@ -60,7 +62,7 @@ class _Losses(Function):
         loss: HeadLoss,
         memory_budget: int | None,
         extras: tuple[bool, bool],
-        per_row: bool,
+        rows_move: tuple[bool, bool],
         wanted: Wanted,
         input: Tensor,
         weight: Tensor,
@@ -80,7 +82,7 @@ class _Losses(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.memory_budget, _, ctx.per_row, ctx.wanted, *tensors = inputs
+        ctx.loss, ctx.memory_budget, _, ctx.rows_move, ctx.wanted, *tensors = inputs
         rows, ready = output[1], output[6:]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
@@ -140,19 +142,18 @@ class _TransformableLosses(_Losses):
         with outer_tangents(ctx) as saved:
             tensors, rows = HeadTensors(*saved[:9]), saved[9]
             moved = any(v is not None for v in directions)
-            if ctx.per_row:
-                if not moved:
-                    return torch.zeros_like(rows).sum(), torch.zeros_like(rows), *nothing
+            per_row, weight_wanted = ctx.rows_move
+            change = torch.zeros_like(rows)
+            if moved and (per_row or weight_wanted):
                 change = _products(ctx, tensors, directions, NOTHING, True)[0]
-                return (tensors.row_weight * change).sum(), change, *nothing
             total = rows.new_zeros(())
-            if moved:
+            if moved and not per_row:
                 wanted = tuple(v is not None for v in directions)
                 found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
                 total = total + _inner(found, directions)
             if v_weight is not None:
                 total = total + (v_weight * rows).sum()
-            return total, torch.zeros_like(rows), *nothing
+            return total, change, *nothing
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
