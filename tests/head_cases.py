@@ -35,7 +35,7 @@ class Kind:
     target: Callable[..., Any]  # (indices, *leaves): what the head is given
     raw: Callable[..., Tensor]  # (z, indices, *leaves): log y, up to a constant; over list and rest for a bucket
     listed: bool = False
-    tiles: int = 3  # a budget of so many times the logits cuts them in two or more: buffers and temporaries take the rest
+    tiles: int = 3  # five eighths of so many times the logits cut them in two or more
 
     def indices(self, rows: Rows, classes: int) -> Tensor:
         if self.listed:
@@ -233,7 +233,8 @@ class Problem:
 
     def budget(self, name: str) -> int | None:
         """``whole``: the default, which holds all of these logits. ``tiles``: a few times their size, which cuts them."""
-        tiles = self.case.kind.tiles * math.prod(self.arguments[0].shape[:-1]) * len(self.arguments[1]) * 8
+        entries = math.prod(self.arguments[0].shape[:-1]) * len(self.arguments[1])
+        tiles = 5 * self.case.kind.tiles * entries
         return {"whole": lambda: None, "tiles": lambda: max(tiles, self.least_budget), "least": lambda: self.least_budget}[name]()
 
     # --- dense

@@ -213,7 +213,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 def test_never_negative_and_zero_at_itself(name: str, dtype: torch.dtype) -> None:
     """A teacher that is the student, one that is nearly so, and anything between."""
     divergence = DIVERGENCES[name]
-    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((7, 16), (401, 16), (401,)))
+    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((3, 16), (401, 16), (401,)))
     itself = LinearTeacher(x.clone(), w.clone(), b.clone())
     for options in ({}, {"temperature": 2.0}):
         given = {"linear_bias": b, "reduction": "none", **options}
@@ -482,8 +482,7 @@ def test_huge_logits(scale: float) -> None:
 # --- nothing wrong passes silently -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(("reduction", "poison"), [("none", NAN), ("mean", INF)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: float) -> None:
     """One bad entry in any argument, in a class far from the target's: an error, or a loss that is no finite number."""
