@@ -201,7 +201,9 @@ class BlockKernel(Kernel):
         log_y = self.target.softmax.log_probabilities(rows, logits)
         y = log_y.exp()
         both_masked = (log_p == -math.inf) & (log_y == -math.inf)
-        ratio = torch.where(both_masked, 0.0, log_p - log_y)
+        # The difference of the logits is exact where they nearly agree; that of two rounded log-probabilities is not.
+        constant = self.model.softmax.log_sum_exp(rows) - self.target.softmax.log_sum_exp(rows)
+        ratio = torch.where(both_masked, 0.0, (z - logits) - constant.to(z.dtype))
         near = torch.where(ratio.abs() < 0.5, y * torch.expm1(ratio.clamp(-0.5, 0.5)), p - y)
         pair = Pair(p, y, ratio, near)
         return pair, _of(self.loss.divergence, pair), _of(self.loss.divergence.exchanged(), pair.exchanged())

@@ -19,9 +19,10 @@ from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
 from softcurve.head.target import DenseTarget
 from softcurve.objective import DenseCrossEntropy, LogitDivergence, RowLoss
 
-# The short path keeps six digits of a divergence above this, and of probabilities whose complement is above that.
+# The short path keeps six digits of a divergence above this, and of a softmax with so much beside its largest class: of
+# less, the rounding of a far z − max shows (see softmax.feels_rounding).
 LEAST_VALUE = 1e-3
-LEAST_REST = 1e-6
+LEAST_REST = 1e-9
 
 
 @dataclass
@@ -171,21 +172,21 @@ class DenseKernel(Kernel):
         p, y, ratio, mixture = self._buffers(z, 4)
         z.sub_(z.amax(-1, keepdim=True))
         torch.exp(z, out=p)
-        model_total = p.sum(-1, keepdim=True)
+        model_rest = self._rest(p)
         torch.sub(given, given.amax(-1, keepdim=True), out=mixture)
         scale = self.target.scale_left
         if scale != 1:
             mixture.mul_(scale)
         torch.exp(mixture, out=y)
-        target_total = y.sum(-1, keepdim=True)
-        torch.sub(z, mixture, out=ratio).sub_(torch.log(model_total) - torch.log(target_total))
-        p.mul_(1 / model_total)
-        y.mul_(1 / target_total)
+        target_rest = self._rest(y)
+        torch.sub(z, mixture, out=ratio).sub_(torch.log1p(model_rest) - torch.log1p(target_rest))
+        p.mul_(1 / (1 + model_rest))
+        y.mul_(1 / (1 + target_rest))
         out = block.target_out[rows] if self.data.wants_gradient and block.target_out is not None else None
         weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
         divergence = self.loss.divergence if self.loss.family != "cross_entropy" else None
         if divergence is None:
-            log_p = z.sub_(torch.log(model_total))
+            log_p = z.sub_(torch.log1p(model_rest))
             values = self._pulled(y, log_p.neg_(), out).squeeze(-1)  # −log p
             if self.data.wants_gradient:
                 torch.sub(p, y, out=z)
@@ -212,12 +213,12 @@ class DenseKernel(Kernel):
             values = (to_target + to_model).squeeze(-1)
             least = LEAST_VALUE * beta * (1 - beta)
         sure = (values > least) & values.isfinite()
-        sure &= ((model_total > 1 + LEAST_REST) & (target_total > 1 + LEAST_REST)).squeeze(-1)
+        sure &= ((model_rest > LEAST_REST) & (target_rest > LEAST_REST)).squeeze(-1)
         if self.data.wants_gradient:
-            self._settle(z, p, model_total)
+            self._settle(z, p, model_rest)
             z.mul_(weight)
             if out is not None:
-                self._settle(out, y, target_total)
+                self._settle(out, y, target_rest)
                 out.mul_(weight * self.target.scale_left)
         return values, sure
 
@@ -233,9 +234,18 @@ class DenseKernel(Kernel):
         return factor * total
 
     @staticmethod
-    def _settle(gradient: Tensor, p: Tensor, total: Tensor) -> None:
+    def _rest(exponentials: Tensor) -> Tensor:
+        """``Σ e^{z − max}`` but for the largest class, an exact 1 that the fractional part of a confident row drops."""
+        rest = exponentials.sum(-1, keepdim=True).sub_(1)
+        confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+        if confident.numel():
+            rest[confident] = torch.frac(exponentials[confident]).sum(-1, keepdim=True)
+        return rest
+
+    @staticmethod
+    def _settle(gradient: Tensor, p: Tensor, rest: Tensor) -> None:
         """A class above one half takes up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
-        confident = (total.squeeze(-1) < 2).nonzero().squeeze(-1)
+        confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
         if confident.numel():
             top = p[confident].argmax(-1)
             gradient[confident, top] -= gradient[confident].sum(-1)
@@ -245,14 +255,14 @@ class DenseKernel(Kernel):
         y = y.to(z.dtype)
         z.sub_(z.amax(-1, keepdim=True))
         torch.exp(z, out=p)
-        total = p.sum(-1, keepdim=True)
+        rest = self._rest(p)
         mass = y.sum(-1, keepdim=True)
-        values = (mass * torch.log(total) - z.mul_(y).sum(-1, keepdim=True)).squeeze(-1)
-        sure = values.isfinite() & (total > 1 + LEAST_REST).squeeze(-1)
+        values = (mass * torch.log1p(rest) - z.mul_(y).sum(-1, keepdim=True)).squeeze(-1)
+        sure = values.isfinite() & (rest > LEAST_REST).squeeze(-1)
         if self.data.wants_gradient:
             weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
-            p.mul_(mass / total)
+            p.mul_(mass / (1 + rest))
             torch.sub(p, y, out=z)
-            self._settle(z, p, total)
+            self._settle(z, p, rest)
             z.mul_(weight)
         return values, sure

@@ -38,7 +38,8 @@ class ListKernel(Kernel):
         self.shift = torch.full_like(zeros, NO_MASS)
         self.others, self.v_others = zeros, zeros.clone()  # Σ_{unlisted} e^{z − shift}, and the same sum with ż
         self.own, self.v_own = zeros.expand_as(indices), zeros.expand_as(indices)
-        self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·z, u·ż
+        self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·(z − shift), u·ż
+        self.uniform_mass: Tensor | float = 0.0
         if self.data.wants_stats:
             self.moment = zeros.clone()  # Σ_{unlisted} e^{z − shift} (z − shift)
             self.best = torch.full_like(zeros.squeeze(-1), NO_MASS)
@@ -60,7 +61,7 @@ class ListKernel(Kernel):
         if v is not None:
             own_v = v.gather(-1, at).double()
             self.v_own = own_v if where is None else torch.where(present, own_v, self.v_own)
-        self._gather_uniform(block, shift)
+        uniform, mass = self._gather_uniform(block, shift)
         logits = z.clone() if self.data.wants_stats else None
         self._put(z, where, at, NO_MASS)
         others = torch.empty_like(top)
@@ -82,6 +83,10 @@ class ListKernel(Kernel):
             moment = (z * torch.where(z == 0, 0.0, logits - merged.to(z.dtype))).sum(-1, keepdim=True)
             self.moment = kept * (self.moment + lowered * self.others) + added * moment
         self.others = self.others * kept + others.double() * added
+        if self.loss.smoothing:
+            lowered = torch.where(kept == 0, 0.0, self.shift - merged).squeeze(-1)
+            self.uniform += self.uniform_mass * lowered + uniform + mass * (shift - merged).squeeze(-1)
+            self.uniform_mass = self.uniform_mass + mass
         self.shift = merged
 
     @staticmethod
@@ -95,16 +100,16 @@ class ListKernel(Kernel):
         z.copy_(exponentials)
         return others
 
-    def _gather_uniform(self, block: Block, shift: Tensor) -> None:
-        """``u·z`` and ``u·ż`` of label smoothing, the former without the rounding of a large offset."""
+    def _gather_uniform(self, block: Block, shift: Tensor) -> tuple[Tensor, Tensor | float]:
+        """``u·(z − shift)`` of label smoothing in a block, and ``Σ u``; ``u·ż`` on the way."""
         if not self.loss.smoothing:
-            return
+            return self.uniform, 0.0
         u = self._smooth(block.classes, block.z)
         for rows in self.groups(block):
-            self.uniform[rows] += ((block.z[rows] - shift[rows]) @ u).double()
             if block.v is not None:
                 self.v_uniform[rows] += (block.v[rows] @ u).double()
-        self.uniform += u.double().sum() * shift.squeeze(-1).double()
+        parts = [((block.z[rows] - shift[rows]) @ u).double() for rows in self.groups(block)]
+        return torch.cat(parts), u.double().sum()
 
     def _listed(self, classes: slice, rows: slice | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Which listed classes lie in a block, where (``None``: all do), and their places in it."""
@@ -151,9 +156,12 @@ class ListKernel(Kernel):
     def close(self, number: int) -> None:
         """The loss of the coarse rows."""
         self.row_loss, self.target = self._coarse_loss()
-        others = torch.where(self.others > 0, self.shift + torch.log(self.others), self.others + NO_MASS)
-        self.coarse = torch.cat([self.own, others], -1)
-        self.lse = softmax.softmax_rows(self.coarse).log_sum_exp
+        # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
+        offset = self.shift if self.loss.z_loss else torch.zeros_like(self.shift)
+        others = torch.where(self.others > 0, torch.log(self.others), self.others + NO_MASS)
+        self.coarse = torch.cat([self.own - self.shift, others], -1) + offset
+        others = others + offset
+        self.lse = softmax.softmax_rows(self.coarse).log_sum_exp - offset.squeeze(-1)
         if isinstance(self.row_loss, LogitDivergence):
             # A tail of rounding errors is no mass: over a masked rest it would make the divergence infinite.
             rounding = math.log(self.coarse.shape[-1] * torch.finfo(torch.float32).eps)
@@ -165,7 +173,7 @@ class ListKernel(Kernel):
             within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)
             share = torch.softmax(self.coarse, -1)[:, -1:]
             entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
-            self.statistics = Statistics(self.lse, entropy, self.predicted)
+            self.statistics = Statistics(self.lse + self.shift.squeeze(-1), entropy, self.predicted)
 
     def _coarse_loss(self) -> tuple[RowLoss, Tensor]:
         target = self.data.target
