@@ -133,11 +133,16 @@ class BlockKernel(Kernel):
         self.by_logits = self.loss.target != "probabilities" or self.loss.family != "cross_entropy"
         zeros = torch.zeros((rows, 1), dtype=torch.float64, device=device)
         self.values, self.information, self.tangent = zeros.clone(), zeros.clone(), zeros.clone()
+        self.surplus = zeros.clone()  # Σ (p − y)
         self.best = torch.full((rows, 1), -math.inf, dtype=torch.float64, device=device)
         self.label = torch.zeros((rows, 1), dtype=torch.int64, device=device)
 
     def rows(self) -> Tensor:  # noqa: D102
         values = self.values
+        if self.loss.family != "cross_entropy":
+            # The rounding of both log-sum-exps leaves Σ p − Σ y = σ, which shifts every log-ratio: σ²/2 of the value.
+            share = self.loss.beta * (1 - self.loss.beta) if self.loss.family == "js" else 1.0
+            values = (values - share * self.surplus.square() / 2).clamp(min=0)
         if self.loss.z_loss:
             values = values + self.loss.z_loss * self.model.softmax.log_sum_exp().square()
         return values.squeeze(-1)
@@ -249,6 +254,7 @@ class BlockKernel(Kernel):
             value = torch.where(pair.y == 0, 0.0, pair.y * -pair.log_ratio).sum(-1)
         else:
             value = self.loss.divergence.value(pair)
+            self.surplus[rows] += pair.difference.sum(-1, keepdim=True).double()
         self.values[rows] += value.double().unsqueeze(-1)
         if self.data.wants_stats:
             finite = torch.where(model.p == 0, 0.0, torch.log(model.p))
