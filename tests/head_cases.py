@@ -235,7 +235,11 @@ class Problem:
         """``whole``: the default, which holds all of these logits. ``tiles``: a few times their size, which cuts them."""
         entries = math.prod(self.arguments[0].shape[:-1]) * len(self.arguments[1])
         tiles = 5 * self.case.kind.tiles * entries
-        return {"whole": lambda: None, "tiles": lambda: max(tiles, self.least_budget), "least": lambda: self.least_budget}[name]()
+        return {
+            "whole": lambda: None,
+            "tiles": lambda: max(tiles, self.least_budget),
+            "least": lambda: self.least_budget,
+        }[name]()
 
     # --- dense
 

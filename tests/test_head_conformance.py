@@ -64,9 +64,7 @@ def settings_of(case: Case) -> list[dict[str, Any]]:
     )
 
 
-PAIRS = [
-    pytest.param(case, setting, id=f"{case}-{n}") for case in CASES for n, setting in enumerate(settings_of(case))
-]
+PAIRS = [pytest.param(case, setting, id=f"{case}-{n}") for case in CASES for n, setting in enumerate(settings_of(case))]
 
 
 @pytest.mark.parametrize(("case", "setting"), PAIRS)
@@ -95,7 +93,9 @@ def assert_stats(posed: Problem, budget: str) -> None:
     assert torch.equal(stats.correct, truth.correct)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy-indices", "cross_entropy-bucket", "reverse-LinearTeacher", "js0.3-Logits"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy-indices", "cross_entropy-bucket", "reverse-LinearTeacher", "js0.3-Logits"]
+)
 def test_stats_when_no_gradient_is_wanted(name: str) -> None:
     posed = problem(BY_NAME[name], everything(BY_NAME[name]), "sum", (2, 9), 4, 401)
     frozen = tuple(a.detach() for a in posed.arguments)
@@ -243,7 +243,13 @@ def work_of(run: Callable[[], object]) -> int:
     return sum(m * k * n for m, k, n in products_of(run))
 
 
-TILED = ["cross_entropy-indices", "cross_entropy-float", "cross_entropy-bucket", "forward-Logits", "reverse-LinearTeacher"]
+TILED = [
+    "cross_entropy-indices",
+    "cross_entropy-float",
+    "cross_entropy-bucket",
+    "forward-Logits",
+    "reverse-LinearTeacher",
+]
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -328,7 +334,9 @@ def test_all_rows_ignored_as_in_torch() -> None:
     assert all((g == 0).all() for g in torch.autograd.grad(ours, (x, w)))
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"softcap": 5.0, "return_stats": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}, {"softcap": 5.0, "return_stats": True}]
+)
 def test_ignored_rows_have_no_part_at_all(options: dict[str, Any]) -> None:
     """Exactly zero value, gradient and Hessian product."""
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -421,7 +429,9 @@ MODULES: list[tuple[str, str, Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("module", "function", "target", "options"), MODULES)
-def test_modules_are_the_functions(module: str, function: str, target: Any, options: dict[str, Any], bias: bool) -> None:
+def test_modules_are_the_functions(
+    module: str, function: str, target: Any, options: dict[str, Any], bias: bool
+) -> None:
     made = getattr(nn, module)(5, 7, bias=bias, **options)
     parameters = dict(made.named_parameters())
     assert parameters.keys() == ({"linear.weight", "linear.bias"} if bias else {"linear.weight"})
@@ -445,7 +455,10 @@ def test_modules_are_the_functions(module: str, function: str, target: Any, opti
     assert all(f"{name}={value!r}" in shown for name, value in options.items() if name != "weight"), shown
 
 
-@pytest.mark.parametrize(("module", "options"), [(m, {}) for m in ("LinearCrossEntropyLoss", "LinearKLDivergenceLoss", "LinearJSDivergenceLoss")])
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(m, {}) for m in ("LinearCrossEntropyLoss", "LinearKLDivergenceLoss", "LinearJSDivergenceLoss")],
+)
 def test_tied_embedding(module: str, options: dict[str, Any]) -> None:
     """One tensor embeds the words and is the head: its gradient is the sum of both parts, as in the dense model."""
     torch.manual_seed(4)

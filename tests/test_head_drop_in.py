@@ -217,13 +217,15 @@ MODULES = [
     {"bias": bias, "out_features": out_features, "weight": weight, "reduction": reduction, **more}
     for (bias, out_features, weight), (reduction, more) in zip(
         itertools.product((False, True), ((), (4,), (2, 3)), (None, WEIGHT)),
-        itertools.cycle((
-            ("mean", {}),
-            ("sum", {"label_smoothing": 0.2}),
-            ("none", {"ignore_index": 1}),
-            ("mean", {"ignore_index": -1, "label_smoothing": 0.1}),
-            ("none", {}),
-        )),
+        itertools.cycle(
+            (
+                ("mean", {}),
+                ("sum", {"label_smoothing": 0.2}),
+                ("none", {"ignore_index": 1}),
+                ("mean", {"ignore_index": -1, "label_smoothing": 0.1}),
+                ("none", {}),
+            )
+        ),
         strict=False,
     )
 ]

@@ -65,11 +65,17 @@ def off_the_grid(gap: float, others: int) -> Tensor:
 
 
 @cache
-def confident_truth(made: Callable[[float, int], Tensor], gap: float, others: int, at: int) -> tuple[Any, list[Any], Any]:
+def confident_truth(
+    made: Callable[[float, int], Tensor], gap: float, others: int, at: int
+) -> tuple[Any, list[Any], Any]:
     """Loss, residual, and the residual's product with the logits, in 50 digits."""
     y, row = oracle.exact(one_hot(others + 1, at)), oracle.exact(made(gap, others))
     residual = oracle.exact_residual(y, row)
-    return oracle.exact_cross_entropy(y, row), residual, oracle.MP.fsum(r * v for r, v in zip(residual, row, strict=True))
+    return (
+        oracle.exact_cross_entropy(y, row),
+        residual,
+        oracle.MP.fsum(r * v for r, v in zip(residual, row, strict=True)),
+    )
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
@@ -99,14 +105,22 @@ def test_confident_row(kind: str, made: Callable[[float, int], Tensor], others: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.5}, {"softcap": 1000.0}, {"base": 2.0}, {"label_smoothing": 0.0}, {"sample_weight": torch.ones(1)}],
+    [
+        {"temperature": 0.5},
+        {"softcap": 1000.0},
+        {"base": 2.0},
+        {"label_smoothing": 0.0},
+        {"sample_weight": torch.ones(1)},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("gap", [6.0, 20.0, 40.0])
 def test_confident_row_with_options(options: dict[str, Any], gap: float) -> None:
     z = on_a_grid(gap, 6)
     leaves = torch.ones(1, 1), z.unsqueeze(-1).requires_grad_()
-    for budget in budgets(lambda **given: softcurve.linear_cross_entropy(*leaves, torch.tensor([1]), **options, **given)):
+    for budget in budgets(
+        lambda **given: softcurve.linear_cross_entropy(*leaves, torch.tensor([1]), **options, **given)
+    ):
         loss = softcurve.linear_cross_entropy(*leaves, torch.tensor([1]), memory_budget=budget, **options)
         (gradient,) = torch.autograd.grad(loss, leaves[1])
         seen = oracle.seen_by_softmax(z.double(), options.get("temperature", 1.0), options.get("softcap"))
@@ -250,7 +264,9 @@ HALF: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda x, w, b, t, h: softcurve.linear_cross_entropy(
             x, w, torch.arange(len(x)) * 7 % len(w), linear_bias=b, label_smoothing=0.1
         ),
-        lambda x, w, b, t, h: F.cross_entropy(F.linear(x, w, b), torch.arange(len(x)) * 7 % len(w), label_smoothing=0.1),
+        lambda x, w, b, t, h: F.cross_entropy(
+            F.linear(x, w, b), torch.arange(len(x)) * 7 % len(w), label_smoothing=0.1
+        ),
     ),
     "soft": (
         lambda x, w, b, t, h: softcurve.linear_cross_entropy(x, w, LinearTeacher(t, h), linear_bias=b),
@@ -263,7 +279,9 @@ HALF: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         ),
     ),
     "reverse": (
-        lambda x, w, b, t, h: softcurve.linear_kl_divergence(x, w, LinearTeacher(t, h), linear_bias=b, direction="reverse"),
+        lambda x, w, b, t, h: softcurve.linear_kl_divergence(
+            x, w, LinearTeacher(t, h), linear_bias=b, direction="reverse"
+        ),
         lambda x, w, b, t, h: F.kl_div(
             F.linear(t, h).log_softmax(-1), F.linear(x, w, b).log_softmax(-1), log_target=True, reduction="batchmean"
         ),
@@ -310,7 +328,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
         assert rows.dtype == dtype
         assert (((rows.double() - truth) / truth).abs() <= half_ulp * 1.001 + 2e-6).all()
         lse = softcurve.linear_cross_entropy(x, w, target, return_stats=True, memory_budget=budget)[1].lse
-        assert ((lse.double() / torch.logsumexp(F.linear(x.double(), w.double()), -1) - 1).abs() <= half_ulp * 1.001 + 2e-6).all()
+        assert (
+            (lse.double() / torch.logsumexp(F.linear(x.double(), w.double()), -1) - 1).abs() <= half_ulp * 1.001 + 2e-6
+        ).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -406,7 +426,13 @@ def test_masked_classes_of_divergences() -> None:
 def test_mass_on_a_masked_class_is_infinitely_wrong() -> None:
     x, w = torch.randn(2, 3), torch.randn(6, 3)
     y = torch.full((2, 6), 1 / 6)
-    for target in (torch.tensor([1, 0]), y, Probabilities(y), Logits(y.log()), TopK(torch.tensor([[1], [1]]), y[:, :1].log())):
+    for target in (
+        torch.tensor([1, 0]),
+        y,
+        Probabilities(y),
+        Logits(y.log()),
+        TopK(torch.tensor([[1], [1]]), y[:, :1].log()),
+    ):
         rows = softcurve.linear_cross_entropy(x, w, target, linear_bias=MASK.float(), reduction="none")
         assert rows[0].item() == INF
         assert not rows.isnan().any()
@@ -488,7 +514,10 @@ def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: 
     """One bad entry in any argument, in a class far from the target's: an error, or a loss that is no finite number."""
     posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 301)
     # Features above 0, of teachers too: below it, an infinite weight would mask its class.
-    frozen = [a.detach().abs() if n == "input" or n == "target 0" and "Teacher" in str(case) else a.detach() for n, a in zip(posed.names, posed.arguments, strict=True)]
+    frozen = [
+        a.detach().abs() if n == "input" or n == "target 0" and "Teacher" in str(case) else a.detach()
+        for n, a in zip(posed.names, posed.arguments, strict=True)
+    ]
     for tiles in ("whole", "tiles"):
         budget = posed.budget(tiles)
         for at, name in enumerate(posed.names):
@@ -511,7 +540,9 @@ def test_nan_reaches_gradients_and_stats() -> None:
     x, w = torch.randn(3, 4), torch.randn(67, 4, requires_grad=True)
     x[2, 1] = NAN
     for budget in (None, 1):
-        of_budget = budget and budgets(lambda **given: softcurve.linear_cross_entropy(x[:2], w, torch.arange(2), **given))[1]
+        of_budget = (
+            budget and budgets(lambda **given: softcurve.linear_cross_entropy(x[:2], w, torch.arange(2), **given))[1]
+        )
         try:
             loss, stats = softcurve.linear_cross_entropy(
                 x, w, torch.arange(3), reduction="sum", return_stats=True, memory_budget=of_budget

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resid
 
 BUDGET, MOST = 64, 96  # MB: what is asked for, and what a process may show
 
-PREAMBLE = """
+PREAMBLE = (
+    """
 import json, torch, softcurve
 from pathlib import Path
 torch.set_num_threads(1)
@@ -53,7 +54,9 @@ def index_loss(x, w, **options):
 
 def gradients(x, w):
     return torch.autograd.grad(index_loss(x, w), (x, w))
-""" % BUDGET
+"""
+    % BUDGET
+)
 
 SHAPES = [
     (2048, 128, 50257),

@@ -151,7 +151,9 @@ def test_func_of_tiles(case: Case, transform: str) -> None:
 def test_stats_beside_transforms(case: Case) -> None:
     posed = problem(case, {"bias": True}, "mean")
     arguments = tuple(a.detach() for a in posed.arguments)
-    gradients, stats = grad(lambda *a: posed.ours(*a, return_stats=True), everywhere(arguments), has_aux=True)(*arguments)
+    gradients, stats = grad(lambda *a: posed.ours(*a, return_stats=True), everywhere(arguments), has_aux=True)(
+        *arguments
+    )
     assert_equal(gradients, grad(posed.dense, everywhere(arguments))(*arguments))
     assert_equal(tuple(stats)[:2], tuple(posed.dense_stats())[:2])
     assert torch.equal(stats.correct, posed.dense_stats().correct)
@@ -226,7 +228,9 @@ def test_per_sample_gradients_of_a_model() -> None:
         return torch.func.functional_call(head, top, (torch.func.functional_call(features, body, (x,)), y))
 
     def plain(body: dict[str, Tensor], top: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(dense, top, (torch.func.functional_call(features, body, (x,)),)), y)
+        return F.cross_entropy(
+            torch.func.functional_call(dense, top, (torch.func.functional_call(features, body, (x,)),)), y
+        )
 
     body, top, of_dense = ({n: p.detach() for n, p in m.named_parameters()} for m in (features, head, dense))
     got = vmap(grad(ours, (0, 1)), (None, None, 0, 0))(body, top, x, y)
@@ -317,9 +321,9 @@ def test_create_graph_twice(case: Case) -> None:
         value = f(*posed.arguments)
         gradients = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
         penalty = value.square() + sum(g.square().sum() for g in gradients)
-        totals.append([
-            torch.autograd.grad(penalty, posed.arguments, retain_graph=True, materialize_grads=True) for _ in range(2)
-        ])
+        totals.append(
+            [torch.autograd.grad(penalty, posed.arguments, retain_graph=True, materialize_grads=True) for _ in range(2)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*totals[0], strict=True))
     assert_equal(totals[0], totals[1])
 
@@ -374,7 +378,9 @@ def test_frozen_arguments_cost_nothing() -> None:
     x, w, target = torch.randn(64, 32), torch.randn(512, 32), torch.arange(64)
     one = 64 * 32 * 512
 
-    def products(of_x: bool, of_w: bool, run: Callable[[Tensor], object] = lambda loss: loss.backward(), **options) -> float:
+    def products(
+        of_x: bool, of_w: bool, run: Callable[[Tensor], object] = lambda loss: loss.backward(), **options
+    ) -> float:
         leaves = x.clone().requires_grad_(of_x), w.clone().requires_grad_(of_w)
 
         def work() -> None:
@@ -443,7 +449,9 @@ def test_module_hooks_and_accumulation() -> None:
 # --- autocast ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "js0.3-Logits"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "js0.3-Logits"]
+)
 def test_autocast(name: str) -> None:
     """The loss in float32 from products in bfloat16; float32 parameters get float32 gradients, within bfloat16's error."""
     posed = problem(BY_NAME[name], {"bias": True}, "mean", (33,), 16, 129)
@@ -464,7 +472,9 @@ def test_autocast(name: str) -> None:
         ours = softcurve.linear_cross_entropy(x, w, target)
         plain = F.cross_entropy(F.linear(x, w), target)
     truth = torch.autograd.grad(F.cross_entropy(double, target), (x, w))
-    for got, other, true in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)), truth, strict=True):
+    for got, other, true in zip(
+        torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)), truth, strict=True
+    ):
         assert (got - true).norm() <= 1.01 * (other - true).norm()
 
 
