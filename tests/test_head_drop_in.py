@@ -206,7 +206,7 @@ def test_signature() -> None:
                 assert mine[name].kind == parameter.kind, name
                 assert mine[name].default == parameter.default, name
         positional = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert [name for name in mine][: len(positional)] == positional
+        assert list(mine)[: len(positional)] == positional
     more = inspect.signature(softcurve.linear_cross_entropy).parameters.values()
     assert all(p.kind is p.KEYWORD_ONLY for p in list(more)[3:])
 

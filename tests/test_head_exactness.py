@@ -515,7 +515,7 @@ def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: 
     posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 301)
     # Features above 0, of teachers too: below it, an infinite weight would mask its class.
     frozen = [
-        a.detach().abs() if n == "input" or n == "target 0" and "Teacher" in str(case) else a.detach()
+        a.detach().abs() if n == "input" or (n == "target 0" and "Teacher" in str(case)) else a.detach()
         for n, a in zip(posed.names, posed.arguments, strict=True)
     ]
     for tiles in ("whole", "tiles"):

@@ -12,13 +12,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resid
 
 BUDGET, MOST = 64, 96  # MB: what is asked for, and what a process may show
 
-PREAMBLE = (
-    """
+PREAMBLE = """
 import json, torch, softcurve
 from pathlib import Path
 torch.set_num_threads(1)
 torch.manual_seed(0)
-BUDGET = %d << 20
+BUDGET = MEGABYTES << 20
 
 
 def status(field):
@@ -49,14 +48,12 @@ def warm_and_extra(work, rows, features, classes, more=lambda *shape: ()):
 
 
 def index_loss(x, w, **options):
-    return softcurve.linear_cross_entropy(x, w, torch.arange(len(x)) %% len(w), memory_budget=BUDGET, **options)
+    return softcurve.linear_cross_entropy(x, w, torch.arange(len(x)) % len(w), memory_budget=BUDGET, **options)
 
 
 def gradients(x, w):
     return torch.autograd.grad(index_loss(x, w), (x, w))
-"""
-    % BUDGET
-)
+""".replace("MEGABYTES", str(BUDGET))
 
 SHAPES = [
     (2048, 128, 50257),
