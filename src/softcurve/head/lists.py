@@ -62,14 +62,19 @@ class ListKernel(Kernel):
             own_v = v.gather(-1, at).double()
             self.v_own = own_v if where is None else torch.where(present, own_v, self.v_own)
         uniform, mass = self._gather_uniform(block, shift)
-        logits = z.clone() if self.data.wants_stats else None
+        if self.data.wants_stats:
+            self._observe(z, block.classes.start)
         self._put(z, where, at, NO_MASS)
-        others = torch.empty_like(top)
+        others, moment = torch.empty_like(top), torch.zeros_like(self.shift)
         for rows in self.groups(block):
+            logits = z[rows] - shift[rows] if self.data.wants_stats else None
             if direct:
                 torch.sum(z[rows].exp_(), -1, keepdim=True, out=others[rows])
             else:
                 others[rows] = self._shifted(z[rows], shift[rows])
+            if logits is not None:
+                information = torch.where(z[rows] == 0, 0.0, z[rows] * logits)
+                moment[rows] = information.sum(-1, keepdim=True).double()
         merged = torch.maximum(self.shift, shift.double())
         kept = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - merged))
         added = torch.exp(shift.double() - merged)
@@ -77,11 +82,10 @@ class ListKernel(Kernel):
             for rows in self.groups(block):
                 change = (z[rows] * v[rows]).sum(-1, keepdim=True)
                 self.v_others[rows] = self.v_others[rows] * kept[rows] + change * added[rows]
-        if logits is not None:
-            self._observe(logits, block.classes.start)
+        if self.data.wants_stats:
             lowered = torch.where(kept == 0, 0.0, self.shift - merged)
-            moment = (z * torch.where(z == 0, 0.0, logits - merged.to(z.dtype))).sum(-1, keepdim=True)
-            self.moment = kept * (self.moment + lowered * self.others) + added * moment
+            self.moment = kept * (self.moment + lowered * self.others)
+            self.moment += added * (moment + (shift - merged) * others)
         self.others = self.others * kept + others.double() * added
         if self.loss.smoothing:
             lowered = torch.where(kept == 0, 0.0, self.shift - merged).squeeze(-1)
