@@ -174,9 +174,9 @@ def test_further_options_of_many_dimensions() -> None:
     x, w, b = leaves("K=2", True)
     target, options = indices_for("K=2", None), {"temperature": 0.7, "softcap": 3.0, "z_loss": 0.1, "base": 2.0}
     sample = torch.rand(target.shape, dtype=torch.float64).requires_grad_()
-    logits = torch.einsum("nd,cijd->nijc", x, w) + b.movedim(0, -1)
     for reduction in ("none", "sum", "mean", "batchmean"):
         given = {**options, "reduction": reduction, "sample_weight": sample, "label_smoothing": 0.1, "weight": WEIGHT}
+        logits = torch.einsum("nd,cijd->nijc", x, w) + b.movedim(0, -1)
         dense = softcurve.cross_entropy(logits, target, **given)
         expected = (dense, *derivatives(dense, (x, w, b, sample)))
         for budget in (None, 1 << 20):

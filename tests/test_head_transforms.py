@@ -105,12 +105,8 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "jvp in weight": lambda f, a: jvp(lambda w: f(a[0], w, *a[2:]), a[1:2], directions(a[1:2])),
     "jacrev": lambda f, a: jacrev(f, everywhere(a))(*a),
     "jacfwd": lambda f, a: jacfwd(f, everywhere(a))(*a),
-    "hessian": lambda f, a: hessian(f, everywhere(a))(*a),
     "hessian in input": lambda f, a: hessian(f)(*a),
     "hessian in weight": lambda f, a: hessian(f, 1)(*a),
-    "jacrev(jacrev)": lambda f, a: jacrev(jacrev(f, everywhere(a)), everywhere(a))(*a),
-    "jacrev(jacfwd)": lambda f, a: jacrev(jacfwd(f, everywhere(a)), everywhere(a))(*a),
-    "jacfwd(jacfwd)": lambda f, a: jacfwd(jacfwd(f, everywhere(a)), everywhere(a))(*a),
     "jvp(grad)": lambda f, a: jvp(grad(f, everywhere(a)), a, directions(a)),
     "vjp(grad)": lambda f, a: vjp(grad(f, everywhere(a)), *a)[1](directions(a)),
     "jvp(jvp)": lambda f, a: jvp(lambda *b: jvp(f, b, directions(a))[1], a, directions(a)),
@@ -119,6 +115,14 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "vmap(jvp(grad))": lambda f, a: vmap(lambda *v: jvp(grad(f, everywhere(a)), a, v)[1])(
         *(torch.stack([d, -0.4 * d.flip(-1)]) for d in directions(a))
     ),
+}
+
+# Whole matrices of second derivatives, each entry of which is a pass.
+MATRICES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
+    "hessian": lambda f, a: hessian(f, everywhere(a))(*a),
+    "jacrev(jacrev)": lambda f, a: jacrev(jacrev(f, everywhere(a)), everywhere(a))(*a),
+    "jacrev(jacfwd)": lambda f, a: jacrev(jacfwd(f, everywhere(a)), everywhere(a))(*a),
+    "jacfwd(jacfwd)": lambda f, a: jacfwd(jacfwd(f, everywhere(a)), everywhere(a))(*a),
 }
 
 
@@ -138,7 +142,16 @@ def test_func(case: Case, transform: str) -> None:
     assert_equal(TRANSFORMS[transform](ours, arguments), TRANSFORMS[transform](dense, arguments))
 
 
-@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vjp(grad)", "vmap(jvp(grad))"])
+@pytest.mark.parametrize("transform", MATRICES)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_matrices(case: Case, transform: str) -> None:
+    posed = small(case, rows=(1,))
+    arguments = tuple(a.detach() for a in posed.arguments)
+    ours, dense = (lambda *a, f=f: f(*a).sin().sum() for f in (posed.ours, posed.dense))
+    assert_equal(MATRICES[transform](ours, arguments), MATRICES[transform](dense, arguments))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vjp(grad)", "vmap(jvp(grad))"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_func_of_tiles(case: Case, transform: str) -> None:
     posed = problem(case, everything(case, "shift"), "mean", (3,), 1, 21)

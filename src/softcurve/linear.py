@@ -93,8 +93,8 @@ def linear_cross_entropy(
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
             input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, shift, return_stats,
-            reducer, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap, z_loss=z_loss,
-            memory_budget=memory_budget,
+            reducer, memory_budget, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
+            z_loss=z_loss,
         )  # fmt: skip
     head = _Head.of(input, linear_weight, linear_bias)
     if weight is not None:
@@ -520,6 +520,7 @@ def _by_positions(
     shift: int,
     return_stats: bool,
     reducer: Reduction,
+    memory_budget: int | None,
     **options: float | None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """A head of its own for each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
@@ -559,6 +560,7 @@ def _by_positions(
             reduction="none" if reducer.kind == "none" else "sum",
             base=reducer.base,
             return_stats=return_stats,
+            memory_budget=memory_budget,
             **options,  # type: ignore[arg-type]
         )
         for i, head in enumerate(linear_weight.flatten(1, -2).unbind(1))

@@ -5,17 +5,17 @@ from the same pass. Its backward applies ``_Gradients``, which only scales them,
 weights come from above (``reduction="none"``). The backward and the jvp of ``_Gradients`` are the streaming Hessian
 product, ``_Products``. Nothing is computed again until a second derivative is asked for; a third is an error.
 
-As in :mod:`softcurve.autograd`, ``torch.compile`` traces the plain classes, and their subclasses add what eager mode
-and ``torch.func`` need.
+``torch.compile`` sees the operators alone, whose derivatives these classes are too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 
 from softcurve.autograd import outer_tangents, total_of
@@ -43,57 +43,41 @@ def head_outcome(
     if torch.is_grad_enabled() and not per_row:
         a, b, c, d, e, f = (tensor is not None and tensor.requires_grad for tensor in tensors[:6])
         wanted = (a, b, c, d, e, f)
-    function = _Losses if torch.compiler.is_compiling() else _TransformableLosses
     # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
     all_rows = tensors.row_weight.requires_grad or forward_ad._current_level >= 0
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         all_rows = all_rows or torch._C._are_functorch_transforms_active()
-    # Whether the rows are what is returned, and whether a weight's gradient, which they are, may be differentiated.
-    rows_move = per_row, tensors.row_weight.requires_grad
-    settings = loss, memory_budget, (stats, all_rows), rows_move, wanted
-    outputs: tuple[Tensor, ...] = function.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
+    function = torch.ops.softcurve.head_losses if compiling else _Losses.apply
+    outputs = function(
+        *tensors, *operators.described(loss), memory_budget,
+        stats, all_rows, per_row, tensors.row_weight.requires_grad, list(wanted),
+    )  # fmt: skip
     total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
 
 
 class _Losses(Function):
+    """Of the arguments of ``head_losses``."""
+
     @staticmethod
-    def forward(
-        loss: HeadLoss,
-        memory_budget: int | None,
-        extras: tuple[bool, bool],
-        rows_move: tuple[bool, bool],
-        wanted: Wanted,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor | None,
-        target_weight: Tensor | None,
-        target_bias: Tensor | None,
-        indices: Tensor | None,
-        row_weight: Tensor,
-        class_weight: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        rows, *others = torch.ops.softcurve.head_losses(
-            input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
-            *operators.described(loss), memory_budget, *extras, list(wanted),
-        )  # fmt: skip
-        return torch.where(row_weight == 0, 0.0, row_weight * rows).sum(), rows, *others
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.memory_budget, _, ctx.rows_move, ctx.wanted, *tensors = inputs
-        rows, ready = output[1], output[6:]
+        tensors, ctx.loss, ctx.memory_budget = inputs[:9], HeadLoss(*inputs[9:16]), inputs[16]
+        ctx.per_row, ctx.weight_moves = inputs[19:21]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, rows, *ready)
-        ctx.save_for_forward(*tensors, rows, *ready)
+        ctx.save_for_backward(*tensors, output[1], *output[6:])
+        ctx.save_for_forward(*tensors, output[1], *output[6:])
 
     @staticmethod
     def backward(ctx: Any, v_total: Tensor | None, v_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         tensors, rows, ready = HeadTensors(*saved[:9]), saved[9], saved[10:]
-        needs = ctx.needs_input_grad[5:11]
+        needs = ctx.needs_input_grad[:6]
         in_weight = None
         gradients: Optional6 = [None] * 6
         if v_rows is not None:
@@ -106,9 +90,31 @@ class _Losses(Function):
                     gradients = [None if g is None else g.mul_(v_total) for g in gradients]
             else:
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
-        if ctx.needs_input_grad[12] and v_total is not None:
+        if ctx.needs_input_grad[7] and v_total is not None:
             in_weight = v_total * rows
-        return None, None, None, None, None, *gradients, None, in_weight, None
+        return *gradients, None, in_weight, *(None,) * 14
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        directions, v_weight = tangents[:6], tangents[7]
+        with outer_tangents(ctx) as saved:
+            tensors, rows = HeadTensors(*saved[:9]), saved[9]
+            moved = any(v is not None for v in directions)
+            change = torch.zeros_like(rows)
+            if moved and (ctx.per_row or ctx.weight_moves):
+                change = _tangents(ctx, tensors, directions)
+            total = torch.zeros_like(rows.sum())
+            if moved and not ctx.per_row:
+                wanted = tuple(v is not None for v in directions)
+                found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
+                total = total + _inner(found, directions)
+            if v_weight is not None:
+                total = total + (v_weight * rows).sum()
+            return total, change, *(None,) * 10
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_Losses, info, in_dims, inputs)
 
 
 def _may_overwrite(scale: Tensor) -> bool:
@@ -128,9 +134,8 @@ def _gradients(
         return [None] * 6
     complete = ready is not None and all(r.numel() or not w for r, w in zip(ready, wanted, strict=True))
     given = ready if complete and ready is not None else [None] * 6
-    function = _Gradients if torch.compiler.is_compiling() else _TransformableGradients
     settings = ctx.loss, ctx.memory_budget, tuple(wanted), scale
-    found: tuple[Tensor, ...] = function.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Gradients.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]
     return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
 
 
@@ -145,7 +150,7 @@ class _TransformableLosses(_Losses):
             per_row, weight_wanted = ctx.rows_move
             change = torch.zeros_like(rows)
             if moved and (per_row or weight_wanted):
-                change = _products(ctx, tensors, directions, NOTHING, True)[0]
+                change = _tangents(ctx, tensors, directions)
             total = rows.new_zeros(())
             if moved and not per_row:
                 wanted = tuple(v is not None for v in directions)
@@ -193,9 +198,9 @@ class _Gradients(Function):
         found = operators.batched(
             torch.ops.softcurve.head_losses,
             input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
-            *operators.described(loss), memory_budget, False, False, list(wanted),
+            *operators.described(loss), memory_budget, False, False, False, False, list(wanted),
         )  # fmt: skip
-        return tuple(found[5:])
+        return tuple(found[6:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,8 +225,6 @@ class _Gradients(Function):
         in_weight = scale * change if needs[17] else None
         return None, None, None, in_scale, *(None,) * 6, *products, None, in_weight, None
 
-
-class _TransformableGradients(_Gradients):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         v_scale, directions, v_weight = tangents[3], tangents[10:16], tangents[17]
@@ -239,8 +242,7 @@ class _TransformableGradients(_Gradients):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        stacked = operators.one_by_one(_TransformableGradients.apply, info.batch_size, in_dims, inputs)
-        return tuple(stacked), (0,) * len(stacked)
+        return _one_by_one(_Gradients, info, in_dims, inputs)
 
 
 def _products(
@@ -249,43 +251,18 @@ def _products(
     """The change of each row's loss, then of the six gradients; ``None`` where it is not wanted."""
     if not (tangents or any(wanted)):
         return [None] * 7
-    function = _Products if torch.compiler.is_compiling() else _TransformableProducts
-    settings = ctx.loss, ctx.memory_budget, tangents, tuple(wanted)
-    change, *products = function.apply(*settings, *directions, *tensors)  # type: ignore[no-untyped-call]
+    change, *products = _Products.apply(  # type: ignore[no-untyped-call]
+        *tensors, *directions, *operators.described(ctx.loss), ctx.memory_budget, tangents, list(wanted)
+    )
     return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
 
 
 class _Products(Function):
+    """Of the arguments of ``head_hessian_product``."""
+
     @staticmethod
-    def forward(
-        loss: HeadLoss,
-        memory_budget: int | None,
-        tangents: bool,
-        wanted: Wanted,
-        input_v: Tensor | None,
-        weight_v: Tensor | None,
-        bias_v: Tensor | None,
-        target_v: Tensor | None,
-        target_weight_v: Tensor | None,
-        target_bias_v: Tensor | None,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor | None,
-        target_weight: Tensor | None,
-        target_bias: Tensor | None,
-        indices: Tensor | None,
-        row_weight: Tensor,
-        class_weight: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        return tuple(
-            operators.batched(
-                torch.ops.softcurve.head_hessian_product,
-                input, weight, bias, target, target_weight, target_bias, indices, row_weight, class_weight,
-                input_v, weight_v, bias_v, target_v, target_weight_v, target_bias_v,
-                *operators.described(loss), memory_budget, tangents, list(wanted),
-            )
-        )  # fmt: skip
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(torch.ops.softcurve.head_hessian_product, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -295,22 +272,104 @@ class _Products(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(THIRD)
 
-
-class _TransformableProducts(_Products):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(THIRD)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        stacked = operators.one_by_one(_TransformableProducts.apply, info.batch_size, in_dims, inputs)
-        return tuple(stacked), (0,) * len(stacked)
+        return _one_by_one(_Products, info, in_dims, inputs)
 
 
 THIRD = (
-    "a streamed head has exact first and second derivatives, but none of third order (for reduction='none' in forward "
-    "mode, none of second); for those use the loss on logits: softcurve.cross_entropy(linear(input, weight), ...)"
+    "a streamed head has exact first and second derivatives, but none of third order; for those use the loss on "
+    "logits: softcurve.cross_entropy(linear(input, weight), ...)"
 )
+
+
+def _tangents(ctx: Any, tensors: HeadTensors, directions: Optional6) -> Tensor:
+    """The change of each row's loss along ``directions``, differentiable."""
+    (change,) = _Tangents.apply(ctx.loss, ctx.memory_budget, *directions, *tensors)  # type: ignore[no-untyped-call]
+    return change  # type: ignore[no-any-return]
+
+
+class _Tangents(Function):
+    @staticmethod
+    def forward(loss: HeadLoss, memory_budget: int | None, *rest: Tensor | None) -> tuple[Tensor]:
+        directions, tensors = rest[:6], rest[6:]
+        change, *_ = operators.batched(
+            torch.ops.softcurve.head_hessian_product,
+            *tensors, *directions, *operators.described(loss), memory_budget, True, list(NOTHING),
+        )  # fmt: skip
+        return (change,)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        ctx.loss, ctx.memory_budget, *rest = inputs
+        ctx.save_for_backward(*rest)
+        ctx.save_for_forward(*rest)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        directions, tensors = ctx.saved_tensors[:6], HeadTensors(*ctx.saved_tensors[6:])
+        weighted = tensors._replace(row_weight=v)
+        in_directions = _gradients(ctx, weighted, ctx.needs_input_grad[2:8], torch.ones_like(v.sum()), None)
+        in_tensors = _products(ctx, weighted, directions, ctx.needs_input_grad[8:14], False)[1:]
+        return None, None, *in_directions, *in_tensors, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
+        v_directions, v_tensors = tangents[2:8], tangents[8:14]
+        with outer_tangents(ctx) as saved:
+            directions, tensors = saved[:6], HeadTensors(*saved[6:])
+            change = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
+            if any(v is not None for v in v_directions):
+                change = change + _tangents(ctx, tensors, v_directions)
+            if any(v is not None for v in v_tensors):
+                change = change + _second_tangents(ctx, tensors, directions, v_tensors)
+            return (change,)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _one_by_one(_Tangents, info, in_dims, inputs)
+
+
+def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6) -> Tensor:
+    """The second change ``uᵀ ∇² v`` of each row's loss.
+
+    Features are per row, weights are not; but ``W e + t (Ẇ e + ḃ) = [W, Ẇ, ḃ] [e; t e; t]``, so a derivative along a
+    weight is one in features of twice the width, with a ``t`` for each row.
+    """
+    tensors = tensors._replace(row_weight=torch.ones_like(tensors.row_weight))
+    sides = (0, 3) if ctx.loss.target == "teacher" else (0,)
+    wide, along = list(tensors), list(v)
+    for i in sides:
+        e, weight = tensors[i], tensors[i + 1]
+        assert e is not None
+        assert weight is not None
+        columns = [c for c in (u[i + 1], None if u[i + 2] is None else u[i + 2].unsqueeze(-1)) if c is not None]
+        width = sum(c.shape[1] for c in columns)
+        wide[i], wide[i + 1] = torch.nn.functional.pad(e, (0, width)), torch.cat([weight, *columns], -1)
+        along[i : i + 2] = [None if t is None else torch.nn.functional.pad(t, (0, width)) for t in v[i : i + 2]]
+    wider = HeadTensors(*wide)
+    wanted = (True, False, False, u[3] is not None or len(sides) > 1, False, False)
+    changes = _products(ctx, wider, along, wanted, False)[1:]
+    gradients = _gradients(ctx, wider, wanted, torch.ones_like(tensors.row_weight.sum()), None)
+    total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
+    for i in sides:
+        e, change, gradient = tensors[i], changes[i], gradients[i]
+        d = e.shape[1]
+        if u[i] is not None:
+            total = total + (change[:, :d] * u[i]).sum(-1)
+        if u[i + 1] is not None:
+            total = total + (change[:, d : 2 * d] * e).sum(-1)
+            if v[i] is not None:
+                total = total + (gradient[:, d : 2 * d] * v[i]).sum(-1)
+        if u[i + 2] is not None:
+            total = total + change[:, -1]
+    if len(sides) == 1 and u[3] is not None:
+        total = total + (changes[3] * u[3]).sum(-1)
+    return total
 
 
 def _inner(gradients: Optional6, directions: Optional6) -> Tensor:
@@ -320,3 +379,29 @@ def _inner(gradients: Optional6, directions: Optional6) -> Tensor:
         if g is not None and v is not None
     ]
     return sum(products[1:], start=products[0])
+
+
+def _below_autograd(operator: Callable[..., list[Tensor]], *arguments: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return tuple(operators.batched(operator, *arguments))
+
+
+def _one_by_one(
+    function: type[Function], info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    stacked = operators.one_by_one(function.apply, info.batch_size, in_dims, inputs)
+    return tuple(stacked), (0,) * len(stacked)
+
+
+def _differentiated(function: type[Function]) -> Callable[..., list[Tensor]]:
+    """An operator's kernel for autograd: ``function``, at the one level of transforms that the dispatcher is at."""
+
+    def kernel(*arguments: Any) -> list[Tensor]:
+        with enable_single_level_autograd_function():
+            return list(super(Function, function).apply(*arguments))  # type: ignore[misc]
+
+    return kernel
+
+
+operators.LIBRARY.impl("head_losses", _differentiated(_Losses), "Autograd")
+operators.LIBRARY.impl("head_hessian_product", _differentiated(_Products), "Autograd")

@@ -1,8 +1,7 @@
 """Targets that speak of every class, on tiles of whole rows: probabilities, logits, a linear teacher's logits.
 
-Every row can be had from the closed forms of :mod:`softcurve.objective`. On the CPU most rows take a short path
-instead: the same formulas in few passes that write into their own buffers, without the branches that only confident,
-nearly equal or masked rows need. A row whose statistics do not vouch for it is computed again by the closed forms.
+Every row can be had from the closed forms of :mod:`softcurve.objective`. On the CPU most rows take the short path of
+:mod:`softcurve.head.short` instead; a row whose statistics do not vouch for it is then computed again here.
 """
 
 from __future__ import annotations
@@ -14,15 +13,10 @@ import torch
 from torch import Tensor
 
 from softcurve import softmax
-from softcurve.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
+from softcurve.head.short import ShortPath
 from softcurve.head.target import DenseTarget
 from softcurve.objective import DenseCrossEntropy, LogitDivergence, RowLoss
-
-# The short path keeps six digits of a divergence above this, and of a softmax with so much beside its largest class: of
-# less, the rounding of a far z − max shows (see softmax.feels_rounding).
-LEAST_VALUE = 1e-3
-LEAST_REST = 1e-9
 
 
 @dataclass
@@ -30,6 +24,7 @@ class DenseKernel(Kernel):
     """One sweep does all; ``again(rows)`` computes logits and target of some rows anew."""
 
     again: Callable[[Tensor], Block] = field(kw_only=True)
+    scratch: Callable[[int], Tensor] = field(kw_only=True)  # the short path's
 
     def __post_init__(self) -> None:
         self.target = DenseTarget(self.loss, self.data.class_weight, self.data.class_count)
@@ -39,7 +34,6 @@ class DenseKernel(Kernel):
             else LogitDivergence(self.loss.logit_map, divergence=self.loss.divergence)
         )
         self.parts: dict[str, list[Tensor]] = {}
-        self.scratch: list[Tensor] = []
 
     def rows(self) -> Tensor:  # noqa: D102
         return torch.cat(self.parts["rows"])
@@ -62,18 +56,21 @@ class DenseKernel(Kernel):
             for rows in self.groups(block):
                 self._product(block, rows, self.data.weight[rows])
             return
-        short = self._has_short_path(block)
-        doubtful: list[Tensor] = []
-        values = block.z.new_empty(len(block.z))
+        if ShortPath.serves(self.loss, self.data, block):
+            self._by_short_path(block)
+        else:
+            groups = self.groups(block)
+            self.parts["rows"] = [self._gradient(block, rows, self.data.weight[rows]) for rows in groups]
+
+    def _by_short_path(self, block: Block) -> None:
+        short = ShortPath(self.loss, self.data, self.target.scale_left, self.scratch)
         for rows in self.groups(block):
-            if short:
-                values[rows], sure = self._short(block, rows)
-                if not sure.all():
-                    doubtful.append((~sure).nonzero().squeeze(-1) + rows.start)
-            else:
-                values[rows] = self._gradient(block, rows, self.data.weight[rows])
-        if doubtful:
-            self._redo(block, values, torch.cat(doubtful))
+            short.group(block, rows)
+        self.factor, values, sure = short.factor, short.values, short.sure
+        if not sure.all():
+            doubtful = (~sure).nonzero().squeeze(-1)
+            self._redo(block, values, doubtful)
+            self.factor[doubtful] = 1.0
         self.parts["rows"] = [values]
 
     # --- by the closed forms -----------------------------------------------------------------------------------------
@@ -144,125 +141,3 @@ class DenseKernel(Kernel):
         }
         for name, part in found.items():
             self.parts.setdefault(name, []).append(part)
-
-    # --- the short path ----------------------------------------------------------------------------------------------
-
-    def _has_short_path(self, block: Block) -> bool:
-        if block.z.device.type != "cpu" or self.loss.softcap is not None or self.loss.z_loss:
-            return False
-        if self.loss.family == "cross_entropy":
-            return (
-                not self.loss.smoothing
-                and self.data.class_weight is None
-                and not (self.loss.target == "probabilities" and block.target_out is not None)
-            )
-        mixed = self.loss.family != "js" or 0.01 <= self.loss.beta <= 0.99
-        return mixed and self.loss.target != "probabilities"
-
-    def _buffers(self, like: Tensor, count: int) -> list[Tensor]:
-        while len(self.scratch) < count:
-            self.scratch.append(torch.empty_like(like, memory_format=torch.contiguous_format))
-        return [buffer[: len(like)] for buffer in self.scratch[:count]]
-
-    def _short(self, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
-        """Losses, and which of them are sure; residuals in place."""
-        z, given = block.z[rows], block.target_of(rows)
-        if self.loss.family == "cross_entropy" and self.loss.target == "probabilities":
-            return self._short_probabilities(z, given, rows)
-        p, y, ratio, mixture = self._buffers(z, 4)
-        z.sub_(z.amax(-1, keepdim=True))
-        torch.exp(z, out=p)
-        model_rest = self._rest(p)
-        torch.sub(given, given.amax(-1, keepdim=True), out=mixture)
-        scale = self.target.scale_left
-        if scale != 1:
-            mixture.mul_(scale)
-        torch.exp(mixture, out=y)
-        target_rest = self._rest(y)
-        torch.sub(z, mixture, out=ratio).sub_(torch.log1p(model_rest) - torch.log1p(target_rest))
-        p.mul_(1 / (1 + model_rest))
-        y.mul_(1 / (1 + target_rest))
-        out = block.target_out[rows] if self.data.wants_gradient and block.target_out is not None else None
-        weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
-        divergence = self.loss.divergence if self.loss.family != "cross_entropy" else None
-        if divergence is None:
-            log_p = z.sub_(torch.log1p(model_rest))
-            values = self._pulled(y, log_p.neg_(), out).squeeze(-1)  # −log p
-            if self.data.wants_gradient:
-                torch.sub(p, y, out=z)
-            least = 0.0
-        elif isinstance(divergence, ForwardKL):
-            values = self._pulled(y, ratio.neg_(), out).squeeze(-1)
-            if self.data.wants_gradient:
-                torch.sub(p, y, out=z)
-            least = LEAST_VALUE
-        elif isinstance(divergence, ReverseKL):
-            values = self._pulled(p, ratio, z if self.data.wants_gradient else None).squeeze(-1)
-            if out is not None:
-                torch.sub(y, p, out=out)
-            least = LEAST_VALUE
-        else:
-            assert isinstance(divergence, JensenShannon)
-            beta = divergence.beta
-            # log m/p = log((1−β) + β e^{−r}) and log m/y = log(β + (1−β) e^r): no difference of two logarithms.
-            torch.neg(ratio.clamp_(-80.0, 80.0), out=z).exp_()
-            torch.mul(z, beta, out=ratio).add_(1 - beta).log_().neg_()
-            z.reciprocal_().mul_(1 - beta).add_(beta).log_().neg_()
-            to_target = self._pulled(y, z, out, beta)
-            to_model = self._pulled(p, ratio, z if self.data.wants_gradient else None, 1 - beta)
-            values = (to_target + to_model).squeeze(-1)
-            least = LEAST_VALUE * beta * (1 - beta)
-        sure = (values > least) & values.isfinite()
-        sure &= ((model_rest > LEAST_REST) & (target_rest > LEAST_REST)).squeeze(-1)
-        if self.data.wants_gradient:
-            self._settle(z, p, model_rest)
-            z.mul_(weight)
-            if out is not None:
-                self._settle(out, y, target_rest)
-                out.mul_(weight * self.target.scale_left)
-        return values, sure
-
-    @staticmethod
-    def _pulled(p: Tensor, s: Tensor, out: Tensor | None, factor: float = 1.0) -> Tensor:
-        """``factor Σ p s``; and ``out = factor p (s − Σ p s)``. ``s`` is overwritten."""
-        s.mul_(p)
-        total = s.sum(-1, keepdim=True)
-        if out is not None:
-            torch.addcmul(s, p, -total, out=out)
-            if factor != 1:
-                out.mul_(factor)
-        return factor * total
-
-    @staticmethod
-    def _rest(exponentials: Tensor) -> Tensor:
-        """``Σ e^{z − max}`` but for the largest class, an exact 1 that the fractional part of a confident row drops."""
-        rest = exponentials.sum(-1, keepdim=True).sub_(1)
-        confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
-        if confident.numel():
-            rest[confident] = torch.frac(exponentials[confident]).sum(-1, keepdim=True)
-        return rest
-
-    @staticmethod
-    def _settle(gradient: Tensor, p: Tensor, rest: Tensor) -> None:
-        """A class above one half takes up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
-        confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
-        if confident.numel():
-            top = p[confident].argmax(-1)
-            gradient[confident, top] -= gradient[confident].sum(-1)
-
-    def _short_probabilities(self, z: Tensor, y: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        (p,) = self._buffers(z, 1)
-        y = y.to(z.dtype)
-        z.sub_(z.amax(-1, keepdim=True))
-        torch.exp(z, out=p)
-        rest = self._rest(p)
-        mass = y.sum(-1, keepdim=True)
-        values = (mass * torch.log1p(rest) - z.mul_(y).sum(-1, keepdim=True)).squeeze(-1)
-        sure = values.isfinite() & (rest > LEAST_REST).squeeze(-1)
-        if self.data.wants_gradient:
-            weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
-            p.mul_(mass / (1 + rest))
-            torch.sub(p, y, out=z)
-            self._settle(z, p, rest)
-            z.mul_(weight)
-        return values, sure

@@ -1,6 +1,7 @@
 """The passes as operators of ``torch.library``: opaque to ``torch.compile``, so that a compiled model has no break.
 
-What is not asked for comes back as an empty tensor, since an operator's tensors are all there.
+What is not asked for comes back as an empty tensor, since an operator's tensors are all there. Their derivatives are
+registered by :mod:`softcurve.head.autograd`.
 """
 
 from __future__ import annotations
@@ -31,36 +32,44 @@ def described(loss: HeadLoss) -> tuple[str, str, float, float, float | None, flo
     return loss.family, loss.target, loss.beta, loss.temperature, loss.softcap, loss.z_loss, loss.smoothing
 
 
-@torch.library.custom_op(
-    "softcurve::head_losses",
-    mutates_args=(),
-    schema=f"({TENSORS}, {LOSS}, int? memory_budget, bool stats, bool all_rows, bool[] wanted) -> Tensor[]",
+LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
+# ``per_row``, ``weight_moves``: whether derivatives of the rows will be wanted, and in the rows' weights.
+LIBRARY.define(
+    f"head_losses({TENSORS}, {LOSS}, int? memory_budget, bool stats, bool all_rows, bool per_row, bool weight_moves, "
+    "bool[] wanted) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-def head_losses(*arguments: Any) -> list[Tensor]:
-    """Each row's loss; log-sum-exp, entropy, predicted class and label if ``stats``; the six gradients ``wanted``."""
+LIBRARY.define(
+    f"head_hessian_product({TENSORS}, {DIRECTIONS}, {LOSS}, int? memory_budget, bool tangents, bool[] wanted) "
+    "-> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
+def _head_losses(*arguments: Any) -> list[Tensor]:
+    """``Σ weight · loss``, each row's loss; lse, entropy, predicted class and label if ``stats``; the six gradients."""
     tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:16])
-    memory_budget, stats, all_rows, wanted = arguments[16:]
+    memory_budget, stats, all_rows, _, _, wanted = arguments[16:]
     outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
-    return [outcome.rows, *_present(tensors.input, *vars(outcome.statistics).values(), *outcome.gradients)]
+    total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
+    return [total, outcome.rows, *_present(tensors.input, *vars(outcome.statistics).values(), *outcome.gradients)]
 
 
-@head_losses.register_fake
+@torch.library.register_fake("softcurve::head_losses", lib=LIBRARY)
 def _(*arguments: Any) -> list[Tensor]:
-    tensors, (_, stats, _, wanted) = HeadTensors(*arguments[:9]), arguments[16:]
+    tensors, stats, wanted = HeadTensors(*arguments[:9]), arguments[17], arguments[21]
     rows = _rows_like(tensors)
+    total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
     columns: list[Tensor | None] = [None] * 4
     if stats:
         columns = [torch.empty_like(rows), torch.empty_like(rows)]
         columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
-    return [rows, *_present(rows, *columns, *_gradients_like(tensors, wanted))]
+    return [total, rows, *_present(rows, *columns, *_gradients_like(tensors, wanted))]
 
 
-@torch.library.custom_op(
-    "softcurve::head_hessian_product",
-    mutates_args=(),
-    schema=f"({TENSORS}, {DIRECTIONS}, {LOSS}, int? memory_budget, bool tangents, bool[] wanted) -> Tensor[]",
-)
-def head_hessian_product(*arguments: Any) -> list[Tensor]:
+@torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
+def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
     tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:22])
     memory_budget, tangents, wanted = arguments[22:]
@@ -70,7 +79,7 @@ def head_hessian_product(*arguments: Any) -> list[Tensor]:
     return [outcome.rows, *_present(tensors.input, *outcome.gradients)]
 
 
-@head_hessian_product.register_fake
+@torch.library.register_fake("softcurve::head_hessian_product", lib=LIBRARY)
 def _(*arguments: Any) -> list[Tensor]:
     tensors = HeadTensors(*arguments[:9])
     rows = _rows_like(tensors)

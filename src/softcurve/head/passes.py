@@ -204,7 +204,7 @@ class _Pass:
             others = (direction[4], direction[5]) if direction else (None, None)
             target = _Operands(t.target[rows].to(self.dtype), t.target_weight, t.target_bias, f_v, *others)
         tile = _Tile(self, rows, data, side, target)
-        kernel = tile.kernel
+        kernel = tile.kernel()
         single = not self.plan.cuts_classes
         block = None
         for number in range(kernel.sweeps):
@@ -216,11 +216,11 @@ class _Pass:
         if wants_residuals:
             if single:
                 assert block is not None
-                tile.take_back(kernel.residuals(block, False), block)
+                tile.take_back(kernel.residuals(block, False), kernel.factor, block)
             else:
                 for classes in self.plan.class_blocks():
                     block = tile.load(classes)
-                    tile.take_back(kernel.residuals(block, True), block)
+                    tile.take_back(kernel.residuals(block, True), kernel.factor, block)
         if self.wants_tangents:
             self.rows[rows] = kernel.tangents().to(self.dtype)
         elif direction is None:
@@ -249,10 +249,16 @@ class _Pass:
 
     def buffer(self, name: str, rows: int, classes: int) -> Tensor:
         """Room for a tile, the same for every tile of a pass."""
-        size = self.plan.rows * self.plan.classes
+        return self._room(name, self.plan.rows * self.plan.classes)[: rows * classes].view(rows, classes)
+
+    def scratch(self, number: int) -> Tensor:
+        """Room for a group of rows of a tile."""
+        return self._room(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
+
+    def _room(self, name: str, size: int) -> Tensor:
         if name not in self.storage or self.storage[name].numel() < size:
             self.storage[name] = workspace.take(size, self.dtype, self.tensors.input.device)
-        return self.storage[name][: rows * classes].view(rows, classes)
+        return self.storage[name]
 
     def accumulates(self, name: str) -> bool:
         """Whether a gradient holds something already; from now on it does."""
@@ -281,15 +287,14 @@ class _Tile:
     model: _Operands
     target: _Operands | None
 
-    def __post_init__(self) -> None:
+    def kernel(self) -> Kernel:
+        """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
-        self.kernel: Kernel
         if run.loss.target == "list":
-            self.kernel = ListKernel(run.loss, self.data)
-        elif run.plan.cuts_classes:
-            self.kernel = BlockKernel(run.loss, self.data)
-        else:
-            self.kernel = DenseKernel(run.loss, self.data, again=self._again)
+            return ListKernel(run.loss, self.data)
+        if run.plan.cuts_classes:
+            return BlockKernel(run.loss, self.data)
+        return DenseKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
 
     def load(self, classes: slice) -> Block:
         """The logits of a block, and what belongs to them."""
@@ -368,10 +373,10 @@ class _Tile:
 
     # --- back --------------------------------------------------------------------------------------------------------
 
-    def take_back(self, residuals: Residuals, block: Block) -> None:
-        """Residuals to features, weight and bias, on both sides."""
+    def take_back(self, residuals: Residuals, factor: Tensor | None, block: Block) -> None:
+        """Residuals to features, weight and bias, on both sides; the model's still to be multiplied by ``factor``."""
         loss = self.run.loss
-        self._side(0, self.model, residuals.z, residuals.v, self.kernel.factor, loss.scale, block.classes)
+        self._side(0, self.model, residuals.z, residuals.v, factor, loss.scale, block.classes)
         if self.target is not None:
             assert residuals.target is not None or not self.data.wants_target
             if residuals.target is not None:
