@@ -286,7 +286,8 @@ class _Posed:
             if not weight.requires_grad:
                 row_weight = torch.where(weight == 0, 0.0, row_weight)
         else:
-            divisor = torch.as_tensor(1.0 if self.reducer.kind == "sum" else mass, dtype=wide, device=weight.device)
+            mass = 1.0 if self.reducer.kind == "sum" else mass
+            divisor = mass.to(wide) if isinstance(mass, Tensor) else weight.new_full((), mass)
             row_weight = weight / (torch.where(divisor == 0, 1.0, divisor) * self.reducer.nats)
         tensors = HeadTensors(head.input, head.weight, head.bias, *target, indices, row_weight, class_weight)
         outcome = head_outcome(loss, tensors, self.memory_budget, per_row=per_row, stats=self.return_stats)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import Function, forward_ad
 
 from softcurve.autograd import outer_tangents, total_of
@@ -49,7 +49,7 @@ def head_outcome(
     if not compiling:
         all_rows = all_rows or torch._C._are_functorch_transforms_active()
     function = torch.ops.softcurve.head_losses if compiling else _Losses.apply
-    outputs = function(
+    outputs = function(  # type: ignore[no-untyped-call]
         *tensors, *operators.described(loss), memory_budget,
         stats, all_rows, per_row, tensors.row_weight.requires_grad, list(wanted),
     )  # fmt: skip
@@ -342,22 +342,21 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6)
     """
     tensors = tensors._replace(row_weight=torch.ones_like(tensors.row_weight))
     sides = (0, 3) if ctx.loss.target == "teacher" else (0,)
-    wide, along = list(tensors), list(v)
+    given: Sequence[Any] = tensors
+    wide, along = list(given), list(v)
     for i in sides:
-        e, weight = tensors[i], tensors[i + 1]
-        assert e is not None
-        assert weight is not None
-        columns = [c for c in (u[i + 1], None if u[i + 2] is None else u[i + 2].unsqueeze(-1)) if c is not None]
-        width = sum(c.shape[1] for c in columns)
-        wide[i], wide[i + 1] = torch.nn.functional.pad(e, (0, width)), torch.cat([weight, *columns], -1)
-        along[i : i + 2] = [None if t is None else torch.nn.functional.pad(t, (0, width)) for t in v[i : i + 2]]
+        (e, weight), more, bias = given[i : i + 2], u[i + 1], u[i + 2]
+        columns = [c for c in (more, None if bias is None else bias.unsqueeze(-1)) if c is not None]
+        padding = (0, sum(c.shape[1] for c in columns))
+        wide[i], wide[i + 1] = torch.nn.functional.pad(e, padding), torch.cat([weight, *columns], -1)
+        along[i : i + 2] = [None if t is None else torch.nn.functional.pad(t, padding) for t in v[i : i + 2]]
     wider = HeadTensors(*wide)
     wanted = (True, False, False, u[3] is not None or len(sides) > 1, False, False)
-    changes = _products(ctx, wider, along, wanted, False)[1:]
-    gradients = _gradients(ctx, wider, wanted, torch.ones_like(tensors.row_weight.sum()), None)
+    changes: list[Any] = _products(ctx, wider, along, wanted, False)[1:]
+    gradients: list[Any] = _gradients(ctx, wider, wanted, torch.ones_like(tensors.row_weight.sum()), None)
     total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
     for i in sides:
-        e, change, gradient = tensors[i], changes[i], gradients[i]
+        e, change, gradient = given[i], changes[i], gradients[i]
         d = e.shape[1]
         if u[i] is not None:
             total = total + (change[:, :d] * u[i]).sum(-1)

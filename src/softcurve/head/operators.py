@@ -56,8 +56,7 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
     return [total, outcome.rows, *_present(tensors.input, *vars(outcome.statistics).values(), *outcome.gradients)]
 
 
-@torch.library.register_fake("softcurve::head_losses", lib=LIBRARY)
-def _(*arguments: Any) -> list[Tensor]:
+def _fake_head_losses(*arguments: Any) -> list[Tensor]:
     tensors, stats, wanted = HeadTensors(*arguments[:9]), arguments[17], arguments[21]
     rows = _rows_like(tensors)
     total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
@@ -79,11 +78,14 @@ def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     return [outcome.rows, *_present(tensors.input, *outcome.gradients)]
 
 
-@torch.library.register_fake("softcurve::head_hessian_product", lib=LIBRARY)
-def _(*arguments: Any) -> list[Tensor]:
+def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
     tensors = HeadTensors(*arguments[:9])
     rows = _rows_like(tensors)
     return [rows, *_present(rows, *_gradients_like(tensors, arguments[24]))]
+
+
+torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)
+torch.library.register_fake("softcurve::head_hessian_product", _fake_head_hessian_product, lib=LIBRARY)
 
 
 def one_by_one(
