@@ -143,7 +143,7 @@ def test_func(case: Case, transform: str) -> None:
 
 
 @pytest.mark.parametrize("transform", MATRICES)
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", FEW[:3], ids=str)
 def test_matrices(case: Case, transform: str) -> None:
     posed = small(case, rows=(1,))
     arguments = tuple(a.detach() for a in posed.arguments)
@@ -252,7 +252,7 @@ def test_per_sample_gradients_of_a_model() -> None:
     assert_equal([got[1][f"linear.{name}"] for name in of_dense], [expected[1][name] for name in of_dense])
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
 def test_legacy_functional(case: Case) -> None:
     posed = small(case, rows=(3,))
     expected = torch.autograd.functional.jacobian(posed.dense, posed.arguments)
@@ -557,7 +557,7 @@ def test_every_operator_is_called() -> None:
 def test_opcheck(case: Case) -> None:
     """Schema, fake tensors, registration and AOT dispatch with dynamic shapes, on the arguments of real calls."""
     for calls in calls_of([case]).values():
-        for func, args, kwargs in calls[:3]:
+        for func, args, kwargs in (calls[0], calls[-1]):  # without options, and with all of them
             torch.library.opcheck(func, args, kwargs)
 
 

@@ -29,6 +29,7 @@ FLOORS = (
     {"autograd"},
     {"head"},
     {"functional"},
+    {"posed"},
     {"linear"},
     {"nn", "chain"},
     {"__init__"},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import softcurve as sc
 
-BUDGET = 16 * 2**20  # bytes for tiles of logits; by default there would be 256 MiB, and all of a batch's would fit
+BUDGET = 16 * 2**20  # bytes for tiles of logits; the default of 128 MiB would hold all of a small batch's
 
 Features = Float[Tensor, "batch context width"]
 Weight = Float[Tensor, "vocab width"]

@@ -10,7 +10,8 @@ from softcurve.functional import (
     softmax_jacobian,
     softmax_jacobian_product,
 )
-from softcurve.linear import LossStats, linear_cross_entropy, linear_js_divergence, linear_kl_divergence
+from softcurve.linear import linear_cross_entropy, linear_js_divergence, linear_kl_divergence
+from softcurve.posed import LossStats
 from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softcurve import checks, functional, linear
 from softcurve.objective import LogitMap, Reduction
+from softcurve.posed import LossStats, require_shift
 from softcurve.targets import Target
 
 
@@ -168,7 +169,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         LogitMap(temperature, softcap)
         checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", z_loss, 0.0, math.inf)
-        linear.require_shift(shift)
+        require_shift(shift)
         if weight is not None:
             functional.require_class_weight(weight, num_classes)
         super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
@@ -193,7 +194,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         *,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
         """See :func:`softcurve.linear_cross_entropy`."""
         bias = self.linear.bias
         return linear.linear_cross_entropy(
@@ -246,7 +247,7 @@ class LinearKLDivergenceLoss(_LinearLoss):
         *,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
         """See :func:`softcurve.linear_kl_divergence`."""
         return linear.linear_kl_divergence(
             input,
@@ -297,7 +298,7 @@ class LinearJSDivergenceLoss(_LinearLoss):
         *,
         sample_weight: Tensor | None = None,
         return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], linear.LossStats]:
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
         """See :func:`softcurve.linear_js_divergence`."""
         return linear.linear_js_divergence(
             input,

@@ -136,7 +136,7 @@ class _Pass:
             written_once = i == 3 and self.loss.target != "teacher"
             dtype = tensor.dtype if tensor is not None and written_once else self.dtype
             self.gradients.append(
-                torch.empty(tensor.shape, dtype=dtype, device=device) if wanted and tensor is not None else None
+                workspace.empty(tensor.shape, dtype, device) if wanted and tensor is not None else None
             )
 
     def outcome(self) -> Outcome:

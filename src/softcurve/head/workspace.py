@@ -1,16 +1,23 @@
-"""Room for tiles that outlives a call.
+"""Room for tiles, which outlives a call, and for gradients.
 
 On the CPU, memory that is fresh from the system costs a page fault for every 4 KiB, which for a tile takes longer than
-its matrix product. So the tiles of the last pass are kept for the next, up to ``KEPT_BYTES`` in all. On CUDA torch's
-own allocator does this.
+its matrix product. So the tiles of the last pass are kept for the next, up to ``KEPT_BYTES`` in all, and Linux is asked
+for pages of 2 MiB, as torch does where ``THP_MEM_ALLOC_ENABLE`` is set. On CUDA torch's own allocator keeps memory.
 """
 
 from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 KEPT_BYTES = 128 * 2**20
+LARGE_BYTES = 4 * 2**20  # from here on large pages are asked for
+PAGE, MADV_HUGEPAGE = 4096, 14
 
 _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, so threads do not share one
 
@@ -26,7 +33,28 @@ def take(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             if room.dtype == dtype and room.numel() >= entries:
                 return room
             _kept.append(room)
-    return torch.empty(entries, dtype=dtype, device=device)
+    return empty((entries,), dtype, device)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty``, on large pages where the system has them."""
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and fresh.nbytes >= LARGE_BYTES and (advise := _madvise()) is not None:
+        start, stop = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + fresh.nbytes) // PAGE * PAGE
+        advise(start, stop - start, MADV_HUGEPAGE)  # a refusal costs nothing but time
+    return fresh
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 def give_back(rooms: list[Tensor]) -> None:
