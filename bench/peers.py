@@ -62,11 +62,13 @@ def _cut_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def _liger(input: Tensor, weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, *, beta: float) -> Tensor:
+def _liger(
+    input: Tensor, weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, *, beta: float, compiled: bool = True
+) -> Tensor:
     """Its β is ours: 0 is forward KL, 1 reverse. It wants labels even where the hard loss has no weight."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+    divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
     labels = torch.zeros(input.shape[0], dtype=torch.int64)
     loss: Tensor = divergence(input, weight, teacher_input, teacher_weight, labels)
     return loss
@@ -76,9 +78,13 @@ def _liger(input: Tensor, weight: Tensor, teacher_input: Tensor, teacher_weight:
 # CPU a linear teacher alone; none of the three can be differentiated twice.
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
     "cross-entropy": {"torch chunked": _torch_chunked, "cut-cross-entropy": _cut_cross_entropy},
-    "forward-kl": {"Liger": partial(_liger, beta=0.0)},
-    "reverse-kl": {"Liger": partial(_liger, beta=1.0)},
-    "js": {"Liger": partial(_liger, beta=0.5)},
+    **{
+        name: {
+            "Liger": partial(_liger, beta=beta),
+            "Liger, not compiled": partial(_liger, beta=beta, compiled=False),
+        }
+        for name, beta in {"forward-kl": 0.0, "reverse-kl": 1.0, "js": 0.5}.items()
+    },
 }
 
 COMPILING = ("torch.compile", "cut-cross-entropy", "Liger")
