@@ -7,6 +7,9 @@ start from the same weights and take the same batches. One learns from the next 
 learn from the teacher's distributions, by forward and by reverse KL, the teacher being features and a head too. One
 learns from lists of the teacher's likeliest tokens, written to disk once. At last each loss is run beside a dense one.
 
+The lists say how much the teacher gives to all tokens outside them, and nothing of how it divides that. A teacher this
+young leaves half of its probability there; the fourth student is about as often right as the others, and pays in nats.
+
     python examples/tiny_lm.py [--steps 120] [--width 96] [--vocab 16384] [--seed 0] [--out build/tiny_lm]
 
 Prints tables for people and then one line of JSON. The folder has that too, and the picture, and the teacher's lists.

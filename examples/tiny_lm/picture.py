@@ -35,8 +35,10 @@ def draw(report: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
     above.set_xlabel("megabytes")
     bars(below, {loss: of["tokens_per_second"] for loss, of in losses.items()})
     below.set_title("A student's whole training step", loc="left")
+    below.set_xlabel("tokens per second")
+    right.legend(*above.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     sizes = "{batch} × {context} tokens, width {width}, vocabulary {vocab:,}".format_map(report)
-    below.set_xlabel(f"tokens per second ({sizes})")
+    right.supxlabel(sizes, fontsize="medium", color=MUTED)
     return figure
 
 
@@ -65,5 +67,4 @@ def bars(axes: Axes, found: Mapping[str, Mapping[str, float | None]]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.tick_params(axis="y", length=0)
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     axes.spines[["top", "right"]].set_visible(False)
