@@ -1,0 +1,223 @@
+"""The head's operators, and ``torch.compile`` around them: one graph, whatever the losses, the shapes and the transforms."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .head_cases import CASES, Case, along, directions, everything, problem
+from .test_head_transforms import FEW, everywhere
+
+# torch's own doing when forward mode is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------
+
+
+class Recorded(TorchDispatchMode):
+    """Every call of an operator of ``softcurve``, with its arguments as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func.namespace == "softcurve":
+            copied = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            self.calls.setdefault(func.name(), []).append((func, *copied))
+        return func(*args, **kwargs)
+
+
+def calls_of(cases: list[Case]) -> dict[str, list[Any]]:
+    with Recorded() as recorded:
+        for case in cases:
+            for options in ({}, everything(case)):
+                posed = problem(case, options, "mean", (5,), 3, 7)
+                value = posed.ours(*posed.arguments)
+                first = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
+                torch.autograd.grad(along(first), posed.arguments, materialize_grads=True)
+                posed.ours(*(a.detach() for a in posed.arguments), return_stats=True)
+                arguments = tuple(a.detach() for a in posed.arguments)
+                jvp(grad(posed.ours, everywhere(arguments)), arguments, directions(arguments))
+    return recorded.calls
+
+
+def operators() -> set[str]:
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    return {name for name in names if name.startswith("softcurve::")}
+
+
+def test_every_operator_is_called() -> None:
+    called = {name.split(".")[0] for name in calls_of(FEW)}
+    assert operators()
+    assert operators() == called
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    """Schema, fake tensors, registration and AOT dispatch with dynamic shapes, on the arguments of real calls."""
+    for calls in calls_of([case]).values():
+        for func, args, kwargs in (calls[0], calls[-1]):  # without options, and with all of them
+            torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_opcheck_with_gradients(case: Case) -> None:
+    """The operator's own derivatives, in all its tensors, with what was asked for saved and without."""
+    func, args, _ = calls_of([case])["softcurve::head_losses"][-1]
+    learned = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args[:8]]
+    wanted = [t is not None and t.requires_grad for t in learned[:6]]
+    for saved in (wanted, [False] * 6):
+        torch.library.opcheck(func, (*learned, *args[8:18], True, False, True, saved))
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------------------
+
+PREAMBLE = """
+import json, warnings, torch, softcurve
+from softcurve import LinearTeacher, Logits, Probabilities, TopK
+# Dynamo's own doing when it traces an autograd.Function.
+warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+f64 = torch.float64
+
+CE, KL, JS = softcurve.linear_cross_entropy, softcurve.linear_kl_divergence, softcurve.linear_js_divergence
+C = 11
+weight, bias = torch.rand(C, dtype=f64) + 0.5, torch.randn(C, dtype=f64)
+
+
+def index(x):
+    return torch.arange(x.shape[0], device=x.device) % C
+
+
+def ignoring(x):
+    return torch.where(index(x) == 1, -100, index(x))
+
+
+def listed(x, t):
+    i = torch.stack([index(x), (index(x) + 2) % C], -1)
+    return i, torch.log_softmax(t, -1).gather(-1, i)
+
+
+module = softcurve.nn.LinearCrossEntropyLoss(3, C, bias=True, dtype=f64)
+
+LOSSES = {
+    "index": lambda x, w, t: CE(x, w, index(x)) + 0 * t.sum(),
+    "weighted": lambda x, w, t: CE(x, w, ignoring(x), linear_bias=bias, weight=weight, sample_weight=t.exp().sum(-1)),
+    "options": lambda x, w, t: CE(x, w, ignoring(x), label_smoothing=0.1, temperature=0.7, softcap=3.0, z_loss=0.2, base=2.0, shift=1) + 0 * t.sum(),
+    "budget": lambda x, w, t: CE(x, w, index(x), memory_budget=1 << 20, reduction="none").cos().sum() + 0 * t.sum(),
+    "dense": lambda x, w, t: CE(x, w, torch.softmax(t, -1)),
+    "Logits": lambda x, w, t: CE(x, w, Logits(t)),
+    "bucket": lambda x, w, t: CE(x, w, TopK(*listed(x, t))) + KL(x, w, TopK(*listed(x, t)), direction="reverse"),
+    "renormalize": lambda x, w, t: KL(x, w, TopK(*listed(x, t), tail="renormalize")),
+    "teacher": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2], bias), temperature=2.0),
+    "reverse": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2]), direction="reverse", reduction="none").sum(),
+    "js": lambda x, w, t: JS(x, w, Logits(t), beta=0.3),
+    "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
+    "module": lambda x, w, t: module(x @ w.T @ w, index(x)) + 0 * t.sum(),
+}
+
+
+def evaluated(f, rows):
+    torch.manual_seed(rows)
+    x, w, t = (torch.randn(s, dtype=f64).requires_grad_() for s in ((rows, 3), (C, 3), (rows, C)))
+    value = f(x, w, t)
+    return [value.detach(), *torch.autograd.grad(value, (x, w, t))]
+
+
+def worst(got, expected):
+    return max(float(((a - b).abs() / (1 + b.abs())).max()) for a, b in zip(got, expected, strict=True))
+"""
+
+
+def compiled(run_python: Callable[[str], object], body: str) -> dict[str, float]:
+    done = run_python(PREAMBLE + body)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[attr-defined]
+
+
+def assert_small(found: dict[str, float], count: int) -> None:
+    assert len(found) == count
+    assert {name: error for name, error in found.items() if not error <= 1e-12} == {}
+
+
+@pytest.mark.slow
+def test_fullgraph(run_python: Callable[[str], object]) -> None:
+    body = """
+print(json.dumps({
+    name: worst(evaluated(torch.compile(f, fullgraph=True, backend="aot_eager"), 6), evaluated(f, 6)) for name, f in LOSSES.items()
+}))
+"""
+    assert_small(compiled(run_python, body), 13)
+
+
+@pytest.mark.slow
+def test_dynamic_shapes(run_python: Callable[[str], object]) -> None:
+    """A graph made for one batch serves batches of any size: none of them compiles anew."""
+    body = """
+found = {}
+for name in ("index", "budget", "reverse", "bucket"):
+    f = LOSSES[name]
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    g = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    errors, compiled = [], []
+    for rows in (4, 9, 17):
+        errors.append(worst(evaluated(g, rows), evaluated(f, rows)))
+        compiled.append(backend.frame_count)
+    found[name] = max(errors) + compiled[-1] - compiled[0]
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, "import torch._dynamo.testing\n" + body), 4)
+
+
+@pytest.mark.slow
+def test_compiled_func_and_evaluation(run_python: Callable[[str], object]) -> None:
+    """``torch.func.grad`` inside the graph, and losses without gradients."""
+    body = """
+def of(f):
+    g = torch.Generator().manual_seed(3)
+    return f(*(torch.randn(s, dtype=f64, generator=g) for s in ((6, 3), (C, 3), (6, C))))
+
+found = {}
+for name in ("index", "dense", "reverse"):
+    torch._dynamo.reset()
+    gradient = torch.func.grad(LOSSES[name], (0, 1, 2))
+    found[name] = worst(of(torch.compile(gradient, fullgraph=True, backend="aot_eager")), of(gradient))
+    with torch.no_grad():
+        f = LOSSES[name]
+        found["no_grad " + name] = worst([of(torch.compile(f, fullgraph=True, backend="aot_eager"))], [of(f)])
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, body), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor(run_python: Callable[[str], object]) -> None:
+    """The default backend, with a model around the head, in autocast as well."""
+    body = """
+f = lambda x, w, t: LOSSES["index"]((x @ w.T).tanh() @ w, w, t) + LOSSES["reverse"](x, w, t)
+found = {"both": worst(evaluated(torch.compile(f, fullgraph=True), 6), evaluated(f, 6))}
+
+def cast(x, w, t):
+    with torch.autocast("cpu", torch.bfloat16):
+        return CE((x.float() @ w.float().T).tanh() @ w.float(), w.float(), index(x)) + 0 * t.sum()
+
+torch._dynamo.reset()
+got, plain = evaluated(torch.compile(cast, fullgraph=True), 6), evaluated(cast, 6)
+found["autocast"] = 0.0 if worst(got, plain) < 2e-2 else worst(got, plain)
+print(json.dumps(found))
+"""
+    assert_small(compiled(run_python, body), 2)
