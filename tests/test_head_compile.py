@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import softcurve
 
 from .head_cases import CASES, Case, along, directions, everything, problem
 from .test_head_transforms import FEW, everywhere
@@ -221,3 +223,28 @@ found["autocast"] = 0.0 if worst(got, plain) < 2e-2 else worst(got, plain)
 print(json.dumps(found))
 """
     assert_small(compiled(run_python, body), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_in_half_precision(dtype: torch.dtype) -> None:
+    """What is not asked for, and gradients before they are rounded, have the dtypes that the fake says."""
+    x, w = torch.randn(6, 3, dtype=dtype).requires_grad_(), torch.randn(11, 3, dtype=dtype).requires_grad_()
+    with Recorded() as recorded:
+        first = torch.autograd.grad(softcurve.linear_cross_entropy(x, w, torch.arange(6)), (x, w), create_graph=True)
+        torch.autograd.grad(along(first), (x, w))
+    for calls in recorded.calls.values():
+        for func, args, kwargs in calls:
+            torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("wrong", [-1, 301, 306])
+@pytest.mark.parametrize("budget", [None, 16000], ids=["whole", "cut"])
+def test_a_class_out_of_range_inside_a_transform(budget: int | None, wrong: int) -> None:
+    """Where the public door cannot look, the operator does: never a plausible number."""
+    x, w = torch.randn(4, 3), torch.randn(301, 3)
+
+    def loss(target: Tensor) -> Tensor:
+        return softcurve.linear_cross_entropy(x, w, target, memory_budget=budget)
+
+    with pytest.raises(IndexError, match=f"from 0 to 300, got {wrong}"):
+        vmap(loss)(torch.tensor([[0, wrong, 2, 3]]))

@@ -590,3 +590,120 @@ def test_the_same_every_time(name: str) -> None:
             value = posed.ours(*posed.arguments, memory_budget=posed.budget(tiles))
             runs.append((value, *torch.autograd.grad(value, posed.arguments)))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- faults that were found by trying -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gap", [700.0, 800.0, 1000.0])
+def test_label_smoothing_over_blocks_far_apart(gap: float, dtype: torch.dtype) -> None:
+    """The tops of two blocks of classes so far apart that ``e^{−gap}`` is 0 even in float64."""
+    w = torch.zeros(3000, 1, dtype=dtype)
+    w[1500:] = gap
+    x, target = torch.ones(1, 1, dtype=dtype), torch.tensor([0])
+    loss = softcurve.linear_cross_entropy(x, w, target, label_smoothing=0.1, memory_budget=16000)
+    truth = F.cross_entropy((x @ w.T).double(), target, label_smoothing=0.1)
+    assert abs(loss.item() / truth.item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "beta"), [("forward", 0), ("reverse", 1), ("js", 0.5), ("js", 0.1), ("js", 0.01), ("js", 0.99)]
+)
+def test_small_divergences_keep_four_digits(name: str, beta: float) -> None:
+    """Of any size, on few classes, where no sum over many averages the rounding."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(2000, 3, generator=g)
+    other = z + torch.randn(2000, 3, generator=g) * 10 ** (-2 * torch.rand(2000, 1, generator=g))
+    w = torch.eye(3)
+    if name == "js":
+        got = softcurve.linear_js_divergence(z, w, Logits(other), beta=beta, reduction="none")
+        truth = softcurve.js_divergence(other.double(), z.double(), beta=beta, reduction="none")
+    else:
+        got = softcurve.linear_kl_divergence(z, w, Logits(other), direction=name, reduction="none")
+        pair = (other, z) if name == "forward" else (z, other)
+        truth = softcurve.kl_divergence(*(t.double() for t in pair), reduction="none")
+    assert ((got.double() - truth) / truth).abs().max() < 1e-4
+
+
+def test_a_row_of_nan_leaves_its_neighbours_alone() -> None:
+    z, y = torch.zeros(2, 50), torch.zeros(2, 50)
+    z[:, 0], y[:, 0] = 17.0, 1.0
+    alone = softcurve.linear_cross_entropy(z[:1], torch.eye(50), y[:1], reduction="none")
+    z[1] = NAN
+    both = softcurve.linear_cross_entropy(z, torch.eye(50), y, reduction="none")
+    assert both[1].isnan()
+    assert both[0] == alone[0]
+    assert abs(alone.item() / (49 * math.exp(-17)) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("budget", [None, 16000], ids=["whole", "cut"])
+def test_statistics_of_confident_and_weighted_rows(budget: int | None) -> None:
+    """Entropy where all but one class have nearly nothing; what is correct goes by the target without class weights."""
+    z = torch.full((1, 301), -40.0)
+    z[0, 0] = 0.0
+    target = Logits(torch.zeros_like(z))
+    _, stats = softcurve.linear_cross_entropy(z, torch.eye(301), target, memory_budget=budget, return_stats=True)
+    rest = 300 * math.exp(-40)
+    truth = rest * 40 + rest  # −Σ p log p, the largest class giving −p log p = rest
+    assert abs(stats.entropy.item() / truth - 1) < 1e-5
+    y = torch.zeros(1, 301)
+    y[0, :2] = torch.tensor([0.6, 0.4])
+    weight, bias = torch.ones(301), torch.zeros(301)
+    weight[0], bias[0] = 0.1, 9.0
+    _, stats = softcurve.linear_cross_entropy(
+        torch.zeros(1, 2),
+        torch.zeros(301, 2),
+        y,
+        linear_bias=bias,
+        weight=weight,
+        memory_budget=budget,
+        return_stats=True,
+    )
+    assert stats.correct.item()
+
+
+@pytest.mark.parametrize("budget", [None, 16000], ids=["whole", "cut"])
+def test_a_masked_class_of_weight_0_with_label_smoothing(budget: int | None) -> None:
+    x, w = torch.ones(1, 2), torch.eye(3)[:, :2]
+    bias, weight = torch.tensor([0.0, 0.0, -INF]), torch.tensor([1.0, 1.0, 0.0])
+    options = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}
+    got = softcurve.linear_cross_entropy(x, w, torch.tensor([0]), linear_bias=bias, memory_budget=budget, **options)
+    expected = (0.9 + 2 * 0.1 / 3) * math.log(2)
+    assert abs(got.item() - expected) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [3.3, 1 / 3, 0.7])
+def test_half_precision_with_a_scaled_loss_is_no_worse_than_dense(scale: float) -> None:
+    """Gradients are rounded once, after the scale that comes from above."""
+    g = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(s, generator=g).bfloat16().requires_grad_() for s in ((512, 16), (2000, 16)))
+    target = torch.randint(2000, (512,), generator=g)
+    exact = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    truth = torch.autograd.grad(scale * F.cross_entropy(exact[0] @ exact[1].T, target), exact)
+    ours = torch.autograd.grad(scale * softcurve.linear_cross_entropy(x, w, target), (x, w))
+    dense = torch.autograd.grad(scale * F.cross_entropy(x @ w.T, target), (x, w))
+    for one, other, true in zip(ours, dense, truth, strict=True):
+        assert (one - true).norm() <= (other - true).norm()
+
+
+def test_small_gradients_in_float16_survive_under_a_loss_scale() -> None:
+    """What a scale of 65,536 is for: rounding comes after it."""
+    x, w = torch.randn(256, 4).half().float(), torch.randn(5000, 4).half().float().requires_grad_()
+    target = torch.randint(50, (256,))
+    with torch.autocast("cpu", torch.float16):
+        loss = softcurve.linear_cross_entropy(x, w, target)
+    (got,) = torch.autograd.grad(65536 * loss, w)
+    wide = w.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(65536 * F.cross_entropy(x.double() @ wide.T, target), wide)
+    assert ((got - truth).norm(dim=-1) <= 6e-4 * truth.norm(dim=-1))[50:].all()
+
+
+def test_label_smoothing_under_autocast_is_summed_in_float32() -> None:
+    g = torch.Generator().manual_seed(2)
+    x, w = torch.randn(64, 32, generator=g) * 8, torch.randn(1000, 32, generator=g)
+    target = torch.randint(1000, (64,), generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = softcurve.linear_cross_entropy(x, w, target, label_smoothing=0.1)
+    lowered = (x.bfloat16().double() @ w.bfloat16().double().T, target)
+    assert abs(got.item() / F.cross_entropy(*lowered, label_smoothing=0.1).item() - 1) < 1e-5

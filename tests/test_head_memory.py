@@ -151,3 +151,10 @@ warm_and_extra(product, 2048, 128, 50257, lambda *shape: [t.detach() for t in te
 """
     # Beyond the budget, the gradients that the graph saved are also scaled: one more of each.
     assert extra(run_python, body) <= MOST + (2048 + 50257) * 128 * 4 / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(20000, 2048, 64), (100000, 64, 4)], ids=str)
+def test_rows_that_are_long_for_their_classes(shape: tuple[int, int, int], run_python: Callable[[str], object]) -> None:
+    """What a tile copies of its features counts as well."""
+    assert extra(run_python, f"warm_and_extra(gradients, *{shape})") <= MOST

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import softcurve
+from softcurve.head import workspace
 
 from .head_cases import BY_NAME, CASES, REDUCTIONS, Case, Problem, along, assert_same, directions, everything, problem
 from .test_head_conformance import products_of
@@ -505,3 +506,43 @@ def test_autocast_of_a_model() -> None:
         assert parameter.grad.dtype == torch.float32
         (true,) = torch.autograd.grad(truth, parameter, retain_graph=True)
         assert (parameter.grad - true).norm() <= 3e-2 * true.norm()
+
+
+def test_training_after_evaluation_in_inference_mode() -> None:
+    """Tiles outlive a call; one that was made in inference mode must not be one that a later call cannot write to."""
+    workspace._kept.clear()
+    x, w, t = torch.randn(64, 16), torch.randn(500, 16, requires_grad=True), torch.randint(500, (64,))
+    with torch.inference_mode():
+        evaluated = softcurve.linear_cross_entropy(x, w, t).item()
+    loss = softcurve.linear_cross_entropy(x, w, t)
+    loss.backward()
+    assert loss.item() == evaluated
+    assert_same(w.grad, torch.autograd.grad(F.cross_entropy(x @ w.T, t), w)[0], bound=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("outer", [jacfwd, jacrev])
+@pytest.mark.parametrize("inner", [jacfwd, jacrev])
+def test_features_and_sample_weights_mixed(inner: Any, outer: Any, reduction: str) -> None:
+    """The second derivative in a sample weight and features, whichever is first and by whichever mode."""
+    x, w, s = (torch.randn(size, dtype=torch.float64) for size in ((3, 2), (4, 2), (3,)))
+    target, s = torch.tensor([0, 3, 1]), s.exp()
+
+    def ours(x: Tensor, s: Tensor) -> Tensor:
+        return softcurve.linear_cross_entropy(x, w, target, sample_weight=s, reduction=reduction)
+
+    def dense(x: Tensor, s: Tensor) -> Tensor:
+        return softcurve.cross_entropy(x @ w.T, target, sample_weight=s, reduction=reduction)
+
+    for first, second in ((0, 1), (1, 0)):
+        assert_equal(outer(inner(ours, first), second)(x, s), outer(inner(dense, first), second)(x, s))
+
+
+def test_gradients_that_are_handed_over_are_not_scaled_in_place() -> None:
+    saved: list[Tensor] = []
+    x, w, t = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True), torch.randint(7, (5,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss = softcurve.linear_cross_entropy(x, w, t)
+    before = [tensor.clone() for tensor in saved]
+    (5 * loss).backward()
+    assert all(map(torch.equal, saved, before))

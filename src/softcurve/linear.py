@@ -18,7 +18,7 @@ from softcurve.functional import require_class_weight
 from softcurve.head.problem import HeadLoss
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import (
-    NOT_GIVEN,
+    DEFAULT_IGNORED,
     Head,
     LossStats,
     Posed,
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     posed = Posed(head, reducer, memory_budget, return_stats)
     options = {"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats}
     if isinstance(target, Tensor) and not target.is_floating_point():
-        ignored = NOT_GIVEN if ignore_index is None else ignore_index
+        ignored = DEFAULT_IGNORED if ignore_index is None else ignore_index
         return against_indices(posed, target, ignored, weight, sample_weight, label_smoothing, shift, options)
     if ignore_index is not None:
         raise ValueError(
@@ -208,10 +208,19 @@ def _by_positions(
         raise TypeError(
             f"target must be a tensor for a linear_weight of more than two dimensions, got {type(target).__name__}"
         )
+    checks.require_tensor("input", input)
     if input.ndim != 2:
         raise ValueError(f"input must be of shape (N, d) for a weight of K dimensions, got {checks.describe(input)}")
     if shift:
         raise ValueError(f"shift must be 0 for a linear_weight of more than two dimensions, got {shift}")
+    if linear_bias is not None:
+        checks.require_tensor("linear_bias", linear_bias)
+    if 0 in positions:
+        raise ValueError(f"linear_weight must have at least one position, got {checks.describe(linear_weight)}")
+    if input.shape[1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"linear_weight must be as wide as input {tuple(input.shape)}, got {checks.describe(linear_weight)}"
+        )
     if linear_bias is not None and tuple(linear_bias.shape) != (classes, *positions):
         raise ValueError(
             f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
@@ -274,7 +283,7 @@ def _mass(
         return ones.sum()
     mass = ones if sample_weight is None else sample_weight
     if not soft:
-        kept = target != (NOT_GIVEN if ignore_index is None else ignore_index)
-        own = ones if weight is None else weight[torch.where(kept, target, 0)]
+        kept = target != (DEFAULT_IGNORED if ignore_index is None else ignore_index)
+        own = ones if weight is None else weight[torch.where(kept, target, 0).long()]
         mass = torch.where(kept, mass * own, 0.0)
     return mass.sum()

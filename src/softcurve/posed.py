@@ -22,7 +22,7 @@ from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.objective import LogitMap, Reduction
 from softcurve.targets import LinearTeacher, Logits, Probabilities, Target, TopK, as_target
 
-NOT_GIVEN = -100  # torch's own default of ignore_index
+DEFAULT_IGNORED = -100  # torch's own default of ignore_index
 
 
 class LossStats(NamedTuple):
@@ -118,6 +118,7 @@ class Posed:
         weight: Tensor,
         mass: Tensor | float,
         counted: Tensor,
+        weighs: bool,
         *,
         target: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
         indices: Tensor | None = None,
@@ -126,7 +127,8 @@ class Posed:
     ) -> Tensor | tuple[Tensor, LossStats]:
         """Rows of the given ``weight`` reduced; ``mass`` is what a mean divides by. ``counted`` rows can be correct.
 
-        ``label`` is the target's class, ``(n,)``, where the pass does not see the whole target.
+        ``weighs`` says whether a sample weight is in the rows' weights. ``label`` is the target's class, ``(n,)``,
+        where the pass does not see the whole target.
         """
         head, per_row = self.head, self.reducer.kind == "none"
         wide = weight.dtype
@@ -139,7 +141,9 @@ class Posed:
             divisor = mass.to(wide) if isinstance(mass, Tensor) else weight.new_full((), mass)
             row_weight = weight / (torch.where(divisor == 0, 1.0, divisor) * self.reducer.nats)
         tensors = HeadTensors(head.input, head.weight, head.bias, *target, indices, row_weight, class_weight)
-        outcome = head_outcome(loss, tensors, self.memory_budget, per_row=per_row, stats=self.return_stats)
+        outcome = head_outcome(
+            loss, tensors, self.memory_budget, per_row=per_row, weighs=weighs, stats=self.return_stats
+        )
         if per_row:
             result = weighted(weight, outcome.rows).reshape(head.leading)
             result = result if self.reducer.nats == 1 else result / self.reducer.nats
@@ -204,6 +208,7 @@ def against_indices(
         row_weight,
         divisor,
         kept,
+        sampled is not None,
         target=(coarse, None, None),
         indices=classes.unsqueeze(-1),
         label=classes,
@@ -316,14 +321,14 @@ def divergence_from(
     return posed.solve(loss(kind), *rows, target=tensors)
 
 
-def _rows_of_distributions(posed: Posed, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor]:
-    """The rows' weights, what a mean divides by, and which rows count."""
+def _rows_of_distributions(posed: Posed, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor, bool]:
+    """The rows' weights, what a mean divides by, which rows count, and whether there is a sample weight."""
     count = len(posed.head.input)
     everywhere = torch.ones(count, dtype=torch.bool, device=posed.head.input.device)
     sampled = posed.sample_weight(sample_weight)
     if sampled is None:
-        return everywhere.to(posed.wide), float(count), everywhere
-    return sampled, float(count) if posed.reducer.kind == "batchmean" else sampled.sum(), everywhere
+        return everywhere.to(posed.wide), float(count), everywhere, False
+    return sampled, float(count) if posed.reducer.kind == "batchmean" else sampled.sum(), everywhere, True
 
 
 def _dense_target(

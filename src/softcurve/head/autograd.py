@@ -1,9 +1,10 @@
 """Makes the passes over a head's tiles differentiable, twice.
 
 ``_Losses`` returns ``Σ weight · loss``, each row's loss and, when a derivative will be wanted of the sum, the gradients
-from the same pass. Its backward applies ``_Gradients``, which only scales them, or computes them where the rows'
-weights come from above (``reduction="none"``). The backward and the jvp of ``_Gradients`` are the streaming Hessian
-product, ``_Products``. Nothing is computed again until a second derivative is asked for; a third is an error.
+from the same pass. Its backward hands them over, where it is the last to see them, or applies ``_Gradients``, which
+scales them, or computes them where the rows' weights come from above (``reduction="none"``). The backward and the jvp
+of ``_Gradients`` are the streaming Hessian product, ``_Products``; the change of the rows' losses along a direction is
+``_Tangents``. Nothing is computed again until a second derivative is asked for; a third is an error.
 
 ``torch.compile`` sees the operators alone, whose derivatives these classes are too.
 """
@@ -36,22 +37,25 @@ class HeadOutcome(NamedTuple):
 
 
 def head_outcome(
-    loss: HeadLoss, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, stats: bool
+    loss: HeadLoss, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
 ) -> HeadOutcome:
-    """The losses of a head, differentiable; of its two forms of result that one which ``per_row`` says is used."""
+    """The losses of a head, differentiable; of its two forms of result that one which ``per_row`` says is used.
+
+    ``weighs`` says whether somebody's tensor is behind the rows' weights, which may then be differentiated in.
+    """
     wanted = NOTHING
     if torch.is_grad_enabled() and not per_row:
         a, b, c, d, e, f = (tensor is not None and tensor.requires_grad for tensor in tensors[:6])
         wanted = (a, b, c, d, e, f)
-    # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
-    all_rows = tensors.row_weight.requires_grad or forward_ad._current_level >= 0
     compiling = torch.compiler.is_compiling()
-    if not compiling:
-        all_rows = all_rows or torch._C._are_functorch_transforms_active()
+    transformed = compiling or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
+    weight_moves = tensors.row_weight.requires_grad or (weighs and transformed)
+    all_rows = tensors.row_weight.requires_grad or (transformed and not compiling)
     function = torch.ops.softcurve.head_losses if compiling else _Losses.apply
     outputs = function(  # type: ignore[no-untyped-call]
         *tensors, *operators.described(loss), memory_budget,
-        stats, all_rows, per_row, tensors.row_weight.requires_grad, list(wanted),
+        stats, all_rows, per_row, weight_moves, list(wanted),
     )  # fmt: skip
     total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
@@ -84,10 +88,11 @@ class _Losses(Function):
             weight = v_rows if v_total is None else v_rows + v_total * tensors.row_weight
             gradients = _gradients(ctx, tensors._replace(row_weight=weight), needs, torch.ones_like(weight.sum()), None)
         elif v_total is not None:
-            if _may_overwrite(v_total):
+            if _may_hand_over(v_total):
                 gradients = [g if n else None for g, n in zip(ready, needs, strict=True)]
                 if v_total != 1:
-                    gradients = [None if g is None else g.mul_(v_total) for g in gradients]
+                    gradients = [None if g is None else g * v_total for g in gradients]
+                gradients = _in_own_dtypes(gradients, tensors)
             else:
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
         if ctx.needs_input_grad[7] and v_total is not None:
@@ -117,7 +122,7 @@ class _Losses(Function):
         return _one_by_one(_Losses, info, in_dims, inputs)
 
 
-def _may_overwrite(scale: Tensor) -> bool:
+def _may_hand_over(scale: Tensor) -> bool:
     """Whether saved gradients may be handed over as they are: this backward is the last to see them."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(scale):
         return False
@@ -137,33 +142,6 @@ def _gradients(
     settings = ctx.loss, ctx.memory_budget, tuple(wanted), scale
     found: tuple[Tensor, ...] = _Gradients.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]
     return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
-
-
-class _TransformableLosses(_Losses):
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        directions, v_weight = tangents[5:11], tangents[12]
-        nothing = (None,) * 10
-        with outer_tangents(ctx) as saved:
-            tensors, rows = HeadTensors(*saved[:9]), saved[9]
-            moved = any(v is not None for v in directions)
-            per_row, weight_wanted = ctx.rows_move
-            change = torch.zeros_like(rows)
-            if moved and (per_row or weight_wanted):
-                change = _tangents(ctx, tensors, directions)
-            total = rows.new_zeros(())
-            if moved and not per_row:
-                wanted = tuple(v is not None for v in directions)
-                found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
-                total = total + _inner(found, directions)
-            if v_weight is not None:
-                total = total + (v_weight * rows).sum()
-            return total, change, *nothing
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        stacked = operators.one_by_one(_TransformableLosses.apply, info.batch_size, in_dims, inputs)
-        return tuple(stacked), (0,) * len(stacked)
 
 
 class _Gradients(Function):
@@ -191,16 +169,16 @@ class _Gradients(Function):
     ) -> tuple[Tensor, ...]:
         ready = (g_input, g_weight, g_bias, g_target, g_target_weight, g_target_bias)
         if any(g is not None for g in ready):
-            return tuple(
-                input.new_empty(0) if g is None or not is_wanted else (g * scale).to(g.dtype)
-                for g, is_wanted in zip(ready, wanted, strict=True)
-            )
+            scaled = [g * scale if g is not None and w else None for g, w in zip(ready, wanted, strict=True)]
+            scaled = _in_own_dtypes(scaled, (input, weight, bias, target, target_weight, target_bias))
+            return tuple(input.new_empty(0) if g is None else g for g in scaled)
         found = operators.batched(
             torch.ops.softcurve.head_losses,
             input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
             *operators.described(loss), memory_budget, False, False, False, False, list(wanted),
         )  # fmt: skip
-        return tuple(found[6:])
+        tensors = (input, weight, bias, target, target_weight, target_bias)
+        return tuple(_in_own_dtypes(found[6:], tensors))  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -369,6 +347,11 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6)
     if len(sides) == 1 and u[3] is not None:
         total = total + (changes[3] * u[3]).sum(-1)
     return total
+
+
+def _in_own_dtypes(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Saved and scaled in the dtype of the computation, gradients are rounded to their tensors' here, once."""
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]
 
 
 def _inner(gradients: Optional6, directions: Optional6) -> Tensor:

@@ -167,7 +167,7 @@ class BlockKernel(Kernel):
             pair, model, target = self._terms(rows, block, z, given)
             v, target_v = self._directions(block, rows, given)
             if number == 1:
-                self._gather(rows, block.classes, pair, model, target, v, target_v)
+                self._gather(rows, block.classes, z, given, pair, model, target, v, target_v)
             else:
                 u, u_y = self.model.centred(rows, v, z), self._target_centred(rows, target_v, z)
                 for side, terms, own, other in ((self.model, model, u, u_y), (self.target, target, u_y, u)):
@@ -241,6 +241,8 @@ class BlockKernel(Kernel):
         self,
         rows: slice,
         classes: slice,
+        z: Tensor,
+        given: Tensor,
         pair: Pair,
         model: _Terms,
         target: _Terms,
@@ -257,9 +259,9 @@ class BlockKernel(Kernel):
             self.surplus[rows] += pair.difference.sum(-1, keepdim=True).double()
         self.values[rows] += value.double().unsqueeze(-1)
         if self.data.wants_stats:
-            finite = torch.where(model.p == 0, 0.0, torch.log(model.p))
+            finite = torch.where(model.p == 0, 0.0, self.model.softmax.log_probabilities(rows, z))
             self.information[rows] -= (model.p * finite).sum(-1, keepdim=True).double()
-            best, at = pair.y.max(-1, keepdim=True)
+            best, at = given.max(-1, keepdim=True)
             better = best.double() > self.best[rows]
             self.best[rows] = torch.where(better, best.double(), self.best[rows])
             self.label[rows] = torch.where(better, at + classes.start, self.label[rows])

@@ -37,7 +37,8 @@ class ListKernel(Kernel):
         zeros = torch.zeros((rows, 1), dtype=torch.float64, device=indices.device)
         self.shift = torch.full_like(zeros, NO_MASS)
         self.others, self.v_others = zeros, zeros.clone()  # Σ_{unlisted} e^{z − shift}, and the same sum with ż
-        self.own, self.v_own = zeros.expand_as(indices), zeros.expand_as(indices)
+        # NaN until a block has it: a class that is in none must not look like one.
+        self.own, self.v_own = (zeros + math.nan).expand_as(indices), zeros.expand_as(indices)
         self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·(z − shift), u·ż
         self.uniform_mass: Tensor | float = 0.0
         if self.data.wants_stats:
@@ -83,12 +84,12 @@ class ListKernel(Kernel):
                 change = (z[rows] * v[rows]).sum(-1, keepdim=True)
                 self.v_others[rows] = self.v_others[rows] * kept[rows] + change * added[rows]
         if self.data.wants_stats:
-            lowered = torch.where(kept == 0, 0.0, self.shift - merged)
+            lowered = torch.where(self.shift == NO_MASS, 0.0, self.shift - merged)
             self.moment = kept * (self.moment + lowered * self.others)
             self.moment += added * (moment + (shift - merged) * others)
         self.others = self.others * kept + others.double() * added
         if self.loss.smoothing:
-            lowered = torch.where(kept == 0, 0.0, self.shift - merged).squeeze(-1)
+            lowered = torch.where(self.shift == NO_MASS, 0.0, self.shift - merged).squeeze(-1)
             self.uniform += self.uniform_mass * lowered + uniform + mass * (shift - merged).squeeze(-1)
             self.uniform_mass = self.uniform_mass + mass
         self.shift = merged
@@ -109,10 +110,15 @@ class ListKernel(Kernel):
         if not self.loss.smoothing:
             return self.uniform, 0.0
         u = self._smooth(block.classes, block.z)
+        masks = bool((u == 0).any())  # a class of weight 0 has no part, also where it is masked
+
+        def inner(z: Tensor) -> Tensor:
+            return (torch.where(u == 0, 0.0, z) if masks else z) @ u
+
         for rows in self.groups(block):
             if block.v is not None:
-                self.v_uniform[rows] += (block.v[rows] @ u).double()
-        parts = [((block.z[rows] - shift[rows]) @ u).double() for rows in self.groups(block)]
+                self.v_uniform[rows] += inner(block.v[rows]).double()
+        parts = [inner(block.z[rows] - shift[rows]).double() for rows in self.groups(block)]
         return torch.cat(parts), u.double().sum()
 
     def _listed(self, classes: slice, rows: slice | None = None) -> tuple[Tensor, Tensor | None, Tensor]:

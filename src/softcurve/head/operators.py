@@ -51,9 +51,10 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
     """``Σ weight · loss``, each row's loss; lse, entropy, predicted class and label if ``stats``; the six gradients."""
     tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:16])
     memory_budget, stats, all_rows, _, _, wanted = arguments[16:]
-    outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
+    with _no_autocast(tensors.input):
+        outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
-    return [total, outcome.rows, *_present(tensors.input, *vars(outcome.statistics).values(), *outcome.gradients)]
+    return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
 
 
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:
@@ -64,7 +65,11 @@ def _fake_head_losses(*arguments: Any) -> list[Tensor]:
     if stats:
         columns = [torch.empty_like(rows), torch.empty_like(rows)]
         columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
-    return [total, rows, *_present(rows, *columns, *_gradients_like(tensors, wanted))]
+    # Not rounded yet, but for a target that is written once, tile by tile.
+    wide = [rows.dtype] * 6
+    if arguments[10] != "teacher" and tensors.target is not None:
+        wide[3] = tensors.target.dtype
+    return [total, rows, *_present(rows, *columns, *_gradients_like(tensors, wanted, wide))]
 
 
 @torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
@@ -72,16 +77,18 @@ def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
     tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:22])
     memory_budget, tangents, wanted = arguments[22:]
-    outcome = passes.hessian_product(
-        loss, tensors, arguments[9:15], memory_budget, wanted=_six(wanted), wants_tangents=tangents
-    )
-    return [outcome.rows, *_present(tensors.input, *outcome.gradients)]
+    with _no_autocast(tensors.input):
+        outcome = passes.hessian_product(
+            loss, tensors, arguments[9:15], memory_budget, wanted=_six(wanted), wants_tangents=tangents
+        )
+    return [outcome.rows, *_present(outcome.rows, *outcome.gradients)]
 
 
 def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
     tensors = HeadTensors(*arguments[:9])
     rows = _rows_like(tensors)
-    return [rows, *_present(rows, *_gradients_like(tensors, arguments[24]))]
+    own = [rows.dtype if tensor is None else tensor.dtype for tensor in tensors[:6]]
+    return [rows, *_present(rows, *_gradients_like(tensors, arguments[24], own))]
 
 
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)
@@ -126,6 +133,11 @@ def batched(operator: Callable[..., list[Tensor]], *arguments: Any) -> list[Tens
     return [torch._add_batch_dim(part, 0, level) for part in stacked]
 
 
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """What is lowered was lowered before; inside, the dtypes are the passes' own."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def _six(wanted: Sequence[bool]) -> Wanted:
     a, b, c, d, e, f = wanted
     return a, b, c, d, e, f
@@ -135,10 +147,10 @@ def _rows_like(tensors: HeadTensors) -> Tensor:
     return tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
 
 
-def _gradients_like(tensors: HeadTensors, wanted: Sequence[bool]) -> Directions:
+def _gradients_like(tensors: HeadTensors, wanted: Sequence[bool], dtypes: Sequence[torch.dtype]) -> Directions:
     a, b, c, d, e, f = (
-        tensor.new_empty(tensor.shape) if is_wanted and tensor is not None else None
-        for tensor, is_wanted in zip(tensors[:6], wanted, strict=True)
+        tensor.new_empty(tensor.shape, dtype=dtype) if is_wanted and tensor is not None else None
+        for tensor, is_wanted, dtype in zip(tensors[:6], wanted, dtypes, strict=True)
     )
     return a, b, c, d, e, f
 

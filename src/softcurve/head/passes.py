@@ -33,13 +33,18 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
     """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
     teacher, listed = loss.target == "teacher", loss.target == "list"
 
-    def needs(directed: bool) -> tuple[int, int]:
-        """Tiles, and cache-sized temporaries, that are alive at a time."""
+    def needs(directed: bool) -> tuple[int, int, int]:
+        """Tiles, cache-sized temporaries, and numbers for each row of a tile, that are alive at a time."""
         buffers = (1 + teacher) * (1 + directed) + (loss.softcap is not None)
         written = 2 * (loss.target in ("probabilities", "logits"))
-        return buffers, (6 if listed else 24) + 4 * directed + written
+        # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
+        width = tensors.input.shape[1] + (tensors.target.shape[1] if teacher and tensors.target is not None else 0)
+        row = (3 + 2 * directed) * width + 32
+        if listed and tensors.indices is not None:
+            row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
+        return buffers, (6 if listed else 24) + 4 * directed + written, row
 
-    buffers, temporaries = needs(directed)
+    buffers, temporaries, row_entries = needs(directed)
     return make_plan(
         rows,
         len(tensors.weight),
@@ -47,7 +52,9 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
         device=tensors.input.device,
         buffers=buffers,
         temporaries=temporaries,
-        least_pieces=sum(needs(True)),  # one least for all passes
+        row_entries=row_entries,
+        least_pieces=sum(needs(True)[:2]),  # one least for all passes
+        least_row_entries=needs(True)[2],
         whole_rows=not listed,
         memory_budget=budget,
     )
@@ -107,6 +114,16 @@ def _kept_rows(weight: Tensor) -> slice | Tensor:
     return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
 
 
+def _require_classes(tensors: HeadTensors) -> None:
+    """Where a graph or a transform hid the indices from the public door. Looking would make a device wait."""
+    indices, classes = tensors.indices, len(tensors.weight)
+    if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    least, most = (int(bound) for bound in indices.aminmax())
+    if least < 0 or most >= classes:
+        raise IndexError(f"target must hold classes from 0 to {classes - 1}, got {least if least < 0 else most}")
+
+
 @dataclass
 class _Pass:
     loss: HeadLoss
@@ -123,6 +140,7 @@ class _Pass:
     def __post_init__(self) -> None:
         t = self.tensors
         n, self.dtype, device = len(t.input), t.dtype, t.input.device
+        _require_classes(t)
         self.rows = torch.zeros(n, dtype=self.dtype, device=device)
         self.statistics = Statistics()
         if self.stats:
@@ -140,14 +158,15 @@ class _Pass:
             )
 
     def outcome(self) -> Outcome:
-        """The gradients in the dtypes of their tensors; what no tile has touched is 0."""
+        """What no tile has touched is 0; changes of gradients are rounded to the dtypes of their tensors."""
         self.release()
         final: list[Tensor | None] = []
         for i, (gradient, tensor) in enumerate(zip(self.gradients, self.tensors[:6], strict=True)):
             if gradient is not None and tensor is not None:
                 if str(i) not in self.started:
                     gradient.zero_()
-                gradient = gradient.to(tensor.dtype)
+                if self.directions is not None:
+                    gradient = gradient.to(tensor.dtype)
             final.append(gradient)
         return Outcome(self.rows, self.statistics, tuple(final))  # type: ignore[arg-type]
 
@@ -305,7 +324,7 @@ class _Tile:
             return run.buffer(name, count, width)
 
         block = Block(classes, self._product(room("z"), self.model, classes, run.loss.scale))
-        if run.loss.softcap is not None:
+        if run.loss.softcap is not None and (run.loss.target == "list" or run.plan.cuts_classes):
             block.raw = room("raw")
         if run.directions is not None:
             block.v = self._direction(room("v"), self.model, classes, run.loss.scale)

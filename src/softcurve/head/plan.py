@@ -32,6 +32,7 @@ class Plan:
     cached: int
     buffers: int  # tiles alive at a time
     temporaries: int  # buffers of ``cached`` entries alive at a time
+    row_entries: int  # for each row of a tile: its features once more, its statistics
     itemsize: int
 
     @property
@@ -42,7 +43,8 @@ class Plan:
     @property
     def bytes(self) -> int:
         """What tiles and temporaries occupy at most."""
-        return self.itemsize * (self.buffers * self.rows * self.classes + self.temporaries * self.cached)
+        each_row = self.buffers * self.classes + self.row_entries
+        return self.itemsize * (self.rows * each_row + self.temporaries * self.cached)
 
     def class_blocks(self) -> Iterator[slice]:
         """The classes of each tile."""
@@ -65,41 +67,46 @@ def make_plan(
     device: torch.device,
     buffers: int,
     temporaries: int,
+    row_entries: int,
     least_pieces: int,
+    least_row_entries: int,
     whole_rows: bool,
     memory_budget: int | None,
 ) -> Plan:
     """The plan of fewest tiles within ``memory_budget`` bytes.
 
-    ``buffers`` tiles and ``temporaries`` cache-sized pieces are alive at a time; with ``whole_rows`` the pieces are
-    whole rows as long as classes are not cut. Raises ``ValueError`` for less than ``least_pieces`` of a few classes.
+    ``buffers`` tiles and ``temporaries`` cache-sized pieces are alive at a time, and ``row_entries`` numbers for each
+    row of a tile; with ``whole_rows`` the pieces are whole rows as long as classes are not cut. Raises ``ValueError``
+    for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``.
     """
     itemsize = dtype.itemsize
     entries = (DEFAULT_BUDGET.get(device.type, 2**28) if memory_budget is None else memory_budget) // itemsize
     row_count, class_count = max(row_count, 1), max(class_count, 1)
 
     def planned(rows: int, classes: int, cached: int) -> Plan:
-        return Plan(row_count, class_count, rows, classes, cached, buffers, temporaries, itemsize)
+        return Plan(row_count, class_count, rows, classes, cached, buffers, temporaries, row_entries, itemsize)
 
     fewest_classes = min(class_count, 16)
-    least = least_pieces * fewest_classes
+    least = least_pieces * fewest_classes + least_row_entries
     if entries < least:
         raise ValueError(
-            f"memory_budget must be at least {least * itemsize} bytes for {class_count} classes, got {memory_budget}"
+            f"memory_budget must be at least {least * itemsize} bytes for features and targets as wide as these, "
+            f"got {memory_budget}"
         )
     # Half of the budget, at most, is for the temporaries.
-    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, entries // (2 * temporaries)))
+    spare = entries - least_row_entries
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // (2 * temporaries)))
     fits = cached >= class_count or not whole_rows
-    if not fits and entries // 2 >= temporaries * class_count:
+    if not fits and spare // 2 >= temporaries * class_count:
         cached, fits = class_count, True
-    rows = (entries - temporaries * cached) // (buffers * class_count)
+    rows = (entries - temporaries * cached) // (buffers * class_count + row_entries)
     if fits and rows >= min(row_count, FEWEST_ROWS):
         tiles = -(-row_count // rows)
         rows = -(-row_count // tiles)
         return planned(rows, class_count, min(cached, max(rows * class_count, 1)))
-    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, entries // (2 * temporaries)))
-    free = (entries - temporaries * cached) // buffers
-    rows = max(1, min(row_count, 1024, free // min(class_count, 256)))
-    classes = max(1, min(class_count, free // rows))
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // (2 * temporaries)))
+    free = entries - temporaries * cached
+    rows = max(1, min(row_count, 1024, free // (buffers * min(class_count, 256) + row_entries)))
+    classes = max(1, min(class_count, (free - rows * row_entries) // (buffers * rows)))
     blocks = -(-class_count // classes)
     return planned(rows, -(-class_count // blocks), min(cached, rows * classes))

@@ -11,11 +11,6 @@ from torch import Tensor
 from softcurve.divergences import Divergence, ForwardKL, ReverseKL, jensen_shannon
 from softcurve.objective import LogitMap
 
-FAMILIES = ("cross_entropy", "forward", "reverse", "js")
-TARGETS = ("list", "probabilities", "logits", "teacher")
-
-Selection = slice | Tensor  # of rows
-
 
 @dataclass(frozen=True)
 class HeadLoss:

@@ -1,7 +1,7 @@
 """The losses against a target that speaks of every class, in few passes over a tile of whole rows on the CPU.
 
 The formulas are those of :mod:`softcurve.divergences` without the branches that only masked, nearly equal or extremely
-confident rows need; rows whose statistics do not vouch for six digits are named, to be computed again. With
+confident rows need; rows whose statistics do not vouch for four digits are named, to be computed again. With
 ``E = e^{z − max z}`` and ``S = ΣE``, so ``p = E / S``, a residual is left as a multiple of ``E`` and ``1 / S`` goes
 with the row's weight into ``factor``, for the products' small operands.
 """
@@ -18,9 +18,10 @@ from softcurve.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.head.kernel import Block, RowData
 from softcurve.head.problem import HeadLoss
 
-# Six digits are kept of a divergence above this, and of a softmax with so much beside its largest class: of less, the
-# rounding of a far z − max shows (see softmax.feels_rounding).
-LEAST_VALUE = 1e-3
+# At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
+# logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows (see
+# softmax.feels_rounding).
+LEAST_VALUE = 1e-2
 LEAST_REST = 1e-9
 
 
@@ -136,13 +137,13 @@ class ShortPath:
         out: Tensor | None,
         out_factor: Tensor,
     ) -> Tensor:
-        """By ``log m/p = log((1−β) + β y/p)`` and ``log m/y = log(β + (1−β) p/y)``: no difference of two logarithms."""
+        """By ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))``, not as a difference."""
         total, target_total = totals
         model_side = self._room(2, z)
         # Clamped, for a class without mass on either side: 0 times a finite logarithm.
         torch.div(y, e, out=z).mul_(total / target_total).clamp_(1e-35, 1e35)
-        torch.mul(z, beta, out=model_side).add_(1 - beta).log_()
-        z.reciprocal_().mul_(1 - beta).add_(beta).log_()
+        torch.sub(z, 1, out=model_side).mul_(beta).log1p_()
+        z.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
         to_target = _pull(z, y, target_total, out, out_factor * beta)
         to_model = _pull(model_side, e, total, z if self.data.wants_gradient else None)
         return -(beta * to_target + (1 - beta) * to_model)
@@ -161,9 +162,8 @@ def _exponentials(z: Tensor, out: Tensor) -> Tensor:
 
 def _confident(rest: Tensor) -> Tensor | None:
     """The rows whose largest class has more than one half."""
-    if not bool(rest.amin() < 1):
-        return None
-    return (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    return confident if confident.numel() else None
 
 
 def _pull(s: Tensor, e: Tensor, total: Tensor, out: Tensor | None, factor: Tensor | None = None) -> Tensor:

@@ -38,7 +38,8 @@ def take(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.empty``, on large pages where the system has them."""
-    fresh = torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode(mode=False):  # it may be kept for a pass outside
+        fresh = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and fresh.nbytes >= LARGE_BYTES and (advise := _madvise()) is not None:
         start, stop = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + fresh.nbytes) // PAGE * PAGE
         advise(start, stop - start, MADV_HUGEPAGE)  # a refusal costs nothing but time
