@@ -295,3 +295,11 @@ def test_one_training_step_as_torchs() -> None:
         ends.append(list(module.parameters()))
     for ours, torchs in zip(*ends, strict=True):
         assert_same(ours.detach(), torchs.detach())
+
+
+def test_attributes_are_torchs() -> None:
+    given = {"out_features": (2, 3), "reduction": "sum", "ignore_index": 4, "label_smoothing": 0.25}
+    ours, torchs = (m(5, 7, **given) for m in (softcurve.nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss))
+    for name in torch.nn.LinearCrossEntropyLoss.__constants__:
+        assert getattr(ours, name) == getattr(torchs, name), name
+    assert "out_features=(2, 3)" in repr(ours)

@@ -173,7 +173,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         if weight is not None:
             functional.require_class_weight(weight, num_classes)
         super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
-        self.head_shape = (num_classes, *out_features)
+        self.num_classes, self.out_features = num_classes, out_features
         self.register_buffer("weight", weight)
         self.options = {
             "reduction": reduction,
@@ -196,17 +196,38 @@ class LinearCrossEntropyLoss(_LinearLoss):
         return_stats: bool = False,
     ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
         """See :func:`softcurve.linear_cross_entropy`."""
-        bias = self.linear.bias
+        bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
         return linear.linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*self.head_shape, -1),
+            self.linear.weight.reshape(*shape, -1),
             target,
-            linear_bias=None if bias is None else bias.reshape(self.head_shape),
+            linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
             sample_weight=sample_weight,
             return_stats=return_stats,
             **self.options,
         )
+
+    @property
+    def reduction(self) -> str:
+        """As torch's module has it; so are the next two."""
+        return str(self.options["reduction"])
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The class index of rows that have no part."""
+        ignored: int | None = self.options["ignore_index"]
+        return ignored
+
+    @property
+    def label_smoothing(self) -> float:
+        """``ε``."""
+        return float(self.options["label_smoothing"])
+
+    def extra_repr(self) -> str:
+        """The positions, if there are more than one, and the options."""
+        positions = {"out_features": self.out_features} if self.out_features else {}
+        return _shown(positions | self.options)
 
 
 class LinearKLDivergenceLoss(_LinearLoss):
