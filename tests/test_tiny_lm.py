@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("tokenizers", reason="the extra `examples` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `all` is not installed")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ("--steps", "12", "--vocab", "600", "--context", "16", "--width", "32", "--batch", "2", "--top-k", "8")
