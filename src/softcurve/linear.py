@@ -13,21 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.divergences import ForwardKL, ReverseKL
-from softcurve.functional import require_class_weight
-from softcurve.head.problem import HeadLoss
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import (
     DEFAULT_IGNORED,
     Head,
     LossStats,
-    Posed,
-    against_distribution,
-    against_indices,
+    cross_entropy_from,
     divergence_from,
     require_no_shift,
 )
-from softcurve.targets import Target, as_target
+from softcurve.targets import Target
 
 
 def linear_cross_entropy(
@@ -93,25 +88,17 @@ def linear_cross_entropy(
             z_loss=z_loss,
         )  # fmt: skip
     head = Head.of(input, linear_weight, linear_bias)
-    if weight is not None:
-        require_class_weight(weight, head.classes)
-        if weight.requires_grad:
-            raise ValueError(
-                "weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight"
-            )
-    target = target if isinstance(target, Tensor) and target.is_floating_point() else as_target(target)
-    posed = Posed(head, reducer, memory_budget, return_stats)
-    options = {"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats}
-    if isinstance(target, Tensor) and not target.is_floating_point():
-        ignored = DEFAULT_IGNORED if ignore_index is None else ignore_index
-        return against_indices(posed, target, ignored, weight, sample_weight, label_smoothing, shift, options)
-    if ignore_index is not None:
-        raise ValueError(
-            f"ignore_index must not be given for a target that is a distribution, got {ignore_index}; "
-            "use sample_weight to leave out rows"
-        )
-    require_no_shift(shift)
-    return against_distribution(posed, target, weight, sample_weight, label_smoothing, options)
+    posed = cross_entropy_from(
+        head,
+        target,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        smoothing=label_smoothing,
+        shift=shift,
+        options={"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats},
+    )
+    return posed.reduced(reducer, memory_budget, return_stats)
 
 
 def linear_kl_divergence(
@@ -149,10 +136,18 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    posed = Posed(Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats)
+    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias)
     require_no_shift(shift)
-    divergence = ForwardKL() if direction == "forward" else ReverseKL()
-    return divergence_from(posed, direction, 0.5, divergence, target, sample_weight, temperature, softcap)
+    posed = divergence_from(
+        head,
+        target,
+        family=direction,
+        beta=0.5,
+        sample_weight=sample_weight,
+        temperature=temperature,
+        softcap=softcap,
+    )
+    return posed.reduced(reducer, memory_budget, return_stats)
 
 
 def linear_js_divergence(
@@ -178,11 +173,18 @@ def linear_js_divergence(
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
     checks.require_between("beta", beta, 0.0, 1.0)
-    posed = Posed(Head.of(input, linear_weight, linear_bias), Reduction(reduction, base), memory_budget, return_stats)
+    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias)
     require_no_shift(shift)
-    family = {0.0: "forward", 1.0: "reverse"}.get(float(beta), "js")
-    divergence = HeadLoss(family, "logits", beta).divergence
-    return divergence_from(posed, family, beta, divergence, target, sample_weight, temperature, softcap)
+    posed = divergence_from(
+        head,
+        target,
+        family={0.0: "forward", 1.0: "reverse"}.get(float(beta), "js"),
+        beta=beta,
+        sample_weight=sample_weight,
+        temperature=temperature,
+        softcap=softcap,
+    )
+    return posed.reduced(reducer, memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------

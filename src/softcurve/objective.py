@@ -19,9 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks, softmax
-from softcurve.divergences import Divergence
+from softcurve.divergences import Divergence, ForwardKL, Pair
+from softcurve.softmax import RowCurvature
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+# The matrices of second order of a row's loss in what the softmax sees.
+HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
 
 Pulled = tuple[Tensor | None, Tensor | None]  # in the logits, in the target
 
@@ -80,6 +84,10 @@ class RowLoss(ABC):
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
         """``scale ⊙ ∂loss/∂z`` and ``scale ⊙ ∂loss/∂target`` where wanted."""
 
+    def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``p`` and ``q`` of the matrix of each row, as in :class:`softcurve.softmax.RowCurvature`."""
+        raise NotImplementedError(f"{type(self).__name__} has no {matrix} matrix by these means")
+
     @abstractmethod
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
         """The joint Hessian times a direction; ``None`` is a direction of zeros."""
@@ -132,6 +140,21 @@ class RowLoss(ABC):
         in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
         return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
 
+    def curvature(self, matrix: str, z: Tensor, target: Tensor) -> RowCurvature:
+        """The Hessian, Gauss-Newton or Fisher matrix of each row in mapped logits ``z``, what the softmax sees.
+
+        Gauss-Newton is the Hessian where the loss is convex in the logits (cross-entropy, forward KL); reverse KL and
+        JS are convex in ``p``, and it is ``J φ″ J``. Of a z-loss it keeps ``2 λ (p pᵀ + max(lse, 0) J)``. The Fisher
+        matrix is ``(Σy) J``, of the model alone: there is no z-loss in it.
+        """
+        p, q = self.second_order(matrix, z, target)
+        total = q.sum(-1, keepdim=True)
+        if self.z_loss and matrix != FISHER:
+            lse = softmax.softmax_rows(z).log_sum_exp.unsqueeze(-1)
+            lse = lse if matrix == HESSIAN else lse.clamp(min=0)
+            q, total = q + 2 * self.z_loss * lse * p, total + 2 * self.z_loss * (lse + 1)
+        return RowCurvature(p, q, total)
+
     def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """``g′`` in the logits, for autograd to look into."""
         gradient, _ = self._mapped_gradient(z.new_ones(z.shape[:-1]), z, target, (True, False))
@@ -156,6 +179,11 @@ class IndexCrossEntropy(RowLoss):
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
         return softmax.index_residual(z, target, scale), None
 
+    def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``q = p``, whichever matrix."""
+        p = softmax.softmax_rows(z).probabilities
+        return p, p
+
     def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
         one_hot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1.0)
         return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, one_hot)
@@ -177,6 +205,11 @@ class DenseCrossEntropy(RowLoss):
             softmax.dense_residual(z, target, scale) if wanted[0] else None,
             scale.unsqueeze(-1) * softmax.dense_target_gradient(z, target) if wanted[1] else None,
         )
+
+    def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``q = (Σy) p``, whichever matrix."""
+        p = softmax.softmax_rows(z).probabilities
+        return p, target.sum(-1, keepdim=True) * p
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
         """``(Σy) p ⊙ u + (Σẏ) p − ẏ`` in the logits, ``−u`` in the target, ``u = v − p·v``."""
@@ -212,6 +245,11 @@ class LogitDivergence(RowLoss):
             in_target = softmax.unless_masked(target, column * gradient)
         return in_z, in_target
 
+    def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``c − p S``; of Gauss-Newton ``p² φ″ = c − s``, unless the divergence is convex in the logits."""
+        pair = softmax.pair(z, target)
+        return pair.p, divergence_second_order(self.divergence, matrix, pair)
+
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
         pair = softmax.pair(z, target)
         zeros = torch.zeros_like(pair.p)
@@ -236,6 +274,16 @@ class Entropy(RowLoss):
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
         return None if v_z is None else softmax.entropy_hessian_product(z, v_z), None
+
+
+def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:
+    """``q`` of a divergence's matrix on classes of a row, all of them unless the row's ``score`` ``S`` is given."""
+    if matrix == FISHER or isinstance(divergence, ForwardKL):
+        return pair.p
+    if matrix == GAUSS_NEWTON:
+        return divergence.curve(pair) - divergence.score(pair)
+    score = divergence.score(pair).sum(-1, keepdim=True) if score is None else score
+    return divergence.curve(pair) - pair.p * score
 
 
 def _widened(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

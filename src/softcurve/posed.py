@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.divergences import Divergence
-from softcurve.functional import require_finite_against, weighted
+from softcurve.functional import require_class_weight, require_finite_against, weighted
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.objective import LogitMap, Reduction
@@ -80,92 +79,138 @@ class Head:
         """``C``."""
         return len(self.weight)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the losses before the last rounding."""
+        return torch.promote_types(self.dtype, torch.float32)
+
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
+# --- a loss of its rows ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Posed:
-    """A head, and what is to be done with its rows."""
+    """A loss of a head's rows, in the passes' own terms, before it is reduced."""
 
     head: Head
-    reducer: Reduction
-    memory_budget: int | None
-    return_stats: bool
+    loss: HeadLoss
+    weight: Tensor  # (n,), of the rows
+    mass: Tensor | float  # what a mean divides by
+    batch: Tensor | float  # what "batchmean" divides by
+    counted: Tensor  # (n,): which rows have a part
+    weighs: bool  # whether a sample weight is in the rows' weights
+    target: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    indices: Tensor | None = None
+    label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
+    class_weight: Tensor | None = None
+    coarsens: bool = False  # whether the outcomes are a list and one bucket
 
-    def __post_init__(self) -> None:
-        budget = self.memory_budget
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"memory_budget must be a positive int of bytes, or None, got {budget!r}")
+    def tensors(self, row_weight: Tensor) -> HeadTensors:
+        """What the passes are given."""
+        head = self.head
+        return HeadTensors(
+            head.input, head.weight, head.bias, *self.target, self.indices, row_weight, self.class_weight
+        )
 
-    @property
-    def wide(self) -> torch.dtype:
-        """Of the losses before the last rounding."""
-        return torch.promote_types(self.head.dtype, torch.float32)
-
-    def sample_weight(self, sample_weight: Tensor | None) -> Tensor | None:
-        """``(n,)``, in the dtype of the losses."""
-        if sample_weight is None:
-            return None
-        checks.require_rows("sample_weight", sample_weight, self.head.leading, "input")
-        checks.require_numbers("sample_weight", sample_weight)
-        return sample_weight.reshape(-1).to(self.wide)
-
-    def solve(
-        self,
-        loss: HeadLoss,
-        weight: Tensor,
-        mass: Tensor | float,
-        counted: Tensor,
-        weighs: bool,
-        *,
-        target: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-        indices: Tensor | None = None,
-        label: Tensor | None = None,
-        class_weight: Tensor | None = None,
+    def reduced(
+        self, reducer: Reduction, memory_budget: int | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """Rows of the given ``weight`` reduced; ``mass`` is what a mean divides by. ``counted`` rows can be correct.
-
-        ``weighs`` says whether a sample weight is in the rows' weights. ``label`` is the target's class, ``(n,)``,
-        where the pass does not see the whole target.
-        """
-        head, per_row = self.head, self.reducer.kind == "none"
-        wide = weight.dtype
+        """What the public call returns."""
+        require_budget(memory_budget)
+        head, per_row = self.head, reducer.kind == "none"
+        wide = self.weight.dtype
         if per_row:
-            row_weight = counted.to(wide)
-            if not weight.requires_grad:
-                row_weight = torch.where(weight == 0, 0.0, row_weight)
+            row_weight = self.counted.to(wide)
+            if not self.weight.requires_grad:
+                row_weight = torch.where(self.weight == 0, 0.0, row_weight)
         else:
-            mass = 1.0 if self.reducer.kind == "sum" else mass
-            divisor = mass.to(wide) if isinstance(mass, Tensor) else weight.new_full((), mass)
-            row_weight = weight / (torch.where(divisor == 0, 1.0, divisor) * self.reducer.nats)
-        tensors = HeadTensors(head.input, head.weight, head.bias, *target, indices, row_weight, class_weight)
+            divisor = self.divisor(reducer)
+            row_weight = self.weight / (torch.where(divisor == 0, 1.0, divisor) * reducer.nats)
         outcome = head_outcome(
-            loss, tensors, self.memory_budget, per_row=per_row, weighs=weighs, stats=self.return_stats
+            self.loss,
+            self.tensors(row_weight),
+            memory_budget,
+            per_row=per_row,
+            weighs=self.weighs,
+            stats=return_stats,
         )
         if per_row:
-            result = weighted(weight, outcome.rows).reshape(head.leading)
-            result = result if self.reducer.nats == 1 else result / self.reducer.nats
+            result = weighted(self.weight, outcome.rows).reshape(head.leading)
+            result = result if reducer.nats == 1 else result / reducer.nats
         else:
             # A mean of nothing is NaN and has gradient 0, as in torch.
             result = outcome.total + torch.where(divisor == 0, math.nan, 0.0).to(wide)
         result = result.to(head.dtype)
-        if not self.return_stats:
+        if not return_stats:
             return result
         lse, entropy, predicted, found = (
             column.detach().reshape(head.leading) for column in vars(outcome.statistics).values()
         )
-        label = found if label is None else label.reshape(head.leading)
-        correct = (predicted == label) & counted.reshape(head.leading)
-        return result, LossStats(lse, entropy / self.reducer.nats, predicted, correct)
+        label = found if self.label is None else self.label.reshape(head.leading)
+        correct = (predicted == label) & self.counted.reshape(head.leading)
+        return result, LossStats(lse, entropy / reducer.nats, predicted, correct)
+
+    def divisor(self, reducer: Reduction) -> Tensor:
+        """What the sum over the rows is divided by, ``()``."""
+        divisor = {"sum": 1.0, "mean": self.mass, "batchmean": self.batch}[reducer.kind]
+        return divisor.to(self.weight.dtype) if isinstance(divisor, Tensor) else self.weight.new_full((), divisor)
+
+
+def require_budget(budget: int | None) -> None:
+    """Bytes, or ``None``."""
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"memory_budget must be a positive int of bytes, or None, got {budget!r}")
+
+
+def _sampled(head: Head, sample_weight: Tensor | None) -> Tensor | None:
+    """``(n,)``, in the dtype of the losses."""
+    if sample_weight is None:
+        return None
+    checks.require_rows("sample_weight", sample_weight, head.leading, "input")
+    checks.require_numbers("sample_weight", sample_weight)
+    return sample_weight.reshape(-1).to(head.wide)
+
+
+def cross_entropy_from(
+    head: Head,
+    target: Tensor | Target,
+    *,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int | None,
+    smoothing: float,
+    shift: int,
+    options: dict[str, float | None],
+) -> Posed:
+    """The cross-entropy of any target; ``options`` are temperature, soft cap and z-loss."""
+    if weight is not None:
+        require_class_weight(weight, head.classes)
+        if weight.requires_grad:
+            raise ValueError(
+                "weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight"
+            )
+    target = target if isinstance(target, Tensor) and target.is_floating_point() else as_target(target)
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        ignored = DEFAULT_IGNORED if ignore_index is None else ignore_index
+        return _against_indices(head, target, ignored, weight, sample_weight, smoothing, shift, options)
+    if ignore_index is not None:
+        raise ValueError(
+            f"ignore_index must not be given for a target that is a distribution, got {ignore_index}; "
+            "use sample_weight to leave out rows"
+        )
+    require_no_shift(shift)
+    return _against_distribution(head, target, weight, sample_weight, smoothing, options)
 
 
 # --- class indices ---------------------------------------------------------------------------------------------------
 
 
-def against_indices(
-    posed: Posed,
+def _against_indices(
+    head: Head,
     target: Tensor,
     ignore_index: int,
     weight: Tensor | None,
@@ -173,9 +218,8 @@ def against_indices(
     smoothing: float,
     shift: int,
     options: dict[str, float | None],
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Posed:
     """The cross-entropy of class indices."""
-    head = posed.head
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
     checks.require_rows("target", target, head.leading, "input")
@@ -187,9 +231,9 @@ def against_indices(
     target = target.reshape(-1)
     kept = target != ignore_index
     classes = torch.where(kept, target, 0)
-    sampled = posed.sample_weight(sample_weight)
-    counted = kept.to(posed.wide) if sampled is None else torch.where(kept, sampled, 0.0)
-    own = None if weight is None else weight.to(posed.wide)[classes]
+    sampled = _sampled(head, sample_weight)
+    counted = kept.to(head.wide) if sampled is None else torch.where(kept, sampled, 0.0)
+    own = None if weight is None else weight.to(head.wide)[classes]
     mass = counted if own is None else counted * own
     coarse = None
     if smoothing or (options["z_loss"] and own is not None):
@@ -199,14 +243,12 @@ def against_indices(
         row_weight = counted
     else:
         row_weight, weight = mass, None
-    divisor = mass.sum()
-    if posed.reducer.kind == "batchmean":
-        divisor = present.sum().to(posed.wide)
-    loss = HeadLoss("cross_entropy", "list", smoothing=smoothing, **options)  # type: ignore[arg-type]
-    return posed.solve(
-        loss,
+    return Posed(
+        head,
+        HeadLoss("cross_entropy", "list", smoothing=smoothing, **options),  # type: ignore[arg-type]
         row_weight,
-        divisor,
+        mass.sum(),
+        present.sum(),
         kept,
         sampled is not None,
         target=(coarse, None, None),
@@ -244,17 +286,16 @@ def require_no_shift(shift: int) -> None:
 # --- distributions ---------------------------------------------------------------------------------------------------
 
 
-def against_distribution(
-    posed: Posed,
+def _against_distribution(
+    head: Head,
     target: Tensor | Target,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     smoothing: float,
     options: dict[str, float | None],
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Posed:
     """The cross-entropy of a distribution."""
-    head = posed.head
-    rows = _rows_of_distributions(posed, sample_weight)
+    rows = _rows_of_distributions(head, sample_weight)
     if isinstance(target, TopK):
         target.require_fit((*head.leading, head.classes))
         if target.coarsens and weight is not None:
@@ -277,65 +318,73 @@ def against_distribution(
             own = weight.to(y.dtype)[indices]
             y = torch.cat([y[:, :-1] * own, y[:, -1:]], -1)
         loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options)  # type: ignore[arg-type]
-        return posed.solve(
-            loss, *rows, target=(y, None, None), indices=indices, label=_most_probable(target), class_weight=weight
-        )
-    kind, tensors = _dense_target(posed, target)
+        label, coarsens = _most_probable(target), target.coarsens
+        return Posed(
+            head, loss, *rows, target=(y, None, None), indices=indices, label=label, class_weight=weight,
+            coarsens=coarsens,
+        )  # fmt: skip
+    kind, tensors = _dense_target(head, target)
     loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options)  # type: ignore[arg-type]
-    return posed.solve(loss, *rows, target=tensors, class_weight=weight)
+    return Posed(head, loss, *rows, target=tensors, class_weight=weight)
 
 
 def divergence_from(
-    posed: Posed,
+    head: Head,
+    target: Tensor | Target,
+    *,
     family: str,
     beta: float,
-    divergence: Divergence,
-    target: Tensor | Target,
     sample_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Posed:
     """The divergence between a distribution and the head's."""
     LogitMap(temperature, softcap)
-    head = posed.head
     target = as_target(target)
     if isinstance(target, Tensor):
         raise TypeError(
             f"target must be a distribution, got class indices ({target.dtype}); "
             "for those use softcurve.linear_cross_entropy, which is D(target‖model) there"
         )
-    rows = _rows_of_distributions(posed, sample_weight)
+    rows = _rows_of_distributions(head, sample_weight)
 
     def loss(kind: str) -> HeadLoss:
         return HeadLoss(family, kind, beta, temperature, softcap)
 
     if isinstance(target, TopK):
         target.require_fit((*head.leading, head.classes))
-        require_finite_against(divergence, target, temperature)
+        require_finite_against(loss("list").divergence, target, temperature)
         logits = target.coarse_log_probs(head.classes)
         logits = logits if temperature == 1 else logits / temperature
-        coarse = (_flat(logits), None, None)
-        label = _most_probable(target)
-        return posed.solve(loss("list"), *rows, target=coarse, indices=_flat(target.indices), label=label)
-    kind, tensors = _dense_target(posed, target)
-    return posed.solve(loss(kind), *rows, target=tensors)
+        return Posed(
+            head,
+            loss("list"),
+            *rows,
+            target=(_flat(logits), None, None),
+            indices=_flat(target.indices),
+            label=_most_probable(target),
+            coarsens=target.coarsens,
+        )
+    kind, tensors = _dense_target(head, target)
+    return Posed(head, loss(kind), *rows, target=tensors)
 
 
-def _rows_of_distributions(posed: Posed, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor, bool]:
-    """The rows' weights, what a mean divides by, which rows count, and whether there is a sample weight."""
-    count = len(posed.head.input)
-    everywhere = torch.ones(count, dtype=torch.bool, device=posed.head.input.device)
-    sampled = posed.sample_weight(sample_weight)
+def _rows_of_distributions(
+    head: Head, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor, bool]:
+    """The rows' weights, what means divide by, which rows count, and whether there is a sample weight."""
+    count = len(head.input)
+    everywhere = torch.ones(count, dtype=torch.bool, device=head.input.device)
+    sampled = _sampled(head, sample_weight)
     if sampled is None:
-        return everywhere.to(posed.wide), float(count), everywhere, False
-    return sampled, float(count) if posed.reducer.kind == "batchmean" else sampled.sum(), everywhere, True
+        return everywhere.to(head.wide), float(count), float(count), everywhere, False
+    return sampled, sampled.sum(), float(count), everywhere, True
 
 
 def _dense_target(
-    posed: Posed, target: Tensor | Target
+    head: Head, target: Tensor | Target
 ) -> tuple[str, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The kind of a target that speaks of every class, and its tensors."""
-    head = posed.head
     if isinstance(target, LinearTeacher):
         if target.linear_weight.shape[0] != head.classes or target.input.shape[:-1] != head.leading:
             raise ValueError(

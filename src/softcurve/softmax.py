@@ -223,6 +223,32 @@ def divergence_hessian_product(
     return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total
 
 
+# --- the curvature of a row ------------------------------------------------------------------------------------------
+
+
+class RowCurvature(NamedTuple):
+    """``B = diag(q) − q pᵀ − p qᵀ + total p pᵀ``, which every matrix of second order of a softmax's loss is.
+
+    With ``total = Σq`` this is ``J diag(q ⊘ p²) J``: the Hessian for ``q = c − p S``, the Fisher for ``q = p``.
+    A z-loss adds ``2 λ (p pᵀ + lse J)``.
+    """
+
+    p: Float[Tensor, "*rows classes"]
+    q: Float[Tensor, "*rows classes"]
+    total: Float[Tensor, "*rows 1"]
+
+    def product(self, v: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+        """``B v = q ⊙ u − p (q·u) + (total − Σq) p (p·v)`` with ``u = v − p·v``."""
+        u = centred(v, self.p)
+        surplus = self.total - self.q.sum(-1, keepdim=True)
+        along = (self.q * u).sum(-1, keepdim=True) - surplus * (self.p * v).sum(-1, keepdim=True)
+        return self.q * u - self.p * along
+
+    def diagonal(self) -> Float[Tensor, "*rows classes"]:
+        """``q (1 − 2p) + total p²``."""
+        return self.q * (1 - 2 * self.p) + self.total * self.p.square()
+
+
 # --- entropy ---------------------------------------------------------------------------------------------------------
 
 

@@ -155,9 +155,14 @@ class BlockKernel(Kernel):
             columns = self.model.softmax.log_sum_exp(), self.information, self.model.softmax.top, self.label
             self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
 
+    def holds_rows(self, block: Block) -> bool:
+        """Whether a block is the whole of its rows, and the same in every sweep."""
+        return block.z.shape[-1] == self.data.class_count
+
     def sweep(self, number: int, block: Block) -> None:  # noqa: D102
         for rows in self.groups(block):
-            self.map_logits(block, rows)
+            if number == 0 or not self.holds_rows(block):
+                self.map_logits(block, rows)
             z, given = block.z[rows], block.target_of(rows)
             if number == 0:
                 self.model.softmax.absorb(rows, z, block.classes.start)

@@ -19,6 +19,7 @@ from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
 from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.problem import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
+from softcurve.head.products import Direction, LinearMap
 
 
 class Outcome(NamedTuple):
@@ -75,7 +76,7 @@ def evaluate(
     """
     if len(tensors.input) == 0:
         return _Pass(loss, tensors, budget, wanted, stats=stats).outcome()
-    kept = _kept_rows(tensors.row_weight)
+    kept = kept_rows(tensors.row_weight)
     run = _Pass(loss, tensors, budget, wanted, stats=stats)
     run.over(kept)
     if isinstance(kept, Tensor) and (stats or all_rows):
@@ -97,7 +98,7 @@ def hessian_product(
     """The changes of the gradients along ``directions`` (``None``: zero), and of each row's loss if wanted."""
     run = _Pass(loss, tensors, budget, wanted, directions=directions, wants_tangents=wants_tangents)
     if len(tensors.input):
-        kept = _kept_rows(tensors.row_weight)
+        kept = kept_rows(tensors.row_weight)
         run.over(kept)
         if isinstance(kept, Tensor) and wants_tangents:
             rest = _Pass(loss, tensors, budget, NOTHING, directions=directions, wants_tangents=True, into=run)
@@ -106,7 +107,7 @@ def hessian_product(
     return run.outcome()
 
 
-def _kept_rows(weight: Tensor) -> slice | Tensor:
+def kept_rows(weight: Tensor) -> slice | Tensor:
     """The rows of weight other than 0; all of them where looking would make the device wait."""
     if weight.device.type != "cpu":
         return slice(0, len(weight))
@@ -114,7 +115,7 @@ def _kept_rows(weight: Tensor) -> slice | Tensor:
     return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
 
 
-def _require_classes(tensors: HeadTensors) -> None:
+def require_classes(tensors: HeadTensors) -> None:
     """Where a graph or a transform hid the indices from the public door. Looking would make a device wait."""
     indices, classes = tensors.indices, len(tensors.weight)
     if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
@@ -134,13 +135,13 @@ class _Pass:
     directions: Directions | None = None
     wants_tangents: bool = False
     into: _Pass | None = None  # whose rows and statistics are completed
-    storage: dict[str, Tensor] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         t = self.tensors
         n, self.dtype, device = len(t.input), t.dtype, t.input.device
-        _require_classes(t)
+        require_classes(t)
+        self.rooms = workspace.Rooms(self.dtype, device)
         self.rows = torch.zeros(n, dtype=self.dtype, device=device)
         self.statistics = Statistics()
         if self.stats:
@@ -212,16 +213,15 @@ class _Pass:
             class_count=len(t.weight),
             cached=self.plan.cached,
         )
-        e = t.input[rows].to(self.dtype)
-        e_v = None if direction is None else self._take(direction[0], rows)
-        side = _Operands(e, t.weight, t.bias, e_v, *((direction[1], direction[2]) if direction else (None, None)))
+        moved = direction or (None,) * 6
+        along = Direction(self._take(moved[0], rows), moved[1], moved[2])
+        side = _Side(LinearMap(t.input[rows].to(self.dtype), t.weight, t.bias), along)
         target = None
         if teacher:
             assert t.target is not None
             assert t.target_weight is not None
-            f_v = None if direction is None else self._take(direction[3], rows)
-            others = (direction[4], direction[5]) if direction else (None, None)
-            target = _Operands(t.target[rows].to(self.dtype), t.target_weight, t.target_bias, f_v, *others)
+            others = LinearMap(t.target[rows].to(self.dtype), t.target_weight, t.target_bias)
+            target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]))
         tile = _Tile(self, rows, data, side, target)
         kernel = tile.kernel()
         single = not self.plan.cuts_classes
@@ -261,23 +261,18 @@ class _Pass:
 
     def release(self) -> None:
         """Tiles are no longer needed."""
-        workspace.give_back(list(self.storage.values()))
-        self.storage.clear()
+        self.rooms.release()
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
     def buffer(self, name: str, rows: int, classes: int) -> Tensor:
         """Room for a tile, the same for every tile of a pass."""
-        return self._room(name, self.plan.rows * self.plan.classes)[: rows * classes].view(rows, classes)
+        room = self.rooms.room(name, self.plan.rows * self.plan.classes)
+        return room[: rows * classes].view(rows, classes)
 
     def scratch(self, number: int) -> Tensor:
         """Room for a group of rows of a tile."""
-        return self._room(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
-
-    def _room(self, name: str, size: int) -> Tensor:
-        if name not in self.storage or self.storage[name].numel() < size:
-            self.storage[name] = workspace.take(size, self.dtype, self.tensors.input.device)
-        return self.storage[name]
+        return self.rooms.room(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
 
     def accumulates(self, name: str) -> bool:
         """Whether a gradient holds something already; from now on it does."""
@@ -287,15 +282,11 @@ class _Pass:
         return False
 
 
-class _Operands(NamedTuple):
+class _Side(NamedTuple):
     """One linear map on one tile of rows, and a direction."""
 
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    input_v: Tensor | None
-    weight_v: Tensor | None
-    bias_v: Tensor | None
+    map: LinearMap
+    along: Direction
 
 
 @dataclass
@@ -303,8 +294,8 @@ class _Tile:
     run: _Pass
     rows: slice | Tensor
     data: RowData
-    model: _Operands
-    target: _Operands | None
+    model: _Side
+    target: _Side | None
 
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
@@ -323,18 +314,18 @@ class _Tile:
         def room(name: str) -> Tensor:
             return run.buffer(name, count, width)
 
-        block = Block(classes, self._product(room("z"), self.model, classes, run.loss.scale))
+        block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
         if run.loss.softcap is not None and (run.loss.target == "list" or run.plan.cuts_classes):
             block.raw = room("raw")
         if run.directions is not None:
-            block.v = self._direction(room("v"), self.model, classes, run.loss.scale)
+            block.v = self.model.map.change_into(room("v"), self.model.along, classes, run.loss.scale)
         wants_target = self.data.wants_target
         if self.target is not None:
             scale = run.loss.target_scale
-            block.target = self._product(room("target"), self.target, classes, scale)
+            block.target = self.target.map.logits_into(room("target"), classes, scale)
             block.target_out = block.target if wants_target else None
             if run.directions is not None:
-                block.target_v = self._direction(room("target_v"), self.target, classes, scale)
+                block.target_v = self.target.map.change_into(room("target_v"), self.target.along, classes, scale)
                 block.target_v_out = block.target_v if wants_target else None
         elif run.loss.target != "list":
             assert run.tensors.target is not None
@@ -353,9 +344,9 @@ class _Tile:
         """Logits and target of some rows of the tile anew, all classes; in memory of their own."""
         run, everything = self.run, slice(0, self.data.class_count)
 
-        def product(side: _Operands, scale: float) -> Tensor:
-            out = side.input.new_empty(len(rows), self.data.class_count)
-            return self._product(out, side._replace(input=side.input[rows]), everything, scale)
+        def product(side: _Side, scale: float) -> Tensor:
+            some = side.map._replace(input=side.map.input[rows])
+            return some.logits_into(some.input.new_empty(len(rows), self.data.class_count), everything, scale)
 
         block = Block(everything, product(self.model, run.loss.scale))
         if self.target is not None:
@@ -367,28 +358,6 @@ class _Tile:
         if self.data.wants_target:
             block.target_out = torch.empty_like(block.z)
         return block
-
-    @staticmethod
-    def _product(out: Tensor, side: _Operands, classes: slice, scale: float) -> Tensor:
-        bias = None if side.bias is None else side.bias[classes]
-        return products.linear_into(out, side.input, side.weight[classes], bias, scale=scale)
-
-    @staticmethod
-    def _direction(out: Tensor, side: _Operands, classes: slice, scale: float) -> Tensor:
-        """``scale (ė Wᵀ + e Ẇᵀ + ḃ)``."""
-        started = False
-        if side.input_v is not None:
-            products.linear_into(out, side.input_v, side.weight[classes], None, scale=scale)
-            started = True
-        if side.weight_v is not None:
-            weight_v = side.weight_v[classes]
-            products.linear_into(out, side.input, weight_v, None, scale=scale, accumulate=started)
-            started = True
-        if side.bias_v is not None:
-            bias_v = side.bias_v[classes].to(out.dtype)
-            out.add_(bias_v, alpha=scale) if started else out.copy_((bias_v * scale).expand_as(out))
-            started = True
-        return out if started else out.zero_()
 
     # --- back --------------------------------------------------------------------------------------------------------
 
@@ -410,7 +379,7 @@ class _Tile:
     def _side(
         self,
         first: int,
-        side: _Operands,
+        side: _Side,
         residual: Tensor,
         residual_v: Tensor | None,
         factor: Tensor | None,
@@ -425,9 +394,9 @@ class _Tile:
             scaling = residual.new_full((len(residual), 1), scale) if scaling is None else scaling * scale
         outer = residual if residual_v is None else residual_v
         if in_input is not None:
-            part = self._features(outer, side.weight[classes])
-            if residual_v is not None and side.weight_v is not None:
-                products.back_to_features(part, residual, side.weight_v[classes], accumulate=True)
+            part = self._features(outer, side.map.weight[classes])
+            if residual_v is not None and side.along.weight is not None:
+                products.back_to_features(part, residual, side.along.weight[classes], accumulate=True)
             if scaling is not None:
                 part.mul_(scaling)
             if classes.start == 0:
@@ -436,12 +405,12 @@ class _Tile:
                 in_input[self.rows] += part
             run.started.add(str(first))
         if in_weight is not None:
-            e = side.input if scaling is None else side.input * scaling
+            e = side.map.input if scaling is None else side.map.input * scaling
             more = run.accumulates(f"{first + 1}:{classes.start}")
             run.started.add(str(first + 1))
             products.back_to_weight(in_weight[classes], outer, e, accumulate=more)
-            if residual_v is not None and side.input_v is not None:
-                e_v = side.input_v.to(run.dtype)
+            if residual_v is not None and side.along.input is not None:
+                e_v = side.along.input.to(run.dtype)
                 e_v = e_v if scaling is None else e_v * scaling
                 products.back_to_weight(in_weight[classes], residual, e_v, accumulate=True)
         if in_bias is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,39 @@ def back_to_features(out: Tensor, residual: Tensor, weight: Tensor, *, accumulat
 def back_to_weight(out: Tensor, residual: Tensor, input: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residualᵀ @ input``."""
     torch.addmm(out, residual.T, input, beta=1.0 if accumulate else 0.0, out=out)
+
+
+class Direction(NamedTuple):
+    """A change of a linear map's input, weight and bias; ``None`` is zero."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LinearMap(NamedTuple):
+    """``W e + b`` on a tile of rows."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits_into(self, out: Tensor, classes: slice, scale: float) -> Tensor:
+        """``scale (e Wᵀ + b)`` of some classes."""
+        bias = None if self.bias is None else self.bias[classes]
+        return linear_into(out, self.input, self.weight[classes], bias, scale=scale)
+
+    def change_into(self, out: Tensor, along: Direction, classes: slice, scale: float) -> Tensor:
+        """``scale (ė Wᵀ + e Ẇᵀ + ḃ)`` of some classes."""
+        started = False
+        if along.input is not None:
+            linear_into(out, along.input, self.weight[classes], None, scale=scale)
+            started = True
+        if along.weight is not None:
+            linear_into(out, self.input, along.weight[classes], None, scale=scale, accumulate=started)
+            started = True
+        if along.bias is not None:
+            bias_v = along.bias[classes].to(out.dtype)
+            out.add_(bias_v, alpha=scale) if started else out.copy_((bias_v * scale).expand_as(out))
+            started = True
+        return out if started else out.zero_()

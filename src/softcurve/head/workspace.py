@@ -11,6 +11,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,3 +67,23 @@ def give_back(rooms: list[Tensor]) -> None:
             _kept.pop(0)
         except IndexError:
             return
+
+
+@dataclass
+class Rooms:
+    """The rooms of one pass, by name, the same for all of its tiles."""
+
+    dtype: torch.dtype
+    device: torch.device
+    storage: dict[str, Tensor] = field(default_factory=dict)
+
+    def room(self, name: str, size: int) -> Tensor:
+        """A flat tensor of at least ``size`` entries."""
+        if name not in self.storage or self.storage[name].numel() < size:
+            self.storage[name] = take(size, self.dtype, self.device)
+        return self.storage[name]
+
+    def release(self) -> None:
+        """They are no longer needed."""
+        give_back(list(self.storage.values()))
+        self.storage.clear()

@@ -1,0 +1,1 @@
+"""Curvature as linear operators."""

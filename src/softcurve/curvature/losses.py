@@ -1,0 +1,120 @@
+"""Which loss of a head a matrix of second order belongs to: the options of the public losses, kept for many batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcurve import checks
+from softcurve.head.curvature import RowLosses
+from softcurve.objective import LogitMap, Reduction
+from softcurve.posed import Head, Posed, cross_entropy_from, divergence_from, require_budget, require_no_shift
+from softcurve.targets import Target
+
+LOSSES = ("cross_entropy", "forward_kl", "reverse_kl", "js")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLosses:
+    """The loss of a batch of features and a head, as :func:`softcurve.linear_cross_entropy` and its kin name it."""
+
+    loss: str = "cross_entropy"
+    beta: float = 0.5
+    weight: Tensor | None = None
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    temperature: float = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    shift: int = 0
+    reduction: str = "mean"
+    base: float = math.e
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.require_choice("loss", self.loss, LOSSES)
+        checks.require_choice("reduction", self.reduction, ("mean", "sum", "batchmean"))
+        checks.require_between("beta", self.beta, 0.0, 1.0)
+        checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
+        LogitMap(self.temperature, self.softcap)
+        require_budget(self.memory_budget)
+        if self.loss != "cross_entropy":
+            for name, neutral in {"weight": None, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}.items():
+                if (value := getattr(self, name)) is not neutral and value != neutral:
+                    raise ValueError(f"{name} must not be given for loss={self.loss!r}, got {value}")
+            require_no_shift(self.shift)
+
+    @property
+    def reducer(self) -> Reduction:
+        """How rows become one number."""
+        return Reduction(self.reduction, self.base)
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the loss of a row is convex in what the softmax sees, a z-loss and a bucket apart."""
+        return self.loss in ("cross_entropy", "forward_kl") or (self.loss == "js" and self.beta == 0)
+
+    def pose(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
+    ) -> Posed:
+        """The loss of a batch, not reduced yet. Raises what the public loss raises."""
+        head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach())
+        if self.loss == "cross_entropy":
+            return cross_entropy_from(
+                head,
+                target,
+                weight=self.weight,
+                sample_weight=sample_weight,
+                ignore_index=self.ignore_index,
+                smoothing=self.label_smoothing,
+                shift=self.shift,
+                options={
+                    "temperature": self.temperature,
+                    "softcap": self.softcap,
+                    "z_loss": self.z_loss * self.reducer.nats,
+                },
+            )
+        family = {"forward_kl": "forward", "reverse_kl": "reverse"}.get(self.loss, "js")
+        if self.loss == "js":
+            family = {0.0: "forward", 1.0: "reverse"}.get(float(self.beta), "js")
+        return divergence_from(
+            head,
+            target,
+            family=family,
+            beta=self.beta,
+            sample_weight=sample_weight,
+            temperature=self.temperature,
+            softcap=self.softcap,
+        )
+
+    def rows(self, posed: Posed) -> RowLosses:
+        """The rows of a batch as the passes take them, weighted as in the sum over all rows, in units of ``base``."""
+        tensors = posed.tensors((posed.weight / self.reducer.nats).detach())
+        tensors = tensors._replace(
+            **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
+        )
+        return RowLosses(posed.loss, tensors, posed.coarsens, self.memory_budget)
+
+
+def row_mass(rows: RowLosses) -> Tensor:
+    """``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence.
+
+    Class weights under a target by logits: their largest, an upper bound.
+    """
+    loss, t = rows.loss, rows.tensors
+    ones = torch.ones_like(t.row_weight)
+    if loss.family != "cross_entropy":
+        return ones
+    weights = None if t.class_weight is None else t.class_weight.to(ones.dtype)
+    smoothed = loss.smoothing * (1.0 if weights is None else weights.mean())
+    if loss.target == "list":
+        return ones if t.target is None else t.target.to(ones.dtype).sum(-1) + smoothed
+    if loss.target == "probabilities":
+        assert t.target is not None
+        y = t.target.to(ones.dtype)
+        return (1 - loss.smoothing) * (y.sum(-1) if weights is None else y @ weights) + smoothed
+    return ones if weights is None else ones * weights.max()

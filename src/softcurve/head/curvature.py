@@ -1,0 +1,378 @@
+"""Passes of second order over a head's tiles, for many columns at once, added to where their sums are kept.
+
+A tile's logits are computed once for all columns; each column then costs its change of the logits and the way back.
+Unlike :func:`softcurve.head.passes.hessian_product` nothing here is differentiable, and the target does not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.head import products, workspace
+from softcurve.head.blocks import BlockKernel
+from softcurve.head.curvature_kernels import CurvatureBlock, CurvatureKernel, DenseCurvature, ListCurvature
+from softcurve.head.kernel import Kernel, RowData
+from softcurve.head.lists import ListKernel
+from softcurve.head.passes import kept_rows, require_classes
+from softcurve.head.plan import Plan, make_plan
+from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.head.products import Direction, LinearMap
+from softcurve.objective import HESSIAN
+
+
+class RowLosses(NamedTuple):
+    """The losses of a head's rows; ``coarsens`` says whether a list's other classes are one outcome."""
+
+    loss: HeadLoss
+    tensors: HeadTensors
+    coarsens: bool
+    memory_budget: int | None
+
+
+def add_products(
+    rows: RowLosses, matrix: str, columns: Sequence[Direction], into: Sequence[Direction], scale: float = 1.0
+) -> None:
+    """``into += scale Σ_i weight_i (∂z_i)ᵀ B_i ∂z_i`` along each column, in the parts that ``into`` has.
+
+    For the Hessian the second derivative of ``z = W e + b`` is included.
+    """
+    run = _Pass(rows, matrix, directed=True)
+    for tile in run.tiles():
+        kernel = tile.curvature_kernel()
+        for block in tile.prepared(kernel):
+            for j, column in enumerate(columns):
+                tile.change(block, column)
+                kernel.gather(block, j)
+                if not run.plan.cuts_classes:
+                    kernel.multiply(block, j)
+                    tile.take_back(block, kernel.factor, column, into[j], scale)
+        if run.plan.cuts_classes:
+            for block in tile.prepared(kernel, swept=True):
+                for j, column in enumerate(columns):
+                    tile.change(block, column)
+                    kernel.multiply(block, j)
+                    tile.take_back(block, kernel.factor, column, into[j], scale)
+    run.release()
+
+
+class Diagonal(NamedTuple):
+    """Of the matrix in the weight and the bias, and each row's part of the trace, its weight included."""
+
+    weight: Tensor | None  # (C, d)
+    bias: Tensor | None  # (C,)
+    rows: Tensor  # (n,): Σ_k B_kk, not times ‖e‖² or 1
+
+
+def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
+    """``Σ_i weight_i diag(B_i) ⊗ (e ⊙ e)``; only the rows' traces unless ``wants_diagonal``."""
+    run = _Pass(rows, matrix, directed=True)
+    t = rows.tensors
+    traces = torch.zeros(len(t.input), dtype=run.dtype, device=t.input.device)
+    in_weight = torch.zeros(t.weight.shape, dtype=run.dtype, device=t.input.device) if wants_diagonal else None
+    in_bias = traces.new_zeros(len(t.weight)) if wants_diagonal else None
+    for tile in run.tiles():
+        kernel = tile.curvature_kernel()
+        factor = tile.weight * rows.loss.scale**2
+        for block in tile.prepared(kernel):
+            assert block.v is not None
+            kernel.diagonal(block)
+            here = factor if kernel.factor is None else factor * kernel.factor.to(run.dtype)
+            traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
+            if in_weight is not None and in_bias is not None:
+                products.back_to_weight(
+                    in_weight[block.classes], block.v, tile.map.input.square() * here, accumulate=True
+                )
+                in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
+    run.release()
+    return Diagonal(in_weight, in_bias, traces)
+
+
+def gradient_norms(rows: RowLosses) -> Tensor:
+    """``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
+    run = _Pass(rows, HESSIAN, directed=False)
+    t = rows.tensors
+    norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
+    for tile in run.tiles():
+        kernel = tile.kernel()
+        for block in tile.residuals(kernel):
+            factor = 1.0 if kernel.factor is None else kernel.factor.double().squeeze(-1)
+            norms[tile.rows] += (torch.linalg.vector_norm(block.z, dim=-1).double() * factor).square()
+    run.release()
+    return norms.sqrt().mul_(rows.loss.scale)
+
+
+def add_outer_products(
+    rows: RowLosses, row_factor: Tensor, columns: Sequence[Direction], into: Sequence[Direction], scale: float = 1.0
+) -> None:
+    """``into += scale Σ_i row_factor_i g_i (g_i · column)`` with each row's own gradient ``g_i`` in (e, W, b).
+
+    The features' part of ``g_i`` is of row ``i`` alone. Rows of weight 0 have no part.
+    """
+    run = _Pass(rows, HESSIAN, directed=False)
+    for tile in run.tiles():
+        kernel = tile.kernel()
+        e = tile.map.input
+        back = torch.zeros_like(e)  # Wᵀ g
+        inner = e.new_zeros(len(e), len(columns))
+        for block in tile.residuals(kernel):
+            own = tile.own_factor(kernel)
+            back += own * tile.to_features(block.z, tile.map.weight[block.classes])
+            for j, column in enumerate(columns):
+                if column.weight is not None:
+                    part = tile.to_features(block.z, column.weight[block.classes])
+                    inner[:, j] += own.squeeze(-1) * (part * e).sum(-1)
+                if column.bias is not None:
+                    inner[:, j] += own.squeeze(-1) * (block.z @ column.bias[block.classes].to(run.dtype))
+        for j, column in enumerate(columns):
+            if column.input is not None:
+                inner[:, j] += (back * column.input[tile.rows].to(run.dtype)).sum(-1)
+        inner *= scale * row_factor[tile.rows].to(run.dtype).unsqueeze(-1)
+        for j, out in enumerate(into):
+            if out.input is not None:
+                out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
+        blocks = tile.residuals(kernel, swept=True) if run.plan.cuts_classes else [block]
+        for block in blocks:
+            own = tile.own_factor(kernel)
+            for j, out in enumerate(into):
+                weighing = own * inner[:, j : j + 1]
+                if out.weight is not None:
+                    products.back_to_weight(out.weight[block.classes], block.z, e * weighing, accumulate=True)
+                if out.bias is not None:
+                    out.bias[block.classes].addmv_(block.z.T, weighing.squeeze(-1))
+    run.release()
+
+
+def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
+    """Classes drawn from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
+    run = _Pass(rows, HESSIAN, directed=False)
+    t = rows.tensors
+    classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=t.input.device)
+    for tile in run.tiles():
+        wanted = uniforms[tile.rows].to(torch.float64)
+        top = tile.map.input.new_full((len(wanted), 1), -torch.inf)
+        total = torch.zeros_like(top, dtype=torch.float64)
+        for block in tile.logits():
+            z = rows.loss.logit_map.value(block.z)
+            new = torch.maximum(top, z.amax(-1, keepdim=True))
+            total = total * torch.exp((top - new).double()) + (z - new).exp_().sum(-1, keepdim=True).double()
+            top = new
+        left = wanted * total
+        found = torch.zeros_like(left, dtype=torch.bool)
+        chosen = torch.zeros_like(left, dtype=torch.int64)
+        for block in tile.logits():
+            mass = (rows.loss.logit_map.value(block.z) - top).exp_()
+            cumulated = mass.cumsum(-1, dtype=torch.float64)
+            at = torch.searchsorted(cumulated, left, right=True)
+            here = ~found & (at < mass.shape[-1])
+            # Where rounding leaves the last class short of the total, it is taken.
+            chosen = torch.where(~found, at.clamp(max=mass.shape[-1] - 1) + block.classes.start, chosen)
+            left = left - cumulated[:, -1:]
+            found |= here
+        classes[tile.rows] = chosen
+    run.release()
+    return classes
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pass:
+    given: RowLosses
+    matrix: str
+    directed: bool  # whether changes stand beside the logits
+
+    def __post_init__(self) -> None:
+        loss, t = self.given.loss, self.given.tensors
+        require_classes(t)
+        self.dtype = t.dtype
+        self.rooms = workspace.Rooms(t.dtype, t.input.device)
+        self.dense = loss.target != "list"
+        self.wants_q = self.dense and self.directed and DenseCurvature.needs_q(loss.family, self.matrix)
+        self.wants_residual = self.directed and self.matrix == HESSIAN
+
+    def tiles(self) -> Iterator[_Tile]:
+        """Of the rows whose weight is not 0."""
+        loss, t = self.given.loss, self.given.tensors
+        kept = kept_rows(t.row_weight)
+        count = kept.stop if isinstance(kept, slice) else len(kept)
+        if count == 0:
+            return
+        self.plan = self._plan(count)
+        for start in range(0, count, self.plan.rows):
+            stop = min(start + self.plan.rows, count)
+            rows = slice(start, stop) if isinstance(kept, slice) else kept[start:stop]
+            e = t.input[rows].to(self.dtype)
+            target = None
+            if loss.target == "teacher":
+                assert t.target is not None
+                assert t.target_weight is not None
+                target = LinearMap(t.target[rows].to(self.dtype), t.target_weight, t.target_bias)
+            weight = t.row_weight[rows].to(self.dtype).unsqueeze(-1)
+            yield _Tile(self, rows, LinearMap(e, t.weight, t.bias), target, weight)
+
+    def _plan(self, count: int) -> Plan:
+        loss, t = self.given.loss, self.given.tensors
+        # The logits, the target's, their change, q, the residual, the logits before the cap.
+        buffers = 1 + (loss.target == "teacher") + self.directed + self.wants_q + self.wants_residual
+        buffers += loss.softcap is not None
+        temporaries = 24 if self.dense else 6
+        width = t.input.shape[1] + (t.target.shape[1] if loss.target == "teacher" and t.target is not None else 0)
+        row = 5 * width + 64
+        if t.indices is not None:
+            row += 40 * (t.indices.shape[1] + 1)
+        return make_plan(
+            count,
+            len(t.weight),
+            dtype=self.dtype,
+            device=t.input.device,
+            buffers=buffers,
+            temporaries=temporaries,
+            row_entries=row,
+            least_pieces=30,
+            least_row_entries=row,
+            whole_rows=False,
+            memory_budget=self.given.memory_budget,
+        )
+
+    def release(self) -> None:
+        self.rooms.release()
+
+
+@dataclass
+class _Tile:
+    run: _Pass
+    rows: slice | Tensor
+    map: LinearMap
+    target: LinearMap | None
+    weight: Tensor  # (r, 1)
+
+    # --- kernels
+
+    def data(self) -> RowData:
+        """Rows of weight 1: the passes weigh what comes back."""
+        t, listed = self.run.given.tensors, not self.run.dense
+        return RowData(
+            weight=torch.ones_like(self.weight).squeeze(-1),
+            indices=None if t.indices is None else t.indices[self.rows],
+            target=t.target[self.rows] if listed and t.target is not None else None,
+            class_weight=None if t.class_weight is None else t.class_weight.to(self.run.dtype),
+            wants_gradient=True,
+            class_count=len(t.weight),
+            cached=self.run.plan.cached,
+        )
+
+    def kernel(self) -> Kernel:
+        """For residuals."""
+        kind = BlockKernel if self.run.dense else ListKernel
+        return kind(self.run.given.loss, self.data())
+
+    def curvature_kernel(self) -> CurvatureKernel:
+        """For the matrix."""
+        kind = DenseCurvature if self.run.dense else ListCurvature
+        given = self.run.given
+        return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)
+
+    # --- blocks
+
+    def logits(self) -> Iterator[CurvatureBlock]:
+        """Each block of classes, computed anew; of a whole row only once."""
+        for classes in self.run.plan.class_blocks():
+            yield self._load(classes)
+
+    def prepared(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
+        """The blocks, ready for columns; ``swept`` if the rows' statistics are known."""
+        single = not self.run.plan.cuts_classes
+        block = None if swept else self._sweep(kernel)
+        if not swept:
+            kernel.settle()
+        for classes in self.run.plan.class_blocks():
+            ready = block if single and block is not None else self._load(classes)
+            kernel.prepare(ready, fresh=not single)
+            yield ready
+
+    def residuals(self, kernel: Kernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
+        """The blocks with residuals in place of logits, to be multiplied by :meth:`own_factor`."""
+        single = not self.run.plan.cuts_classes
+        block = None if swept else self._sweep(kernel)
+        for classes in self.run.plan.class_blocks():
+            ready = block if single and block is not None else self._load(classes)
+            kernel.residuals(ready, not single)
+            yield ready
+
+    def _sweep(self, kernel: Kernel) -> CurvatureBlock | None:
+        """The last block that was swept."""
+        block = None
+        for number in range(kernel.sweeps):
+            if block is not None and not self.run.plan.cuts_classes:
+                kernel.sweep(number, block)
+            else:
+                for block in self.logits():
+                    kernel.sweep(number, block)
+            kernel.close(number)
+        return block
+
+    def _load(self, classes: slice) -> CurvatureBlock:
+        run, loss, width = self.run, self.run.given.loss, classes.stop - classes.start
+
+        def room(name: str) -> Tensor:
+            whole = run.rooms.room(name, run.plan.rows * run.plan.classes)
+            return whole[: len(self.weight) * width].view(len(self.weight), width)
+
+        block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale))
+        block.raw = room("raw") if loss.softcap is not None else None
+        block.v = room("v") if run.directed else None
+        block.q = room("q") if run.wants_q else None
+        block.residual = room("residual") if run.wants_residual else None
+        if self.target is not None:
+            block.target = self.target.logits_into(room("target"), classes, loss.target_scale)
+        elif run.dense:
+            given = run.given.tensors.target
+            assert given is not None
+            block.target = given[self.rows, classes]
+        return block
+
+    # --- columns
+
+    def change(self, block: CurvatureBlock, column: Direction) -> None:
+        """The change of the logits along a column."""
+        assert block.v is not None
+        along = column if column.input is None else column._replace(input=column.input[self.rows])
+        self.map.change_into(block.v, along, block.classes, self.run.given.loss.scale)
+
+    def take_back(
+        self, block: CurvatureBlock, factor: Tensor | None, column: Direction, into: Direction, scale: float
+    ) -> None:
+        """``ġ W (+ g Ẇ)``, ``ġᵀ e (+ gᵀ ė)``, ``Σ ġ``."""
+        assert block.v is not None
+        v, g, e = block.v, block.residual, self.map.input
+        outer = self.weight * (scale * self.run.given.loss.scale)
+        own = outer if factor is None else outer * factor.to(v.dtype)
+        if into.input is not None:
+            part = own * self.to_features(v, self.map.weight[block.classes])
+            if g is not None and column.weight is not None:
+                part += outer * self.to_features(g, column.weight[block.classes])
+            into.input[self.rows] += part
+        if into.weight is not None:
+            products.back_to_weight(into.weight[block.classes], v, own * e, accumulate=True)
+            if g is not None and column.input is not None:
+                e_v = column.input[self.rows].to(v.dtype)
+                products.back_to_weight(into.weight[block.classes], g, outer * e_v, accumulate=True)
+        if into.bias is not None:
+            into.bias[block.classes].addmv_(v.T, own.squeeze(-1))
+
+    def to_features(self, residual: Tensor, weight: Tensor) -> Tensor:
+        """``residual @ weight``."""
+        out = residual.new_empty(len(residual), weight.shape[1])
+        products.back_to_features(out, residual, weight, accumulate=False)
+        return out
+
+    def own_factor(self, kernel: Kernel) -> Tensor:
+        """What residuals are to be multiplied by, ``(r, 1)``; the rows' weights are not in it."""
+        ones = torch.full_like(self.weight, self.run.given.loss.scale)
+        return ones if kernel.factor is None else ones * kernel.factor.to(ones.dtype)

@@ -1,0 +1,335 @@
+"""The second-order matrix of a tile's rows in the logits, for many columns that share the tile's softmax.
+
+With ``m`` the map before the softmax (the soft cap) and ``B`` the matrix of :class:`softcurve.softmax.RowCurvature`, a
+row's matrix is ``m′ B m′``, and the Hessian adds ``diag(m″ ⊙ g′)``. A target that is a list sees ``z`` through the
+coarse logits ``c = (z_listed, o)`` of :mod:`softcurve.head.lists`: with ``q = e^{z − o}`` its matrix is
+
+    (∂c/∂z)ᵀ M (∂c/∂z) + κ (diag(q) − q qᵀ),
+
+where ``κ`` is the residual of ``o`` for the Hessian. For Gauss-Newton it is what is left of that where the loss is
+convex in ``z``; a bucket is one outcome, in whose logit the loss is convex, and leaves nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softcurve import softmax
+from softcurve.divergences import ForwardKL
+from softcurve.head.blocks import BlockKernel
+from softcurve.head.kernel import Block, Kernel
+from softcurve.head.lists import ListKernel
+from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN, divergence_second_order
+
+
+@dataclass
+class CurvatureBlock(Block):
+    """A block, and room for what columns share besides ``z``: ``q`` and, for the Hessian, the residual."""
+
+    q: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass
+class CurvatureKernel(Kernel, ABC):
+    """After the sweeps :meth:`settle`; a block is made ready for all columns by one :meth:`prepare`.
+
+    A column's change of the logits stands in ``block.v``. It is gathered over every block of a row before any of them
+    is multiplied. ``factor`` is what all products are still to be multiplied by, row by row.
+    """
+
+    matrix: str = field(kw_only=True)
+    coarsens: bool = field(kw_only=True, default=False)
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Every sweep is closed."""
+
+    @abstractmethod
+    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:
+        """Logits become what columns need; ``fresh`` if they were computed anew since the sweeps."""
+
+    @abstractmethod
+    def gather(self, block: CurvatureBlock, column: int) -> None:
+        """What a column sums over a row."""
+
+    @abstractmethod
+    def multiply(self, block: CurvatureBlock, column: int) -> None:
+        """``v ← matrix · v``, but for ``factor``."""
+
+    @abstractmethod
+    def diagonal(self, block: CurvatureBlock) -> None:
+        """``v ←`` the matrix's diagonal, but for ``factor``."""
+
+    def slope(self, block: CurvatureBlock, rows: slice) -> Tensor | None:
+        """``m′``, where the map is not the identity."""
+        return None if block.raw is None else self.loss.logit_map.slope(block.raw[rows])
+
+    def bent(self, block: CurvatureBlock, rows: slice, v: Tensor | None) -> Tensor | None:
+        """``m″ g′ v`` of a Hessian, from the residual ``g = m′ g′`` and ``m″/m′ = −(2/κ) tanh(z/κ)``."""
+        if block.raw is None or block.residual is None or self.loss.softcap is None:
+            return None
+        bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap).mul_(block.residual[rows])
+        return bend if v is None else bend.mul_(v)
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ListCurvature(ListKernel, CurvatureKernel):
+    """``z`` holds ``e^{z − shift}``, 0 at the listed classes."""
+
+    def settle(self) -> None:
+        """The coarse matrix ``M``, ``κ`` and, for a Hessian, the coarse residual."""
+        self.curvature = self.row_loss.curvature(self.matrix, self.coarse, self.target)
+        p = self.curvature.p
+        spread = self._spread(p)
+        if self.loss.smoothing:
+            mass = self._smoothing_mass()
+            self.curvature = softmax.RowCurvature(p, self.curvature.q + mass * p, self.curvature.total + mass)
+        some = self.others > 0
+        self.kappa = torch.where(some, spread, 0.0)
+        self.inverse = torch.where(some, 1 / torch.where(some, self.others, 1.0), 0.0)
+        if self.matrix == HESSIAN:
+            self.gradient, _ = self.coarse_gradient(torch.ones_like(self.others).squeeze(-1))
+        # Products are left as multiples of κ e^z / Σ e^z, unless that is too small to divide by.
+        scale = self.kappa * self.inverse
+        self.unit = scale if scale.numel() and bool((scale > 1e-25).all()) else torch.ones_like(scale)
+        self.factor = self.unit
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _spread(self, p: Tensor) -> Tensor:
+        """``κ``, ``(rows, 1)``."""
+        others = p[:, -1:]
+        if self.matrix == HESSIAN:
+            gradient, _ = self.coarse_gradient(torch.ones_like(others).squeeze(-1))
+            return gradient[:, -1:]
+        spread = torch.zeros_like(others)
+        divergence = None if self.loss.family == "cross_entropy" else self.loss.divergence
+        if self.matrix == FISHER or (not self.coarsens and (divergence is None or isinstance(divergence, ForwardKL))):
+            mass = self.data.target
+            whole = divergence is not None or mass is None
+            spread = others if whole or mass is None else mass.double().sum(-1, keepdim=True) * others
+        if self.matrix == GAUSS_NEWTON and self.loss.z_loss:
+            spread = spread + 2 * self.loss.z_loss * self._lse().clamp(min=0) * others
+        return spread + self._smoothing_mass() * others if self.loss.smoothing else spread
+
+    def _lse(self) -> Tensor:
+        return softmax.softmax_rows(self.coarse).log_sum_exp.unsqueeze(-1)
+
+    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:  # noqa: D102
+        for rows in self.groups(block):
+            if fresh:
+                self._renew(block, rows)
+            if block.residual is not None:
+                self._put_residual(block, rows, block.residual[rows])
+
+    def _put_residual(self, block: CurvatureBlock, rows: slice, out: Tensor) -> None:
+        """``m′ g′``, not weighted."""
+        _, where, at = self._listed(block.classes, rows)
+        listed = self.gradient[rows, :-1]
+        torch.mul(block.z[rows], (self.gradient[rows, -1:] * self.inverse[rows]).to(out.dtype), out=out)
+        if self.loss.smoothing:
+            u = self._smooth(block.classes, out)
+            listed = listed - u[at].double()
+            out.sub_(u)
+        self._put(out, where, at, listed)
+        slope = self.slope(block, rows)
+        if slope is not None:
+            out.mul_(slope)
+
+    def gather(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+        assert block.v is not None
+        present, where, at = self._listed(block.classes)
+        own = block.v.gather(-1, at).double()
+        if block.raw is not None:
+            own = own * self.loss.logit_map.slope(block.raw.gather(-1, at)).double()
+        parts = []
+        for rows in self.groups(block):
+            slope = self.slope(block, rows)
+            changes = block.z[rows] * block.v[rows]
+            parts.append((changes if slope is None else changes.mul_(slope)).sum(-1, keepdim=True).double())
+        others = torch.cat(parts)
+        if where is not None:
+            own = torch.where(present, own, 0.0)
+        if column in self.sums:
+            before_own, before = self.sums[column]
+            own, others = before_own + own, before + others
+        self.sums[column] = own, others
+
+    def multiply(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+        assert block.v is not None
+        own, others = self.sums[column]
+        mean = others * self.inverse
+        product = self.curvature.product(torch.cat([own, mean], -1))
+        # e^z (α + β v) at an unlisted class, in multiples of the unit.
+        alpha = (product[:, -1:] - self.kappa * mean) * self.inverse / self.unit
+        beta = self.kappa * self.inverse / self.unit
+        listed = product[:, :-1] / self.unit
+        whole = self.unit is self.factor and bool((beta == 1).all())
+        for rows in self.groups(block):
+            v = block.v[rows]
+            bent, slope = self.bent(block, rows, v), self.slope(block, rows)
+            if slope is not None:
+                v.mul_(slope)
+            if not whole:
+                v.mul_(beta[rows].to(v.dtype))
+            v.add_(alpha[rows].to(v.dtype)).mul_(block.z[rows])
+            _, where, at = self._listed(block.classes, rows)
+            self._put(v, where, at, listed[rows])
+            self._finish(rows, v, slope, bent)
+
+    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
+        assert block.v is not None
+        entries = self.curvature.diagonal()
+        linear = self.kappa * self.inverse / self.unit
+        square = (entries[:, -1:] - self.kappa) * self.inverse.square() / self.unit
+        listed = entries[:, :-1] / self.unit
+        for rows in self.groups(block):
+            v, z = block.v[rows], block.z[rows]
+            torch.mul(z, square[rows].to(v.dtype), out=v)
+            v.add_(linear[rows].to(v.dtype)).mul_(z)
+            _, where, at = self._listed(block.classes, rows)
+            self._put(v, where, at, listed[rows])
+            slope = self.slope(block, rows)
+            if slope is not None:
+                v.mul_(slope)
+            self._finish(rows, v, slope, self.bent(block, rows, None))
+
+    def _finish(self, rows: slice, v: Tensor, slope: Tensor | None, bent: Tensor | None) -> None:
+        if slope is not None:
+            v.mul_(slope)
+        if bent is not None:
+            v.add_(bent.div_(self.unit[rows].to(v.dtype)))
+
+
+# --- targets that speak of every class -------------------------------------------------------------------------------
+
+
+@dataclass
+class DenseCurvature(BlockKernel, CurvatureKernel):
+    """``z`` holds ``p``; ``q`` is a multiple of it, or has a buffer of its own."""
+
+    @staticmethod
+    def needs_q(family: str, matrix: str) -> bool:
+        """Whether ``q`` is no multiple of ``p``."""
+        if family in ("cross_entropy", "forward") or matrix == FISHER:
+            return False
+        return matrix == HESSIAN or family == "js"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.total = torch.zeros_like(self.values)  # Σ q
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def sweep(self, number: int, block: Block) -> None:
+        """Sweep 1: the sums of score and curve."""
+        if number == 0:
+            super().sweep(0, block)
+            return
+        for rows in self.groups(block):
+            if not self.holds_rows(block):
+                self.map_logits(block, rows)
+            pair, model, _ = self._terms(rows, block, block.z[rows], block.target_of(rows))
+            self.model.gather(rows, block.classes, model, None)
+            if self.loss.family != "cross_entropy":
+                q = divergence_second_order(self.loss.divergence, self.matrix, pair, pair.p.new_zeros(1))
+                self.total[rows] += q.sum(-1, keepdim=True).double()
+
+    def settle(self) -> None:
+        """``q`` as a multiple of ``p``, and its sum."""
+        self.coefficient = torch.ones_like(self.total)
+        if self.loss.family == "cross_entropy":
+            self.coefficient = -self.model.score
+            self.total = self.coefficient
+            if self.loss.z_loss and self.matrix != FISHER:
+                lse = self.model.softmax.log_sum_exp()
+                lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)
+                self.coefficient = self.coefficient + 2 * self.loss.z_loss * lse
+                self.total = self.total + 2 * self.loss.z_loss * (lse + 1)
+        elif not self.needs_q(self.loss.family, self.matrix):
+            self.total = self.coefficient
+        elif self.matrix == HESSIAN:
+            self.total = self.total - self.model.score
+
+    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:  # noqa: D102
+        for rows in self.groups(block):
+            if fresh:
+                self.map_logits(block, rows)
+            z = block.z[rows]
+            pair, model, _ = self._terms(rows, block, z, block.target_of(rows))
+            if block.residual is not None:
+                gradient = self.model.gradient(rows, block.classes, model)
+                if self.loss.z_loss:
+                    lse = self.model.softmax.log_sum_exp(rows).to(z.dtype)
+                    gradient = gradient + 2 * self.loss.z_loss * lse * model.p
+                gradient = torch.where(z == -torch.inf, 0.0, gradient)
+                slope = self.slope(block, rows)
+                block.residual[rows] = gradient if slope is None else gradient * slope
+            if block.q is not None:
+                score = self.model.score[rows].to(z.dtype)
+                q = divergence_second_order(self.loss.divergence, self.matrix, pair, score)
+                block.q[rows] = torch.where(pair.p == 0, 0.0, q)
+            z.copy_(pair.p)
+
+    def gather(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+        assert block.v is not None
+        parts = []
+        for rows in self.groups(block):
+            p, v, slope = block.z[rows], block.v[rows], self.slope(block, rows)
+            v = v if slope is None else v * slope
+            along = (p * v).sum(-1, keepdim=True).double()
+            if block.q is None:
+                parts.append((along, self.coefficient[rows] * along))
+            else:
+                parts.append((along, (block.q[rows] * v).sum(-1, keepdim=True).double()))
+        mean, moment = (torch.cat(part) for part in zip(*parts, strict=True))
+        if column in self.sums:
+            before = self.sums[column]
+            mean, moment = before[0] + mean, before[1] + moment
+        self.sums[column] = mean, moment
+
+    def multiply(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+        assert block.v is not None
+        mean, moment = self.sums[column]
+        rest = moment - self.total * mean
+        for rows in self.groups(block):
+            p, v, dtype = block.z[rows], block.v[rows], block.v.dtype
+            bent, slope = self.bent(block, rows, v), self.slope(block, rows)
+            if slope is not None:
+                v.mul_(slope)
+            if block.q is None:
+                # p ⊙ (coefficient (v − mean) − rest)
+                v.sub_(mean[rows].to(dtype)).mul_(self.coefficient[rows].to(dtype))
+                v.sub_(rest[rows].to(dtype)).mul_(p)
+            else:
+                v.sub_(mean[rows].to(dtype)).mul_(block.q[rows]).addcmul_(p, rest[rows].to(dtype), value=-1)
+            self._finish(v, slope, bent)
+
+    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
+        assert block.v is not None
+        for rows in self.groups(block):
+            p, v, dtype = block.z[rows], block.v[rows], block.v.dtype
+            q = self.coefficient[rows].to(dtype) * p if block.q is None else block.q[rows]
+            # q (1 − p) − p (q − total p), with 1 − p of a class above one half as the sum of all others.
+            rest = 1 - p
+            row, column = self.model.softmax.is_top(rows, block.classes)
+            rest[row, column] = self.model.softmax.complement(rows)[row, 0].to(dtype)
+            torch.mul(q, rest, out=v)
+            v.sub_((q - self.total[rows].to(dtype) * p).mul_(p))
+            slope = self.slope(block, rows)
+            if slope is not None:
+                v.mul_(slope)
+            self._finish(v, slope, self.bent(block, rows, None))
+
+    @staticmethod
+    def _finish(v: Tensor, slope: Tensor | None, bent: Tensor | None) -> None:
+        if slope is not None:
+            v.mul_(slope)
+        if bent is not None:
+            v.add_(bent)
