@@ -1,1 +1,33 @@
-"""Curvature as linear operators."""
+"""Second-order structure of heads and whole networks at vocabulary scale, as linear operators.
+
+Every matrix is known by its products, exact and streamed: no ``N × C`` logits, no ``C × C`` blocks, no Jacobians.
+"""
+
+from softcurve.curvature.conjugate_gradients import Solution
+from softcurve.curvature.estimates import DiagonalEstimate, Estimate
+from softcurve.curvature.fisher import EmpiricalFisher, Fisher
+from softcurve.curvature.ggn import GGN
+from softcurve.curvature.head import HeadCurvature
+from softcurve.curvature.hessian import Hessian
+from softcurve.curvature.kfac import KroneckerFactors
+from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
+from softcurve.curvature.split import split_head
+from softcurve.head.products import Direction
+
+__all__ = [
+    "GGN",
+    "DiagonalEstimate",
+    "Direction",
+    "Eigenpairs",
+    "EmpiricalFisher",
+    "Estimate",
+    "Fisher",
+    "HeadCurvature",
+    "Hessian",
+    "KroneckerFactors",
+    "Solution",
+    "SpectralDensity",
+    "SymmetricOperator",
+    "split_head",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from softcurve import checks
@@ -98,23 +97,3 @@ class HeadLosses:
             **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
         )
         return RowLosses(posed.loss, tensors, posed.coarsens, self.memory_budget)
-
-
-def row_mass(rows: RowLosses) -> Tensor:
-    """``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence.
-
-    Class weights under a target by logits: their largest, an upper bound.
-    """
-    loss, t = rows.loss, rows.tensors
-    ones = torch.ones_like(t.row_weight)
-    if loss.family != "cross_entropy":
-        return ones
-    weights = None if t.class_weight is None else t.class_weight.to(ones.dtype)
-    smoothed = loss.smoothing * (1.0 if weights is None else weights.mean())
-    if loss.target == "list":
-        return ones if t.target is None else t.target.to(ones.dtype).sum(-1) + smoothed
-    if loss.target == "probabilities":
-        assert t.target is not None
-        y = t.target.to(ones.dtype)
-        return (1 - loss.smoothing) * (y.sum(-1) if weights is None else y @ weights) + smoothed
-    return ones if weights is None else ones * weights.max()

@@ -22,7 +22,7 @@ from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction, LinearMap
-from softcurve.objective import HESSIAN
+from softcurve.objective import FISHER, HESSIAN
 
 
 class RowLosses(NamedTuple):
@@ -92,6 +92,40 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
     return Diagonal(in_weight, in_bias, traces)
 
 
+def class_coefficients(rows: RowLosses, matrix: str) -> bool:
+    """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
+    bucket = rows.coarsens and matrix != FISHER
+    plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
+    return plain and not DenseCurvature.needs_q(rows.loss.family, matrix)
+
+
+def add_class_products(
+    rows: RowLosses, matrix: str, vectors: Tensor | None, into: Tensor | None, diagonal: Tensor
+) -> None:
+    """``diagonal += Σ_i w_i a_i p_i`` and ``into += Σ_i w_i b_i p_i (p_iᵀ vectors)``, ``(C,)`` and ``(C, k)``.
+
+    For rows of :func:`class_coefficients`; the curvature's ``Σ_i w_i B_i`` is ``diag(diagonal)`` minus the latter.
+    """
+    run = _Pass(rows, matrix, directed=False)
+    loss = rows.loss
+    for tile in run.tiles():
+        kernel = tile.curvature_kernel()
+        along, block = None, None
+        weight = tile.weight * loss.scale**2
+        for block in tile.probabilities(kernel):
+            a, b = (weight * c.to(run.dtype) for c in kernel.coefficients())
+            diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
+            if vectors is not None:
+                part = block.z @ vectors[block.classes]
+                along = part if along is None else along + part
+        if along is None or into is None:
+            continue
+        assert block is not None
+        for ready in tile.probabilities(kernel, swept=True) if run.plan.cuts_classes else [block]:
+            into[ready.classes] += ready.z.T @ (b * along)
+    run.release()
+
+
 def gradient_norms(rows: RowLosses) -> Tensor:
     """``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
     run = _Pass(rows, HESSIAN, directed=False)
@@ -145,6 +179,32 @@ def add_outer_products(
                 if out.bias is not None:
                     out.bias[block.classes].addmv_(block.z.T, weighing.squeeze(-1))
     run.release()
+
+
+def row_masses(rows: RowLosses) -> Tensor:
+    """``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence."""
+    loss, t = rows.loss, rows.tensors
+    ones = torch.ones_like(t.row_weight)
+    if loss.family != "cross_entropy" or (loss.target == "list" and t.target is None):
+        return ones
+    weights = None if t.class_weight is None else t.class_weight.to(ones.dtype)
+    smoothed = loss.smoothing * (1.0 if weights is None else weights.mean())
+    if loss.target == "list":
+        assert t.target is not None
+        return t.target.to(ones.dtype).sum(-1) + smoothed
+    if loss.target == "probabilities":
+        assert t.target is not None
+        y = t.target.to(ones.dtype)
+        return (1 - loss.smoothing) * (y.sum(-1) if weights is None else y @ weights) + smoothed
+    if weights is None:
+        return ones
+    run = _Pass(rows, HESSIAN, directed=False)
+    for tile in run.tiles():
+        kernel = BlockKernel(loss, tile.data())
+        tile.sweep(kernel)
+        ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
+    run.release()
+    return ones
 
 
 def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
@@ -288,7 +348,7 @@ class _Tile:
     def prepared(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
         """The blocks, ready for columns; ``swept`` if the rows' statistics are known."""
         single = not self.run.plan.cuts_classes
-        block = None if swept else self._sweep(kernel)
+        block = None if swept else self.sweep(kernel)
         if not swept:
             kernel.settle()
         for classes in self.run.plan.class_blocks():
@@ -296,17 +356,23 @@ class _Tile:
             kernel.prepare(ready, fresh=not single)
             yield ready
 
+    def probabilities(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
+        """The blocks with the model's probabilities in place of logits."""
+        for block in self.prepared(kernel, swept=swept):
+            kernel.normalize(block)
+            yield block
+
     def residuals(self, kernel: Kernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
         """The blocks with residuals in place of logits, to be multiplied by :meth:`own_factor`."""
         single = not self.run.plan.cuts_classes
-        block = None if swept else self._sweep(kernel)
+        block = None if swept else self.sweep(kernel)
         for classes in self.run.plan.class_blocks():
             ready = block if single and block is not None else self._load(classes)
             kernel.residuals(ready, not single)
             yield ready
 
-    def _sweep(self, kernel: Kernel) -> CurvatureBlock | None:
-        """The last block that was swept."""
+    def sweep(self, kernel: Kernel) -> CurvatureBlock | None:
+        """All that a kernel must see before residuals; the last block."""
         block = None
         for number in range(kernel.sweeps):
             if block is not None and not self.run.plan.cuts_classes:

@@ -65,6 +65,20 @@ class CurvatureKernel(Kernel, ABC):
     def diagonal(self, block: CurvatureBlock) -> None:
         """``v ←`` the matrix's diagonal, but for ``factor``."""
 
+    @abstractmethod
+    def normalize(self, block: CurvatureBlock) -> None:
+        """``z`` of a block that is ready becomes ``p``."""
+
+    @abstractmethod
+    def sum_of_q(self) -> Tensor:
+        """``total`` of :class:`softcurve.softmax.RowCurvature`, ``(rows, 1)``."""
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of a matrix ``a diag(p) − b p pᵀ``: with ``q = a p``, ``b = 2a − total``."""
+        total = self.sum_of_q()
+        surplus = 2 * self.loss.z_loss if self.matrix != FISHER else 0.0
+        return total - surplus, total - 2 * surplus
+
     def slope(self, block: CurvatureBlock, rows: slice) -> Tensor | None:
         """``m′``, where the map is not the identity."""
         return None if block.raw is None else self.loss.logit_map.slope(block.raw[rows])
@@ -201,6 +215,16 @@ class ListCurvature(ListKernel, CurvatureKernel):
                 v.mul_(slope)
             self._finish(rows, v, slope, self.bent(block, rows, None))
 
+    def normalize(self, block: CurvatureBlock) -> None:  # noqa: D102
+        p = self.curvature.p
+        for rows in self.groups(block):
+            block.z[rows] *= (p[rows, -1:] * self.inverse[rows]).to(block.z.dtype)
+            _, where, at = self._listed(block.classes, rows)
+            self._put(block.z[rows], where, at, p[rows, :-1])
+
+    def sum_of_q(self) -> Tensor:  # noqa: D102
+        return self.curvature.total
+
     def _finish(self, rows: slice, v: Tensor, slope: Tensor | None, bent: Tensor | None) -> None:
         if slope is not None:
             v.mul_(slope)
@@ -326,6 +350,12 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
             if slope is not None:
                 v.mul_(slope)
             self._finish(v, slope, self.bent(block, rows, None))
+
+    def normalize(self, block: CurvatureBlock) -> None:  # noqa: D102
+        pass  # it is there
+
+    def sum_of_q(self) -> Tensor:  # noqa: D102
+        return self.total
 
     @staticmethod
     def _finish(v: Tensor, slope: Tensor | None, bent: Tensor | None) -> None:

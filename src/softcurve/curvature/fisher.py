@@ -1,0 +1,111 @@
+"""The Fisher matrices of a network: exact, by sampled classes, and the empirical one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softcurve.curvature.ggn import JacobianSandwich
+from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.network import Batch, NetworkOperator, Rows
+from softcurve.head.curvature import RowLosses, add_outer_products, row_masses, sample_classes
+from softcurve.head.problem import HeadLoss
+from softcurve.objective import FISHER
+
+
+class Fisher(JacobianSandwich):
+    """``Σ_i m_i E_{k∼p_i}[∇log p_ik ∇log p_ikᵀ] = Σ_i m_i Jᵢᵀ (diag(p) − p pᵀ) Jᵢ`` of the model's own distribution.
+
+    ``m_i`` is the row's weight in the reduced loss times the mass of its target, so that it is the Gauss-Newton matrix
+    of the cross-entropy. The z-loss has no part in it.
+
+    Args:
+        samples: ``None`` for the exact expectation; else so many classes drawn for each row, whose outer products have
+            this matrix as their mean. They depend on ``seed``, the batch's number and the batch alone.
+
+    The other arguments and errors are those of :class:`~softcurve.curvature.Hessian`.
+    Source: Martens 2020, "New insights and perspectives on the natural gradient method".
+    """
+
+    matrix = FISHER
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Linear,
+        data: Iterable[Batch],
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+            raise ValueError(f"samples must be a positive int, or None for the exact matrix, got {samples!r}")
+        self.samples = samples
+        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
+
+    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
+        if self.samples is None:
+            super()._add(rows, columns, into)
+            return
+        t = rows.losses.tensors
+        generator = torch.Generator().manual_seed(self.seed + rows.number)
+        uniforms = torch.rand(len(t.input), self.samples, generator=generator, dtype=torch.float64)
+        classes = sample_classes(rows.losses, uniforms.to(t.input.device))
+        loss = HeadLoss(
+            "cross_entropy", "list", temperature=rows.losses.loss.temperature, softcap=rows.losses.loss.softcap
+        )
+        mass = t.row_weight * row_masses(rows.losses) / self.samples
+        for drawn in classes.unbind(-1):
+            tensors = t._replace(
+                target=None, target_weight=None, target_bias=None, indices=drawn.unsqueeze(-1), class_weight=None
+            )
+            add_outer(self, rows, rows.losses._replace(loss=loss, tensors=tensors), mass, columns, into)
+
+
+class EmpiricalFisher(NetworkOperator):
+    """``Σ_i ∇ℓ_i ∇ℓ_iᵀ / m_i`` with each row's own gradient, at the target; not the Fisher, but the gradients' moment.
+
+    ``m_i`` is what the row's weights and its target's mass add up to, so that a weight counts once, as if the row came
+    so many times: ``Σ_i m_i ∇ℓ̂_i ∇ℓ̂_iᵀ`` of losses ``ℓ_i = m_i ℓ̂_i``. They
+    are in nats, and ``base`` divides the matrix once, as it does the others. Positions of a sequence are rows.
+
+    Arguments and errors are those of :class:`~softcurve.curvature.Hessian`.
+    Source: Kunstner, Balles, Hennig 2019, "Limitations of the empirical Fisher approximation".
+    """
+
+    is_positive = True
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Linear,
+        data: Iterable[Batch],
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
+
+    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
+        mass = row_masses(rows.losses)
+        factor = torch.where(mass > 0, rows.losses.tensors.row_weight / mass, 0.0)
+        add_outer(self, rows, rows.losses, factor, columns, into)
+
+
+def add_outer(
+    operator: NetworkOperator, rows: Rows, losses: RowLosses, factor: Tensor, columns: Tensor, into: Tensor
+) -> None:
+    """``into += Σ_i factor_i ∇ℓ_i (∇ℓ_i · column)``."""
+    changes = None
+    if rows.e.requires_grad:
+        u, h = operator.linearized(rows, torch.zeros_like(rows.e))
+        changes = [operator.pushed_forward(u, h, v, second=False)[0] for v in columns]
+    sums = operator.sums(rows, into, losses.tensors.dtype)
+    add_outer_products(losses, factor, operator.along(columns, changes), sums)
+    operator.add_pulled_back(rows, [each.input for each in sums], into)

@@ -1,0 +1,207 @@
+"""The curvature of one head on one set of rows, in its features, weight and bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softcurve import checks
+from softcurve.curvature.kfac import KroneckerFactors
+from softcurve.curvature.losses import HeadLosses
+from softcurve.head import curvature, passes
+from softcurve.head.products import Direction
+from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN
+from softcurve.targets import Target
+
+MATRICES = (HESSIAN, GAUSS_NEWTON, FISHER)
+PARTS = ("input", "weight", "bias")
+
+
+class HeadCurvature:
+    """The second order of ``linear_cross_entropy(input, linear_weight, target, ...)`` and its kin, streamed.
+
+    Args:
+        input: features ``(..., d)``.
+        linear_weight: ``(C, d)``.
+        target: as for the loss.
+        linear_bias: ``(C,)``.
+        loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
+        sample_weight: ``(...)``; a factor of each row.
+
+    The other options are those of :func:`softcurve.linear_cross_entropy` and its kin. Nothing here records a graph.
+
+    Raises:
+        TypeError, ValueError: what the loss raises.
+
+    Source: DESIGN §3; ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ`` for every loss of the family.
+    """
+
+    def __init__(
+        self,
+        input: Float[Tensor, "*rows features"],
+        linear_weight: Float[Tensor, "classes features"],
+        target: Tensor | Target,
+        *,
+        linear_bias: Float[Tensor, " classes"] | None = None,
+        loss: str = "cross_entropy",
+        beta: float = 0.5,
+        weight: Float[Tensor, " classes"] | None = None,
+        sample_weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        reduction: str = "mean",
+        base: float = math.e,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.losses = HeadLosses(
+            loss=loss, beta=beta, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            temperature=temperature, softcap=softcap, z_loss=z_loss, shift=shift, reduction=reduction, base=base,
+            memory_budget=memory_budget,
+        )  # fmt: skip
+        posed = self.losses.pose(input, linear_weight, linear_bias, target, sample_weight)
+        divisor = float(posed.divisor(self.losses.reducer))
+        if divisor == 0:
+            raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
+        self.leading = input.shape[:-1]
+        self.rows, self.scale = self.losses.rows(posed), 1 / divisor
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def hvp(self, direction: Direction, *, parts: Sequence[str] = ...) -> Direction: ...
+    @overload
+    def hvp(self, direction: list[Direction], *, parts: Sequence[str] = ...) -> list[Direction]: ...
+    def hvp(
+        self, direction: Direction | list[Direction], *, parts: Sequence[str] = PARTS
+    ) -> Direction | list[Direction]:
+        """The Hessian's product with ``Direction(input, weight, bias)``, whose parts may be ``None`` for zero.
+
+        A list of directions shares the passes. ``parts`` are those of the product that are wanted, in the computation's
+        dtype; the bias's is ``None`` for a head without one.
+        """
+        return self._product(HESSIAN, direction, parts)
+
+    @overload
+    def ggnvp(self, direction: Direction, *, parts: Sequence[str] = ...) -> Direction: ...
+    @overload
+    def ggnvp(self, direction: list[Direction], *, parts: Sequence[str] = ...) -> list[Direction]: ...
+    def ggnvp(
+        self, direction: Direction | list[Direction], *, parts: Sequence[str] = PARTS
+    ) -> Direction | list[Direction]:
+        """As :meth:`hvp`, of the Gauss-Newton matrix (see :class:`~softcurve.curvature.GGN`)."""
+        return self._product(GAUSS_NEWTON, direction, parts)
+
+    def _product(
+        self, matrix: str, direction: Direction | list[Direction], parts: Sequence[str]
+    ) -> Direction | list[Direction]:
+        for part in parts:
+            checks.require_choice("parts", part, PARTS)
+        t = self.rows.tensors
+        given = [direction] if isinstance(direction, Direction) else direction
+        columns = [self._checked(each) for each in given]
+        into = [
+            Direction(*(
+                torch.zeros_like(tensor, dtype=t.dtype) if name in parts and tensor is not None else None
+                for name, tensor in zip(PARTS, t[:3], strict=True)
+            ))
+            for _ in columns
+        ]  # fmt: skip
+        curvature.add_products(self.rows, matrix, columns, into, self.scale)
+        found = [
+            each._replace(input=None if each.input is None else each.input.reshape(*self.leading, -1)) for each in into
+        ]
+        return found[0] if isinstance(direction, Direction) else found
+
+    def _checked(self, direction: Direction) -> Direction:
+        t = self.rows.tensors
+        shapes = (
+            (*self.leading, t.input.shape[1]),
+            tuple(t.weight.shape),
+            None if t.bias is None else tuple(t.bias.shape),
+        )
+        for name, part, shape in zip(PARTS, direction, shapes, strict=True):
+            if part is not None and (shape is None or tuple(part.shape) != shape):
+                raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
+        flat = None if direction.input is None else direction.input.reshape(t.input.shape)
+        return Direction(*(None if p is None else p.detach().to(t.dtype) for p in (flat, *direction[1:])))
+
+    # --- closed forms ------------------------------------------------------------------------------------------------
+
+    def diagonal(self, *, matrix: str = GAUSS_NEWTON) -> Direction:
+        """The exact diagonal in the weight ``(C, d)`` and the bias: ``Σ_i diag(B_i) ⊗ (e ⊙ e)``; no input's."""
+        found = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=True)
+        assert found.weight is not None
+        assert found.bias is not None
+        return Direction(
+            None, found.weight * self.scale, None if self.rows.tensors.bias is None else found.bias * self.scale
+        )
+
+    def trace(self, *, matrix: str = GAUSS_NEWTON) -> float:
+        """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
+        rows = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=False).rows
+        return float((rows.double() * self._squared_norms()).sum()) * self.scale
+
+    def gradient_norms(self, kind: str = "grand") -> Tensor:
+        """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
+
+        ``"el2n"``: in the logits, ``‖p − y‖`` for a cross-entropy. ``"grand"``: in weight and bias,
+        ``‖∂ℓ/∂z‖ ‖[e; 1]‖``, the 1 with a bias. Source: Paul, Ganguli, Dziugaite 2021, "Deep learning on a data diet".
+        """
+        checks.require_choice("kind", kind, ("grand", "el2n"))
+        norms = curvature.gradient_norms(self.rows) / self.losses.reducer.nats
+        if kind == "grand":
+            norms = norms * self._squared_norms().sqrt()
+        return norms.reshape(self.leading)
+
+    def kfac(
+        self, *, matrix: str = GAUSS_NEWTON, form: str = "auto", rank: int = 128, seed: int = 0
+    ) -> KroneckerFactors:
+        """The Kronecker factors of the matrix in weight and bias.
+
+        ``form`` says how the class factor is held for its inverse: ``"dense"`` ``(C, C)``, ``"low_rank"``
+        ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
+        """
+        checks.require_choice("matrix", matrix, (GAUSS_NEWTON, FISHER))
+        t = self.rows.tensors
+        return KroneckerFactors.of(
+            lambda: [self.rows], matrix, self.scale, t.weight[:, 0], has_bias=t.bias is not None, form=form, rank=rank,
+            seed=seed,
+        )  # fmt: skip
+
+    def largest_eigenvalue_bound(self) -> float:
+        """Never below the largest eigenvalue of the Gauss-Newton matrix in weight and bias; one ``d × d`` problem.
+
+        ``diag(p) − p pᵀ ⪯ ½ (I − 1 1ᵀ/C)``, so ``½ λ_max(Σ_i m_i ẽ_i ẽ_iᵀ) / T²``; a JS divergence has ``1 − β`` of it,
+        a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992.
+        """
+        loss, t = self.rows.loss, self.rows.tensors
+        mass = curvature.row_masses(self.rows).double() / 2
+        if loss.family == "js":
+            mass *= 1 - loss.beta
+        if loss.z_loss:
+            lse = passes.evaluate(loss, t, self.rows.memory_budget, stats=True).statistics.lse
+            assert lse is not None
+            mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
+        mass *= t.row_weight.double()
+        e = t.input.double()[mass != 0]
+        e = e if t.bias is None else torch.cat([e, torch.ones_like(e[:, :1])], -1)
+        moment = e.T @ (mass[mass != 0].unsqueeze(-1) * e)
+        return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
+
+    def _squared_norms(self) -> Tensor:
+        t = self.rows.tensors
+        return t.input.double().square().sum(-1) + (t.bias is not None)
+
+    @staticmethod
+    def _known(matrix: str) -> str:
+        checks.require_choice("matrix", matrix, MATRICES)
+        return matrix

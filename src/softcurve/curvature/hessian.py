@@ -1,0 +1,64 @@
+"""The Hessian of a network's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.network import Batch, NetworkOperator, Rows
+from softcurve.head import passes
+from softcurve.head.curvature import add_products
+from softcurve.objective import HESSIAN
+
+
+class Hessian(NetworkOperator):
+    """``∂²L/∂θ²`` of the mean loss over ``data``, exact: ``Jᵀ H_e J + Σ_i (∂L/∂e_i) ∂²e_i/∂θ²`` and the head's own.
+
+    Args:
+        features: a module that maps a batch ``x`` (``**x``, if it is a mapping) to ``e (..., d)``, run in its present
+            mode; its buffers are not changed.
+        head: an ``nn.Linear`` from ``d`` to the classes; its weight may be tied to a parameter of the features.
+        data: batches ``(x, target)`` or ``(x, target, sample_weight)``, walked once for each product.
+        loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
+        seed: of dropout, with the batch's number: every product sees the same masks, given the same batches.
+        progress: a bar over the batches of each product.
+
+    Further options are those of :func:`softcurve.linear_cross_entropy` and its kin, ``reduction`` among them:
+    ``"mean"`` (over the rows of all batches together), ``"batchmean"`` or ``"sum"``. The matrix acts on the parameters
+    that require gradients, of the features, then of the head, in ``named_parameters`` order, a tied one once.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch.
+
+    Source: the chain rule, DESIGN §3: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Linear,
+        data: Iterable[Batch],
+        *,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
+
+    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
+        losses = rows.losses
+        changes, terms = None, None
+        if rows.e.requires_grad:
+            wanted = (True, False, False, False, False, False)
+            gradient = passes.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
+            assert gradient is not None
+            u, h = self.linearized(rows, gradient)
+            changes, terms = zip(*(self.pushed_forward(u, h, v, second=True) for v in columns), strict=True)
+        sums = self.sums(rows, into, losses.tensors.dtype)
+        add_products(losses, HESSIAN, self.along(columns, changes), sums)
+        self.add_pulled_back(rows, [each.input for each in sums], into)
+        for j, parts in enumerate(terms or ()):
+            self.add_parts(parts, into[j])

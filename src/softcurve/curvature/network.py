@@ -1,0 +1,234 @@
+"""A network as features and a head over data that is walked in batches, and what its matrices of second order share.
+
+The head is streamed (:mod:`softcurve.head.curvature`); the features are autograd's. One graph of a batch serves all
+columns: with ``e = f(θ)`` and ``h(u) = Jᵀu``, the derivative of ``v·h`` is ``J v`` in ``u`` and, at ``u = ∂L/∂e``, the
+second-order term ``(Σ u ∂²e) v`` in ``θ``. So there is no finite difference and no forward mode, which many kernels
+lack, and all columns see the same dropout.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from softcurve import checks
+from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.parameters import Layout
+from softcurve.head.curvature import RowLosses
+from softcurve.head.products import Direction
+from softcurve.posed import Posed
+from softcurve.targets import Target
+
+Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A batch behind the features: the head's rows, and the graph of the features."""
+
+    number: int
+    e: Tensor  # (n, d), with the graph where a parameter of the features is trained
+    posed: Posed
+    losses: RowLosses
+
+
+class NetworkOperator(SymmetricOperator):
+    """A matrix of second order of ``loss(head(features(x)), target)`` over all of ``data``."""
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Linear,
+        data: Iterable[Batch],
+        *,
+        losses: HeadLosses,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        if not isinstance(features, nn.Module):
+            raise TypeError(
+                f"features must be a torch.nn.Module, got {type(features).__name__}; for no features at all use "
+                "torch.nn.Identity()"
+            )
+        if not isinstance(head, nn.Linear):
+            raise TypeError(
+                f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it "
+                "in a model"
+            )
+        if iter(data) is data:
+            raise TypeError(
+                f"data must be an iterable that can be walked again, such as a list or a DataLoader, got a one-time "
+                f"{type(data).__name__}; make it a list"
+            )
+        self.features, self.head, self.data, self.losses = features, head, data, losses
+        self.seed, self.progress = seed, progress
+        self.layout = Layout.of(features, head)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)`` for ``P`` trainable parameters."""
+        return self.layout.size, self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The head's."""
+        return self.head.weight.device
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat vector ``(P,)`` as parameters by name."""
+        return self.layout.split(vector)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def rows(self, description: str, *, graph: bool = True) -> Iterator[Rows]:
+        """The batches, with the features' ``graph``; dropout is drawn from the seed and the batch's number."""
+        batches = _with_progress(self.data, description) if self.progress else self.data
+        for number, batch in enumerate(batches):
+            x, target, sample_weight = _unpacked(batch, number)
+            e = self._features_of(x, number, graph)
+            posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
+            flat = e.reshape(-1, e.shape[-1])
+            yield Rows(number, flat, posed, self.losses.rows(posed))
+
+    def _features_of(self, x: Any, number: int, graph: bool) -> Tensor:
+        # A copy of the buffers, which batch normalisation writes to.
+        buffers = {name: buffer.clone() for name, buffer in self.features.named_buffers()}
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(graph),
+            torch.random.fork_rng(devices),
+            sdpa_kernel(SDPBackend.MATH),  # the one that has second derivatives
+        ):
+            torch.manual_seed(self.seed + number)
+            arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+            e = torch.func.functional_call(self.features, buffers, *arguments)
+        wanted = self.head.in_features
+        if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != wanted:
+            came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
+            raise ValueError(
+                f"features must map x to a tensor of shape (..., {wanted}), as wide as head, "
+                f"got {came} in batch {number}"
+            )
+        return e
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        columns = vectors.T.contiguous()  # a parameter's part of a column is then contiguous
+        into = torch.zeros_like(columns)
+        total = 0.0
+        if len(columns):
+            for rows in self.rows(f"{type(self).__name__} product"):
+                total += float(rows.posed.divisor(self.losses.reducer)) if self.losses.reduction != "sum" else 0.0
+                self._add(rows, columns, into)
+            into.div_(self._divisor(total))
+        return into.T
+
+    def _divisor(self, total: float) -> float:
+        if self.losses.reduction == "sum":
+            return 1.0
+        if total == 0:
+            raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
+        return total
+
+    @abstractmethod
+    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
+        """The sum over a batch's rows along each of ``columns (k, P)``, added to ``into``."""
+
+    # --- what batches are made of ------------------------------------------------------------------------------------
+
+    def along(self, columns: Tensor, changes: Sequence[Tensor] | None) -> list[Direction]:
+        """Each column as the head sees it; ``changes`` are the features' own, one a column."""
+        return [
+            Direction(None if changes is None else changes[j], *self._head_parts(column))
+            for j, column in enumerate(columns)
+        ]
+
+    def sums(self, rows: Rows, into: Tensor, dtype: torch.dtype) -> list[Direction]:
+        """Where the head's passes add: the features' part anew, the parameters' part in ``into`` itself."""
+        moves = rows.e.requires_grad
+        return [
+            Direction(torch.zeros_like(rows.e, dtype=dtype, requires_grad=False) if moves else None, *parts)
+            for parts in map(self._head_parts, into)
+        ]
+
+    def _head_parts(self, flat: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = self.layout.head_weight, self.layout.head_bias
+        return (
+            None if weight is None else self.layout.view(flat, weight),
+            None if bias is None else self.layout.view(flat, bias),
+        )
+
+    def add_pulled_back(self, rows: Rows, in_features: Sequence[Tensor | None], into: Tensor) -> None:
+        """``into += (∂e/∂θ)ᵀ`` of each column's gradient in the features."""
+        for j, cotangent in enumerate(in_features):
+            if cotangent is not None and rows.e.requires_grad:
+                found = torch.autograd.grad(
+                    rows.e, self.moving, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
+                )
+                self.add_parts(found, into[j])
+
+    def add_parts(self, parts: Sequence[Tensor | None], flat: Tensor) -> None:
+        """Gradients in :attr:`moving`, added to a flat vector."""
+        for number, part in zip(self.layout.of_features, parts, strict=True):
+            if part is not None:
+                self.layout.view(flat, number).add_(part)
+
+    @property
+    def moving(self) -> list[nn.Parameter]:
+        """The trained parameters that the features use."""
+        return [self.layout.tensors[number] for number in self.layout.of_features]
+
+    def linearized(self, rows: Rows, cotangent: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """``u``, a leaf that holds ``cotangent``, and ``h = Jᵀu`` with its graph."""
+        u = cotangent.detach().to(rows.e.dtype).requires_grad_()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            h = torch.autograd.grad(rows.e, self.moving, u, create_graph=True, allow_unused=True)
+        return u, h
+
+    def pushed_forward(
+        self, u: Tensor, h: Sequence[Tensor | None], column: Tensor, *, second: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """``J v``, and the second-order term in :attr:`moving` if it is wanted."""
+        pairs = [
+            (part, self.layout.view(column, number).to(part.dtype))
+            for number, part in zip(self.layout.of_features, h, strict=True)
+            if part is not None and part.requires_grad
+        ]
+        moving = self.moving if second else []
+        if not pairs:
+            return torch.zeros_like(u), (None,) * len(moving)
+        outputs, directions = zip(*pairs, strict=True)
+        change, *terms = torch.autograd.grad(outputs, [u, *moving], directions, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if change is None else change, tuple(terms)
+
+
+def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise TypeError(
+            f"data must yield (x, target) or (x, target, sample_weight), got {type(batch).__name__} in batch {number}"
+        )
+    x, target, *rest = batch
+    return x, target, rest[0] if rest else None
+
+
+def _with_progress(data: Iterable[Batch], description: str) -> Iterable[Batch]:
+    try:
+        from rich.progress import track
+    except ImportError as error:
+        raise ImportError("progress=True needs rich; pip install 'softcurve[all]'") from error
+    total = len(data) if isinstance(data, Sized) else None
+    return track(data, description, total=total, transient=True)
