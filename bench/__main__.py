@@ -1,4 +1,4 @@
-"""Print every table, or one: ``python -m bench [logits | heads | exactness]``."""
+"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import exactness, heads, logits
+from bench import curvature, exactness, heads, logits, peers
 from bench.heads import CASES, OURS, Shape
 from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
 
@@ -36,6 +36,9 @@ def main() -> None:
         budgeted = [name for name in names if name in heads.BUDGETED]
         rows = [(name, shape) for name in budgeted for shape in options.shape or heads.BUDGETED[name]]
         tables["heads in a budget"] = print_heads_in_a_budget(rows)
+    if options.table in ("all", "curvature"):
+        tables["curvature"] = print_curvature(options.shape, min(options.repeats, 5))
+        tables["curvature in a budget"] = print_curvature_in_a_budget(options.shape)
     if options.table in ("all", "exactness"):
         tables["exactness"] = print_exactness()
     if options.json:
@@ -45,7 +48,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("table", nargs="?", choices=("all", "logits", "heads", "exactness"), default="all")
+    parser.add_argument("table", nargs="?", choices=("all", "logits", "heads", "curvature", "exactness"), default="all")
     parser.add_argument("--repeats", type=int, default=9, help="rounds in which everybody takes a turn")
     parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")
     parser.add_argument("--classes", type=int, default=10_000, help="of the dense logits")
@@ -154,6 +157,89 @@ def _cell(record: Record, column: str, form: str) -> str:
 
 def _print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# --- curvature --------------------------------------------------------------------------------------------------------
+
+
+def print_curvature(shapes: Sequence[Shape] | None, repeats: int) -> list[Record]:
+    """Products of matrices of second order, and the closed forms of a head."""
+    print("\nmatrices of second order of two layers and a head, (rows, width, classes) float32\n")
+    _print_row("what", "shape", "columns", "who", "s", "ours / it", "extra MB", "vector MB")
+    _print_row(*["---"] * 8)
+    records: list[Record] = []
+    for shape in shapes or [curvature.SHAPE]:
+        shape = curvature.Shape(*shape)
+        for matrix, columns in (("Gauss-Newton", 1), ("Gauss-Newton", 10), ("Hessian", 1)):
+            records += _product_figures(matrix, columns, shape, repeats)
+        records += _head_figures(shape, repeats)
+    return records
+
+
+def _product_figures(matrix: str, columns: int, shape: curvature.Shape, repeats: int) -> Iterator[Record]:
+    who = {curvature.OURS: f"{columns} column(s)", curvature.PEER: ""}
+    products = (1 + 4 * columns) if matrix == "Gauss-Newton" else (1 + 6 * columns)
+    runs: dict[str, Any] = {f"floor, {products} products": curvature.floor(shape, products)}
+    notes = {}
+    for name in who:
+        try:
+            runs[name] = curvature.prepared(matrix, name, columns, shape)
+        except Exception as error:
+            notes[name] = peers.reason(error)
+    if columns > 1:
+        runs["softcurve, 1 column"] = curvature.prepared(matrix, curvature.OURS, 1, shape)
+    seconds = interleaved(runs, repeats)
+    for name in (curvature.OURS, *(run for run in runs if run not in who), curvature.PEER):
+        record: Record = {"what": f"{matrix} product", "shape": shape, "columns": columns, "who": name}
+        if name in seconds:
+            record["s"] = median(seconds[name])
+            record["ratio"] = median_ratio(seconds[curvature.OURS], seconds[name])
+        if name in who:
+            record |= {"note": notes[name]} if name in notes else curvature.memory(matrix, name, columns, shape)
+        _print_curvature_row(record)
+        yield record
+
+
+def _head_figures(shape: curvature.Shape, repeats: int) -> Iterator[Record]:
+    seconds = interleaved(curvature.head_runs(shape), repeats)
+    for name in seconds:
+        record: Record = {"what": "head alone", "shape": shape, "columns": "", "who": name, "s": median(seconds[name])}
+        if name != "loss + gradients":
+            record["who"] = f"{name}, beside loss + gradients"
+            record["ratio"] = median_ratio(seconds[name], seconds["loss + gradients"])
+        _print_curvature_row(record)
+        yield record
+
+
+def _print_curvature_row(record: Record) -> None:
+    _print_row(
+        record["what"],
+        str(record["shape"]),
+        str(record["columns"]),
+        record["who"],
+        record.get("note") or f"{record['s']:.3f}",
+        _cell(record, "ratio", ".2f"),
+        _cell(record, "extra_mb", ".0f"),
+        _cell(record, "vector_mb", ".0f"),
+    )
+
+
+def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
+    """Extra memory as the classes grow, ours told to stay within the budget."""
+    print(f"\nmemory of a product, ours within memory_budget = {curvature.BUDGET // 2**20} MB\n")
+    _print_row("matrix", "shape", "who", "extra MB", "vector MB", "beyond the result MB")
+    _print_row(*["---"] * 6)
+    records: list[Record] = []
+    for matrix in curvature.MATRICES:
+        for shape in shapes or curvature.GROWING:
+            shape = curvature.Shape(*shape)
+            record: Record = {"matrix": matrix, "shape": shape, "who": curvature.OURS}
+            record |= curvature.memory(matrix, curvature.OURS, 1, shape, curvature.BUDGET)
+            record["beyond_mb"] = record["extra_mb"] - record["vector_mb"]
+            cells = (_cell(record, column, ".0f") for column in ("extra_mb", "vector_mb", "beyond_mb"))
+            _print_row(matrix, str(shape), curvature.OURS, *cells)
+            records.append(record)
+    return records
 
 
 # --- dense logits -----------------------------------------------------------------------------------------------------

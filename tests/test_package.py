@@ -32,6 +32,7 @@ FLOORS = (
     {"posed"},
     {"linear"},
     {"nn", "chain"},
+    {"curvature"},
     {"__init__"},
     {"fit"},
     {"app"},

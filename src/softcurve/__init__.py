@@ -1,6 +1,6 @@
 """Cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
 
-from softcurve import functional, nn, reference
+from softcurve import curvature, functional, nn, reference
 from softcurve.chain import ChainRule, chain_rule
 from softcurve.functional import (
     cross_entropy,
@@ -25,6 +25,7 @@ __all__ = [
     "TopK",
     "chain_rule",
     "cross_entropy",
+    "curvature",
     "entropy",
     "functional",
     "js_divergence",

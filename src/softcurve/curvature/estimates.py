@@ -281,7 +281,7 @@ def _xdiag(operator: SymmetricOperator, draws: Draws, count: int, columns_at_onc
         qs, aqs = q @ out.directions, aq @ out.directions
         samples = (q * aq).sum(1, keepdim=True) + qs * (omega * lengths - aqs)
         qu, aqu = ((t.unsqueeze(1) - t.unsqueeze(2) * cosines) / sines for t in (qs, aqs))
-        changes = qu * (aqu - omega.unsqueeze(2) * bends)
+        changes = qu * (aqu + omega.unsqueeze(2) * bends)
         covariance = (changes * changes.mT).sum((1, 2)) / (count * (count - 1))
         values[rows] = samples.mean(1).to(values.dtype)
         errors[rows] = _exchangeable_error(samples, covariance).to(errors.dtype)

@@ -19,7 +19,7 @@ from softcurve.head.curvature_kernels import CurvatureBlock, CurvatureKernel, De
 from softcurve.head.kernel import Kernel, RowData
 from softcurve.head.lists import ListKernel
 from softcurve.head.passes import kept_rows, require_classes
-from softcurve.head.plan import Plan, make_plan
+from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction, LinearMap
 from softcurve.objective import FISHER, HESSIAN
@@ -264,6 +264,7 @@ class _Pass:
         if count == 0:
             return
         self.plan = self._plan(count)
+        self.rooms.reserve(self.plan.buffers * self.plan.rows * self.plan.classes)
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             rows = slice(start, stop) if isinstance(kept, slice) else kept[start:stop]
@@ -277,7 +278,7 @@ class _Pass:
             yield _Tile(self, rows, LinearMap(e, t.weight, t.bias), target, weight)
 
     def _plan(self, count: int) -> Plan:
-        loss, t = self.given.loss, self.given.tensors
+        loss, t, budget = self.given.loss, self.given.tensors, self.given.memory_budget
         # The logits, the target's, their change, q, the residual, the logits before the cap.
         buffers = 1 + (loss.target == "teacher") + self.directed + self.wants_q + self.wants_residual
         buffers += loss.softcap is not None
@@ -297,7 +298,7 @@ class _Pass:
             least_pieces=30,
             least_row_entries=row,
             whole_rows=False,
-            memory_budget=self.given.memory_budget,
+            memory_budget=default_budget(t.input.device) if budget is None else budget,
         )
 
     def release(self) -> None:
@@ -430,7 +431,7 @@ class _Tile:
                 e_v = column.input[self.rows].to(v.dtype)
                 products.back_to_weight(into.weight[block.classes], g, outer * e_v, accumulate=True)
         if into.bias is not None:
-            into.bias[block.classes].addmv_(v.T, own.squeeze(-1))
+            into.bias[block.classes] += torch.mv(v.T, own.squeeze(-1))
 
     def to_features(self, residual: Tensor, weight: Tensor) -> Tensor:
         """``residual @ weight``."""

@@ -180,6 +180,7 @@ class _Pass:
         if count == 0:
             return
         self.plan = plan_of(self.loss, self.tensors, count, self.directions is not None, self.budget)
+        self.rooms.reserve(self.plan.buffers * self.plan.rows * self.plan.classes)
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             self._tile(slice(start, stop) if isinstance(kept, slice) else kept[start:stop])

@@ -14,6 +14,12 @@ import torch
 
 DEFAULT_BUDGET = {"cpu": 128 * 2**20, "cuda": 2**30}
 
+
+def default_budget(device: torch.device, tiles: int = 2) -> int:
+    """Bytes for ``tiles`` tiles of which each is as large as the one that a loss takes by default."""
+    return tiles * DEFAULT_BUDGET.get(device.type, 2**30)
+
+
 # Entries that the elementwise passes work on at a time. On the CPU they then stay in the cache.
 CACHE_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 
@@ -80,7 +86,7 @@ def make_plan(
     for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``.
     """
     itemsize = dtype.itemsize
-    entries = (DEFAULT_BUDGET.get(device.type, 2**28) if memory_budget is None else memory_budget) // itemsize
+    entries = (default_budget(device, 1) if memory_budget is None else memory_budget) // itemsize
     row_count, class_count = max(row_count, 1), max(class_count, 1)
 
     def planned(rows: int, classes: int, cached: int) -> Plan:

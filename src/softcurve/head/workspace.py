@@ -71,19 +71,33 @@ def give_back(rooms: list[Tensor]) -> None:
 
 @dataclass
 class Rooms:
-    """The rooms of one pass, by name, the same for all of its tiles."""
+    """The rooms of one pass, by name, the same for all of its tiles.
+
+    They lie in one tensor as far as they fit into what was reserved: the next pass then has it, however many rooms of
+    its own it makes of it.
+    """
 
     dtype: torch.dtype
     device: torch.device
-    storage: dict[str, Tensor] = field(default_factory=dict)
+    taken: list[Tensor] = field(default_factory=list)
+    free: Tensor | None = None
+    rooms: dict[str, Tensor] = field(default_factory=dict)
+
+    def reserve(self, size: int) -> None:
+        """So many entries in one piece. On the CPU they occupy nothing until they are written."""
+        self.taken.append(take(size, self.dtype, self.device))
+        self.free = self.taken[-1]
 
     def room(self, name: str, size: int) -> Tensor:
         """A flat tensor of at least ``size`` entries."""
-        if name not in self.storage or self.storage[name].numel() < size:
-            self.storage[name] = take(size, self.dtype, self.device)
-        return self.storage[name]
+        if name not in self.rooms or self.rooms[name].numel() < size:
+            if self.free is None or self.free.numel() < size:
+                self.reserve(size)
+            assert self.free is not None
+            self.rooms[name], self.free = self.free[:size], self.free[size:]
+        return self.rooms[name]
 
     def release(self) -> None:
         """They are no longer needed."""
-        give_back(list(self.storage.values()))
-        self.storage.clear()
+        give_back(self.taken)
+        self.taken, self.free, self.rooms = [], None, {}

@@ -1,0 +1,137 @@
+"""Products with matrices of second order: a network of two layers before a head, ours beside curvlinops.
+
+A case is a name; :func:`prepared` makes its run, so that a fresh process can make the same one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import softcurve as sc
+from bench import measure, peers
+from softcurve import curvature
+
+Run = Callable[[], object]
+
+OURS, PEER = "softcurve", "curvlinops"
+MATRICES = {"Gauss-Newton": curvature.GGN, "Hessian": curvature.Hessian}
+THEIRS = {"Gauss-Newton": "GGNLinearOperator", "Hessian": "HessianLinearOperator"}
+
+
+class Shape(NamedTuple):
+    """Of the head."""
+
+    rows: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"({self.rows}, {self.width}, {self.classes})"
+
+
+SHAPE = Shape(1024, 256, 50257)
+GROWING = [Shape(256, 64, classes) for classes in (10_000, 50_000, 500_000)]
+BUDGET = 64 * 2**20
+
+
+class Network(NamedTuple):
+    """Features, a head and data in one batch, and the sum of parameters."""
+
+    features: nn.Sequential
+    head: nn.Linear
+    data: list[tuple[Tensor, Tensor]]
+    size: int
+
+    @staticmethod
+    def of(shape: Shape) -> Network:
+        """Of fixed random numbers."""
+        torch.manual_seed(0)
+        features = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, shape.width), nn.ReLU())
+        head = nn.Linear(shape.width, shape.classes)
+        data = [(torch.randn(shape.rows, 64), torch.randint(shape.classes, (shape.rows,)))]
+        size = sum(p.numel() for module in (features, head) for p in module.parameters())
+        return Network(features, head, data, size)
+
+
+def prepared(matrix: str, who: str, columns: int, shape: Shape, budget: int | None = None) -> Run:
+    """A product with ``columns`` fixed random columns, or why there is none (a string is raised)."""
+    network = Network.of(shape)
+    vectors = torch.randn(network.size, columns)
+    if who == OURS:
+        operator = MATRICES[matrix](network.features, network.head, network.data, memory_budget=budget)
+        return lambda: operator @ vectors
+    theirs = _curvlinops(matrix, network)
+    return lambda: theirs @ vectors
+
+
+def _curvlinops(matrix: str, network: Network) -> torch.Tensor:
+    import curvlinops
+
+    model = nn.Sequential(network.features, network.head)
+    make = getattr(curvlinops, THEIRS[matrix])
+    operator: torch.Tensor = make(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), network.data, check_deterministic=False
+    )
+    return operator
+
+
+def floor(shape: Shape, products: int) -> Run:
+    """So many matrix products of a head, the logits and both ways back in turn."""
+    e, weight = torch.randn(shape.rows, shape.width), torch.randn(shape.classes, shape.width)
+    logits, back, gradient = torch.empty(shape.rows, shape.classes), torch.empty_like(e), torch.empty_like(weight)
+    kinds: tuple[Run, ...] = (
+        lambda: torch.mm(e, weight.T, out=logits),
+        lambda: torch.mm(logits, weight, out=back),
+        lambda: torch.mm(logits.T, e, out=gradient),
+    )
+
+    def run() -> None:
+        for number in range(products):
+            kinds[number % 3]()
+
+    return run
+
+
+# --- the head alone ---------------------------------------------------------------------------------------------------
+
+
+def head_runs(shape: Shape) -> dict[str, Run]:
+    """The closed forms of a head beside its loss with gradients."""
+    network = Network.of(shape)
+    e = network.features(network.data[0][0]).detach().requires_grad_()
+    weight, bias, target = network.head.weight, network.head.bias, network.data[0][1]
+
+    def gradients() -> object:
+        return torch.autograd.grad(sc.linear_cross_entropy(e, weight, target, linear_bias=bias), (e, weight, bias))
+
+    of_head = curvature.HeadCurvature(e.detach(), weight, target, linear_bias=bias)
+    return {"loss + gradients": gradients, "diagonal": of_head.diagonal, "trace": of_head.trace}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(matrix: str, who: str, columns: int, shape: Shape, budget: int | None = None) -> dict[str, float | str]:
+    """Extra peak memory of a product in a fresh process, in MB, and that of one vector of the parameters."""
+    call = f"curvature.print_memory({matrix!r}, {who!r}, {columns}, curvature.Shape(*{tuple(shape)}), {budget})"
+    found: dict[str, float | str] = json.loads(
+        measure.in_fresh_process(f"from bench import curvature\n{call}\n").splitlines()[-1]
+    )
+    return found
+
+
+def print_memory(matrix: str, who: str, columns: int, shape: Shape, budget: int | None) -> None:
+    """For a process of its own."""
+    try:
+        prepared(matrix, who, columns, Shape(8, 16, 50))()  # what is loaded with the first use
+        run = prepared(matrix, who, columns, shape, budget)
+        figures: dict[str, float | str] = {"extra_mb": measure.extra_peak_of(run)}
+    except Exception as error:
+        figures = {"note": peers.reason(error)}
+    figures["vector_mb"] = Network.of(shape).size * 4 / 2**20
+    print(json.dumps(figures))
