@@ -24,7 +24,7 @@ _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, 
 
 
 def take(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat tensor of at least ``entries``, with anything in it."""
+    """A flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
     if device.type == "cpu":
         for i in reversed(range(len(_kept))):
             try:
@@ -34,6 +34,7 @@ def take(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             if room.dtype == dtype and room.numel() >= entries:
                 return room
             _kept.append(room)
+        _kept.clear()
     return empty((entries,), dtype, device)
 
 
