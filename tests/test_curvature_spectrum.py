@@ -378,3 +378,19 @@ def test_scipy_and_matplotlib_are_loaded_where_they_are_used(run_python):
         "from softcurve.curvature import conjugate_gradients, estimates, operator, spectrum\n"
         "assert not {'scipy', 'matplotlib'} & set(sys.modules)"
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_eigenvalues_than_are_asked_for(method):
+    eigenvalues = torch.zeros(300).double()
+    eigenvalues[:4] = torch.tensor([4.0, 3.0, 2.0, 0.01])
+    pairs = eigsh(Matrix(with_spectrum(eigenvalues)), 10, method=method)
+    torch.testing.assert_close(pairs.values, eigenvalues[:10], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("of", [lambda a: a.eigsh(3), lambda a: a.eigsh(3, method="lobpcg"), Matrix.spectral_density])
+def test_products_that_are_not_finite_are_an_error(of):
+    matrix = with_spectrum(ENDS)
+    matrix[3, 4] = math.nan
+    with pytest.raises(ValueError, match="the operator's products must be finite, got NaN or infinity"):
+        of(Matrix(matrix))

@@ -1,4 +1,4 @@
-"""The commands ``softcurve fit``, ``predict`` and ``explain``: their options, and errors as exit code 2."""
+"""The commands ``softcurve fit``, ``predict``, ``spectrum`` and ``explain``: their options; errors as exit code 2."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ Target = Annotated[
     Path | None, typer.Option(metavar="FILE.npy", help="Labels (n,) or distributions (n, C), not DATA's.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is random.")]
+Progress = Annotated[bool | None, typer.Option(help="Show progress on stderr; by default on a terminal only.")]
 
 
 @app.command()
@@ -59,9 +60,7 @@ def fit(
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the head is saved.")] = Path(
         "head.safetensors"
     ),
-    progress: Annotated[
-        bool | None, typer.Option(help="Show progress on stderr; by default on a terminal only.")
-    ] = None,
+    progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features, and save it."""
     with _refusals():
@@ -88,6 +87,72 @@ def predict(
         from softcurve.app.fitting import predict_command
 
         predict_command(head, data, target, out)
+
+
+@app.command()
+def spectrum(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A head that softcurve fit has saved; or FILE.py:function or package.module:function, "
+            "which returns (features, head, data).",
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="The rows of a saved head, as for softcurve predict.")
+    ] = None,
+    target: Target = None,
+    matrix: Annotated[
+        Literal["ggn", "hessian", "fisher", "empirical-fisher"],
+        typer.Option(metavar="NAME", help="ggn (Gauss-Newton), hessian, fisher or empirical-fisher."),
+    ] = "ggn",
+    loss: Annotated[
+        Literal["cross_entropy", "forward_kl", "reverse_kl", "js"] | None,
+        typer.Option(
+            metavar="NAME",
+            help="cross_entropy, forward_kl, reverse_kl or js; by default what the head was fitted with, "
+            "or cross_entropy.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("-k", "--top", min=1, help="How many of the largest eigenvalues.")] = 10,
+    method: Annotated[
+        Literal["auto", "lobpcg", "lanczos"],
+        typer.Option(
+            metavar="NAME",
+            help="Of the eigenvalues: lobpcg; lanczos, which may miss repeated ones; "
+            "auto, lanczos where lobpcg does not converge.",
+        ),
+    ] = "auto",
+    tol: Annotated[
+        float, typer.Option(help="Of the eigenvalues' residuals, relative; 0 is as the dtype allows.")
+    ] = 0.0,
+    products: Annotated[int, typer.Option(min=4, help="Products with vectors for the trace.")] = 64,
+    probes: Annotated[int, typer.Option(min=0, help="Random vectors for the density; 0 leaves it out.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each probe.")] = 80,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows a batch of a saved head; by default all at once.")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[
+        Literal["float64", "float32"] | None, typer.Option(help="Of the matrix; by default the model's own.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where a picture of the density goes: .png, .svg or .pdf.")
+    ] = None,
+    progress: Progress = None,
+) -> None:
+    """Largest eigenvalues, trace and spectral density of a model's curvature."""
+    with _refusals():
+        from softcurve.app.spectrum import SpectrumOptions, spectrum_command
+
+        spectrum_command(
+            SpectrumOptions(
+                model, data, target, matrix, loss, top, method, tol, products, probes, steps, batch_size, seed, dtype,
+                out,
+            ),
+            progress=progress,
+        )  # fmt: skip
 
 
 @app.command()

@@ -227,8 +227,9 @@ def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | N
 
 def _with_progress(data: Iterable[Batch], description: str) -> Iterable[Batch]:
     try:
+        from rich.console import Console
         from rich.progress import track
     except ImportError as error:
         raise ImportError("progress=True needs rich; pip install 'softcurve[all]'") from error
     total = len(data) if isinstance(data, Sized) else None
-    return track(data, description, total=total, transient=True)
+    return track(data, description, total=total, transient=True, console=Console(stderr=True))

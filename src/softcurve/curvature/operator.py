@@ -216,6 +216,15 @@ def require_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
+def require_finite(products: Tensor | Floats) -> None:
+    """What a solver goes on with: NaN would make a spectrum that looks like one."""
+    held = torch.from_numpy(products) if isinstance(products, np.ndarray) else products
+    if not held.isfinite().all():
+        raise ValueError(
+            "the operator's products must be finite, got NaN or infinity; look for them in parameters and data"
+        )
+
+
 def working_dtype(operator: SymmetricOperator) -> torch.dtype:
     """The dtype of columns between products: the operator's, at least float32."""
     return torch.promote_types(operator.dtype, torch.float32)

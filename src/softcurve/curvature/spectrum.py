@@ -21,7 +21,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.estimates import Draws, Estimate
-from softcurve.curvature.operator import SymmetricOperator, require_count, working_dtype
+from softcurve.curvature.operator import SymmetricOperator, require_count, require_finite, working_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Eigenpairs", "SpectralDensity", "eigsh", "spectral_density"]
 
 ENDS = ("LA", "SA", "LM", "BE")
+STAGE = 20  # steps of LOBPCG between looks at the residuals
 End = Literal["LA", "SA", "LM", "BE"]
 
 
@@ -68,7 +69,7 @@ def eigsh(
 
     Raises:
         ValueError: ``k`` is not in ``1 … n``, or ``max_products`` is too small to begin.
-        RuntimeError: not converged within ``max_products`` (``None``: ``10 n`` restarts of Lanczos, ``1000 + 10 n``
+        RuntimeError: not converged within ``max_products`` (``None``: ``10 n`` restarts of Lanczos, ``200 (k + 5)``
             products of LOBPCG); the message names what did converge.
     """
     n = operator.shape[0]
@@ -87,7 +88,7 @@ def eigsh(
     _require_products(max_products, 2 * first + 1 if method == "lanczos" else first, f"method={method!r} and k={k}")
     if method == "lanczos":
         return _lanczos(operator, k, which, tol, max_products, seed, first)
-    return _lobpcg(operator, k, which, tol, 1000 + 10 * n if max_products is None else max_products, seed)
+    return _lobpcg(operator, k, which, tol, 200 * (k + 5) if max_products is None else max_products, seed)
 
 
 def _require_products(max_products: int | None, least: int, purpose: str) -> None:
@@ -139,6 +140,7 @@ def _lanczos(
         nonlocal counted, is_zero
         counted += 1
         image = operator @ vector.reshape(-1)
+        require_finite(image)
         is_zero = is_zero and not image.any()
         return image
 
@@ -161,15 +163,15 @@ def _lanczos(
 
 
 def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_products: int, seed: int) -> Eigenpairs:
-    """scipy's, whose tolerance is absolute and which warns where it does not reach it: judged here by the residuals."""
+    """scipy's, in stages: its tolerance is absolute, and how large the matrix is shows only on the way.
+
+    It warns, or breaks down, where it does not reach the tolerance; the residuals judge here.
+    """
     from scipy.sparse.linalg import LinearOperator, lobpcg
 
     dtype = working_dtype(operator)
     accuracy = tol or max(math.sqrt(torch.finfo(dtype).eps), torch.finfo(operator.dtype).eps)
-    start = Draws(operator, "normal", seed).columns(k)
-    scale = torch.linalg.vector_norm((operator @ start).to(dtype), dim=0) / torch.linalg.vector_norm(start, dim=0)
-    products = k
-    matrix = operator.to_scipy()
+    matrix, products = operator.to_scipy(), 0
 
     def product(columns: np.ndarray) -> np.ndarray:
         nonlocal products
@@ -178,25 +180,31 @@ def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_pro
         return operator @ columns.astype(matrix.dtype, copy=False)
 
     counting = LinearOperator(matrix.shape, matvec=product, matmat=product, dtype=matrix.dtype)
-    steps = max(1, max_products // k - 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        values, vectors = lobpcg(
-            counting,
-            start.cpu().numpy().astype(matrix.dtype),
-            tol=accuracy * float(scale.max()),
-            maxiter=steps,
-            largest=which == "LA",
-        )
-    order = np.argsort(-values, kind="stable")
-    held = torch.from_numpy(np.ascontiguousarray(vectors[:, order])).to(operator.device, dtype)
-    found = _with_residuals(
-        torch.from_numpy(values[order].copy()).to(held), held, (operator @ held).to(dtype), products + k
-    )
-    good = found.residuals <= 2 * accuracy * max(float(scale.max()), found.values.abs().max().item())
-    if not good.all():
-        raise _not_converged("lobpcg", found.values[good].tolist(), k, found.products, accuracy)
-    return found
+    vectors = np.linalg.qr(Draws(operator, "normal", seed).columns(k).cpu().numpy().astype(matrix.dtype))[0]
+    scale = 0.0
+    while True:
+        images = product(vectors)
+        require_finite(images)
+        values, mix = np.linalg.eigh(vectors.T.astype(float) @ images)
+        order = np.argsort(-values, kind="stable")
+        values, mix = values[order], mix[:, order].astype(matrix.dtype)
+        vectors, images = vectors @ mix, images @ mix
+        scale = max(scale, float(np.abs(values).max()))
+        residuals = np.linalg.norm(images - vectors * values.astype(matrix.dtype), axis=0)
+        good = residuals <= accuracy * scale
+        steps = min(STAGE, (max_products - products) // k - 4)
+        if good.all():
+            like = torch.empty(0, dtype=dtype, device=operator.device)
+            eigenvalues, block, image = (
+                torch.from_numpy(np.ascontiguousarray(part)).to(like) for part in (values, vectors, images)
+            )
+            return _with_residuals(eigenvalues, block, image, products)
+        if steps < 1:
+            raise _not_converged("lobpcg", values[good].tolist(), k, products, accuracy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found = lobpcg(counting, vectors, tol=accuracy * scale / 2, maxiter=steps, largest=which == "LA")[1]
+        vectors = np.linalg.qr(found)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +332,7 @@ def _jacobi_matrices(
     for step in range(steps):
         current = basis[:, step]
         rest = (operator @ current.mT).to(basis.dtype).mT
+        require_finite(rest)
         diagonal[open_, step] = torch.linalg.vecdot(current.double(), rest.double())
         held = basis[:, : step + 1]
         for _ in range(2):  # twice is enough (Giraud, Langou, Rozložník, van den Eshof, 2005)

@@ -1,0 +1,470 @@
+"""The work of ``softcurve spectrum``, from options to what is printed and drawn."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from softcurve.app.printing import console, print_record, print_table
+from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
+from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
+from softcurve.fit import DataError
+from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.evaluation import check_loss, tensors
+from softcurve.fit.rows import load_rows_for
+from softcurve.fit.saved_head import SavedHead
+
+__all__ = ["SpectrumOptions", "spectrum_command"]
+
+MATRICES: dict[str, type[GGN | Hessian | Fisher | EmpiricalFisher]] = {
+    "ggn": GGN,
+    "hessian": Hessian,
+    "fisher": Fisher,
+    "empirical-fisher": EmpiricalFisher,
+}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+PICTURES = (".png", ".svg", ".pdf")
+QUANTILES = (0.5, 0.9, 0.99)
+LOBPCG_PRODUCTS = 100  # an eigenvalue, beyond which Lanczos is tried
+BASES_BYTES = 1 << 30  # of the probes that take their Lanczos steps together
+
+
+@dataclass(frozen=True)
+class SpectrumOptions:
+    """The options of ``softcurve spectrum``; None where the model decides."""
+
+    model: str
+    data: str | None
+    target: Path | None
+    matrix: str
+    loss: str | None
+    top: int
+    method: str
+    tol: float
+    products: int
+    probes: int
+    steps: int
+    batch_size: int | None
+    seed: int
+    dtype: str | None
+    out: Path | None
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model over its data; ``rows`` where they are known, ``file`` where the model is somebody's code."""
+
+    features: nn.Module
+    head: nn.Linear
+    data: Iterable[Any]  # of somebody's code; the operator checks each batch
+    loss: str
+    rows: int | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was computed of the matrix."""
+
+    size: int
+    trace: Estimate
+    top: Eigenpairs
+    method: str
+    density: SpectralDensity | None
+    passes: int
+    seconds: float
+
+
+def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None:
+    """Compute the spectrum, draw it where that is asked for, print the tables and the JSON line. Raises DataError."""
+    _check(options)
+    problem = _saved(options) if options.model.lower().endswith(".safetensors") else _made(options)
+    try:
+        findings = _findings(options, problem, progress)
+    except Exception as error:
+        place = _place(error, problem.file)
+        # Whatever else comes from beyond the model's own code is a fault of this program: let it be seen.
+        if not place and not isinstance(error, TypeError | ValueError | RuntimeError):
+            raise
+        raise DataError(f"model: {options.model}: {_said(error) if place else _first_line(error)}{place}") from error
+    if options.out is not None and findings.density is not None:
+        _draw(options.out, f"{MATRICES[options.matrix].__name__} of {problem.loss}", findings.density, findings.top)
+    record = _record(options, problem, findings)
+    print_table("softcurve spectrum", _lines(record, findings.trace))
+    _print_eigenvalues(record)
+    print_record(record)
+
+
+def _check(options: SpectrumOptions) -> None:
+    if options.seed >= 2**63:
+        raise DataError(f"--seed must be below 2**63; got {options.seed}")
+    if not (math.isfinite(options.tol) and options.tol >= 0):
+        raise DataError(f"--tol must be a number that is not negative; got {options.tol}")
+    if options.out is None:
+        return
+    if options.out.suffix.lower() not in PICTURES:
+        raise DataError(f"--out: {options.out} must end in {', '.join(PICTURES)}")
+    if options.probes == 0:
+        raise DataError(f"--out: without probes there is no density to draw in {options.out}; give --probes 1 or more")
+    check_writable(options.out, "--out")
+    import matplotlib.figure  # noqa: F401
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+def _saved(options: SpectrumOptions) -> Problem:
+    if options.data is None:
+        raise DataError(
+            f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
+        )
+    saved = SavedHead.load(options.model)
+    _, rows = load_rows_for(options.data, saved.classes, saved.weight.shape[1], options.target)
+    if rows is None:
+        raise DataError(f"data: {options.data} has no targets; give them in an .npy file by --target")
+    # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
+    loss = options.loss or (saved.loss if rows.soft else "cross_entropy")
+    if loss != "js":
+        check_loss(loss, rows)
+    dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
+    features, target = tensors(rows, dtype)
+    if loss != "cross_entropy" and not rows.soft:
+        target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
+    batch = options.batch_size or len(rows)
+    data = list(zip(features.split(batch), target.split(batch), strict=True))
+    return Problem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
+
+
+def _made(options: SpectrumOptions) -> Problem:
+    """The model of a function ``FILE.py:function`` or ``package.module:function``."""
+    source, colon, name = options.model.rpartition(":")
+    if not (colon and source and name):
+        raise DataError(
+            f"model: {options.model} must be a head that ends in .safetensors, or FILE.py:function or "
+            "package.module:function, which returns (features, head, data)"
+        )
+    for argument, given in {
+        "data": options.data,
+        "--target": options.target,
+        "--batch-size": options.batch_size,
+    }.items():
+        if given is not None:
+            raise DataError(f"{argument}: {options.model} brings data of its own; leave {given} out")
+    module = _imported(source)
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        raise DataError(
+            f"model: {source} has no function {name!r}; it has {', '.join(map(repr, found[:8])) or 'none at all'}"
+        )
+    torch.manual_seed(options.seed)
+    try:
+        made = function()
+    except (Exception, SystemExit) as error:
+        raise DataError(f"model: {options.model} raised {_said(error)}{_place(error, module.__file__)}") from error
+    features, head, data = _checked(options.model, made)
+    if options.dtype:
+        features, head = features.to(DTYPES[options.dtype]), head.to(DTYPES[options.dtype])
+    return Problem(features, head, data, options.loss or "cross_entropy", file=module.__file__)
+
+
+def _imported(source: str) -> ModuleType:
+    """The module, imported as Python itself would run it: with its folder, or the current one, on the path."""
+    path = Path(source)
+    is_file = path.suffix == ".py" or len(path.parts) > 1
+    if is_file and path.suffix != ".py":
+        raise DataError(f"model: {source} must end in .py, or be a module as in package.module:function")
+    if is_file and not path.is_file():
+        raise DataError(f"model: there is no file {source}; check the path")
+    folder = str(path.resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return _of_file(path.resolve()) if is_file else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        place = _place(error, str(path.resolve())) if is_file else ""
+        raise DataError(f"model: {source} cannot be imported: {_said(error)}{place}") from error
+
+
+def _of_file(path: Path) -> ModuleType:
+    # Under its own name worker processes can import it too, unless that is the name of another module.
+    name = path.stem if path.stem not in sys.modules else f"softcurve_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def _checked(model: str, made: object) -> tuple[nn.Module, nn.Linear, Iterable[Any]]:
+    if isinstance(made, tuple | list) and len(made) == 3:
+        features, head, data = made
+        if isinstance(features, nn.Module) and isinstance(head, nn.Linear) and isinstance(data, Iterable):
+            if iter(data) is not data:
+                return features, head, data
+            raise DataError(
+                f"model: {model} must return data that can be walked again, such as a list or a DataLoader; "
+                f"got a one-time {type(data).__name__}: make it a list"
+            )
+    came = type(made).__name__
+    if isinstance(made, tuple | list):
+        came = f"({', '.join(type(part).__name__ for part in made)})"
+    raise DataError(
+        f"model: {model} must return (features, head, data), a torch.nn.Module, a torch.nn.Linear and an iterable of "
+        f"batches (x, target); got {came}"
+    )
+
+
+def _said(error: BaseException) -> str:
+    line = _first_line(error)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _place(error: BaseException, file: str | None) -> str:
+    """The line of ``file`` that an error came through, or nothing where it did not."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+
+
+# --- the matrix --------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Walked:
+    """The batches of a model, counted on the way, with inputs in the dtype that is asked for."""
+
+    data: Iterable[Any]
+    dtype: torch.dtype | None
+    progress: Progress
+    task: TaskID
+    passes: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        self.progress.update(self.task, completed=0, passes=self.passes)
+        for batch in self.data:
+            yield batch if self.dtype is None else _in_dtype(batch, self.dtype)
+            self.progress.advance(self.task)
+
+
+def _in_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch  # the operator says what a batch must be
+    x, *rest = batch
+    if isinstance(x, Mapping):
+        return ({key: _floating_to(value, dtype) for key, value in x.items()}, *rest)
+    return (_floating_to(x, dtype), *rest)
+
+
+def _floating_to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> Findings:
+    start = time.perf_counter()
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    with _progress(show) as progress:
+        batches = len(problem.data) if isinstance(problem.data, Sized) else None
+        task = progress.add_task("trace", total=batches, passes=0)
+        data = Walked(problem.data, dtype, progress, task)
+        operator = MATRICES[options.matrix](problem.features, problem.head, data, loss=problem.loss, seed=options.seed)
+        n = operator.shape[0]
+        # First of all the trace: its products are the cheapest that show that something is wrong.
+        trace = operator.trace(products=options.products, seed=options.seed)
+        _refuse_not_finite("trace", torch.tensor(trace.value))
+        progress.update(task, description="eigenvalues")
+        top, method = _top(operator, min(options.top, n), options)
+        _refuse_not_finite("eigenvalues", top.values, top.residuals)
+        density = None
+        if options.probes:
+            progress.update(task, description="density")
+            steps = min(options.steps, n)
+            together = BASES_BYTES // (steps * n * operator.dtype.itemsize)
+            density = operator.spectral_density(
+                probes=options.probes,
+                steps=steps,
+                seed=options.seed,
+                columns_at_once=max(1, min(together, options.probes)),
+            )
+            _refuse_not_finite("density", density.nodes, density.weights)
+    return Findings(n, trace, top, method, density, data.passes, time.perf_counter() - start)
+
+
+def _top(operator: SymmetricOperator, k: int, options: SpectrumOptions) -> tuple[Eigenpairs, str]:
+    """The largest eigenvalues and which method found them.
+
+    LOBPCG first, because Lanczos may miss copies of an eigenvalue; it breaks down where the rank is below ``k``.
+    """
+    tol, seed, method = options.tol, options.seed, options.method
+    if method != "auto":
+        return operator.eigsh(k, tol=tol, seed=seed, method=method), method
+    try:
+        most = LOBPCG_PRODUCTS * (k + 5)
+        return operator.eigsh(k, tol=tol, seed=seed, method="lobpcg", max_products=most), "lobpcg"
+    except RuntimeError:
+        return operator.eigsh(k, tol=tol, seed=seed, method="lanczos"), "lanczos"
+
+
+def _refuse_not_finite(name: str, *figures: torch.Tensor) -> None:
+    if not all(bool(figure.isfinite().all()) for figure in figures):
+        raise DataError(f"{name}: NaN or infinity came out; look for where it comes from, or scale the features")
+
+
+@contextmanager
+def _progress(show: bool | None) -> Iterator[Progress]:
+    """A bar over the batches of a pass on stderr; ``show=None`` shows it on a terminal alone."""
+    stderr = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("pass {task.fields[passes]} over the data"),
+        TimeElapsedColumn(),
+    )
+    disable = not (stderr.is_terminal if show is None else show)
+    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
+        yield progress
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = density.plot(ax=figure.subplots())
+    values = top.values.tolist()
+    mark = axes.get_xaxis_transform()  # heights are shares of the axis
+    label = "largest eigenvalue" if len(values) == 1 else f"{len(values)} largest eigenvalues"
+    axes.vlines(values, 0.0, 0.06, transform=mark, color="tab:red", linewidth=1.2, label=label)
+    low, high = axes.get_xlim()
+    # Few Lanczos steps stay short of the largest eigenvalue.
+    axes.set_xlim(low, max(high, values[0] + 0.02 * (values[0] - low)))
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
+    with replacing(out) as file:
+        figure.savefig(file, format=out.suffix[1:].lower(), dpi=150)
+
+
+def _record(options: SpectrumOptions, problem: Problem, findings: Findings) -> dict[str, Any]:
+    trace, top, density = findings.trace, findings.top, findings.density
+    carried = float(top.values.double().sum())
+    share = carried / trace.value if trace.value > 0 else math.nan
+    record: dict[str, Any] = {
+        "command": "spectrum",
+        "model": options.model,
+        "data": options.data,
+        "rows": problem.rows,
+        "classes": problem.head.out_features,
+        "parameters": findings.size,
+        "matrix": options.matrix,
+        "loss": problem.loss,
+        "dtype": str(top.values.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "eigenvalues": top.values.tolist(),
+        "residuals": top.residuals.tolist(),
+        "eigenvalues_method": findings.method,
+        "eigenvalues_products": top.products,
+        "share_of_trace": share,
+        "share_of_trace_standard_error": share * trace.standard_error / trace.value if trace.value > 0 else math.nan,
+        "trace": trace.value,
+        "trace_standard_error": trace.standard_error,
+        "trace_method": trace.method,
+        "trace_products": trace.products,
+        "density": None if density is None else _density_figures(density),
+    }
+    products = top.products + trace.products + (0 if density is None else density.products)
+    return record | {
+        "products": products,
+        "passes": findings.passes,
+        "seconds": findings.seconds,
+        "picture": None if options.out is None else str(options.out),
+    }
+
+
+def _density_figures(density: SpectralDensity) -> dict[str, Any]:
+    nodes, order = density.nodes.flatten().sort()
+    shares = density.weights.flatten()[order].cumsum(0)
+    places = torch.searchsorted(shares, torch.tensor(QUANTILES).to(shares) * shares[-1])
+    probes, steps = density.nodes.shape
+    return {
+        "probes": probes,
+        "steps": steps,
+        "products": density.products,
+        "lowest": float(nodes[0]),
+        "highest": float(nodes[-1]),
+        "quantiles": {str(q): float(nodes[place]) for q, place in zip(QUANTILES, places.tolist(), strict=True)},
+    }
+
+
+def _lines(record: Mapping[str, Any], trace: Estimate) -> list[tuple[str, str]]:
+    lines = [("matrix", f"{record['matrix']} of {record['loss']}, {record['dtype']}")]
+    if record["rows"] is not None:
+        lines.append(("rows", str(record["rows"])))
+    lines += [
+        ("classes", str(record["classes"])),
+        ("parameters", str(record["parameters"])),
+        ("trace", str(trace)),
+        (f"share of the {len(record['eigenvalues'])} largest", _share(record)),
+    ]
+    if (density := record["density"]) is not None:
+        quantiles = ", ".join(f"{float(q):.0%}: {value:.3g}" for q, value in density["quantiles"].items())
+        lines += [
+            ("eigenvalues", f"{density['lowest']:.3g} to {density['highest']:.3g}"),
+            ("quantiles", f"{quantiles} ({density['probes']} probes of {density['steps']} steps)"),
+        ]
+    lines += [
+        ("products", f"{record['products']} in {record['passes']} passes over the data"),
+        ("seconds", f"{record['seconds']:.2f}"),
+    ]
+    if record["picture"] is not None:
+        lines.append(("picture", record["picture"]))
+    return lines
+
+
+def _share(record: Mapping[str, Any]) -> str:
+    if record["trace"] <= 0:
+        return "none: the trace is not positive"
+    error = 100 * record["share_of_trace_standard_error"]
+    return f"{100 * record['share_of_trace']:.2f} %" + (f" ± {error:.2f} %" if error > 0 else "")
+
+
+def _print_eigenvalues(record: Mapping[str, Any]) -> None:
+    table = Table(title=Text("largest eigenvalues"), title_justify="left")
+    for name in ("", "eigenvalue", "residual norm", "of the trace"):
+        table.add_column(name, justify="right", no_wrap=True)
+    trace = record["trace"]
+    for number, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
+        share = f"{100 * value / trace:.2f} %" if trace > 0 else ""
+        table.add_row(str(number), f"{value:.8g}", f"{residual:.1e}", share)
+    console().print(table)
