@@ -9,7 +9,9 @@ from softcurve.curvature.fisher import EmpiricalFisher, Fisher
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.head import HeadCurvature
 from softcurve.curvature.hessian import Hessian
+from softcurve.curvature.influence import Influence, influence
 from softcurve.curvature.kfac import KroneckerFactors
+from softcurve.curvature.laplace import LastLayerLaplace
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.curvature.split import split_head
@@ -25,9 +27,12 @@ __all__ = [
     "Fisher",
     "HeadCurvature",
     "Hessian",
+    "Influence",
     "KroneckerFactors",
+    "LastLayerLaplace",
     "Solution",
     "SpectralDensity",
     "SymmetricOperator",
+    "influence",
     "split_head",
 ]

@@ -40,6 +40,9 @@ class HeadLosses:
         checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
         LogitMap(self.temperature, self.softcap)
+        Reduction(self.reduction, self.base)
+        if self.loss != "js" and self.beta != 0.5:
+            raise ValueError(f"beta must not be given for loss={self.loss!r}, got {self.beta}")
         require_budget(self.memory_budget)
         if self.loss != "cross_entropy":
             for name, neutral in {"weight": None, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}.items():

@@ -62,9 +62,9 @@ class NetworkOperator(SymmetricOperator):
                 f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it "
                 "in a model"
             )
-        if iter(data) is data:
+        if not isinstance(data, Iterable) or iter(data) is data:
             raise TypeError(
-                f"data must be an iterable that can be walked again, such as a list or a DataLoader, got a one-time "
+                f"data must be an iterable that can be walked again, such as a list or a DataLoader, got "
                 f"{type(data).__name__}; make it a list"
             )
         self.features, self.head, self.data, self.losses = features, head, data, losses
@@ -99,7 +99,8 @@ class NetworkOperator(SymmetricOperator):
             x, target, sample_weight = _unpacked(batch, number)
             e = self._features_of(x, number, graph)
             posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
-            flat = e.reshape(-1, e.shape[-1])
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                flat = e.reshape(-1, e.shape[-1])
             yield Rows(number, flat, posed, self.losses.rows(posed))
 
     def _features_of(self, x: Any, number: int, graph: bool) -> Tensor:
@@ -127,7 +128,11 @@ class NetworkOperator(SymmetricOperator):
     # --- products ----------------------------------------------------------------------------------------------------
 
     def _columns(self, vectors: Tensor) -> Tensor:
-        columns = vectors.T.contiguous()  # a parameter's part of a column is then contiguous
+        with torch.inference_mode(False):
+            columns = vectors.T.clone() if vectors.is_inference() else vectors.T
+            return self._rows_of_columns(columns.contiguous()).T  # a parameter's part of a row is contiguous
+
+    def _rows_of_columns(self, columns: Tensor) -> Tensor:
         into = torch.zeros_like(columns)
         total = 0.0
         if len(columns):
@@ -135,7 +140,7 @@ class NetworkOperator(SymmetricOperator):
                 total += float(rows.posed.divisor(self.losses.reducer)) if self.losses.reduction != "sum" else 0.0
                 self._add(rows, columns, into)
             into.div_(self._divisor(total))
-        return into.T
+        return into
 
     def _divisor(self, total: float) -> float:
         if self.losses.reduction == "sum":

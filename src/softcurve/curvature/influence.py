@@ -1,0 +1,253 @@
+"""How much each training row moves the loss on test rows, by the damped inverse Gauss-Newton matrix.
+
+Add ``ε w_i ℓ_i`` to the training loss ``L = Σ_i w_i ℓ_i / Σ_i w_i``: its minimum moves by ``−ε (∇²L)⁻¹ w_i ∇ℓ_i``, and
+the test loss at the minimum by ``ε I_i`` with the influence
+
+    I_i = −∇L_testᵀ (G + damping I)⁻¹ w_i ∇ℓ_i
+
+To leave the row out is ``ε = −1 / Σ_i w_i``. One solution ``s`` of ``(G + damping I) s = ∇L_test`` serves all training
+rows, and ``∇ℓ_i · s`` is the change of a row's loss along ``s``: a pass forward through the features and one over the
+head's tiles. No training row's gradient is ever held.
+
+Koh, Liang 2017, "Understanding black-box predictions via influence functions".
+Martens 2020, "New insights and perspectives on the natural gradient method": the Gauss-Newton matrix for the Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from softcurve import checks
+from softcurve.curvature.ggn import GGN
+from softcurve.curvature.network import Batch, Rows
+from softcurve.curvature.operator import require_count
+from softcurve.head import passes
+from softcurve.head.problem import NOTHING
+
+__all__ = ["Influence", "influence"]
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """``values[i] = −∇L_testᵀ (G + damping I)⁻¹ w_i ∇ℓ_i`` of each training row; negative: the row helps.
+
+    ``(n,)`` on the mean test loss, or ``(n, m)`` on each of ``m`` test rows, in the order of the data, positions of a
+    sequence being rows. A row that does not count has 0. ``divisor`` is what the training loss divides its sum by,
+    ``Σ w`` for a mean. ``residuals`` and ``converged`` are those of the linear systems, one a column (see
+    :class:`~softcurve.curvature.Solution`), ``products`` is how many products they took.
+    """
+
+    values: Float[Tensor, " n *test"]
+    divisor: float
+    residuals: Float64[Tensor, "*test"]
+    converged: Bool[Tensor, "*test"]
+    products: int
+
+    @property
+    def of_removal(self) -> Float[Tensor, " n *test"]:
+        """The predicted change of the test loss when a row is left out: ``−values / divisor``."""
+        return -self.values / self.divisor
+
+    def most_helpful(self, k: int) -> Int64[Tensor, " k *test"]:
+        """The rows whose weight lowers the test loss most, the most helpful first."""
+        return self._ranked(k, largest=False)
+
+    def most_harmful(self, k: int) -> Int64[Tensor, " k *test"]:
+        """The rows whose weight raises the test loss most, the most harmful first: where to look for wrong labels."""
+        return self._ranked(k, largest=True)
+
+    def _ranked(self, k: int, largest: bool) -> Tensor:
+        require_count("k", k, 1)
+        if k > len(self.values):
+            raise ValueError(f"k must be at most {len(self.values)}, the number of training rows, got {k}")
+        return self.values.topk(k, dim=0, largest=largest).indices
+
+
+def influence(
+    features: nn.Module,
+    head: nn.Linear,
+    train_data: Iterable[Batch],
+    test_data: Iterable[Batch],
+    *,
+    damping: float,
+    rows: str = "mean",
+    test_options: Mapping[str, Any] | None = None,
+    preconditioned: bool = True,
+    form: str = "auto",
+    rank: int = 128,
+    tol: float = 1e-6,
+    max_iterations: int | None = None,
+    columns_at_once: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Influence:
+    """The influence of each row of ``train_data`` on the loss on ``test_data``, in the parameters that are trained.
+
+    Args:
+        features: a module that maps a batch ``x`` to ``e (..., d)``, in its present mode; ``nn.Identity()`` for none.
+        head: an ``nn.Linear`` from ``d`` to the classes.
+        train_data: batches ``(x, target)`` or ``(x, target, sample_weight)``, in the same order each time: they are
+            walked for each product, and once more for each ``columns_at_once`` test rows.
+        test_data: the same; walked once.
+        damping: of the Gauss-Newton matrix of the reduced training loss; the weight decay ``λ`` of ``λ/2 ‖θ‖²``, where
+            there is one.
+        rows: ``"mean"``: on the mean test loss; ``"each"``: on the loss of each test row, times its weight. So the sum
+            of the latter over their weights' sum is the former.
+        test_options: the options of the test loss; those of the training loss by default.
+        preconditioned: solve by the Kronecker factors of the head; they need a head that is trained whole and not tied.
+        form, rank: of the class factor, see :meth:`softcurve.curvature.GGN.preconditioner`.
+        tol, max_iterations: of the solution, see :meth:`softcurve.curvature.GGN.solve`. It is returned all the same
+            where it has not converged.
+        columns_at_once: test rows that share the passes over the training data.
+        seed: of dropout and of the preconditioner.
+        progress: a bar over the batches of each pass.
+        options: the loss and its options, see :class:`~softcurve.curvature.Hessian`; ``reduction`` is the training
+            loss's, a test loss is a mean.
+
+    The training loss should be near its minimum, where a row's weight moves the parameters as said above.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch.
+    """
+    checks.require_choice("rows", rows, ("mean", "each"))
+    checks.require_positive("damping", damping)
+    checks.require_positive("tol", tol)
+    require_count("columns_at_once", columns_at_once, 1)
+    _require_walkable("train_data", train_data)
+    _require_walkable("test_data", test_data)
+    train = GGN(features, head, train_data, seed=seed, progress=progress, **options)
+    of_test = {**(options if test_options is None else test_options), "reduction": "mean"}
+    test = GGN(features, head, test_data, seed=seed, progress=progress, **of_test)
+    preconditioner = _preconditioner(train, damping, form, rank, seed) if preconditioned else None
+
+    found: list[Tensor] = []
+    residuals, converged, products, divisor = [], [], 0, 1.0
+    gradients = iter([_mean_gradient(test)]) if rows == "mean" else _row_gradients(test)
+    for columns in _groups(gradients, columns_at_once):
+        solution = train.solve(
+            columns, damping=damping, preconditioner=preconditioner, tol=tol, max_iterations=max_iterations
+        )
+        changes, divisor = _changes(train, solution.x)
+        found.append(changes.neg_())
+        residuals.append(solution.residuals)
+        converged.append(solution.converged)
+        products += solution.products
+    if not found:
+        raise ValueError("test_data must hold a row, got none")
+    values, measured, done = torch.cat(found, -1), torch.cat(residuals), torch.cat(converged)
+    if rows == "mean":
+        values, measured, done = values.squeeze(-1), measured.squeeze(-1), done.squeeze(-1)
+    return Influence(values, divisor, measured, done, products)
+
+
+# --- gradients of the test loss --------------------------------------------------------------------------------------
+
+
+def _mean_gradient(test: GGN) -> Tensor:
+    """``∇L_test``, ``(P,)``."""
+    flat, total = torch.zeros(test.shape[0], dtype=test.dtype, device=test.device), 0.0
+    for rows in test.rows("Test gradient"):
+        total += float(rows.posed.divisor(test.losses.reducer))
+        _add_gradient(test, rows, slice(0, len(rows.e)), flat)
+    if total == 0:
+        raise ValueError("test_data must hold a row that counts, got none; see ignore_index and sample weights")
+    return flat / total
+
+
+def _row_gradients(test: GGN) -> Iterator[Tensor]:
+    """``w_r ∇ℓ_r`` of each test row, ``(P,)``, one at a time."""
+    for rows in test.rows("Test gradients"):
+        for number in range(len(rows.e)):
+            flat = torch.zeros(test.shape[0], dtype=test.dtype, device=test.device)
+            _add_gradient(test, rows, slice(number, number + 1), flat)
+            yield flat
+
+
+def _add_gradient(network: GGN, rows: Rows, some: slice, flat: Tensor) -> None:
+    """``flat += Σ w ∇ℓ`` over some rows of a batch."""
+    loss, tensors, _, budget = rows.losses
+    tensors = tensors._replace(
+        input=tensors.input[some],
+        target=None if tensors.target is None else tensors.target[some],
+        indices=None if tensors.indices is None else tensors.indices[some],
+        row_weight=tensors.row_weight[some],
+    )
+    into = network.sums(rows, flat.unsqueeze(0), tensors.dtype)[0]
+    in_input, in_weight, in_bias = (part is not None for part in into)
+    wanted = (in_input, in_weight, in_bias, False, False, False)
+    gradients = passes.evaluate(loss, tensors, budget, wanted=wanted).gradients
+    for part, gradient, here in zip(into, gradients, (some, slice(None), slice(None)), strict=False):
+        if part is not None and gradient is not None:
+            part[here] += gradient
+    network.add_pulled_back(rows, [into.input], flat.unsqueeze(0))
+
+
+# --- changes of the training losses ----------------------------------------------------------------------------------
+
+
+def _changes(train: GGN, columns: Float[Tensor, "parameters k"]) -> tuple[Float[Tensor, "n k"], float]:
+    """``w_i ∇ℓ_i · s`` of each training row and each column ``s``, and what the training loss is divided by."""
+    found, total = [], 0.0
+    directions = columns.T.contiguous()
+    for rows in train.rows("Training rows"):
+        total += float(rows.posed.divisor(train.losses.reducer))
+        loss, tensors, _, budget = rows.losses
+        moved = None
+        if rows.e.requires_grad:
+            u, h = train.linearized(rows, torch.zeros_like(rows.e))
+            moved = [train.pushed_forward(u, h, s, second=False)[0] for s in directions]
+        weight = tensors.row_weight.unsqueeze(-1)
+        along = [
+            passes.hessian_product(
+                loss, tensors, (*direction, None, None, None), budget, wanted=NOTHING, wants_tangents=True
+            ).rows
+            for direction in train.along(directions, moved)
+        ]
+        changes = torch.stack(along, -1)
+        found.append(torch.where(weight == 0, 0.0, weight * changes).to(columns.dtype))
+    return torch.cat(found), 1.0 if train.losses.reduction == "sum" else total
+
+
+def _groups(vectors: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """As columns, ``size`` at a time."""
+    group: list[Tensor] = []
+    for vector in vectors:
+        group.append(vector)
+        if len(group) == size:
+            yield torch.stack(group, -1)
+            group = []
+    if group:
+        yield torch.stack(group, -1)
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def _preconditioner(train: GGN, damping: float, form: str, rank: int, seed: int) -> Callable[[Tensor], Tensor]:
+    """Raises ``ValueError`` where the factors are not those of the head alone."""
+    layout = train.layout
+    if (
+        layout.head_weight is None
+        or layout.head_weight in layout.of_features
+        or (train.head.bias is not None and layout.head_bias is None)
+    ):
+        raise ValueError(
+            "preconditioned must be False where the head's weight is tied, or a part of the head is frozen: the "
+            "Kronecker factors are those of the whole head"
+        )
+    return train.preconditioner(damping, form=form, rank=rank, seed=seed)
+
+
+def _require_walkable(name: str, data: object) -> None:
+    if not isinstance(data, Iterable) or iter(data) is data:
+        raise TypeError(
+            f"{name} must be an iterable that can be walked again, such as a list or a DataLoader, got "
+            f"{type(data).__name__}; make it a list"
+        )
