@@ -228,9 +228,13 @@ def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
             mass = (rows.loss.logit_map.value(block.z) - top).exp_()
             cumulated = mass.cumsum(-1, dtype=torch.float64)
             at = torch.searchsorted(cumulated, left, right=True)
-            here = ~found & (at < mass.shape[-1])
-            # Where rounding leaves the last class short of the total, it is taken.
-            chosen = torch.where(~found, at.clamp(max=mass.shape[-1] - 1) + block.classes.start, chosen)
+            here = at < mass.shape[-1]
+            if not here.all():
+                # Where rounding leaves all classes short of the total, the last that has mass is taken.
+                last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
+                at = torch.where(here, at, last)
+            has_mass = cumulated[:, -1:] > 0
+            chosen = torch.where(~found & has_mass, at + block.classes.start, chosen)
             left = left - cumulated[:, -1:]
             found |= here
         classes[tile.rows] = chosen
