@@ -396,7 +396,7 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
     e, weight = torch.eye(40, dtype=dtype), torch.randn(251, 40, dtype=dtype)
     losses = HeadLosses()
     rows = losses.rows(losses.pose(e, weight, bias, torch.full((40,), 100), None))
-    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).expand(40, 2)
+    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(40, 1)
     if budget == "least":
         with pytest.raises(ValueError, match="memory_budget") as refused:
             curvature.sample_classes(rows._replace(memory_budget=1), uniforms)

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "categorical_vae.py"
+LAPLACE, INFLUENCE = (ROOT / "examples" / f"{name}_digits.py" for name in ("laplace", "influence"))
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,23 +31,23 @@ class Run:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-def example(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(EXAMPLE), *arguments]
+def example(*arguments: str, script: Path = EXAMPLE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(script), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Callable[..., Run]:
-    """Run the example into a folder that is not there yet, once for each choice of arguments."""
-    runs: dict[tuple[str, ...], Run] = {}
+    """Run an example into a folder that is not there yet, once for each choice of arguments."""
+    runs: dict[tuple[Path, tuple[str, ...]], Run] = {}
 
-    def once(*arguments: str) -> Run:
-        if arguments not in runs:
+    def once(*arguments: str, script: Path = EXAMPLE) -> Run:
+        if (script, arguments) not in runs:
             out = tmp_path_factory.mktemp("example") / "new" / "picture.png"
-            done = example(*arguments, "--out", str(out))
+            done = example(*arguments, "--out", str(out), script=script)
             assert done.returncode == 0, done.stderr
-            runs[arguments] = Run(out, done.stdout)
-        return runs[arguments]
+            runs[script, arguments] = Run(out, done.stdout)
+        return runs[script, arguments]
 
     return once
 
@@ -175,3 +176,59 @@ def test_the_full_run_learns_digits(run):
     assert fixed["kl"][1] < 0.01 < fixed["kl"][0]
     assert fixed["q_moved"][1] > 0.2
     assert figures["seconds"] < 120
+
+
+# --- Laplace and influence ---------------------------------------------------------------------------------------------
+
+OF_DIGITS = {LAPLACE: ("--steps", "150"), INFLUENCE: ("--rows", "400", "--refits", "12")}
+
+
+@pytest.mark.parametrize("script", OF_DIGITS, ids=lambda script: script.stem)
+def test_of_digits_the_picture_is_there_and_the_figures_are_finite(run, script):
+    done = run(*OF_DIGITS[script], script=script)
+    figures = done.figures()
+    assert all(map(math.isfinite, numbers(figures)))
+    assert [path.name for path in done.out.parent.iterdir()] == ["picture.png"]
+    assert done.out.read_bytes().startswith(PNG)
+    assert figures["out"] == str(done.out)
+
+
+def test_laplace_takes_back_confidence_where_it_is_wrong(run):
+    figures = run(*OF_DIGITS[LAPLACE], script=LAPLACE).figures()
+    whole, upright = figures["all"], figures["upright"]
+    assert upright["none"]["accuracy"] > 0.9
+    assert upright["probit"]["confidence"] > 0.6
+    for corrected in ("probit", "mc"):
+        assert whole[corrected]["loss"] < 0.8 * whole["none"]["loss"]
+        assert whole[corrected]["calibration_error"] < 0.8 * whole["none"]["calibration_error"]
+        assert abs(whole[corrected]["accuracy"] - whole["none"]["accuracy"]) < 0.02
+    assert figures["rounds"][-1]["log_evidence"] > figures["diagonal"]["log_evidence"]
+
+
+def test_influence_finds_wrong_labels_and_predicts_what_happens_without_a_row(run):
+    figures = run(*OF_DIGITS[INFLUENCE], script=INFLUENCE).figures()
+    influence, loss = (figures["recall"][name] for name in ("most harmful first", "highest own loss first"))
+    assert influence["15 %"] > 0.6
+    assert influence["15 %"] > loss["15 %"]
+    assert figures["after"]["loss"] < figures["before"]["loss"]
+    assert figures["correlation"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        (LAPLACE, ("--steps", "0"), "--steps: must be at least 1, got 0"),
+        (LAPLACE, ("--out", "."), "--out: . is a folder; give the name of a file in it"),
+        (INFLUENCE, ("--rows", "50"), "--rows: must be from 100 to 1400, got 50"),
+        (INFLUENCE, ("--refits", "1"), "--refits: must be from 2 to the number of rows, got 1"),
+        (INFLUENCE, ("--seed", "-1"), "--seed: must be at least 0"),
+    ],
+)
+def test_of_digits_bad_arguments_are_explained(script, arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

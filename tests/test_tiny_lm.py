@@ -241,3 +241,22 @@ def test_bad_arguments_are_explained_before_any_work(arguments, said, tmp_path, 
     assert said in printed.err
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# --- its curvature ---------------------------------------------------------------------------------------------------
+
+
+def test_the_spectrum_of_a_small_model(tmp_path):
+    out = tmp_path / "new" / "spectrum.png"
+    small = ("--steps", "6", "--vocab", "300", "--context", "12", "--width", "32", "--windows", "4", "--top", "3")
+    quick = ("--lanczos", "8", "--products", "8", "--probes", "2", "--out", str(out))
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "tiny_lm_spectrum.py"), *small, *quick]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(PNG)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    for when in ("before", "after"):
+        found = figures[when]
+        assert found["eigenvalues"] == sorted(found["eigenvalues"], reverse=True)
+        assert 0 < found["eigenvalues"][0] < found["trace"] + 5 * found["trace_standard_error"]
+        assert max(found["residuals"]) < 1e-3 * found["eigenvalues"][0]

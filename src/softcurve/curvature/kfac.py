@@ -7,6 +7,7 @@ inverse needs a form that is held: all of it where the classes are few, or its d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -219,6 +220,10 @@ class KroneckerFactors:
 
     def feature_spectrum(self) -> tuple[Tensor, Tensor]:
         """The eigenvalues ``≥ 0`` and eigenvectors of ``A``."""
+        return self._spectrum
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.features.double())
         return values.clamp(min=0).to(self.features.dtype), vectors.to(self.features.dtype)
 
