@@ -213,13 +213,14 @@ def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
     t = rows.tensors
     classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=t.input.device)
     for tile in run.tiles():
-        wanted = uniforms[tile.rows].to(torch.float64)
+        wanted = uniforms[tile.rows].to(torch.float64).contiguous()
         top = tile.map.input.new_full((len(wanted), 1), -torch.inf)
         total = torch.zeros_like(top, dtype=torch.float64)
         for block in tile.logits():
             z = rows.loss.logit_map.value(block.z)
             new = torch.maximum(top, z.amax(-1, keepdim=True))
-            total = total * torch.exp((top - new).double()) + (z - new).exp_().sum(-1, keepdim=True).double()
+            shift = torch.where(new == -torch.inf, 0.0, new)  # every class so far is masked
+            total = total * torch.exp((top - shift).double()) + (z - shift).exp_().sum(-1, keepdim=True).double()
             top = new
         left = wanted * total
         found = torch.zeros_like(left, dtype=torch.bool)
