@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from softcurve.curvature.ggn import JacobianSandwich
-from softcurve.curvature.losses import HeadLosses
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import RowLosses, add_outer_products, row_masses, sample_classes
 from softcurve.head.problem import HeadLoss
@@ -48,7 +47,7 @@ class Fisher(JacobianSandwich):
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples must be a positive int, or None for the exact matrix, got {samples!r}")
         self.samples = samples
-        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
+        super().__init__(features, head, data, seed=seed, progress=progress, **options)
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         if self.samples is None:
@@ -81,18 +80,6 @@ class EmpiricalFisher(NetworkOperator):
     """
 
     is_positive = True
-
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         mass = row_masses(rows.losses)

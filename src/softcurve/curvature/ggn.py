@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.kfac import KroneckerFactors, preconditioner
-from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.network import Batch, NetworkOperator, Rows
+from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.curvature.operator import require_count
 from softcurve.head.curvature import RowLosses, add_products
 from softcurve.objective import GAUSS_NEWTON
@@ -94,15 +92,3 @@ class GGN(JacobianSandwich):
 
     Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002; DESIGN §3.
     """
-
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.network import Batch, NetworkOperator, Rows
+from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.head import passes
 from softcurve.head.curvature import add_products
 from softcurve.objective import HESSIAN
@@ -35,18 +31,6 @@ class Hessian(NetworkOperator):
 
     Source: the chain rule, DESIGN §3: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
     """
-
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(features, head, data, losses=HeadLosses(**options), seed=seed, progress=progress)
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         losses = rows.losses

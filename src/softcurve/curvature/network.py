@@ -48,9 +48,9 @@ class NetworkOperator(SymmetricOperator):
         head: nn.Linear,
         data: Iterable[Batch],
         *,
-        losses: HeadLosses,
-        seed: int,
-        progress: bool,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
     ) -> None:
         if not isinstance(features, nn.Module):
             raise TypeError(
@@ -67,7 +67,7 @@ class NetworkOperator(SymmetricOperator):
                 f"data must be an iterable that can be walked again, such as a list or a DataLoader, got "
                 f"{type(data).__name__}; make it a list"
             )
-        self.features, self.head, self.data, self.losses = features, head, data, losses
+        self.features, self.head, self.data, self.losses = features, head, data, HeadLosses(**options)
         self.seed, self.progress = seed, progress
         self.layout = Layout.of(features, head)
 
