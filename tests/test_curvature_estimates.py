@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from softcurve.curvature.estimates import Estimate, diagonal, trace
-from softcurve.curvature.operator import SymmetricOperator
+
+from .symmetric_matrices import Matrix, with_spectrum
 
 TRACE_METHODS = ["hutchinson", "hutch++", "xtrace"]
 VARIANTS = [
@@ -20,40 +21,6 @@ VARIANTS = [
     ("xtrace", "rademacher"),
     ("xtrace", "normal"),
 ]
-
-
-class Matrix(SymmetricOperator):
-    """A dense matrix that shows its products only, and counts them."""
-
-    def __init__(self, matrix):
-        self.matrix, self.products, self.widest = matrix, 0, 0
-
-    @property
-    def shape(self):
-        return tuple(self.matrix.shape)
-
-    @property
-    def dtype(self):
-        return self.matrix.dtype
-
-    @property
-    def device(self):
-        return self.matrix.device
-
-    def _columns(self, vectors):
-        assert vectors.dtype == self.dtype
-        assert not vectors.requires_grad
-        self.products += vectors.shape[1]
-        self.widest = max(self.widest, vectors.shape[1])
-        return self.matrix @ vectors
-
-
-def with_spectrum(eigenvalues, seed=0):
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    matrix = (q * eigenvalues) @ q.mT
-    return (matrix + matrix.mT) / 2
 
 
 def ranks(n):

@@ -8,40 +8,8 @@ import pytest
 import torch
 
 from softcurve.curvature.conjugate_gradients import conjugate_gradients
-from softcurve.curvature.operator import SymmetricOperator
 
-
-class Matrix(SymmetricOperator):
-    """A dense matrix that shows its products only, and counts them."""
-
-    def __init__(self, matrix):
-        self.matrix, self.products, self.calls = matrix, 0, 0
-
-    @property
-    def shape(self):
-        return tuple(self.matrix.shape)
-
-    @property
-    def dtype(self):
-        return self.matrix.dtype
-
-    @property
-    def device(self):
-        return self.matrix.device
-
-    def _columns(self, vectors):
-        self.products += vectors.shape[1]
-        self.calls += 1
-        return self.matrix @ vectors
-
-
-def with_spectrum(eigenvalues, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    n = len(eigenvalues)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    matrix = (q * eigenvalues) @ q.mT
-    return (matrix + matrix.mT) / 2
-
+from .symmetric_matrices import Matrix, with_spectrum
 
 POSITIVE = with_spectrum(torch.logspace(-2, 1, 60, dtype=torch.float64))
 

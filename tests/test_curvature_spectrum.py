@@ -8,42 +8,11 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import SpectralDensity, eigsh, spectral_density
 
+from .symmetric_matrices import Matrix, with_spectrum
+
 METHODS = ["lanczos", "lobpcg"]
-
-
-class Matrix(SymmetricOperator):
-    """A dense matrix that shows its products only, and counts them."""
-
-    def __init__(self, matrix):
-        self.matrix, self.products, self.calls = matrix, 0, 0
-
-    @property
-    def shape(self):
-        return tuple(self.matrix.shape)
-
-    @property
-    def dtype(self):
-        return self.matrix.dtype
-
-    @property
-    def device(self):
-        return self.matrix.device
-
-    def _columns(self, vectors):
-        self.products += vectors.shape[1]
-        self.calls += 1
-        return self.matrix @ vectors
-
-
-def with_spectrum(eigenvalues, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    n = len(eigenvalues)
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    matrix = (q * eigenvalues) @ q.mT
-    return (matrix + matrix.mT) / 2
 
 
 # Both ends apart from the bulk, the lower the larger in size.
