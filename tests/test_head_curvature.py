@@ -161,15 +161,17 @@ def test_kronecker_factors(bias, form):
     direction = given.random()
     joined = given.joined(direction)
     close(_joined(factors.product(*direction[1:])), b @ joined @ a)
-    dense = torch.kron(b, a) + 0.03 * torch.eye(b.shape[0] * a.shape[0]).double()
-    solved = _joined(factors.solve(*direction[1:], damping=0.03))
-    torch.testing.assert_close(solved.reshape(-1), torch.linalg.solve(dense, joined.reshape(-1)), rtol=1e-7, atol=1e-9)
+    for damping in (7.0, 0.03):  # the preparations for one damping do not serve another
+        dense = torch.kron(b, a) + damping * torch.eye(b.shape[0] * a.shape[0]).double()
+        solved = _joined(factors.solve(*direction[1:], damping=damping)).reshape(-1)
+        torch.testing.assert_close(solved, torch.linalg.solve(dense, joined.reshape(-1)), rtol=1e-7, atol=1e-9)
     scales = torch.tensor([0.0, 0.3, 2.0]).double()
     inverse = [torch.linalg.inv(s * b + 0.03 * torch.eye(C).double()) for s in scales]
-    found = factors.form.damped_inverse_diagonal(scales, 0.03)
+    damped = factors.form.damped(scales, 0.03)
+    found = damped.inverse_diagonal()
     torch.testing.assert_close(found, torch.stack([i.diagonal() for i in inverse], 1), rtol=1e-7, atol=0)
     logs = torch.stack([-torch.logdet(i) for i in inverse])
-    torch.testing.assert_close(factors.form.damped_log_determinants(scales, 0.03), logs, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(damped.log_determinants(), logs, rtol=1e-8, atol=1e-9)
 
 
 def _joined(parts: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -187,6 +189,13 @@ def test_a_low_rank_form_stays_above_the_factor():
         assert torch.linalg.eigvalsh(held - exact)[0] > -1e-12
         errors.append(torch.linalg.matrix_norm(held - exact, 2).item())
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_a_damping_below_the_rounding_of_a_low_rank_form_is_refused():
+    e, w = 30 * torch.randn(60, 5), 2 * torch.randn(40, 5)
+    factors = HeadCurvature(e, w, torch.randint(40, (60,)), reduction="sum").kfac(form="low_rank", rank=40)
+    with pytest.raises(ValueError, match="damping must be larger than the rounding errors of a class factor of low r"):
+        factors.solve(torch.randn(40, 5), damping=1e-14)
 
 
 @pytest.mark.parametrize(

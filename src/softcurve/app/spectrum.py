@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from softcurve.app.printing import console, print_record, print_table
+from softcurve.app.user_model import call_function, first_line, place_in, said
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
@@ -100,11 +96,11 @@ def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None
     try:
         findings = _findings(options, problem, progress)
     except Exception as error:
-        place = _place(error, problem.file)
+        place = place_in(problem.file, error)
         # Whatever else comes from beyond the model's own code is a fault of this program: let it be seen.
         if not place and not isinstance(error, TypeError | ValueError | RuntimeError):
             raise
-        raise DataError(f"model: {options.model}: {_said(error) if place else _first_line(error)}{place}") from error
+        raise DataError(f"model: {options.model}: {said(error) if place else first_line(error)}{place}") from error
     if options.out is not None and findings.density is not None:
         _draw(options.out, f"{MATRICES[options.matrix].__name__} of {problem.loss}", findings.density, findings.top)
     record = _record(options, problem, findings)
@@ -154,13 +150,6 @@ def _saved(options: SpectrumOptions) -> Problem:
 
 
 def _made(options: SpectrumOptions) -> Problem:
-    """The model of a function ``FILE.py:function`` or ``package.module:function``."""
-    source, colon, name = options.model.rpartition(":")
-    if not (colon and source and name):
-        raise DataError(
-            f"model: {options.model} must be a head that ends in .safetensors, or FILE.py:function or "
-            "package.module:function, which returns (features, head, data)"
-        )
     for argument, given in {
         "data": options.data,
         "--target": options.target,
@@ -168,90 +157,10 @@ def _made(options: SpectrumOptions) -> Problem:
     }.items():
         if given is not None:
             raise DataError(f"{argument}: {options.model} brings data of its own; leave {given} out")
-    module = _imported(source)
-    function = getattr(module, name, None)
-    if not callable(function):
-        found = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-        raise DataError(
-            f"model: {source} has no function {name!r}; it has {', '.join(map(repr, found[:8])) or 'none at all'}"
-        )
-    torch.manual_seed(options.seed)
-    try:
-        made = function()
-    except (Exception, SystemExit) as error:
-        raise DataError(f"model: {options.model} raised {_said(error)}{_place(error, module.__file__)}") from error
-    features, head, data = _checked(options.model, made)
+    features, head, data, file = call_function(options.model, options.seed)
     if options.dtype:
         features, head = features.to(DTYPES[options.dtype]), head.to(DTYPES[options.dtype])
-    return Problem(features, head, data, options.loss or "cross_entropy", file=module.__file__)
-
-
-def _imported(source: str) -> ModuleType:
-    """The module, imported as Python itself would run it: with its folder, or the current one, on the path."""
-    path = Path(source)
-    is_file = path.suffix == ".py" or len(path.parts) > 1
-    if is_file and path.suffix != ".py":
-        raise DataError(f"model: {source} must end in .py, or be a module as in package.module:function")
-    if is_file and not path.is_file():
-        raise DataError(f"model: there is no file {source}; check the path")
-    folder = str(path.resolve().parent if is_file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return _of_file(path.resolve()) if is_file else importlib.import_module(source)
-    except (Exception, SystemExit) as error:
-        place = _place(error, str(path.resolve())) if is_file else ""
-        raise DataError(f"model: {source} cannot be imported: {_said(error)}{place}") from error
-
-
-def _of_file(path: Path) -> ModuleType:
-    # Under its own name worker processes can import it too, unless that is the name of another module.
-    name = path.stem if path.stem not in sys.modules else f"softcurve_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(name, None)
-        raise
-    return module
-
-
-def _checked(model: str, made: object) -> tuple[nn.Module, nn.Linear, Iterable[Any]]:
-    if isinstance(made, tuple | list) and len(made) == 3:
-        features, head, data = made
-        if isinstance(features, nn.Module) and isinstance(head, nn.Linear) and isinstance(data, Iterable):
-            if iter(data) is not data:
-                return features, head, data
-            raise DataError(
-                f"model: {model} must return data that can be walked again, such as a list or a DataLoader; "
-                f"got a one-time {type(data).__name__}: make it a list"
-            )
-    came = type(made).__name__
-    if isinstance(made, tuple | list):
-        came = f"({', '.join(type(part).__name__ for part in made)})"
-    raise DataError(
-        f"model: {model} must return (features, head, data), a torch.nn.Module, a torch.nn.Linear and an iterable of "
-        f"batches (x, target); got {came}"
-    )
-
-
-def _said(error: BaseException) -> str:
-    line = _first_line(error)
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _place(error: BaseException, file: str | None) -> str:
-    """The line of ``file`` that an error came through, or nothing where it did not."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+    return Problem(features, head, data, options.loss or "cross_entropy", file=file)
 
 
 # --- the matrix --------------------------------------------------------------------------------------------------

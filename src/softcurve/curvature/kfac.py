@@ -16,73 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRankForm
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.head.curvature import RowLosses, add_class_products, add_products, class_coefficients, row_masses
 from softcurve.head.products import Direction
 
 DENSE_CLASSES = 2048  # up to here the form "auto" holds all of B
-
-
-@dataclass(frozen=True, eq=False)
-class ClassForm:
-    """``B = diag(diagonal) − low lowᵀ`` with ``low (C, r)``, or all of it by eigenvectors; positive semidefinite."""
-
-    diagonal: Float[Tensor, " classes"]
-    low: Float[Tensor, "classes rank"] | None
-    values: Float[Tensor, " classes"] | None = None
-    vectors: Float[Tensor, "classes classes"] | None = None
-
-    def damped_solve(
-        self, columns: Float[Tensor, "classes k"], scales: Float[Tensor, " k"], damping: float
-    ) -> Float[Tensor, "classes k"]:
-        """``(a_j B + damping I)⁻¹ x_j`` for each column and its ``a_j ≥ 0``."""
-        if self.vectors is not None and self.values is not None:
-            rotated = self.vectors.T @ columns
-            return self.vectors @ (rotated / (self.values.unsqueeze(-1) * scales + damping))
-        assert self.low is not None
-        solved = torch.empty_like(columns)
-        for j, a in enumerate(scales):
-            inverse, core = self._woodbury(a, damping)
-            first = inverse * columns[:, j]
-            solved[:, j] = (
-                first + inverse * (self.low @ torch.cholesky_solve((self.low.T @ first).unsqueeze(-1), core))[:, 0]
-            )
-        return solved
-
-    def damped_inverse_diagonal(self, scales: Float[Tensor, " k"], damping: float) -> Float[Tensor, "classes k"]:
-        """``diag((a_j B + damping I)⁻¹)`` for each ``a_j``."""
-        if self.vectors is not None and self.values is not None:
-            return self.vectors.square() @ (1 / (self.values.unsqueeze(-1) * scales + damping))
-        assert self.low is not None
-        found = torch.empty(len(self.diagonal), len(scales), dtype=self.diagonal.dtype, device=self.diagonal.device)
-        for j, a in enumerate(scales):
-            inverse, core = self._woodbury(a, damping)
-            half = torch.linalg.solve_triangular(core, self.low.T, upper=False)  # R⁻¹ Uᵀ
-            found[:, j] = inverse + inverse.square() * half.square().sum(0)
-        return found
-
-    def damped_log_determinants(self, scales: Float[Tensor, " k"], damping: float) -> Float[Tensor, " k"]:
-        """``log det(a_j B + damping I)`` for each ``a_j``."""
-        if self.values is not None:
-            return torch.log(self.values.unsqueeze(-1) * scales + damping).sum(0)
-        found = []
-        for a in scales:
-            inverse, core = self._woodbury(a, damping)
-            # det(D − a U Uᵀ) = det(D) det(I/a − Uᵀ D⁻¹ U) a^r
-            rank = core.shape[0]
-            found.append(-inverse.log().sum() + 2 * core.diagonal().log().sum() + rank * self._safe(a).log())
-        return torch.stack(found)
-
-    @staticmethod
-    def _safe(a: Tensor) -> Tensor:
-        return a.clamp(min=torch.finfo(a.dtype).tiny)
-
-    def _woodbury(self, a: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """``D⁻¹`` and the Cholesky factor of ``I/a − Uᵀ D⁻¹ U`` with ``D = a diagonal + damping``."""
-        assert self.low is not None
-        inverse = 1 / (a * self.diagonal + damping)
-        eye = torch.eye(self.low.shape[1], dtype=self.low.dtype, device=self.low.device)
-        return inverse, torch.linalg.cholesky(eye / self._safe(a) - self.low.T @ (inverse.unsqueeze(-1) * self.low))
 
 
 class ClassFactor(SymmetricOperator):
@@ -129,14 +68,14 @@ class ClassFactor(SymmetricOperator):
                     into += sums.T
         return diagonal * self._scale, into * self._scale
 
-    def dense_form(self) -> ClassForm:
+    def dense_form(self) -> DenseForm:
         """All of it."""
         dense = self.to_dense(columns_at_once=256).double()
         values, vectors = torch.linalg.eigh((dense + dense.T) / 2)
         values, vectors = values.clamp(min=0).to(self.dtype), vectors.to(self.dtype)
-        return ClassForm(dense.diagonal().to(self.dtype), None, values, vectors)
+        return DenseForm(values, vectors)
 
-    def low_rank_form(self, rank: int, seed: int = 0) -> ClassForm:
+    def low_rank_form(self, rank: int, seed: int = 0) -> LowRankForm:
         """``diag − low lowᵀ`` by the Nyström method, one step of subspace iteration before it.
 
         Nyström's approximation of ``Pᵀ m P`` is below it, so that the form is above ``B`` and stays positive.
@@ -159,7 +98,7 @@ class ClassFactor(SymmetricOperator):
         # Take the shift out again.
         left, singular, _ = torch.linalg.svd(low, full_matrices=False)
         low = left * (singular.square() - shift.double()).clamp(min=0).sqrt()
-        return ClassForm(diagonal, low.to(self.dtype))
+        return LowRankForm(diagonal, low.to(self.dtype))
 
     def _outer(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The diagonal, and ``(diag − B)`` times ``vectors``."""
@@ -212,11 +151,25 @@ class KroneckerFactors:
         return self._split(self.classes @ (self._joined(weight, bias) @ self.features))
 
     def solve(self, weight: Tensor, bias: Tensor | None = None, *, damping: float) -> tuple[Tensor, Tensor | None]:
-        """``(B ⊗ A + damping I)⁻¹ [weight | bias]``, ``(C, d)`` and ``(C,)``, exact for the held form of ``B``."""
+        """``(B ⊗ A + damping I)⁻¹ [weight | bias]``, ``(C, d)`` and ``(C,)``, exact for the held form of ``B``.
+
+        Raises ``ValueError`` where a form of low rank in float32 cannot resolve the ``damping``.
+        """
         checks.require_positive("damping", damping)
-        values, vectors = self.feature_spectrum()
-        rotated = self.form.damped_solve(self._joined(weight, bias) @ vectors, values, damping)
+        vectors = self.feature_spectrum()[1]
+        rotated = self.damped(damping).solve(self._joined(weight, bias) @ vectors)
         return self._split(rotated @ vectors.T)
+
+    def damped(self, damping: float) -> Damped:
+        """``a B + damping I`` for each eigenvalue ``a`` of ``A``; kept until another damping is asked for."""
+        if self._kept.get(damping) is None:
+            self._kept.clear()
+            self._kept[damping] = self.form.damped(self.feature_spectrum()[0], damping)
+        return self._kept[damping]
+
+    @functools.cached_property
+    def _kept(self) -> dict[float, Damped]:
+        return {}
 
     def feature_spectrum(self) -> tuple[Tensor, Tensor]:
         """The eigenvalues ``≥ 0`` and eigenvectors of ``A``."""
@@ -250,7 +203,7 @@ def preconditioner(
     def apply(columns: Tensor) -> Tensor:
         solved = columns / elsewhere.unsqueeze(-1)
         for j in range(columns.shape[1]):
-            head = columns[weight, j].view(len(factors.form.diagonal), -1)
+            head = columns[weight, j].view(factors.form.classes, -1)
             part = factors.solve(head, None if bias is None else columns[bias, j], damping=damping)
             solved[weight, j] = part[0].reshape(-1)
             if bias is not None and part[1] is not None:

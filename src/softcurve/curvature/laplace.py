@@ -16,12 +16,11 @@ Kristiadi, Hein, Hennig 2020, "Being Bayesian, even just a bit, fixes overconfid
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +29,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from softcurve import checks
+from softcurve.curvature.class_forms import ClassForm
 from softcurve.curvature.ggn import GGN
-from softcurve.curvature.kfac import ClassForm
 from softcurve.curvature.network import Batch
 from softcurve.curvature.operator import require_count
 from softcurve.head import curvature, passes
@@ -106,7 +105,7 @@ class LastLayerLaplace:
         else:
             factors = rows.kfac(form=form, rank=rank, seed=seed)
             values, vectors = factors.feature_spectrum()
-            self.structure = Kronecker(float(prior_precision), budget, values.double(), vectors, _widened(factors.form))
+            self.structure = Kronecker(float(prior_precision), budget, values.double(), vectors, factors.form.double())
 
     @property
     def prior_precision(self) -> float:
@@ -302,15 +301,15 @@ class Kronecker(Structure):
 
     def log_ratio(self) -> float:
         """``Σ_j log det(a_j / prior B + I)``."""
-        with self._factorized():
-            return sum(
-                float(self.form.damped_log_determinants(part, 1.0).sum())
-                for part in (self.values / self.prior).split(self._step)
-            )
+        found = 0.0
+        for part in self.values.split(self._step):
+            damped = self.form.damped(part, self.prior, name="prior_precision")
+            found += float((damped.log_determinants() - self.form.classes * math.log(self.prior)).sum())
+        return found
 
     def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
         """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
-        found = e.new_zeros(len(e), len(self.form.diagonal))
+        found = e.new_zeros(len(e), self.form.classes)
         vectors = self.vectors.to(e.dtype)
         for start in range(0, len(self.values), self._step):
             columns = slice(start, start + self._step)
@@ -327,7 +326,7 @@ class Kronecker(Structure):
     @property
     def _step(self) -> int:
         """Eigenvectors at a time."""
-        return self.fitting(4 * 8 * len(self.form.diagonal))
+        return self.fitting(4 * 8 * self.form.classes)
 
     @property
     def _is_kept(self) -> bool:
@@ -340,18 +339,7 @@ class Kronecker(Structure):
 
     def _inverse_diagonal(self, columns: slice) -> Tensor:
         """``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``."""
-        with self._factorized():
-            return self.form.damped_inverse_diagonal(self.values[columns], self.prior)
-
-    @contextlib.contextmanager
-    def _factorized(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"prior_precision must be larger than the rounding errors of a class factor of low rank, got "
-                f"{self.prior:g}; raise it (or the lower of bounds), use form='dense', or compute in float64"
-            ) from error
+        return self.form.damped(self.values[columns], self.prior, name="prior_precision").inverse_diagonal()
 
 
 # --- from the data ---------------------------------------------------------------------------------------------------
@@ -410,9 +398,3 @@ def _diagonal_of(network: GGN) -> tuple[Tensor, Tensor | None]:
         weight += found.weight
         bias += found.bias
     return weight.clamp_(min=0), None if network.head.bias is None else bias.clamp_(min=0)
-
-
-def _widened(form: ClassForm) -> ClassForm:
-    """In float64: with many rows ``B`` is far larger than the prior, and its constant vector has the eigenvalue 0."""
-    held = {name: part.double() for name, part in vars(form).items() if part is not None}
-    return replace(form, **held)
