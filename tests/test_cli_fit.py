@@ -377,6 +377,26 @@ def test_an_interrupted_process_ends_with_130_and_leaves_nothing():
     assert os.listdir() == ["wide.npz"]
 
 
+def test_an_interrupt_that_python_forgets_is_remembered():
+    lost = """
+import os, signal
+from softcurve.app.interrupt import remember_interrupts, stop_if_interrupted
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+remember_interrupts()
+stop_if_interrupted()
+Held()
+print("went on")
+stop_if_interrupted()
+"""
+    done = python("-c", lost)
+    assert done.stdout == "went on\n"
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == -signal.SIGINT
+
+
 def test_without_typer_the_command_says_what_to_install():
     done = python("-c", "import sys; sys.modules['typer'] = None; from softcurve.app.cli import main; main()")
     assert done.returncode == 2

@@ -19,8 +19,11 @@ from softcurve.head import workspace
 from .head_cases import BY_NAME, CASES, REDUCTIONS, Case, Problem, along, assert_same, directions, everything, problem
 from .test_head_conformance import products_of
 
-# torch's own doing when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("without_shape_checks"),
+    # torch's own doing when forward mode is first used.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 Function = Callable[..., Tensor]
 

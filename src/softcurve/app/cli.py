@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
+from softcurve.app.interrupt import remember_interrupts
+
 INSTALL = "pip install 'softcurve[all]'"
 
 try:
@@ -173,6 +175,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A class name must not end the run on a terminal whose encoding lacks a letter of it.
         sys.stdout.reconfigure(errors="backslashreplace")
+    remember_interrupts()
     app()
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.fit.lbfgs import Step
 
 __all__ = ["console", "fit_progress", "print_record", "print_table"]
@@ -56,6 +57,7 @@ def fit_progress(max_iter: int, *, show: bool | None) -> Iterator[Callable[[Step
         task = progress.add_task("fit", total=max_iter, objective=math.nan, gradient=math.nan)
 
         def update(step: Step) -> None:
+            stop_if_interrupted()
             progress.update(task, completed=step.iteration, objective=step.objective, gradient=step.gradient_max)
 
         yield update

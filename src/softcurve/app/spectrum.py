@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.app.printing import console, print_record, print_table
 from softcurve.app.user_model import call_function, first_line, place_in, said
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
@@ -180,6 +181,7 @@ class Walked:
         self.passes += 1
         self.progress.update(self.task, completed=0, passes=self.passes)
         for batch in self.data:
+            stop_if_interrupted()
             yield batch if self.dtype is None else _in_dtype(batch, self.dtype)
             self.progress.advance(self.task)
 
