@@ -115,6 +115,7 @@ def test_one_class(case: Case) -> None:
     assert torch.equal(torch.autograd.grad(value.sum(), posed.arguments[0])[0], torch.zeros(3, 1, dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "option", "reduction"), DIFFERENTIATED)
 def test_gradcheck_and_gradgradcheck(case: Case, option: str, reduction: str) -> None:

@@ -66,6 +66,7 @@ def test_every_operator_is_called() -> None:
     assert operators() == called
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case) -> None:
     """Schema, fake tensors, registration and AOT dispatch with dynamic shapes, on the arguments of real calls."""

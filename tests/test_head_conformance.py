@@ -252,6 +252,7 @@ TILED = [
 ]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("name", TILED)
 def test_budgets_cut_rows_and_classes(name: str) -> None:
     """The tilings of this file are what they are called, for loss, gradients and Hessian product."""
