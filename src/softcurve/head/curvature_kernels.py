@@ -163,12 +163,11 @@ class ListCurvature(ListKernel, CurvatureKernel):
         own = block.v.gather(-1, at).double()
         if block.raw is not None:
             own = own * self.loss.logit_map.slope(block.raw.gather(-1, at)).double()
-        parts = []
+        others = torch.empty_like(self.others)
         for rows in self.groups(block):
             slope = self.slope(block, rows)
             changes = block.z[rows] * block.v[rows]
-            parts.append((changes if slope is None else changes.mul_(slope)).sum(-1, keepdim=True).double())
-        others = torch.cat(parts)
+            others[rows] = (changes if slope is None else changes.mul_(slope)).sum(-1, keepdim=True)
         if where is not None:
             own = torch.where(present, own, 0.0)
         if column in self.sums:
@@ -303,16 +302,14 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
 
     def gather(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
         assert block.v is not None
-        parts = []
+        mean, moment = torch.empty_like(self.total), torch.empty_like(self.total)
         for rows in self.groups(block):
             p, v, slope = block.z[rows], block.v[rows], self.slope(block, rows)
             v = v if slope is None else v * slope
-            along = (p * v).sum(-1, keepdim=True).double()
-            if block.q is None:
-                parts.append((along, self.coefficient[rows] * along))
-            else:
-                parts.append((along, (block.q[rows] * v).sum(-1, keepdim=True).double()))
-        mean, moment = (torch.cat(part) for part in zip(*parts, strict=True))
+            mean[rows] = (p * v).sum(-1, keepdim=True)
+            moment[rows] = (
+                self.coefficient[rows] * mean[rows] if block.q is None else (block.q[rows] * v).sum(-1, keepdim=True)
+            )
         if column in self.sums:
             before = self.sums[column]
             mean, moment = before[0] + mean, before[1] + moment
