@@ -417,6 +417,8 @@ def test_products_see_the_same_dropout(make):
     assert len(masks) == 4 * batches
     for mask, again in zip(masks[:batches], masks[batches : 2 * batches], strict=True):
         assert torch.equal(mask, again)
+    seeds = {setting.operator(make, seed=s).seed_of(use, n) for s in (3, 4) for use in ("a", "b") for n in range(3)}
+    assert len(seeds) == 12
 
 
 @over_exact

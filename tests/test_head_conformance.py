@@ -67,6 +67,7 @@ def settings_of(case: Case) -> list[dict[str, Any]]:
 PAIRS = [pytest.param(case, setting, id=f"{case}-{n}") for case in CASES for n, setting in enumerate(settings_of(case))]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(("case", "setting"), PAIRS)
 def test_equals_the_dense_loss(case: Case, setting: dict[str, Any]) -> None:
     """Every two of options, reductions, budgets and shapes meet somewhere, for every loss and kind of target."""

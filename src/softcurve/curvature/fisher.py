@@ -14,8 +14,6 @@ from softcurve.head.curvature import RowLosses, add_outer_products, row_masses, 
 from softcurve.head.problem import HeadLoss
 from softcurve.objective import FISHER
 
-APART = 0x5EEDED  # from the seeds of dropout, whose numbers the draws would repeat
-
 
 class Fisher(JacobianSandwich):
     """``Σ_i m_i E_{k∼p_i}[∇log p_ik ∇log p_ikᵀ] = Σ_i m_i Jᵢᵀ (diag(p) − p pᵀ) Jᵢ`` of the model's own distribution.
@@ -54,7 +52,7 @@ class Fisher(JacobianSandwich):
             super()._add(rows, columns, into)
             return
         t = rows.losses.tensors
-        generator = torch.Generator().manual_seed((self.seed + rows.number) ^ APART)
+        generator = torch.Generator().manual_seed(self.seed_of("classes", rows.number))
         uniforms = torch.rand(len(t.input), self.samples, generator=generator, dtype=torch.float64)
         classes = sample_classes(rows.losses, uniforms.to(t.input.device))
         loss = HeadLoss(

@@ -8,6 +8,7 @@ lack, and all columns see the same dropout.
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class NetworkOperator(SymmetricOperator):
                 flat = e.reshape(-1, e.shape[-1])
             yield Rows(number, flat, posed, self.losses.rows(posed))
 
+    def seed_of(self, use: str, number: int) -> int:
+        """Of a batch, mixed by a hash: neighbouring seeds, batches and uses of random numbers share none."""
+        mixed = hashlib.blake2b(f"{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
+        return int.from_bytes(mixed.digest(), "little")
+
     def _features_of(self, x: Any, number: int, graph: bool) -> Tensor:
         # A copy of the buffers, which batch normalisation writes to.
         buffers = {name: buffer.clone() for name, buffer in self.features.named_buffers()}
@@ -113,7 +119,7 @@ class NetworkOperator(SymmetricOperator):
             torch.random.fork_rng(devices),
             sdpa_kernel(SDPBackend.MATH),  # the one that has second derivatives
         ):
-            torch.manual_seed(self.seed + number)
+            torch.manual_seed(self.seed_of("features", number))
             arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
             e = torch.func.functional_call(self.features, buffers, *arguments)
         wanted = self.head.in_features
