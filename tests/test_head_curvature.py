@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import softcurve
 from softcurve.curvature import Direction, HeadCurvature
@@ -228,6 +229,32 @@ def test_class_factors_of_other_losses(options, target):
         torch.testing.assert_close(form.diagonal.diag() - form.low @ form.low.T, dense, rtol=1e-7, atol=1e-9)
 
 
+def test_a_z_loss_that_turns_the_products_round_is_refused_for_a_low_rank():
+    e, w = torch.randn(30, 4).double(), 0.1 * torch.randn(40, 4).double()
+    of_head = HeadCurvature(e, w, torch.randint(40, (30,)), linear_bias=torch.full((40,), -4.0).double(), z_loss=3.0)
+    with pytest.raises(ValueError, match="form must be 'dense' for so large a z_loss"):
+        of_head.kfac(form="low_rank", rank=40)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-12])
+def test_class_weights_are_in_gradient_norms(smoothing):
+    e, w, y = torch.randn(6, 4).double(), torch.randn(5, 4).double(), torch.tensor([0, 3, -100, 1, 4, 3])
+    weight = torch.rand(5).double() + 0.5
+    z = (e @ w.T).requires_grad_()
+    F.cross_entropy(z, y, weight, reduction="sum").backward()
+    of_head = HeadCurvature(e, w, y, weight=weight, label_smoothing=smoothing, sample_weight=torch.rand(6).double())
+    torch.testing.assert_close(of_head.gradient_norms("el2n"), z.grad.norm(dim=-1), rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_norms_of_confident_rows():
+    for gap in (20, 50, 80):
+        w = torch.zeros(6, 1)
+        w[0, 0] = gap
+        found = HeadCurvature(torch.ones(2, 1), w, torch.zeros(2).long()).gradient_norms("el2n")
+        p = math.exp(-gap) / (1 + 5 * math.exp(-gap))
+        assert found[0].item() == pytest.approx(p * math.sqrt(25 + 5), rel=1e-6)
+
+
 # --- doors -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +274,7 @@ def test_bad_arguments_are_named():
     of_head = HeadCurvature(e, w, y)
     with pytest.raises(ValueError, match=r"direction.weight must be of shape \(4, 3\), got shape \(3, 4\)"):
         of_head.hvp(Direction(None, torch.randn(3, 4), None))
-    with pytest.raises(ValueError, match=r"direction.bias must be of shape None"):
+    with pytest.raises(ValueError, match=r"direction.bias must be None: the head has none"):
         of_head.hvp(Direction(None, None, torch.randn(4)))
     with pytest.raises(ValueError, match="parts must be one of 'input', 'weight', 'bias', got 'features'"):
         of_head.hvp(Direction(None, None, None), parts=("features",))
@@ -265,5 +292,5 @@ def test_bad_arguments_are_named():
         of_head.kfac().solve(torch.randn(4, 3), damping=0.0)
     with pytest.raises(ValueError, match="bias must be None: the head has none"):
         of_head.kfac().product(torch.randn(4, 3), torch.randn(4))
-    with pytest.raises(ValueError, match="rank must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="rank must be a whole number >= 1, got 0"):
         of_head.kfac(rank=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.app.printing import console, print_record, print_table
 from softcurve.app.user_model import call_function, first_line, place_in, said
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
+from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
@@ -203,8 +204,7 @@ def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> 
     start = time.perf_counter()
     dtype = DTYPES[options.dtype] if options.dtype else None
     with _progress(show) as progress:
-        batches = len(problem.data) if isinstance(problem.data, Sized) else None
-        task = progress.add_task("trace", total=batches, passes=0)
+        task = progress.add_task("trace", total=length_of(problem.data), passes=0)
         data = Walked(problem.data, dtype, progress, task)
         operator = MATRICES[options.matrix](problem.features, problem.head, data, loss=problem.loss, seed=options.seed)
         n = operator.shape[0]

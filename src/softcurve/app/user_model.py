@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ def _checked(model: str, made: object) -> tuple[nn.Module, nn.Linear, Iterable[A
     if isinstance(made, tuple | list) and len(made) == 3:
         features, head, data = made
         if isinstance(features, nn.Module) and isinstance(head, nn.Linear) and isinstance(data, Iterable):
-            if iter(data) is not data:
+            if not isinstance(data, Iterator):
                 return features, head, data
             raise DataError(
                 f"model: {model} must return data that can be walked again, such as a list or a DataLoader; "

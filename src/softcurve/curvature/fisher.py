@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ class Fisher(JacobianSandwich):
             "cross_entropy", "list", temperature=rows.losses.loss.temperature, softcap=rows.losses.loss.softcap
         )
         mass = t.row_weight * row_masses(rows.losses) / self.samples
-        for drawn in classes.unbind(-1):
-            tensors = t._replace(
-                target=None, target_weight=None, target_bias=None, indices=drawn.unsqueeze(-1), class_weight=None
-            )
-            add_outer(self, rows, rows.losses._replace(loss=loss, tensors=tensors), mass, columns, into)
+        bare = t._replace(target=None, target_weight=None, target_bias=None, class_weight=None)
+        draws = [
+            rows.losses._replace(loss=loss, tensors=bare._replace(indices=drawn.unsqueeze(-1)))
+            for drawn in classes.unbind(-1)
+        ]
+        add_outer(self, rows, draws, mass, columns, into)
 
 
 class EmpiricalFisher(NetworkOperator):
@@ -71,7 +72,8 @@ class EmpiricalFisher(NetworkOperator):
 
     ``m_i`` is what the row's weights and its target's mass add up to, so that a weight counts once, as if the row came
     so many times: ``Σ_i m_i ∇ℓ̂_i ∇ℓ̂_iᵀ`` of losses ``ℓ_i = m_i ℓ̂_i``. They
-    are in nats, and ``base`` divides the matrix once, as it does the others. Positions of a sequence are rows.
+    are in nats, and ``base`` divides the matrix once, as it does the others. Positions of a sequence are rows. A row
+    whose class has the weight 0 is left out, also where a z-loss leaves it a gradient.
 
     Arguments and errors are those of :class:`~softcurve.curvature.Hessian`.
     Source: Kunstner, Balles, Hennig 2019, "Limitations of the empirical Fisher approximation".
@@ -82,17 +84,23 @@ class EmpiricalFisher(NetworkOperator):
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         mass = row_masses(rows.losses)
         factor = torch.where(mass > 0, rows.losses.tensors.row_weight / mass, 0.0)
-        add_outer(self, rows, rows.losses, factor, columns, into)
+        add_outer(self, rows, [rows.losses], factor, columns, into)
 
 
 def add_outer(
-    operator: NetworkOperator, rows: Rows, losses: RowLosses, factor: Tensor, columns: Tensor, into: Tensor
+    operator: NetworkOperator,
+    rows: Rows,
+    losses: Sequence[RowLosses],
+    factor: Tensor,
+    columns: Tensor,
+    into: Tensor,
 ) -> None:
-    """``into += Σ_i factor_i ∇ℓ_i (∇ℓ_i · column)``."""
+    """``into += Σ_i factor_i ∇ℓ_i (∇ℓ_i · column)`` for each of the losses of the same rows."""
     changes = None
     if rows.e.requires_grad:
         u, h = operator.linearized(rows, torch.zeros_like(rows.e))
         changes = [operator.pushed_forward(u, h, v, second=False)[0] for v in columns]
-    sums = operator.sums(rows, into, losses.tensors.dtype)
-    add_outer_products(losses, factor, operator.along(columns, changes), sums)
+    sums, directions = operator.sums(rows, into, rows.losses.tensors.dtype), operator.along(columns, changes)
+    for each in losses:
+        add_outer_products(each, factor, directions, sums)
     operator.add_pulled_back(rows, [each.input for each in sums], into)

@@ -10,6 +10,7 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.curvature.kfac import KroneckerFactors, preconditioner
 from softcurve.curvature.network import NetworkOperator, Rows
+from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
 from softcurve.head.curvature import RowLosses, add_products
 from softcurve.objective import GAUSS_NEWTON
@@ -50,21 +51,41 @@ class JacobianSandwich(NetworkOperator):
         )
 
     def preconditioner(
-        self, damping: float, *, products: int = 8, form: str = "auto", rank: int = 128, seed: int = 0
+        self,
+        damping: float,
+        *,
+        kind: str = "auto",
+        products: int = 16,
+        form: str = "auto",
+        rank: int = 128,
+        seed: int = 0,
     ) -> Callable[[Tensor], Tensor]:
-        """For :meth:`solve`: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` on the head, a number for each other parameter.
+        """For :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
 
-        That is ``1 / (mean of its diagonal + damping)``, the mean estimated by Hutchinson's method from ``products``
-        random products. The other options are those of :meth:`kfac`. Raises ``ValueError`` where the head's weight is
-        frozen or tied, or its bias alone is frozen: the factors are of both.
+        ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head; on each other
+        parameter ``1 / (mean of its diagonal + damping)``, estimated from ``products`` random products. By far the
+        better one where the head alone is trained, which may cost iterations where the features are trained with it.
+        ``"nystrom"``: of all parameters, from ``products`` random products, of which it holds as many vectors.
+        ``"auto"``: the former where the head is trained whole and nothing else is, otherwise the latter.
+
+        Raises ``ValueError`` where ``"kronecker"`` is asked for and the head's weight is frozen or tied, or its bias
+        alone is frozen: the factors are of both.
         """
         checks.require_positive("damping", damping)
+        checks.require_choice("kind", kind, ("auto", "kronecker", "nystrom"))
+        require_count("products", products, 1)
+        require_count("seed", seed, 0)
         layout, head = self.layout, self.head
+        alone = not layout.of_features and layout.head_weight is not None
+        if kind == "auto":
+            kind = "kronecker" if alone and (head.bias is None or layout.head_bias is not None) else "nystrom"
+        if kind == "nystrom":
+            like = torch.empty(layout.size, dtype=self.dtype, device=self.device)
+            return NystromPreconditioner(self.__matmul__, like, rank=products, damping=damping, seed=seed)
         if layout.head_weight is None or layout.head_weight in layout.of_features:
             raise ValueError("head must have a weight of its own that is trained, got one that is frozen or tied")
         if head.bias is not None and layout.head_bias is None:
             raise ValueError("head must be trained whole, got a bias that is frozen; unfreeze it, or leave it out")
-        require_count("products", products, 1)
         generator = torch.Generator().manual_seed(seed)
         probes = torch.zeros(layout.size, products, dtype=self.dtype, device=self.device)
         elsewhere = torch.full_like(probes[:, 0], damping)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.kfac import KroneckerFactors
+from softcurve.curvature.kfac import KroneckerFactors, moment_of, pieces_of
 from softcurve.curvature.losses import HeadLosses
 from softcurve.head import curvature, passes
 from softcurve.head.products import Direction
@@ -103,10 +103,12 @@ class HeadCurvature:
     def _product(
         self, matrix: str, direction: Direction | list[Direction], parts: Sequence[str]
     ) -> Direction | list[Direction]:
+        if isinstance(parts, str) or not isinstance(parts, Sequence):
+            raise TypeError(f"parts must be a sequence of names such as ('weight',), got {parts!r}")
         for part in parts:
             checks.require_choice("parts", part, PARTS)
         t = self.rows.tensors
-        given = [direction] if isinstance(direction, Direction) else direction
+        given = direction if isinstance(direction, list) else [direction]
         columns = [self._checked(each) for each in given]
         into = [
             Direction(*(
@@ -122,6 +124,11 @@ class HeadCurvature:
         return found[0] if isinstance(direction, Direction) else found
 
     def _checked(self, direction: Direction) -> Direction:
+        if not isinstance(direction, Direction):
+            raise TypeError(
+                "direction must be a softcurve.curvature.Direction(input, weight, bias) or a list of them, got "
+                f"{type(direction).__name__}"
+            )
         t = self.rows.tensors
         shapes = (
             (*self.leading, t.input.shape[1]),
@@ -129,7 +136,12 @@ class HeadCurvature:
             None if t.bias is None else tuple(t.bias.shape),
         )
         for name, part, shape in zip(PARTS, direction, shapes, strict=True):
-            if part is not None and (shape is None or tuple(part.shape) != shape):
+            if part is None:
+                continue
+            checks.require_tensor(f"direction.{name}", part)
+            if shape is None:
+                raise ValueError(f"direction.{name} must be None: the head has none, got {checks.describe(part)}")
+            if tuple(part.shape) != shape:
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
         flat = None if direction.input is None else direction.input.reshape(t.input.shape)
         return Direction(*(None if p is None else p.detach().to(t.dtype) for p in (flat, *direction[1:])))
@@ -158,6 +170,10 @@ class HeadCurvature:
         """
         checks.require_choice("kind", kind, ("grand", "el2n"))
         norms = curvature.gradient_norms(self.rows) / self.losses.reducer.nats
+        loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
+        if weight is not None and loss.target == "list" and t.target is None and t.indices is not None:
+            # Of a class index the class's weight is in the row's, which is not in its own loss.
+            norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
         return norms.reshape(self.leading)
@@ -180,6 +196,8 @@ class HeadCurvature:
     def largest_eigenvalue_bound(self) -> float:
         """Never below the largest eigenvalue of the Gauss-Newton matrix in weight and bias; one ``d × d`` problem.
 
+        For weights of rows and classes that are not negative.
+
         ``diag(p) − p pᵀ ⪯ ½ (I − 1 1ᵀ/C)``, so ``½ λ_max(Σ_i m_i ẽ_i ẽ_iᵀ) / T²``; a JS divergence has ``1 − β`` of it,
         a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992.
         """
@@ -192,14 +210,13 @@ class HeadCurvature:
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()
-        e = t.input.double()[mass != 0]
-        e = e if t.bias is None else torch.cat([e, torch.ones_like(e[:, :1])], -1)
-        moment = e.T @ (mass[mass != 0].unsqueeze(-1) * e)
+        moment = moment_of(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64)
         return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors
-        return t.input.double().square().sum(-1) + (t.bias is not None)
+        found = [torch.linalg.vecdot(part.double(), part.double()) for part in t.input.split(pieces_of(t.input))]
+        return torch.cat(found) + (t.bias is not None)
 
     @staticmethod
     def _known(matrix: str) -> str:

@@ -15,7 +15,7 @@ Martens 2020, "New insights and perspectives on the natural gradient method": th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from softcurve import checks
 from softcurve.curvature.ggn import GGN
-from softcurve.curvature.network import Batch, Rows
+from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count
 from softcurve.head import passes
 from softcurve.head.problem import NOTHING
@@ -101,7 +101,7 @@ def influence(
         rows: ``"mean"``: on the mean test loss; ``"each"``: on the loss of each test row, times its weight. So the sum
             of the latter over their weights' sum is the former.
         test_options: the options of the test loss; those of the training loss by default.
-        preconditioned: solve by the Kronecker factors of the head; they need a head that is trained whole and not tied.
+        preconditioned: solve with :meth:`softcurve.curvature.GGN.preconditioner`.
         form, rank: of the class factor, see :meth:`softcurve.curvature.GGN.preconditioner`.
         tol, max_iterations: of the solution, see :meth:`softcurve.curvature.GGN.solve`. It is returned all the same
             where it has not converged.
@@ -120,12 +120,12 @@ def influence(
     checks.require_positive("damping", damping)
     checks.require_positive("tol", tol)
     require_count("columns_at_once", columns_at_once, 1)
-    _require_walkable("train_data", train_data)
-    _require_walkable("test_data", test_data)
+    require_walkable("train_data", train_data)
+    require_walkable("test_data", test_data)
     train = GGN(features, head, train_data, seed=seed, progress=progress, **options)
     of_test = {**(options if test_options is None else test_options), "reduction": "mean"}
     test = GGN(features, head, test_data, seed=seed, progress=progress, **of_test)
-    preconditioner = _preconditioner(train, damping, form, rank, seed) if preconditioned else None
+    preconditioner = train.preconditioner(damping, form=form, rank=rank, seed=seed) if preconditioned else None
 
     found: list[Tensor] = []
     residuals, converged, products, divisor = [], [], 0, 1.0
@@ -225,29 +225,3 @@ def _groups(vectors: Iterable[Tensor], size: int) -> Iterator[Tensor]:
             group = []
     if group:
         yield torch.stack(group, -1)
-
-
-# --- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def _preconditioner(train: GGN, damping: float, form: str, rank: int, seed: int) -> Callable[[Tensor], Tensor]:
-    """Raises ``ValueError`` where the factors are not those of the head alone."""
-    layout = train.layout
-    if (
-        layout.head_weight is None
-        or layout.head_weight in layout.of_features
-        or (train.head.bias is not None and layout.head_bias is None)
-    ):
-        raise ValueError(
-            "preconditioned must be False where the head's weight is tied, or a part of the head is frozen: the "
-            "Kronecker factors are those of the whole head"
-        )
-    return train.preconditioner(damping, form=form, rank=rank, seed=seed)
-
-
-def _require_walkable(name: str, data: object) -> None:
-    if not isinstance(data, Iterable) or iter(data) is data:
-        raise TypeError(
-            f"{name} must be an iterable that can be walked again, such as a list or a DataLoader, got "
-            f"{type(data).__name__}; make it a list"
-        )

@@ -17,11 +17,30 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRankForm
-from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.nystrom import low_rank
+from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.head.curvature import RowLosses, add_class_products, add_products, class_coefficients, row_masses
-from softcurve.head.products import Direction
+from softcurve.head.products import WIDENED_ENTRIES, Direction
 
 DENSE_CLASSES = 2048  # up to here the form "auto" holds all of B
+
+
+def pieces_of(input: Float[Tensor, "n d"]) -> int:
+    """Rows that are widened at a time."""
+    return max(1, WIDENED_ENTRIES // max(1, input.shape[1]))
+
+
+def moment_of(
+    input: Float[Tensor, "n d"], mass: Float[Tensor, " n"], *, has_bias: bool, dtype: torch.dtype
+) -> Float[Tensor, "m m"]:
+    """``Σ_i mass_i ẽ_i ẽ_iᵀ``, the rows of mass 0 left out, some rows at a time."""
+    width = input.shape[1] + has_bias
+    moment = torch.zeros(width, width, dtype=dtype, device=input.device)
+    for e, m in zip(input.split(pieces_of(input)), mass.split(pieces_of(input)), strict=True):
+        kept = e[m != 0].to(dtype)
+        kept = torch.cat([kept, torch.ones_like(kept[:, :1])], -1) if has_bias else kept
+        moment.addmm_(kept.T, m[m != 0].to(dtype).unsqueeze(-1) * kept)
+    return moment
 
 
 class ClassFactor(SymmetricOperator):
@@ -48,25 +67,28 @@ class ClassFactor(SymmetricOperator):
         return self._like.device
 
     def _columns(self, vectors: Tensor) -> Tensor:
-        return self._apply(vectors)[1]
+        if vectors.shape[1] == 0:
+            return torch.zeros_like(vectors)
+        if self._is_diagonal_minus_products():
+            diagonal, outer = self._parts(vectors)
+            return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
+        sums = torch.zeros(vectors.T.shape, dtype=self.dtype, device=self.device)
+        columns = [Direction(None, None, v) for v in vectors.T.contiguous()]
+        into = [Direction(None, None, s) for s in sums]
+        for rows in self._batches():
+            add_products(rows, self._matrix, columns, into)
+        return sums.mul_(self._scale).T
 
-    def _apply(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The diagonal part, where ``B`` is that minus products of probabilities, and ``B`` times ``vectors``."""
+    def _is_diagonal_minus_products(self) -> bool:
+        return all(class_coefficients(rows, self._matrix) for rows in self._batches())
+
+    def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(self._like), dtype=self.dtype, device=self.device)
-        into = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
-        if vectors.shape[1]:
-            for rows in self._batches():
-                if class_coefficients(rows, self._matrix):
-                    part = torch.zeros_like(diagonal)
-                    add_class_products(rows, self._matrix, -vectors, into, part)
-                    diagonal += part
-                    into += part.unsqueeze(-1) * vectors
-                else:
-                    columns = [Direction(None, None, v) for v in vectors.T.contiguous()]
-                    sums = torch.zeros_like(vectors.T)
-                    add_products(rows, self._matrix, columns, [Direction(None, None, s) for s in sums])
-                    into += sums.T
-        return diagonal * self._scale, into * self._scale
+        outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
+        for rows in self._batches():
+            add_class_products(rows, self._matrix, vectors, outer, diagonal)
+        return diagonal.mul_(self._scale), outer.mul_(self._scale)
 
     def dense_form(self) -> DenseForm:
         """All of it."""
@@ -78,32 +100,26 @@ class ClassFactor(SymmetricOperator):
     def low_rank_form(self, rank: int, seed: int = 0) -> LowRankForm:
         """``diag − low lowᵀ`` by the Nyström method, one step of subspace iteration before it.
 
-        Nyström's approximation of ``Pᵀ m P`` is below it, so that the form is above ``B`` and stays positive.
+        Nyström's approximation of ``Pᵀ m P`` is below it, so that the form is above ``B`` and stays positive. On the
+        way it takes about four times the memory of ``low``.
         """
-        if not all(class_coefficients(rows, self._matrix) for rows in self._batches()):
+        if not self._is_diagonal_minus_products():
             raise ValueError(
                 "form must be 'dense' for a soft cap, JS or a TopK with a bucket, whose class factor is not a "
                 "diagonal minus products of probabilities, got 'low_rank'"
             )
         generator = torch.Generator().manual_seed(seed)
         probes = torch.randn(len(self._like), rank, generator=generator, dtype=self.dtype).to(self.device)
-        probes = torch.linalg.qr(self._outer(probes)[1])[0]
-        diagonal, image = self._outer(probes)
-        shift = torch.finfo(self.dtype).eps * torch.linalg.matrix_norm(image)
-        image = image + shift * probes
-        core = probes.T.double() @ image.double()
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        kept = values > values.amax().clamp(min=0) * 1e-12
-        low = image.double() @ vectors[:, kept] / values[kept].sqrt()
-        # Take the shift out again.
-        left, singular, _ = torch.linalg.svd(low, full_matrices=False)
-        low = left * (singular.square() - shift.double()).clamp(min=0).sqrt()
-        return LowRankForm(diagonal, low.to(self.dtype))
-
-    def _outer(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The diagonal, and ``(diag − B)`` times ``vectors``."""
-        diagonal, product = self._apply(vectors)
-        return diagonal, diagonal.unsqueeze(-1) * vectors - product
+        probes = torch.linalg.qr(self._parts(probes)[1])[0]
+        diagonal, image = self._parts(probes)
+        try:
+            low = low_rank(probes, image)
+        except ValueError as error:
+            raise ValueError(
+                "form must be 'dense' for so large a z_loss, whose class factor is a diagonal plus products of "
+                "probabilities, got 'low_rank'"
+            ) from error
+        return LowRankForm(diagonal, low)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +145,16 @@ class KroneckerFactors:
     ) -> KroneckerFactors:
         """Of rows that come in batches; ``scale`` is what a mean divides by, inverted."""
         checks.require_choice("form", form, ("auto", "dense", "low_rank"))
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a positive int, got {rank!r}")
+        require_count("rank", rank, 1)
+        require_count("seed", seed, 0)
         features, total = None, 0.0
         for rows in batches():
-            e, mass = rows.tensors.input, rows.tensors.row_weight * row_masses(rows)
-            e = e.to(rows.tensors.dtype)[mass != 0]
-            e = torch.cat([e, torch.ones_like(e[:, :1])], -1) if has_bias else e
-            part = e.T @ (mass[mass != 0].to(e.dtype).unsqueeze(-1) * e)
+            mass = rows.tensors.row_weight * row_masses(rows)
+            part = moment_of(rows.tensors.input, mass, has_bias=has_bias, dtype=rows.tensors.dtype)
             features = part if features is None else features + part
             total += float(mass.sum())
         if features is None or total == 0:
-            raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
+            raise ValueError("the rows must hold one that counts, got none; see ignore_index and sample weights")
         factor = ClassFactor(batches, matrix, scale, like)
         dense = form == "dense" or (form == "auto" and len(like) <= DENSE_CLASSES)
         held = factor.dense_form() if dense else factor.low_rank_form(min(rank, len(like)), seed)
@@ -185,6 +199,13 @@ class KroneckerFactors:
             raise ValueError(
                 f"bias must be {'given, as the head has one' if self.has_bias else 'None: the head has none'}"
             )
+        shape = (self.form.classes, len(self.features) - self.has_bias)
+        for name, part, wanted in (("weight", weight, shape), ("bias", bias, shape[:1])):
+            if part is not None and (not isinstance(part, Tensor) or part.shape != wanted):
+                came = checks.describe(part) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"{name} must be a tensor of shape {wanted}, got {came}")
+        weight = weight.to(self.features.dtype)
+        bias = None if bias is None else bias.to(self.features.dtype)
         return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
 
     def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +35,15 @@ class HeadLosses:
     base: float = math.e
     memory_budget: int | None = None
 
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> HeadLosses:
+        """Of options by name."""
+        known = [each.name for each in fields(HeadLosses)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"options must be among {', '.join(known)}, got {name!r}")
+        return HeadLosses(**options)
+
     def __post_init__(self) -> None:
         checks.require_choice("loss", self.loss, LOSSES)
         checks.require_choice("reduction", self.reduction, ("mean", "sum", "batchmean"))
@@ -54,11 +65,6 @@ class HeadLosses:
     def reducer(self) -> Reduction:
         """How rows become one number."""
         return Reduction(self.reduction, self.base)
-
-    @property
-    def is_convex(self) -> bool:
-        """Whether the loss of a row is convex in what the softmax sees, a z-loss and a bucket apart."""
-        return self.loss in ("cross_entropy", "forward_kl") or (self.loss == "js" and self.beta == 0)
 
     def pose(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from softcurve import checks
 from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
 from softcurve.head.curvature import RowLosses
 from softcurve.head.products import Direction
@@ -58,17 +58,10 @@ class NetworkOperator(SymmetricOperator):
                 f"features must be a torch.nn.Module, got {type(features).__name__}; for no features at all use "
                 "torch.nn.Identity()"
             )
-        if not isinstance(head, nn.Linear):
-            raise TypeError(
-                f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it "
-                "in a model"
-            )
-        if not isinstance(data, Iterable) or iter(data) is data:
-            raise TypeError(
-                f"data must be an iterable that can be walked again, such as a list or a DataLoader, got "
-                f"{type(data).__name__}; make it a list"
-            )
-        self.features, self.head, self.data, self.losses = features, head, data, HeadLosses(**options)
+        require_head(head)
+        require_walkable("data", data)
+        require_count("seed", seed, 0)
+        self.features, self.head, self.data, self.losses = features, head, data, HeadLosses.of(options)
         self.seed, self.progress = seed, progress
         self.layout = Layout.of(features, head)
 
@@ -89,6 +82,8 @@ class NetworkOperator(SymmetricOperator):
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A flat vector ``(P,)`` as parameters by name."""
+        if vector.shape != (self.layout.size,):
+            raise ValueError(f"vector must be of shape ({self.layout.size},), got {checks.describe(vector)}")
         return self.layout.split(vector)
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -119,8 +114,14 @@ class NetworkOperator(SymmetricOperator):
             torch.random.fork_rng(devices),
             sdpa_kernel(SDPBackend.MATH),  # the one that has second derivatives
         ):
-            torch.manual_seed(self.seed_of("features", number))
-            arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+            torch.default_generator.manual_seed(self.seed_of("features", number))
+            if devices:
+                torch.cuda.manual_seed(self.seed_of("features", number))
+            arguments: tuple[tuple[Any, ...], dict[str, Any]] = (
+                ((), {name: _recordable(part) for name, part in x.items()})
+                if isinstance(x, Mapping)
+                else ((_recordable(x),), {})
+            )
             e = torch.func.functional_call(self.features, buffers, *arguments)
         wanted = self.head.in_features
         if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != wanted:
@@ -129,6 +130,8 @@ class NetworkOperator(SymmetricOperator):
                 f"features must map x to a tensor of shape (..., {wanted}), as wide as head, "
                 f"got {came} in batch {number}"
             )
+        if graph:
+            _refuse_reentrant(e)
         return e
 
     # --- products ----------------------------------------------------------------------------------------------------
@@ -227,10 +230,68 @@ class NetworkOperator(SymmetricOperator):
         return torch.zeros_like(u) if change is None else change, tuple(terms)
 
 
+def require_head(head: object) -> None:
+    """A plain ``nn.Linear``: of another one the weight is not what is trained, or the logits are not ``W e + b``."""
+    if not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it in a "
+            "model"
+        )
+    if not {"weight", "bias"} <= head._parameters.keys():
+        raise TypeError(
+            "head must hold its weight and bias as parameters, got one that computes them (weight_norm, a "
+            "parametrization); take that off first, as with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if type(head).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"head must compute W e + b as torch.nn.Linear does, got a {type(head).__name__} with its own forward; put "
+            "what that adds into features"
+        )
+
+
+def require_walkable(name: str, data: object) -> None:
+    """Data for more than one pass."""
+    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        raise TypeError(
+            f"{name} must be an iterable that can be walked again, such as a list or a DataLoader, got "
+            f"{type(data).__name__}; make it a list"
+        )
+
+
+def length_of(data: Iterable[Any]) -> int | None:
+    """How many batches, where that is known: a ``DataLoader`` of an iterable dataset has a length only in name."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
+def _recordable(value: Any) -> Any:
+    """Not a tensor of the inference mode, which no graph can hold."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _refuse_reentrant(e: Tensor) -> None:
+    """The graph of a reentrant checkpoint ends at its input: the parameters within would count as unused."""
+    seen, open_ = set(), [e.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "features must not use reentrant checkpoints, whose parameters torch.autograd.grad does not reach; "
+                "give torch.utils.checkpoint.checkpoint use_reentrant=False"
+            )
+        open_.extend(before for before, _ in node.next_functions)
+
+
 def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(
-            f"data must yield (x, target) or (x, target, sample_weight), got {type(batch).__name__} in batch {number}"
+            f"data must yield (x, target) or (x, target, sample_weight), got {type(batch).__name__} in batch {number}; "
+            "a single batch is a list of one: [(x, target)]"
         )
     x, target, *rest = batch
     return x, target, rest[0] if rest else None
@@ -242,5 +303,4 @@ def _with_progress(data: Iterable[Batch], description: str) -> Iterable[Batch]:
         from rich.progress import track
     except ImportError as error:
         raise ImportError("progress=True needs rich; pip install 'softcurve[all]'") from error
-    total = len(data) if isinstance(data, Sized) else None
-    return track(data, description, total=total, transient=True, console=Console(stderr=True))
+    return track(data, description, total=length_of(data), transient=True, console=Console(stderr=True))

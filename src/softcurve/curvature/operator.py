@@ -212,7 +212,7 @@ def identity_columns(operator: SymmetricOperator, start: int, stop: int) -> Floa
 
 def require_count(name: str, value: int, least: int) -> None:
     """A whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 

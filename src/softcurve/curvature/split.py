@@ -41,8 +41,8 @@ class HeadInput(nn.Module):
                     yield f"{name}.{own}" if name else own, parameter
 
 
-class _Reached(Exception):
-    """The head was called."""
+class _Reached(BaseException):
+    """The head was called. No ``except Exception`` of the model stops it."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -57,7 +57,8 @@ def split_head(model: nn.Module, head: str) -> tuple[HeadInput, nn.Linear]:
     """``features, head`` of a model: ``head(features(x))`` is what ``model(x)`` makes of its logits.
 
     Args:
-        model: any module that calls its head once, and what precedes it with autograd.
+        model: any module that calls its head once, and what precedes it with autograd. At a second call it does not
+            arrive; parameters that are used behind the head alone count, with zeros in every matrix.
         head: the dotted name of an ``nn.Linear`` in it, such as ``"lm_head"`` or ``"decoder.output"``.
 
     A weight that is tied to an embedding stays tied: it is a parameter of the features too.

@@ -21,7 +21,7 @@ from softcurve.head.lists import ListKernel
 from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.problem import HeadLoss, HeadTensors
-from softcurve.head.products import Direction, LinearMap
+from softcurve.head.products import WIDENED_ENTRIES, Direction, LinearMap
 from softcurve.objective import FISHER, HESSIAN
 
 
@@ -135,7 +135,9 @@ def gradient_norms(rows: RowLosses) -> Tensor:
         kernel = tile.kernel()
         for block in tile.residuals(kernel):
             factor = 1.0 if kernel.factor is None else kernel.factor.double().squeeze(-1)
-            norms[tile.rows] += (torch.linalg.vector_norm(block.z, dim=-1).double() * factor).square()
+            # In float64: the square of a small residual is below float32's range.
+            squares = [block.z[rows].double().square_().sum(-1) for rows in kernel.groups(block)]
+            norms[tile.rows] += torch.cat(squares) * factor**2
     run.release()
     return norms.sqrt().mul_(rows.loss.scale)
 
@@ -194,8 +196,12 @@ def row_masses(rows: RowLosses) -> Tensor:
         return t.target.to(ones.dtype).sum(-1) + smoothed
     if loss.target == "probabilities":
         assert t.target is not None
-        y = t.target.to(ones.dtype)
-        return (1 - loss.smoothing) * (y.sum(-1) if weights is None else y @ weights) + smoothed
+        step = max(1, WIDENED_ENTRIES // t.target.shape[1])
+        sums = [
+            part.sum(-1, dtype=ones.dtype) if weights is None else part.to(ones.dtype) @ weights
+            for part in t.target.split(step)
+        ]
+        return (1 - loss.smoothing) * torch.cat(sums) + smoothed
     if weights is None:
         return ones
     run = _Pass(rows, HESSIAN, directed=False)
