@@ -147,6 +147,27 @@ def test_the_bound_is_met_by_two_even_classes():
     assert of_head.largest_eigenvalue_bound() == pytest.approx(2.0, rel=1e-14)
 
 
+@pytest.mark.parametrize("budget", [None, 60_000])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_confident_rows_whose_target_is_another_class(kind, budget):
+    """What is left beside a class of probability 1 is as exact in float32 as the logits are."""
+    e, w = 4 * torch.eye(3).repeat(2, 1), torch.randn(1500, 3)
+    w[torch.tensor([7, 700, 1400]), torch.arange(3)] = torch.tensor([8.0, 8.5, 9.0])
+    y = torch.tensor([7, 700, 1400, 3, 3, 3])
+    target = y if kind == "indices" else F.one_hot(y, 1500).float()
+    narrow = HeadCurvature(e, w, target, memory_budget=budget)
+    wide = HeadCurvature(e.double(), w.double(), target if kind == "indices" else target.double())
+    assert wide.gradient_norms("el2n")[0] < 1e-6
+    for row in range(6):
+        # A direction that is all in one row's features: the products of confident rows are not drowned by others.
+        direction = torch.zeros(6, 3)
+        direction[row] = torch.randn(3)
+        found = narrow.ggnvp(Direction(direction, None, None)).input[row]
+        truth = wide.ggnvp(Direction(direction.double(), None, None)).input[row]
+        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4 * truth.abs().max().item())
+    assert narrow.trace() == pytest.approx(wide.trace(), rel=1e-4)
+
+
 # --- Kronecker factors -----------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,12 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
     for tile in run.tiles():
         kernel = tile.curvature_kernel()
         factor = tile.weight * rows.loss.scale**2
-        for block in tile.prepared(kernel):
+        blocks = tile.prepared(kernel)
+        if run.plan.cuts_classes and not run.dense:
+            for _ in blocks:  # what stands beside a confident row's top is known after the last
+                pass
+            blocks = tile.prepared(kernel, swept=True)
+        for block in blocks:
             assert block.v is not None
             kernel.diagonal(block)
             here = factor if kernel.factor is None else factor * kernel.factor.to(run.dtype)
@@ -365,7 +370,7 @@ class _Tile:
             kernel.settle()
         for classes in self.run.plan.class_blocks():
             ready = block if single and block is not None else self._load(classes)
-            kernel.prepare(ready, fresh=not single)
+            kernel.prepare(ready, fresh=not single, again=swept)
             yield ready
 
     def probabilities(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:

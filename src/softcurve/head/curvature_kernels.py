@@ -50,15 +50,15 @@ class CurvatureKernel(Kernel, ABC):
         """Every sweep is closed."""
 
     @abstractmethod
-    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:
-        """Logits become what columns need; ``fresh`` if they were computed anew since the sweeps."""
+    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:
+        """Logits become what columns need; ``fresh`` if computed anew since the sweeps, ``again`` if not for once."""
 
     @abstractmethod
-    def gather(self, block: CurvatureBlock, column: int) -> None:
+    def gather(self, block: CurvatureBlock, number: int) -> None:
         """What a column sums over a row."""
 
     @abstractmethod
-    def multiply(self, block: CurvatureBlock, column: int) -> None:
+    def multiply(self, block: CurvatureBlock, number: int) -> None:
         """``v ← matrix · v``, but for ``factor``."""
 
     @abstractmethod
@@ -96,7 +96,10 @@ class CurvatureKernel(Kernel, ABC):
 
 @dataclass
 class ListCurvature(ListKernel, CurvatureKernel):
-    """``z`` holds ``e^{z − shift}``, 0 at the listed classes."""
+    """``z`` holds ``e^{z − shift}``, 0 at the listed classes and at one that has more than half of the others' mass.
+
+    The latter's entry ``q (v − q·v)`` is a small difference that float32 does not hold: from ``Σ_{k≠top}`` it is right.
+    """
 
     def settle(self) -> None:
         """The coarse matrix ``M``, ``κ`` and, for a Hessian, the coarse residual."""
@@ -115,7 +118,9 @@ class ListCurvature(ListKernel, CurvatureKernel):
         scale = self.kappa * self.inverse
         self.unit = scale if scale.numel() and bool((scale > 1e-25).all()) else torch.ones_like(scale)
         self.factor = self.unit
-        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self.top = torch.full_like(self.others, -1, dtype=torch.int64)
+        self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
+        self.sums: dict[int, tuple[Tensor, ...]] = {}
 
     def _spread(self, p: Tensor) -> Tensor:
         """``κ``, ``(rows, 1)``."""
@@ -136,18 +141,46 @@ class ListCurvature(ListKernel, CurvatureKernel):
     def _lse(self) -> Tensor:
         return softmax.softmax_rows(self.coarse).log_sum_exp.unsqueeze(-1)
 
-    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:  # noqa: D102
+    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         for rows in self.groups(block):
             if fresh:
                 self._renew(block, rows)
+            if not again:
+                self._find_top(block, rows)
+            block.z[rows].index_put_(self._top_in(block, rows), block.z.new_zeros(()))
             if block.residual is not None:
                 self._put_residual(block, rows, block.residual[rows])
+
+    def _find_top(self, block: CurvatureBlock, rows: slice) -> None:
+        """Of a block's rows; ``rest`` is what all other unlisted classes have."""
+        z = block.z[rows]
+        mass, others = z.amax(-1, keepdim=True), self.others[rows]
+        row = (mass > 0.5 * others).squeeze(-1).nonzero().squeeze(-1)
+        if z.shape[-1] < self.data.class_count:
+            self.rest[rows] += torch.where(mass > 0.5 * others, 0.0, z.sum(-1, keepdim=True).double())
+        if len(row):
+            confident = z[row]
+            column = confident.argmax(-1, keepdim=True)
+            self.top[rows][row] = column + block.classes.start
+            self.top_mass[rows][row] = mass[row].double()
+            self.rest[rows][row] += confident.scatter_(-1, column, 0.0).sum(-1, keepdim=True).double()
+
+    def _top_in(self, block: CurvatureBlock, rows: slice) -> tuple[Tensor, Tensor]:
+        """Rows and columns of :attr:`top` in a block."""
+        column = self.top[rows].squeeze(-1) - block.classes.start
+        row = ((self.top[rows].squeeze(-1) >= 0) & (column >= 0) & (column < block.z.shape[-1])).nonzero().squeeze(-1)
+        return row, column[row]
+
+    def _put_top(self, block: CurvatureBlock, rows: slice, out: Tensor, values: Tensor) -> None:
+        row, column = self._top_in(block, rows)
+        out[row, column] = values[rows].squeeze(-1)[row].to(out.dtype)
 
     def _put_residual(self, block: CurvatureBlock, rows: slice, out: Tensor) -> None:
         """``m′ g′``, not weighted."""
         _, where, at = self._listed(block.classes, rows)
         listed = self.gradient[rows, :-1]
         torch.mul(block.z[rows], (self.gradient[rows, -1:] * self.inverse[rows]).to(out.dtype), out=out)
+        self._put_top(block, rows, out, self.gradient[:, -1:] * self.inverse * self.top_mass)
         if self.loss.smoothing:
             u = self._smooth(block.classes, out)
             listed = listed - u[at].double()
@@ -157,33 +190,39 @@ class ListCurvature(ListKernel, CurvatureKernel):
         if slope is not None:
             out.mul_(slope)
 
-    def gather(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         present, where, at = self._listed(block.classes)
         own = block.v.gather(-1, at).double()
         if block.raw is not None:
             own = own * self.loss.logit_map.slope(block.raw.gather(-1, at)).double()
-        others = torch.empty_like(self.others)
+        others, top = torch.empty_like(self.others), torch.zeros_like(self.others)
         for rows in self.groups(block):
             slope = self.slope(block, rows)
             changes = block.z[rows] * block.v[rows]
             others[rows] = (changes if slope is None else changes.mul_(slope)).sum(-1, keepdim=True)
+            row, column = self._top_in(block, rows)
+            change = block.v[rows][row, column].double()
+            top[rows][row, 0] = change if slope is None else change * slope[row, column].double()
         if where is not None:
             own = torch.where(present, own, 0.0)
-        if column in self.sums:
-            before_own, before = self.sums[column]
-            own, others = before_own + own, before + others
-        self.sums[column] = own, others
+        found: tuple[Tensor, ...] = (own, others, top)
+        if number in self.sums:
+            found = tuple(before + here for before, here in zip(self.sums[number], found, strict=True))
+        self.sums[number] = found
 
-    def multiply(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
-        own, others = self.sums[column]
-        mean = others * self.inverse
+        own, others, top = self.sums[number]
+        mean = (others + self.top_mass * top) * self.inverse
         product = self.curvature.product(torch.cat([own, mean], -1))
         # e^z (α + β v) at an unlisted class, in multiples of the unit.
         alpha = (product[:, -1:] - self.kappa * mean) * self.inverse / self.unit
         beta = self.kappa * self.inverse / self.unit
         listed = product[:, :-1] / self.unit
+        # q_top (M_o + κ (v_top − q·v)), with v_top − q·v from the others' sums
+        apart = (top * self.rest - others) * self.inverse
+        at_top = self.top_mass * self.inverse / self.unit * (product[:, -1:] + self.kappa * apart)
         whole = self.unit is self.factor and bool((beta == 1).all())
         for rows in self.groups(block):
             v = block.v[rows]
@@ -195,6 +234,7 @@ class ListCurvature(ListKernel, CurvatureKernel):
             v.add_(alpha[rows].to(v.dtype)).mul_(block.z[rows])
             _, where, at = self._listed(block.classes, rows)
             self._put(v, where, at, listed[rows])
+            self._put_top(block, rows, v, at_top)
             self._finish(rows, v, slope, bent)
 
     def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
@@ -203,12 +243,15 @@ class ListCurvature(ListKernel, CurvatureKernel):
         linear = self.kappa * self.inverse / self.unit
         square = (entries[:, -1:] - self.kappa) * self.inverse.square() / self.unit
         listed = entries[:, :-1] / self.unit
+        top = self.top_mass * self.inverse
+        at_top = top / self.unit * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
         for rows in self.groups(block):
             v, z = block.v[rows], block.z[rows]
             torch.mul(z, square[rows].to(v.dtype), out=v)
             v.add_(linear[rows].to(v.dtype)).mul_(z)
             _, where, at = self._listed(block.classes, rows)
             self._put(v, where, at, listed[rows])
+            self._put_top(block, rows, v, at_top)
             slope = self.slope(block, rows)
             if slope is not None:
                 v.mul_(slope)
@@ -220,6 +263,7 @@ class ListCurvature(ListKernel, CurvatureKernel):
             block.z[rows] *= (p[rows, -1:] * self.inverse[rows]).to(block.z.dtype)
             _, where, at = self._listed(block.classes, rows)
             self._put(block.z[rows], where, at, p[rows, :-1])
+            self._put_top(block, rows, block.z[rows], p[:, -1:] * self.inverse * self.top_mass)
 
     def sum_of_q(self) -> Tensor:  # noqa: D102
         return self.curvature.total
@@ -248,7 +292,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.total = torch.zeros_like(self.values)  # Σ q
-        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[int, tuple[Tensor, ...]] = {}
 
     def sweep(self, number: int, block: Block) -> None:
         """Sweep 1: the sums of score and curve."""
@@ -280,7 +324,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
         elif self.matrix == HESSIAN:
             self.total = self.total - self.model.score
 
-    def prepare(self, block: CurvatureBlock, fresh: bool) -> None:  # noqa: D102
+    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         for rows in self.groups(block):
             if fresh:
                 self.map_logits(block, rows)
@@ -300,36 +344,46 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
                 block.q[rows] = torch.where(pair.p == 0, 0.0, q)
             z.copy_(pair.p)
 
-    def gather(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
-        mean, moment = torch.empty_like(self.total), torch.empty_like(self.total)
+        mean, moment, top = (torch.zeros_like(self.total) for _ in range(3))
         for rows in self.groups(block):
             p, v, slope = block.z[rows], block.v[rows], self.slope(block, rows)
             v = v if slope is None else v * slope
-            mean[rows] = (p * v).sum(-1, keepdim=True)
-            moment[rows] = (
-                self.coefficient[rows] * mean[rows] if block.q is None else (block.q[rows] * v).sum(-1, keepdim=True)
-            )
-        if column in self.sums:
-            before = self.sums[column]
-            mean, moment = before[0] + mean, before[1] + moment
-        self.sums[column] = mean, moment
+            row, column = self.model.softmax.is_top(rows, block.classes)
+            along = p * v
+            along[row, column] = 0.0
+            mean[rows] = along.sum(-1, keepdim=True)
+            top[rows][row, 0] = v[row, column].double()
+            if block.q is not None:
+                moment[rows] = torch.mul(block.q[rows], v, out=along).sum(-1, keepdim=True)
+        found: tuple[Tensor, ...] = (mean, moment, top)
+        if number in self.sums:
+            found = tuple(before + here for before, here in zip(self.sums[number], found, strict=True))
+        self.sums[number] = found
 
-    def multiply(self, block: CurvatureBlock, column: int) -> None:  # noqa: D102
+    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
-        mean, moment = self.sums[column]
+        others, moment, top = self.sums[number]  # Σ_{k≠top} p v, Σ q v, v_top
+        complement = self.model.softmax.complement(slice(None))
+        mean = others + (1 - complement) * top
+        if block.q is None:
+            moment = self.coefficient * mean
         rest = moment - self.total * mean
+        apart = top * complement - others  # v_top − p·v
         for rows in self.groups(block):
             p, v, dtype = block.z[rows], block.v[rows], block.v.dtype
             bent, slope = self.bent(block, rows, v), self.slope(block, rows)
             if slope is not None:
                 v.mul_(slope)
+            v.sub_(mean[rows].to(dtype))
+            row, column = self.model.softmax.is_top(rows, block.classes)
+            v[row, column] = apart[rows].squeeze(-1)[row].to(dtype)
             if block.q is None:
                 # p ⊙ (coefficient (v − mean) − rest)
-                v.sub_(mean[rows].to(dtype)).mul_(self.coefficient[rows].to(dtype))
-                v.sub_(rest[rows].to(dtype)).mul_(p)
+                v.mul_(self.coefficient[rows].to(dtype)).sub_(rest[rows].to(dtype)).mul_(p)
             else:
-                v.sub_(mean[rows].to(dtype)).mul_(block.q[rows]).addcmul_(p, rest[rows].to(dtype), value=-1)
+                v.mul_(block.q[rows]).addcmul_(p, rest[rows].to(dtype), value=-1)
             self._finish(v, slope, bent)
 
     def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
