@@ -85,7 +85,6 @@ class Findings:
     size: int
     trace: Estimate
     top: Eigenpairs
-    method: str
     density: SpectralDensity | None
     passes: int
     seconds: float
@@ -114,8 +113,8 @@ def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None
 def _check(options: SpectrumOptions) -> None:
     if options.seed >= 2**63:
         raise DataError(f"--seed must be below 2**63; got {options.seed}")
-    if not (math.isfinite(options.tol) and options.tol >= 0):
-        raise DataError(f"--tol must be a number that is not negative; got {options.tol}")
+    if not 0 <= options.tol <= 1:
+        raise DataError(f"--tol must be a number between 0 and 1; got {options.tol}")
     if options.out is None:
         return
     if options.out.suffix.lower() not in PICTURES:
@@ -212,7 +211,7 @@ def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> 
         trace = operator.trace(products=options.products, seed=options.seed)
         _refuse_not_finite("trace", torch.tensor(trace.value))
         progress.update(task, description="eigenvalues")
-        top, method = _top(operator, min(options.top, n), options)
+        top = _top(operator, min(options.top, n), options)
         _refuse_not_finite("eigenvalues", top.values, top.residuals)
         density = None
         if options.probes:
@@ -226,22 +225,22 @@ def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> 
                 columns_at_once=max(1, min(together, options.probes)),
             )
             _refuse_not_finite("density", density.nodes, density.weights)
-    return Findings(n, trace, top, method, density, data.passes, time.perf_counter() - start)
+    return Findings(n, trace, top, density, data.passes, time.perf_counter() - start)
 
 
-def _top(operator: SymmetricOperator, k: int, options: SpectrumOptions) -> tuple[Eigenpairs, str]:
-    """The largest eigenvalues and which method found them.
+def _top(operator: SymmetricOperator, k: int, options: SpectrumOptions) -> Eigenpairs:
+    """The largest eigenvalues.
 
     LOBPCG first, because Lanczos may miss copies of an eigenvalue; it breaks down where the rank is below ``k``.
     """
     tol, seed, method = options.tol, options.seed, options.method
     if method != "auto":
-        return operator.eigsh(k, tol=tol, seed=seed, method=method), method
+        return operator.eigsh(k, tol=tol, seed=seed, method=method)
     try:
         most = LOBPCG_PRODUCTS * (k + 5)
-        return operator.eigsh(k, tol=tol, seed=seed, method="lobpcg", max_products=most), "lobpcg"
+        return operator.eigsh(k, tol=tol, seed=seed, method="lobpcg", max_products=most)
     except RuntimeError:
-        return operator.eigsh(k, tol=tol, seed=seed, method="lanczos"), "lanczos"
+        return operator.eigsh(k, tol=tol, seed=seed, method="lanczos")
 
 
 def _refuse_not_finite(name: str, *figures: torch.Tensor) -> None:
@@ -304,7 +303,7 @@ def _record(options: SpectrumOptions, problem: Problem, findings: Findings) -> d
         "seed": options.seed,
         "eigenvalues": top.values.tolist(),
         "residuals": top.residuals.tolist(),
-        "eigenvalues_method": findings.method,
+        "eigenvalues_method": top.method,
         "eigenvalues_products": top.products,
         "share_of_trace": share,
         "share_of_trace_standard_error": share * trace.standard_error / trace.value if trace.value > 0 else math.nan,

@@ -95,6 +95,7 @@ class LowRankForm(ClassForm):
 
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
+    rounding: float  # of their entries, relatively
 
     @property
     def classes(self) -> int:
@@ -110,7 +111,8 @@ class LowRankForm(ClassForm):
         for core, a, column in zip(cores, scales.double(), inverse.double().T, strict=True):
             core -= low.T @ ((a * column).unsqueeze(-1) * low)
         factors, failed = torch.linalg.cholesky_ex(cores)
-        if failed.any():
+        # The rounding of an eigenvalue of the core is to be at most a tenth of it.
+        if failed.any() or (torch.linalg.eigvalsh(cores) < 10 * self.rounding).any():
             raise ValueError(
                 f"{name} must be larger than the rounding errors of a class factor of low rank, got {damping:g}; "
                 f"raise it, use form='dense', or compute in float64"
@@ -119,7 +121,7 @@ class LowRankForm(ClassForm):
 
     def double(self) -> LowRankForm:
         """The same in float64."""
-        return LowRankForm(self.diagonal.double(), self.low.double())
+        return LowRankForm(self.diagonal.double(), self.low.double(), self.rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ class _DampedLowRank(Damped):
         found = self.inverse.clone()
         for j, (factor, a) in enumerate(zip(self.factors, self.scales, strict=True)):
             half = torch.linalg.solve_triangular(factor, self.low.T.double(), upper=False)
-            found[:, j] += (a * self.inverse[:, j].square()) * half.square().sum(0).to(found.dtype)
+            found[:, j] += a * self.inverse[:, j] * (self.inverse[:, j] * half.square().sum(0).to(found.dtype))
         return found
 
     def log_determinants(self) -> Float64[Tensor, " k"]:

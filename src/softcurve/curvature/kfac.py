@@ -119,7 +119,7 @@ class ClassFactor(SymmetricOperator):
                 "form must be 'dense' for so large a z_loss, whose class factor is a diagonal plus products of "
                 "probabilities, got 'low_rank'"
             ) from error
-        return LowRankForm(diagonal, low)
+        return LowRankForm(diagonal, low, torch.finfo(self.dtype).eps)
 
 
 @dataclass(frozen=True, eq=False)

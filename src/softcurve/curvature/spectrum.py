@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Eigenpairs", "SpectralDensity", "eigsh", "spectral_density"]
 
 ENDS = ("LA", "SA", "LM", "BE")
+POWERS = 3  # products that measure the size of a matrix
 STAGE = 20  # steps of LOBPCG between looks at the residuals
 End = Literal["LA", "SA", "LM", "BE"]
 
@@ -37,13 +38,15 @@ End = Literal["LA", "SA", "LM", "BE"]
 class Eigenpairs:
     """Eigenvalues, from the largest down, with unit eigenvectors and the norms of the true residuals ``A v − λ v``.
 
-    ``products`` of the matrix with a column were taken, those for the residuals included.
+    ``products`` of the matrix with a column were taken, those for the residuals included; ``method`` found them,
+    ``"dense"`` where the matrix is too small for another.
     """
 
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "n k"]
     residuals: Float[Tensor, " k"]
     products: int
+    method: str
 
 
 def eigsh(
@@ -61,11 +64,12 @@ def eigsh(
     ``"BE"``, both ends, takes half from either, the larger half from above.
 
     ``"lanczos"`` (ARPACK by scipy, restarted, on the CPU between products) takes the fewest products, a column each;
-    its ``tol`` is relative to the eigenvalue, and 0 is the dtype's precision. It may miss copies of an eigenvalue that
+    its ``tol`` is relative to the eigenvalue; the lower end of a singular matrix, a cluster at 0, it does not reach:
+    set ``max_products``. ``tol=0`` is the dtype's precision. It may miss copies of an eigenvalue that
     stands several times. ``"lobpcg"`` (Knyazev, 2001, by scipy; ``"LA"`` and ``"SA"`` only) takes more, but ``k``
     columns at once, which share the passes of a product over the data, and finds the copies; its ``tol`` bounds
     residuals relative to the largest eigenvalue met, and 0 is the root of the dtype's precision: the error of an
-    eigenvalue is of second order in the residual. A matrix too small for either is diagonalised densely.
+    eigenvalue that stands apart is of second order in the residual. A matrix too small for either is made dense.
 
     Raises:
         ValueError: ``k`` is not in ``1 … n``, or ``max_products`` is too small to begin.
@@ -75,19 +79,26 @@ def eigsh(
     n = operator.shape[0]
     checks.require_choice("which", which, ENDS)
     checks.require_choice("method", method, ("lanczos", "lobpcg"))
-    checks.require_between("tol", tol, 0.0, math.inf)
+    checks.require_between("tol", tol, 0.0, 1.0)
     require_count("k", k, 1)
+    require_count("seed", seed, 0)
+    if max_products is not None:
+        require_count("max_products", max_products, 1)
     if k > n:
         raise ValueError(f"k must be at most n = {n}, got {k}; a matrix has no more eigenvalues than columns")
-    if method == "lobpcg":
-        checks.require_choice("which", which, ("LA", "SA"))
-    first = max(2 * k + 1, 20) if method == "lanczos" else 5 * k + 4
-    if n <= first:
+    if method == "lobpcg" and which not in ("LA", "SA"):
+        raise ValueError(f"which must be 'LA' or 'SA' for method='lobpcg', got {which!r}; use method='lanczos'")
+    if which == "BE" and k == 1:
+        which = "LA"  # which ARPACK takes from below
+    width = max(2 * k + 1, 20)
+    first = POWERS + (width if method == "lanczos" else 5 * k + 4)
+    if n <= first - POWERS:
         _require_products(max_products, n, f"a dense matrix of {n} columns")
         return _dense(operator, k, which)
-    _require_products(max_products, 2 * first + 1 if method == "lanczos" else first, f"method={method!r} and k={k}")
+    least = first + width + 1 if method == "lanczos" else first
+    _require_products(max_products, least, f"method={method!r} and k={k}")
     if method == "lanczos":
-        return _lanczos(operator, k, which, tol, max_products, seed, first)
+        return _lanczos(operator, k, which, tol, max_products, seed, width)
     return _lobpcg(operator, k, which, tol, 200 * (k + 5) if max_products is None else max_products, seed)
 
 
@@ -108,13 +119,29 @@ def _chosen(values: Float[Tensor, " m"], k: int, which: str) -> Tensor:
 def _dense(operator: SymmetricOperator, k: int, which: str) -> Eigenpairs:
     n = operator.shape[0]
     matrix = operator.to_dense(columns_at_once=n).to(working_dtype(operator))
+    require_finite(matrix)
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     places = _chosen(values, k, which)
-    return _with_residuals(values[places], vectors[:, places], matrix @ vectors[:, places], n)
+    return _with_residuals(values[places], vectors[:, places], matrix @ vectors[:, places], n, "dense")
 
 
-def _with_residuals(values: Tensor, vectors: Tensor, images: Tensor, products: int) -> Eigenpairs:
-    return Eigenpairs(values, vectors, torch.linalg.vector_norm(images - vectors * values, dim=0), products)
+def _with_residuals(values: Tensor, vectors: Tensor, images: Tensor, products: int, method: str) -> Eigenpairs:
+    # In float64: squares of small residuals are below float32's range.
+    residuals = torch.linalg.vector_norm(images.double() - vectors.double() * values.double(), dim=0)
+    return Eigenpairs(values, vectors, residuals.to(values.dtype), products, method)
+
+
+def _magnitude(operator: SymmetricOperator, start: Float[Tensor, " n"]) -> float:
+    """About the size of the matrix, by :data:`POWERS` products; the solvers' own floors are absolute numbers."""
+    norm = 0.0
+    for _ in range(POWERS):
+        image = (operator @ start).double()
+        require_finite(image)
+        norm = float(torch.linalg.vector_norm(image))
+        if norm == 0:
+            break
+        start = (image / norm).to(start.dtype)
+    return norm
 
 
 def _not_converged(method: str, found: list[float], k: int, products: int, tol: float) -> RuntimeError:
@@ -128,38 +155,40 @@ def _not_converged(method: str, found: list[float], k: int, products: int, tol: 
 def _lanczos(
     operator: SymmetricOperator, k: int, which: str, tol: float, max_products: int | None, seed: int, width: int
 ) -> Eigenpairs:
-    """ARPACK: ``width + 1`` products, then at most ``width − k`` a restart. It refuses a matrix of zeros."""
-    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
+    """ARPACK: ``width + 1`` products, then at most ``width − k`` a restart, of the matrix divided by its size."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
     from scipy.sparse.linalg import eigsh as arpack
 
-    counted, is_zero = 0, True
-    matrix = operator.to_scipy()
-    tol = tol or torch.finfo(operator.dtype).eps
+    matrix, dtype = operator.to_scipy(), working_dtype(operator)
+    start = next(Draws(operator, "normal", seed).chunks(1, 1)).squeeze(1)
+    scale, counted = _magnitude(operator, start / torch.linalg.vector_norm(start)), POWERS
+    if scale == 0:
+        zeros = torch.zeros(matrix.shape[0], k, dtype=dtype, device=operator.device)
+        return _with_residuals(zeros[0], zeros.clone().fill_diagonal_(1), zeros, 1, "lanczos")
 
     def product(vector: np.ndarray) -> np.ndarray:
-        nonlocal counted, is_zero
+        nonlocal counted
         counted += 1
-        image = operator @ vector.reshape(-1)
+        vector = vector.reshape(-1)
+        image = operator @ vector
         require_finite(image)
-        is_zero = is_zero and not image.any()
-        return image
+        return (image / scale).astype(matrix.dtype, copy=False)
 
-    restarts = None if max_products is None else (max_products - k - width - 1) // (width - k)
-    start = next(Draws(operator, "normal", seed).chunks(1, 1)).squeeze(1).cpu().numpy()
+    restarts = None if max_products is None else (max_products - POWERS - k - width - 1) // (width - k)
+    tol = tol or torch.finfo(operator.dtype).eps
     counting = LinearOperator(matrix.shape, matvec=product, dtype=matrix.dtype)
     try:
-        values, vectors = arpack(counting, k, which=cast("End", which), v0=start, ncv=width, maxiter=restarts, tol=tol)
+        values, vectors = arpack(
+            counting, k, which=cast("End", which), v0=start.cpu().numpy(), ncv=width, maxiter=restarts, tol=tol
+        )
     except ArpackNoConvergence as stopped:
-        found = sorted((float(value) for value in stopped.eigenvalues), reverse=True)
+        found = sorted((scale * float(value) for value in stopped.eigenvalues), reverse=True)
         raise _not_converged("lanczos", found, k, counted, tol) from None
-    except ArpackError:
-        if not is_zero:
-            raise
-        values, vectors = np.zeros(k, matrix.dtype), np.eye(matrix.shape[0], k, dtype=matrix.dtype)
     order = np.argsort(-values, kind="stable")
     held = torch.from_numpy(vectors[:, order].copy()).to(operator.device)
     images = (operator @ held).to(held.dtype)
-    return _with_residuals(torch.from_numpy(values[order]).to(held), held, images, counted + k)
+    eigenvalues = torch.from_numpy(scale * values[order].astype(float)).to(held)
+    return _with_residuals(eigenvalues, held, images, counted + k, "lanczos")
 
 
 def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_products: int, seed: int) -> Eigenpairs:
@@ -171,17 +200,18 @@ def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_pro
 
     dtype = working_dtype(operator)
     accuracy = tol or max(math.sqrt(torch.finfo(dtype).eps), torch.finfo(operator.dtype).eps)
-    matrix, products = operator.to_scipy(), 0
+    matrix, start = operator.to_scipy(), Draws(operator, "normal", seed).columns(k)
+    unit, products = _magnitude(operator, start[:, 0] / torch.linalg.vector_norm(start[:, 0])) or 1.0, POWERS
 
     def product(columns: np.ndarray) -> np.ndarray:
         nonlocal products
         columns = columns.reshape(matrix.shape[0], -1)
         products += columns.shape[1]
-        return operator @ columns.astype(matrix.dtype, copy=False)
+        return ((operator @ columns.astype(matrix.dtype, copy=False)) / unit).astype(matrix.dtype, copy=False)
 
     counting = LinearOperator(matrix.shape, matvec=product, matmat=product, dtype=matrix.dtype)
-    vectors = np.linalg.qr(Draws(operator, "normal", seed).columns(k).cpu().numpy().astype(matrix.dtype))[0]
-    scale = 0.0
+    vectors = np.linalg.qr(start.cpu().numpy().astype(matrix.dtype))[0]
+    scale = 0.0  # of the matrix in units of its size
     while True:
         images = product(vectors)
         require_finite(images)
@@ -196,13 +226,14 @@ def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_pro
         if good.all():
             like = torch.empty(0, dtype=dtype, device=operator.device)
             eigenvalues, block, image = (
-                torch.from_numpy(np.ascontiguousarray(part)).to(like) for part in (values, vectors, images)
+                torch.from_numpy(np.ascontiguousarray(part)).to(like)
+                for part in (unit * values, vectors, unit * images.astype(float))
             )
-            return _with_residuals(eigenvalues, block, image, products)
+            return _with_residuals(eigenvalues, block, image, products, "lobpcg")
         if steps < 1:
-            raise _not_converged("lobpcg", values[good].tolist(), k, products, accuracy)
+            raise _not_converged("lobpcg", (unit * values[good]).tolist(), k, products, accuracy)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             found = lobpcg(counting, vectors, tol=accuracy * scale / 2, maxiter=steps, largest=which == "LA")[1]
         vectors = np.linalg.qr(found)[0]
 
@@ -238,7 +269,9 @@ class SpectralDensity:
     def width(self) -> float:
         """The default broadening: a hundredth of the range of the spectrum."""
         low, high = self.nodes.min().item(), self.nodes.max().item()
-        return (high - low or abs(high) or 1.0) / 100
+        size = max(abs(low), abs(high))
+        # Rounding errors alone are no range: a multiple of the identity has one eigenvalue.
+        return (high - low if high - low > 1e-10 * size else size or 1.0) / 100
 
     def density(self, grid: Float[Tensor, " points"], width: float | None = None) -> Float64[Tensor, " points"]:
         """The density at the points of a grid, each node a normal distribution of standard deviation ``width``."""
@@ -267,6 +300,7 @@ class SpectralDensity:
         the format of its suffix (PNG without one). Needs matplotlib (``pip install 'softcurve[app]'``).
         """
         width = self.width if width is None else width
+        checks.require_positive("width", width)
         low, high = self.nodes.min().item() - 5 * width, self.nodes.max().item() + 5 * width
         grid = torch.linspace(low, high, min(100_000, 1 + math.ceil(8 * (high - low) / width)), dtype=torch.float64)
         densities = self._densities(grid, width)
@@ -301,6 +335,7 @@ def spectral_density(
     """
     require_count("probes", probes, 1)
     require_count("steps", steps, 1)
+    require_count("seed", seed, 0)
     if columns_at_once is not None:
         require_count("columns_at_once", columns_at_once, 1)
     n = operator.shape[0]
