@@ -28,7 +28,8 @@ class Solution:
 
     ``residuals`` are ``‖b − (A + damping I)x‖ / ‖b‖``, computed from x and not from the recurrence; ``converged`` is
     whether they are within the tolerance. A column that is ``indefinite`` met a direction of curvature ≤ 0 and stands
-    where it was before. ``iterations`` is that of the column which took the most, ``products`` the sum over columns.
+    where it was before; on a singular matrix without damping that may be far out, as its residual says.
+    ``iterations`` is that of the column which took the most, ``products`` the sum over columns.
     """
 
     x: Float[Tensor, "n ..."]

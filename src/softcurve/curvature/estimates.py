@@ -71,14 +71,14 @@ def trace(
 ) -> Estimate:
     """``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
 
-    The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster, with the spectrum, by the
-    other two, which are exact for a rank below ``products/3`` and ``products/2``. They hold about three times as many
-    columns of length ``n`` as there are products (in the operator's dtype, at least float32); Hutchinson holds
-    ``columns_at_once``.
-    From ``products ≥ n`` on, the trace is exact, by ``n`` products with the identity.
+    The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
+    spectrum decays; where it is flat, they gain nothing with random signs, and Hutchinson is better. They
+    are exact for a rank below ``products/3`` and ``products/2``, and hold about three times as many columns of length
+    ``n`` as there are products (in the operator's dtype, at least float32); Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on, the trace is exact, by ``n`` products with the identity.
 
     The standard error is that of the mean of independent samples for Hutchinson and for the part of Hutch++ beyond the
-    sketch. XTrace's samples are exchangeable, not independent: their covariance is estimated and counted.
+    sketch. XTrace's samples are exchangeable, not independent: their covariance is estimated and counted. Of few
+    samples (below some 30 products) it is itself a rough estimate, and covers the truth less often than a normal one.
 
     The vectors are drawn from ``seed`` on the CPU, alike on every device and for every ``columns_at_once``.
 
