@@ -74,7 +74,8 @@ def trace(
     The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
     spectrum decays; where it is flat, they gain nothing with random signs, and Hutchinson is better. They
     are exact for a rank below ``products/3`` and ``products/2``, and hold about three times as many columns of length
-    ``n`` as there are products (in the operator's dtype, at least float32); Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on, the trace is exact, by ``n`` products with the identity.
+    ``n`` as there are products (in the operator's dtype, at least float32); Hutchinson holds ``columns_at_once``.
+    From ``products ≥ n`` on, the trace is exact, by ``n`` products with the identity.
 
     The standard error is that of the mean of independent samples for Hutchinson and for the part of Hutch++ beyond the
     sketch. XTrace's samples are exchangeable, not independent: their covariance is estimated and counted. Of few
@@ -110,7 +111,8 @@ def diagonal(
     """``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
 
     XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products;
-    Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on, the diagonal is exact, by ``n`` products with the
+    Hutchinson holds ``columns_at_once``.
+    From ``products ≥ n`` on, the diagonal is exact, by ``n`` products with the
     identity. Standard errors, ``seed`` and errors raised are as for :func:`trace`.
     """
     checks.require_choice("method", method, ("hutchinson", "xdiag"))
