@@ -323,6 +323,18 @@ def test_labels_are_the_distributions_that_are_one_at_a_class(labels):
     agrees(run(*labels, "--matrix", "empirical-fisher")[0], outer)
 
 
+def test_the_method_is_the_one_that_is_asked_for():
+    Path("larger.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n"
+        "    y = torch.arange(40) % 7\n"
+        "    return nn.Identity(), nn.Linear(9, 7).double(), [(torch.randn(40, 9).double(), y)]\n"
+    )
+    found = {name: run("larger.py:make", "-k", 2, "--method", name, "--probes", 0)[0] for name in ("lanczos", "lobpcg")}
+    assert {name: record["eigenvalues_method"] for name, record in found.items()} == {n: n for n in found}
+    np.testing.assert_allclose(*(record["eigenvalues"] for record in found.values()), rtol=1e-6)
+
+
 def test_options_reach_the_computation(labels):
     matrix = sandwich(FEATURES, covariances(probabilities()))
     record, _ = run(*labels, "-k", 99, "--batch-size", 5, "--products", 12, "--probes", 3, "--steps", 4, "--seed", 2)
