@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from softcurve.curvature import GGN, Hessian, split_head
 
@@ -176,6 +177,44 @@ def test_a_preconditioner_needs_a_head_of_its_own():
     head.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="head must be trained whole"):
         GGN(features, head, data).preconditioner(0.1, kind="kronecker")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_computes_its_weight_is_refused():
+    features, head, data = network()
+    with pytest.raises(TypeError, match="head must hold its weight and bias as parameters"):
+        GGN(features, nn.utils.parametrizations.weight_norm(head), data)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.1 * super().forward(x)
+
+    features, _, data = network()
+    with pytest.raises(TypeError, match=r"head must compute W e \+ b as torch.nn.Linear does, got a Scaled"):
+        GGN(features, Scaled(5, 9).double(), data)
+
+
+def test_reentrant_checkpoints_are_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.inner, self.reentrant = nn.Linear(4, 5).double(), reentrant
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.inner, x.clone().requires_grad_(), use_reentrant=self.reentrant).tanh()
+
+    _, head, data = network()
+    features = Checkpointed(True)
+    operator = GGN(features, head, data)
+    with pytest.raises(ValueError, match="features must not use reentrant checkpoints"):
+        operator.to_dense()
+    features.reentrant = False
+    plain = GGN(nn.Sequential(features.inner, nn.Tanh()), head, data)
+    torch.testing.assert_close(operator.to_dense(), plain.to_dense(), rtol=1e-12, atol=1e-14)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
