@@ -1,0 +1,49 @@
+"""The losses that a head can be fitted with, by name, on the logits of some rows."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.source import BlockTarget, TargetKind
+from softcurve.functional import cross_entropy, js_divergence, kl_divergence
+from softcurve.targets import Probabilities, Target
+
+__all__ = ["LOSSES", "Loss", "check_loss", "row_losses"]
+
+Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+LOSSES: tuple[str, ...] = get_args(Loss)
+
+
+def check_loss(loss: str, kind: TargetKind) -> None:
+    """Raise DataError for an unknown loss, or one that is infinite for targets of this kind."""
+    if loss not in LOSSES:
+        raise DataError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+    if loss == "reverse_kl" and kind == "labels":
+        raise DataError(
+            "loss reverse_kl is infinite for labels, which are zero on all classes but one; "
+            "use forward_kl, or give distributions that are positive everywhere (smoothed labels)"
+        )
+
+
+def row_losses(loss: str, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> Float[Tensor, " rows"]:
+    """Each row's loss, in nats: ``js`` is at β = ½; a list's unlisted classes are one outcome, as ``TopK`` says."""
+    if isinstance(target, Target):
+        given = target
+    elif target.is_floating_point():
+        given = Probabilities(target)
+    elif loss in ("cross_entropy", "forward_kl"):  # H(y) = 0 for a label: its forward KL is its cross-entropy
+        return cross_entropy(logits, target, reduction="none")
+    else:
+        one_hot = logits.new_zeros(logits.shape).scatter_(-1, target[:, None], 1.0)
+        given = Probabilities(one_hot)
+    if loss == "cross_entropy":
+        return cross_entropy(logits, given, reduction="none")
+    if loss == "forward_kl":
+        return kl_divergence(given, logits, reduction="none")
+    if loss == "reverse_kl":
+        return kl_divergence(logits, given, reduction="none")
+    return js_divergence(given, logits, reduction="none")

@@ -1,0 +1,65 @@
+"""Rows that are walked block by block, as often as wanted: what the solver, the figures and the predictions read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softcurve.targets import TopK
+
+__all__ = ["Block", "Label", "Source", "TargetKind"]
+
+Label = int | str  # a bool is an int
+TargetKind = Literal["labels", "distributions", "top_k"]
+BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Consecutive rows: ``start`` is the first one's number. Valid until the next block is asked for."""
+
+    start: int
+    features: Float[Tensor, "rows d"]  # float32 or float64
+    target: BlockTarget | None = None  # class indices (int64), probabilities, or a teacher's list
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Source(Protocol):
+    """Rows with their targets, in an order that never changes."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+
+    @property
+    def width(self) -> int:
+        """The number d of features."""
+
+    @property
+    def classes(self) -> tuple[Label, ...]:
+        """What the classes are called; empty without targets."""
+
+    @property
+    def kind(self) -> TargetKind | None:
+        """What a block's target is; ``None`` without targets."""
+
+    @property
+    def double(self) -> bool:
+        """Whether features come in float64, not float32."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are held in memory anyway, so that walking them costs no reading."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest that changes when the rows do: a checkpoint belongs to one."""
+
+    def blocks(self, at_most: int) -> Iterator[Block]:
+        """All rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
