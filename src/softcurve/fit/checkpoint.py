@@ -1,0 +1,90 @@
+"""The state of a fit as a safetensors file, written whole or not at all: a run that is killed goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.solver.newton import State, Step
+
+__all__ = ["Checkpoint", "digest"]
+
+FORMAT = "softcurve.fit"
+VERSION = "1"
+
+
+def digest(tensor: Tensor) -> str:
+    """Of a tensor's values."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+class Checkpoint:
+    """Reads the state that belongs to these rows and settings, and writes it every so many seconds.
+
+    A Newton step depends on nothing but the state, so that a run which goes on from it ends where it would have ended.
+    """
+
+    def __init__(self, path: Path, rows: str, settings: str, *, every: float) -> None:
+        check_writable(path, "checkpoint")
+        self.path, self.every = path, every
+        self.identity = {"format": FORMAT, "format_version": VERSION, "rows": rows, "settings": settings}
+        self.written = time.monotonic()
+
+    def load(self, classes: int, size: int) -> State | None:
+        """The state, or ``None`` where no file is there yet. Raises DataError, and leaves the file as it is."""
+        if not self.path.exists():
+            return None
+        tensors, metadata = self._read()
+        for name, expected in self.identity.items():
+            if metadata.get(name) != expected:
+                raise DataError(
+                    f"checkpoint: {self.path} is of another run: its {name} is {metadata.get(name)!r}, and here it is "
+                    f"{expected!r}; give another file, or the rows and options that it was written with"
+                )
+        parameters = tensors.get("parameters")
+        if parameters is None or parameters.shape != (classes, size) or parameters.dtype != torch.float64:
+            raise self._damaged(f"its tensor 'parameters' must be float64 of shape {(classes, size)}")
+        if not parameters.isfinite().all():
+            raise self._damaged("its tensor 'parameters' has entries that are not finite")
+        try:
+            state = json.loads(metadata["state"])
+            history = tuple(Step(**step) for step in state["history"])
+            return State(parameters, history=history, **{key: state[key] for key in STATE})
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("its metadata 'state' cannot be read") from error
+
+    def save(self, state: State, *, now: bool = False) -> None:
+        """Write the state if it is time to, or ``now``."""
+        if not now and time.monotonic() - self.written < self.every:
+            return
+        kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
+        content = to_safetensors(
+            {"parameters": state.parameters.contiguous()}, metadata=self.identity | {"state": json.dumps(kept)}
+        )
+        with replacing(self.path) as file:
+            file.write(content)
+        self.written = time.monotonic()
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own type, OSError or ValueError, by the damage
+            raise self._damaged(f"it is no safetensors file ({str(error).splitlines()[0]})") from error
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")
+
+
+# Of a state, beside the parameters and the history.
+STATE = ("damping", "first_norm", "ratio", "failures", "double", "blocks")

@@ -1,0 +1,243 @@
+"""The fit of a softmax head to the rows of a source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.checkpoint import Checkpoint, digest
+from softcurve.fit.losses import check_loss
+from softcurve.fit.solver.coordinates import find_coordinates
+from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
+from softcurve.fit.solver.newton import Outcome, State, Step, minimise
+from softcurve.fit.solver.objective import Objective
+from softcurve.fit.source import Source
+
+__all__ = ["Fit", "fit_head"]
+
+IN_MEMORY, FROM_FILES = 2**30, 2**28
+LEAST_BUDGET = 2**24
+# Entries of a tile's features and logits: what the cores' caches hold.
+TILE = 2**19
+FEWEST_ROWS = 64
+# Of the memory budget: for tiles, for the classes' blocks, and for features and probabilities.
+FOR_TILES, FOR_BLOCKS, FOR_ROWS = 0.125, 0.25, 0.5
+# Bytes of an entry of a tile of logits: three in float32 and three in float64 are alive at a time.
+OF_LOGIT = 36
+# Multiply-adds of the logits below which waiting for a second thread costs more than it brings.
+ONE_THREAD_BELOW = 10_000_000
+# From zero, and from the head of a similar problem.
+FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted head: ``weight`` (C, d), ``bias`` (C,), the objective in nats, and how it was reached.
+
+    ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it is
+    within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was penalised and every row is
+    on the right side: the loss then has no minimum, and falls forever as the weights grow.
+    """
+
+    weight: Float64[Tensor, "classes d"]
+    bias: Float64[Tensor, " classes"]
+    objective: float
+    gradient_max: float
+    iterations: int
+    products: int
+    converged: bool
+    reason: str
+    separated: bool
+    history: tuple[Step, ...]
+
+
+def fit_head(
+    source: Source,
+    *,
+    loss: str = "cross_entropy",
+    C: float = 1.0,
+    fit_intercept: bool = True,
+    sample_weight: Float64[Tensor, " rows"] | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 100,
+    precision: str = "mixed",
+    memory_budget: int | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 30.0,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Fit:
+    """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
+
+    The bias is not penalised. Two classes are penalised by their one difference, as there: by ``½ ‖w_1 − w_0‖²``. It
+    has converged when no entry of this mean's gradient exceeds ``tol``.
+
+    Args:
+        source: Rows and their targets.
+        loss: ``cross_entropy``, ``forward_kl``, ``reverse_kl`` or ``js``.
+        C: Inverse strength of the penalty; ``inf`` for none.
+        fit_intercept: Whether there is a bias; otherwise it is zero.
+        sample_weight: Of each row, ≥ 0; ones by default.
+        tol: Of the largest entry of the gradient.
+        max_iter: Newton steps at most.
+        precision: ``mixed`` multiplies in float32 and takes the objective and its gradient in float64; ``float64`` is
+            float64 throughout. Both end at the same head.
+        memory_budget: Bytes beyond the rows of the source. By default 1 GiB where they are in memory, or else 256 MiB.
+        start: Weight and bias to start from; by default zeros and the classes' shares.
+        checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
+            on from it; it must belong to the same rows and options.
+        on_step: Called after every step.
+
+    Raises DataError for options, rows or a checkpoint that cannot be used.
+    """
+    if source.kind is None:
+        raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
+    check_loss(loss, source.kind)
+    _check_options(C, tol, max_iter, precision, memory_budget)
+    classes = len(source.classes)
+    weights = _weights(sample_weight, source.rows)
+    total = float(weights.sum())
+    weights = weights / total
+    budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+    rows_at_once = _rows_at_once(source, classes, budget)
+    penalty = (2.0 if classes == 2 else 1.0) / (C * total)
+    with _threads(source.rows * source.width * classes):
+        coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
+        objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
+
+        def curvature_in(dtype: torch.dtype) -> Curvature:
+            return Curvature(
+                source, coordinates, weights, classes, scale=AT_AGREEMENT[loss], penalty=penalty, dtype=dtype,
+                rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget),
+            )  # fmt: skip
+
+        saved = None
+        if checkpoint is not None:
+            settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(weights)}"
+            saved = Checkpoint(checkpoint, source.fingerprint, settings, every=checkpoint_every)
+        state = saved.load(classes, coordinates.size) if saved is not None else None
+        if state is None:
+            state = _first_state(objective, start, double=precision == "float64")
+
+        def noted(state: State) -> None:
+            if saved is not None:
+                saved.save(state)
+            on_step(state.history[-1])
+
+        outcome = minimise(
+            objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
+            on_step=noted,
+        )  # fmt: skip
+        if saved is not None:
+            saved.save(outcome.state, now=True)
+        return _fit_of(outcome, objective)
+
+
+def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
+    weight, bias = objective.coordinates.head(outcome.point.parameters)
+    history = outcome.state.history
+    return Fit(
+        weight=weight,
+        bias=bias,
+        objective=outcome.point.value,
+        gradient_max=outcome.point.gradient_max,
+        iterations=len(history) - 1,
+        products=history[-1].products,
+        converged=outcome.converged,
+        reason=outcome.reason,
+        separated=not objective.penalty and _separates(objective, weight, bias),
+        history=history,
+    )
+
+
+def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
+    """Whether every row's label has the largest logit: then a larger weight has a smaller loss, without end."""
+    if objective.source.kind != "labels":
+        return False
+    for block in objective.source.blocks(objective.rows_at_once):
+        assert isinstance(block.target, Tensor)
+        of_rows = objective.weights[block.start : block.start + len(block)] > 0
+        logits = torch.addmm(bias, block.features.double(), weight.T)
+        of_label = logits.gather(1, block.target[:, None])
+        others = logits.scatter(1, block.target[:, None], -math.inf).amax(1, keepdim=True)
+        if (of_label <= others)[of_rows].any():
+            return False
+    return True
+
+
+def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, *, double: bool) -> State:
+    coordinates = objective.coordinates
+    if start is not None:
+        weight, bias = (tensor.double() for tensor in start)
+        return State(coordinates.parameters(weight, bias), WARM_DAMPING, None, math.nan, 0, double, False, ())
+    parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
+    if coordinates.intercept:
+        shares = _class_shares(objective)
+        # As if there were one row more, spread over all classes.
+        logs = (shares + 1.0 / (objective.source.rows * objective.classes)).log()
+        parameters[:, -1] = logs - logs.mean()
+    return State(parameters, FIRST_DAMPING, None, math.nan, 0, double, False, ())
+
+
+def _class_shares(objective: Objective) -> Float64[Tensor, " classes"]:
+    shares = torch.zeros(objective.classes, dtype=torch.float64)
+    for block in objective.source.blocks(objective.rows_at_once):
+        weights = objective.weights[block.start : block.start + len(block)]
+        assert block.target is not None
+        if not isinstance(block.target, Tensor):
+            probs = block.target.log_probs.double().exp() * weights[:, None]
+            shares.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
+        elif block.target.is_floating_point():
+            shares += weights @ block.target.double()
+        else:
+            shares.scatter_add_(0, block.target, weights)
+    return shares
+
+
+def _rows_at_once(source: Source, classes: int, budget: int) -> int:
+    fits = int(FOR_TILES * budget) // (OF_LOGIT * classes + 16 * source.width)
+    return max(1, min(source.rows, fits, max(FEWEST_ROWS, TILE // (classes + source.width))))
+
+
+def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"]:
+    if sample_weight is None:
+        return torch.ones(rows, dtype=torch.float64)
+    if sample_weight.shape != (rows,):
+        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(sample_weight.shape)}")
+    weights = sample_weight.double()
+    if not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
+        raise DataError("sample_weight must be finite, not negative, and positive somewhere; mend or drop such rows")
+    return weights
+
+
+def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
+    if not C > 0:
+        raise DataError(f"C must be a positive number, or inf for no penalty; got {C}")
+    if not (math.isfinite(tol) and tol > 0):
+        raise DataError(f"tol must be a positive number; got {tol}")
+    if max_iter < 0:
+        raise DataError(f"max_iter must be 0 or more; got {max_iter}")
+    if precision not in ("mixed", "float64"):
+        raise DataError(f"precision must be mixed or float64; got {precision!r}")
+    if memory_budget is not None and memory_budget < LEAST_BUDGET:
+        raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget}")
+
+
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    """Keep torch to one thread where a product is a matter of microseconds."""
+    threads = torch.get_num_threads()
+    if work < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

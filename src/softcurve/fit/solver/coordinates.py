@@ -1,0 +1,146 @@
+"""The coordinates that a head is fitted in: features about their mean, turned into the axes of their covariance.
+
+``z = W x + b = V u + c`` with ``u = Uᵀ(x − μ)``, ``V = W U`` and ``c = b + W μ``. The penalty is the same,
+``‖V‖ = ‖W‖``; the bias no longer fights with the mean of the features; and the Gauss-Newton matrix, ``Σ J ⊗ u uᵀ``, is
+near the diagonal in every class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from softcurve.fit.source import Source
+
+__all__ = ["Coordinates", "find_coordinates"]
+
+# Eigenvectors of a wider covariance take longer than they are worth.
+WIDEST = 4096
+# What they cost, in products of the fit, may be about this many: 10 d³ operations against 4 n d C for a product.
+WORTH_PRODUCTS = 60
+# Rows of fewer than their width are turned into their own span; they are held twice for it.
+SPAN_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """``mean`` is zero without an intercept; ``basis`` is ``None`` for the features' own axes."""
+
+    mean: Float64[Tensor, " d"]
+    basis: Float64[Tensor, "d r"] | None
+    intercept: bool
+
+    @property
+    def width(self) -> int:
+        """The number of axes, without the intercept's."""
+        return len(self.mean) if self.basis is None else self.basis.shape[1]
+
+    @property
+    def size(self) -> int:
+        """The parameters of a class."""
+        return self.width + self.intercept
+
+    def penalties(self, penalty: float) -> Float64[Tensor, " size"]:
+        """What the penalty adds to the curvature of each parameter of a class: nothing for the intercept."""
+        of_all = torch.full((self.size,), penalty, dtype=torch.float64)
+        if self.intercept:
+            of_all[-1] = 0.0
+        return of_all
+
+    def turned_into(self, out: Float[Tensor, "rows size"], features: Float[Tensor, "rows d"]) -> None:
+        """``[u, 1]`` of each row."""
+        centred = features.double() - self.mean
+        out[:, : self.width] = centred if self.basis is None else centred @ self.basis
+        if self.intercept:
+            out[:, -1] = 1.0
+
+    def about_mean(self, parameters: Float[Tensor, "classes size"]) -> tuple[Tensor, Tensor | None]:
+        """``(W, c)``: for features about their mean, in the features' own axes."""
+        turned = parameters[:, : self.width]
+        weight = turned if self.basis is None else turned @ self.basis.T.to(turned.dtype)
+        return weight, parameters[:, -1] if self.intercept else None
+
+    def from_mean(self, weight: Float64[Tensor, "classes d"], bias: Float64[Tensor, " classes"]) -> Tensor:
+        """The transpose of :meth:`about_mean`: gradients in ``(W, c)`` become gradients in the parameters."""
+        turned = weight if self.basis is None else weight @ self.basis.to(weight.dtype)
+        return torch.cat([turned, bias[:, None]], 1) if self.intercept else turned
+
+    def head(self, parameters: Float64[Tensor, "classes size"]) -> tuple[Tensor, Tensor]:
+        """``(W, b)`` for the features as they are."""
+        weight, bias = self.about_mean(parameters)
+        return weight.contiguous(), weight.new_zeros(len(weight)) if bias is None else bias - weight @ self.mean
+
+    def parameters(self, weight: Float64[Tensor, "classes d"], bias: Float64[Tensor, " classes"]) -> Tensor:
+        """The parameters of a head. What lies outside the span of the features is left out."""
+        return self.from_mean(weight, bias + weight @ self.mean)
+
+    def largest_gradient(self, weight: Tensor, bias: Tensor) -> float:
+        """The largest entry of the gradient in ``(W, b)``, from that in ``(W, c)`` with the penalty's part."""
+        if not self.intercept:
+            return float(weight.abs().max())
+        return max(float(torch.addr(weight, bias, self.mean).abs().max()), float(bias.abs().max()))
+
+
+def find_coordinates(
+    source: Source, weights: Float64[Tensor, " rows"], classes: int, *, intercept: bool, rows_at_once: int
+) -> Coordinates:
+    """Look at all rows once; ``weights`` sum to one."""
+    width = source.width
+    pays = 10 * width**2 <= WORTH_PRODUCTS * 4 * source.rows * classes and width <= WIDEST
+    if source.in_memory and source.rows < width and 8 * source.rows * width <= SPAN_BYTES:
+        return _span(source, weights, intercept, rows_at_once)
+    moments = _Moments(width, second=pays)
+    for features, weight in _weighted(source, weights, rows_at_once):
+        moments.add(features, weight)
+    mean = moments.mean() if intercept else torch.zeros(width, dtype=torch.float64)
+    if not pays:
+        return Coordinates(mean, None, intercept)
+    return Coordinates(mean, torch.linalg.eigh(moments.about(mean)).eigenvectors, intercept)
+
+
+def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for block in source.blocks(rows_at_once):
+        yield block.features.double(), weights[block.start : block.start + len(block)]
+
+
+def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int) -> Coordinates:
+    """Fewer rows than features: the optimal weight lies in the rows' span, as its penalty grows outside."""
+    features = torch.cat([block.features.double() for block in source.blocks(rows_at_once)])
+    mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
+    features -= mean
+    basis, triangle = torch.linalg.qr(features.T)
+    axes = torch.linalg.eigh((triangle * weights) @ triangle.T).eigenvectors
+    return Coordinates(mean, basis @ axes, intercept)
+
+
+class _Moments:
+    """First and second moments about the first rows' mean: far from zero nothing cancels."""
+
+    def __init__(self, width: int, *, second: bool) -> None:
+        self.origin: Tensor | None = None
+        self.first = torch.zeros(width, dtype=torch.float64)
+        self.second = torch.zeros(width, width, dtype=torch.float64) if second else None
+
+    def add(self, features: Tensor, weights: Tensor) -> None:
+        if self.origin is None:
+            self.origin = features.mean(0)
+        features = features - self.origin
+        self.first += weights @ features
+        if self.second is not None:
+            self.second.addmm_(features.T * weights, features)
+
+    def mean(self) -> Tensor:
+        assert self.origin is not None
+        return self.origin + self.first
+
+    def about(self, point: Tensor) -> Tensor:
+        assert self.origin is not None
+        assert self.second is not None
+        # Σ w (x − c)(x − c)ᵀ with δ = c − origin is S − m δᵀ − δ mᵀ + δ δᵀ, m being the first moment.
+        delta = point - self.origin
+        cross = torch.outer(self.first, delta)
+        return self.second - cross - cross.T + torch.outer(delta, delta)

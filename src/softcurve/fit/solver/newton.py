@@ -1,0 +1,243 @@
+"""Newton's method for a softmax head: damped where rows are wrong, its steps by preconditioned conjugate gradients.
+
+The damping μ is a trust region in the form of a multiplier (Levenberg, Marquardt): a step ``x`` minimises the
+quadratic model plus ``½ μ Σ_i |p_i − y_i| · (change of the logits of row i)²``, and μ falls and rises by how well the
+model foretold what the objective did. Measured in logits, and only where a row is still wrong, it does not hold back
+what is settled: a trust region in the parameters took hundreds of steps for thousands of rare classes, this takes ten.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from softcurve.fit.solver.curvature import Curvature
+from softcurve.fit.solver.objective import Objective, Point
+from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
+
+__all__ = ["Outcome", "State", "Step", "minimise"]
+
+# Undamped from here on.
+NO_DAMPING = 1e-5
+# The residual that conjugate gradients may leave, relative to the gradient.
+LOOSEST, TIGHTEST = 0.1, 1e-4
+MOST_PRODUCTS = 500  # of one step
+ROUNDING = 1e-14  # of the objective
+# A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
+SUFFICIENT, SHORTEST = 1e-4, 1e-3
+MOST_FAILURES = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the fit stands after a step: nats, the largest entry of the gradient, products so far, seconds."""
+
+    iteration: int
+    objective: float
+    gradient_max: float
+    products: int
+    seconds: float
+    damping: float
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All that the next step depends on."""
+
+    parameters: Float64[Tensor, "classes size"]
+    damping: float
+    first_norm: float | None  # of the first gradient, in the preconditioner's measure
+    ratio: float  # of what the last step reached to what was foretold; NaN before the first
+    failures: int  # steps since the last that led on
+    double: bool  # whether products are in float64
+    blocks: bool  # whether the preconditioner is that of the classes' blocks
+    history: tuple[Step, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The last state, and why the fit ended."""
+
+    state: State
+    point: Point
+    converged: bool
+    reason: str
+
+
+class Newton:
+    """The fit from a state on; see :func:`minimise`."""
+
+    def __init__(
+        self, objective: Objective, curvature_in: Callable[[torch.dtype], Curvature], state: State, *, tol: float,
+        memory_of_blocks: int,
+    ) -> None:  # fmt: skip
+        self.objective, self.curvature_in, self.state, self.tol = objective, curvature_in, state, tol
+        self.memory_of_blocks = memory_of_blocks
+        last = state.history[-1] if state.history else None
+        self.started = time.perf_counter() - (last.seconds if last else 0.0)
+        self.products = last.products if last else 0
+        self.curvature = curvature_in(_dtype(state))
+        self.point = objective.at(state.parameters, self.curvature.keep)
+        self.curvature.move_to(self.point.parameters)
+        if not state.history:
+            self._note()
+
+    def step(self) -> None:
+        """One step of Newton's method, or a higher damping where it did not lead downwards."""
+        state, point, curvature = self.state, self.point, self.curvature
+        curvature.damping = state.damping if state.damping >= NO_DAMPING else 0.0
+        curvature.leave_out_settled_rows()
+        inverse = ClassBlocks(curvature) if state.blocks else Eigenbasis(curvature)
+        norm = _norm(point.gradient, inverse)
+        first = norm if state.first_norm is None else state.first_norm
+        spent = curvature.products
+        step, foretold = conjugate_gradients(
+            curvature, inverse, point.gradient,
+            tol=max(min(LOOSEST, math.sqrt(norm / first)), TIGHTEST) if first else LOOSEST,
+            # Where the model is true already, its residual is the next gradient.
+            enough=self.tol / 4 if abs(state.ratio - 1.0) < 0.1 else 0.0,
+        )  # fmt: skip
+        spent = curvature.products - spent
+        there, foretold = self._downhill(step, foretold)
+        reached = there.value - point.value
+        rounding = ROUNDING * abs(point.value)
+        ratio = reached / foretold if foretold < -rounding else math.nan
+        better = reached < 0 or (reached <= rounding and there.gradient_max < point.gradient_max)
+        stalled = not better or (not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm)
+        failures = state.failures + 1 if stalled else 0
+        blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
+        self.state = replace(
+            state,
+            damping=_next_damping(state.damping, ratio, better),
+            first_norm=first if blocks == state.blocks else None,
+            ratio=ratio,
+            failures=failures,
+            double=state.double or failures >= 2,
+            blocks=blocks,
+        )
+        self._move_to(there if better else point, recompute=not better)
+        self._note()
+
+    def _downhill(self, step: Tensor, foretold: float) -> tuple[Point, float]:
+        """The point at the end of the step, or of a part of it where all of it leads uphill; and what was foretold."""
+        point = self.point
+        slope = float((point.gradient * step).sum())
+        share = 1.0
+        while True:
+            there = self.objective.at(_settled(point.parameters + share * step), self.curvature.keep)
+            reached = there.value - point.value
+            if not foretold < -ROUNDING * abs(point.value) or reached < SUFFICIENT * foretold or share < SHORTEST:
+                return there, foretold
+            # The parabola through both values and the slope has its minimum there.
+            part = min(max(0.5 * share * slope / (share * slope - reached), 0.1), 0.5)
+            share *= part
+            foretold *= part
+
+    def _move_to(self, point: Point, *, recompute: bool) -> None:
+        self.point = point
+        if self.state.double and self.curvature.dtype != torch.float64:
+            self.products += self.curvature.products
+            self.curvature = self.curvature_in(torch.float64)
+            recompute = True
+        self.curvature.move_to(point.parameters)
+        if recompute:
+            self.point = self.objective.at(point.parameters, self.curvature.keep)
+
+    def _note(self) -> None:
+        point, history = self.point, self.state.history
+        done = Step(
+            len(history), point.value, point.gradient_max, self.products + self.curvature.products,
+            time.perf_counter() - self.started, self.state.damping,
+        )  # fmt: skip
+        self.state = replace(self.state, parameters=point.parameters, history=(*history, done))
+
+
+def minimise(
+    objective: Objective,
+    curvature_in: Callable[[torch.dtype], Curvature],
+    state: State,
+    *,
+    tol: float,
+    max_iter: int,
+    memory_of_blocks: int,
+    on_step: Callable[[State], None],
+) -> Outcome:
+    """Go on from ``state`` until no entry of the gradient exceeds ``tol``, ``max_iter`` steps, or no progress."""
+    newton = Newton(objective, curvature_in, state, tol=tol, memory_of_blocks=memory_of_blocks)
+    while True:
+        on_step(newton.state)
+        if newton.point.gradient_max <= tol:
+            return Outcome(newton.state, newton.point, True, "the gradient is within the tolerance")
+        if newton.state.failures >= MOST_FAILURES:
+            return Outcome(newton.state, newton.point, False, "rounding hides any further decrease")
+        if len(newton.state.history) > max_iter:
+            return Outcome(newton.state, newton.point, False, f"{max_iter} steps were not enough")
+        newton.step()
+
+
+def _dtype(state: State) -> torch.dtype:
+    return torch.float64 if state.double else torch.float32
+
+
+def _next_damping(damping: float, ratio: float, better: bool) -> float:
+    if not better or ratio < 0.25:
+        return max(damping, 1e-3) * 4
+    if 0.9 < ratio < 1.1:
+        return damping / 50
+    if ratio > 0.9:
+        return damping / 8
+    if ratio > 0.6 or math.isnan(ratio):
+        return damping / 3
+    return damping
+
+
+def _norm(gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> float:
+    return math.sqrt(max(float((gradient * inverse(gradient)).sum()), 0.0))
+
+
+def _settled(parameters: Tensor) -> Tensor:
+    """The same change in all classes changes no probability: of such heads, the one with the smallest norm."""
+    return parameters - parameters.mean(0)
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+    gradient: Float64[Tensor, "classes size"],
+    *,
+    tol: float,
+    enough: float,
+    most: int = MOST_PRODUCTS,
+) -> tuple[Float64[Tensor, "classes size"], float]:
+    """A step ``x`` with ``A x ≈ −gradient``, and the change ``g·x + ½ x·A x`` that the model foretells.
+
+    It ends where the residual, in the preconditioner's measure, is ``tol`` times the gradient's, or where no entry of
+    it exceeds ``enough``.
+    """
+    x = torch.zeros_like(gradient)
+    residual = -gradient
+    z = inverse(residual)
+    along = z.clone()
+    square = first = float((residual * z).sum())
+    for _ in range(most):
+        if not square > 0.0:
+            break
+        changed = product(along)
+        bend = float((along * changed).sum())
+        if not bend > 0.0:
+            break
+        length = square / bend
+        x.add_(along, alpha=length)
+        residual.sub_(changed, alpha=length)
+        z = inverse(residual)
+        last, square = square, float((residual * z).sum())
+        if square <= tol * tol * first or float(residual.abs().max()) <= enough:
+            break
+        along.mul_(square / last).add_(z)
+    return x, 0.5 * float((x * (gradient - residual)).sum())

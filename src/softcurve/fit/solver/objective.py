@@ -1,0 +1,110 @@
+"""The penalised mean loss and its gradient in float64, block by block, and the probabilities on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.losses import row_losses
+from softcurve.fit.solver.coordinates import Coordinates
+from softcurve.fit.source import BlockTarget, Source
+
+__all__ = ["Objective", "Point"]
+
+Keep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where the fit stands: the objective in nats, its gradient, and the largest entry of that in weight and bias."""
+
+    parameters: Float64[Tensor, "classes size"]
+    value: float
+    gradient: Float64[Tensor, "classes size"]
+    gradient_max: float
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """``Σ_i w_i loss_i + ½ penalty ‖W‖²`` with weights that sum to one."""
+
+    source: Source
+    loss: str
+    penalty: float
+    weights: Float64[Tensor, " rows"]
+    coordinates: Coordinates
+    classes: int
+    rows_at_once: int
+
+    def at(self, parameters: Float64[Tensor, "classes size"], keep: Keep | None = None) -> Point:
+        """One pass over the rows; ``keep`` is given each block's first row and probabilities, to copy what it wants."""
+        weight, bias = self.coordinates.about_mean(parameters)
+        weight_out = torch.zeros_like(weight)
+        bias_out = weight.new_zeros(len(weight))
+        value = 0.0
+        for block in self.source.blocks(self.rows_at_once):
+            features = block.features.double() - self.coordinates.mean
+            logits = features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
+            assert block.target is not None
+            losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
+            of_rows = self.weights[block.start : block.start + len(block)]
+            # A row without weight counts for nothing, also where its loss is infinite.
+            value += float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
+            residual *= of_rows[:, None]
+            weight_out.addmm_(residual.T, features)
+            if bias is not None:
+                bias_out += residual.sum(0)
+        value += 0.5 * self.penalty * float(weight.square().sum())
+        weight_out.add_(weight, alpha=self.penalty)
+        if not (math.isfinite(value) and weight_out.isfinite().all()):
+            raise DataError(
+                f"data: the {self.loss} of some row, or its gradient, is not finite; scale the features to the order "
+                "of 1, and give targets for which this loss is finite"
+            )
+        gradient = self.coordinates.from_mean(weight_out, bias_out)
+        return Point(parameters, value, gradient, self.coordinates.largest_gradient(weight_out, bias_out))
+
+
+def _cross_entropy(
+    loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
+) -> tuple[Tensor, Tensor]:
+    """Losses and residuals ``p − y``, these in the place of the logits."""
+    if not isinstance(target, Tensor):
+        return _any_loss(loss, logits, target, keep, start)
+    logits -= logits.amax(1, keepdim=True)
+    if target.is_floating_point():
+        y = target.double()
+        at_target = (y * logits).sum(1)
+        losses = -at_target if loss == "cross_entropy" else torch.xlogy(y, y).sum(1) - at_target
+        mass = y.sum(1)
+    else:
+        losses, mass = -logits.gather(1, target[:, None])[:, 0], None
+    total = logits.exp_().sum(1, keepdim=True)
+    log_total = total.log()[:, 0]
+    losses += log_total if mass is None else mass * log_total
+    logits /= total
+    if keep is not None:
+        keep(start, logits)
+    if mass is None:
+        minus_one = logits.new_full((1, 1), -1.0).expand(len(logits), 1)
+        return losses, logits.scatter_add_(1, target[:, None], minus_one)
+    return losses, logits.mul_(mass[:, None]).sub_(y)
+
+
+def _any_loss(loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        losses = row_losses(loss, leaf, target)
+        (residual,) = torch.autograd.grad(losses.sum(), leaf)
+    if keep is not None:
+        keep(start, torch.softmax(logits.detach(), 1))
+    return losses.detach(), residual
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "forward_kl": _cross_entropy}
