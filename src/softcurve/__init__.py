@@ -1,5 +1,7 @@
 """Cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
 
+from importlib import import_module
+
 from softcurve import curvature, functional, nn, reference
 from softcurve.chain import ChainRule, chain_rule
 from softcurve.functional import (
@@ -16,12 +18,23 @@ from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 
 __version__ = "0.1.0"
 
+# They need scikit-learn, which is imported where they are used.
+LAZY = {"SoftmaxRegression": "softcurve.fit.estimator"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module 'softcurve' has no attribute {name!r}")
+    return getattr(import_module(LAZY[name]), name)
+
+
 __all__ = [
     "ChainRule",
     "LinearTeacher",
     "Logits",
     "LossStats",
     "Probabilities",
+    "SoftmaxRegression",
     "TopK",
     "chain_rule",
     "cross_entropy",

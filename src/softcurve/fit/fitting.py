@@ -68,7 +68,7 @@ def fit_head(
     sample_weight: Float64[Tensor, " rows"] | None = None,
     tol: float = 1e-4,
     max_iter: int = 100,
-    precision: str = "mixed",
+    precision: str = "auto",
     memory_budget: int | None = None,
     start: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
@@ -89,7 +89,7 @@ def fit_head(
         tol: Of the largest entry of the gradient.
         max_iter: Newton steps at most.
         precision: ``mixed`` multiplies in float32 and takes the objective and its gradient in float64; ``float64`` is
-            float64 throughout. Both end at the same head.
+            float64 throughout; ``auto`` is ``mixed``, but where float32 would save nothing. All end at the same head.
         memory_budget: Bytes beyond the rows of the source. By default 1 GiB where they are in memory, or else 256 MiB.
         start: Weight and bias to start from; by default zeros and the classes' shares.
         checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
@@ -109,7 +109,9 @@ def fit_head(
     budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
     rows_at_once = _rows_at_once(source, classes, budget)
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
-    with _threads(source.rows * source.width * classes):
+    work = source.rows * source.width * classes
+    double = precision == "float64" or (precision == "auto" and work < ONE_THREAD_BELOW)
+    with _threads(work):
         coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
 
@@ -125,7 +127,7 @@ def fit_head(
             saved = Checkpoint(checkpoint, source.fingerprint, settings, every=checkpoint_every)
         state = saved.load(classes, coordinates.size) if saved is not None else None
         if state is None:
-            state = _first_state(objective, start, double=precision == "float64")
+            state = _first_state(objective, start, total, double=double)
 
         def noted(state: State) -> None:
             if saved is not None:
@@ -173,7 +175,9 @@ def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
     return True
 
 
-def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, *, double: bool) -> State:
+def _first_state(
+    objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool
+) -> State:
     coordinates = objective.coordinates
     if start is not None:
         weight, bias = (tensor.double() for tensor in start)
@@ -182,7 +186,7 @@ def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, *, d
     if coordinates.intercept:
         shares = _class_shares(objective)
         # As if there were one row more, spread over all classes.
-        logs = (shares + 1.0 / (objective.source.rows * objective.classes)).log()
+        logs = (shares + 1.0 / (total * objective.classes)).log()
         parameters[:, -1] = logs - logs.mean()
     return State(parameters, FIRST_DAMPING, None, math.nan, 0, double, False, ())
 
@@ -225,8 +229,8 @@ def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_b
         raise DataError(f"tol must be a positive number; got {tol}")
     if max_iter < 0:
         raise DataError(f"max_iter must be 0 or more; got {max_iter}")
-    if precision not in ("mixed", "float64"):
-        raise DataError(f"precision must be mixed or float64; got {precision!r}")
+    if precision not in ("auto", "mixed", "float64"):
+        raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")
     if memory_budget is not None and memory_budget < LEAST_BUDGET:
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget}")
 

@@ -1,0 +1,311 @@
+"""Multinomial logistic regression as a scikit-learn classifier, for labels and for distributions."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Tags, check_consistent_length, column_or_1d, compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.memory import to_source
+from softcurve.fit.source import Source
+from softcurve.targets import TopK
+
+__all__ = ["SoftmaxRegression"]
+
+Array = NDArray[Any]
+# Logits that a prediction computes at a time, where rows are sparse or mapped from a file.
+PREDICTED = 2**22
+
+
+class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Multinomial logistic regression, fitted by second order; the objective and coefficients of scikit-learn's.
+
+    ``LogisticRegression(C=C).fit(X, y, sample_weight)`` minimises the same ``½ ‖W‖² + C Σ w_i loss_i``, and so has the
+    same ``coef_`` and ``intercept_``. Here ``y`` may also be a distribution for each row, and the loss another one.
+
+    ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, which are the weights of a row's copies with each label;
+    a :class:`softcurve.TopK`, a teacher's list. Of the latter two the classes are 0…C-1. ``X`` is dense, sparse (made
+    dense block by block), a ``numpy.memmap`` (never held as a whole), or a torch tensor; the latter has tensors come
+    out. Losses are in nats.
+
+    Args:
+        C: Inverse strength of the penalty, ``inf`` for none.
+        loss: ``cross_entropy``, ``forward_kl``: D(target‖model), ``reverse_kl``: D(model‖target), or ``js`` (β = ½).
+        fit_intercept: Whether there is a bias. It is not penalised.
+        tol: The fit has converged when no entry of the gradient of the mean objective, ``½ ‖W‖² / (C Σ w) + Σ w loss /
+            Σ w``, exceeds this. It is checked in float64.
+        max_iter: Newton steps at most.
+        class_weight: A dict of labels and weights, or ``"balanced"``: they multiply the weights of the rows; of a
+            distribution (cross-entropy and forward KL alone) those of the row's copies.
+        warm_start: Whether a second fit starts from the last one's coefficients.
+        precision: ``mixed``: products in float32, the objective and its gradient in float64; ``float64``; or ``auto``:
+            ``mixed``, but where float32 would save nothing.
+        memory_budget: Bytes beyond the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
+        verbose: Whether each step is printed.
+
+    Attributes: ``classes_``, ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or ``(1, d)`` and ``(1,)`` of two classes'
+    difference, in the dtype of ``X``; ``n_iter_``; ``objective_`` (of the mean, in nats); ``gradient_max_``;
+    ``history_``, a record for each step; ``n_features_in_``, ``feature_names_in_``.
+    """
+
+    def __init__(
+        self,
+        *,
+        C: float = 1.0,
+        loss: str = "cross_entropy",
+        fit_intercept: bool = True,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        class_weight: Any = None,
+        warm_start: bool = False,
+        precision: str = "auto",
+        memory_budget: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.C = C
+        self.loss = loss
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+        self.class_weight = class_weight
+        self.warm_start = warm_start
+        self.precision = precision
+        self.memory_budget = memory_budget
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Tags:  # noqa: D105
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
+
+        Raises ``ValueError`` for anything that cannot be used. Warns (``ConvergenceWarning``) where ``max_iter`` steps
+        were not enough, or where the loss has no minimum: without a penalty, on classes that can be separated.
+        """
+        self._require_options()
+        source, classes, weights = posed(self, X, y, sample_weight)
+        fit = fit_head(
+            source,
+            loss=self.loss,
+            C=self.C,
+            fit_intercept=self.fit_intercept,
+            sample_weight=weights,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            precision=self.precision,
+            memory_budget=self.memory_budget,
+            start=self._start(classes) if self.warm_start else None,
+            on_step=print if self.verbose else lambda step: None,
+        )
+        warn_of(fit, self)
+        self.classes_ = classes
+        self._keep(fit, like=X)
+        return self
+
+    def _keep(self, fit: Fit, *, like: Any) -> None:
+        weight, bias = fit.weight, fit.bias
+        if len(bias) == 2:
+            weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+        self.coef_, self.intercept_ = as_given(weight, like), as_given(bias, like)
+        self.n_iter_ = np.array([fit.iterations], dtype=np.int32)
+        self.objective_, self.gradient_max_, self.history_ = fit.objective, fit.gradient_max, fit.history
+
+    def _start(self, classes: Array) -> tuple[Tensor, Tensor] | None:
+        """The last fit's head, if it has the shape of this one."""
+        if not hasattr(self, "coef_") or not np.array_equal(self._fitted_classes(), classes):
+            return None
+        weight, bias = self._head()
+        return (weight, bias) if weight.shape[1] == self.n_features_in_ else None
+
+    def _fitted_classes(self) -> Array:
+        return np.asarray(self.classes_)
+
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in float64, a row for each class."""
+        weight, bias = torch.as_tensor(self.coef_).double(), torch.as_tensor(self.intercept_).double()
+        if len(self.classes_) == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        return weight, bias
+
+    def decision_function(self, X: Any) -> Any:
+        """Logits ``(n, C)``; of two classes ``(n,)``, the second's minus the first's."""
+        check_is_fitted(self)
+        rows = features_of(self, X, reset=False)
+        coef, intercept = torch.as_tensor(self.coef_), torch.as_tensor(self.intercept_)
+        parts = [torch.addmm(intercept.to(x.dtype), x, coef.to(x.dtype).T) for x in _blocks(rows, len(coef))]
+        logits = torch.cat(parts)
+        return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
+
+    def predict_log_proba(self, X: Any) -> Any:
+        """Logarithms of the probabilities, ``(n, C)``."""
+        logits = torch.as_tensor(self.decision_function(X))
+        if logits.ndim == 1:
+            logits = torch.stack([-logits / 2, logits / 2], 1)
+        return as_given(torch.log_softmax(logits, 1), X)
+
+    def predict_proba(self, X: Any) -> Any:
+        """Probabilities of the classes, in the order of ``classes_``, ``(n, C)``."""
+        return as_given(torch.as_tensor(self.predict_log_proba(X)).exp(), X)
+
+    def predict(self, X: Any) -> Any:
+        """The most probable class of each row, ``(n,)``; a tensor for a tensor, where the classes are numbers."""
+        logits = torch.as_tensor(self.decision_function(X))
+        index = (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
+        labels = np.asarray(self.classes_)[index.numpy()]
+        return torch.as_tensor(labels) if isinstance(X, Tensor) and labels.dtype.kind in "iufb" else labels
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose label is predicted; the label of a distribution is its most probable class."""
+        labels = np.asarray(self.classes_)[target_labels(y)] if is_soft(y) else np.asarray(y)
+        return float(super().score(X, labels, sample_weight))
+
+    def _require_options(self) -> None:
+        for name in ("C", "tol"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0):
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        if not isinstance(self.max_iter, numbers.Integral) or self.max_iter < 0:
+            raise ValueError(f"max_iter must be an integer of 0 or more; got {self.max_iter!r}")
+
+
+# --- what comes in ------------------------------------------------------------------------------------------------
+
+
+def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Source, Array, Tensor]:
+    """Rows and targets as a source, the classes, and the weights of the rows. Raises ValueError."""
+    if y is None:
+        raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
+    rows = features_of(estimator, X, reset=True)
+    count = rows.shape[0]
+    weights = torch.as_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+    if is_soft(y):
+        target = y if isinstance(y, TopK) else np.asarray(y)
+        source = to_source(rows, target, features_name="X", target_name="y")
+        classes = np.arange(len(source.classes))
+        if estimator.class_weight is not None:
+            source, weights = _reweighted(estimator, rows, source, classes, weights)
+        return source, classes, weights
+    labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
+    check_consistent_length(rows, labels)
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise ValueError("Input y contains NaN or infinity; drop or mend such rows")
+    check_classification_targets(labels)
+    classes, index = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
+            f"one class: {classes[0]!r}"
+        )
+    if estimator.class_weight is not None:
+        of_classes = compute_class_weight(
+            estimator.class_weight, classes=classes, y=labels, sample_weight=weights.numpy()
+        )
+        weights = weights * torch.as_tensor(of_classes)[index]
+    source = to_source(
+        rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
+    )
+    return source, classes, weights
+
+
+def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weights: Tensor) -> tuple[Source, Tensor]:
+    """Class weights of distributions: each row's copies with a label are weighted by it, and the row by their sum."""
+    if source.kind != "distributions" or estimator.loss not in ("cross_entropy", "forward_kl"):
+        raise ValueError(
+            "class_weight of distributions is defined for the losses cross_entropy and forward_kl alone, and not for a "
+            f"TopK; got loss {estimator.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
+        )
+    target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
+    if estimator.class_weight == "balanced":
+        mass = weights @ target
+        of_classes = torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
+    else:
+        of_classes = torch.as_tensor([float(estimator.class_weight.get(k, 1.0)) for k in classes.tolist()])
+    target *= of_classes
+    mass = target.sum(1)
+    target /= torch.where(mass > 0, mass, 1.0)[:, None]
+    target[mass == 0] = 1.0 / len(classes)
+    return to_source(rows, target, features_name="X", target_name="y"), weights * mass
+
+
+def is_soft(y: Any) -> bool:
+    """Whether targets are distributions or lists, not labels."""
+    return (
+        isinstance(y, TopK)
+        or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
+        or (isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1)
+    )
+
+
+def target_labels(y: Any) -> Array:
+    """The most probable class of each row's distribution."""
+    if isinstance(y, TopK):
+        return y.indices.gather(1, y.log_probs.argmax(1, keepdim=True))[:, 0].numpy()
+    return np.asarray(y).argmax(1)
+
+
+def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
+    """Checked as scikit-learn does; but of a memory map nothing is read, as its blocks are checked on the way."""
+    if isinstance(X, np.memmap) and X.ndim == 2 and X.dtype.kind == "f":
+        if reset:
+            estimator.n_features_in_ = X.shape[1]
+        elif X.shape[1] != estimator.n_features_in_:
+            raise ValueError(
+                f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
+                f"{estimator.n_features_in_} features as input."
+            )
+        return X
+    if isinstance(X, Tensor):
+        X = X.detach().cpu().numpy()
+    return validate_data(
+        estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32], accept_large_sparse=False
+    )
+
+
+def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
+    if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
+        yield torch.as_tensor(np.ascontiguousarray(rows))
+        return
+    for block in to_source(rows, features_name="X").blocks(max(1, PREDICTED // max(classes, rows.shape[1]))):
+        yield block.features.clone()
+
+
+# --- what goes out ------------------------------------------------------------------------------------------------
+
+
+def as_given(result: Tensor, like: Any) -> Any:
+    """A tensor for a tensor, or else an array; in the dtype of what came, where that is a floating-point one."""
+    dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
+    result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
+    return result if isinstance(like, Tensor) else result.numpy()
+
+
+def warn_of(fit: Fit, estimator: Any) -> None:
+    """Say honestly where there is no minimum, or where it was not reached."""
+    if fit.separated:
+        warnings.warn(
+            "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever as "
+            f"the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a finite C",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    elif not fit.converged:
+        warnings.warn(
+            f"the fit has not converged: {fit.reason}, the largest entry of the gradient is {fit.gradient_max:.1e} and "
+            f"tol {estimator.tol:.1e}. Raise max_iter or tol, or scale the features to the order of 1",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
