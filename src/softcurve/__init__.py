@@ -1,6 +1,6 @@
 """Cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
 
-from importlib import import_module
+from importlib import import_module as _import_module
 
 from softcurve import curvature, functional, nn, reference
 from softcurve.chain import ChainRule, chain_rule
@@ -19,13 +19,13 @@ from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 __version__ = "0.1.0"
 
 # They need scikit-learn, which is imported where they are used.
-LAZY = {"SoftmaxRegression": "softcurve.fit.estimator"}
+_LAZY = {"SoftmaxRegression": "softcurve.fit.estimator"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in LAZY:
+    if name not in _LAZY:
         raise AttributeError(f"module 'softcurve' has no attribute {name!r}")
-    return getattr(import_module(LAZY[name]), name)
+    return getattr(_import_module(_LAZY[name]), name)
 
 
 __all__ = [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +54,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         memory_budget: Bytes beyond the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
         verbose: Whether each step is printed.
 
-    Attributes: ``classes_``, ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or ``(1, d)`` and ``(1,)`` of two classes'
-    difference, in the dtype of ``X``; ``n_iter_``; ``objective_`` (of the mean, in nats); ``gradient_max_``;
+    Attributes: ``classes_``, ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or ``(1, d)`` and ``(1,)`` of two
+    classes' difference, in the dtype of ``X``; ``n_iter_``; ``objective_`` (of the mean, in nats); ``gradient_max_``;
     ``history_``, a record for each step; ``n_features_in_``, ``feature_names_in_``.
     """
 
@@ -85,12 +84,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.memory_budget = memory_budget
         self.verbose = verbose
 
-    def __sklearn_tags__(self) -> Tags:  # noqa: D105
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegression:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
         Raises ``ValueError`` for anything that cannot be used. Warns (``ConvergenceWarning``) where ``max_iter`` steps
@@ -176,9 +175,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _require_options(self) -> None:
         for name in ("C", "tol"):
             value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and not isinstance(value, bool) and value > 0):
+            if isinstance(value, bool) or not isinstance(value, float | int | np.number) or not value > 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
-        if not isinstance(self.max_iter, numbers.Integral) or self.max_iter < 0:
+        if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 0:
             raise ValueError(f"max_iter must be an integer of 0 or more; got {self.max_iter!r}")
 
 
@@ -190,11 +189,10 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Source, A
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
     rows = features_of(estimator, X, reset=True)
-    count = rows.shape[0]
     weights = torch.as_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
     if is_soft(y):
         target = y if isinstance(y, TopK) else np.asarray(y)
-        source = to_source(rows, target, features_name="X", target_name="y")
+        source: Source = to_source(rows, target, features_name="X", target_name="y")
         classes = np.arange(len(source.classes))
         if estimator.class_weight is not None:
             source, weights = _reweighted(estimator, rows, source, classes, weights)
@@ -254,7 +252,8 @@ def target_labels(y: Any) -> Array:
     """The most probable class of each row's distribution."""
     if isinstance(y, TopK):
         return y.indices.gather(1, y.log_probs.argmax(1, keepdim=True))[:, 0].numpy()
-    return np.asarray(y).argmax(1)
+    labels: Array = np.asarray(y).argmax(1)
+    return labels
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
@@ -297,8 +296,8 @@ def warn_of(fit: Fit, estimator: Any) -> None:
     """Say honestly where there is no minimum, or where it was not reached."""
     if fit.separated:
         warnings.warn(
-            "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever as "
-            f"the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a finite C",
+            "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever "
+            f"as the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a finite C",
             ConvergenceWarning,
             stacklevel=3,
         )
