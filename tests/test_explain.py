@@ -18,9 +18,10 @@ from rich.console import Console
 
 from softcurve.app import explain
 from softcurve.app.explain.network import train
-from softcurve.app.explain.page import figure, fixed, render
+from softcurve.app.explain.page import render
 from softcurve.app.explain.section import Check, plain
 from softcurve.app.explain.targets_section import explain_targets
+from softcurve.app.page.render import figure, fixed
 
 SEED = 3
 SECTIONS = ("chain", "jacobian", "targets", "directions", "minimum", "vae")

@@ -84,7 +84,7 @@ def test_to_linear_is_the_head_as_a_trainable_copy():
         (
             {},
             {"loss": "hinge"},
-            "'loss' must be one of cross_entropy, forward_kl, reverse_kl, and is 'hinge'",
+            "'loss' must be one of cross_entropy, forward_kl, reverse_kl, js, and is 'hinge'",
         ),
         ({}, {"C": "much"}, "'C' must be a positive number, and is 'much'"),
         ({}, {"C": "-1"}, "'C' must be a positive number"),

@@ -86,7 +86,7 @@ def predict(
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
     with _refusals():
-        from softcurve.app.fitting import predict_command
+        from softcurve.app.predicting import predict_command
 
         predict_command(head, data, target, out)
 

@@ -1,25 +1,29 @@
-"""Predictions as a file: .npz, .npy, .csv or .parquet."""
+"""Predictions as a file, written block by block: .npz, .npy, .csv or .parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float64, Int64
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.rows import Label
+from softcurve.fit.source import Label
 
-Array = NDArray[Any]
+__all__ = ["Write", "check_predictions_path", "writing_predictions"]
 
-__all__ = ["check_predictions_path", "write_predictions"]
+# Takes the probabilities of the next rows, and which classes are predicted.
+Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 
 
 def check_predictions_path(path: Path) -> None:
@@ -31,42 +35,92 @@ def check_predictions_path(path: Path) -> None:
         import pyarrow.parquet  # noqa: F401
 
 
-def write_predictions(
-    path: Path,
-    probabilities: Float64[np.ndarray, "rows classes"],
-    predicted: Int64[np.ndarray, " rows"],
-    classes: tuple[Label, ...],
-) -> None:
-    """Write each row's label and probabilities in row order; ``predicted`` indexes ``classes``."""
-    with replacing(path) as file:
-        WRITERS[path.suffix.lower()](file, probabilities, np.array(classes)[predicted], classes)
+@contextmanager
+def writing_predictions(path: Path, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
+    """Give a function that writes the label and the probabilities of each of the next of all ``rows``, in their order.
+
+    What stood at ``path`` before stays there unless all is written.
+    """
+    with replacing(path) as file, WRITERS[path.suffix.lower()](file, rows, classes) as write:
+        yield write
 
 
-def _npz(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:
-    np.savez(file, allow_pickle=False, probabilities=probabilities, label=labels, classes=np.array(classes))
+@contextmanager
+def _npz(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
+    """As ``numpy.savez``; the labels, which come last, are held as indices."""
+    labels = _array(classes)
+    indices: list[NDArray[np.int64]] = []
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("probabilities.npy", "w", force_zip64=True) as member:
+            _npy_header(member, (rows, len(classes)))
+
+            def write(probabilities: NDArray[np.float64], predicted: NDArray[np.int64]) -> None:
+                _entries(member, probabilities)
+                indices.append(predicted.copy())
+
+            yield write
+        predicted = np.concatenate(indices)
+        for name, array in {"label": labels[predicted], "classes": labels}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy_format.write_array(member, array, allow_pickle=False)
 
 
-def _npy(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:
-    np.save(file, probabilities)
+@contextmanager
+def _npy(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
+    _npy_header(file, (rows, len(classes)))
+    yield lambda probabilities, predicted: _entries(file, probabilities)
 
 
-def _csv(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:
+def _npy_header(file: Any, shape: tuple[int, int]) -> None:
+    descr = npy_format.dtype_to_descr(np.dtype(np.float64))
+    npy_format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+
+
+def _entries(file: Any, probabilities: NDArray[np.float64]) -> None:
+    file.write(np.ascontiguousarray(probabilities).view(np.uint8).reshape(-1).data)
+
+
+@contextmanager
+def _csv(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text)
     writer.writerow(["label", *(f"p({label})" for label in classes)])
-    for label, row in zip(labels.tolist(), probabilities.tolist(), strict=True):
-        writer.writerow([label, *row])
-    text.detach()
+
+    def write(probabilities: NDArray[np.float64], predicted: NDArray[np.int64]) -> None:
+        for index, row in zip(predicted.tolist(), probabilities, strict=True):
+            writer.writerow([classes[index], *row.tolist()])
+
+    try:
+        yield write
+    finally:
+        text.detach()
 
 
-def _parquet(file: BinaryIO, probabilities: Array, labels: Array, classes: tuple[Label, ...]) -> None:
+@contextmanager
+def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
+    """A row group for each block."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), probabilities.shape[1])
-    table = pa.table({"label": pa.array(labels), "probabilities": lists})
-    pq.write_table(table.replace_schema_metadata({"classes": json.dumps(classes)}), file)
+    labels = _array(classes)
+    fields = {"label": pa.array(labels).type, "probabilities": pa.list_(pa.float64(), len(classes))}
+    schema = pa.schema(fields, metadata={"classes": json.dumps(classes)})
+    with pq.ParquetWriter(file, schema) as writer:
+
+        def write(probabilities: NDArray[np.float64], predicted: NDArray[np.int64]) -> None:
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), len(classes))
+            writer.write_table(pa.table([pa.array(labels[predicted]), lists], schema=schema))
+
+        yield write
 
 
-Writer = Callable[[BinaryIO, Array, Array, tuple[Label, ...]], None]
+def _array(classes: tuple[Label, ...]) -> NDArray[Any]:
+    """The names of the classes; numpy would make floats of integers from 2**63 on beside smaller ones."""
+    array = np.array(classes)
+    if array.dtype.kind != "f":
+        return array
+    return np.array(classes, dtype=np.uint64 if min(map(int, classes)) >= 0 else np.str_)
+
+
+Writer = Callable[[BinaryIO, int, tuple[Label, ...]], AbstractContextManager[Write]]
 WRITERS: dict[str, Writer] = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".parquet": _parquet}

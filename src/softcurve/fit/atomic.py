@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softcurve.fit import DataError
+from softcurve.fit.files.shards import is_shard_of
 
-__all__ = ["check_writable", "replacing"]
+__all__ = ["check_output", "check_writable", "replacing"]
 
 
 @contextmanager
@@ -50,6 +51,17 @@ def check_writable(path: Path, argument: str) -> None:
         raise DataError(
             f"{argument}: {path} cannot be written ({error.strerror}); give a path in a folder that can be"
         ) from error
+
+
+def check_output(out: Path, *inputs: str | Path | None) -> None:
+    """As ``check_writable``, for ``--out``, which must not be an input or become a shard of one."""
+    check_writable(out, "--out")
+    place = out.resolve()
+    for given in inputs:
+        if given is not None and Path(given).resolve() == place:
+            raise DataError(f"--out: {out} is also an input; give another name")
+        if given is not None and is_shard_of(out, Path(given)):
+            raise DataError(f"--out: {out} would be one of the shards in {given}; give a path elsewhere")
 
 
 def _beside(place: Path) -> Path:

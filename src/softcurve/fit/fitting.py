@@ -15,13 +15,13 @@ from torch import Tensor
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Checkpoint, digest
 from softcurve.fit.losses import check_loss
-from softcurve.fit.solver.coordinates import find_coordinates
+from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
 from softcurve.fit.source import Source
 
-__all__ = ["Fit", "fit_head"]
+__all__ = ["Fit", "coordinates_of", "fit_head"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -71,6 +71,7 @@ def fit_head(
     precision: str = "auto",
     memory_budget: int | None = None,
     start: tuple[Tensor, Tensor] | None = None,
+    coordinates: Coordinates | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: float = 30.0,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -92,6 +93,7 @@ def fit_head(
             float64 throughout; ``auto`` is ``mixed``, but where float32 would save nothing. All end at the same head.
         memory_budget: Bytes beyond the rows of the source. By default 1 GiB where they are in memory, or else 256 MiB.
         start: Weight and bias to start from; by default zeros and the classes' shares.
+        coordinates: Those of :func:`coordinates_of`, for several fits to the same rows, or to some of them.
         checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
             on from it; it must belong to the same rows and options.
         on_step: Called after every step.
@@ -106,13 +108,14 @@ def fit_head(
     weights = _weights(sample_weight, source.rows)
     total = float(weights.sum())
     weights = weights / total
-    budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+    budget = _budget(source, memory_budget)
     rows_at_once = _rows_at_once(source, classes, budget)
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
     work = source.rows * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < ONE_THREAD_BELOW)
     with _threads(work):
-        coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
+        if coordinates is None:
+            coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
 
         def curvature_in(dtype: torch.dtype) -> Curvature:
@@ -141,6 +144,26 @@ def fit_head(
         if saved is not None:
             saved.save(outcome.state, now=True)
         return _fit_of(outcome, objective)
+
+
+def coordinates_of(
+    source: Source,
+    *,
+    fit_intercept: bool = True,
+    sample_weight: Float64[Tensor, " rows"] | None = None,
+    memory_budget: int | None = None,
+) -> Coordinates:
+    """The coordinates that :func:`fit_head` finds first: one pass over the rows, and the eigenvectors of a covariance.
+
+    They also serve a fit to some of the rows, as they span those; any mean and any axes lead to the same head.
+    """
+    weights = _weights(sample_weight, source.rows)
+    classes = len(source.classes)
+    rows_at_once = _rows_at_once(source, classes, _budget(source, memory_budget))
+    with _threads(source.rows * source.width * classes):
+        return find_coordinates(
+            source, weights / weights.sum(), classes, intercept=fit_intercept, rows_at_once=rows_at_once
+        )
 
 
 def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
@@ -175,9 +198,7 @@ def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
     return True
 
 
-def _first_state(
-    objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool
-) -> State:
+def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
     coordinates = objective.coordinates
     if start is not None:
         weight, bias = (tensor.double() for tensor in start)
@@ -204,6 +225,10 @@ def _class_shares(objective: Objective) -> Float64[Tensor, " classes"]:
         else:
             shares.scatter_add_(0, block.target, weights)
     return shares
+
+
+def _budget(source: Source, given: int | None) -> int:
+    return (IN_MEMORY if source.in_memory else FROM_FILES) if given is None else given
 
 
 def _rows_at_once(source: Source, classes: int, budget: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,6 +30,7 @@ class Block:
         return len(self.features)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows with their targets, in an order that never changes."""
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import softcurve
 from softcurve.app.explain.network import CLASSES, Network
-from softcurve.app.explain.picture import Picture, bars, cells, picture
 from softcurve.app.explain.section import Check, Section
+from softcurve.app.page.picture import Picture, bars, cells, picture
 
 BOUND = 1e-12
 ROWS = ("dL_dp", "dL_dz", "dL_de", "dL_dx")

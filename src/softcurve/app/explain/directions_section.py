@@ -14,8 +14,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.picture import Theme, canvas, picture
 from softcurve.app.explain.section import Check, Section
+from softcurve.app.page.picture import Theme, canvas, picture
 
 GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
 HUMPS = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, width

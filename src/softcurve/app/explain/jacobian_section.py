@@ -9,8 +9,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve.app.explain.network import CLASSES, Network
-from softcurve.app.explain.picture import Picture, Theme, bars, canvas, cells, picture, powers
 from softcurve.app.explain.section import Check, Section
+from softcurve.app.page.picture import Picture, Theme, bars, canvas, cells, picture, powers
 
 ROUNDING = 1e-15
 

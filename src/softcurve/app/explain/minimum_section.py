@@ -12,8 +12,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve.app.explain.network import Network
-from softcurve.app.explain.picture import Theme, canvas, picture, powers
 from softcurve.app.explain.section import Check, Section
+from softcurve.app.page.picture import Theme, canvas, picture, powers
 
 ROWS = 200
 SCALES = tuple(10 ** (k / 4) for k in range(-16, 1))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve.app.explain.network import Network
-from softcurve.app.explain.picture import Theme, canvas, picture
 from softcurve.app.explain.section import Check, Section
+from softcurve.app.page.picture import Theme, canvas, picture
 
 
 def explain_targets(network: Network) -> Section:

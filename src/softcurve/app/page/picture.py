@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -35,6 +35,7 @@ class Theme:
         return mpl.rc_context(
             {
                 "svg.hashsalt": "softcurve",
+                "text.parse_math": False,
                 "figure.facecolor": "none",
                 "axes.facecolor": "none",
                 "savefig.facecolor": "none",
@@ -110,6 +111,21 @@ def powers(axis: Axis) -> None:
     superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
     axis.set_major_formatter(lambda value, _: f"10{str(round(math.log10(value))).translate(superscript)}")
     axis.set_minor_locator(NullLocator())
+
+
+def decades(axis: Axis, values: Iterable[float], *, most: int = 6) -> None:
+    """A logarithmic axis over whole decades around positive values, so that even a short one has labels."""
+    exponents = [math.log10(value) for value in values]
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    high = max(high, low + 1)
+    step = -(-(high - low) // most)
+    axes = axis.axes
+    if axis is axes.xaxis:
+        axes.set(xscale="log", xlim=(10.0**low, 10.0**high))
+    else:
+        axes.set(yscale="log", ylim=(10.0**low, 10.0**high))
+    axis.set_ticks([10.0**k for k in range(low, high + 1, step)])
+    powers(axis)
 
 
 def cells(theme: Theme, values: Sequence[Sequence[float]], *, signed: bool, cell: float = 0.2) -> Figure:

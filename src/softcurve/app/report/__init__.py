@@ -1,0 +1,34 @@
+"""The report of a fit: one HTML page with what the head is worth and how it came about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softcurve.app.page.render import render_page
+from softcurve.app.report.classes import show_classes, show_confusion
+from softcurve.app.report.convergence import show_convergence, show_path
+from softcurve.app.report.curvature import show_curvature
+from softcurve.app.report.hardest import show_hardest
+from softcurve.app.report.record import FitReport, PathPoint, Step
+from softcurve.app.report.reliability import show_calibration
+from softcurve.fit.atomic import replacing
+
+__all__ = ["FitReport", "PathPoint", "Step", "write_report"]
+
+SECTIONS = (
+    show_convergence,
+    show_calibration,
+    show_confusion,
+    show_classes,
+    show_curvature,
+    show_path,
+    show_hardest,
+)
+
+
+def write_report(path: Path, report: FitReport) -> None:
+    """Write the page; what stood at ``path`` before stays there unless all is written."""
+    sections = [show(report) for show in SECTIONS]
+    page = render_page("softcurve.app.report", "report.html.j2", {"sections": sections, "report": report})
+    with replacing(path) as file:
+        file.write(page.encode())

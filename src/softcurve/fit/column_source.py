@@ -1,0 +1,272 @@
+"""Rows whose columns are read block by block: the one implementation of a source, for files and for memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+
+from softcurve.fit import DataError
+from softcurve.fit.columns import ArrayColumn, Column, Fill, Part
+from softcurve.fit.features import check_features, double_needed, refuse_not_finite
+from softcurve.fit.labels import index_labels
+from softcurve.fit.read_ahead import read_ahead
+from softcurve.fit.soft_targets import check_distributions, check_lists, rescale, to_top_k
+from softcurve.fit.source import Block, BlockTarget, Label, TargetKind
+
+__all__ = ["ColumnSource", "assemble"]
+
+BLOCK = 65536  # entries of a list at a time, where its classes are counted
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnSource:
+    """The rows of all parts, one after the other. A block ends where a part does.
+
+    Labels are held as indices; features, distributions and lists are read in each walk, those of files by a thread,
+    one block ahead, so that two blocks are in memory at a time. Distributions come in float64, rescaled to sum to one.
+    """
+
+    parts: tuple[Part, ...]
+    kind: TargetKind | None
+    classes: tuple[Label, ...]
+    index: Int64[np.ndarray, " rows"] | None  # the labels
+    in_memory: bool
+
+    @cached_property
+    def rows(self) -> int:
+        """How many, over all parts."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        """The number of features."""
+        return self.parts[0].features.shape[1]
+
+    @cached_property
+    def double(self) -> bool:
+        """Whether the features of any part need float64."""
+        return any(double_needed(part.features.dtype) for part in self.parts)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the features, as they are given out."""
+        return np.dtype(np.float64 if self.double else np.float32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the labels, and of what is stored of everything else in some places."""
+        state = hashlib.sha256(repr((self.rows, self.kind, self.classes)).encode())
+        state.update(b"" if self.index is None else self.index.tobytes())
+        streamed = [part.features for part in self.parts]
+        streamed += [column for part in self.parts for column in part.lists or ()]
+        if self.kind == "distributions":
+            streamed += [part.target for part in self.parts if part.target is not None]
+        for column in streamed:
+            state.update(column.digest())
+        return state.hexdigest()
+
+    def blocks(self, at_most: int) -> Iterator[Block]:
+        """All rows in order, ``at_most`` a block. Raises DataError that names the file and the place of damage."""
+        if at_most < 1:
+            raise DataError(f"at_most must be 1 row or more; got {at_most}")
+        return self.walk(at_most) if self.in_memory else read_ahead(self.walk(at_most))
+
+    def walk(self, at_most: int) -> Iterator[Block]:
+        """As ``blocks``, without a thread."""
+        size = min(at_most, max(part.rows for part in self.parts))
+        buffers = _Buffers(size), _Buffers(size)
+        firsts = accumulate((part.rows for part in self.parts), initial=0)
+        turn = 0
+        for part, first in zip(self.parts, firsts, strict=False):
+            with ExitStack() as stack:
+                reading = _Reading(self, part, stack)
+                for start in range(0, part.rows, at_most):
+                    stop = min(start + at_most, part.rows)
+                    features = reading.features(buffers[turn], start, stop)
+                    target = reading.target(buffers[turn], start, stop, first)
+                    yield Block(first + start, features, target)
+                    turn = 1 - turn
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """Memory for one block, taken when it is first needed."""
+
+    rows: int
+    taken: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def take(self, use: str, rows: int, width: int, dtype: np.dtype[Any] | type[np.generic]) -> NDArray[Any]:
+        if use not in self.taken:
+            self.taken[use] = np.empty((self.rows, width), dtype)
+        return self.taken[use][:rows]
+
+
+class _Reading:
+    """One walk through one part."""
+
+    def __init__(self, source: ColumnSource, part: Part, stack: ExitStack) -> None:
+        self.source, self.part = source, part
+        self.view = part.features.view(source.dtype) if isinstance(part.features, ArrayColumn) else None
+        self.fill: dict[str, Fill] = {}
+        if self.view is None:
+            self.fill["features"] = stack.enter_context(part.features.opened())
+        if source.kind == "distributions" and part.target is not None:
+            self.fill["distributions"] = stack.enter_context(part.target.opened())
+        elif source.kind == "top_k" and part.lists is not None:
+            self.fill["indices"], self.fill["log_probs"] = map(stack.enter_context, (c.opened() for c in part.lists))
+
+    def features(self, buffers: _Buffers, start: int, stop: int) -> torch.Tensor:
+        if self.view is not None:
+            return torch.from_numpy(self.view[start:stop])
+        rows = buffers.take("features", stop - start, self.source.width, self.source.dtype)
+        self.fill["features"](start, rows)
+        refuse_not_finite(rows, self.part.features.name, start, "drop or fill such rows")
+        return torch.from_numpy(rows)
+
+    def target(self, buffers: _Buffers, start: int, stop: int, first: int) -> BlockTarget | None:
+        count, place = stop - start, (self.part.first or 0) + start
+        if self.source.index is not None:
+            return torch.from_numpy(self.source.index[first + start : first + stop])
+        if self.source.kind == "distributions" and self.part.target is not None:
+            rows = buffers.take("distributions", count, len(self.source.classes), np.float64)
+            self.fill["distributions"](place, rows)
+            rescale(rows, self.part.target.name, place)
+            return torch.from_numpy(rows)
+        if self.part.lists is not None and self.source.kind == "top_k":
+            columns = self.part.lists
+            wide = double_needed(columns[1].dtype)
+            indices = buffers.take("indices", count, columns[0].shape[1], np.int64)
+            log_probs = buffers.take("log_probs", count, columns[0].shape[1], np.float64 if wide else np.float32)
+            self.fill["indices"](place, indices)
+            self.fill["log_probs"](place, log_probs)
+            names = columns[0].name, columns[1].name
+            return to_top_k(indices, log_probs, len(self.source.classes), names, place)
+        return None
+
+
+def assemble(
+    parts: Sequence[Part],
+    *,
+    classes: tuple[Label, ...] | None = None,
+    class_count: int | None = None,
+    in_memory: bool = False,
+) -> ColumnSource:
+    """Check what can be seen without reading all, read the labels, and make the parts one source.
+
+    Targets are in terms of ``classes`` where they are given. ``class_count`` is that of a teacher's lists, by default
+    the largest index and one. Raises DataError that names the part.
+    """
+    kinds = [_checked_kind(part) for part in parts]
+    for part, kind in zip(parts, kinds, strict=True):
+        _refuse_other(parts[0], kinds[0], part, kind)
+    kind = kinds[0]
+    if class_count is not None and (class_count < 2 or kind == "labels"):
+        what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
+        raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
+    index = None
+    if kind == "labels":
+        columns = {id(part.target): part.target for part in parts if part.target is not None}  # one file for all parts
+        classes, index = index_labels(list(columns.values()), classes)
+    elif kind is not None:
+        given = class_count if classes is None else len(classes)
+        found = _class_count(parts, kind, given, "the head has" if classes is not None else "class_count is")
+        classes = tuple(range(found)) if classes is None else classes
+    source = ColumnSource(tuple(parts), kind, classes if classes is not None and kind else (), index, in_memory)
+    if in_memory:
+        _check_entries(source)
+    return source
+
+
+def _checked_kind(part: Part) -> TargetKind | None:
+    check_features(part.features)
+    if part.lists is not None:
+        for column in part.lists:
+            _same_length(part.features, column)
+        check_lists(*part.lists)
+        return "top_k"
+    if part.target is None:
+        return None
+    if part.first is None:
+        _same_length(part.features, part.target)
+    if len(part.target.shape) == 1:
+        return "labels"
+    check_distributions(part.target)
+    return "distributions"
+
+
+def _same_length(features: Column, target: Column) -> None:
+    if not target.shape or target.shape[0] != features.shape[0]:
+        shape = f"{target.shape[0]} rows" if target.shape else "a single value"
+        raise DataError(
+            f"{features.name} has {features.shape[0]} rows but {target.name} has {shape}; give one target a row"
+        )
+
+
+def _refuse_other(first: Part, first_kind: TargetKind | None, part: Part, kind: TargetKind | None) -> None:
+    """Raise DataError for a part that does not go with the first one."""
+    if part.features.shape[1] != first.features.shape[1]:
+        raise DataError(
+            f"{part.features.name} must have {first.features.shape[1]} columns, as {first.features.name}; got "
+            f"{part.features.shape[1]}: all shards need the same features"
+        )
+    words = {"labels": "labels", "distributions": "distributions", "top_k": "a teacher's lists"}
+    if kind != first_kind:
+        got = words[kind] if kind is not None else f"no targets ({part.absent})"
+        wanted = words[first_kind] if first_kind is not None else f"no targets ({first.absent})"
+        raise DataError(
+            f"{part.features.name} comes with {got}, and {first.features.name} with {wanted}; "
+            "all shards need the same kind of target"
+        )
+    ours, theirs = part.lists[0] if part.lists else part.target, first.lists[0] if first.lists else first.target
+    if ours is not None and theirs is not None and ours.shape[1:] != theirs.shape[1:]:
+        raise DataError(
+            f"{ours.name} must have {theirs.shape[1]} columns, as {theirs.name}; got {ours.shape[1]}: all shards need "
+            "targets over the same classes"
+        )
+
+
+def _class_count(parts: Sequence[Part], kind: TargetKind, given: int | None, says: str) -> int:
+    target = parts[0].target
+    if kind == "distributions" and target is not None:
+        if given is not None and target.shape[1] != given:
+            raise DataError(
+                f"{target.name} has distributions over {target.shape[1]} classes, {says} "
+                f"{given}: give targets over these classes, in their order"
+            )
+        return target.shape[1]
+    return _largest_index(parts) + 1 if given is None else given
+
+
+def _largest_index(parts: Sequence[Part]) -> int:
+    largest = 1  # a head has two classes or more
+    for part in parts:
+        if part.lists is None:
+            continue
+        column = part.lists[0]
+        piece = np.empty((max(1, min(BLOCK // column.shape[1], part.rows)), column.shape[1]), np.int64)
+        with column.opened() as fill:
+            for start in range(0, part.rows, len(piece)):
+                rows = piece[: part.rows - start]
+                fill(start, rows)
+                largest = max(largest, int(rows.max()))
+    return largest
+
+
+def _check_entries(source: ColumnSource) -> None:
+    """Check features that are views here, once, and by a walk all else that it checks, so that it is known at once."""
+    for part in source.parts:
+        view = part.features.view(source.dtype) if isinstance(part.features, ArrayColumn) else None
+        if view is not None:
+            refuse_not_finite(view, part.features.name, 0, "drop or fill such rows")
+    for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
+        pass

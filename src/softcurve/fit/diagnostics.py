@@ -1,0 +1,225 @@
+"""What a head is worth on rows: its figures, from one walk over them that never holds more than a block's logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.confusion import ConfusedPair, Confusion
+from softcurve.fit.losses import row_losses
+from softcurve.fit.source import Block, BlockTarget, Source, TargetKind
+from softcurve.fit.subset import Subset
+from softcurve.functional import entropy
+from softcurve.targets import TopK
+
+__all__ = ["Calibration", "Diagnostics", "HardRow", "diagnose"]
+
+BLOCK_BYTES = 8_000_000  # of a block's logits, or of its features, whichever are wider
+KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
+MOST_CONFUSED = 30
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Rows by the probability of the class that is predicted, in bins of equal width; a bin holds its upper edge.
+
+    ``confidence`` is the mean of that probability and ``accuracy`` the share of rows predicted rightly, NaN in an
+    empty bin. ``error`` is the mean over rows of ``|accuracy − confidence|`` of their bin (the ECE of Guo et al. 2017).
+    """
+
+    counts: Int64[Tensor, " bins"]
+    confidence: Float64[Tensor, " bins"]
+    accuracy: Float64[Tensor, " bins"]
+    error: float
+
+
+@dataclass(frozen=True)
+class HardRow:
+    """A row that the head finds hard: ``el2n`` is ``‖p − y‖``, ``label`` and ``predicted`` are numbers of classes.
+
+    ``row`` is its number in the source, and for a :class:`~softcurve.fit.subset.Subset` in what that is a part of.
+    """
+
+    row: int
+    el2n: float
+    label: int
+    predicted: int
+    probability: float  # of the label
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """Figures of a head on rows, in nats; a target's most probable class is its label.
+
+    ``kl`` is the mean ``D(target‖model)``, ``None`` for labels; ``entropy`` is the mean of the model's own;
+    ``brier`` is the mean ``‖p − y‖²``, from 0 to 2. Of a top-k list with a bucket, the last is over its outcomes.
+    ``matrix`` counts (label, predicted) where the classes are few, and ``confused`` the pairs that are confused most.
+    ``hardest`` are the rows of largest EL2N (Paul, Ganguli, Dziugaite 2021), the hardest first.
+    """
+
+    rows: int
+    kind: TargetKind
+    loss: float
+    accuracy: float
+    kl: float | None
+    entropy: float
+    brier: float
+    calibration: Calibration
+    support: Int64[Tensor, " classes"]
+    predicted: Int64[Tensor, " classes"]
+    correct: Int64[Tensor, " classes"]
+    matrix: Int64[Tensor, "classes classes"] | None
+    confused: tuple[ConfusedPair, ...]
+    hardest: tuple[HardRow, ...]
+    hardest_features: Float64[Tensor, "hardest d"] | None  # None where they are wide
+
+
+@torch.no_grad()
+def diagnose(
+    source: Source,
+    weight: Float[Tensor, "classes d"],
+    bias: Float[Tensor, " classes"],
+    loss: str,
+    *,
+    hardest: int = 24,
+    bins: int = 15,
+    rows_at_once: int | None = None,
+) -> Diagnostics:
+    """The figures of ``softmax(W e + b)`` on all rows, in float64 and in one walk.
+
+    Raises DataError for rows without targets, or no rows.
+    """
+    if source.kind is None or source.rows == 0:
+        raise DataError("data: figures need rows with targets" + ("" if source.rows else ", and there are no rows"))
+    weight, bias = weight.double(), bias.double()
+    classes = len(bias)
+    if rows_at_once is None:
+        rows_at_once = max(1, BLOCK_BYTES // (8 * max(weight.shape)))
+    confusion, sums = Confusion(classes), _Sums(bins)
+    hard = _Hardest(hardest, weight.shape[1])
+    for block in source.blocks(rows_at_once):
+        assert block.target is not None
+        logits = torch.addmm(bias, block.features.double(), weight.T)
+        found = _rows(loss, logits, block.target)
+        confusion.add(found.label, found.predicted)
+        sums.add(found)
+        hard.add(block, found)
+    rows, totals = sums.rows, {name: total / sums.rows for name, total in sums.totals.items()}
+    return Diagnostics(
+        rows=rows,
+        kind=source.kind,
+        accuracy=int(confusion.correct.sum()) / rows,
+        loss=totals["loss"],
+        kl=None if source.kind == "labels" else totals["kl"],
+        entropy=totals["entropy"],
+        brier=totals["brier"],
+        calibration=sums.calibration(),
+        support=confusion.support,
+        predicted=confusion.predicted,
+        correct=confusion.correct,
+        matrix=confusion.matrix,
+        confused=confusion.most_confused(MOST_CONFUSED),
+        hardest=_numbered(source, hard.rows),
+        hardest_features=hard.features,
+    )
+
+
+def _numbered(source: Source, rows: list[HardRow]) -> tuple[HardRow, ...]:
+    """With the numbers that people know the rows by."""
+    if not isinstance(source, Subset):
+        return tuple(rows)
+    numbers = source.row_numbers([row.row for row in rows]).tolist()
+    return tuple(replace(row, row=number) for row, number in zip(rows, numbers, strict=True))
+
+
+class _Rows(NamedTuple):
+    """What is known of each row of a block."""
+
+    loss: Float64[Tensor, " rows"]
+    kl: Float64[Tensor, " rows"] | None
+    entropy: Float64[Tensor, " rows"]
+    squared_el2n: Float64[Tensor, " rows"]
+    confidence: Float64[Tensor, " rows"]
+    probability: Float64[Tensor, " rows"]
+    label: Int64[Tensor, " rows"]
+    predicted: Int64[Tensor, " rows"]
+
+
+def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarget) -> _Rows:
+    losses = row_losses(loss, logits, target).double()
+    label = _labels(target)
+    kl = None
+    if isinstance(target, TopK) or target.is_floating_point():
+        kl = losses if loss == "forward_kl" else row_losses("forward_kl", logits, target).double()
+    p = logits.softmax(-1)
+    confidence, predicted = p.max(-1)
+    probability = p.gather(-1, label[:, None]).squeeze(-1)
+    if isinstance(target, TopK):
+        model, teacher = target.against(logits)
+        residual = model.softmax(-1).sub_(teacher.double().softmax(-1))
+    elif target.is_floating_point():
+        residual = p.sub_(target)
+    else:
+        residual = p.scatter_add_(-1, label[:, None], torch.full_like(probability, -1.0)[:, None])
+    squared = residual.square_().sum(-1)
+    return _Rows(losses, kl, entropy(logits), squared, confidence, probability, label, predicted)
+
+
+def _labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
+    if isinstance(target, TopK):
+        return target.indices.gather(-1, target.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    return target.argmax(-1) if target.is_floating_point() else target.long()
+
+
+class _Sums:
+    """Sums over rows, and over those of each bin of confidence."""
+
+    def __init__(self, bins: int) -> None:
+        self.rows = 0
+        self.totals = dict.fromkeys(("loss", "kl", "entropy", "brier"), 0.0)
+        self.edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+        self.counts = torch.zeros(bins, dtype=torch.int64)
+        self.confidence, self.correct = torch.zeros(2, bins, dtype=torch.float64)
+
+    def add(self, rows: _Rows) -> None:
+        columns = {"loss": rows.loss, "kl": rows.kl, "entropy": rows.entropy, "brier": rows.squared_el2n}
+        self.rows += len(rows.loss)
+        for name, column in columns.items():
+            if column is not None:
+                self.totals[name] += column.sum().item()
+        places = torch.bucketize(rows.confidence, self.edges)  # an edge belongs to the bin below
+        self.counts += torch.bincount(places, minlength=len(self.counts))
+        self.confidence.index_add_(0, places, rows.confidence)
+        self.correct.index_add_(0, places, (rows.label == rows.predicted).double())
+
+    def calibration(self) -> Calibration:
+        confidence, accuracy = self.confidence / self.counts, self.correct / self.counts  # 0/0 is NaN
+        error = (self.correct - self.confidence).abs().sum().item() / self.rows
+        return Calibration(self.counts, confidence, accuracy, error)
+
+
+class _Hardest:
+    """The rows of largest EL2N so far, with their features; of equals the first."""
+
+    def __init__(self, at_most: int, width: int) -> None:
+        self.at_most = at_most
+        self.rows: list[HardRow] = []
+        self.features = torch.zeros(0, width, dtype=torch.float64) if width <= KEPT_WIDTH else None
+
+    def add(self, block: Block, rows: _Rows) -> None:
+        el2n = rows.squared_el2n.sqrt()
+        order = el2n.argsort(descending=True, stable=True)[: self.at_most]
+        columns = (el2n, rows.label, rows.predicted, rows.probability, rows.loss)
+        numbers = (order + block.start).tolist()
+        found = [HardRow(*row) for row in zip(numbers, *(column[order].tolist() for column in columns), strict=True)]
+        together = self.rows + found
+        kept = sorted(range(len(together)), key=lambda place: -together[place].el2n)[: self.at_most]
+        self.rows = [together[place] for place in kept]
+        if self.features is not None:
+            self.features = torch.cat([self.features, block.features[order].double()])[kept]

@@ -1,0 +1,86 @@
+"""The arrays of an .npz archive: held in memory, or each for as long as it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softcurve.fit import DataError
+from softcurve.fit.columns import ArrayColumn, Column, Fill, Part
+from softcurve.fit.files.decoding import check_file, decoding
+from softcurve.fit.files.naming import named_part
+from softcurve.fit.files.npy import read_header
+from softcurve.fit.files.stamp import Stamp
+
+__all__ = ["npz_part"]
+
+KIND = "an .npz archive (numpy.savez)"
+
+
+def npz_part(path: Path, with_target: bool, *, held: bool) -> Part:
+    """The rows of an archive; ``held`` keeps the arrays, else they are read anew in every walk."""
+    check_file(path, "data")
+    with decoding(path, "data", KIND), path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"data: {path} is a single array, not an archive; rename it to .npy")
+        stamp, members = Stamp.of(path), archive.zip
+        assert members is not None
+
+        def column(name: str) -> Column:
+            named = f"array {name!r} of {path}"
+            if held:
+                return ArrayColumn(archive[name], named)
+            member = name if name in members.namelist() else f"{name}.npy"
+            with members.open(member) as entry:
+                shape, _, dtype = read_header(entry)  # type: ignore[arg-type]
+            return NpzColumn(named, stamp, name, shape, dtype, members.getinfo(member).CRC)
+
+        return named_part(path, "array", archive.files, column, with_target)
+
+
+@dataclass(frozen=True, eq=False)
+class NpzColumn:
+    """One array of an archive, which may be compressed: whole in memory while it is open."""
+
+    name: str
+    stamp: Stamp
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    checksum: int
+
+    @contextmanager
+    def opened(self) -> Iterator[Fill]:
+        """Rows of the array."""
+        array = self._array()
+
+        def fill(start: int, out: NDArray[Any]) -> None:
+            out[...] = array[start : start + len(out)]
+
+        yield fill
+
+    def labels(self) -> Iterator[NDArray[Any]]:
+        """The array, in one piece."""
+        yield self._array()
+
+    def digest(self) -> bytes:
+        """Of shape, dtype, and the checksum that the archive has of all bytes."""
+        return hashlib.sha256(f"{self.shape} {self.dtype.str} {self.checksum}".encode()).digest()
+
+    def _array(self) -> NDArray[Any]:
+        path = self.stamp.path
+        with self.stamp.opened() as file, decoding(path, "data", KIND):
+            with np.load(file, allow_pickle=False) as archive:
+                array: NDArray[Any] = archive[self.member]
+            if array.shape != self.shape:
+                raise zipfile.BadZipFile(f"array {self.member!r} has shape {array.shape}, by its header {self.shape}")
+            return array

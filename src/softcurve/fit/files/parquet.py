@@ -1,0 +1,218 @@
+"""The columns of a .parquet table, read by row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softcurve.fit import DataError
+from softcurve.fit.columns import Column, Fill, Part
+from softcurve.fit.files.decoding import check_file, decoding
+from softcurve.fit.files.naming import FEATURES, LISTS, TARGET, listed, named_part, target_of
+from softcurve.fit.files.stamp import Stamp
+
+__all__ = ["parquet_part"]
+
+KIND = "a .parquet table"
+LABELS = 1 << 16  # labels that are read at a time
+BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
+
+
+def parquet_part(path: Path, with_target: bool) -> Part:
+    """The rows of a table: a list column ``features`` or ``X``, or else every column that is no target."""
+    import pyarrow.parquet as pq
+
+    check_file(path, "data")
+    with decoding(path, "data", KIND), pq.ParquetFile(path, pre_buffer=False) as table:
+        stamp, rows, kinds = Stamp.of(path), table.metadata.num_rows, table.schema_arrow
+        names = list(kinds.names)
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"data: {path} has more than one column {doubled[0]!r}; rename one")
+
+        def column(name: str) -> ParquetColumn:
+            kind, named = kinds.field(name).type, f"column {name!r} of {path}"
+            entry = _entry(kind)
+            shape = (rows, _list_width(table, name, named)) if _is_list(kind) else (rows,)
+            return ParquetColumn(named, stamp, (name,), shape, _dtype(entry))
+
+        if any(name in names for name in FEATURES):
+            return named_part(path, "column", names, column, with_target)
+        lists = tuple(name for name in LISTS if name in names and _is_list(kinds.field(name).type))
+        plain = [name for name in names if name not in (*TARGET, *lists)]
+        if not plain:
+            raise DataError(f"data: {path} has no feature columns; its columns are {listed(names)}")
+        columns = [_numeric(column(name), name, path) for name in plain]
+        features = ParquetColumn(
+            f"columns of {path}", stamp, tuple(plain), (rows, len(plain)), np.result_type(*(c.dtype for c in columns))
+        )
+        targets = [name for name in names if name in (*TARGET, *lists)]
+        return Part(features, *target_of(path, "column", targets, column, with_target))
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetColumn:
+    """A column of numbers, of text or of lists of one length; or several columns of numbers, side by side."""
+
+    name: str
+    stamp: Stamp
+    columns: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @contextmanager
+    def opened(self) -> Iterator[Fill]:
+        """Rows in their order, from the first on."""
+        import pyarrow.parquet as pq
+
+        self.stamp.check()
+        with decoding(self.stamp.path, "data", KIND):
+            table = pq.ParquetFile(self.stamp.path, pre_buffer=False, buffer_size=BUFFER)
+        with table:
+            yield _Sequence(self, table)
+        self.stamp.check()
+
+    def labels(self) -> Iterator[NDArray[Any]]:
+        """The entries, some at a time."""
+        import pyarrow.parquet as pq
+
+        path = self.stamp.path
+        self.stamp.check()
+        with decoding(path, "data", KIND), pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as table:
+            first = 0
+            for batch in table.iter_batches(LABELS, columns=list(self.columns)):
+                yield _values(batch.column(batch.schema.get_field_index(self.columns[0])), self.name, first)
+                first += len(batch)
+
+    def digest(self) -> bytes:
+        """Of bytes that are spread over the file."""
+        return self.stamp.digest() + repr(self.columns).encode()
+
+
+class _Sequence:
+    """A fill that goes through the row groups once."""
+
+    def __init__(self, column: ParquetColumn, table: Any) -> None:
+        self.column, self.table = column, table
+        self.position = 0  # of the next row
+        self.batches: Iterator[Any] | None = None
+        self.pending: NDArray[Any] = np.empty((0, *column.shape[1:]))
+
+    def __call__(self, start: int, out: NDArray[Any]) -> None:
+        assert start == self.position, "rows are read in their order"
+        if self.batches is None:
+            self.batches = self.table.iter_batches(len(out), columns=list(self.column.columns))
+        filled = 0
+        while filled < len(out):
+            if not len(self.pending):
+                self.pending = self._next(self.batches, start + filled)
+            taken = self.pending[: len(out) - filled]
+            out[filled : filled + len(taken)] = taken
+            self.pending = self.pending[len(taken) :]
+            filled += len(taken)
+        self.position += filled
+
+    def _next(self, batches: Iterator[Any], first: int) -> NDArray[Any]:
+        column, path = self.column, self.column.stamp.path
+        with decoding(path, "data", KIND):
+            batch = next(batches, None)
+            if batch is None:
+                raise EOFError(f"it ends after {first} of {column.shape[0]} rows")
+            found = [batch.column(batch.schema.get_field_index(name)) for name in column.columns]
+            if len(found) == 1 and _is_list(found[0].type):
+                return _lists(found[0], column.name, first, column.shape[1])
+            side_by_side = np.empty((len(batch), len(found)), column.dtype)
+            for place, (values, name) in enumerate(zip(found, column.columns, strict=True)):
+                side_by_side[:, place] = _values(values, f"column {name!r} of {path}", first)
+            return side_by_side
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _entry(kind: Any) -> Any:
+    """The type of a single entry of a column."""
+    import pyarrow as pa
+
+    kind = kind.value_type if _is_list(kind) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _dtype(kind: Any) -> np.dtype[Any]:
+    """What numpy makes of an entry of this type."""
+    import pyarrow as pa
+
+    if _is_text(kind):
+        return np.dtype(np.str_)
+    if pa.types.is_decimal(kind):
+        return np.dtype(np.float64)
+    return np.asarray(pa.array([], kind).to_numpy(zero_copy_only=False)).dtype
+
+
+def _list_width(table: Any, name: str, named: str) -> int:
+    """How long the lists are: the first tells."""
+    import pyarrow as pa
+
+    kind = table.schema_arrow.field(name).type
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    batch = next(table.iter_batches(1, columns=[name]), None)
+    if batch is None or not len(batch):
+        return 0
+    first = batch.column(batch.schema.get_field_index(name))[0]
+    if not first.is_valid:
+        raise DataError(f"data: {named} has no list in row 0; fill it or drop the row")
+    return len(first)
+
+
+def _lists(array: Any, named: str, first: int, width: int) -> NDArray[Any]:
+    import pyarrow.compute as pc
+
+    _refuse_nulls(array, named, first)
+    lengths = pc.min_max(pc.list_value_length(array)).as_py()
+    least, most = min(width, lengths["min"]), max(width, lengths["max"])
+    if least != most:
+        raise DataError(f"data: {named} has lists of {least} to {most} entries; give one length")
+    return _values(array.flatten(), f"the lists in {named}", first).reshape(len(array), width)
+
+
+def _values(array: Any, named: str, first: int) -> NDArray[Any]:
+    import pyarrow as pa
+
+    _refuse_nulls(array, named, first)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if _is_text(array.type):
+        return np.array(array.to_pylist(), dtype=np.str_)
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
+    return np.asarray(array.to_numpy(zero_copy_only=False))
+
+
+def _refuse_nulls(array: Any, named: str, first: int) -> None:
+    if array.null_count:
+        raise DataError(f"data: {named} has {array.null_count} nulls from row {first} on; fill them or drop the rows")
+
+
+def _numeric(column: Column, name: str, path: Path) -> Column:
+    if len(column.shape) != 1 or column.dtype.kind not in "iufb":
+        what = "lists" if len(column.shape) != 1 else "text" if column.dtype.kind == "U" else str(column.dtype)
+        raise DataError(
+            f"data: column {name!r} of {path} holds {what}; a feature column must be numeric: drop it, "
+            "encode it as numbers, or put all features into one list column named features"
+        )
+    return column

@@ -1,0 +1,73 @@
+"""A file, or a directory of files, as the parts of a source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from softcurve.fit import DataError
+from softcurve.fit.columns import Part
+from softcurve.fit.files.npy import npy_column
+from softcurve.fit.files.npz import npz_part
+from softcurve.fit.files.parquet import parquet_part
+from softcurve.fit.files.safetensors import safetensors_part
+
+__all__ = ["SUFFIXES", "directory_parts", "file_part", "is_shard_of"]
+
+SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")
+
+
+def file_part(path: Path, *, with_target: bool, held: bool = True) -> Part:
+    """The rows of a file whose suffix tells its format; ``held`` keeps those of an .npz in memory. Raises DataError."""
+    readers: dict[str, Callable[[Path, bool], Part]] = {
+        ".npz": partial(npz_part, held=held),
+        ".npy": lambda path, _: Part(npy_column(path, "data", str(path)), absent="it is one array"),
+        ".safetensors": safetensors_part,
+        ".parquet": parquet_part,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        kind = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise DataError(
+            f"data: {path} has {kind}; it must be the word digits or a file that ends in {', '.join(readers)}, or a "
+            "directory of such files"
+        )
+    return reader(path, with_target)
+
+
+def directory_parts(directory: Path, *, with_target: bool, without: Path | None = None) -> list[Part]:
+    """The rows of all files of one format in a directory, by name, ``shard-2`` before ``shard-10``.
+
+    Hidden files, files of other suffixes and the file ``without`` are no shards. Raises DataError.
+    """
+    found = [
+        path
+        for path in directory.iterdir()
+        if is_shard_of(path, directory) and path.is_file() and (without is None or path.resolve() != without.resolve())
+    ]
+    if not found:
+        raise DataError(f"data: the directory {directory} has no files that end in {', '.join(SUFFIXES)}")
+    formats = sorted({path.suffix.lower() for path in found})
+    if len(formats) > 1:
+        raise DataError(
+            f"data: the directory {directory} has shards in several formats, {', '.join(formats)}; keep one"
+        )
+    return [file_part(path, with_target=with_target, held=False) for path in sorted(found, key=_natural)]
+
+
+def is_shard_of(path: Path, directory: Path) -> bool:
+    """Whether a file at ``path`` is, or would be, one of the shards in a directory."""
+    return (
+        path.suffix.lower() in SUFFIXES
+        and not path.name.startswith(".")
+        and directory.is_dir()
+        and path.resolve().parent == directory.resolve()
+    )
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Numbers in a name by their value; equal ones, such as 1 and 01, as they are written."""
+    pieces = re.split(r"(\d+)", path.name)
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces], path.name

@@ -1,0 +1,67 @@
+"""A file as it was when it was opened: it must stay so from one walk over its rows to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from softcurve.fit import DataError
+
+__all__ = ["Stamp"]
+
+PIECE, PIECES = 65536, 16
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Path, size and time of the last change."""
+
+    path: Path
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """The file as it is now. Raises DataError where there is none."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DataError(f"data: {path} cannot be opened ({error.strerror}); check the path") from error
+        return cls(path, found.st_size, found.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raise DataError where the file is no longer as it was."""
+        now = Stamp.of(self.path)
+        if now != self:
+            size = f"{now.size} bytes, {self.size} before" if now.size != self.size else f"still {now.size} bytes"
+            raise DataError(
+                f"data: {self.path} has changed since it was opened ({size}); leave it as it is and start again"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file for reading at any place, unbuffered; checked before and, where all went well, after."""
+        self.check()
+        try:
+            file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"data: {self.path} cannot be opened ({error.strerror}); check the path") from error
+        with file:
+            yield file
+        self.check()
+
+    def digest(self, offset: int = 0, length: int | None = None) -> bytes:
+        """Of the length and of pieces that are spread over the bytes from ``offset`` on."""
+        length = self.size - offset if length is None else length
+        state = hashlib.sha256(str(length).encode())
+        last = max(length - PIECE, 0)
+        with self.opened() as file:
+            for place in sorted({last * i // (PIECES - 1) for i in range(PIECES)}):
+                file.seek(offset + place, os.SEEK_SET)
+                state.update(file.read(min(PIECE, length)))
+        return state.digest()

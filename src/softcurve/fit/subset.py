@@ -1,0 +1,113 @@
+"""Some of the rows of a source: the two sides of a hold-out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from softcurve.fit import DataError
+from softcurve.fit.source import Block, Label, Source, TargetKind
+from softcurve.targets import TopK
+
+__all__ = ["Subset", "holdout_mask", "split_source"]
+
+
+class Subset:
+    """The rows of ``source`` at which ``mask`` is true, in their order; all the classes."""
+
+    def __init__(self, source: Source, mask: Bool[np.ndarray, " rows"]) -> None:
+        if len(mask) != source.rows:
+            raise DataError(f"mask must have an entry for each of the {source.rows} rows; got {len(mask)}")
+        self.source = source
+        self.mask = mask
+        self._rows = int(np.count_nonzero(mask))
+
+    @property
+    def rows(self) -> int:
+        """How many are in it."""
+        return self._rows
+
+    @property
+    def width(self) -> int:
+        """As the source's."""
+        return self.source.width
+
+    @property
+    def classes(self) -> tuple[Label, ...]:
+        """As the source's, whether or not a row here is of each."""
+        return self.source.classes
+
+    @property
+    def kind(self) -> TargetKind | None:
+        """As the source's."""
+        return self.source.kind
+
+    @property
+    def double(self) -> bool:
+        """As the source's."""
+        return self.source.double
+
+    @property
+    def in_memory(self) -> bool:
+        """As the source's."""
+        return self.source.in_memory
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source's and of which rows are in it."""
+        return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
+
+    def row_numbers(self, index: ArrayLike) -> Int64[np.ndarray, "*shape"]:
+        """The numbers in the source of the rows that have the numbers ``index`` here."""
+        return np.asarray(np.flatnonzero(self.mask)[np.asarray(index, dtype=np.int64)])
+
+    def blocks(self, at_most: int) -> Iterator[Block]:
+        """The rows in order; a block is what is left of one of the source's."""
+        start = 0
+        features: Tensor | None = None
+        for block in self.source.blocks(at_most):
+            index = torch.from_numpy(np.flatnonzero(self.mask[block.start : block.start + len(block)]))
+            if not len(index):
+                continue
+            if len(index) == len(block):
+                chosen = block.features
+            else:  # into a buffer of its own: a view of the source's rows must stay as it is
+                if features is None or len(features) < len(index):
+                    features = block.features.new_empty(len(block), self.width)
+                chosen = torch.index_select(block.features, 0, index, out=features[: len(index)])
+            yield Block(start, chosen, _chosen(block.target, index))
+            start += len(index)
+
+
+def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Subset]:
+    """Divide rows at random into those to fit and those held out, both in their first order.
+
+    Raises DataError where either side would be empty.
+    """
+    held = holdout_mask(source.rows, holdout, seed)
+    return Subset(source, ~held), Subset(source, held)
+
+
+def holdout_mask(rows: int, holdout: float, seed: int) -> Bool[np.ndarray, " rows"]:
+    """Which rows are held out: a random share. Raises DataError where either side would be empty."""
+    held = round(holdout * rows) if 0.0 < holdout < 1.0 else 0
+    if not 0 < held < rows:
+        raise DataError(
+            f"holdout {holdout:g} of {rows} rows must leave rows on both sides; "
+            "give a share between 0 and 1, such as 0.2, or more rows"
+        )
+    mask = np.zeros(rows, dtype=np.bool_)
+    mask[np.random.default_rng(seed).permutation(rows)[:held]] = True
+    return mask
+
+
+def _chosen(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
+    if isinstance(target, TopK):
+        return TopK(target.indices[index], target.log_probs[index], target.tail)
+    return None if target is None else target[index]

@@ -1,0 +1,335 @@
+"""The report of a fit: well-formed, alone, escaped, and whole in the odd cases."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softcurve.app.page.picture import decades, picture
+from softcurve.app.page.render import count, figure, seconds
+from softcurve.app.report import FitReport, PathPoint, write_report
+from softcurve.app.report.classes import IN_A_TABLE
+from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.head_spectrum import curvature_spectrum
+from softcurve.fit.source import Block
+
+SECTIONS = ["convergence", "calibration", "confusion", "classes", "curvature", "path", "hardest"]
+NASTY = '<script>alert("x")</script> & \\(x\\) $y$ {{ z }} http://example.org'
+
+
+@dataclass(frozen=True)
+class Step:
+    iteration: int
+    seconds: float
+    objective: float
+    gradient_max: float
+    products: int
+
+
+@dataclass(eq=False)
+class Held:
+    features: Tensor
+    target: Tensor
+    classes: tuple[int | str, ...]
+    in_memory: bool = True
+    fingerprint: str = ""
+
+    @property
+    def rows(self) -> int:
+        return len(self.features)
+
+    @property
+    def width(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def double(self) -> bool:
+        return True
+
+    @property
+    def kind(self) -> str:
+        return "distributions" if self.target.is_floating_point() else "labels"
+
+    def blocks(self, at_most: int) -> Iterator[Block]:
+        for start in range(0, self.rows, at_most):
+            here = slice(start, start + at_most)
+            yield Block(start, self.features[here], self.target[here])
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and insists that tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br", "source", "mspace"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def attributes(self, name: str, of: str | None = None) -> list[str]:
+        return [
+            value or "" for tag, found in self.tags for key, value in found.items() if key == name and of in (None, tag)
+        ]
+
+
+def history(steps: int) -> tuple[Step, ...]:
+    return tuple(Step(k, 0.01 * k, 0.5 + 2 ** (-k * k), 10.0 ** (-k), 7 * k) for k in range(1, steps + 1))
+
+
+def brief(classes: int = 3, **how: Any) -> FitReport:
+    """With little to draw, for what is not about the charts."""
+    return replace(report(classes, **how, curved=False), history=history(1), path=())
+
+
+def report(
+    classes: int = 3,
+    *,
+    width: int = 16,
+    soft: bool = False,
+    scale: float = 2.0,
+    rows: int = 60,
+    nonnegative: bool = False,
+    curved: bool = True,
+) -> FitReport:
+    features = torch.randn(rows, width, dtype=torch.float64)
+    features = features.abs() if nonnegative else features
+    weight, bias = scale * torch.randn(classes, width, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
+    z = features @ weight.T + torch.randn(rows, classes, dtype=torch.float64)
+    source = Held(features, z.softmax(1) if soft else z.argmax(1), tuple(range(classes)))
+    loss = "forward_kl" if soft else "cross_entropy"
+    found = diagnose(source, weight, bias, loss)
+    return FitReport(
+        data="rows.npz",
+        rows=rows,
+        features=width,
+        classes=source.classes,
+        kind=source.kind,
+        loss=loss,
+        C=1.0,
+        version="1.2.3",
+        seconds=0.25,
+        converged=True,
+        gradient_max=1e-9,
+        history=history(6),
+        train=found,
+        held=found,
+        spectrum=curvature_spectrum(source, weight, bias, loss=loss) if curved else "none was wanted",
+        path=tuple(PathPoint(10.0**k, 1 / (k + 4), 1 / (k + 3), 0.9, 2.0**k) for k in range(-2, 3)),
+        options={"solver": "newton", "seed": 0},
+        tol=1e-6,
+    )
+
+
+def written(folder: Path, given: FitReport) -> tuple[str, Reader]:
+    out = folder / "report.html"
+    write_report(out, given)
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    page = out.read_text("utf-8")
+    reader = Reader(page)
+    check_alone(page, reader)
+    assert reader.attributes("id", "section") == SECTIONS
+    assert reader.attributes("href", "a") == [f"#{key}" for key in SECTIONS]
+    return page, reader
+
+
+def check_alone(page: str, reader: Reader) -> None:
+    """Nothing is fetched, nothing is run, nothing is left raw."""
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in reader.tags}
+    for name in ("src", "srcset"):
+        assert all(re.match("data:image/(svg\\+xml|png);base64,", uri) for uri in reader.attributes(name))
+    assert not any(name.startswith("on") for _, found in reader.tags for name in found)
+    assert "url(" not in page
+    assert "@import" not in page
+    light, dark = reader.attributes("src", "img"), reader.attributes("srcset", "source")
+    assert len(light) == len(dark)
+    for uri in light + dark:
+        if "svg" in uri[:20]:
+            svg = base64.b64decode(uri.partition(",")[2]).decode()
+            assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', svg))
+    assert all(len(alt) > 8 for alt in reader.attributes("alt", "img"))
+    assert not re.search(r"\b(nan|None|Tensor)\b", "".join(reader.words))
+
+
+def test_a_whole_report(tmp_path: Path) -> None:
+    page, reader = written(tmp_path, report())
+    assert page.startswith("<!DOCTYPE html>")
+    assert "light dark" in reader.attributes("content", "meta")
+    assert "Converged in 250 ms, after 6 iterations" in reader.text
+    assert "Not converged" not in reader.text
+    parts = re.split(r'<section id="\w+">', page)[1:]
+    assert ["<picture>" in part for part in parts] == [True, True, False, False, True, True, False]
+    assert 'class="heat"' in parts[2]
+    assert 'class="bar"' in parts[3]
+    for fact in ("rows.npz", "newton", "cross entropy", "softcurve 1.2.3", "16"):
+        assert fact in reader.text
+    assert len(set(reader.attributes("src", "img")) & set(reader.attributes("srcset", "source"))) == 0
+
+
+def test_the_figures_are_those_of_the_diagnostics(tmp_path: Path) -> None:
+    given = brief()
+    _, reader = written(tmp_path, given)
+    for found in (given.train.loss, given.train.entropy, given.train.brier):
+        assert f"{found:.5f}" in reader.text
+    assert f"{100 * given.train.accuracy:.2f}\xa0%".replace("\xa0", " ") in reader.text
+    for hard in given.train.hardest:
+        assert f"{hard.el2n:.4f}" in reader.text
+
+
+def test_names_are_escaped_and_shortened(tmp_path: Path) -> None:
+    given = brief()
+    names = (NASTY, "long " * 2000, " \n\t")
+    page, reader = written(tmp_path, replace(given, classes=names, data=NASTY, options={NASTY: NASTY}))
+    assert "<script" not in page
+    assert NASTY in reader.text  # as the name of the data
+    assert NASTY[:47] + "…" in reader.text  # as a class
+    assert "long long lo…" in reader.text
+    assert "&#92;(x&#92;)" in page
+    assert "long " * 20 not in page
+    assert "(no name)" in reader.text
+
+
+@pytest.mark.parametrize("classes", [2, IN_A_TABLE, IN_A_TABLE + 1, 201, 2000])
+def test_few_classes_and_many(tmp_path: Path, classes: int) -> None:
+    page, reader = written(tmp_path, brief(classes, rows=150))
+    assert ('class="heat"' in page) == (classes <= IN_A_TABLE)
+    assert any("Confusion matrix" in alt for alt in reader.attributes("alt")) == (IN_A_TABLE < classes <= 200)
+    assert any("against its number of rows" in alt for alt in reader.attributes("alt")) == (classes > IN_A_TABLE)
+    assert len(page) < 3_000_000
+
+
+def test_soft_labels_have_their_divergence(tmp_path: Path) -> None:
+    given = brief(soft=True)
+    _, reader = written(tmp_path, given)
+    assert given.train.kl is not None
+    assert f"{given.train.kl:.5f}" in reader.text
+    assert "distributions" in reader.text
+
+
+def test_without_held_out_rows_the_page_says_so(tmp_path: Path) -> None:
+    given = replace(
+        brief(), held=None, path=(PathPoint(1.0, 0.5, None, None, 2.0), PathPoint(10.0, 0.4, None, None, 3.0))
+    )
+    _, reader = written(tmp_path, given)
+    assert "No rows were held out" in reader.text
+    assert not any("Held-out accuracy" in alt for alt in reader.attributes("alt"))
+
+
+def test_a_fit_that_did_not_converge_says_so_first(tmp_path: Path) -> None:
+    page, reader = written(tmp_path, replace(brief(), converged=False, gradient_max=0.25))
+    assert page.index("Not converged.") < page.index("<dl")
+    assert 'class="verdict broken"' in page
+    assert "0.25 as the largest entry" in reader.text
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_short_history(tmp_path: Path, steps: int) -> None:
+    page, reader = written(tmp_path, replace(brief(), history=history(steps)))
+    part = page.split('<section id="calibration">')[0]
+    assert ("<picture>" in part) == (steps == 2)
+    assert ("nothing to draw" in reader.text) == (steps < 2)
+
+
+def test_steps_with_zeros_and_infinities_are_left_out(tmp_path: Path) -> None:
+    steps = (Step(0, 0.0, math.inf, math.inf, 0), *history(3), Step(4, 0.1, 0.5, 0.0, 9))
+    written(tmp_path, replace(brief(), history=steps, tol=None))
+
+
+def test_a_perfect_head_confuses_nothing(tmp_path: Path) -> None:
+    source = Held(torch.eye(4, dtype=torch.float64), torch.arange(4), ("a", "b", "c", "d"))
+    weight, bias = 1e4 * torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    perfect = diagnose(source, weight, bias, "cross_entropy")
+    spectrum = curvature_spectrum(source, weight, bias)
+    given = replace(brief(4), classes=source.classes, train=perfect, held=None, spectrum=spectrum, path=())
+    _, reader = written(tmp_path, given)
+    assert "nothing is confused" in reader.text
+    assert "every eigenvalue is zero" in reader.text
+    assert "there is no path to draw" in reader.text
+
+
+def test_a_spectrum_that_is_left_out_has_a_reason(tmp_path: Path) -> None:
+    _, reader = written(tmp_path, replace(brief(), spectrum="5,000 classes are too many"))
+    assert "No spectrum: 5,000 classes are too many." in reader.text
+
+
+def test_a_class_without_rows(tmp_path: Path) -> None:
+    source = Held(torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 1]), ("a", "b", "c"))
+    found: Diagnostics = diagnose(source, torch.zeros(3, 3), torch.tensor([1.0, 0.0, 0.0]), "cross_entropy")
+    _, reader = written(tmp_path, replace(brief(), classes=source.classes, train=found, held=None))
+    assert "1 of 3 classes have no training row." in reader.text
+    assert "2 of 3 classes are never predicted." in reader.text
+
+
+@pytest.mark.parametrize(
+    ("width", "nonnegative", "pictured"), [(16, True, True), (16, False, False), (15, True, False), (9, True, False)]
+)
+def test_rows_are_pictures_where_they_can_be(tmp_path: Path, width: int, nonnegative: bool, pictured: bool) -> None:
+    _, reader = written(tmp_path, brief(width=width, nonnegative=nonnegative))
+    assert any(uri.startswith("data:image/png") for uri in reader.attributes("src")) == pictured
+
+
+def test_a_failure_leaves_the_old_page(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("older")
+    with pytest.raises(IndexError):
+        write_report(out, replace(brief(), classes=()))
+    assert out.read_text() == "older"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_numbers_for_people() -> None:
+    assert count(1234567) == "1\u202f234\u202f567"
+    assert [seconds(value) for value in (0.0521, 1.0, 119.0, 600.0, 10_000.0)] == [
+        "52 ms",
+        "1.0 s",
+        "119.0 s",
+        "10 min",
+        "2.8 h",
+    ]
+    assert [figure(value) for value in (999.4, 1000.0, -4321.0)] == ["999", "1000", "−4321"]
+
+
+@pytest.mark.parametrize("values", [(3.0,), (2e-5, 3e-5), (1e-12, 1e3), (1.0, 1.0)])
+def test_a_log_axis_always_has_two_labels(values: tuple[float, ...]) -> None:
+    from matplotlib.figure import Figure
+
+    def draw(theme: object) -> Figure:
+        axes = Figure().subplots()
+        axes.plot(values)
+        decades(axes.yaxis, values)
+        assert len(axes.get_yticks()) >= 2
+        assert axes.get_ylim()[0] <= min(values) <= max(values) <= axes.get_ylim()[1]
+        return axes.figure
+
+    picture(draw, "a log axis")
