@@ -28,7 +28,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="digits, or a .npz, .npy, .safetensors or .parquet file.")]
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA", help="digits; a .npz, .npy, .safetensors or .parquet file; or a directory of such shards."
+    ),
+]
 Target = Annotated[
     Path | None, typer.Option(metavar="FILE.npy", help="Labels (n,) or distributions (n, C), not DATA's.")
 ]
@@ -41,37 +46,68 @@ def fit(
     data: Data = "digits",
     target: Target = None,
     loss: Annotated[
-        Literal["cross_entropy", "forward_kl", "reverse_kl"],
+        Literal["cross_entropy", "forward_kl", "reverse_kl", "js"],
         typer.Option(
             metavar="NAME",
-            help="cross_entropy, forward_kl: D(target‖model), or reverse_kl: D(model‖target).",
+            help="cross_entropy, forward_kl: D(target‖model), reverse_kl: D(model‖target), or js (β = ½).",
         ),
     ] = "cross_entropy",
     strength: Annotated[
-        float, typer.Option("--C", help="Inverse strength of the penalty ½‖W‖², as in scikit-learn.")
+        float, typer.Option("--C", help="Inverse strength of the penalty ½‖W‖², as in scikit-learn; inf for none.")
     ] = 1.0,
-    holdout: Annotated[float, typer.Option(help="Share of the rows that is held out.")] = 0.2,
+    path: Annotated[
+        str | None, typer.Option(metavar="C,C,...", help="Other strengths to fit as well, for the report.")
+    ] = None,
+    fit_intercept: Annotated[bool, typer.Option("--intercept/--no-intercept", help="Whether there is a bias.")] = True,
+    class_count: Annotated[
+        int | None,
+        typer.Option(metavar="C", min=2, help="Classes of a teacher's lists; by default the largest index and one."),
+    ] = None,
+    holdout: Annotated[float, typer.Option(help="Share of the rows that is held out; 0 fits all.")] = 0.2,
     seed: Seed = 0,
-    max_iter: Annotated[int, typer.Option(min=1, help="L-BFGS iterations at most.")] = 500,
+    max_iter: Annotated[int, typer.Option(min=1, help="Newton steps at most.")] = 100,
     tol: Annotated[
         float, typer.Option(help="Converged when no entry of the mean objective's gradient exceeds this.")
     ] = 1e-5,
-    dtype: Annotated[
-        Literal["float64", "float32"], typer.Option(help="Of the logits, the loss and the saved head.")
-    ] = "float64",
+    precision: Annotated[
+        Literal["auto", "mixed", "float64"],
+        typer.Option(
+            metavar="NAME",
+            help="mixed: products in float32, the objective and its gradient in float64; float64; or auto.",
+        ),
+    ] = "auto",
+    dtype: Annotated[Literal["float64", "float32"], typer.Option(help="Of the saved head.")] = "float64",
+    memory: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", min=16, help="Beyond the rows; by default 1024, or 256 where they stay in files."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the state is kept; if it is there, the fit goes on from it."),
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(metavar="SECONDS", min=0.0, help="How often.")] = 30.0,
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the head is saved.")] = Path(
         "head.safetensors"
     ),
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Where the record goes; by default beside the head.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Where the report goes; by default beside the head.")
+    ] = None,
     progress: Progress = None,
 ) -> None:
-    """Fit a linear softmax head to features, and save it."""
+    """Fit a linear softmax head to features by second order; save it, with a record and a report."""
     with _refusals():
         from softcurve.app.fitting import FitOptions, fit_command
 
         fit_command(
-            FitOptions(data, target, loss, strength, holdout, seed, max_iter, tol, dtype, out),
+            FitOptions(
+                data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
+                dtype, memory, checkpoint, checkpoint_every, out, record, report,
+            ),
             progress=progress,
-        )
+        )  # fmt: skip
 
 
 @app.command()

@@ -1,24 +1,30 @@
-"""The work of ``softcurve fit``, from options to what is printed."""
+"""The work of ``softcurve fit``, from options to what is printed and written."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+import softcurve
 from softcurve.app.figures import figure_lines, figures
-from softcurve.app.printing import fit_progress, print_record, print_table
+from softcurve.app.printing import as_json, fit_progress, print_record, print_table
+from softcurve.app.report.record import FitReport, PathPoint
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_output
-from softcurve.fit.evaluation import check_loss, evaluate
-from softcurve.fit.lbfgs import Fit, fit_head
-from softcurve.fit.rows import Rows, load_rows, split
+from softcurve.fit.atomic import check_output, replacing
+from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
+from softcurve.fit.losses import check_loss
+from softcurve.fit.opening import open_source
+from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
+from softcurve.fit.source import Source
+from softcurve.fit.subset import split_source
 
 __all__ = ["FitOptions", "fit_command"]
 
@@ -31,70 +37,180 @@ class FitOptions:
     target: Path | None
     loss: str
     C: float
+    path: str | None
+    fit_intercept: bool
+    class_count: int | None
     holdout: float
     seed: int
     max_iter: int
     tol: float
+    precision: str
     dtype: str
+    memory: int | None
+    checkpoint: Path | None
+    checkpoint_every: float
     out: Path
+    record: Path | None
+    report: Path | None
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What came of a fit."""
+
+    train: Source
+    held: Source | None
+    fit: Fit
+    path: tuple[PathPoint, ...]
+    seconds: float
+    on_train: Diagnostics
+    on_held: Diagnostics | None
+    spectrum: CurvatureSpectrum | str
 
 
 def fit_command(options: FitOptions, *, progress: bool | None) -> None:
-    """Fit, save the head, print the table and the JSON line. Raises DataError."""
-    if options.out.suffix.lower() != ".safetensors":
-        raise DataError(f"--out: {options.out} must end in .safetensors")
-    check_output(options.out, options.data, options.target)
-    rows = load_rows(options.data, options.target)
-    check_loss(options.loss, rows)
-    train, held = split(rows, options.holdout, options.seed)
-    start = time.perf_counter()
-    with fit_progress(options.max_iter, show=progress) as on_iteration:
-        fit = fit_head(
-            train,
-            loss=options.loss,
-            C=options.C,
-            max_iter=options.max_iter,
-            tol=options.tol,
-            dtype=torch.float64 if options.dtype == "float64" else torch.float32,
-            on_iteration=on_iteration,
-        )
-    seconds = time.perf_counter() - start
-    record = _fit_record(options, rows, train, held, fit) | {"seconds": seconds, "head": str(options.out)}
-    SavedHead(fit.weight, fit.bias, rows.classes, options.loss, options.C).save(options.out)
-    print_table("softcurve fit", _fit_lines(record))
+    """Fit, save the head, its record and its report, print the table and the JSON line. Raises DataError."""
+    outputs = _outputs(options)
+    Cs = _strengths(options.path)
+    source = open_source(options.data, options.target, class_count=options.class_count)
+    assert source.kind is not None
+    check_loss(options.loss, source.kind)
+    train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
+    work = _work(options, train, held, Cs, progress=progress)
+    record = _record(options, work) | {name: str(path) for name, path in outputs.items()}
+    dtype = getattr(torch, options.dtype)
+    head = SavedHead(work.fit.weight.to(dtype), work.fit.bias.to(dtype), source.classes, options.loss, options.C)
+    if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
+        raise DataError(f"--dtype: the head goes beyond the range of {options.dtype}; take float64, or scale the data")
+    report = _report(options, source, work)  # drawn before anything is written
+    head.save(outputs["head"])
+    with replacing(outputs["record"]) as file:
+        file.write((as_json(record | {"history": [asdict(step) for step in work.fit.history]}) + "\n").encode())
+    report(outputs["report"])
+    print_table("softcurve fit", _lines(record))
     print_record(record)
 
 
-def _fit_record(options: FitOptions, rows: Rows, train: Rows, held: Rows, fit: Fit) -> dict[str, Any]:
+def _outputs(options: FitOptions) -> dict[str, Path]:
+    """Where the files go, by name; all of them can be written."""
+    if options.out.suffix.lower() != ".safetensors":
+        raise DataError(f"--out: {options.out} must end in .safetensors")
+    outputs = {
+        "head": options.out,
+        "record": options.record or options.out.with_suffix(".json"),
+        "report": options.report or options.out.with_suffix(".html"),
+    }
+    for (name, path), suffix in zip(outputs.items(), (".safetensors", ".json", ".html"), strict=True):
+        option = "--out" if name == "head" else f"--{name}"
+        if path.suffix.lower() != suffix:
+            raise DataError(f"{option}: {path} must end in {suffix}")
+        check_output(path, options.data, options.target)
+    if options.checkpoint is not None and options.checkpoint.resolve() in {path.resolve() for path in outputs.values()}:
+        raise DataError(f"--checkpoint: {options.checkpoint} is also an output; give another name")
+    return outputs
+
+
+def _strengths(path: str | None) -> tuple[float, ...]:
+    try:
+        Cs = tuple(float(C) for C in path.split(",")) if path else ()
+    except ValueError as error:
+        raise DataError(f"--path: {path} must be numbers with commas between them, such as 0.01,0.1,1,10") from error
+    if not all(C > 0 for C in Cs):
+        raise DataError(f"--path: {path} must be positive numbers, the inverse strengths C of the penalty")
+    return Cs
+
+
+def _work(
+    options: FitOptions, train: Source, held: Source | None, Cs: Sequence[float], *, progress: bool | None
+) -> Work:
+    started = time.perf_counter()
+    common: dict[str, Any] = {
+        "loss": options.loss,
+        "fit_intercept": options.fit_intercept,
+        "tol": options.tol,
+        "max_iter": options.max_iter,
+        "precision": options.precision,
+        "memory_budget": None if options.memory is None else options.memory * 2**20,
+    }
+    with fit_progress(options.tol, show=progress) as (on_step, on_product):
+        fit = fit_head(
+            train,
+            C=options.C,
+            checkpoint=options.checkpoint,
+            checkpoint_every=options.checkpoint_every,
+            on_step=on_step,
+            on_product=on_product,
+            **common,
+        )
+        seconds = time.perf_counter() - started
+        path = _path(train, held, Cs, common | {"on_step": on_step, "on_product": on_product})
+    return Work(
+        train=train,
+        held=held,
+        fit=fit,
+        path=path,
+        seconds=seconds,
+        on_train=diagnose(train, fit.weight, fit.bias, options.loss),
+        on_held=None if held is None else diagnose(held, fit.weight, fit.bias, options.loss),
+        spectrum=curvature_spectrum(train, fit.weight, fit.bias, loss=options.loss, seed=options.seed),
+    )
+
+
+def _path(train: Source, held: Source | None, Cs: Sequence[float], options: dict[str, Any]) -> tuple[PathPoint, ...]:
+    if not Cs:
+        return ()
+    points = []
+    for C, fit in zip(Cs, regularisation_path(train, Cs, **options), strict=True):
+        on_train = diagnose(train, fit.weight, fit.bias, options["loss"], hardest=0)
+        on_held = None if held is None else diagnose(held, fit.weight, fit.bias, options["loss"], hardest=0)
+        points.append(
+            PathPoint(
+                C=C,
+                train_loss=on_train.loss,
+                held_loss=None if on_held is None else on_held.loss,
+                held_accuracy=None if on_held is None else on_held.accuracy,
+                weight_norm=float(fit.weight.norm()),
+            )
+        )
+    return tuple(points)
+
+
+def _record(options: FitOptions, work: Work) -> dict[str, Any]:
+    fit, train, held = work.fit, work.train, work.held
     return {
         "command": "fit",
         "data": options.data,
-        "rows": len(rows),
-        "rows_train": len(train),
-        "rows_held_out": len(held),
-        "features": rows.features.shape[1],
-        "classes": len(rows.classes),
-        "classes_without_training_rows": int((_class_mass(train) == 0).sum()),
-        "targets": "distributions" if rows.soft else "labels",
+        "rows": train.rows + (0 if held is None else held.rows),
+        "rows_train": train.rows,
+        "rows_held_out": 0 if held is None else held.rows,
+        "features": train.width,
+        "classes": len(train.classes),
+        "classes_without_training_rows": int((work.on_train.support == 0).sum()),
+        "targets": train.kind,
         "loss": options.loss,
         "C": options.C,
+        "fit_intercept": options.fit_intercept,
         "seed": options.seed,
+        "precision": options.precision,
         "dtype": options.dtype,
         "iterations": fit.iterations,
-        "evaluations": fit.evaluations,
+        "products": fit.products,
         "converged": fit.converged,
+        "separated": fit.separated,
+        "ended": fit.reason,
+        "objective": fit.objective,
         "gradient_max": fit.gradient_max,
         "tol": options.tol,
-        "train_loss_nats": evaluate(fit.weight, fit.bias, train, options.loss).loss,
-        **figures("held_out_", evaluate(fit.weight, fit.bias, held, options.loss)),
+        "train_loss_nats": work.on_train.loss,
+        "train_accuracy": work.on_train.accuracy,
+        **({} if work.on_held is None else figures("held_out_", work.on_held)),
+        "calibration_error": (work.on_held or work.on_train).calibration.error,
+        "path": [asdict(point) for point in work.path],
+        "seconds": work.seconds,
     }
 
 
-def _class_mass(rows: Rows) -> NDArray[Any]:
-    return rows.target.sum(axis=0) if rows.soft else np.bincount(rows.target, minlength=len(rows.classes))
-
-
-def _fit_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     converged = "yes" if record["converged"] else "NO"
     gradient = f"gradient maximum {record['gradient_max']:.1e}, tolerance {record['tol']:.1e}"
     lines = [
@@ -103,17 +219,56 @@ def _fit_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("classes", str(record["classes"])),
         ("targets", record["targets"]),
         ("loss", f"{record['loss']}, C = {record['C']:g}"),
-        ("iterations", f"{record['iterations']} ({record['evaluations']} evaluations, {record['dtype']})"),
+        ("Newton steps", f"{record['iterations']} ({record['products']} products with the curvature)"),
         ("converged", f"{converged} ({gradient})"),
     ]
     if not record["converged"]:
-        lines.append(("warning", "raise --max-iter or --tol, or scale the features to the order of 1"))
+        lines.append(
+            ("warning", f"{record['ended']}: raise --max-iter or --tol, or scale the features to the order of 1")
+        )
+    if record["separated"]:
+        lines.append(("warning", "the classes can be separated: without a penalty the loss has no minimum; give a --C"))
     if absent := record["classes_without_training_rows"]:
         lines.append(("warning", f"{absent} classes have no training row; their probability tends to zero"))
+    lines.append(("train loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"))
+    if record["rows_held_out"]:
+        lines += figure_lines("held-out ", "held_out_", record)
     lines += [
-        ("train loss", f"{record['train_loss_nats']:.6f} nats"),
-        *figure_lines("held-out ", "held_out_", record),
+        ("calibration error", f"{record['calibration_error']:.4f}"),
         ("seconds", f"{record['seconds']:.2f}"),
-        ("head", record["head"]),
+        *((name, record[name]) for name in ("head", "record", "report")),
     ]
     return lines
+
+
+def _report(options: FitOptions, source: Source, work: Work) -> Callable[[Path], None]:
+    from softcurve.app.report import write_report
+
+    fit = work.fit
+    assert source.kind is not None
+    shown = {
+        "intercept": "yes" if options.fit_intercept else "no",
+        "precision": options.precision,
+        "held out": f"{options.holdout:g} of the rows, seed {options.seed}",
+    }
+    report = FitReport(
+        data=options.data,
+        rows=work.train.rows,
+        features=source.width,
+        classes=source.classes,
+        kind=source.kind,
+        loss=options.loss,
+        C=options.C,
+        version=softcurve.__version__,
+        seconds=work.seconds,
+        converged=fit.converged,
+        gradient_max=fit.gradient_max,
+        history=fit.history,
+        train=work.on_train,
+        held=work.on_held,
+        spectrum=work.spectrum,
+        path=work.path,
+        options=shown,
+        tol=options.tol,
+    )
+    return lambda path: write_report(path, report)

@@ -75,6 +75,7 @@ def fit_head(
     checkpoint: Path | None = None,
     checkpoint_every: float = 30.0,
     on_step: Callable[[Step], None] = lambda step: None,
+    on_product: Callable[[int], None] = lambda products: None,
 ) -> Fit:
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
@@ -97,6 +98,7 @@ def fit_head(
         checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
             on from it; it must belong to the same rows and options.
         on_step: Called after every step.
+        on_product: Called with the number of products so far, after each.
 
     Raises DataError for options, rows or a checkpoint that cannot be used.
     """
@@ -121,7 +123,7 @@ def fit_head(
         def curvature_in(dtype: torch.dtype) -> Curvature:
             return Curvature(
                 source, coordinates, weights, classes, scale=AT_AGREEMENT[loss], penalty=penalty, dtype=dtype,
-                rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget),
+                rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
             )  # fmt: skip
 
         saved = None
@@ -132,15 +134,24 @@ def fit_head(
         if state is None:
             state = _first_state(objective, start, total, double=double)
 
+        latest = state
+
         def noted(state: State) -> None:
+            nonlocal latest
+            latest = state
             if saved is not None:
                 saved.save(state)
             on_step(state.history[-1])
 
-        outcome = minimise(
-            objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-            on_step=noted,
-        )  # fmt: skip
+        try:
+            outcome = minimise(
+                objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
+                on_step=noted,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if saved is not None:
+                saved.save(latest, now=True)
+            raise
         if saved is not None:
             saved.save(outcome.state, now=True)
         return _fit_of(outcome, objective)
@@ -249,7 +260,7 @@ def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
     if not C > 0:
-        raise DataError(f"C must be a positive number, or inf for no penalty; got {C}")
+        raise DataError(f"C must be a positive number; got {C} (inf is no penalty)")
     if not (math.isfinite(tol) and tol > 0):
         raise DataError(f"tol must be a positive number; got {tol}")
     if max_iter < 0:

@@ -31,6 +31,7 @@ def check_loss(loss: str, kind: TargetKind) -> None:
 
 def row_losses(loss: str, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> Float[Tensor, " rows"]:
     """Each row's loss, in nats: ``js`` is at β = ½; a list's unlisted classes are one outcome, as ``TopK`` says."""
+    given: Target
     if isinstance(target, Target):
         given = target
     elif target.is_floating_point():

@@ -55,10 +55,12 @@ class Curvature:
         dtype: torch.dtype,
         rows_at_once: int,
         memory: int,
+        on_product: Callable[[int], None] = lambda products: None,
     ) -> None:
         self.source, self.coordinates, self.classes = source, coordinates, classes
         self.scale, self.dtype, self.rows_at_once = scale, dtype, rows_at_once
         self.penalties = coordinates.penalties(penalty)
+        self.on_product = on_product
         self.damping = 0.0
         self.products = 0
         rows, size = source.rows, coordinates.size
@@ -134,6 +136,7 @@ class Curvature:
     def __call__(self, direction: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
         """The product with one direction."""
         self.products += 1
+        self.on_product(self.products)
         along = self._on_rows(direction)
         out = torch.zeros_like(along)
         for tile in self._tiles():
