@@ -178,7 +178,7 @@ def save_good_head():
         (["fit", "data.csv"], "suffix '.csv'; it must be the word digits or a file that ends in"),
         (["fit", "words.npz", "--loss", "reverse_kl"], "infinite for labels.*use forward_kl"),
         (["fit", "words.npz", "--loss", "hinge"], "'hinge'"),
-        (["fit", "words.npz", "--holdout", "0"], "holdout 0 of 60 rows must leave rows on both sides"),
+        (["fit", "words.npz", "--holdout", "1"], "holdout 1 of 60 rows must leave rows on both sides"),
         (["fit", "words.npz", "--holdout", "nan"], "holdout nan"),
         (["fit", "words.npz", "--C", "-1"], "C must be a positive number; got -1.0"),
         (["fit", "words.npz", "--C", "nan"], "C must be a positive number; got nan"),

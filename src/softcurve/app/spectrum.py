@@ -26,7 +26,7 @@ from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
-from softcurve.fit.evaluation import check_loss, tensors
+from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.rows import load_rows_for
 from softcurve.fit.saved_head import SavedHead
 
@@ -139,10 +139,10 @@ def _saved(options: SpectrumOptions) -> Problem:
         raise DataError(f"data: {options.data} has no targets; give them in an .npy file by --target")
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
     loss = options.loss or (saved.loss if rows.soft else "cross_entropy")
-    if loss != "js":
-        check_loss(loss, rows)
+    check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
-    features, target = tensors(rows, dtype)
+    features, target = rows.tensors(dtype)
+    refuse_zeros(loss, target)
     if loss != "cross_entropy" and not rows.soft:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
     batch = options.batch_size or len(rows)

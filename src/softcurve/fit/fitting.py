@@ -65,7 +65,7 @@ def fit_head(
     loss: str = "cross_entropy",
     C: float = 1.0,
     fit_intercept: bool = True,
-    sample_weight: Float64[Tensor, " rows"] | None = None,
+    sample_weight: Tensor | None = None,
     tol: float = 1e-4,
     max_iter: int = 100,
     precision: str = "auto",
@@ -161,7 +161,7 @@ def coordinates_of(
     source: Source,
     *,
     fit_intercept: bool = True,
-    sample_weight: Float64[Tensor, " rows"] | None = None,
+    sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Coordinates:
     """The coordinates that :func:`fit_head` finds first: one pass over the rows, and the eigenvectors of a covariance.

@@ -12,7 +12,7 @@ from softcurve.fit.source import BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence
 from softcurve.targets import Probabilities, Target
 
-__all__ = ["LOSSES", "Loss", "check_loss", "row_losses"]
+__all__ = ["LOSSES", "Loss", "check_loss", "refuse_zeros", "row_losses"]
 
 Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
 LOSSES: tuple[str, ...] = get_args(Loss)
@@ -26,6 +26,19 @@ def check_loss(loss: str, kind: TargetKind) -> None:
         raise DataError(
             "loss reverse_kl is infinite for labels, which are zero on all classes but one; "
             "use forward_kl, or give distributions that are positive everywhere (smoothed labels)"
+        )
+
+
+def refuse_zeros(loss: str, target: BlockTarget, start: int = 0) -> None:
+    """Raise DataError where the reverse KL is infinite: Σ p log(p/y), and p is positive everywhere."""
+    if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
+        return
+    zero = (target == 0).any(1)
+    if zero.any():
+        raise DataError(
+            f"loss reverse_kl is infinite where a target is zero; the first such row is row "
+            f"{start + int(zero.int().argmax())}: use forward_kl, or mix a little of the uniform distribution into the "
+            "targets"
         )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+import torch
+from jaxtyping import Float, Float64, Int, Int64
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.memory import to_source
@@ -37,6 +39,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def tensors(
+        self, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"] | Float[Tensor, "rows classes"]]:
+        """Features and target, distributions in ``dtype`` too. Raises DataError on overflow."""
+        features = torch.tensor(self.features, dtype=dtype)
+        if not features.isfinite().all():
+            raise DataError(f"data: features go beyond the range of {dtype}; scale them, or use float64")
+        return features, torch.tensor(self.target, dtype=dtype if self.soft else torch.int64)
 
     def take(self, index: Int64[np.ndarray, " taken"]) -> Rows:
         """Return the rows at ``index``, with all the classes."""

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from softcurve.fit import DataError
 from softcurve.fit.source import Source
 
 __all__ = ["Coordinates", "find_coordinates"]
@@ -99,7 +100,10 @@ def find_coordinates(
     mean = moments.mean() if intercept else torch.zeros(width, dtype=torch.float64)
     if not pays:
         return Coordinates(mean, None, intercept)
-    return Coordinates(mean, torch.linalg.eigh(moments.about(mean)).eigenvectors, intercept)
+    covariance = moments.about(mean)
+    if not covariance.isfinite().all():
+        raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
+    return Coordinates(mean, torch.linalg.eigh(covariance).eigenvectors, intercept)
 
 
 def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:

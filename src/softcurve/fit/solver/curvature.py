@@ -280,7 +280,7 @@ class Curvature:
         return target.to(self.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
 
 
-def _taken(target: BlockTarget | None, kept: Tensor) -> BlockTarget | None:
+def _taken(target: Tensor | TopK | None, kept: Tensor) -> Tensor | TopK | None:
     if isinstance(target, TopK):
         return TopK(target.indices[kept], target.log_probs[kept], target.tail)
     return None if target is None else target[kept]

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.losses import row_losses
+from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.source import BlockTarget, Source
 
@@ -55,7 +55,10 @@ class Objective:
             losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
             of_rows = self.weights[block.start : block.start + len(block)]
             # A row without weight counts for nothing, also where its loss is infinite.
-            value += float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
+            of_block = float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
+            if not math.isfinite(of_block):
+                refuse_zeros(self.loss, block.target, block.start)
+            value += of_block
             residual *= of_rows[:, None]
             weight_out.addmm_(residual.T, features)
             if bias is not None:

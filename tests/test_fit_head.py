@@ -10,17 +10,27 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from softcurve.fit import DataError
-from softcurve.fit.evaluation import evaluate
-from softcurve.fit.lbfgs import fit_head
-from softcurve.fit.rows import Rows, load_rows, make_rows, split
+from softcurve.fit.diagnostics import diagnose
+from softcurve.fit.fitting import fit_head
+from softcurve.fit.memory import to_source
+from softcurve.fit.rows import load_rows, split
+from softcurve.fit.source import Source
 
 FEATURES = np.random.default_rng(1).normal(size=(97, 5))
 SOFT = np.random.default_rng(2).dirichlet(np.full(4, 0.7), size=97)
 
 
-def labelled(classes: int) -> Rows:
+def labels(classes: int) -> np.ndarray:
     noise = np.random.default_rng(3).normal(size=(97, classes))
-    return make_rows(FEATURES, (FEATURES[:, :1] * np.arange(classes) + noise).argmax(axis=1))
+    return (FEATURES[:, :1] * np.arange(classes) + noise).argmax(axis=1)
+
+
+def labelled(classes: int, features: np.ndarray = FEATURES) -> Source:
+    return to_source(features, labels(classes))
+
+
+def soft() -> Source:
+    return to_source(FEATURES, SOFT)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -38,7 +48,7 @@ def oracle(features, labels, C, sample_weight=None):
 def test_labels_give_the_coefficients_of_scikit_learn(C, loss):
     rows = labelled(classes=4)
     fit = fit_head(rows, C=C, loss=loss, tol=1e-8)
-    expected = oracle(FEATURES, rows.target, C)
+    expected = oracle(FEATURES, labels(4), C)
     assert fit.converged
     np.testing.assert_allclose(fit.weight, expected.coef_, rtol=0, atol=2e-6 * max(C, 1))
     np.testing.assert_allclose(fit.bias, expected.intercept_, rtol=0, atol=2e-6 * max(C, 1))
@@ -46,24 +56,24 @@ def test_labels_give_the_coefficients_of_scikit_learn(C, loss):
 
 def test_digits_give_the_coefficients_of_scikit_learn():
     rows, _ = split(load_rows("digits"), 0.8, seed=0)
-    fit = fit_head(rows, C=0.1, tol=1e-8)
+    fit = fit_head(to_source(rows.features, rows.target), C=0.1, tol=1e-8)
     expected = oracle(rows.features, rows.target, 0.1)
     np.testing.assert_allclose(fit.weight, expected.coef_, rtol=0, atol=1e-4)
     np.testing.assert_allclose(fit.bias, expected.intercept_, rtol=0, atol=1e-4)
 
 
-# The two rows ±w/2 of a softmax have half the penalty of the one row of the logistic regression.
-def test_two_classes_are_a_logistic_regression_of_twice_the_strength():
+# The two rows ±w/2 are penalised by their difference.
+def test_two_classes_are_a_logistic_regression_of_the_same_strength():
     rows = labelled(classes=2)
-    fit = fit_head(rows, C=0.5, tol=1e-9)
-    expected = oracle(FEATURES, rows.target, 1.0)
+    fit = fit_head(rows, C=0.7, tol=1e-9)
+    expected = oracle(FEATURES, labels(2), 0.7)
     np.testing.assert_allclose(fit.weight[1] - fit.weight[0], expected.coef_[0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(fit.bias[1] - fit.bias[0], expected.intercept_[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
 def test_distributions_are_rows_repeated_with_weights(loss):
-    fit = fit_head(make_rows(FEATURES, SOFT), loss=loss, tol=1e-9)
+    fit = fit_head(soft(), loss=loss, tol=1e-9)
     expected = oracle(FEATURES.repeat(4, axis=0), np.tile(np.arange(4), 97), 1.0, SOFT.ravel())
     np.testing.assert_allclose(fit.weight, expected.coef_, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fit.bias, expected.intercept_, rtol=0, atol=1e-6)
@@ -72,7 +82,7 @@ def test_distributions_are_rows_repeated_with_weights(loss):
 # ∂D(p‖y)/∂z = p ⊙ (log p − log y − D) in closed form.
 def test_reverse_kl_ends_where_its_closed_form_gradient_is_zero():
     C = 3.0
-    fit = fit_head(make_rows(FEATURES, SOFT), loss="reverse_kl", C=C, tol=1e-8)
+    fit = fit_head(soft(), loss="reverse_kl", C=C, tol=1e-8)
     weight, bias = fit.weight.numpy(), fit.bias.numpy()
     p = softmax(FEATURES @ weight.T + bias)
     ratio = np.log(p) - np.log(SOFT)
@@ -83,42 +93,41 @@ def test_reverse_kl_ends_where_its_closed_form_gradient_is_zero():
     assert np.abs(residual.mean(axis=0)).max() < 1.1e-8
     assert math.isclose(fit.objective, divergence.mean() + (weight**2).sum() / (2 * 97 * C), rel_tol=1e-12)
     # The two directions differ: each head is the better one by its own measure.
-    forward = fit_head(make_rows(FEATURES, SOFT), C=C)
-    rows = make_rows(FEATURES, SOFT)
-    scores = [evaluate(head.weight, head.bias, rows, "reverse_kl").loss for head in (fit, forward)]
+    forward = fit_head(soft(), C=C)
+    scores = [diagnose(soft(), head.weight, head.bias, "reverse_kl").loss for head in (fit, forward)]
     assert scores[0] < scores[1] - 1e-3
 
 
-def test_float32_agrees_with_float64():
+def test_products_in_float32_end_at_the_same_head():
     rows = labelled(classes=4)
-    single, double = fit_head(rows, dtype=torch.float32), fit_head(rows)
-    assert single.converged
-    assert single.weight.dtype == single.bias.dtype == torch.float32
-    np.testing.assert_allclose(single.weight, double.weight, rtol=0, atol=3e-3)
+    mixed, double = (fit_head(rows, precision=name, tol=1e-11) for name in ("mixed", "float64"))
+    assert mixed.converged
+    assert double.converged
+    np.testing.assert_allclose(mixed.weight, double.weight, rtol=0, atol=1e-8)
 
 
 def test_every_step_is_reported_and_none_goes_up():
     steps = []
-    fit = fit_head(labelled(classes=3), on_iteration=steps.append)
-    assert [step.iteration for step in steps] == list(range(1, fit.iterations + 1))
+    fit = fit_head(labelled(classes=3), on_step=steps.append)
+    assert [step.iteration for step in steps] == list(range(fit.iterations + 1))
     objectives = [step.objective for step in steps]
     assert objectives == sorted(objectives, reverse=True)
     assert (steps[-1].objective, steps[-1].gradient_max) == (fit.objective, fit.gradient_max)
-    assert fit.gradient_max <= 1e-5 < steps[-2].gradient_max
+    assert fit.gradient_max <= 1e-4 < steps[-2].gradient_max
 
 
 def test_a_small_fit_keeps_to_one_thread_and_gives_the_others_back():
     torch.set_num_threads(2)
     seen = []
-    fit_head(labelled(classes=3), max_iter=1, on_iteration=lambda step: seen.append(torch.get_num_threads()))
-    assert (seen, torch.get_num_threads()) == ([1], 2)
+    fit_head(labelled(classes=3), max_iter=1, on_step=lambda step: seen.append(torch.get_num_threads()))
+    assert (seen, torch.get_num_threads()) == ([1, 1], 2)
 
 
 def test_too_few_iterations_are_not_called_convergence():
-    fit = fit_head(labelled(classes=3), max_iter=2)
+    fit = fit_head(labelled(classes=3), max_iter=1)
     assert not fit.converged
-    assert fit.iterations == 2
-    assert fit.gradient_max > 1e-5
+    assert fit.iterations == 1
+    assert fit.gradient_max > 1e-4
 
 
 def test_a_tolerance_below_rounding_is_not_called_convergence():
@@ -128,8 +137,7 @@ def test_a_tolerance_below_rounding_is_not_called_convergence():
 
 
 def test_a_class_without_rows_counts_and_ends_with_a_small_probability():
-    rows = labelled(classes=3)
-    fit = fit_head(Rows(rows.features, rows.target, (0, 1, 2, "absent")))
+    fit = fit_head(to_source(FEATURES, labels(3), classes=(0, 1, 2, 3)))
     assert fit.weight.shape == (4, 5)
     p = softmax(FEATURES @ fit.weight.numpy().T + fit.bias.numpy())
     assert p[:, 3].max() < 1e-3
@@ -137,8 +145,8 @@ def test_a_class_without_rows_counts_and_ends_with_a_small_probability():
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl"])
 def test_scores_are_the_formulas(loss):
-    fit = fit_head(make_rows(FEATURES, SOFT), C=0.1)
-    scores = evaluate(fit.weight, fit.bias, make_rows(FEATURES, SOFT), loss)
+    fit = fit_head(soft(), C=0.1)
+    scores = diagnose(soft(), fit.weight, fit.bias, loss)
     p = softmax(FEATURES @ fit.weight.numpy().T + fit.bias.numpy())
     entropy = -(SOFT * np.log(SOFT)).sum(axis=1).mean()
     cross_entropy = -(SOFT * np.log(p)).sum(axis=1).mean()
@@ -154,12 +162,16 @@ def test_scores_are_the_formulas(loss):
     ("options", "message"),
     [
         ({"loss": "reverse_kl"}, "loss reverse_kl is infinite for labels"),
-        ({"loss": "hinge"}, "loss must be one of cross_entropy, forward_kl, reverse_kl; got 'hinge'"),
+        ({"loss": "hinge"}, "loss must be one of cross_entropy, forward_kl, reverse_kl, js; got 'hinge'"),
         ({"C": 0.0}, "C must be a positive number; got 0.0"),
-        ({"C": math.inf}, "C must be a positive number"),
+        ({"C": math.nan}, "C must be a positive number"),
         ({"tol": math.nan}, "tol must be a positive number; got nan"),
         ({"tol": -1.0}, "tol must be a positive number"),
-        ({"max_iter": 0}, "max_iter must be 1 or more"),
+        ({"max_iter": -1}, "max_iter must be 0 or more"),
+        ({"precision": "half"}, "precision must be auto, mixed or float64"),
+        ({"memory_budget": 1000}, "memory_budget must be at least"),
+        ({"sample_weight": torch.ones(3)}, "sample_weight must have one entry for each of 97 rows"),
+        ({"sample_weight": -torch.ones(97)}, "sample_weight must be finite, not negative"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options, message):
@@ -168,20 +180,21 @@ def test_options_that_cannot_be_used_are_refused(options, message):
 
 
 def test_reverse_kl_refuses_a_zero_in_a_target():
-    soft = SOFT.copy()
-    soft[[5, 9]] = [0.0, 0.5, 0.25, 0.25]
-    with pytest.raises(DataError, match="2 rows have zeros, the first is row 5"):
-        fit_head(make_rows(FEATURES, soft), loss="reverse_kl")
+    target = SOFT.copy()
+    target[[5, 9]] = [0.0, 0.5, 0.25, 0.25]
+    with pytest.raises(DataError, match="infinite where a target is zero; the first such row is row 5"):
+        fit_head(to_source(FEATURES, target), loss="reverse_kl")
 
 
-@pytest.mark.parametrize(("scale", "dtype"), [(1e200, torch.float64), (1e38, torch.float32)])
-def test_an_overflow_is_an_error(scale, dtype):
-    rows = labelled(classes=3)
-    with pytest.raises(DataError, match=r"beyond the range of torch.float..; scale the features"):
-        fit_head(Rows(rows.features / np.abs(rows.features).max() * scale, rows.target, rows.classes), dtype=dtype)
+def test_an_overflow_is_an_error():
+    with pytest.raises(DataError, match="scale the features"):
+        fit_head(labelled(3, FEATURES * 1e200))
 
 
-def test_features_beyond_float32_are_refused():
-    rows = labelled(classes=3)
-    with pytest.raises(DataError, match=r"beyond the range of torch.float32"):
-        fit_head(Rows(rows.features * 1e100, rows.target, rows.classes), dtype=torch.float32)
+def test_what_can_be_separated_is_called_so_without_a_penalty():
+    apart = to_source(FEATURES, (FEATURES[:, 0] > 0).astype(int) + (FEATURES[:, 0] > 1))
+    fit = fit_head(apart, C=math.inf)
+    assert fit.separated
+    assert fit.weight.isfinite().all()
+    assert not fit_head(labelled(3), C=math.inf).separated
+    assert not fit_head(apart).separated
