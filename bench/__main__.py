@@ -1,4 +1,7 @@
-"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness]``."""
+"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits]``.
+
+The fits take hours, for the slowest peers have ten minutes each: they are made where they are asked for by name.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from typing import Any
 
 import torch
 
-from bench import curvature, exactness, heads, logits, peers
+from bench import curvature, exactness, fits, heads, logits, peers
 from bench.heads import CASES, OURS, Shape
 from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
-
-Record = dict[str, Any]  # a row of a table, by its column
+from bench.problems import PROBLEMS
+from bench.tables import Record, cell, print_head, print_row
 
 
 def main() -> None:
@@ -41,6 +44,15 @@ def main() -> None:
         tables["curvature in a budget"] = print_curvature_in_a_budget(options.shape)
     if options.table in ("all", "exactness"):
         tables["exactness"] = print_exactness()
+    if options.table == "fits":
+        tables["fits"] = fits.print_fits(
+            options.problem or tuple(PROBLEMS),
+            options.dtype or fits.DTYPES,
+            options.who or fits.CONTESTANTS,
+            repeats=options.repeats,
+            limit=options.limit,
+            small=options.quick,
+        )
     if options.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
         _print_json(machine | tables, options.json)
@@ -48,17 +60,25 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("table", nargs="?", choices=("all", "logits", "heads", "curvature", "exactness"), default="all")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds in which everybody takes a turn")
+    tables = ("all", "logits", "heads", "curvature", "exactness", "fits")
+    parser.add_argument("table", nargs="?", choices=tables, default="all", help="all but the fits by default")
+    rounds = f"rounds in which everybody takes a turn: 9 by default, {fits.REPEATS} of the fits"
+    parser.add_argument("--repeats", type=int, help=rounds)
     parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")
     parser.add_argument("--classes", type=int, default=10_000, help="of the dense logits")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="of the head; may be repeated")
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,d,C", help="of the head; may be repeated")
+    parser.add_argument("--problem", action="append", choices=tuple(PROBLEMS), help="of the fits; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=fits.DTYPES, help="of the fits; may be repeated")
+    parser.add_argument("--who", action="append", choices=fits.CONTESTANTS, help="of the fits; may be repeated")
+    parser.add_argument("--limit", type=float, default=fits.LIMIT, metavar="SECONDS", help="of a fit, which is killed")
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds: to see that everything runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, and print them last")
     options = parser.parse_args()
+    if options.repeats is None:
+        options.repeats = 3 if options.quick else fits.REPEATS if options.table == "fits" else 9
     if options.quick:
-        options.repeats, options.rows, options.classes = 3, 64, 1000
+        options.rows, options.classes = 64, 1000
         options.shape = [Shape(options.rows, 16, options.classes)]
     return options
 
@@ -87,20 +107,19 @@ def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]
         "products). The error is the largest of the results', on a sixteenth of the rows. The floor of a Hessian\n"
         "product does not count the gradients' own products. Who has no row does not offer the loss.\n"
     )
-    _print_row("case", "shape", "who", "s", "ours / it", "extra MB", "results MB", "error")
-    _print_row(*["---"] * 8)
+    print_head("case", "shape", "who", "s", "ours / it", "extra MB", "results MB", "error")
     records = []
     for name, shape in rows:
         for record in _figures(name, shape, repeats):
-            _print_row(
+            print_row(
                 name,
                 str(shape),
                 record["who"],
                 record.get("note") or f"{record['s']:.4f}",
-                _cell(record, "ratio", ".2f"),
-                _cell(record, "extra_mb", ".1f"),
-                _cell(record, "results_mb", ".1f"),
-                _cell(record, "error", ".1e"),
+                cell(record, "ratio", ".2f"),
+                cell(record, "extra_mb", ".1f"),
+                cell(record, "results_mb", ".1f"),
+                cell(record, "error", ".1e"),
             )
             records.append(record)
     return records
@@ -133,14 +152,13 @@ def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
 def print_heads_in_a_budget(rows: Iterable[tuple[str, Shape]]) -> list[Record]:
     """Extra memory of everybody who can run each case, ours told to stay within the budget."""
     print(f"\nmemory of losses on features and a head, ours within memory_budget = {heads.BUDGET // 2**20} MB\n")
-    _print_row("case", "shape", "who", "extra MB", "results MB")
-    _print_row(*["---"] * 5)
+    print_head("case", "shape", "who", "extra MB", "results MB")
     records = []
     for name, shape in rows:
         for who in heads.contestants(name):
             record: Record = {"case": name, "shape": shape, "who": who, **_memory(name, who, shape, heads.BUDGET)}
-            extra = record.get("note") or _cell(record, "extra_mb", ".1f")
-            _print_row(name, str(shape), who, extra, _cell(record, "results_mb", ".1f"))
+            extra = record.get("note") or cell(record, "extra_mb", ".1f")
+            print_row(name, str(shape), who, extra, cell(record, "results_mb", ".1f"))
             records.append(record)
     return records
 
@@ -151,22 +169,13 @@ def _memory(name: str, who: str, shape: Shape, budget: int | None = None) -> Rec
     return figures
 
 
-def _cell(record: Record, column: str, form: str) -> str:
-    return format(record[column], form) if column in record else ""
-
-
-def _print_row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
 # --- curvature --------------------------------------------------------------------------------------------------------
 
 
 def print_curvature(shapes: Sequence[Shape] | None, repeats: int) -> list[Record]:
     """Products of matrices of second order, and the closed forms of a head."""
     print("\nmatrices of second order of two layers and a head, (rows, width, classes) float32\n")
-    _print_row("what", "shape", "columns", "who", "s", "ours / it", "extra MB", "vector MB")
-    _print_row(*["---"] * 8)
+    print_head("what", "shape", "columns", "who", "s", "ours / it", "extra MB", "vector MB")
     records: list[Record] = []
     for shape in shapes or [curvature.SHAPE]:
         shape = curvature.Shape(*shape)
@@ -212,23 +221,22 @@ def _head_figures(shape: curvature.Shape, repeats: int) -> Iterator[Record]:
 
 
 def _print_curvature_row(record: Record) -> None:
-    _print_row(
+    print_row(
         record["what"],
         str(record["shape"]),
         str(record["columns"]),
         record["who"],
         record.get("note") or f"{record['s']:.3f}",
-        _cell(record, "ratio", ".2f"),
-        _cell(record, "extra_mb", ".0f"),
-        _cell(record, "vector_mb", ".0f"),
+        cell(record, "ratio", ".2f"),
+        cell(record, "extra_mb", ".0f"),
+        cell(record, "vector_mb", ".0f"),
     )
 
 
 def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
     """Extra memory as the classes grow, ours told to stay within the budget."""
     print(f"\nmemory of a product, ours within memory_budget = {curvature.BUDGET // 2**20} MB\n")
-    _print_row("matrix", "shape", "who", "extra MB", "vector MB", "beyond the result MB")
-    _print_row(*["---"] * 6)
+    print_head("matrix", "shape", "who", "extra MB", "vector MB", "beyond the result MB")
     records: list[Record] = []
     for matrix in curvature.MATRICES:
         for shape in shapes or curvature.GROWING:
@@ -236,8 +244,8 @@ def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
             record: Record = {"matrix": matrix, "shape": shape, "who": curvature.OURS}
             record |= curvature.memory(matrix, curvature.OURS, 1, shape, curvature.BUDGET)
             record["beyond_mb"] = record["extra_mb"] - record["vector_mb"]
-            cells = (_cell(record, column, ".0f") for column in ("extra_mb", "vector_mb", "beyond_mb"))
-            _print_row(matrix, str(shape), curvature.OURS, *cells)
+            cells = (cell(record, column, ".0f") for column in ("extra_mb", "vector_mb", "beyond_mb"))
+            print_row(matrix, str(shape), curvature.OURS, *cells)
             records.append(record)
     return records
 
@@ -248,8 +256,7 @@ def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
 def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
     """Loss and gradient (or Hessian product) of each case: seconds, their ratio, extra memory, error of the result."""
     print(f"\nforward and backward, ({rows}, {classes}) float32; extra memory includes the gradient\n")
-    _print_row("loss", "ours s", "torch s", "ratio", "ours MB", "torch MB", "ours error", "torch error")
-    _print_row(*["---"] * 8)
+    print_head("loss", "ours s", "torch s", "ratio", "ours MB", "torch MB", "ours error", "torch error")
     records: list[Record] = []
     for index, case in enumerate(logits.CASES):
         z, target = logits.inputs(rows, classes, case.soft)
@@ -262,7 +269,7 @@ def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
         ratio = median_ratio(seconds["ours"], seconds["torchs"])
         mb = {side: _extra_memory(index, side, rows, classes) for side in runs}
         errors = _errors(case, rows // 16, classes)
-        _print_row(
+        print_row(
             case.name,
             *(f"{s['ours']:.3f}", f"{s['torchs']:.3f}", f"{ratio:.2f}", f"{mb['ours']:.0f}", f"{mb['torchs']:.0f}"),
             *(f"{errors['ours']:.1e}", f"{errors['torchs']:.1e}"),
@@ -298,12 +305,11 @@ def _errors(case: logits.Case, rows: int, classes: int) -> dict[str, float]:
 def print_exactness() -> list[Record]:
     """Relative errors where the textbook formula cancels."""
     print("\nfloat32 where the textbook formula cancels: relative errors\n")
-    _print_row("what", "truth", "ours", "torch", "ours' error", "torch's error")
-    _print_row(*["---"] * 6)
+    print_head("what", "truth", "ours", "torch", "ours' error", "torch's error")
     records: list[Record] = []
     for what, truth, ours, torchs in exactness.confident_rows() + exactness.nearly_equal():
         errors = {"ours": abs(ours / truth - 1), "torchs": abs(torchs / truth - 1)}
-        _print_row(what, f"{truth:.7e}", f"{ours:.7e}", f"{torchs:.7e}", *(f"{e:.1e}" for e in errors.values()))
+        print_row(what, f"{truth:.7e}", f"{ours:.7e}", f"{torchs:.7e}", *(f"{e:.1e}" for e in errors.values()))
         records.append({"what": what, "truth": truth, "ours": ours, "torchs": torchs, "error": errors})
     return records
 

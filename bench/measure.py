@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -48,11 +50,19 @@ def extra_peak_of(function: Callable[[], object]) -> float:
     return (_status("VmHWM") - before) / 1024
 
 
+class ProcessFailure(RuntimeError):
+    """A measuring process ended with ``code`` (of a signal, its number below zero), having written ``errors``."""
+
+    def __init__(self, code: int, errors: str) -> None:
+        super().__init__(f"the measuring process failed with code {code}:\n{errors}")
+        self.code, self.errors = code, errors
+
+
 def in_fresh_process(code: str) -> str:
-    """What ``code`` prints in a Python of its own, with this process's import path."""
+    """What ``code`` prints in a Python of its own, with this process's import path. Raises ProcessFailure."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the measuring process failed with code {done.returncode}:\n{done.stderr}")
+        raise ProcessFailure(done.returncode, done.stderr)
     return done.stdout
 
 

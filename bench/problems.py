@@ -1,0 +1,140 @@
+"""Classification problems for fits, of fixed random numbers, and the judge of a fitted head.
+
+The objective is ``Σ loss_i / n + ½ λ ‖W‖²`` in nats, the intercept not penalised: λ = 1/(C n) for scikit-learn's C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Shape(NamedTuple):
+    """Rows, features, classes."""
+
+    rows: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"({self.rows}, {self.width}, {self.classes})"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is fitted: ``make(shape)`` returns rows ``(n, d)`` and labels ``(n,)`` or distributions ``(n, C)``."""
+
+    what: str
+    make: Callable[[Shape], tuple[Array, Array]]
+    shape: Shape
+    penalty: float
+
+
+def digits(shape: Shape) -> tuple[Array, Array]:
+    """Scikit-learn's digits (at most 1,797, of ten classes), as ``width`` random Fourier features."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    frequencies = 0.5 * rng.normal(size=(pixels.shape[1], shape.width))
+    phases = rng.uniform(0, 2 * np.pi, shape.width)
+    rows = np.sqrt(2) * np.cos(pixels[: shape.rows] / 16 @ frequencies + phases)
+    return rows, labels[: shape.rows]
+
+
+def power_law(shape: Shape) -> tuple[Array, Array]:
+    """Labels drawn from a softmax teacher that sees features of standard deviations ∝ 1/j, rotated."""
+    rng = np.random.default_rng(1)
+    rows = _rotated(rng, _decaying(rng, shape, power=1.0))
+    logits = rows @ rng.normal(size=(shape.width, shape.classes)) * 3 / np.sqrt(shape.width)
+    return rows, _consecutive((logits + rng.gumbel(size=logits.shape)).argmax(1))
+
+
+def rare_classes(shape: Shape) -> tuple[Array, Array]:
+    """Normal clouds around one centre a class; class k has a share ∝ 1/k, and one row at least."""
+    rng = np.random.default_rng(2)
+    centres = rng.normal(size=(shape.classes, shape.width))
+    shares = 1 / np.arange(1, shape.classes + 1)
+    labels = rng.choice(shape.classes, size=shape.rows, p=shares / shares.sum())
+    labels[: shape.classes] = np.arange(shape.classes)
+    return 0.35 * centres[labels] + rng.normal(size=(shape.rows, shape.width)), labels
+
+
+def near_separable(shape: Shape) -> tuple[Array, Array]:
+    """A linear teacher's first choice, but where its margin is almost zero; features of deviations ∝ 1/j, rotated.
+
+    About three per cent of the rows are on the wrong side of the teacher. A head of so many features still separates
+    all rows, by weights that are large where the features are small.
+    """
+    rng = np.random.default_rng(3)
+    unrotated = _decaying(rng, shape, power=1.0)
+    teacher = rng.normal(size=(shape.width, shape.classes)) * np.arange(1, shape.width + 1)[:, None] ** 0.25
+    logits = unrotated @ teacher
+    logits += 0.02 * logits.std() * rng.gumbel(size=logits.shape)
+    return _rotated(rng, unrotated), _consecutive(logits.argmax(1))
+
+
+def soft_labels(shape: Shape) -> tuple[Array, Array]:
+    """Distributions of a softmax teacher with blurred logits, on features of standard deviations ∝ 1/√j, rotated."""
+    rng = np.random.default_rng(4)
+    rows = _rotated(rng, _decaying(rng, shape, power=0.5))
+    logits = rows @ rng.normal(size=(shape.width, shape.classes)) * 3 / np.sqrt(shape.width)
+    return rows, _softmax(logits + rng.normal(size=logits.shape))[0]
+
+
+PROBLEMS = {
+    "digits": Problem("digits, random Fourier features", digits, Shape(1797, 512, 10), 1e-5),
+    "power-law": Problem("features of power-law scales", power_law, Shape(20_000, 256, 100), 1e-5),
+    "rare-classes": Problem("class frequencies by Zipf's law", rare_classes, Shape(20_000, 128, 2000), 1e-5),
+    "near-separable": Problem(
+        "a linear teacher's choice, blurred at its margins", near_separable, Shape(8000, 128, 30), 1e-6
+    ),
+    "soft-labels": Problem("distributions; of scikit-learn n C weighted rows", soft_labels, Shape(3000, 128, 10), 1e-5),
+}
+
+
+def judge(rows: Array, target: Array, penalty: float, weight: Array, bias: Array) -> dict[str, float]:
+    """The objective, the largest entry of its gradient in weight and bias, and the share of right rows, in float64."""
+    rows, weight, bias = (array.astype(np.float64) for array in (rows, weight, bias))
+    if target.ndim == 1:
+        target = np.eye(len(weight))[target]
+    logits = rows @ weight.T + bias
+    probabilities, log_sums = _softmax(logits)
+    losses = log_sums * target.sum(1) - (target * logits).sum(1)
+    residual = (probabilities * target.sum(1, keepdims=True) - target) / len(rows)
+    gradients = residual.T @ rows + penalty * weight, residual.sum(0)
+    return {
+        "gradient": max(float(abs(gradient).max()) for gradient in gradients),
+        "objective": float(losses.mean() + penalty / 2 * (weight**2).sum()),
+        "accuracy": float((logits.argmax(1) == target.argmax(1)).mean()),
+    }
+
+
+def _softmax(logits: Array) -> tuple[Array, Array]:
+    """The probabilities, and the log-sum-exps ``(n,)``."""
+    largest = logits.max(1, keepdims=True)
+    exponentials = np.exp(logits - largest)
+    sums = exponentials.sum(1, keepdims=True)
+    return exponentials / sums, (largest + np.log(sums))[:, 0]
+
+
+def _decaying(rng: np.random.Generator, shape: Shape, *, power: float) -> Array:
+    """Normal features of standard deviations ∝ ``j^−power``; their variances are 1 on average."""
+    scales = np.arange(1, shape.width + 1) ** -power
+    return rng.normal(size=(shape.rows, shape.width)) * scales / np.sqrt((scales**2).mean())
+
+
+def _rotated(rng: np.random.Generator, rows: Array) -> Array:
+    rotation = np.linalg.qr(rng.normal(size=(rows.shape[1], rows.shape[1])))[0]
+    return rows @ rotation
+
+
+def _consecutive(labels: Array) -> Array:
+    """From 0 on without a gap: a class may have been drawn by no row."""
+    return np.unique(labels, return_inverse=True)[1]
