@@ -139,6 +139,61 @@ def test_too_few_iterations_are_said(words):
     assert "raise --max-iter" in table
 
 
+def test_the_record_and_the_report_stand_beside_the_head(words):
+    record, _ = run("fit", words, "--out", "h.safetensors", "--path", "0.1,10")
+    kept = json.loads(Path("h.json").read_text(), parse_constant=refuse_constant)
+    assert {key: kept[key] for key in record} == record
+    assert [step["iteration"] for step in kept["history"]] == list(range(record["iterations"] + 1))
+    assert kept["history"][-1]["gradient_max"] == record["gradient_max"]
+    assert [point["C"] for point in record["path"]] == [0.1, 10.0]
+    assert record["path"][0]["weight_norm"] < record["path"][1]["weight_norm"]
+    page = Path("h.html").read_text()
+    assert "[red]two" in page
+    assert "converge" in page
+
+
+def test_no_row_is_held_out_where_none_shall_be(words):
+    record, table = run("fit", words, "--holdout", 0)
+    assert (record["rows_train"], record["rows_held_out"]) == (60, 0)
+    assert "held-out" not in table
+
+
+def test_shards_are_one_set_of_rows(words):
+    Path("shards").mkdir()
+    for index, rows in enumerate((slice(0, 25), slice(25, 26), slice(26, 60))):
+        np.savez(f"shards/part-{index}.npz", features=FEATURES[rows], target=WORDS[rows])
+    whole, _ = run("fit", words, "--holdout", 0, "--tol", 1e-10)
+    parts, _ = run("fit", "shards", "--holdout", 0, "--tol", 1e-10, "--out", "parts.safetensors")
+    assert parts["objective"] == pytest.approx(whole["objective"], rel=1e-12)
+    first, second = (load_file(name)["weight"] for name in ("head.safetensors", "parts.safetensors"))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-7)
+
+
+def test_lists_of_all_classes_are_the_distributions_themselves(soft):
+    order = np.argsort(-SOFT, axis=1)
+    lists = {"indices": order, "log_probs": np.log(np.take_along_axis(SOFT, order, 1))}
+    np.savez("lists.npz", features=FEATURES, **lists)
+    run("fit", soft, "--tol", 1e-9)
+    record, _ = run("fit", "lists.npz", "--tol", 1e-9, "--out", "lists.safetensors")
+    assert record["targets"] == "top_k"
+    first, second = (load_file(name)["weight"] for name in ("head.safetensors", "lists.safetensors"))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_a_fit_goes_on_from_its_checkpoint(words):
+    run("fit", words, "--tol", 1e-8)
+    cut, _ = run("fit", words, "--max-iter", 2, "--tol", 1e-8, "--checkpoint", "state", "--out", "cut.safetensors")
+    assert not cut["converged"]
+    rest, _ = run("fit", words, "--tol", 1e-8, "--checkpoint", "state", "--out", "rest.safetensors")
+    assert rest["converged"]
+    assert rest["iterations"] > cut["iterations"]
+    assert torch.equal(load_file("head.safetensors")["weight"], load_file("rest.safetensors")["weight"])
+    before = Path("state").read_bytes()
+    assert "of another run" in refused("fit", words, "--C", 2, "--checkpoint", "state")
+    Path("state").write_bytes(before[:-9])
+    assert "checkpoint: state is damaged" in refused("fit", words, "--checkpoint", "state")
+
+
 def test_a_class_that_is_only_held_out_is_said():
     _, held = split(make_rows(FEATURES, np.arange(60) % 2), 0.2, seed=0)
     only = int(np.flatnonzero((held.features[0] == FEATURES).all(axis=1))[0])
@@ -193,6 +248,10 @@ def save_good_head():
             "--out: soft.safetensors is also an input",
         ),
         (["fit", "words.npz", "--target", "words.npz"], "target: words.npz must be an .npy file"),
+        (["fit", "words.npz", "--path", "1,two"], "--path: 1,two must be numbers with commas"),
+        (["fit", "words.npz", "--report", "page.txt"], "--report: page.txt must end in .html"),
+        (["fit", "words.npz", "--checkpoint", "head.json"], "--checkpoint: head.json is also an output"),
+        (["fit", "words.npz", "--checkpoint", "none/state"], "there is no folder none"),
         (["fit", "words.npz", "--what"], "--what"),
         (["what"], "what"),
     ],
@@ -269,7 +328,7 @@ def test_as_a_process_of_its_own(words):
 
 
 def test_an_interrupted_process_ends_with_130_and_leaves_nothing():
-    np.savez("wide.npz", X=np.random.default_rng(0).normal(size=(4000, 300)), y=np.arange(4000) % 50)
+    np.savez("wide.npz", X=np.random.default_rng(0).normal(size=(20000, 300)), y=np.arange(20000) % 200)
     options = ["--tol", "1e-300", "--C", "1e9", "--max-iter", "1000000", "--progress"]
     process = subprocess.Popen(
         [sys.executable, "-m", "softcurve", "fit", "wide.npz", *options],

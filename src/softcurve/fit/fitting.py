@@ -34,6 +34,8 @@ FOR_TILES, FOR_BLOCKS, FOR_ROWS = 0.125, 0.25, 0.5
 OF_LOGIT = 36
 # Multiply-adds of the logits below which waiting for a second thread costs more than it brings.
 ONE_THREAD_BELOW = 10_000_000
+# And those below which float32 saves nothing.
+DOUBLE_BELOW = 1_000_000
 # From zero, and from the head of a similar problem.
 FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
 
@@ -114,7 +116,7 @@ def fit_head(
     rows_at_once = _rows_at_once(source, classes, budget)
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
     work = source.rows * source.width * classes
-    double = precision == "float64" or (precision == "auto" and work < ONE_THREAD_BELOW)
+    double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
     with _threads(work):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
@@ -129,8 +131,8 @@ def fit_head(
         saved = None
         if checkpoint is not None:
             settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(weights)}"
-            saved = Checkpoint(checkpoint, source.fingerprint, settings, every=checkpoint_every)
-        state = saved.load(classes, coordinates.size) if saved is not None else None
+            saved = Checkpoint(checkpoint, coordinates, source.fingerprint, settings, every=checkpoint_every)
+        state = saved.load(classes) if saved is not None else None
         if state is None:
             state = _first_state(objective, start, total, double=double)
 

@@ -32,6 +32,8 @@ ROUNDING = 1e-14  # of the objective
 # A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
 MOST_FAILURES = 8
+# The slope at a step's end, relative to its beginning, from which on it may pay to go farther; how far at least, at most.
+STILL_FALLING, WORTH_GOING_ON, FARTHEST = 0.1, 1.5, 8.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Newton:
     ) -> None:  # fmt: skip
         self.objective, self.curvature_in, self.state, self.tol = objective, curvature_in, state, tol
         self.memory_of_blocks = memory_of_blocks
+        # A residual of the intercept comes, times the mean of a feature, into the gradient of its weights.
+        self.enough = tol / 4 / (1.0 + float(objective.coordinates.mean.abs().max()))
         last = state.history[-1] if state.history else None
         self.started = time.perf_counter() - (last.seconds if last else 0.0)
         self.products = last.products if last else 0
@@ -101,7 +105,7 @@ class Newton:
             curvature, inverse, point.gradient,
             tol=max(min(LOOSEST, math.sqrt(norm / first)), TIGHTEST) if first else LOOSEST,
             # Where the model is true already, its residual is the next gradient.
-            enough=self.tol / 4 if abs(state.ratio - 1.0) < 0.1 else 0.0,
+            enough=self.enough if abs(state.ratio - 1.0) < 0.1 else 0.0,
         )  # fmt: skip
         spent = curvature.products - spent
         there, foretold = self._downhill(step, foretold)
@@ -111,6 +115,8 @@ class Newton:
         better = reached < 0 or (reached <= rounding and there.gradient_max < point.gradient_max)
         stalled = not better or (not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm)
         failures = state.failures + 1 if stalled else 0
+        if better:
+            there = self._beyond(there)
         blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
         self.state = replace(
             state,
@@ -138,6 +144,24 @@ class Newton:
             part = min(max(0.5 * share * slope / (share * slope - reached), 0.1), 0.5)
             share *= part
             foretold *= part
+
+    def _beyond(self, there: Point) -> Point:
+        """A point farther along the step, if the objective goes on falling there.
+
+        Where rows become certain, their loss dies away like an exponential, and each of Newton's steps gains one unit
+        of their logits, whatever is left to gain. So the slope along the step is taken as ``a + b e^(−ct)``, through
+        the values and slopes at both its ends, and followed to where it is zero.
+        """
+        point = self.point
+        step = there.parameters - point.parameters
+        first, last = (float((at.gradient * step).sum()) for at in (point, there))
+        length = _zero_of_slope(first, last, there.value - point.value)
+        if length < WORTH_GOING_ON:
+            return there
+        beyond = self.objective.at(_settled(point.parameters + length * step), self.curvature.keep)
+        if beyond.value < there.value:
+            return beyond
+        return self.objective.at(there.parameters, self.curvature.keep)
 
     def _move_to(self, point: Point, *, recompute: bool) -> None:
         self.point = point
@@ -179,6 +203,26 @@ def minimise(
         if len(newton.state.history) > max_iter:
             return Outcome(newton.state, newton.point, False, f"{max_iter} steps were not enough")
         newton.step()
+
+
+def _zero_of_slope(first: float, last: float, change: float) -> float:
+    """Where ``a + b e^(−ct)`` is zero that is ``first`` at 0, ``last`` at 1, and ``change`` in the mean between.
+
+    At most ``FARTHEST``. One, where the slope at 1 is hardly negative any more, or falls in another way.
+    """
+    if not first < last < STILL_FALLING * first:
+        return 1.0
+    # h(c) = 1/(1 − e^(−c)) − 1/c rises from ½, a parabola's, to 1.
+    h = (first - change) / (first - last)
+    if not 0.5 < h < 1.0:
+        return min(first / (first - last), FARTHEST) if h <= 0.5 else 1.0
+    low, high = 1e-6, 1e3
+    for _ in range(60):
+        c = math.sqrt(low * high)
+        low, high = (c, high) if -1.0 / math.expm1(-c) - 1.0 / c < h else (low, c)
+    b = (first - last) / -math.expm1(-c)
+    a = first - b
+    return min(math.log(-b / a) / c, FARTHEST) if a > 0.0 else FARTHEST
 
 
 def _dtype(state: State) -> torch.dtype:
