@@ -19,7 +19,10 @@ from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 __version__ = "0.1.0"
 
 # They need scikit-learn, which is imported where they are used.
-_LAZY = {"SoftmaxRegression": "softcurve.fit.estimator"}
+_LAZY = {
+    "SoftmaxRegression": "softcurve.fit.estimator",
+    "SoftmaxRegressionCV": "softcurve.fit.cross_validation",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -35,6 +38,7 @@ __all__ = [
     "LossStats",
     "Probabilities",
     "SoftmaxRegression",
+    "SoftmaxRegressionCV",
     "TopK",
     "chain_rule",
     "cross_entropy",

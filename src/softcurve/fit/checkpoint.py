@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import State, Step
 
 __all__ = ["Checkpoint", "digest"]
@@ -32,15 +33,18 @@ class Checkpoint:
     """Reads the state that belongs to these rows and settings, and writes it every so many seconds.
 
     A Newton step depends on nothing but the state, so that a run which goes on from it ends where it would have ended.
+    Eigenvectors, of any sign, may come out otherwise on another machine; a run goes on there from the head.
     """
 
-    def __init__(self, path: Path, rows: str, settings: str, *, every: float) -> None:
+    def __init__(self, path: Path, coordinates: Coordinates, rows: str, settings: str, *, every: float) -> None:
         check_writable(path, "checkpoint")
-        self.path, self.every = path, every
+        self.path, self.coordinates, self.every = path, coordinates, every
+        basis = coordinates.basis
+        self.axes = digest(coordinates.mean) + ("" if basis is None else digest(basis))
         self.identity = {"format": FORMAT, "format_version": VERSION, "rows": rows, "settings": settings}
         self.written = time.monotonic()
 
-    def load(self, classes: int, size: int) -> State | None:
+    def load(self, classes: int) -> State | None:
         """The state, or ``None`` where no file is there yet. Raises DataError, and leaves the file as it is."""
         if not self.path.exists():
             return None
@@ -51,11 +55,10 @@ class Checkpoint:
                     f"checkpoint: {self.path} is of another run: its {name} is {metadata.get(name)!r}, and here it is "
                     f"{expected!r}; give another file, or the rows and options that it was written with"
                 )
-        parameters = tensors.get("parameters")
-        if parameters is None or parameters.shape != (classes, size) or parameters.dtype != torch.float64:
-            raise self._damaged(f"its tensor 'parameters' must be float64 of shape {(classes, size)}")
-        if not parameters.isfinite().all():
-            raise self._damaged("its tensor 'parameters' has entries that are not finite")
+        weight = self._checked(tensors, "weight", (classes, len(self.coordinates.mean)))
+        parameters = self.coordinates.parameters(weight, self._checked(tensors, "bias", (classes,)))
+        if metadata.get("axes") == self.axes:  # without the rounding of a turn
+            parameters = self._checked(tensors, "parameters", (classes, self.coordinates.size))
         try:
             state = json.loads(metadata["state"])
             history = tuple(Step(**step) for step in state["history"])
@@ -68,9 +71,9 @@ class Checkpoint:
         if not now and time.monotonic() - self.written < self.every:
             return
         kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
-        content = to_safetensors(
-            {"parameters": state.parameters.contiguous()}, metadata=self.identity | {"state": json.dumps(kept)}
-        )
+        weight, bias = self.coordinates.head(state.parameters)
+        tensors = {"weight": weight, "bias": bias, "parameters": state.parameters.contiguous()}
+        content = to_safetensors(tensors, metadata=self.identity | {"axes": self.axes, "state": json.dumps(kept)})
         with replacing(self.path) as file:
             file.write(content)
         self.written = time.monotonic()
@@ -81,6 +84,14 @@ class Checkpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own type, OSError or ValueError, by the damage
             raise self._damaged(f"it is no safetensors file ({str(error).splitlines()[0]})") from error
+
+    def _checked(self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype != torch.float64:
+            raise self._damaged(f"its tensor {name!r} must be float64 of shape {shape}")
+        if not tensor.isfinite().all():
+            raise self._damaged(f"its tensor {name!r} has entries that are not finite")
+        return tensor
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")

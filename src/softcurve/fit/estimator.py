@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,33 +96,36 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ``ValueError`` for anything that cannot be used. Warns (``ConvergenceWarning``) where ``max_iter`` steps
         were not enough, or where the loss has no minimum: without a penalty, on classes that can be separated.
         """
-        self._require_options()
-        source, classes, weights = posed(self, X, y, sample_weight)
+        self._require("C", "tol")
+        problem = posed(self, X, y, sample_weight)
+        source, weights = class_weighted(self, problem)
         fit = fit_head(
             source,
             loss=self.loss,
-            C=self.C,
+            C=float(self.C),
             fit_intercept=self.fit_intercept,
             sample_weight=weights,
-            tol=self.tol,
-            max_iter=self.max_iter,
+            tol=float(self.tol),
+            max_iter=int(self.max_iter),
             precision=self.precision,
             memory_budget=self.memory_budget,
-            start=self._start(classes) if self.warm_start else None,
+            start=self._start(problem.classes) if self.warm_start else None,
             on_step=print if self.verbose else lambda step: None,
         )
         warn_of(fit, self)
-        self.classes_ = classes
+        self.classes_ = problem.classes
         self._keep(fit, like=X)
         return self
 
     def _keep(self, fit: Fit, *, like: Any) -> None:
-        weight, bias = fit.weight, fit.bias
+        self._keep_head(fit.weight, fit.bias, like=like)
+        self.n_iter_ = np.array([fit.iterations], dtype=np.int32)
+        self.objective_, self.gradient_max_, self.history_ = fit.objective, fit.gradient_max, fit.history
+
+    def _keep_head(self, weight: Tensor, bias: Tensor, *, like: Any) -> None:
         if len(bias) == 2:
             weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
         self.coef_, self.intercept_ = as_given(weight, like), as_given(bias, like)
-        self.n_iter_ = np.array([fit.iterations], dtype=np.int32)
-        self.objective_, self.gradient_max_, self.history_ = fit.objective, fit.gradient_max, fit.history
 
     def _start(self, classes: Array) -> tuple[Tensor, Tensor] | None:
         """The last fit's head, if it has the shape of this one."""
@@ -172,8 +176,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels = np.asarray(self.classes_)[target_labels(y)] if is_soft(y) else np.asarray(y)
         return float(super().score(X, labels, sample_weight))
 
-    def _require_options(self) -> None:
-        for name in ("C", "tol"):
+    def _require(self, *positive: str) -> None:
+        for name in positive:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, float | int | np.number) or not value > 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
@@ -184,8 +188,19 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 # --- what comes in ------------------------------------------------------------------------------------------------
 
 
-def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Source, Array, Tensor]:
-    """Rows and targets as a source, the classes, and the weights of the rows. Raises ValueError."""
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """What came, checked: ``source`` has the rows and targets, ``labels`` is ``None`` for soft targets."""
+
+    rows: Any
+    source: Source
+    classes: Array
+    labels: Array | None
+    weights: Tensor
+
+
+def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
+    """Check rows, targets and weights. Raises ValueError."""
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
     rows = features_of(estimator, X, reset=True)
@@ -193,10 +208,7 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Source, A
     if is_soft(y):
         target = y if isinstance(y, TopK) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
-        classes = np.arange(len(source.classes))
-        if estimator.class_weight is not None:
-            source, weights = _reweighted(estimator, rows, source, classes, weights)
-        return source, classes, weights
+        return Posed(rows, source, np.arange(len(source.classes)), None, weights)
     labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
     check_consistent_length(rows, labels)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
@@ -208,15 +220,21 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> tuple[Source, A
             f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
             f"one class: {classes[0]!r}"
         )
-    if estimator.class_weight is not None:
-        of_classes = compute_class_weight(
-            estimator.class_weight, classes=classes, y=labels, sample_weight=weights.numpy()
-        )
-        weights = weights * torch.as_tensor(of_classes)[index]
     source = to_source(
         rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
     )
-    return source, classes, weights
+    return Posed(rows, source, classes, labels, weights)
+
+
+def class_weighted(estimator: Any, problem: Posed) -> tuple[Source, Tensor]:
+    """Targets and weights of the rows, with ``class_weight`` in them."""
+    classes, labels, weights = problem.classes, problem.labels, problem.weights
+    if estimator.class_weight is None:
+        return problem.source, weights
+    if labels is None:
+        return _reweighted(estimator, problem.rows, problem.source, classes, weights)
+    of_classes = compute_class_weight(estimator.class_weight, classes=classes, y=labels, sample_weight=weights.numpy())
+    return problem.source, weights * torch.as_tensor(of_classes)[np.searchsorted(classes, labels)]
 
 
 def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weights: Tensor) -> tuple[Source, Tensor]:
@@ -274,11 +292,16 @@ def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
     )
 
 
+def rows_to_predict(width: int, classes: int) -> int:
+    """How many at a time."""
+    return max(1, PREDICTED // max(classes, width))
+
+
 def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
     if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
-    for block in to_source(rows, features_name="X").blocks(max(1, PREDICTED // max(classes, rows.shape[1]))):
+    for block in to_source(rows, features_name="X").blocks(rows_to_predict(rows.shape[1], classes)):
         yield block.features.clone()
 
 

@@ -91,9 +91,10 @@ def find_coordinates(
 ) -> Coordinates:
     """Look at all rows once; ``weights`` sum to one."""
     width = source.width
-    pays = 10 * width**2 <= WORTH_PRODUCTS * 4 * source.rows * classes and width <= WIDEST
+    axes = min(width, source.rows)
+    pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * source.rows * classes and axes <= WIDEST
     if source.in_memory and source.rows < width and 8 * source.rows * width <= SPAN_BYTES:
-        return _span(source, weights, intercept, rows_at_once)
+        return _span(source, weights, intercept, rows_at_once, turned=pays)
     moments = _Moments(width, second=pays)
     for features, weight in _weighted(source, weights, rows_at_once):
         moments.add(features, weight)
@@ -111,12 +112,14 @@ def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tu
         yield block.features.double(), weights[block.start : block.start + len(block)]
 
 
-def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int) -> Coordinates:
+def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *, turned: bool) -> Coordinates:
     """Fewer rows than features: the optimal weight lies in the rows' span, as its penalty grows outside."""
     features = torch.cat([block.features.double() for block in source.blocks(rows_at_once)])
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     features -= mean
     basis, triangle = torch.linalg.qr(features.T)
+    if not turned:
+        return Coordinates(mean, basis, intercept)
     axes = torch.linalg.eigh((triangle * weights) @ triangle.T).eigenvectors
     return Coordinates(mean, basis @ axes, intercept)
 

@@ -1,0 +1,197 @@
+"""Multinomial logistic regression whose penalty is chosen by cross-validation."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import check_cv
+from torch import Tensor
+
+from softcurve.fit.estimator import (
+    Array,
+    Posed,
+    SoftmaxRegression,
+    class_weighted,
+    posed,
+    rows_to_predict,
+    target_labels,
+    warn_of,
+)
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head
+from softcurve.fit.losses import row_losses
+from softcurve.fit.path import regularisation_path
+from softcurve.fit.source import Source
+from softcurve.fit.subset import Subset
+
+__all__ = ["SoftmaxRegressionCV"]
+
+
+class SoftmaxRegressionCV(SoftmaxRegression):
+    """:class:`SoftmaxRegression` with the ``C`` of the best mean score over the folds of a cross-validation.
+
+    The folds' fits go from the smallest C to the largest, each started from the last. All know all classes, also those
+    of which a fold has no row; of such a class a fit without rows says nothing but that it is improbable.
+
+    Args:
+        Cs: The inverse strengths of the penalty to try, or how many, spaced evenly from 1e-4 to 1e4 on a log scale.
+        cv: How many folds, a splitter, or an iterable of pairs (rows to fit, rows to score); by default 5. Labels are
+            stratified.
+        scoring: By default minus the mean loss of the rows held out, in nats, weighted by ``sample_weight`` but not by
+            ``class_weight``; for cross-entropy that is the mean log-likelihood. Or a scorer of scikit-learn, or its
+            name; it is given labels, of a distribution or a list the most probable class.
+        refit: Whether the head is fitted again with the best C to all rows. Otherwise C and head are the means of
+            those that were the best on each fold.
+        loss: As of :class:`SoftmaxRegression`, and so are all other arguments.
+
+    Attributes: those of :class:`SoftmaxRegression`, and ``C_``, ``Cs_``, ``scores_`` (folds × Cs), ``mean_scores_``.
+    ``n_iter_`` counts the steps of all fits together. There is no ``objective_``, ``gradient_max_`` nor ``history_``
+    without ``refit``.
+    """
+
+    def __init__(
+        self,
+        *,
+        Cs: Any = 10,
+        cv: Any = None,
+        scoring: Any = None,
+        refit: bool = True,
+        loss: str = "cross_entropy",
+        fit_intercept: bool = True,
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        class_weight: Any = None,
+        precision: str = "auto",
+        memory_budget: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.Cs = Cs
+        self.cv = cv
+        self.scoring = scoring
+        self.refit = refit
+        self.loss = loss
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+        self.class_weight = class_weight
+        self.precision = precision
+        self.memory_budget = memory_budget
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegressionCV:
+        """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
+
+        Raises ``ValueError`` for anything that cannot be used, and warns (``ConvergenceWarning``) of fits that have not
+        converged.
+        """
+        self._require("tol")
+        Cs = self._grid()
+        problem = posed(self, X, y, sample_weight)
+        source, weights = class_weighted(self, problem)
+        options: dict[str, Any] = {
+            "loss": self.loss,
+            "fit_intercept": self.fit_intercept,
+            "tol": float(self.tol),
+            "max_iter": int(self.max_iter),
+            "precision": self.precision,
+            "memory_budget": self.memory_budget,
+            "on_step": print if self.verbose else lambda step: None,
+            "coordinates": coordinates_of(
+                source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
+            ),
+        }
+        score = self._measure(problem, y, weighted=sample_weight is not None)
+        scores: list[list[float]] = []
+        heads: list[tuple[Tensor, Tensor]] = []  # of each C, or the best one; summed over the folds
+        steps = late = 0
+        for train, test in self._folds(problem):
+            rows, of_rows = _taken(source, weights, train)
+            fits = regularisation_path(rows, Cs, sample_weight=of_rows, **options)
+            scores.append([score(fit, test) for fit in fits])
+            kept = fits if self.refit else [fits[int(np.argmax(scores[-1]))]]
+            found = [(fit.weight, fit.bias) for fit in kept]
+            heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, found, strict=True)] if heads else found
+            steps += sum(fit.iterations for fit in fits)
+            late += sum(not fit.converged and not fit.separated for fit in fits)
+        self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), problem.classes
+        self.mean_scores_ = self.scores_.mean(0)
+        if late:
+            warnings.warn(
+                f"{late} of the {self.scores_.size} fits to the folds have not converged to tol {self.tol:.1e}. Raise "
+                "max_iter or tol, or scale the features to the order of 1",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
+        if self.refit:
+            best = int(self.mean_scores_.argmax())
+            self.C_ = Cs[best]
+            fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
+            warn_of(fit, self)
+            self._keep(fit, like=X)
+            steps += fit.iterations
+        else:
+            self.C_ = float(self.Cs_[self.scores_.argmax(1)].mean())
+            self._keep_head(*means[0], like=X)
+        self.n_iter_ = np.array([steps], dtype=np.int32)
+        return self
+
+    def _grid(self) -> list[float]:
+        if isinstance(self.Cs, int | np.integer) and not isinstance(self.Cs, bool) and self.Cs > 0:
+            return [float(C) for C in np.logspace(-4, 4, self.Cs)]
+        if isinstance(self.Cs, Sequence | np.ndarray) and not isinstance(self.Cs, str) and len(self.Cs):
+            given = np.asarray(self.Cs)
+            if given.ndim == 1 and given.dtype.kind in "iuf" and (given > 0).all():
+                return [float(C) for C in given]
+        raise ValueError(f"Cs must be a list of positive numbers, or how many to try; got {self.Cs!r}")
+
+    def _folds(self, problem: Posed) -> Iterator[tuple[Array, Array]]:
+        """The numbers of the rows to fit and of those to score; one may be there several times."""
+        numbers = np.arange(problem.source.rows)
+        y = np.zeros(len(numbers)) if problem.labels is None else problem.labels
+        splitter = check_cv(5 if self.cv is None else self.cv, y, classifier=problem.labels is not None)
+        for fold, (train, test) in enumerate(splitter.split(np.zeros(len(numbers)), y)):
+            for rows, use in ((train, "fit"), (test, "score")):
+                if not (problem.weights.numpy()[rows] > 0).any():
+                    raise ValueError(f"fold {fold} of cv has no row with a positive weight to {use}: give fewer folds")
+            yield numbers[train], numbers[test]
+
+    def _measure(self, problem: Posed, y: Any, *, weighted: bool) -> Callable[[Fit, Array], float]:
+        """The score of a fit on some rows."""
+        if self.scoring is None:
+            return lambda fit, test: -_mean_loss(self.loss, fit, *_taken(problem.source, problem.weights, test))
+        scorer = get_scorer(self.scoring) if isinstance(self.scoring, str) else self.scoring
+        weighted = weighted and "sample_weight" in inspect.signature(scorer).parameters
+        labels = target_labels(y) if problem.labels is None else problem.labels
+
+        def score(fit: Fit, test: Array) -> float:
+            head = SoftmaxRegression(loss=self.loss, fit_intercept=self.fit_intercept)
+            head.classes_, head.n_features_in_ = problem.classes, problem.source.width
+            head._keep_head(fit.weight, fit.bias, like=problem.rows)
+            given = {"sample_weight": problem.weights.numpy()[test]} if weighted else {}
+            return float(scorer(head, problem.rows[test], labels[test], **given))
+
+        return score
+
+
+def _taken(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:
+    """The rows with these numbers, each once, and their weights times how often they are named."""
+    times = torch.from_numpy(np.bincount(numbers, minlength=source.rows))
+    return Subset(source, (times > 0).numpy()), (weights * times)[times > 0]
+
+
+def _mean_loss(loss: str, fit: Fit, rows: Source, weights: Tensor) -> float:
+    total = 0.0
+    for block in rows.blocks(rows_to_predict(rows.width, len(rows.classes))):
+        assert block.target is not None
+        logits = torch.addmm(fit.bias, block.features.double(), fit.weight.T)
+        of_rows = weights[block.start : block.start + len(block)]
+        losses = row_losses(loss, logits, block.target)
+        total += float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
+    return total / float(weights.sum())

@@ -1,0 +1,32 @@
+"""Fits of one head at several strengths of the penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from softcurve.fit import DataError
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head
+from softcurve.fit.source import Source
+
+__all__ = ["regularisation_path"]
+
+
+def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> tuple[Fit, ...]:
+    """``tuple(fit_head(source, C=C, **options) for C in Cs)``, each fit started from that of the next smaller C.
+
+    They are in the order of ``Cs``, and share the coordinates, which cost a pass over the rows. A ``start`` is that of
+    the smallest C. Raises DataError for a C that is no inverse strength, and for whatever ``fit_head`` does.
+    """
+    if not len(Cs) or not all(C > 0 for C in Cs):
+        raise DataError(f"Cs must be positive numbers, or inf for no penalty, and at least one; got {list(Cs)}")
+    if options.get("checkpoint") is not None:
+        raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")
+    if options.get("coordinates") is None:
+        shared = ("fit_intercept", "sample_weight", "memory_budget")
+        options["coordinates"] = coordinates_of(source, **{name: options[name] for name in shared if name in options})
+    fits: dict[int, Fit] = {}
+    for index in sorted(range(len(Cs)), key=lambda index: Cs[index]):
+        fits[index] = fit = fit_head(source, C=Cs[index], **options)
+        options["start"] = fit.weight, fit.bias
+    return tuple(fits[index] for index in range(len(Cs)))
