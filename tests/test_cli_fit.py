@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from softcurve.app.cli import app
-from softcurve.fit.rows import load_rows, make_rows, split
+from softcurve.fit.data.rows import load_rows, make_rows, split
 from softcurve.fit.saved_head import SavedHead
 
 FEATURES = np.random.default_rng(1).normal(size=(60, 4))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from softcurve.app.cli import app
-from softcurve.fit.rows import load_rows
+from softcurve.fit.data.rows import load_rows
 from softcurve.fit.saved_head import SavedHead
 
 ROWS, WIDTH, CLASSES = 23, 4, 3

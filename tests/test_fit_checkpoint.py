@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError, fitting
+from softcurve.fit.data.memory import to_source
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.memory import to_source
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -126,7 +126,7 @@ import sys, time
 from pathlib import Path
 import numpy as np, torch
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.memory import to_source
+from softcurve.fit.data.memory import to_source
 torch.set_num_threads(1)
 data = np.load(sys.argv[1], allow_pickle=False)
 fit_head(to_source(data["X"], data["y"]), C=100.0, tol=1e-9, checkpoint=Path(sys.argv[2]), checkpoint_every=0.0,

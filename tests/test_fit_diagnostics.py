@@ -16,11 +16,11 @@ from torch import Tensor
 
 from softcurve.curvature import GGN
 from softcurve.fit import DataError
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.source import Block
+from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import BLOCK_BYTES, Diagnostics, diagnose
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
-from softcurve.fit.memory import to_source
-from softcurve.fit.source import Block
-from softcurve.fit.subset import split_source
 from softcurve.targets import TopK
 
 

@@ -10,11 +10,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from softcurve.fit import DataError
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.rows import load_rows, split
+from softcurve.fit.data.source import Source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.memory import to_source
-from softcurve.fit.rows import load_rows, split
-from softcurve.fit.source import Source
 
 FEATURES = np.random.default_rng(1).normal(size=(97, 5))
 SOFT = np.random.default_rng(2).dirichlet(np.full(4, 0.7), size=97)

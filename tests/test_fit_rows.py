@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from softcurve.fit import DataError
-from softcurve.fit.rows import load_rows, load_rows_for, make_rows, split
+from softcurve.fit.data.rows import load_rows, load_rows_for, make_rows, split
 
 FEATURES = np.array([[0.5, 1.0, -2.0], [1.5, 0.25, 3.0], [0.0, -1.0, 4.0], [2.0, 8.0, 0.125], [7.0, 5.0, 6.0]])
 NUMBERS = np.array([7, -3, 7, 40, -3])

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import ArrayColumn, MappedColumn, SparseColumn
-from softcurve.fit.files.raw import RawColumn
-from softcurve.fit.memory import to_source
-from softcurve.fit.opening import open_source, open_source_for
-from softcurve.fit.source import Source
-from softcurve.fit.subset import Subset, split_source
+from softcurve.fit.data.columns import ArrayColumn, MappedColumn, SparseColumn
+from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.source import Source
+from softcurve.fit.data.subset import Subset, split_source
 from softcurve.targets import TopK
 
 ROWS, WIDTH, CLASSES, K = 37, 5, 4, 3
@@ -549,9 +549,9 @@ def test_a_fingerprint_follows_the_rows_and_not_the_path(tmp_path):
 WALK = """
 import json, numpy as np, torch
 from bench.measure import extra_peak_of
-from softcurve.fit.memory import to_source
-from softcurve.fit.opening import open_source, open_source_for
-from softcurve.fit.subset import split_source
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.subset import split_source
 torch.set_num_threads(1)
 
 def walk(source):

@@ -19,9 +19,9 @@ from softcurve.app.page.picture import decades, picture
 from softcurve.app.page.render import count, figure, seconds
 from softcurve.app.report import FitReport, PathPoint, write_report
 from softcurve.app.report.classes import IN_A_TABLE
+from softcurve.fit.data.source import Block
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.head_spectrum import curvature_spectrum
-from softcurve.fit.source import Block
 
 SECTIONS = ["convergence", "calibration", "confusion", "classes", "curvature", "path", "hardest"]
 NASTY = '<script>alert("x")</script> & \\(x\\) $y$ {{ z }} http://example.org'

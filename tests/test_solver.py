@@ -10,8 +10,8 @@ import torch
 from scipy.special import log_softmax
 
 from softcurve.fit import DataError, fitting
+from softcurve.fit.data.memory import to_source
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.memory import to_source
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, OF_CURVATURE, Curvature
 from softcurve.fit.solver.newton import conjugate_gradients

@@ -16,15 +16,15 @@ from softcurve.app.printing import as_json, fit_progress, print_record, print_ta
 from softcurve.app.report.record import FitReport, PathPoint
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_output, replacing
+from softcurve.fit.data.opening import open_source
+from softcurve.fit.data.source import Source
+from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
 from softcurve.fit.losses import check_loss
-from softcurve.fit.opening import open_source
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.source import Source
-from softcurve.fit.subset import split_source
 
 __all__ = ["FitOptions", "fit_command"]
 

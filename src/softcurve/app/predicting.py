@@ -20,10 +20,10 @@ from softcurve.app.predictions import Write, check_predictions_path, writing_pre
 from softcurve.app.printing import print_record, print_table
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_output
-from softcurve.fit.opening import open_source_for
+from softcurve.fit.data.opening import open_source_for
+from softcurve.fit.data.source import Label, Source
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.scores import Scores, ScoreSums
-from softcurve.fit.source import Label, Source
 
 __all__ = ["predict_command"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.source import Label
+from softcurve.fit.data.source import Label
 
 __all__ = ["Write", "check_predictions_path", "writing_predictions"]
 

@@ -26,8 +26,8 @@ from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.data.rows import load_rows_for
 from softcurve.fit.losses import check_loss, refuse_zeros
-from softcurve.fit.rows import load_rows_for
 from softcurve.fit.saved_head import SavedHead
 
 __all__ = ["SpectrumOptions", "spectrum_command"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softcurve.fit import DataError
-from softcurve.fit.files.shards import is_shard_of
+from softcurve.fit.data.files.shards import is_shard_of
 
 __all__ = ["check_output", "check_writable", "replacing"]
 

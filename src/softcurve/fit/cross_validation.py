@@ -14,6 +14,8 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 from torch import Tensor
 
+from softcurve.fit.data.source import Source
+from softcurve.fit.data.subset import Subset
 from softcurve.fit.estimator import (
     Array,
     Posed,
@@ -27,8 +29,6 @@ from softcurve.fit.estimator import (
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head
 from softcurve.fit.losses import row_losses
 from softcurve.fit.path import regularisation_path
-from softcurve.fit.source import Source
-from softcurve.fit.subset import Subset
 
 __all__ = ["SoftmaxRegressionCV"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
+from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind
+from softcurve.fit.data.subset import Subset
 from softcurve.fit.losses import row_losses
-from softcurve.fit.source import Block, BlockTarget, Source, TargetKind
-from softcurve.fit.subset import Subset
 from softcurve.functional import entropy
 from softcurve.targets import TopK
 
@@ -42,7 +42,7 @@ class Calibration:
 class HardRow:
     """A row that the head finds hard: ``el2n`` is ``‖p − y‖``, ``label`` and ``predicted`` are numbers of classes.
 
-    ``row`` is its number in the source, and for a :class:`~softcurve.fit.subset.Subset` in what that is a part of.
+    ``row`` is its number in the source, and for a :class:`~softcurve.fit.data.subset.Subset` in what that is a part of.
     """
 
     row: int

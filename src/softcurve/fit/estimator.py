@@ -17,9 +17,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.source import Source
 from softcurve.fit.fitting import Fit, fit_head
-from softcurve.fit.memory import to_source
-from softcurve.fit.source import Source
 from softcurve.targets import TopK
 
 __all__ = ["SoftmaxRegression"]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Checkpoint, digest
+from softcurve.fit.data.source import Source
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
-from softcurve.fit.source import Source
 
 __all__ = ["Fit", "coordinates_of", "fit_head"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
-from softcurve.fit.source import BlockTarget, Source
+from softcurve.fit.data.source import BlockTarget, Source
 from softcurve.targets import TopK
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.source import BlockTarget, TargetKind
+from softcurve.fit.data.source import BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence
 from softcurve.targets import Probabilities, Target
 

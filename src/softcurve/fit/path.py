@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from softcurve.fit import DataError
+from softcurve.fit.data.source import Source
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head
-from softcurve.fit.source import Source
 
 __all__ = ["regularisation_path"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
+from softcurve.fit.data.source import Label
 from softcurve.fit.losses import LOSSES
-from softcurve.fit.source import Label
 
 __all__ = ["SavedHead"]
 

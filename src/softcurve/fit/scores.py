@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from softcurve.fit.data.source import BlockTarget
 from softcurve.fit.losses import row_losses
-from softcurve.fit.source import BlockTarget
 from softcurve.targets import TopK
 
 __all__ = ["ScoreSums", "Scores", "target_labels"]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.head_spectrum import CurvatureSpectrum
-from softcurve.fit.source import Label, TargetKind
 
 __all__ = ["FitReport", "PathPoint", "Step"]
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.source import Source
+from softcurve.fit.data.source import Source
 
 __all__ = ["Coordinates", "find_coordinates"]
 

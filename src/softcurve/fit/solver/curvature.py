@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from softcurve.fit.data.source import Block, BlockTarget, Source
 from softcurve.fit.solver.coordinates import Coordinates
-from softcurve.fit.source import Block, BlockTarget, Source
 from softcurve.targets import TopK
 
 __all__ = ["AT_AGREEMENT", "Curvature", "Tile"]

@@ -32,7 +32,7 @@ ROUNDING = 1e-14  # of the objective
 # A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
 MOST_FAILURES = 8
-# The slope at a step's end, relative to its beginning, from which on it may pay to go farther; how far at least, at most.
+# The slope at a step's end, relative to its beginning, from which on it may pay to go on; how far at least, at most.
 STILL_FALLING, WORTH_GOING_ON, FARTHEST = 0.1, 1.5, 8.0
 
 

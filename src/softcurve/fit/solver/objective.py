@@ -11,9 +11,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
+from softcurve.fit.data.source import BlockTarget, Source
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
-from softcurve.fit.source import BlockTarget, Source
 
 __all__ = ["Objective", "Point"]
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import ArrayColumn, Column, Fill, Part
-from softcurve.fit.files.decoding import check_file, decoding
-from softcurve.fit.files.naming import named_part
-from softcurve.fit.files.npy import read_header
-from softcurve.fit.files.stamp import Stamp
+from softcurve.fit.data.columns import ArrayColumn, Column, Fill, Part
+from softcurve.fit.data.files.decoding import check_file, decoding
+from softcurve.fit.data.files.naming import named_part
+from softcurve.fit.data.files.npy import read_header
+from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["npz_part"]
 

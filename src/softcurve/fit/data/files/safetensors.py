@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Part
-from softcurve.fit.files.decoding import check_file, decoding
-from softcurve.fit.files.naming import named_part
-from softcurve.fit.files.raw import RawColumn
-from softcurve.fit.files.stamp import Stamp
+from softcurve.fit.data.columns import Part
+from softcurve.fit.data.files.decoding import check_file, decoding
+from softcurve.fit.data.files.naming import named_part
+from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["safetensors_part"]
 

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Fill
-from softcurve.fit.files.stamp import Stamp
+from softcurve.fit.data.columns import Fill
+from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["RawColumn"]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Column
+from softcurve.fit.data.columns import Column
 
 __all__ = ["check_features", "double_needed", "refuse_not_finite"]
 

@@ -16,12 +16,12 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import ArrayColumn, Column, Fill, Part
-from softcurve.fit.features import check_features, double_needed, refuse_not_finite
-from softcurve.fit.labels import index_labels
-from softcurve.fit.read_ahead import read_ahead
-from softcurve.fit.soft_targets import check_distributions, check_lists, rescale, to_top_k
-from softcurve.fit.source import Block, BlockTarget, Label, TargetKind
+from softcurve.fit.data.columns import ArrayColumn, Column, Fill, Part
+from softcurve.fit.data.features import check_features, double_needed, refuse_not_finite
+from softcurve.fit.data.labels import index_labels
+from softcurve.fit.data.read_ahead import read_ahead
+from softcurve.fit.data.soft_targets import check_distributions, check_lists, rescale, to_top_k
+from softcurve.fit.data.source import Block, BlockTarget, Label, TargetKind
 
 __all__ = ["ColumnSource", "assemble"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Column, Part
+from softcurve.fit.data.columns import Column, Part
 
 __all__ = ["FEATURES", "LISTS", "TARGET", "listed", "named_part", "pick", "target_of"]
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.source import Block, Label, Source, TargetKind
+from softcurve.fit.data.source import Block, Label, Source, TargetKind
 from softcurve.targets import TopK
 
 __all__ = ["Subset", "holdout_mask", "split_source"]

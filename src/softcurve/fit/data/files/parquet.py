@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Column, Fill, Part
-from softcurve.fit.files.decoding import check_file, decoding
-from softcurve.fit.files.naming import FEATURES, LISTS, TARGET, listed, named_part, target_of
-from softcurve.fit.files.stamp import Stamp
+from softcurve.fit.data.columns import Column, Fill, Part
+from softcurve.fit.data.files.decoding import check_file, decoding
+from softcurve.fit.data.files.naming import FEATURES, LISTS, TARGET, listed, named_part, target_of
+from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["parquet_part"]
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.memory import to_source
-from softcurve.fit.opening import open_source, open_source_for
-from softcurve.fit.source import Label, Source
-from softcurve.fit.subset import holdout_mask
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.source import Label, Source
+from softcurve.fit.data.subset import holdout_mask
 from softcurve.targets import TopK
 
 __all__ = ["Label", "Rows", "load_rows", "load_rows_for", "make_rows", "split"]

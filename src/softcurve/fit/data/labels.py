@@ -10,8 +10,8 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Column
-from softcurve.fit.source import Label
+from softcurve.fit.data.columns import Column
+from softcurve.fit.data.source import Label
 
 __all__ = ["index_labels"]
 

@@ -7,11 +7,11 @@ from itertools import accumulate
 from pathlib import Path
 
 from softcurve.fit import DataError
-from softcurve.fit.column_source import ColumnSource, assemble
-from softcurve.fit.columns import ArrayColumn, Part
-from softcurve.fit.files.npy import npy_column
-from softcurve.fit.files.shards import SUFFIXES, directory_parts, file_part
-from softcurve.fit.source import Label
+from softcurve.fit.data.column_source import ColumnSource, assemble
+from softcurve.fit.data.columns import ArrayColumn, Part
+from softcurve.fit.data.files.npy import npy_column
+from softcurve.fit.data.files.shards import SUFFIXES, directory_parts, file_part
+from softcurve.fit.data.source import Label
 
 __all__ = ["open_source", "open_source_for"]
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.column_source import ColumnSource, assemble
-from softcurve.fit.columns import ArrayColumn, Column, MappedColumn, Part, SparseColumn
-from softcurve.fit.files.raw import RawColumn
-from softcurve.fit.files.stamp import Stamp
-from softcurve.fit.source import Label
+from softcurve.fit.data.column_source import ColumnSource, assemble
+from softcurve.fit.data.columns import ArrayColumn, Column, MappedColumn, Part, SparseColumn
+from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.stamp import Stamp
+from softcurve.fit.data.source import Label
 from softcurve.targets import TopK
 
 __all__ = ["to_source"]

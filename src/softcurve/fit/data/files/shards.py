@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from softcurve.fit import DataError
-from softcurve.fit.columns import Part
-from softcurve.fit.files.npy import npy_column
-from softcurve.fit.files.npz import npz_part
-from softcurve.fit.files.parquet import parquet_part
-from softcurve.fit.files.safetensors import safetensors_part
+from softcurve.fit.data.columns import Part
+from softcurve.fit.data.files.npy import npy_column
+from softcurve.fit.data.files.npz import npz_part
+from softcurve.fit.data.files.parquet import parquet_part
+from softcurve.fit.data.files.safetensors import safetensors_part
 
 __all__ = ["SUFFIXES", "directory_parts", "file_part", "is_shard_of"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from softcurve.fit import DataError
-from softcurve.fit.files.decoding import check_file, decoding
-from softcurve.fit.files.raw import RawColumn
-from softcurve.fit.files.stamp import Stamp
+from softcurve.fit.data.files.decoding import check_file, decoding
+from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["npy_column", "read_header"]
 
