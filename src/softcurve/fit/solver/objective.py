@@ -30,17 +30,25 @@ class Point:
     gradient_max: float
 
 
-@dataclass(frozen=True, eq=False)
 class Objective:
     """``Σ_i w_i loss_i + ½ penalty ‖W‖²`` with weights that sum to one."""
 
-    source: Source
-    loss: str
-    penalty: float
-    weights: Float64[Tensor, " rows"]
-    coordinates: Coordinates
-    classes: int
-    rows_at_once: int
+    def __init__(
+        self,
+        source: Source,
+        loss: str,
+        penalty: float,
+        weights: Float64[Tensor, " rows"],
+        coordinates: Coordinates,
+        classes: int,
+        rows_at_once: int,
+    ) -> None:
+        self.source, self.loss, self.penalty, self.weights = source, loss, penalty, weights
+        self.coordinates, self.classes, self.rows_at_once = coordinates, classes, rows_at_once
+        # Fresh memory for every block would cost more than what is computed in it.
+        most = min(rows_at_once, source.rows)
+        self._features = torch.empty(most, source.width, dtype=torch.float64)
+        self._logits = torch.empty(most, classes, dtype=torch.float64)
 
     def at(self, parameters: Float64[Tensor, "classes size"], keep: Keep | None = None) -> Point:
         """One pass over the rows; ``keep`` is given each block's first row and probabilities, to copy what it wants."""
@@ -49,11 +57,14 @@ class Objective:
         bias_out = weight.new_zeros(len(weight))
         value = 0.0
         for block in self.source.blocks(self.rows_at_once):
-            features = block.features.double() - self.coordinates.mean
-            logits = features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
+            count = len(block)
+            features = torch.sub(block.features, self.coordinates.mean, out=self._features[:count])
+            logits = torch.mm(features, weight.T, out=self._logits[:count])
+            if bias is not None:
+                logits += bias
             assert block.target is not None
             losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
-            of_rows = self.weights[block.start : block.start + len(block)]
+            of_rows = self.weights[block.start : block.start + count]
             # A row without weight counts for nothing, also where its loss is infinite.
             of_block = float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
             if not math.isfinite(of_block):
@@ -102,7 +113,7 @@ def _cross_entropy(
 
 def _any_loss(loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        leaf = logits.requires_grad_()
+        leaf = logits.detach().requires_grad_()
         losses = row_losses(loss, leaf, target)
         (residual,) = torch.autograd.grad(losses.sum(), leaf)
     if keep is not None:
