@@ -354,3 +354,47 @@ def test_rows_of_another_width_are_refused():
     ours = SoftmaxRegression().fit(*IRIS)
     with pytest.raises(ValueError, match="X has 3 features, but SoftmaxRegression is expecting 4"):
         ours.predict(IRIS[0][:, :3])
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fit_intercept": "no"}, "fit_intercept must be True or False; got 'no'"),
+        ({"memory_budget": "1"}, "memory_budget must be an integer number of bytes"),
+        ({"class_weight": "some"}, 'class_weight must be a dict of labels, "balanced" or None'),
+        ({"class_weight": {0: -1.0}}, "class_weight must be finite and not negative; that of 0 is -1.0"),
+        ({"class_weight": {7: 1.0}}, "class_weight names 7; the classes of these distributions are 0…2"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, message):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=message):
+        SoftmaxRegression(**options).fit(rng.normal(size=(20, 3)), rng.dirichlet(np.ones(3), 20))
+
+
+# Each of Newton's steps gains little here: eight of them were once taken for the end.
+def test_slow_progress_is_not_taken_for_the_end():
+    rng = np.random.default_rng(215)
+    features = 1000 * rng.standard_normal((150, 20))
+    labels = (features / 1000 @ rng.standard_normal((20, 3)) + 0.3 * rng.gumbel(size=(150, 3))).argmax(1)
+    model = SoftmaxRegression(C=100.0).fit(features, labels)
+    expected = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(features, labels)
+    np.testing.assert_allclose(model.predict_proba(features), expected.predict_proba(features), rtol=0, atol=1e-5)
+
+
+def test_a_row_without_weight_may_have_an_infinite_loss():
+    rng = np.random.default_rng(0)
+    features, target = rng.normal(size=(50, 4)), rng.dirichlet(np.ones(3), 50)
+    target[0] = [1.0, 0.0, 0.0]
+    weights = np.ones(50)
+    weights[0] = 0.0
+    model = SoftmaxRegression(loss="reverse_kl", tol=1e-8, max_iter=300)
+    without = model.fit(features[1:], target[1:]).coef_
+    np.testing.assert_allclose(model.fit(features, target, weights).coef_, without, rtol=0, atol=1e-5)
+
+
+def test_certain_distributions_that_can_be_separated_are_called_so():
+    features = np.random.default_rng(0).normal(size=(60, 3))
+    with pytest.warns(ConvergenceWarning, match="can be separated"):
+        SoftmaxRegression(C=np.inf).fit(features, np.eye(2)[(features[:, 0] > 0).astype(int)])

@@ -173,6 +173,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose label is predicted; the label of a distribution is its most probable class."""
+        if y is None:
+            raise ValueError("y must be labels or distributions to score against; got None")
         labels = np.asarray(self.classes_)[target_labels(y)] if is_soft(y) else np.asarray(y)
         return float(super().score(X, labels, sample_weight))
 
@@ -183,6 +185,16 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
         if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 0:
             raise ValueError(f"max_iter must be an integer of 0 or more; got {self.max_iter!r}")
+        if not isinstance(self.fit_intercept, bool | np.bool_):
+            raise ValueError(f"fit_intercept must be True or False; got {self.fit_intercept!r}")
+        if self.memory_budget is not None and not isinstance(self.memory_budget, int | np.integer):
+            raise ValueError(f"memory_budget must be an integer number of bytes, or None; got {self.memory_budget!r}")
+        if not (self.class_weight is None or self.class_weight == "balanced" or isinstance(self.class_weight, dict)):
+            raise ValueError(f'class_weight must be a dict of labels, "balanced" or None; got {self.class_weight!r}')
+        if isinstance(self.class_weight, dict):
+            for label, weight in self.class_weight.items():
+                if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
+                    raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
 
 # --- what comes in ------------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
     rows = features_of(estimator, X, reset=True)
     weights = torch.as_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
     if is_soft(y):
-        target = y if isinstance(y, TopK) else np.asarray(y)
+        target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
         return Posed(rows, source, np.arange(len(source.classes)), None, weights)
     labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
@@ -249,6 +261,10 @@ def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weigh
         mass = weights @ target
         of_classes = torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
     else:
+        if unknown := [label for label in estimator.class_weight if label not in classes]:
+            raise ValueError(
+                f"class_weight names {unknown[0]!r}; the classes of these distributions are 0…{len(classes) - 1}"
+            )
         of_classes = torch.as_tensor([float(estimator.class_weight.get(k, 1.0)) for k in classes.tolist()])
     target *= of_classes
     mass = target.sum(1)
@@ -286,7 +302,10 @@ def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
             )
         return X
     if isinstance(X, Tensor):
-        X = X.detach().cpu().numpy()
+        if X.layout != torch.strided:
+            raise ValueError(f"X must be a dense tensor; got layout {X.layout}: convert it to scipy's CSR")
+        X = X.detach().cpu()
+        X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
     return validate_data(
         estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32], accept_large_sparse=False
     )

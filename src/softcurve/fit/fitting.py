@@ -118,6 +118,13 @@ def fit_head(
     work = source.rows * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
     with _threads(work):
+        if coordinates is not None and (
+            len(coordinates.mean) != source.width or coordinates.intercept != fit_intercept
+        ):
+            raise DataError(
+                f"coordinates must be of {source.width} features and fit_intercept {fit_intercept}; got "
+                f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
+            )
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
@@ -198,14 +205,18 @@ def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
 
 def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
     """Whether every row's label has the largest logit: then a larger weight has a smaller loss, without end."""
-    if objective.source.kind != "labels":
-        return False
     for block in objective.source.blocks(objective.rows_at_once):
-        assert isinstance(block.target, Tensor)
+        label = block.target
+        if not isinstance(label, Tensor):
+            return False
         of_rows = objective.weights[block.start : block.start + len(block)] > 0
+        if label.is_floating_point():
+            share, label = label.max(1)
+            if (share < 1.0)[of_rows].any():
+                return False
         logits = torch.addmm(bias, block.features.double(), weight.T)
-        of_label = logits.gather(1, block.target[:, None])
-        others = logits.scatter(1, block.target[:, None], -math.inf).amax(1, keepdim=True)
+        of_label = logits.gather(1, label[:, None])
+        others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
         if (of_label <= others)[of_rows].any():
             return False
     return True
@@ -255,8 +266,11 @@ def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"
     if sample_weight.shape != (rows,):
         raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(sample_weight.shape)}")
     weights = sample_weight.double()
-    if not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
-        raise DataError("sample_weight must be finite, not negative, and positive somewhere; mend or drop such rows")
+    if not (weights.isfinite().all() and (weights >= 0).all() and 1e-200 < float(weights.sum()) < 1e200):
+        raise DataError(
+            "sample_weight must be finite, not negative, and positive somewhere, with a sum of an ordinary size; mend "
+            "or drop such rows"
+        )
     return weights
 
 

@@ -112,9 +112,10 @@ class Newton:
         reached = there.value - point.value
         rounding = ROUNDING * abs(point.value)
         ratio = reached / foretold if foretold < -rounding else math.nan
-        better = reached < 0 or (reached <= rounding and there.gradient_max < point.gradient_max)
-        stalled = not better or (not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm)
-        failures = state.failures + 1 if stalled else 0
+        better = reached < -rounding or (reached <= rounding and there.gradient_max < point.gradient_max)
+        failures = 0 if better else state.failures + 1
+        # An undamped step that was solved to a tenth or better, and leaves most of the gradient, may lack digits.
+        slow = not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
         if better:
             there = self._beyond(there)
         blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
@@ -124,7 +125,7 @@ class Newton:
             first_norm=first if blocks == state.blocks else None,
             ratio=ratio,
             failures=failures,
-            double=state.double or failures >= 2,
+            double=state.double or slow or failures >= 2,
             blocks=blocks,
         )
         self._move_to(there if better else point, recompute=not better)

@@ -71,6 +71,8 @@ class Objective:
                 refuse_zeros(self.loss, block.target, block.start)
             value += of_block
             residual *= of_rows[:, None]
+            if not (of_rows > 0).all():
+                residual[of_rows == 0] = 0.0
             weight_out.addmm_(residual.T, features)
             if bias is not None:
                 bias_out += residual.sum(0)
