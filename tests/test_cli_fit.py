@@ -370,3 +370,22 @@ def test_without_typer_the_command_says_what_to_install():
     done = python("-c", "import sys; sys.modules['typer'] = None; from softcurve.app.cli import main; main()")
     assert done.returncode == 2
     assert done.stderr == "softcurve: the command line needs typer; pip install 'softcurve[all]'\n"
+
+
+@pytest.mark.parametrize("options", [("--C", "inf"), ("--path", "0.1,inf"), ("--C", "inf", "--path", "0.1,1")])
+def test_a_head_without_penalty_is_saved_drawn_and_read_again(words, options):
+    record, _ = run("fit", words, "--holdout", 0, *options)
+    assert Path(record["report"]).exists()
+    assert run("predict", "head.safetensors", words)[0]["rows"] == 60
+
+
+@pytest.mark.parametrize(("data", "name"), [("words.npz", "words.npz"), ("shards", "shards/state.npz")])
+def test_a_checkpoint_takes_no_place_of_the_data(words, data, name):
+    Path("shards").mkdir()
+    np.savez("shards/a.npz", features=FEATURES, target=WORDS)
+    before = Path("words.npz").read_bytes()
+    done = CliRunner().invoke(app, ["fit", data, "--checkpoint", name])
+    assert done.exit_code == 2
+    assert "--checkpoint: " + name in done.stderr
+    assert Path("words.npz").read_bytes() == before
+    assert os.listdir("shards") == ["a.npz"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,12 @@ def fit_command(options: FitOptions, *, progress: bool | None) -> None:
     head = SavedHead(work.fit.weight.to(dtype), work.fit.bias.to(dtype), source.classes, options.loss, options.C)
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
         raise DataError(f"--dtype: the head goes beyond the range of {options.dtype}; take float64, or scale the data")
-    report = _report(options, source, work)  # drawn before anything is written
+    page = _report(options, source, work)  # drawn before anything is written
     head.save(outputs["head"])
     with replacing(outputs["record"]) as file:
         file.write((as_json(record | {"history": [asdict(step) for step in work.fit.history]}) + "\n").encode())
-    report(outputs["report"])
+    with replacing(outputs["report"]) as file:
+        file.write(page.encode())
     print_table("softcurve fit", _lines(record))
     print_record(record)
 
@@ -104,9 +105,11 @@ def _outputs(options: FitOptions) -> dict[str, Path]:
         option = "--out" if name == "head" else f"--{name}"
         if path.suffix.lower() != suffix:
             raise DataError(f"{option}: {path} must end in {suffix}")
-        check_output(path, options.data, options.target)
-    if options.checkpoint is not None and options.checkpoint.resolve() in {path.resolve() for path in outputs.values()}:
-        raise DataError(f"--checkpoint: {options.checkpoint} is also an output; give another name")
+        check_output(path, options.data, options.target, option=option)
+    if options.checkpoint is not None:
+        if options.checkpoint.resolve() in {path.resolve() for path in outputs.values()}:
+            raise DataError(f"--checkpoint: {options.checkpoint} is also an output; give another name")
+        check_output(options.checkpoint, options.data, options.target, option="--checkpoint")
     return outputs
 
 
@@ -185,7 +188,8 @@ def _record(options: FitOptions, work: Work) -> dict[str, Any]:
         "rows_held_out": 0 if held is None else held.rows,
         "features": train.width,
         "classes": len(train.classes),
-        "classes_without_training_rows": int((work.on_train.support == 0).sum()),
+        # A distribution may have mass where it is not largest.
+        "classes_without_training_rows": int((work.on_train.support == 0).sum()) if train.kind == "labels" else 0,
         "targets": train.kind,
         "loss": options.loss,
         "C": options.C,
@@ -241,8 +245,8 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _report(options: FitOptions, source: Source, work: Work) -> Callable[[Path], None]:
-    from softcurve.app.report import write_report
+def _report(options: FitOptions, source: Source, work: Work) -> str:
+    from softcurve.app.report import render_report
 
     fit = work.fit
     assert source.kind is not None
@@ -271,4 +275,4 @@ def _report(options: FitOptions, source: Source, work: Work) -> Callable[[Path],
         options=shown,
         tol=options.tol,
     )
-    return lambda path: write_report(path, report)
+    return render_report(report)

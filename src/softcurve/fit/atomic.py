@@ -53,15 +53,15 @@ def check_writable(path: Path, argument: str) -> None:
         ) from error
 
 
-def check_output(out: Path, *inputs: str | Path | None) -> None:
-    """As ``check_writable``, for ``--out``, which must not be an input or become a shard of one."""
-    check_writable(out, "--out")
+def check_output(out: Path, *inputs: str | Path | None, option: str = "--out") -> None:
+    """As ``check_writable``, for an ``option`` that must not be an input or become a shard of one."""
+    check_writable(out, option)
     place = out.resolve()
     for given in inputs:
         if given is not None and Path(given).resolve() == place:
-            raise DataError(f"--out: {out} is also an input; give another name")
+            raise DataError(f"{option}: {out} is also an input; give another name")
         if given is not None and is_shard_of(out, Path(given)):
-            raise DataError(f"--out: {out} would be one of the shards in {given}; give a path elsewhere")
+            raise DataError(f"{option}: {out} would be one of the shards in {given}; give a path elsewhere")
 
 
 def _beside(place: Path) -> Path:

@@ -128,7 +128,7 @@ def _checked_strength(path: Path, text: str) -> float:
         strength = float(text)
     except ValueError:
         strength = math.nan
-    if not (math.isfinite(strength) and strength > 0):
+    if not strength > 0:  # inf is no penalty
         raise _damaged(path, f"its metadata 'C' must be a positive number, and is {text!r}")
     return strength
 

@@ -13,7 +13,7 @@ from softcurve.app.report.record import FitReport, PathPoint, Step
 from softcurve.app.report.reliability import show_calibration
 from softcurve.fit.atomic import replacing
 
-__all__ = ["FitReport", "PathPoint", "Step", "write_report"]
+__all__ = ["FitReport", "PathPoint", "Step", "render_report", "write_report"]
 
 SECTIONS = (
     show_convergence,
@@ -26,9 +26,14 @@ SECTIONS = (
 )
 
 
+def render_report(report: FitReport) -> str:
+    """The page."""
+    sections = [show(report) for show in SECTIONS]
+    return render_page("softcurve.app.report", "report.html.j2", {"sections": sections, "report": report})
+
+
 def write_report(path: Path, report: FitReport) -> None:
     """Write the page; what stood at ``path`` before stays there unless all is written."""
-    sections = [show(report) for show in SECTIONS]
-    page = render_page("softcurve.app.report", "report.html.j2", {"sections": sections, "report": report})
+    page = render_report(report)
     with replacing(path) as file:
         file.write(page.encode())

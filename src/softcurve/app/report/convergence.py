@@ -125,6 +125,9 @@ def _path_pictures(points: Sequence[PathPoint], chosen: float) -> dict[str, Pict
 
 
 def _over_strengths(theme: Theme, axes: Axes, points: Sequence[PathPoint], chosen: float) -> None:
-    axes.axvline(chosen, color=theme.muted, linewidth=1, linestyle=":")
-    decades(axes.xaxis, [*(point.C for point in points), chosen])
-    axes.set_xlabel("C; dotted, that of this head")
+    # Without a penalty there is no place on the axis.
+    strengths = [C for C in (*(point.C for point in points), chosen) if math.isfinite(C)]
+    if math.isfinite(chosen):
+        axes.axvline(chosen, color=theme.muted, linewidth=1, linestyle=":")
+    decades(axes.xaxis, strengths)
+    axes.set_xlabel("C; dotted, that of this head" if math.isfinite(chosen) else "C")
