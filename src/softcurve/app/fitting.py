@@ -155,7 +155,9 @@ def _work(
         seconds=seconds,
         on_train=diagnose(train, fit.weight, fit.bias, options.loss),
         on_held=None if held is None else diagnose(held, fit.weight, fit.bias, options.loss),
-        spectrum=curvature_spectrum(train, fit.weight, fit.bias, loss=options.loss, seed=options.seed),
+        spectrum=curvature_spectrum(train, fit.weight, fit.bias, loss=options.loss, seed=options.seed)
+        if options.fit_intercept
+        else "the fit has no bias, and what is drawn here is the matrix of a head with one",
     )
 
 

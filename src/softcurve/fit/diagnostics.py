@@ -14,6 +14,7 @@ from softcurve.fit.confusion import ConfusedPair, Confusion
 from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind
 from softcurve.fit.data.subset import Subset
 from softcurve.fit.losses import row_losses
+from softcurve.fit.scores import target_labels
 from softcurve.functional import entropy
 from softcurve.targets import TopK
 
@@ -153,7 +154,7 @@ class _Rows(NamedTuple):
 
 def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarget) -> _Rows:
     losses = row_losses(loss, logits, target).double()
-    label = _labels(target)
+    label = target_labels(target)
     kl = None
     if isinstance(target, TopK) or target.is_floating_point():
         kl = losses if loss == "forward_kl" else row_losses("forward_kl", logits, target).double()
@@ -169,12 +170,6 @@ def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarge
         residual = p.scatter_add_(-1, label[:, None], torch.full_like(probability, -1.0)[:, None])
     squared = residual.square_().sum(-1)
     return _Rows(losses, kl, entropy(logits), squared, confidence, probability, label, predicted)
-
-
-def _labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
-    if isinstance(target, TopK):
-        return target.indices.gather(-1, target.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
-    return target.argmax(-1) if target.is_floating_point() else target.long()
 
 
 class _Sums:

@@ -118,15 +118,9 @@ def fit_head(
     work = source.rows * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
     with _threads(work):
-        if coordinates is not None and (
-            len(coordinates.mean) != source.width or coordinates.intercept != fit_intercept
-        ):
-            raise DataError(
-                f"coordinates must be of {source.width} features and fit_intercept {fit_intercept}; got "
-                f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
-            )
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
+        _require_fitting(coordinates, source.width, fit_intercept)
         objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
 
         def curvature_in(dtype: torch.dtype) -> Curvature:
@@ -183,6 +177,14 @@ def coordinates_of(
     with _threads(source.rows * source.width * classes):
         return find_coordinates(
             source, weights / weights.sum(), classes, intercept=fit_intercept, rows_at_once=rows_at_once
+        )
+
+
+def _require_fitting(coordinates: Coordinates, width: int, fit_intercept: bool) -> None:
+    if len(coordinates.mean) != width or coordinates.intercept != fit_intercept:
+        raise DataError(
+            f"coordinates must be of {width} features and fit_intercept {fit_intercept}; got "
+            f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
         )
 
 
