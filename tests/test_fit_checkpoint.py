@@ -54,7 +54,7 @@ def timeless(history):
 def test_a_fit_goes_on_from_every_step(tmp_path, target, precision):
     whole = fit(None, target, precision=precision)
     assert whole.converged
-    assert whole.iterations > 5
+    assert whole.iterations >= 5
     for number in range(whole.iterations + 1):
         path = tmp_path / f"{number}.safetensors"
         with pytest.raises(Interrupted):

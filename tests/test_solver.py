@@ -335,17 +335,23 @@ def test_conjugate_gradients_solve(inverse):
     def product(v):
         return (matrix @ v.reshape(-1)).view_as(v)
 
-    x, foretold = conjugate_gradients(product, inverse, gradient, tol=1e-12, enough=0.0)
+    def never(residual):
+        return False
+
+    x, _, foretold = conjugate_gradients(product, inverse, gradient, tol=1e-12, enough=never)
     expected = -torch.linalg.solve(matrix, gradient.reshape(-1)).view(4, 6)
     torch.testing.assert_close(x, expected, atol=1e-11, rtol=0)
     assert foretold == pytest.approx(float(0.5 * (gradient * expected).sum()), rel=1e-10)
     calls = []
-    x, foretold = conjugate_gradients(
-        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, enough=0.0, most=2
+    x, residual, foretold = conjugate_gradients(
+        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, enough=never, most=2
     )
+    torch.testing.assert_close(residual, -gradient - product(x), atol=1e-12, rtol=0)
     assert len(calls) == 2
     assert foretold == pytest.approx(float((gradient * x).sum() + 0.5 * (x * product(x)).sum()), rel=1e-10)
-    x, _ = conjugate_gradients(product, inverse, gradient, tol=0.0, enough=0.1)
+    x, _, _ = conjugate_gradients(
+        product, inverse, gradient, tol=0.0, enough=lambda residual: float(residual.abs().max()) <= 0.1
+    )
     assert 1e-4 < (product(x) + gradient).abs().max() <= 0.1
 
 

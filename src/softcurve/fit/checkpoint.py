@@ -23,7 +23,7 @@ from softcurve.fit.solver.newton import State, Step
 __all__ = ["Checkpoint", "digest"]
 
 FORMAT = "softcurve.fit"
-VERSION = "1"
+VERSION = "2"
 
 
 def digest(tensor: Tensor) -> str:
@@ -64,13 +64,10 @@ class Checkpoint:
         try:
             state = json.loads(metadata["state"])
             history = tuple(Step(**{key: kind(step[key]) for key, kind in STEP.items()}) for step in state["history"])
-            first_norm = state.pop("first_norm")
             kept = {key: kind(state[key]) for key, kind in STATE.items()}
             if not history or not kept["damping"] >= 0.0:
                 raise ValueError("no step, or a damping below zero")
-            return State(
-                parameters, history=history, first_norm=None if first_norm is None else float(first_norm), **kept
-            )
+            return State(parameters, history=history, **kept)
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("its metadata 'state' cannot be read") from error
 
@@ -78,9 +75,7 @@ class Checkpoint:
         """Write the state if it is time to, or ``now``."""
         if not now and time.monotonic() - self.written < self.every:
             return
-        kept = {key: getattr(state, key) for key in ("first_norm", *STATE)} | {
-            "history": [asdict(step) for step in state.history]
-        }
+        kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
         weight, bias = self.coordinates.head(state.parameters)
         tensors = {"weight": weight, "bias": bias, "parameters": state.parameters.contiguous()}
         content = to_safetensors(tensors, metadata=self.identity | {"axes": self.axes, "state": json.dumps(kept)})
@@ -107,9 +102,9 @@ class Checkpoint:
         return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")
 
 
-# Of a state, beside the parameters, the history and the first norm; and of a step.
+# Of a state, beside the parameters and the history; and of a step.
 STATE: dict[str, Callable[[Any], Any]] = {
-    "damping": float, "ratio": float, "failures": int, "double": bool, "blocks": bool,
+    "damping": float, "model_error": float, "failures": int, "double": bool, "blocks": bool,
 }  # fmt: skip
 STEP: dict[str, Callable[[Any], Any]] = {
     "iteration": int, "objective": float, "gradient_max": float, "products": int, "seconds": float, "damping": float,

@@ -33,7 +33,7 @@ FOR_TILES, FOR_BLOCKS, FOR_ROWS = 0.125, 0.25, 0.5
 # Bytes of an entry of a tile of logits: three in float32 and three in float64 are alive at a time.
 OF_LOGIT = 36
 # Multiply-adds of the logits below which waiting for a second thread costs more than it brings.
-ONE_THREAD_BELOW = 10_000_000
+ONE_THREAD_BELOW = 3_000_000
 # And those below which float32 saves nothing.
 DOUBLE_BELOW = 1_000_000
 # From zero, and from the head of a similar problem.
@@ -228,14 +228,14 @@ def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, tota
     coordinates = objective.coordinates
     if start is not None:
         weight, bias = (tensor.double() for tensor in start)
-        return State(coordinates.parameters(weight, bias), WARM_DAMPING, None, math.nan, 0, double, False, ())
+        return State(coordinates.parameters(weight, bias), WARM_DAMPING, math.inf, 0, double, False, ())
     parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
     if coordinates.intercept:
         shares = _class_shares(objective)
         # As if there were one row more, spread over all classes.
         logs = (shares + 1.0 / (total * objective.classes)).log()
         parameters[:, -1] = logs - logs.mean()
-    return State(parameters, FIRST_DAMPING, None, math.nan, 0, double, False, ())
+    return State(parameters, FIRST_DAMPING, math.inf, 0, double, False, ())
 
 
 def _class_shares(objective: Objective) -> Float64[Tensor, " classes"]:

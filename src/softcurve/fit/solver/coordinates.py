@@ -79,9 +79,9 @@ class Coordinates:
         """The parameters of a head. What lies outside the span of the features is left out."""
         return self.from_mean(weight, bias + weight @ self.mean)
 
-    def largest_gradient(self, weight: Tensor, bias: Tensor) -> float:
+    def largest_gradient(self, weight: Tensor, bias: Tensor | None) -> float:
         """The largest entry of the gradient in ``(W, b)``, from that in ``(W, c)`` with the penalty's part."""
-        if not self.intercept:
+        if bias is None or not self.intercept:
             return float(weight.abs().max())
         return max(float(torch.addr(weight, bias, self.mean).abs().max()), float(bias.abs().max()))
 

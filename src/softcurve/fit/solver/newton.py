@@ -26,7 +26,9 @@ __all__ = ["Outcome", "State", "Step", "minimise"]
 # Undamped from here on.
 NO_DAMPING = 1e-5
 # The residual that conjugate gradients may leave, relative to the gradient.
-LOOSEST, TIGHTEST = 0.1, 1e-4
+LOOSEST, TIGHTEST, NEARLY_TRUE = 0.1, 1e-4, 0.3
+# And the share of the tolerance that it may be where the last step went as foretold.
+ENOUGH = 0.5
 MOST_PRODUCTS = 500  # of one step
 ROUNDING = 1e-14  # of the objective
 # A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
@@ -54,8 +56,7 @@ class State:
 
     parameters: Float64[Tensor, "classes size"]
     damping: float
-    first_norm: float | None  # of the first gradient, in the preconditioner's measure
-    ratio: float  # of what the last step reached to what was foretold; NaN before the first
+    model_error: float  # the part of the gradient that the last step's model did not foretell; infinite at first
     failures: int  # steps since the last that led on
     double: bool  # whether products are in float64
     blocks: bool  # whether the preconditioner is that of the classes' blocks
@@ -81,8 +82,6 @@ class Newton:
     ) -> None:  # fmt: skip
         self.objective, self.curvature_in, self.state, self.tol = objective, curvature_in, state, tol
         self.memory_of_blocks = memory_of_blocks
-        # A residual of the intercept comes, times the mean of a feature, into the gradient of its weights.
-        self.enough = tol / 4 / (1.0 + float(objective.coordinates.mean.abs().max()))
         last = state.history[-1] if state.history else None
         self.started = time.perf_counter() - (last.seconds if last else 0.0)
         self.products = last.products if last else 0
@@ -99,31 +98,31 @@ class Newton:
         curvature.leave_out_settled_rows()
         inverse = ClassBlocks(curvature) if state.blocks else Eigenbasis(curvature)
         norm = _norm(point.gradient, inverse)
-        first = norm if state.first_norm is None else state.first_norm
         spent = curvature.products
-        step, foretold = conjugate_gradients(
+        step, residual, foretold = conjugate_gradients(
             curvature, inverse, point.gradient,
-            tol=max(min(LOOSEST, math.sqrt(norm / first)), TIGHTEST) if first else LOOSEST,
-            # Where the model is true already, its residual is the next gradient.
-            enough=self.enough if abs(state.ratio - 1.0) < 0.1 else 0.0,
+            # To solve the model better than it is true is lost (Eisenstat and Walker, 1996).
+            tol=max(min(LOOSEST, state.model_error), TIGHTEST),
+            # Where the model is nearly true, its residual is the next gradient.
+            enough=self._within_tolerance if state.model_error < NEARLY_TRUE else _never,
         )  # fmt: skip
         spent = curvature.products - spent
-        there, foretold = self._downhill(step, foretold)
+        there, whole = self._downhill(step, foretold)
+        model_error = _norm(there.gradient + residual, inverse) / norm if norm else math.inf
         reached = there.value - point.value
         rounding = ROUNDING * abs(point.value)
         ratio = reached / foretold if foretold < -rounding else math.nan
         better = reached < -rounding or (reached <= rounding and there.gradient_max < point.gradient_max)
         failures = 0 if better else state.failures + 1
         # An undamped step that was solved to a tenth or better, and leaves most of the gradient, may lack digits.
-        slow = not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
-        if better:
+        slow = whole and not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
+        if better and whole:
             there = self._beyond(there)
         blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
         self.state = replace(
             state,
-            damping=_next_damping(state.damping, ratio, better),
-            first_norm=first if blocks == state.blocks else None,
-            ratio=ratio,
+            damping=_next_damping(state.damping, ratio, better and whole),
+            model_error=model_error,
             failures=failures,
             double=state.double or slow or failures >= 2,
             blocks=blocks,
@@ -131,20 +130,19 @@ class Newton:
         self._move_to(there if better else point, recompute=not better)
         self._note()
 
-    def _downhill(self, step: Tensor, foretold: float) -> tuple[Point, float]:
-        """The point at the end of the step, or of a part of it where all of it leads uphill; and what was foretold."""
+    def _downhill(self, step: Tensor, foretold: float) -> tuple[Point, bool]:
+        """The point at the end of the step, or of a part of it where all of it leads uphill; and whether of all."""
         point = self.point
         slope = float((point.gradient * step).sum())
         share = 1.0
         while True:
             there = self.objective.at(_settled(point.parameters + share * step), self.curvature.keep)
             reached = there.value - point.value
-            if not foretold < -ROUNDING * abs(point.value) or reached < SUFFICIENT * foretold or share < SHORTEST:
-                return there, foretold
+            hidden = not foretold < -ROUNDING * abs(point.value)  # by rounding
+            if hidden or reached < SUFFICIENT * share * foretold or share < SHORTEST:
+                return there, share == 1.0
             # The parabola through both values and the slope has its minimum there.
-            part = min(max(0.5 * share * slope / (share * slope - reached), 0.1), 0.5)
-            share *= part
-            foretold *= part
+            share *= min(max(0.5 * share * slope / (share * slope - reached), 0.1), 0.5)
 
     def _beyond(self, there: Point) -> Point:
         """A point farther along the step, if the objective goes on falling there.
@@ -163,6 +161,15 @@ class Newton:
         if beyond.value < there.value:
             return beyond
         return self.objective.at(there.parameters, self.curvature.keep)
+
+    def _within_tolerance(self, residual: Tensor) -> bool:
+        """Whether a gradient like this residual would end the fit, with room for what the model leaves out."""
+        coordinates = self.objective.coordinates
+        turned = residual[:, : coordinates.width]
+        # The largest entry of d is at least their norm over √d, and the norm is the same in all coordinates.
+        if float(turned.square().sum(1).max()) > (ENOUGH * self.tol) ** 2 * len(coordinates.mean):
+            return False
+        return coordinates.largest_gradient(*coordinates.about_mean(residual)) <= ENOUGH * self.tol
 
     def _move_to(self, point: Point, *, recompute: bool) -> None:
         self.point = point
@@ -242,6 +249,10 @@ def _next_damping(damping: float, ratio: float, better: bool) -> float:
     return damping
 
 
+def _never(residual: Tensor) -> bool:
+    return False
+
+
 def _norm(gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> float:
     return math.sqrt(max(float((gradient * inverse(gradient)).sum()), 0.0))
 
@@ -257,13 +268,13 @@ def conjugate_gradients(
     gradient: Float64[Tensor, "classes size"],
     *,
     tol: float,
-    enough: float,
+    enough: Callable[[Tensor], bool],
     most: int = MOST_PRODUCTS,
-) -> tuple[Float64[Tensor, "classes size"], float]:
-    """A step ``x`` with ``A x ≈ −gradient``, and the change ``g·x + ½ x·A x`` that the model foretells.
+) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:
+    """A step ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model foretells.
 
-    It ends where the residual, in the preconditioner's measure, is ``tol`` times the gradient's, or where no entry of
-    it exceeds ``enough``.
+    It ends where the residual, in the preconditioner's measure, is ``tol`` times the gradient's, or where it is
+    ``enough``.
     """
     x = torch.zeros_like(gradient)
     residual = -gradient
@@ -282,7 +293,7 @@ def conjugate_gradients(
         residual.sub_(changed, alpha=length)
         z = inverse(residual)
         last, square = square, float((residual * z).sum())
-        if square <= tol * tol * first or float(residual.abs().max()) <= enough:
+        if square <= tol * tol * first or enough(residual):
             break
         along.mul_(square / last).add_(z)
-    return x, 0.5 * float((x * (gradient - residual)).sum())
+    return x, residual, 0.5 * float((x * (gradient - residual)).sum())
