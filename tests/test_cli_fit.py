@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from softcurve.app.cli import app
-from softcurve.fit.data.rows import load_rows, make_rows, split
 from softcurve.fit.saved_head import SavedHead
+
+from .gathered import load_rows, make_rows, split
 
 FEATURES = np.random.default_rng(1).normal(size=(60, 4))
 WORDS = np.array(["één", "[red]two", "three"])[np.abs(FEATURES[:, :3]).argmax(axis=1)]
@@ -136,7 +137,7 @@ def test_too_few_iterations_are_said(words):
     assert record["converged"] is False
     assert record["iterations"] == 1
     assert re.search(r"converged +│ NO", table)
-    assert "raise --max-iter" in table
+    assert "raise max_iter" in " ".join(table.split())
 
 
 def test_the_record_and_the_report_stand_beside_the_head(words):
@@ -203,7 +204,7 @@ def test_a_class_that_is_only_held_out_is_said():
     record, table = run("fit", "rare.npz", "--max-iter", 50)
     assert record["classes"] == 3
     assert record["classes_without_training_rows"] == 1
-    assert "1 classes have no training row" in table
+    assert "1 class has no training row" in table
 
 
 def test_progress_is_shown_where_it_is_asked_for(words):

@@ -45,7 +45,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def blocks(monkeypatch):
     """Of seven rows; without it all rows are one block."""
-    monkeypatch.setattr("softcurve.app.predicting.BLOCK_BYTES", 8 * WIDTH * 7)
+    monkeypatch.setattr("softcurve.fit.data.source.BUDGET", 64 * WIDTH * 7)
 
 
 def save_head(loss="cross_entropy", classes=NAMES, dtype=torch.float64):
@@ -296,7 +296,7 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
     save_head()
     predict(npy(), "--out", "p.npy")
     before = contents()["p.npy"]
-    monkeypatch.setattr("softcurve.app.predicting.BLOCK_BYTES", 8 * WIDTH)
+    monkeypatch.setattr("softcurve.fit.data.source.BUDGET", 64 * WIDTH)
     # Every block asks whether it was interrupted: the first that does so cuts the file.
     monkeypatch.setattr("softcurve.app.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
     done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy"])

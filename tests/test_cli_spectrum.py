@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from softcurve.app.cli import app
-from softcurve.fit.data.rows import load_rows
 from softcurve.fit.saved_head import SavedHead
+
+from .gathered import load_rows
 
 ROWS, WIDTH, CLASSES = 23, 4, 3
 GENERATOR = np.random.default_rng(5)

@@ -17,9 +17,9 @@ from torch import Tensor
 from softcurve.curvature import GGN
 from softcurve.fit import DataError
 from softcurve.fit.data.memory import to_source
-from softcurve.fit.data.source import Block
+from softcurve.fit.data.source import BUDGET, Block
 from softcurve.fit.data.subset import split_source
-from softcurve.fit.diagnostics import BLOCK_BYTES, Diagnostics, diagnose
+from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
 from softcurve.targets import TopK
 
@@ -230,7 +230,7 @@ def test_a_block_stays_within_its_bytes(classes: int, width: int) -> None:
     source = Held(torch.zeros(3, width), torch.tensor([0, 1, 1]), tuple(range(classes)))
     found = diagnose(source, torch.zeros(classes, width), torch.zeros(classes), "cross_entropy")
     (rows,) = source.asked
-    assert rows * 8 * max(classes, width) <= BLOCK_BYTES < (rows + 1) * 8 * max(classes, width)
+    assert rows * 64 * max(classes, width) <= BUDGET < (rows + 1) * 64 * max(classes, width)
     assert found.loss == pytest.approx(np.log(classes), rel=1e-12)
 
 
@@ -281,6 +281,27 @@ def test_the_spectrum_is_that_of_the_dense_matrix(soft: bool, most: int, monkeyp
     assert float(found.nodes.diff().min()) >= 0
     if most:
         np.testing.assert_allclose(found.nodes, np.maximum(values[::-1], 0), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["dense", "products", "kronecker"])
+def test_a_head_without_a_bias_has_a_spectrum_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softcurve.fit.head_spectrum.DENSE_SIZE", 1500 if method == "dense" else 0)
+    monkeypatch.setattr("softcurve.fit.head_spectrum.WORK", 10 if method == "kronecker" else 5e6)
+    at = problem(80, 5, width=6)
+    found = curvature_spectrum(labelled(at), at.weight, None, k=3)
+    assert isinstance(found, CurvatureSpectrum)
+    p = torch.softmax(at.features @ at.weight.T, 1).numpy()
+    e = at.features.numpy()
+    matrices = np.einsum("nc,cd->ncd", p, np.eye(5)) - np.einsum("nc,nd->ncd", p, p)
+    if method == "kronecker":
+        matrix = np.kron(matrices.mean(0), e.T @ e / 80)
+    else:
+        matrix = np.einsum("ncd,ni,nj->cidj", matrices, e, e).reshape(30, 30) / 80
+    np.testing.assert_allclose(
+        found.largest, np.linalg.eigvalsh(matrix)[:-4:-1], rtol=1e-3 if method == "products" else 1e-9
+    )
+    assert (found.size, found.method) == (30, method)
+    assert found.trace == pytest.approx(np.einsum("ncc,ni->", matrices, e**2) / 80, rel=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["labels", "distributions", "bucket", "renormalize"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from sklearn.linear_model import LogisticRegression
 
 from softcurve.fit import DataError
 from softcurve.fit.data.memory import to_source
-from softcurve.fit.data.rows import load_rows, split
 from softcurve.fit.data.source import Source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
+
+from .gathered import load_rows, split
 
 FEATURES = np.random.default_rng(1).normal(size=(97, 5))
 SOFT = np.random.default_rng(2).dirichlet(np.full(4, 0.7), size=97)
@@ -167,14 +169,36 @@ def test_scores_are_the_formulas(loss):
         ({"C": math.nan}, "C must be a positive number"),
         ({"tol": math.nan}, "tol must be a positive number; got nan"),
         ({"tol": -1.0}, "tol must be a positive number"),
-        ({"max_iter": -1}, "max_iter must be 0 or more"),
+        ({"tol": math.inf}, "tol must be a positive number"),
+        ({"max_iter": -1}, "max_iter must be an integer of 0 or more; got -1"),
+        ({"start": (torch.zeros(2, 5), torch.zeros(3))}, r"start must be a weight of shape \(3, 5\) and .* \(3,\), as"),
+        ({"start": (torch.full((3, 5), math.nan), torch.zeros(3))}, "start must be finite"),
         ({"precision": "half"}, "precision must be auto, mixed or float64"),
         ({"memory_budget": 1000}, "memory_budget must be at least"),
         ({"sample_weight": torch.ones(3)}, "sample_weight must have one entry for each of 97 rows"),
         ({"sample_weight": -torch.ones(97)}, "sample_weight must be finite, not negative"),
+        ({"sample_weight": torch.zeros(97)}, "positive somewhere"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        fit_head(labelled(classes=3), **options)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"C": "1"}, "C must be a positive number; got '1'"),
+        ({"C": True}, "C must be a positive number; got True"),
+        ({"tol": None}, "tol must be a positive number; got None"),
+        ({"max_iter": 1.5}, "max_iter must be an integer of 0 or more; got 1.5"),
+        ({"memory_budget": "1g"}, "memory_budget must be at least .* bytes; got '1g'"),
+        ({"checkpoint": Path("c"), "checkpoint_every": math.nan}, "checkpoint_every must be a number of seconds"),
+        ({"sample_weight": np.ones(4)}, "sample_weight must have one entry for each of 97 rows"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
     with pytest.raises(DataError, match=message):
         fit_head(labelled(classes=3), **options)
 

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from softcurve.fit import DataError
-from softcurve.fit.data.rows import load_rows, load_rows_for, make_rows, split
+from softcurve.fit.data.opening import open_source_for
+
+from .gathered import load_rows, load_rows_for, make_rows, split
 
 FEATURES = np.array([[0.5, 1.0, -2.0], [1.5, 0.25, 3.0], [0.0, -1.0, 4.0], [2.0, 8.0, 0.125], [7.0, 5.0, 6.0]])
 NUMBERS = np.array([7, -3, 7, 40, -3])
@@ -99,12 +101,13 @@ def test_distributions_from_every_format(tmp_path, write):
 @pytest.mark.parametrize("write", WRITERS)
 def test_predicting_needs_no_target_and_uses_the_classes_of_the_head(tmp_path, write):
     data, target = write(tmp_path / "data", NUMBERS)
-    features, rows = load_rows_for(data, (40, 99, -3, 7), 3, target)
-    np.testing.assert_array_equal(features, FEATURES)
-    assert rows is not None
+    rows = load_rows_for(data, (40, 99, -3, 7), 3, target)
+    np.testing.assert_array_equal(rows.features, FEATURES)
     assert rows.target.tolist() == [3, 2, 3, 0, 2]
     if target is not None:
-        assert load_rows_for(data, (40, -3, 7), 3)[1] is None
+        source = open_source_for(data, (40, -3, 7), 3)
+        assert source.kind is None
+        assert sum(len(block) for block in source.blocks(2)) == 5
 
 
 def test_digits_are_scaled_to_one():

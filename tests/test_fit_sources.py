@@ -499,7 +499,11 @@ def test_a_subset_is_the_rows_of_its_mask(tmp_path, kind, at_most):
         np.testing.assert_array_equal(found, all_rows[mask])
     assert isinstance(subset, Source)
     assert (subset.rows, subset.classes, subset.kind) == (mask.sum(), source.classes, kind)
-    assert subset.row_numbers(np.arange(subset.rows)).tolist() == np.flatnonzero(mask).tolist()
+    numbers = [block.number(row) for block in subset.blocks(at_most) for row in range(len(block))]
+    assert numbers == np.flatnonzero(mask).tolist()
+    inner = Subset(subset, np.arange(subset.rows) % 3 == 0)
+    numbers = [block.number(row) for block in inner.blocks(at_most) for row in range(len(block))]
+    assert numbers == np.flatnonzero(mask)[::3].tolist()
     assert subset.fingerprint not in (source.fingerprint, Subset(source, ~mask).fingerprint)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from softcurve.app.report.record import FitReport, PathPoint
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_output, replacing
 from softcurve.fit.data.opening import open_source
-from softcurve.fit.data.source import Source
+from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head
@@ -136,38 +138,52 @@ def _work(
         "memory_budget": None if options.memory is None else options.memory * 2**20,
     }
     with fit_progress(options.tol, show=progress) as (on_step, on_product):
-        fit = fit_head(
-            train,
-            C=options.C,
-            checkpoint=options.checkpoint,
-            checkpoint_every=options.checkpoint_every,
-            on_step=on_step,
-            on_product=on_product,
-            **common,
-        )
+        common |= {"on_step": on_step, "on_product": on_product}
+        with _said_where_it_goes_on(options.checkpoint):
+            fit = fit_head(
+                train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
+            )
         seconds = time.perf_counter() - started
-        path = _path(train, held, Cs, common | {"on_step": on_step, "on_product": on_product})
+        path = _path(train, held, Cs, options, common)
     return Work(
         train=train,
         held=held,
         fit=fit,
         path=path,
         seconds=seconds,
-        on_train=diagnose(train, fit.weight, fit.bias, options.loss),
-        on_held=None if held is None else diagnose(held, fit.weight, fit.bias, options.loss),
-        spectrum=curvature_spectrum(train, fit.weight, fit.bias, loss=options.loss, seed=options.seed)
-        if options.fit_intercept
-        else "the fit has no bias, and what is drawn here is the matrix of a head with one",
+        on_train=_diagnosed(options, train, fit),
+        on_held=None if held is None else _diagnosed(options, held, fit),
+        spectrum=curvature_spectrum(
+            train, fit.weight, fit.bias if options.fit_intercept else None, loss=options.loss, seed=options.seed
+        ),
     )
 
 
-def _path(train: Source, held: Source | None, Cs: Sequence[float], options: dict[str, Any]) -> tuple[PathPoint, ...]:
+@contextmanager
+def _said_where_it_goes_on(checkpoint: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is not None and checkpoint.exists():
+            print(f"softcurve: interrupted; {checkpoint} has the state, and the same command goes on", file=sys.stderr)
+        raise
+
+
+def _diagnosed(options: FitOptions, source: Source, fit: Fit, **wanted: Any) -> Diagnostics:
+    classes, width = fit.weight.shape
+    rows = None if options.memory is None else rows_within(classes, width, options.memory * 2**20)
+    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **wanted)
+
+
+def _path(
+    train: Source, held: Source | None, Cs: Sequence[float], options: FitOptions, common: dict[str, Any]
+) -> tuple[PathPoint, ...]:
     if not Cs:
         return ()
     points = []
-    for C, fit in zip(Cs, regularisation_path(train, Cs, **options), strict=True):
-        on_train = diagnose(train, fit.weight, fit.bias, options["loss"], hardest=0)
-        on_held = None if held is None else diagnose(held, fit.weight, fit.bias, options["loss"], hardest=0)
+    for C, fit in zip(Cs, regularisation_path(train, Cs, **common), strict=True):
+        on_train = _diagnosed(options, train, fit, hardest=0)
+        on_held = None if held is None else _diagnosed(options, held, fit, hardest=0)
         points.append(
             PathPoint(
                 C=C,
@@ -175,6 +191,7 @@ def _path(train: Source, held: Source | None, Cs: Sequence[float], options: dict
                 held_loss=None if on_held is None else on_held.loss,
                 held_accuracy=None if on_held is None else on_held.accuracy,
                 weight_norm=float(fit.weight.norm()),
+                converged=fit.converged,
             )
         )
     return tuple(points)
@@ -229,13 +246,14 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("converged", f"{converged} ({gradient})"),
     ]
     if not record["converged"]:
-        lines.append(
-            ("warning", f"{record['ended']}: raise --max-iter or --tol, or scale the features to the order of 1")
-        )
+        lines.append(("warning", record["ended"]))
+    if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
+        lines.append(("warning", f"of the path, C = {', '.join(late)} did not converge: raise --max-iter or --tol"))
     if record["separated"]:
         lines.append(("warning", "the classes can be separated: without a penalty the loss has no minimum; give a --C"))
     if absent := record["classes_without_training_rows"]:
-        lines.append(("warning", f"{absent} classes have no training row; their probability tends to zero"))
+        who = "1 class has" if absent == 1 else f"{absent} classes have"
+        lines.append(("warning", f"{who} no training row; the probability tends to zero"))
     lines.append(("train loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"))
     if record["rows_held_out"]:
         lines += figure_lines("held-out ", "held_out_", record)

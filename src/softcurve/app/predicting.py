@@ -21,14 +21,13 @@ from softcurve.app.printing import print_record, print_table
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_output
 from softcurve.fit.data.opening import open_source_for
-from softcurve.fit.data.source import Label, Source
+from softcurve.fit.data.source import Label, Source, rows_within
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.scores import Scores, ScoreSums
 
 __all__ = ["predict_command"]
 
 SHOWN = 10
-BLOCK_BYTES = 8_000_000  # of a block's logits, or of its features, whichever are wider
 
 
 def predict_command(head_path: Path, data: str, target: Path | None, out: Path | None) -> None:
@@ -76,7 +75,7 @@ def _predict(head: SavedHead, source: Source, loss: str, data: str, write: Write
     weight, bias = head.weight.double(), head.bias.double()
     counts = np.zeros(len(bias), dtype=np.int64)
     entropy, sums = 0.0, ScoreSums(loss)
-    for block in source.blocks(max(1, BLOCK_BYTES // (8 * max(weight.shape)))):
+    for block in source.blocks(rows_within(*weight.shape)):
         stop_if_interrupted()
         logits = torch.addmm(bias, block.features.double(), weight.T)
         if not logits.isfinite().all():

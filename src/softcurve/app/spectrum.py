@@ -26,7 +26,9 @@ from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
-from softcurve.fit.data.rows import load_rows_for
+from softcurve.fit.data.opening import open_source_for
+from softcurve.fit.data.rows import gather
+from softcurve.fit.data.source import Block
 from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 
@@ -134,15 +136,13 @@ def _saved(options: SpectrumOptions) -> Problem:
             f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
         )
     saved = SavedHead.load(options.model)
-    _, rows = load_rows_for(options.data, saved.classes, saved.weight.shape[1], options.target)
-    if rows is None:
-        raise DataError(f"data: {options.data} has no targets; give them in an .npy file by --target")
+    rows = gather(open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target), options.data)
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
     loss = options.loss or (saved.loss if rows.soft else "cross_entropy")
     check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
     features, target = rows.tensors(dtype)
-    refuse_zeros(loss, target)
+    refuse_zeros(loss, Block(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
     batch = options.batch_size or len(rows)

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.atomic import check_writable
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import State, Step
+from softcurve.fit.tensor_file import read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "digest"]
 
@@ -40,6 +39,8 @@ class Checkpoint:
 
     def __init__(self, path: Path, coordinates: Coordinates, rows: str, settings: str, *, every: float) -> None:
         check_writable(path, "checkpoint")
+        if not every >= 0:
+            raise DataError(f"checkpoint_every must be a number of seconds, 0 or more; got {every!r}")
         self.path, self.coordinates, self.every = path, coordinates, every
         basis = coordinates.basis
         self.axes = digest(coordinates.mean) + ("" if basis is None else digest(basis))
@@ -77,18 +78,15 @@ class Checkpoint:
             return
         kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
         weight, bias = self.coordinates.head(state.parameters)
-        tensors = {"weight": weight, "bias": bias, "parameters": state.parameters.contiguous()}
-        content = to_safetensors(tensors, metadata=self.identity | {"axes": self.axes, "state": json.dumps(kept)})
-        with replacing(self.path) as file:
-            file.write(content)
+        tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
+        write_tensors(self.path, tensors, self.identity | {"axes": self.axes, "state": json.dumps(kept)})
         self.written = time.monotonic()
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own type, OSError or ValueError, by the damage
-            raise self._damaged(f"it is no safetensors file ({str(error).splitlines()[0]})") from error
+            return read_tensors(self.path)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
 
     def _checked(self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.get(name)

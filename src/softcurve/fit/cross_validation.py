@@ -14,7 +14,7 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 from torch import Tensor
 
-from softcurve.fit.data.source import Source
+from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import Subset
 from softcurve.fit.estimator import (
     Array,
@@ -22,7 +22,6 @@ from softcurve.fit.estimator import (
     SoftmaxRegression,
     class_weighted,
     posed,
-    rows_to_predict,
     target_labels,
     warn_of,
 )
@@ -156,17 +155,25 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         numbers = np.arange(problem.source.rows)
         y = np.zeros(len(numbers)) if problem.labels is None else problem.labels
         splitter = check_cv(5 if self.cv is None else self.cv, y, classifier=problem.labels is not None)
+        folds = 0
         for fold, (train, test) in enumerate(splitter.split(np.zeros(len(numbers)), y)):
+            folds += 1
             for rows, use in ((train, "fit"), (test, "score")):
                 if not (problem.weights.numpy()[rows] > 0).any():
                     raise ValueError(f"fold {fold} of cv has no row with a positive weight to {use}: give fewer folds")
             yield numbers[train], numbers[test]
+        if not folds:
+            raise ValueError(f"cv must divide the rows at least once; {self.cv!r} has no fold")
 
     def _measure(self, problem: Posed, y: Any, *, weighted: bool) -> Callable[[Fit, Array], float]:
         """The score of a fit on some rows."""
         if self.scoring is None:
             return lambda fit, test: -_mean_loss(self.loss, fit, *_taken(problem.source, problem.weights, test))
         scorer = get_scorer(self.scoring) if isinstance(self.scoring, str) else self.scoring
+        if not callable(scorer):
+            raise ValueError(
+                f"scoring must be None, the name of a scorer, or a function of (estimator, X, y); got {self.scoring!r}"
+            )
         weighted = weighted and "sample_weight" in inspect.signature(scorer).parameters
         labels = target_labels(y) if problem.labels is None else problem.labels
 
@@ -188,7 +195,7 @@ def _taken(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Ten
 
 def _mean_loss(loss: str, fit: Fit, rows: Source, weights: Tensor) -> float:
     total = 0.0
-    for block in rows.blocks(rows_to_predict(rows.width, len(rows.classes))):
+    for block in rows.blocks(rows_within(len(rows.classes), rows.width)):
         assert block.target is not None
         logits = torch.addmm(fit.bias, block.features.double(), fit.weight.T)
         of_rows = weights[block.start : block.start + len(block)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
-from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind
-from softcurve.fit.data.subset import Subset
+from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within
 from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels
 from softcurve.functional import entropy
@@ -20,7 +19,6 @@ from softcurve.targets import TopK
 
 __all__ = ["Calibration", "Diagnostics", "HardRow", "diagnose"]
 
-BLOCK_BYTES = 8_000_000  # of a block's logits, or of its features, whichever are wider
 KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
 MOST_CONFUSED = 30
 
@@ -101,7 +99,7 @@ def diagnose(
     weight, bias = weight.double(), bias.double()
     classes = len(bias)
     if rows_at_once is None:
-        rows_at_once = max(1, BLOCK_BYTES // (8 * max(weight.shape)))
+        rows_at_once = rows_within(*weight.shape)
     confusion, sums = Confusion(classes), _Sums(bins)
     hard = _Hardest(hardest, weight.shape[1])
     for block in source.blocks(rows_at_once):
@@ -126,17 +124,9 @@ def diagnose(
         correct=confusion.correct,
         matrix=confusion.matrix,
         confused=confusion.most_confused(MOST_CONFUSED),
-        hardest=_numbered(source, hard.rows),
+        hardest=tuple(hard.rows),
         hardest_features=hard.features,
     )
-
-
-def _numbered(source: Source, rows: list[HardRow]) -> tuple[HardRow, ...]:
-    """With the numbers that people know the rows by."""
-    if not isinstance(source, Subset):
-        return tuple(rows)
-    numbers = source.row_numbers([row.row for row in rows]).tolist()
-    return tuple(replace(row, row=number) for row, number in zip(rows, numbers, strict=True))
 
 
 class _Rows(NamedTuple):
@@ -211,7 +201,7 @@ class _Hardest:
         el2n = rows.squared_el2n.sqrt()
         order = el2n.argsort(descending=True, stable=True)[: self.at_most]
         columns = (el2n, rows.label, rows.predicted, rows.probability, rows.loss)
-        numbers = (order + block.start).tolist()
+        numbers = [block.number(row) for row in order.tolist()]
         found = [HardRow(*row) for row in zip(numbers, *(column[order].tolist() for column in columns), strict=True)]
         together = self.rows + found
         kept = sorted(range(len(together)), key=lambda place: -together[place].el2n)[: self.at_most]

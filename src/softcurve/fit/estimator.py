@@ -18,15 +18,13 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from softcurve.fit.data.memory import to_source
-from softcurve.fit.data.source import Source
+from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
 from softcurve.targets import TopK
 
 __all__ = ["SoftmaxRegression"]
 
 Array = NDArray[Any]
-# Logits that a prediction computes at a time, where rows are sparse or mapped from a file.
-PREDICTED = 2**22
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -311,16 +309,11 @@ def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
     )
 
 
-def rows_to_predict(width: int, classes: int) -> int:
-    """How many at a time."""
-    return max(1, PREDICTED // max(classes, width))
-
-
 def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
     if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
-    for block in to_source(rows, features_name="X").blocks(rows_to_predict(rows.shape[1], classes)):
+    for block in to_source(rows, features_name="X").blocks(rows_within(classes, rows.shape[1])):
         yield block.features.clone()
 
 
@@ -345,8 +338,8 @@ def warn_of(fit: Fit, estimator: Any) -> None:
         )
     elif not fit.converged:
         warnings.warn(
-            f"the fit has not converged: {fit.reason}, the largest entry of the gradient is {fit.gradient_max:.1e} and "
-            f"tol {estimator.tol:.1e}. Raise max_iter or tol, or scale the features to the order of 1",
+            f"the fit has not converged: the largest entry of the gradient is {fit.gradient_max:.1e} and tol "
+            f"{estimator.tol:.1e}; {fit.reason}",
             ConvergenceWarning,
             stacklevel=3,
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def fit_head(
     check_loss(loss, source.kind)
     _check_options(C, tol, max_iter, precision, memory_budget)
     classes = len(source.classes)
+    _check_start(start, classes, source.width)
     weights = _weights(sample_weight, source.rows)
     total = float(weights.sum())
     weights = weights / total
@@ -265,9 +267,9 @@ def _rows_at_once(source: Source, classes: int, budget: int) -> int:
 def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"]:
     if sample_weight is None:
         return torch.ones(rows, dtype=torch.float64)
-    if sample_weight.shape != (rows,):
-        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(sample_weight.shape)}")
-    weights = sample_weight.double()
+    weights = torch.as_tensor(sample_weight).double()
+    if weights.shape != (rows,):
+        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(weights.shape)}")
     if not (weights.isfinite().all() and (weights >= 0).all() and 1e-200 < float(weights.sum()) < 1e200):
         raise DataError(
             "sample_weight must be finite, not negative, and positive somewhere, with a sum of an ordinary size; mend "
@@ -277,16 +279,33 @@ def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
-    if not C > 0:
-        raise DataError(f"C must be a positive number; got {C} (inf is no penalty)")
-    if not (math.isfinite(tol) and tol > 0):
-        raise DataError(f"tol must be a positive number; got {tol}")
-    if max_iter < 0:
-        raise DataError(f"max_iter must be 0 or more; got {max_iter}")
+    if not (_is_number(C) and C > 0):
+        raise DataError(f"C must be a positive number; got {C!r} (inf is no penalty)")
+    if not (_is_number(tol) and math.isfinite(tol) and tol > 0):
+        raise DataError(f"tol must be a positive number; got {tol!r}")
+    if not (isinstance(max_iter, int) and max_iter >= 0):
+        raise DataError(f"max_iter must be an integer of 0 or more; got {max_iter!r}")
     if precision not in ("auto", "mixed", "float64"):
         raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")
-    if memory_budget is not None and memory_budget < LEAST_BUDGET:
-        raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget}")
+    if memory_budget is not None and not (_is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
+        raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) -> None:
+    if start is None:
+        return
+    shapes = [tuple(tensor.shape) for tensor in start]
+    if shapes != [(classes, width), (classes,)]:
+        raise DataError(
+            f"start must be a weight of shape {(classes, width)} and a bias of shape {(classes,)}, as these rows have "
+            f"{classes} classes and {width} features; got shapes {shapes}"
+        )
+    if not all(tensor.isfinite().all() for tensor in start):
+        raise DataError("start must be finite; leave it out to start from zeros")
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class CurvatureSpectrum:
 def curvature_spectrum(
     source: Source,
     weight: Float[Tensor, "classes d"],
-    bias: Float[Tensor, " classes"],
+    bias: Float[Tensor, " classes"] | None,
     *,
     loss: str = "cross_entropy",
     k: int = 20,
@@ -66,6 +66,8 @@ def curvature_spectrum(
 ) -> CurvatureSpectrum | str:
     """The spectrum on at most ``rows`` rows drawn without replacement, or the reason why it is left out.
 
+    Without ``bias`` it is that of the weight alone.
+
     A matrix of up to 1,500 columns is made. For larger ones products are taken, on as many rows as ``rows · d · C`` of
     5e6 allows; for more than that the Kronecker factors, up to 2,048 classes and features. Beyond, it is left out. The
     penalty of a fit is no part of the matrix. Raises DataError for rows without targets.
@@ -73,7 +75,7 @@ def curvature_spectrum(
     if source.kind is None:
         raise DataError("data: the curvature needs rows with targets")
     classes, width = weight.shape
-    size, sample = classes * (width + 1), min(rows, source.rows)
+    size, sample = classes * (width + (bias is not None)), min(rows, source.rows)
     affordable = int(WORK / (classes * width))
     method: Method = "products"
     if size <= DENSE_SIZE:
@@ -95,7 +97,7 @@ def curvature_spectrum(
         target = nn.functional.one_hot(target, classes).double()
     if isinstance(target, TopK) and target.coarsens and method == "dense":
         method = "products"  # its outcomes are not the classes
-    weight, bias = weight.double(), bias.double()
+    weight, bias = weight.double(), None if bias is None else bias.double()
     here = HeadCurvature(features, weight, target, linear_bias=bias, loss=loss)
     if method == "products":
         largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
@@ -111,21 +113,21 @@ def _of_matrix(
     features: Float64[Tensor, "rows d"],
     target: BlockTarget,
     weight: Float64[Tensor, "classes d"],
-    bias: Float64[Tensor, " classes"],
+    bias: Float64[Tensor, " classes"] | None,
     loss: str,
 ) -> Float64[Tensor, " size"]:
     """All eigenvalues of the mean of ``B ⊗ ẽẽᵀ``, ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ``, ``ẽ = [e; 1]``.
 
     Of JS at β = ½ it is ``q = ¼ p y / m``, ``m = ½ (p + y)``; of the other losses ``q = p``.
     """
-    z = torch.addmm(bias, features, weight.T)
+    z = nn.functional.linear(features, weight, bias)
     p = z.softmax(-1)
     q = p
     if loss == "js":
         y = target.distribution_against(z)[1] if isinstance(target, TopK) else target.double()
         q = (p * y / (2 * (p + y))).nan_to_num(0.0)
-    wide = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-    classes, width = len(bias), wide.shape[1]
+    wide = features if bias is None else torch.cat([features, torch.ones_like(features[:, :1])], 1)
+    classes, width = len(weight), wide.shape[1]
     matrix = p.new_zeros(classes, width, classes, width)
     total = q.sum(1, keepdim=True)
     for j in range(classes):
@@ -142,13 +144,15 @@ def _by_products(
     features: Float64[Tensor, "rows d"],
     target: BlockTarget,
     weight: Float64[Tensor, "classes d"],
-    bias: Float64[Tensor, " classes"],
+    bias: Float64[Tensor, " classes"] | None,
     loss: str,
     k: int,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")  # nothing is drawn
-    head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # nothing is drawn
+    head.weight = nn.Parameter(weight)
+    if bias is not None:
+        head.bias = nn.Parameter(bias)
     operator = GGN(nn.Identity(), head, [(features, target)], loss=loss)
     size = operator.shape[0]
     density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, TargetKind
+from softcurve.fit.data.source import Block, BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence
 from softcurve.targets import Probabilities, Target
 
@@ -29,16 +29,17 @@ def check_loss(loss: str, kind: TargetKind) -> None:
         )
 
 
-def refuse_zeros(loss: str, target: BlockTarget, start: int = 0) -> None:
+def refuse_zeros(loss: str, block: Block) -> None:
     """Raise DataError where the reverse KL is infinite: Σ p log(p/y), and p is positive everywhere."""
+    target = block.target
     if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
         return
     zero = (target == 0).any(1)
     if zero.any():
         raise DataError(
             f"loss reverse_kl is infinite where a target is zero; the first such row is row "
-            f"{start + int(zero.int().argmax())}: use forward_kl, or mix a little of the uniform distribution into the "
-            "targets"
+            f"{block.number(int(zero.int().argmax()))}: use forward_kl, or mix a little of the uniform distribution "
+            "into the targets"
         )
 
 

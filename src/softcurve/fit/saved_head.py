@@ -10,14 +10,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from softcurve.fit import DataError
-from softcurve.fit.atomic import replacing
 from softcurve.fit.data.source import Label
 from softcurve.fit.losses import LOSSES
+from softcurve.fit.tensor_file import read_tensors, write_tensors
 
 __all__ = ["SavedHead"]
 
@@ -54,11 +52,7 @@ class SavedHead:
             "C": repr(self.C),
             "softcurve_version": version("softcurve"),
         }
-        content = to_safetensors(
-            {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, metadata=metadata
-        )
-        with replacing(Path(path)) as file:
-            file.write(content)
+        write_tensors(Path(path), {"weight": self.weight, "bias": self.bias}, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> SavedHead:
@@ -82,10 +76,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise DataError(f"head: there is no file {path}; give a head that softcurve fit has saved")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own type, OSError or ValueError, by the damage
-        raise _damaged(path, f"it is no safetensors file ({str(error).splitlines()[0]})") from error
+        return read_tensors(path)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _checked_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

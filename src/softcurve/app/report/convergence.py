@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from softcurve.app.page.picture import Picture, Theme, canvas, decades, picture
@@ -76,33 +77,30 @@ def show_path(report: FitReport) -> Section:
     """Losses, accuracy and the size of the weights against C."""
     points = sorted(report.path, key=lambda point: point.C)
     pictures = _path_pictures(points, report.C) if len(points) > 1 else {}
-    return Section("path", "Regularisation path", {"pictures": pictures, "points": points})
+    late = any(not point.converged for point in points)
+    return Section("path", "Regularisation path", {"pictures": pictures, "points": points, "late": late})
 
 
 def _path_pictures(points: Sequence[PathPoint], chosen: float) -> dict[str, Picture]:
-    held = [(point.C, point.held_loss) for point in points if point.held_loss is not None]
-    accuracy = [(point.C, 100 * point.held_accuracy) for point in points if point.held_accuracy is not None]
-    train = [(point.C, point.train_loss) for point in points]
-    norms = [(point.C, point.weight_norm) for point in points]
+    held = [(point, point.held_loss) for point in points if point.held_loss is not None]
+    accuracy = [(point, 100 * point.held_accuracy) for point in points if point.held_accuracy is not None]
 
     def losses(theme: Theme) -> Figure:
         figure, axes = canvas(WIDTH, HEIGHT)
-        axes.plot(
-            *zip(*train, strict=True), color=theme.second, linestyle="--", marker="o", markersize=3.5, clip_on=False
-        )
-        lines = ["training"]
+        lines = {
+            "training": _line(axes, theme, theme.second, [(point, point.train_loss) for point in points], dashed=True)
+        }
         if held:
-            axes.plot(*zip(*held, strict=True), color=theme.first, marker="o", markersize=3.5, clip_on=False)
-            lines.append("held-out")
+            lines["held-out"] = _line(axes, theme, theme.first, held)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("mean loss, nats")
         _over_strengths(theme, axes, points, chosen)
-        axes.legend(lines)
+        axes.legend(lines.values(), lines)
         return figure
 
     def sizes(theme: Theme) -> Figure:
         figure, axes = canvas(WIDTH, HEIGHT)
-        axes.plot(*zip(*norms, strict=True), color=theme.third, marker="o", markersize=3.5, clip_on=False)
+        _line(axes, theme, theme.third, [(point, point.weight_norm) for point in points])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("‖W‖")
         _over_strengths(theme, axes, points, chosen)
@@ -110,7 +108,7 @@ def _path_pictures(points: Sequence[PathPoint], chosen: float) -> dict[str, Pict
 
     def accuracies(theme: Theme) -> Figure:
         figure, axes = canvas(WIDTH, HEIGHT)
-        axes.plot(*zip(*accuracy, strict=True), color=theme.first, marker="o", markersize=3.5, clip_on=False)
+        _line(axes, theme, theme.first, accuracy)
         axes.set_ylabel("held-out accuracy, %")
         _over_strengths(theme, axes, points, chosen)
         return figure
@@ -122,6 +120,22 @@ def _path_pictures(points: Sequence[PathPoint], chosen: float) -> dict[str, Pict
     if accuracy:
         drawn["accuracy"] = picture(accuracies, "Held-out accuracy against C, on a log scale")
     return drawn
+
+
+def _line(
+    axes: Axes, theme: Theme, color: str, values: Sequence[tuple[PathPoint, float]], *, dashed: bool = False
+) -> Line2D:
+    """Values against C, with a hollow mark where the fit had not converged."""
+    over, heights = [point.C for point, _ in values], [value for _, value in values]
+    (line,) = axes.plot(over, heights, color=color, linestyle="--" if dashed else "-", clip_on=False)
+    for converged, fill in ((True, color), (False, theme.surface)):
+        marked = [(point.C, value) for point, value in values if point.converged == converged]
+        if marked:
+            axes.plot(
+                *zip(*marked, strict=True), color=color, markerfacecolor=fill, linestyle="", marker="o", markersize=3.5,
+                clip_on=False,
+            )  # fmt: skip
+    return line
 
 
 def _over_strengths(theme: Theme, axes: Axes, points: Sequence[PathPoint], chosen: float) -> None:

@@ -47,6 +47,7 @@ class PathPoint:
     held_loss: float | None
     held_accuracy: float | None
     weight_norm: float
+    converged: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from softcurve.targets import TopK
 
-__all__ = ["Block", "Label", "Source", "TargetKind"]
+__all__ = ["Block", "Label", "Source", "TargetKind", "rows_within"]
+
+# Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
+# features, whichever are wider.
+BUDGET, AT_A_TIME = 64_000_000, 8
+
 
 Label = int | str  # a bool is an int
 TargetKind = Literal["labels", "distributions", "top_k"]
@@ -20,14 +25,22 @@ BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive rows: ``start`` is the first one's number. Valid until the next block is asked for."""
+    """Consecutive rows: ``start`` is the first one's number. Valid until the next block is asked for.
+
+    ``numbers`` are those that people know the rows by, where the source is a part of another; else they count on.
+    """
 
     start: int
     features: Float[Tensor, "rows d"]  # float32 or float64
     target: BlockTarget | None = None  # class indices (int64), probabilities, or a teacher's list
+    numbers: Int64[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def number(self, row: int) -> int:
+        """The number that people know the block's ``row`` by."""
+        return self.start + row if self.numbers is None else int(self.numbers[row])
 
 
 @runtime_checkable
@@ -64,3 +77,8 @@ class Source(Protocol):
 
     def blocks(self, at_most: int) -> Iterator[Block]:
         """All rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+
+
+def rows_within(classes: int, width: int, budget: int | None = None) -> int:
+    """How many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
+    return max(1, min(budget or BUDGET, BUDGET) // (8 * AT_A_TIME * max(classes, width)))

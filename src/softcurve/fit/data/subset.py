@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from softcurve.fit import DataError
@@ -63,10 +62,6 @@ class Subset:
         """Of the source's and of which rows are in it."""
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
-    def row_numbers(self, index: ArrayLike) -> Int64[np.ndarray, "*shape"]:
-        """The numbers in the source of the rows that have the numbers ``index`` here."""
-        return np.asarray(np.flatnonzero(self.mask)[np.asarray(index, dtype=np.int64)])
-
     def blocks(self, at_most: int) -> Iterator[Block]:
         """The rows in order; a block is what is left of one of the source's."""
         start = 0
@@ -81,7 +76,8 @@ class Subset:
                 if features is None or len(features) < len(index):
                     features = block.features.new_empty(len(block), self.width)
                 chosen = torch.index_select(block.features, 0, index, out=features[: len(index)])
-            yield Block(start, chosen, _chosen(block.target, index))
+            numbers = index + block.start if block.numbers is None else block.numbers[index]
+            yield Block(start, chosen, _chosen(block.target, index), numbers)
             start += len(index)
 
 

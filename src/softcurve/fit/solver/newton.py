@@ -23,6 +23,7 @@ from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_
 
 __all__ = ["Outcome", "State", "Step", "minimise"]
 
+REMEDY = "raise tol, or scale the features to the order of 1"
 # Undamped from here on.
 NO_DAMPING = 1e-5
 # The residual that conjugate gradients may leave, relative to the gradient.
@@ -207,9 +208,11 @@ def minimise(
         if newton.point.gradient_max <= tol:
             return Outcome(newton.state, newton.point, True, "the gradient is within the tolerance")
         if newton.state.failures >= MOST_FAILURES:
-            return Outcome(newton.state, newton.point, False, "rounding hides any further decrease")
+            return Outcome(newton.state, newton.point, False, f"rounding hides any further decrease; {REMEDY}")
         if len(newton.state.history) > max_iter:
-            return Outcome(newton.state, newton.point, False, f"{max_iter} steps were not enough")
+            return Outcome(
+                newton.state, newton.point, False, f"{max_iter} steps were not enough; raise max_iter, or {REMEDY}"
+            )
         newton.step()
 
 

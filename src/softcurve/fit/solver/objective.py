@@ -69,7 +69,7 @@ class Objective:
             # A row without weight counts for nothing, also where its loss is infinite.
             of_block = float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
             if not math.isfinite(of_block):
-                refuse_zeros(self.loss, block.target, block.start)
+                refuse_zeros(self.loss, block)
             value += of_block
             residual *= of_rows[:, None]
             if not (of_rows > 0).all():

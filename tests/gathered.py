@@ -1,0 +1,33 @@
+"""Rows of any source as arrays, and their two sides of a hold-out: what tests compute expected figures from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.rows import Rows, gather
+from softcurve.fit.data.subset import holdout_mask
+
+
+def load_rows(data, target=None) -> Rows:
+    return gather(open_source(data, target), data)
+
+
+def load_rows_for(data, classes, width, target=None) -> Rows:
+    return gather(open_source_for(data, classes, width, target), data)
+
+
+def make_rows(features, target, **names) -> Rows:
+    return gather(to_source(features, target, **names), "target")
+
+
+def split(rows: Rows, holdout: float, seed: int) -> tuple[Rows, Rows]:
+    held = holdout_mask(len(rows), holdout, seed)
+    return take(rows, np.flatnonzero(~held)), take(rows, np.flatnonzero(held))
+
+
+def take(rows: Rows, index) -> Rows:
+    return replace(rows, features=rows.features[index], target=rows.target[index])
