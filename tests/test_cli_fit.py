@@ -328,9 +328,11 @@ def test_as_a_process_of_its_own(words):
     assert done.stderr == "softcurve: data: there is no file none.npz; check the path\n"
 
 
-def test_an_interrupted_process_ends_with_130_and_leaves_nothing():
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_an_interrupted_process_ends_with_130_and_leaves_no_half_of_a_file(checkpoint):
     np.savez("wide.npz", X=np.random.default_rng(0).normal(size=(20000, 300)), y=np.arange(20000) % 200)
     options = ["--tol", "1e-300", "--C", "1e9", "--max-iter", "1000000", "--progress"]
+    options += ["--checkpoint", "state", "--checkpoint-every", "0"] if checkpoint else []
     process = subprocess.Popen(
         [sys.executable, "-m", "softcurve", "fit", "wide.npz", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -338,13 +340,17 @@ def test_an_interrupted_process_ends_with_130_and_leaves_nothing():
     )  # fmt: skip
     assert process.stderr is not None
     shown = process.stderr.read(1)  # the progress has begun, and with it the fit
+    until = time.monotonic() + 60
+    while checkpoint and not os.path.exists("state") and time.monotonic() < until:
+        time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in shown + rest
     assert out == ""
-    assert os.listdir() == ["wide.npz"]
+    assert sorted(os.listdir()) == [*(["state"] if checkpoint else []), "wide.npz"]
+    assert ("state has the state, and the same command goes on" in rest) == checkpoint
 
 
 def test_an_interrupt_that_python_forgets_is_remembered():

@@ -196,6 +196,12 @@ def test_grids_that_cannot_be_used_are_named(wrong):
         SoftmaxRegressionCV(Cs=wrong).fit(*IRIS)
 
 
+@pytest.mark.parametrize(("wrong", "message"), [({"cv": []}, "at least once"), ({"scoring": 3}, "scoring must be")])
+def test_folds_and_scorers_that_cannot_be_used_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SoftmaxRegressionCV(Cs=[1.0], **wrong).fit(*IRIS)
+
+
 def test_folds_without_weight_are_named():
     weight = np.ones(150)
     weight[:50] = 0.0

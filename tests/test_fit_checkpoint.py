@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -134,7 +135,9 @@ fit_head(to_source(data["X"], data["y"]), C=100.0, tol=1e-9, checkpoint=Path(sys
 """
 
 
-def test_a_killed_process_is_gone_on_from(tmp_path):
+# Once in every run of the tests; KILLS=20 make test ARGS="-k killed" does it at twenty moments.
+@pytest.mark.parametrize("time_of_it", range(int(os.environ.get("KILLS", "1"))))
+def test_a_killed_process_is_gone_on_from(tmp_path, time_of_it):
     random_rows = np.random.default_rng(5)
     y = random_rows.integers(0, 30, 1500)
     rows = (random_rows.normal(size=(1500, 40)) + random_rows.normal(size=(30, 40))[y]).astype(np.float32)

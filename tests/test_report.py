@@ -253,6 +253,16 @@ def test_a_fit_that_did_not_converge_says_so_first(tmp_path: Path) -> None:
     assert "0.25 as the largest entry" in reader.text
 
 
+def test_points_of_the_path_that_did_not_converge_are_marked(tmp_path: Path) -> None:
+    given = replace(brief(), path=tuple(PathPoint(C, 0.5, None, None, 2.0) for C in (1.0, 10.0, 100.0)))
+    page, reader = written(tmp_path, given)
+    assert "It had not converged" not in reader.text
+    assert page.count("&nbsp;*") == 0
+    page, reader = written(tmp_path, replace(given, path=(*given.path[:-1], replace(given.path[-1], converged=False))))
+    assert "It had not converged" in reader.text
+    assert page.count("&nbsp;*") == 1
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_short_history(tmp_path: Path, steps: int) -> None:
     page, reader = written(tmp_path, replace(brief(), history=history(steps)))

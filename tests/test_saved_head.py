@@ -48,6 +48,14 @@ def test_a_view_is_saved_whole(tmp_path):
     assert torch.equal(SavedHead.load(tmp_path / "head.safetensors").weight, wide.T[:2])
 
 
+def test_equal_heads_are_equal_bytes(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        SavedHead(WEIGHT, BIAS, ("ä", 7), "js", 0.1).save(tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in ("a", "b", "c", "d")}) == 1
+    assert SavedHead.load(tmp_path / "d").classes == ("ä", 7)
+    assert (tmp_path / "a").read_bytes()[8:].startswith(b'{"__metadata__":{"C":"0.1","classes":')
+
+
 def test_to_linear_is_the_head_as_a_trainable_copy():
     state = torch.get_rng_state()
     linear = SavedHead(WEIGHT, BIAS, ("a", "b"), "cross_entropy", 1.0).to_linear()
