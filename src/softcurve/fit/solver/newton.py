@@ -27,9 +27,9 @@ REMEDY = "raise tol, or scale the features to the order of 1"
 # Undamped from here on.
 NO_DAMPING = 1e-5
 # The residual that conjugate gradients may leave, relative to the gradient.
-LOOSEST, TIGHTEST, NEARLY_TRUE = 0.1, 1e-4, 0.3
-# And the share of the tolerance that it may be where the last step went as foretold.
-ENOUGH = 0.5
+LOOSEST, TIGHTEST = 0.1, 1e-4
+# The error of the last model up to which the residual counts as the next gradient; the share of the tolerance it may be.
+NEARLY_TRUE, ENOUGH = 0.3, 0.5
 MOST_PRODUCTS = 500  # of one step
 ROUNDING = 1e-14  # of the objective
 # A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
