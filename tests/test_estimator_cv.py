@@ -243,7 +243,8 @@ def test_a_path_is_shorter_than_its_fits():
     assert sum(fit.products for fit in path) < 0.8 * sum(fit.products for fit in alone)
 
 
-@pytest.mark.parametrize("wrong", [[], [0.0], [1.0, float("nan")]], ids=str)
+@pytest.mark.parametrize("wrong", [[], [0.0], [1.0, float("nan")], ["a"]], ids=str)
+@pytest.mark.usefixtures("without_shape_checks")
 def test_paths_that_cannot_be_walked_are_named(wrong, tmp_path):
     source = to_source(*IRIS)
     with pytest.raises(DataError, match="Cs must be positive numbers"):

@@ -193,6 +193,7 @@ def test_options_that_cannot_be_used_are_refused(options, message):
         ({"C": True}, "C must be a positive number; got True"),
         ({"tol": None}, "tol must be a positive number; got None"),
         ({"max_iter": 1.5}, "max_iter must be an integer of 0 or more; got 1.5"),
+        ({"max_iter": True}, "max_iter must be an integer of 0 or more; got True"),
         ({"memory_budget": "1g"}, "memory_budget must be at least .* bytes; got '1g'"),
         ({"checkpoint": Path("c"), "checkpoint_every": math.nan}, "checkpoint_every must be a number of seconds"),
         ({"sample_weight": np.ones(4)}, "sample_weight must have one entry for each of 97 rows"),

@@ -22,7 +22,7 @@ from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
 
-__all__ = ["Fit", "coordinates_of", "fit_head"]
+__all__ = ["Fit", "coordinates_of", "fit_head", "is_number"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -279,19 +279,20 @@ def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
-    if not (_is_number(C) and C > 0):
+    if not (is_number(C) and C > 0):
         raise DataError(f"C must be a positive number; got {C!r} (inf is no penalty)")
-    if not (_is_number(tol) and math.isfinite(tol) and tol > 0):
+    if not (is_number(tol) and math.isfinite(tol) and tol > 0):
         raise DataError(f"tol must be a positive number; got {tol!r}")
-    if not (isinstance(max_iter, int) and max_iter >= 0):
+    if isinstance(max_iter, bool) or not (isinstance(max_iter, int) and max_iter >= 0):
         raise DataError(f"max_iter must be an integer of 0 or more; got {max_iter!r}")
     if precision not in ("auto", "mixed", "float64"):
         raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")
-    if memory_budget is not None and not (_is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
+    if memory_budget is not None and not (is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

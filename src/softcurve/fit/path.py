@@ -7,7 +7,7 @@ from typing import Any
 
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source
-from softcurve.fit.fitting import Fit, coordinates_of, fit_head
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head, is_number
 
 __all__ = ["regularisation_path"]
 
@@ -18,7 +18,7 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
     They are in the order of ``Cs``, and share the coordinates, which cost a pass over the rows. A ``start`` is that of
     the smallest C. Raises DataError for a C that is no inverse strength, and for whatever ``fit_head`` does.
     """
-    if not len(Cs) or not all(C > 0 for C in Cs):
+    if not len(Cs) or not all(is_number(C) and C > 0 for C in Cs):
         raise DataError(f"Cs must be positive numbers, or inf for no penalty, and at least one; got {list(Cs)}")
     if options.get("checkpoint") is not None:
         raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")

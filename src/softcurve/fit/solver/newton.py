@@ -28,7 +28,7 @@ REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5
 # The residual that conjugate gradients may leave, relative to the gradient.
 LOOSEST, TIGHTEST = 0.1, 1e-4
-# The error of the last model up to which the residual counts as the next gradient; the share of the tolerance it may be.
+# The error of the last model up to which the residual counts as the next gradient, and its share of the tolerance.
 NEARLY_TRUE, ENOUGH = 0.3, 0.5
 MOST_PRODUCTS = 500  # of one step
 ROUNDING = 1e-14  # of the objective
@@ -57,7 +57,7 @@ class State:
 
     parameters: Float64[Tensor, "classes size"]
     damping: float
-    model_error: float  # the part of the gradient that the last step's model did not foretell; infinite at first
+    model_error: float  # the part of the gradient that the last step's model did not foretell; or infinite
     failures: int  # steps since the last that led on
     double: bool  # whether products are in float64
     blocks: bool  # whether the preconditioner is that of the classes' blocks
@@ -109,7 +109,8 @@ class Newton:
         )  # fmt: skip
         spent = curvature.products - spent
         there, whole = self._downhill(step, foretold)
-        model_error = _norm(there.gradient + residual, inverse) / norm if norm else math.inf
+        # The model is of the whole step's end.
+        model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm else math.inf
         reached = there.value - point.value
         rounding = ROUNDING * abs(point.value)
         ratio = reached / foretold if foretold < -rounding else math.nan
