@@ -248,7 +248,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     if not record["converged"]:
         lines.append(("warning", record["ended"]))
     if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
-        lines.append(("warning", f"of the path, C = {', '.join(late)} did not converge: raise --max-iter or --tol"))
+        lines.append(("warning", f"of the path, C = {', '.join(late)} did not converge; raise max_iter or tol"))
     if record["separated"]:
         lines.append(("warning", "the classes can be separated: without a penalty the loss has no minimum; give a --C"))
     if absent := record["classes_without_training_rows"]:
