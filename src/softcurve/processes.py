@@ -1,0 +1,37 @@
+"""Sums and maxima over the processes of a group, a message for several tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+__all__ = ["max_over", "named_group", "sum_over"]
+
+
+def named_group(name: str) -> ProcessGroup:
+    """The group of a name: an operator takes plain values."""
+    return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(name))  # type: ignore[attr-defined]
+
+
+def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Replace tensors of one dtype by their sums over the processes: the same bits in all of them."""
+    _reduce(tensors, group, dist.ReduceOp.SUM)
+
+
+def max_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """As :func:`sum_over`, the largest entries."""
+    _reduce(tensors, group, dist.ReduceOp.MAX)
+
+
+def _reduce(tensors: Sequence[Tensor], group: ProcessGroup, operation: dist.ReduceOp.RedOpType) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        dist.all_reduce(tensors[0], operation, group=group)
+        return
+    message = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(message, operation, group=group)
+    for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
