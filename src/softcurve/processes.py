@@ -14,7 +14,7 @@ __all__ = ["max_over", "named_group", "sum_over"]
 
 def named_group(name: str) -> ProcessGroup:
     """The group of a name: an operator takes plain values."""
-    return dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(name))  # type: ignore[attr-defined]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
