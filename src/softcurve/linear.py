@@ -87,7 +87,7 @@ def linear_cross_entropy(
             reducer, memory_budget, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
             z_loss=z_loss,
         )  # fmt: skip
-    head = Head.of(input, linear_weight, linear_bias)
+    head = Head.of(input, linear_weight, linear_bias, target)
     posed = cross_entropy_from(
         head,
         target,
@@ -136,7 +136,7 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias)
+    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias, target)
     require_no_shift(shift)
     posed = divergence_from(
         head,
@@ -173,7 +173,7 @@ def linear_js_divergence(
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
     checks.require_between("beta", beta, 0.0, 1.0)
-    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias)
+    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias, target)
     require_no_shift(shift)
     posed = divergence_from(
         head,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from softcurve import checks
 from softcurve.functional import require_class_weight, require_finite_against, weighted
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.head.sharded import Spread, lies_over_processes
 from softcurve.objective import LogitMap, Reduction
 from softcurve.targets import LinearTeacher, Logits, Probabilities, Target, TopK, as_target
 
@@ -38,16 +39,18 @@ class LossStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A head and its rows, which are flattened."""
+    """A head and its rows, which are flattened; where it is ``spread`` over processes, the part of this one."""
 
     input: Tensor  # (n, d)
     weight: Tensor
     bias: Tensor | None
     leading: torch.Size
+    classes: int  # of all processes
     dtype: torch.dtype  # of the result
+    spread: Spread | None
 
     @staticmethod
-    def of(input: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    def of(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target) -> Head:
         """Rows flattened, in the dtype of autocast where that is on, as torch's ``linear`` would."""
         checks.require_features("input", input)
         checks.require_features("linear_weight", weight)
@@ -65,6 +68,13 @@ class Head:
                     f"linear_bias must be a floating-point tensor of shape ({len(weight)},), one entry per class, "
                     f"got {checks.describe(bias)}"
                 )
+        classes = len(weight)
+        spread = Spread.of(input, [weight, *([target.linear_weight] if isinstance(target, LinearTeacher) else [])])
+        if spread is not None:
+            input, weight = spread.features(input), spread.classes_of(weight)
+            bias = None if bias is None else spread.classes_of(bias)
+        elif lies_over_processes(bias):
+            raise ValueError("linear_bias must be a plain tensor where linear_weight is one, got a DTensor")
         leading, device = input.shape[:-1], input.device.type
         dtype = torch.promote_types(input.dtype, weight.dtype)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -72,12 +82,13 @@ class Head:
             input, weight = _lowered(input, lower), _lowered(weight, lower)
             bias = None if bias is None else _lowered(bias, lower)
             dtype = torch.promote_types(dtype, torch.float32)
-        return Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, dtype)
+        return Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, spread)
 
     @property
-    def classes(self) -> int:
-        """``C``."""
-        return len(self.weight)
+    def shard(self) -> dict[str, Any]:
+        """Of a :class:`HeadLoss`: which classes these are."""
+        spread = self.spread
+        return {} if spread is None else {"group": spread.group, "first": spread.first, "classes": spread.classes}
 
     @property
     def wide(self) -> torch.dtype:
@@ -130,6 +141,7 @@ class Posed:
         else:
             divisor = self.divisor(reducer)
             row_weight = self.weight / (torch.where(divisor == 0, 1.0, divisor) * reducer.nats)
+        spread = head.spread
         outcome = head_outcome(
             self.loss,
             self.tensors(row_weight),
@@ -143,8 +155,11 @@ class Posed:
             result = result if reducer.nats == 1 else result / reducer.nats
         else:
             # A mean of nothing is NaN and has gradient 0, as in torch.
-            result = outcome.total + torch.where(divisor == 0, math.nan, 0.0).to(wide)
+            total = outcome.total if spread is None else spread.total(outcome.total)
+            result = total + torch.where(divisor == 0, math.nan, 0.0).to(wide)
         result = result.to(head.dtype)
+        if spread is not None:
+            result = spread.result(result, per_row=per_row)
         if not return_stats:
             return result
         lse, entropy, predicted, found = (
@@ -152,12 +167,18 @@ class Posed:
         )
         label = found if self.label is None else self.label.reshape(head.leading)
         correct = (predicted == label) & self.counted.reshape(head.leading)
-        return result, LossStats(lse, entropy / reducer.nats, predicted, correct)
+        stats = LossStats(lse, entropy / reducer.nats, predicted, correct)
+        if spread is not None:
+            stats = LossStats(*(spread.result(column, per_row=True) for column in stats))
+        return result, stats
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """What the sum over the rows is divided by, ``()``."""
-        divisor = {"sum": 1.0, "mean": self.mass, "batchmean": self.batch}[reducer.kind]
-        return divisor.to(self.weight.dtype) if isinstance(divisor, Tensor) else self.weight.new_full((), divisor)
+        if reducer.kind == "sum":
+            return self.weight.new_ones(())
+        own = self.mass if reducer.kind == "mean" else self.batch
+        divisor = own.to(self.weight.dtype) if isinstance(own, Tensor) else self.weight.new_full((), own)
+        return divisor if self.head.spread is None else self.head.spread.total(divisor)
 
 
 def require_budget(budget: int | None) -> None:
@@ -170,6 +191,8 @@ def _sampled(head: Head, sample_weight: Tensor | None) -> Tensor | None:
     """``(n,)``, in the dtype of the losses."""
     if sample_weight is None:
         return None
+    if head.spread is not None:
+        sample_weight = head.spread.rows_of("sample_weight", sample_weight)
     checks.require_rows("sample_weight", sample_weight, head.leading, "input")
     checks.require_numbers("sample_weight", sample_weight)
     return sample_weight.reshape(-1).to(head.wide)
@@ -188,6 +211,7 @@ def cross_entropy_from(
 ) -> Posed:
     """The cross-entropy of any target; ``options`` are temperature, soft cap and z-loss."""
     if weight is not None:
+        weight = weight if head.spread is None else head.spread.whole(weight)
         require_class_weight(weight, head.classes)
         if weight.requires_grad:
             raise ValueError(
@@ -222,12 +246,19 @@ def _against_indices(
     """The cross-entropy of class indices."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    checks.require_rows("target", target, head.leading, "input")
+    spread = head.spread
+    if spread is not None:
+        # Of every process, since a shift looks beyond the rows of this one.
+        spread.require_leading("target", target)
+        target = spread.whole(target)
+    checks.require_rows("target", target, head.leading if spread is None else spread.leading, "input")
     checks.require_class_indices("target", target, head.classes, ignore_index)
     present = torch.ones_like(target, dtype=torch.bool)
     require_shift(shift)
     if shift != 0:
         target, present = _shifted(target, shift, ignore_index)
+    if spread is not None:
+        target, present = spread.rows_of("target", target), spread.rows_of("target", present)
     target = target.reshape(-1)
     kept = target != ignore_index
     classes = torch.where(kept, target, 0)
@@ -245,7 +276,7 @@ def _against_indices(
         row_weight, weight = mass, None
     return Posed(
         head,
-        HeadLoss("cross_entropy", "list", smoothing=smoothing, **options),  # type: ignore[arg-type]
+        HeadLoss("cross_entropy", "list", smoothing=smoothing, **options, **head.shard),  # type: ignore[arg-type]
         row_weight,
         mass.sum(),
         present.sum(),
@@ -297,7 +328,7 @@ def _against_distribution(
     """The cross-entropy of a distribution."""
     rows = _rows_of_distributions(head, sample_weight)
     if isinstance(target, TopK):
-        target.require_fit((*head.leading, head.classes))
+        target = _fitting(head, target)
         if target.coarsens and weight is not None:
             raise ValueError(
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
@@ -317,14 +348,14 @@ def _against_distribution(
         if weight is not None:
             own = weight.to(y.dtype)[indices]
             y = torch.cat([y[:, :-1] * own, y[:, -1:]], -1)
-        loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options)  # type: ignore[arg-type]
+        loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options, **head.shard)  # type: ignore[arg-type]
         label, coarsens = _most_probable(target), target.coarsens
         return Posed(
             head, loss, *rows, target=(y, None, None), indices=indices, label=label, class_weight=weight,
             coarsens=coarsens,
         )  # fmt: skip
     kind, tensors = _dense_target(head, target)
-    loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options)  # type: ignore[arg-type]
+    loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
     return Posed(head, loss, *rows, target=tensors, class_weight=weight)
 
 
@@ -349,10 +380,10 @@ def divergence_from(
     rows = _rows_of_distributions(head, sample_weight)
 
     def loss(kind: str) -> HeadLoss:
-        return HeadLoss(family, kind, beta, temperature, softcap)
+        return HeadLoss(family, kind, beta, temperature, softcap, **head.shard)
 
     if isinstance(target, TopK):
-        target.require_fit((*head.leading, head.classes))
+        target = _fitting(head, target)
         require_finite_against(loss("list").divergence, target, temperature)
         logits = target.coarse_log_probs(head.classes)
         logits = logits if temperature == 1 else logits / temperature
@@ -385,24 +416,41 @@ def _dense_target(
     head: Head, target: Tensor | Target
 ) -> tuple[str, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The kind of a target that speaks of every class, and its tensors."""
+    spread = head.spread
+    leading = head.leading if spread is None else spread.leading
     if isinstance(target, LinearTeacher):
-        if target.linear_weight.shape[0] != head.classes or target.input.shape[:-1] != head.leading:
+        if target.linear_weight.shape[0] != head.classes or target.input.shape[:-1] != leading:
             raise ValueError(
                 f"target (LinearTeacher) must have the {head.classes} classes of linear_weight and the rows "
-                f"{tuple(head.leading)} of input, got {target.linear_weight.shape[0]} classes and rows "
+                f"{tuple(leading)} of input, got {target.linear_weight.shape[0]} classes and rows "
                 f"{tuple(target.input.shape[:-1])}"
             )
-        return "teacher", (_flat(target.input), target.linear_weight, target.linear_bias)
+        e, weight, bias = target.input, target.linear_weight, target.linear_bias
+        if spread is not None:
+            e, weight = spread.features(e), spread.classes_of(weight)
+            bias = None if bias is None else spread.classes_of(bias)
+        return "teacher", (_flat(e), weight, bias)
     kind = "logits" if isinstance(target, Logits) else "probabilities"
     if isinstance(target, Probabilities | Logits):
         target = target.values
     assert isinstance(target, Tensor)
-    if tuple(target.shape) != (*head.leading, head.classes):
+    if tuple(target.shape) != (*leading, head.classes):
         raise ValueError(
-            f"target ({kind}) must have the shape {(*head.leading, head.classes)} of the logits, "
+            f"target ({kind}) must have the shape {(*leading, head.classes)} of the logits, "
             f"got {checks.describe(target)}"
         )
+    if spread is not None:
+        target = spread.distributions("target", target)
     return kind, (_flat(target), None, None)
+
+
+def _fitting(head: Head, target: TopK) -> TopK:
+    """A list for each row of this process."""
+    if head.spread is not None:
+        of_rows = head.spread.rows_of
+        target = TopK(of_rows("target", target.indices), of_rows("target", target.log_probs), target.tail)
+    target.require_fit((*head.leading, head.classes))
+    return target
 
 
 def _most_probable(target: TopK) -> Tensor:
@@ -411,4 +459,4 @@ def _most_probable(target: TopK) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # of no classes -1 could be any number

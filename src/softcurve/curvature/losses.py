@@ -70,7 +70,7 @@ class HeadLosses:
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
     ) -> Posed:
         """The loss of a batch, not reduced yet. Raises what the public loss raises."""
-        head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach())
+        head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach(), target)
         if self.loss == "cross_entropy":
             return cross_entropy_from(
                 head,

@@ -70,8 +70,8 @@ class _Losses(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.loss, ctx.memory_budget = inputs[:9], HeadLoss(*inputs[9:16]), inputs[16]
-        ctx.per_row, ctx.weight_moves = inputs[19:21]
+        tensors, ctx.loss, ctx.memory_budget = inputs[:9], HeadLoss(*inputs[9:19]), inputs[19]
+        ctx.per_row, ctx.weight_moves, ctx.made = inputs[22:25]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1], *output[6:])
@@ -97,7 +97,7 @@ class _Losses(Function):
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
         if ctx.needs_input_grad[7] and v_total is not None:
             in_weight = v_total * rows
-        return *gradients, None, in_weight, *(None,) * 14
+        return *gradients, None, in_weight, *(None,) * 17
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -137,7 +137,7 @@ def _gradients(
     """``scale`` times the gradients of ``Σ weight · loss``, differentiable; from those at hand, if they are."""
     if not any(wanted):
         return [None] * 6
-    complete = ready is not None and all(r.numel() or not w for r, w in zip(ready, wanted, strict=True))
+    complete = ready is not None and all(made or not w for made, w in zip(ctx.made, wanted, strict=True))
     given = ready if complete and ready is not None else [None] * 6
     settings = ctx.loss, ctx.memory_budget, tuple(wanted), scale
     found: tuple[Tensor, ...] = _Gradients.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]

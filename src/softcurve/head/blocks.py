@@ -12,15 +12,18 @@ The cross-entropy is the member ``φ = −y log p`` with ``s = −y``, ``c = 0``
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve.divergences import Divergence, Pair
-from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
+from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
 from softcurve.head.target import DenseTarget
+from softcurve.processes import max_over, sum_over
 
 
 class _Softmax:
@@ -47,6 +50,23 @@ class _Softmax:
         self.rest[rows] = rest * here + self.rest[rows] * before + lower
         self.offset[rows] = new
         self.top[rows] = torch.where(higher, at + first, self.top[rows])
+
+    @staticmethod
+    def merge(sides: Sequence[_Softmax], group: ProcessGroup) -> None:
+        """Over the processes. The class kept apart is that of one of them, and elsewhere -1."""
+        offsets = [side.offset.clone() for side in sides]
+        max_over(offsets, group)
+        rests, leaders = [], []
+        for side, offset in zip(sides, offsets, strict=True):
+            leads = (side.offset == offset) & (offset != -math.inf)
+            scale = torch.exp(side.offset - torch.where(offset == -math.inf, 0.0, offset))
+            rests.append(side.rest * scale + torch.where(leads, 0.0, scale))
+            leaders.append(leads.double())
+            # Of several equal ones none is above one half, and which is kept apart does not matter.
+            side.top, side.offset = torch.where(leads, side.top, -1), offset
+        sum_over([*rests, *leaders], group)
+        for side, rest, count in zip(sides, rests, leaders, strict=True):
+            side.rest = rest + (count - 1).clamp(min=0)
 
     def log_sum_exp(self, rows: slice | None = None) -> Tensor:
         """``(r, 1)``, float64."""
@@ -98,6 +118,10 @@ class _Side:
         if v is not None:
             self.mean_v[rows] += (terms.p * torch.where(terms.p == 0, 0.0, v)).sum(-1, keepdim=True).double()
 
+    def sums(self) -> list[Tensor]:
+        """Of sweep 1."""
+        return [self.score, self.score_rest, self.mean_v]
+
     def centred(self, rows: slice, v: Tensor | None, like: Tensor) -> Tensor:
         """``u = v − p·v``."""
         return torch.zeros_like(like) if v is None else v - self.mean_v[rows].to(v.dtype)
@@ -136,6 +160,7 @@ class BlockKernel(Kernel):
         self.surplus = zeros.clone()  # Σ (p − y)
         self.best = torch.full((rows, 1), -math.inf, dtype=torch.float64, device=device)
         self.label = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        self.predicted: Tensor | None = None  # the largest class of all processes
 
     def rows(self) -> Tensor:  # noqa: D102
         values = self.values
@@ -147,21 +172,36 @@ class BlockKernel(Kernel):
             values = values + self.loss.z_loss * self.model.softmax.log_sum_exp().square()
         return values.squeeze(-1)
 
-    def tangents(self) -> Tensor:  # noqa: D102
+    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
+        if group is not None:
+            sum_over([self.tangent], group)
         return self.tangent.squeeze(-1)
+
+    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        sides = [self.model, self.target] if self.by_logits else [self.model]
+        if number == 0:
+            if self.data.wants_stats:
+                self.predicted = first_of_largest(self.model.softmax.offset, self.model.softmax.top, group, self.data)
+            _Softmax.merge([side.softmax for side in sides], group)
+        elif number == 1:
+            sum_over([self.values, self.surplus, self.information, *(s for side in sides for s in side.sums())], group)
+            if self.data.wants_stats:
+                self.label = first_of_largest(self.best, self.label, group, self.data)
+        else:
+            sum_over([self.model.change, self.target.change], group)
+
+    def form(self) -> None:  # noqa: D102
+        pass  # the sweeps have all of it
 
     def close(self, number: int) -> None:  # noqa: D102
         if number == 1 and self.data.wants_stats:
-            columns = self.model.softmax.log_sum_exp(), self.information, self.model.softmax.top, self.label
+            predicted = self.model.softmax.top if self.predicted is None else self.predicted
+            columns = self.model.softmax.log_sum_exp(), self.information, predicted, self.label
             self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
-
-    def holds_rows(self, block: Block) -> bool:
-        """Whether a block is the whole of its rows, and the same in every sweep."""
-        return block.z.shape[-1] == self.data.class_count
 
     def sweep(self, number: int, block: Block) -> None:  # noqa: D102
         for rows in self.groups(block):
-            if number == 0 or not self.holds_rows(block):
+            if number == 0 or self.data.cuts_classes:
                 self.map_logits(block, rows)
             z, given = block.z[rows], block.target_of(rows)
             if number == 0:
@@ -221,7 +261,8 @@ class BlockKernel(Kernel):
     def _cross_entropy_terms(
         self, rows: slice, classes: slice, p: Tensor, log_p: Tensor, given: Tensor
     ) -> tuple[Pair, _Terms, _Terms]:
-        weight = None if self.data.class_weight is None else self.data.class_weight[classes].to(p.dtype)
+        weight = self.data.weight_of(classes)
+        weight = None if weight is None else weight.to(p.dtype)
         y0 = self.target.softmax.log_probabilities(rows, given).exp() if self.by_logits else given
         own = y0 if self.loss.smoothing == 0 else (1 - self.loss.smoothing) * y0
         y = own if self.loss.smoothing == 0 else own + self.loss.smoothing / self.data.class_count

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve.head import products, workspace
 from softcurve.head.blocks import BlockKernel
@@ -23,6 +24,7 @@ from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import WIDENED_ENTRIES, Direction, LinearMap
 from softcurve.objective import FISHER, HESSIAN
+from softcurve.processes import max_over, sum_over
 
 
 class RowLosses(NamedTuple):
@@ -44,19 +46,29 @@ def add_products(
     run = _Pass(rows, matrix, directed=True)
     for tile in run.tiles():
         kernel = tile.curvature_kernel()
+        # One block, which each column takes to its end; or many, which all must have seen before any is multiplied.
+        cut = run.plan.cuts_classes
+        kept: list[CurvatureBlock] = []
         for block in tile.prepared(kernel):
-            for j, column in enumerate(columns):
+            for j, column in enumerate(columns if cut else ()):
                 tile.change(block, column)
                 kernel.gather(block, j)
-                if not run.plan.cuts_classes:
-                    kernel.multiply(block, j)
-                    tile.take_back(block, kernel.factor, column, into[j], scale)
-        if run.plan.cuts_classes:
-            for block in tile.prepared(kernel, swept=True):
-                for j, column in enumerate(columns):
-                    tile.change(block, column)
-                    kernel.multiply(block, j)
-                    tile.take_back(block, kernel.factor, column, into[j], scale)
+            if not cut:
+                kept.append(block)
+        for j, column in enumerate(columns):
+            for block in kept:
+                tile.change(block, column)
+                kernel.gather(block, j)
+            if run.group is not None:
+                kernel.merge_column(j, run.group)
+            for block in kept:
+                kernel.multiply(block, j)
+                tile.take_back(block, kernel.factor, column, into[j], scale)
+        for block in tile.prepared(kernel, swept=True) if cut else ():
+            for j, column in enumerate(columns):
+                tile.change(block, column)
+                kernel.multiply(block, j)
+                tile.take_back(block, kernel.factor, column, into[j], scale)
     run.release()
 
 
@@ -94,6 +106,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
                 )
                 in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
     run.release()
+    run.sum_over_classes(traces)
     return Diagonal(in_weight, in_bias, traces)
 
 
@@ -115,18 +128,22 @@ def add_class_products(
     loss = rows.loss
     for tile in run.tiles():
         kernel = tile.curvature_kernel()
-        along, block = None, None
+        along = None if vectors is None else tile.weight.new_zeros(len(tile.weight), vectors.shape[1])
+        block = None
         weight = tile.weight * loss.scale**2
         for block in tile.probabilities(kernel):
             a, b = (weight * c.to(run.dtype) for c in kernel.coefficients())
             diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
-            if vectors is not None:
-                part = block.z @ vectors[block.classes]
-                along = part if along is None else along + part
+            if vectors is not None and along is not None:
+                along += block.z @ vectors[block.classes]
         if along is None or into is None:
             continue
-        assert block is not None
-        for ready in tile.probabilities(kernel, swept=True) if run.plan.cuts_classes else [block]:
+        run.sum_over_classes(along)
+        if run.plan.cuts_classes:
+            blocks = tile.probabilities(kernel, swept=True)
+        else:
+            blocks = iter(() if block is None else (block,))
+        for ready in blocks:
             into[ready.classes] += ready.z.T @ (b * along)
     run.release()
 
@@ -144,6 +161,7 @@ def gradient_norms(rows: RowLosses) -> Tensor:
             squares = [block.z[rows].double().square_().sum(-1) for rows in kernel.groups(block)]
             norms[tile.rows] += torch.cat(squares) * factor**2
     run.release()
+    run.sum_over_classes(norms)
     return norms.sqrt().mul_(rows.loss.scale)
 
 
@@ -160,6 +178,7 @@ def add_outer_products(
         e = tile.map.input
         back = torch.zeros_like(e)  # Wᵀ g
         inner = e.new_zeros(len(e), len(columns))
+        block = None
         for block in tile.residuals(kernel):
             own = tile.own_factor(kernel)
             back += own * tile.to_features(block.z, tile.map.weight[block.classes])
@@ -172,11 +191,15 @@ def add_outer_products(
         for j, column in enumerate(columns):
             if column.input is not None:
                 inner[:, j] += (back * column.input[tile.rows].to(run.dtype)).sum(-1)
+        run.sum_over_classes(inner)
         inner *= scale * row_factor[tile.rows].to(run.dtype).unsqueeze(-1)
         for j, out in enumerate(into):
             if out.input is not None:
                 out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-        blocks = tile.residuals(kernel, swept=True) if run.plan.cuts_classes else [block]
+        if run.plan.cuts_classes:
+            blocks = tile.residuals(kernel, swept=True)
+        else:
+            blocks = iter(() if block is None else (block,))
         for block in blocks:
             own = tile.own_factor(kernel)
             for j, out in enumerate(into):
@@ -196,17 +219,23 @@ def row_masses(rows: RowLosses) -> Tensor:
         return ones
     weights = None if t.class_weight is None else t.class_weight.to(ones.dtype)
     smoothed = loss.smoothing * (1.0 if weights is None else weights.mean())
+    group = loss.processes
     if loss.target == "list":
         assert t.target is not None
         return t.target.to(ones.dtype).sum(-1) + smoothed
     if loss.target == "probabilities":
         assert t.target is not None
-        step = max(1, WIDENED_ENTRIES // t.target.shape[1])
-        sums = [
-            part.sum(-1, dtype=ones.dtype) if weights is None else part.to(ones.dtype) @ weights
+        held = t.target.shape[1]
+        own = None if weights is None else weights[loss.first : loss.first + held]
+        step = max(1, WIDENED_ENTRIES // max(1, held))
+        parts = [
+            part.sum(-1, dtype=ones.dtype) if own is None else part.to(ones.dtype) @ own
             for part in t.target.split(step)
         ]
-        return (1 - loss.smoothing) * torch.cat(sums) + smoothed
+        sums = torch.cat(parts)
+        if group is not None:
+            sum_over([sums], group)
+        return (1 - loss.smoothing) * sums + smoothed
     if weights is None:
         return ones
     run = _Pass(rows, HESSIAN, directed=False)
@@ -221,8 +250,7 @@ def row_masses(rows: RowLosses) -> Tensor:
 def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
     """Classes drawn from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
     run = _Pass(rows, HESSIAN, directed=False)
-    t = rows.tensors
-    classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=t.input.device)
+    classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=rows.tensors.input.device)
     for tile in run.tiles():
         wanted = uniforms[tile.rows].to(torch.float64).contiguous()
         top = tile.map.input.new_full((len(wanted), 1), -torch.inf)
@@ -234,6 +262,9 @@ def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
             total = total * torch.exp((top - shift).double()) + (z - shift).exp_().sum(-1, keepdim=True).double()
             top = new
         left = wanted * total
+        mine = None
+        if run.group is not None:
+            top, left, mine = _own_part(top, total, wanted, run.group)
         found = torch.zeros_like(left, dtype=torch.bool)
         chosen = torch.zeros_like(left, dtype=torch.int64)
         for block in tile.logits():
@@ -249,9 +280,29 @@ def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
             chosen = torch.where(~found & has_mass, at + block.classes.start, chosen)
             left = left - cumulated[:, -1:]
             found |= here
+        if run.group is not None and mine is not None:
+            chosen = torch.where(mine, chosen + rows.loss.first, 0)
+            sum_over([chosen], run.group)
         classes[tile.rows] = chosen
     run.release()
     return classes
+
+
+def _own_part(top: Tensor, total: Tensor, wanted: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit of all processes, what each draw has left when this one's classes begin, and which are its."""
+    highest = top.clone()
+    max_over([highest], group)
+    lowered = torch.where(highest == -torch.inf, 0.0, (top - highest).double())
+    masses = total.new_zeros(len(total), group.size())
+    masses[:, group.rank()] = (total * torch.where(top == -torch.inf, 0.0, torch.exp(lowered))).squeeze(-1)
+    sum_over([masses], group)
+    cumulated = masses.cumsum(-1)
+    left = wanted * cumulated[:, -1:]
+    # Where rounding leaves all short of the total, the last that has mass.
+    last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
+    owner = torch.minimum(torch.searchsorted(cumulated, left, right=True), last)
+    before = cumulated[:, group.rank()] - masses[:, group.rank()]
+    return highest, left - before.unsqueeze(-1), owner == group.rank()
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -265,7 +316,8 @@ class _Pass:
 
     def __post_init__(self) -> None:
         loss, t = self.given.loss, self.given.tensors
-        require_classes(t)
+        require_classes(loss, t)
+        self.group = loss.processes
         self.dtype = t.dtype
         self.rooms = workspace.Rooms(t.dtype, t.input.device)
         self.dense = loss.target != "list"
@@ -305,7 +357,7 @@ class _Pass:
             row += 40 * (t.indices.shape[1] + 1)
         return make_plan(
             count,
-            len(t.weight),
+            loss.widest(len(t.weight)),
             dtype=self.dtype,
             device=t.input.device,
             buffers=buffers,
@@ -320,6 +372,11 @@ class _Pass:
     def release(self) -> None:
         self.rooms.release()
 
+    def sum_over_classes(self, sums: Tensor) -> None:
+        """Of all processes that share the classes, in place."""
+        if self.group is not None:
+            sum_over([sums], self.group)
+
 
 @dataclass
 class _Tile:
@@ -333,16 +390,8 @@ class _Tile:
 
     def data(self) -> RowData:
         """Rows of weight 1: the passes weigh what comes back."""
-        t, listed = self.run.given.tensors, not self.run.dense
-        return RowData(
-            weight=torch.ones_like(self.weight).squeeze(-1),
-            indices=None if t.indices is None else t.indices[self.rows],
-            target=t.target[self.rows] if listed and t.target is not None else None,
-            class_weight=None if t.class_weight is None else t.class_weight.to(self.run.dtype),
-            wants_gradient=True,
-            class_count=len(t.weight),
-            cached=self.run.plan.cached,
-        )
+        given, ones = self.run.given, torch.ones_like(self.weight).squeeze(-1)
+        return RowData.of(given.loss, given.tensors, self.rows, self.run.plan, weight=ones, wants_gradient=True)
 
     def kernel(self) -> Kernel:
         """For residuals."""
@@ -359,8 +408,11 @@ class _Tile:
 
     def logits(self) -> Iterator[CurvatureBlock]:
         """Each block of classes, computed anew; of a whole row only once."""
-        for classes in self.run.plan.class_blocks():
+        for classes in self._class_blocks():
             yield self._load(classes)
+
+    def _class_blocks(self) -> Iterator[slice]:
+        return self.run.plan.class_blocks(len(self.map.weight))
 
     def prepared(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
         """The blocks, ready for columns; ``swept`` if the rows' statistics are known."""
@@ -368,10 +420,15 @@ class _Tile:
         block = None if swept else self.sweep(kernel)
         if not swept:
             kernel.settle()
-        for classes in self.run.plan.class_blocks():
+        held = list(self._class_blocks())
+        for i, classes in enumerate(held):
             ready = block if single and block is not None else self._load(classes)
             kernel.prepare(ready, fresh=not single, again=swept)
+            if self.run.group is not None and not swept and i == len(held) - 1:
+                kernel.merge_prepared(self.run.group)
             yield ready
+        if self.run.group is not None and not swept and not held:
+            kernel.merge_prepared(self.run.group)
 
     def probabilities(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
         """The blocks with the model's probabilities in place of logits."""
@@ -383,7 +440,9 @@ class _Tile:
         """The blocks with residuals in place of logits, to be multiplied by :meth:`own_factor`."""
         single = not self.run.plan.cuts_classes
         block = None if swept else self.sweep(kernel)
-        for classes in self.run.plan.class_blocks():
+        if not swept:
+            kernel.form()
+        for classes in self._class_blocks():
             ready = block if single and block is not None else self._load(classes)
             kernel.residuals(ready, not single)
             yield ready
@@ -397,6 +456,8 @@ class _Tile:
             else:
                 for block in self.logits():
                     kernel.sweep(number, block)
+            if self.run.group is not None:
+                kernel.merge(number, self.run.group)
             kernel.close(number)
         return block
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve import softmax
 from softcurve.divergences import ForwardKL
@@ -24,6 +25,7 @@ from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Kernel
 from softcurve.head.lists import ListKernel
 from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN, divergence_second_order
+from softcurve.processes import sum_over
 
 
 @dataclass
@@ -44,6 +46,7 @@ class CurvatureKernel(Kernel, ABC):
 
     matrix: str = field(kw_only=True)
     coarsens: bool = field(kw_only=True, default=False)
+    sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def settle(self) -> None:
@@ -54,8 +57,22 @@ class CurvatureKernel(Kernel, ABC):
         """Logits become what columns need; ``fresh`` if computed anew since the sweeps, ``again`` if not for once."""
 
     @abstractmethod
+    def merge_prepared(self, group: ProcessGroup) -> None:
+        """Sum up what the first :meth:`prepare` of every block has gathered over the processes of a sharded head."""
+
+    @abstractmethod
     def gather(self, block: CurvatureBlock, number: int) -> None:
         """What a column sums over a row."""
+
+    def merge_column(self, number: int, group: ProcessGroup) -> None:
+        """As :meth:`merge_prepared`, of what a column has gathered."""
+        sums = [part.clone() for part in self.sums.get(number, self.no_sums())]
+        sum_over(sums, group)
+        self.sums[number] = tuple(sums)
+
+    @abstractmethod
+    def no_sums(self) -> tuple[Tensor, ...]:
+        """What a column has gathered where it has seen no block."""
 
     @abstractmethod
     def multiply(self, block: CurvatureBlock, number: int) -> None:
@@ -120,7 +137,6 @@ class ListCurvature(ListKernel, CurvatureKernel):
         self.factor = self.unit
         self.top = torch.full_like(self.others, -1, dtype=torch.int64)
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
-        self.sums: dict[int, tuple[Tensor, ...]] = {}
 
     def _spread(self, p: Tensor) -> Tensor:
         """``κ``, ``(rows, 1)``."""
@@ -145,11 +161,19 @@ class ListCurvature(ListKernel, CurvatureKernel):
         for rows in self.groups(block):
             if fresh:
                 self._renew(block, rows)
+            elif self.lowered is not None:
+                block.z[rows] *= self.lowered[rows].to(block.z.dtype)
             if not again:
                 self._find_top(block, rows)
             block.z[rows].index_put_(self._top_in(block, rows), block.z.new_zeros(()))
             if block.residual is not None:
                 self._put_residual(block, rows, block.residual[rows])
+
+    def merge_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
+        sum_over([self.top_mass, self.rest], group)
+
+    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return torch.zeros_like(self.own), torch.zeros_like(self.others), torch.zeros_like(self.others)
 
     def _find_top(self, block: CurvatureBlock, rows: slice) -> None:
         """Of a block's rows; ``rest`` is what all other unlisted classes have."""
@@ -292,7 +316,6 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.total = torch.zeros_like(self.values)  # Σ q
-        self.sums: dict[int, tuple[Tensor, ...]] = {}
 
     def sweep(self, number: int, block: Block) -> None:
         """Sweep 1: the sums of score and curve."""
@@ -300,13 +323,24 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
             super().sweep(0, block)
             return
         for rows in self.groups(block):
-            if not self.holds_rows(block):
+            if self.data.cuts_classes:
                 self.map_logits(block, rows)
             pair, model, _ = self._terms(rows, block, block.z[rows], block.target_of(rows))
             self.model.gather(rows, block.classes, model, None)
             if self.loss.family != "cross_entropy":
                 q = divergence_second_order(self.loss.divergence, self.matrix, pair, pair.p.new_zeros(1))
                 self.total[rows] += q.sum(-1, keepdim=True).double()
+
+    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        super().merge(number, group)
+        if number == 1 and self.loss.family != "cross_entropy":
+            sum_over([self.total], group)
+
+    def merge_prepared(self, group: ProcessGroup) -> None:
+        """Nothing: the sweeps know what is kept apart."""
+
+    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return tuple(torch.zeros_like(self.total) for _ in range(3))
 
     def settle(self) -> None:
         """``q`` as a multiple of ``p``, and its sum."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve import softmax
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
@@ -42,7 +43,13 @@ class DenseKernel(Kernel):
         if self.data.wants_stats:
             self.statistics = Statistics(*(torch.cat(self.parts[name]) for name in ("lse", "entropy", "top", "label")))
 
-    def tangents(self) -> Tensor:  # noqa: D102
+    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        raise NotImplementedError("a tile of whole rows has nothing to sum up")
+
+    def form(self) -> None:  # noqa: D102
+        pass  # the sweep has left the residuals
+
+    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
         return torch.cat(self.parts["tangents"])
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102

@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from softcurve.head.problem import HeadLoss
+from softcurve.head.plan import Plan
+from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.processes import max_over
 
 
 @dataclass
@@ -47,17 +50,46 @@ class RowData:
     """What belongs to the rows of a tile, all classes together."""
 
     weight: Tensor  # (r,)
-    indices: Tensor | None = None  # (r, k)
+    indices: Tensor | None = None  # (r, k), counted from ``first``
     target: Tensor | None = None  # (r, k + 1), of a list
     target_v: Tensor | None = None
-    class_weight: Tensor | None = None
+    class_weight: Tensor | None = None  # (C,)
     wants_target: bool = False
     wants_gradient: bool = False
     wants_stats: bool = False
     wants_tangents: bool = False
     has_direction: bool = False
-    class_count: int = 0
+    class_count: int = 0  # C, of which the tile's blocks have those from ``first`` to ``first + held``
+    first: int = 0
+    held: int = 0
+    cuts_classes: bool = False  # whether a row's classes come in several blocks, anew for every sweep
     cached: int = 0
+
+    @staticmethod
+    def of(
+        loss: HeadLoss, tensors: HeadTensors, rows: slice | Tensor, plan: Plan, *, weight: Tensor | None = None,
+        target_v: Tensor | None = None, **wants: bool,
+    ) -> RowData:  # fmt: skip
+        """Of the rows of a tile; ``weight`` in place of the rows' own."""
+        t, dtype, listed = tensors, tensors.dtype, loss.target == "list"
+        return RowData(
+            weight=t.row_weight[rows].to(dtype) if weight is None else weight,
+            indices=None if t.indices is None else t.indices[rows] - loss.first,
+            target=t.target[rows] if listed and t.target is not None else None,
+            target_v=target_v[rows] if listed and target_v is not None else None,
+            class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
+            class_count=loss.class_count(len(t.weight)),
+            first=loss.first,
+            held=len(t.weight),
+            cuts_classes=plan.cuts_classes,
+            cached=plan.cached,
+            **wants,
+        )
+
+    def weight_of(self, classes: slice) -> Tensor | None:
+        """The class weights of a block."""
+        whole = self.class_weight
+        return None if whole is None else whole[self.first + classes.start : self.first + classes.stop]
 
 
 @dataclass
@@ -86,6 +118,10 @@ class Kernel(ABC):
         """Look at a block. May overwrite it; with more than one block it is computed anew for the next sweep."""
 
     @abstractmethod
+    def merge(self, number: int, group: ProcessGroup) -> None:
+        """The sweep has seen every block here; sum up what it has gathered over the processes of a sharded head."""
+
+    @abstractmethod
     def close(self, number: int) -> None:
         """The sweep has seen every block."""
 
@@ -94,11 +130,15 @@ class Kernel(ABC):
         """The loss of each row, not weighted, once every sweep is closed."""
 
     @abstractmethod
+    def form(self) -> None:
+        """Make ready for residuals."""
+
+    @abstractmethod
     def residuals(self, block: Block, fresh: bool) -> Residuals:
         """What the products take back to features and weights; ``fresh`` if the block was computed anew."""
 
     @abstractmethod
-    def tangents(self) -> Float[Tensor, " rows"]:
+    def tangents(self, group: ProcessGroup | None) -> Float[Tensor, " rows"]:
         """The change of each row's loss, not weighted, along the direction, once the residuals are formed."""
 
     def groups(self, block: Block) -> Iterator[slice]:
@@ -128,3 +168,13 @@ class Kernel(ABC):
             bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap)
             block.v[rows].mul_(slope).add_(bend.mul_(mapped_v).mul_(z))
         z.mul_(slope)
+
+
+def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:
+    """The class, counted over all processes, of the largest ``value``, of equal ones the first; ``at`` counts here."""
+    best = value.clone()
+    max_over([best], group)
+    # The smallest is minus the largest of minus.
+    found = torch.where(value == best, -(at + data.first), -data.class_count)
+    max_over([found], group)
+    return -found

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve import softmax
-from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
+from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
 from softcurve.objective import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, LogitMap, RowLoss
+from softcurve.processes import max_over, sum_over
 
 # Where a row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
 DIRECT = (0.0, 30.0)
@@ -41,6 +43,7 @@ class ListKernel(Kernel):
         self.own, self.v_own = (zeros + math.nan).expand_as(indices), zeros.expand_as(indices)
         self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·(z − shift), u·ż
         self.uniform_mass: Tensor | float = 0.0
+        self.lowered: Tensor | None = None  # e^{shift here − shift of all processes}, to multiply what a tile holds
         if self.data.wants_stats:
             self.moment = zeros.clone()  # Σ_{unlisted} e^{z − shift} (z − shift)
             self.best = torch.full_like(zeros.squeeze(-1), NO_MASS)
@@ -76,23 +79,56 @@ class ListKernel(Kernel):
             if logits is not None:
                 information = torch.where(z[rows] == 0, 0.0, z[rows] * logits)
                 moment[rows] = information.sum(-1, keepdim=True).double()
-        merged = torch.maximum(self.shift, shift.double())
-        kept = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - merged))
-        added = torch.exp(shift.double() - merged)
+        # A block without mass leaves the shift to others, which may lie anywhere.
+        some = top != -math.inf
+        merged = torch.maximum(self.shift, torch.where(some, shift, NO_MASS).double())
+        risen = torch.where(some, shift.double() - merged, 0.0)
+        added = torch.where(some, torch.exp(risen), 0.0)
+        self._shift_to(merged)
         if v is not None:
             for rows in self.groups(block):
                 change = (z[rows] * v[rows]).sum(-1, keepdim=True)
-                self.v_others[rows] = self.v_others[rows] * kept[rows] + change * added[rows]
+                self.v_others[rows] += change * added[rows]
         if self.data.wants_stats:
-            lowered = torch.where(self.shift == NO_MASS, 0.0, self.shift - merged)
-            self.moment = kept * (self.moment + lowered * self.others)
-            self.moment += added * (moment + (shift - merged) * others)
-        self.others = self.others * kept + others.double() * added
+            self.moment += added * (moment + risen * others)
+        self.others += others.double() * added
         if self.loss.smoothing:
-            lowered = torch.where(self.shift == NO_MASS, 0.0, self.shift - merged).squeeze(-1)
-            self.uniform += self.uniform_mass * lowered + uniform + mass * (shift - merged).squeeze(-1)
+            self.uniform += uniform + mass * risen.squeeze(-1)
             self.uniform_mass = self.uniform_mass + mass
-        self.shift = merged
+
+    def _shift_to(self, shift: Tensor) -> None:
+        """Sums so far, relative to a ``shift`` that is no smaller."""
+        some = self.shift != NO_MASS
+        lowered = torch.where(some, self.shift - shift, 0.0)
+        kept = torch.where(some, torch.exp(lowered), 0.0)
+        if self.data.wants_stats:
+            self.moment = kept * (self.moment + lowered * self.others)
+        self.others, self.v_others = self.others * kept, self.v_others * kept
+        if self.loss.smoothing:
+            self.uniform += self.uniform_mass * lowered.squeeze(-1)
+        self.shift = shift
+
+    def merge(self, number: int, group: ProcessGroup) -> None:
+        """The largest shift, then the sums, of which a listed logit has one term."""
+        shift = self.shift.clone()
+        max_over([shift], group)
+        if self.data.wants_stats:
+            self.predicted = first_of_largest(self.best, self.predicted, group, self.data)
+        if not self.data.cuts_classes:
+            self.lowered = torch.exp(self.shift - shift)
+        self._shift_to(shift)
+        indices = self.data.indices
+        assert indices is not None
+        here = (indices >= 0) & (indices < self.data.held)
+        self.own, self.v_own = (torch.where(here, own, 0.0) for own in (self.own, self.v_own))
+        sums = [self.own, self.others]
+        if self.data.has_direction:
+            sums += [self.v_own, self.v_others]
+        if self.loss.smoothing:
+            sums += [self.uniform, self.v_uniform] if self.data.has_direction else [self.uniform]
+        if self.data.wants_stats:
+            sums.append(self.moment)
+        sum_over(sums, group)
 
     @staticmethod
     def _shifted(z: Tensor, shift: Tensor) -> Tensor:
@@ -144,10 +180,8 @@ class ListKernel(Kernel):
 
     def _smooth(self, classes: slice, z: Tensor) -> Tensor:
         """``u = ε w / C`` of a block."""
-        each = self.loss.smoothing / self.data.class_count
-        if self.data.class_weight is None:
-            return z.new_full((z.shape[-1],), each)
-        return self.data.class_weight[classes].to(z.dtype) * each
+        each, weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(classes)
+        return z.new_full((z.shape[-1],), each) if weight is None else weight.to(z.dtype) * each
 
     def _smoothing_mass(self) -> Tensor | float:
         """``U = Σ u``."""
@@ -165,6 +199,7 @@ class ListKernel(Kernel):
 
     def close(self, number: int) -> None:
         """The loss of the coarse rows."""
+        self.shift = torch.where(self.shift == NO_MASS, 0.0, self.shift)  # of a row that is masked everywhere
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
         offset = self.shift if self.loss.z_loss else torch.zeros_like(self.shift)
@@ -211,16 +246,17 @@ class ListKernel(Kernel):
 
     # --- the residual ------------------------------------------------------------------------------------------------
 
+    def form(self) -> None:
+        """The gradient of the coarse rows."""
+        self.gradient, self.target_gradient = self.coarse_gradient(self.data.weight.double())
+        self.beta = self._of_others(self.gradient[:, -1:])
+        self.folded = False
+        if self.data.has_direction:
+            self._differentiate()
+        elif self.beta.device.type == "cpu":
+            self._fold()
+
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        if not hasattr(self, "gradient"):
-            weight = self.data.weight.double()
-            self.gradient, self.target_gradient = self.coarse_gradient(weight)
-            self.beta = torch.where(self.others > 0, self.gradient[:, -1:] / self.others, 0.0)
-            self.folded = False
-            if self.data.has_direction:
-                self._differentiate()
-            elif block.z.device.type == "cpu":
-                self._fold()
         if self.folded and not fresh and block.raw is None and not self.loss.smoothing:
             _, where, at = self._listed(block.classes)
             self._put(block.z, where, at, self.gradient[:, :-1] / self.beta)
@@ -230,6 +266,11 @@ class ListKernel(Kernel):
                 self._renew(block, rows)
             self._residual(block, rows)
         return Residuals(block.z, None, block.v, None)
+
+    def _of_others(self, whole: Tensor) -> Tensor:
+        """A gradient in ``o``, as a multiple of what a tile holds."""
+        each = torch.where(self.others > 0, whole / self.others, 0.0)
+        return each if self.lowered is None else each * self.lowered
 
     def _fold(self) -> None:
         """Leave ``G_o / Σ e^z`` to the products' small operands, unless it is too small to divide by."""
@@ -253,9 +294,9 @@ class ListKernel(Kernel):
             product = product + mass * softmax.jacobian_product(self.coarse, self.direction)
         self.product = product
         others_change = product[:, -1:] - self.gradient[:, -1:] * change
-        self.alpha = torch.where(self.others > 0, others_change / self.others, 0.0)
+        self.alpha = self._of_others(others_change)
 
-    def tangents(self) -> Tensor:  # noqa: D102
+    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
         gradient, target = self.row_loss.gradient(
             torch.ones_like(self.lse), self.coarse, self.target, (True, self.data.target_v is not None)
         )

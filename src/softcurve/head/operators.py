@@ -20,16 +20,19 @@ TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
     "Tensor? indices, Tensor row_weight, Tensor? class_weight"
 )
-LOSS = "str family, str kind, float beta, float temperature, float? softcap, float z_loss, float smoothing"
+LOSS = (
+    "str family, str kind, float beta, float temperature, float? softcap, float z_loss, float smoothing, "
+    "str? group, int first, int classes"
+)
 DIRECTIONS = (
     "Tensor? input_v, Tensor? weight_v, Tensor? bias_v, Tensor? target_v, Tensor? target_weight_v, "
     "Tensor? target_bias_v"
 )
 
 
-def described(loss: HeadLoss) -> tuple[str, str, float, float, float | None, float, float]:
-    """The description as an operator takes it."""
-    return loss.family, loss.target, loss.beta, loss.temperature, loss.softcap, loss.z_loss, loss.smoothing
+def described(loss: HeadLoss) -> tuple[str | float | int | None, ...]:
+    """The description as an operator takes it: its fields in their order."""
+    return tuple(vars(loss).values())
 
 
 LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
@@ -49,8 +52,8 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
 def _head_losses(*arguments: Any) -> list[Tensor]:
     """``Σ weight · loss``, each row's loss; lse, entropy, predicted class and label if ``stats``; the six gradients."""
-    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:16])
-    memory_budget, stats, all_rows, _, _, wanted = arguments[16:]
+    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:19])
+    memory_budget, stats, all_rows, _, _, wanted = arguments[19:]
     with _no_autocast(tensors.input):
         outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
@@ -58,7 +61,7 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
 
 
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:
-    tensors, stats, wanted = HeadTensors(*arguments[:9]), arguments[17], arguments[21]
+    tensors, stats, wanted = HeadTensors(*arguments[:9]), arguments[20], arguments[24]
     rows = _rows_like(tensors)
     total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
     columns: list[Tensor | None] = [None] * 4
@@ -75,8 +78,8 @@ def _fake_head_losses(*arguments: Any) -> list[Tensor]:
 @torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
 def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
-    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:22])
-    memory_budget, tangents, wanted = arguments[22:]
+    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:25])
+    memory_budget, tangents, wanted = arguments[25:]
     with _no_autocast(tensors.input):
         outcome = passes.hessian_product(
             loss, tensors, arguments[9:15], memory_budget, wanted=_six(wanted), wants_tangents=tangents
@@ -88,7 +91,7 @@ def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
     tensors = HeadTensors(*arguments[:9])
     rows = _rows_like(tensors)
     own = [rows.dtype if tensor is None else tensor.dtype for tensor in tensors[:6]]
-    return [rows, *_present(rows, *_gradients_like(tensors, arguments[24], own))]
+    return [rows, *_present(rows, *_gradients_like(tensors, arguments[27], own))]
 
 
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)

@@ -48,7 +48,7 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
     buffers, temporaries, row_entries = needs(directed)
     return make_plan(
         rows,
-        len(tensors.weight),
+        loss.widest(len(tensors.weight)),
         dtype=tensors.dtype,
         device=tensors.input.device,
         buffers=buffers,
@@ -115,9 +115,9 @@ def kept_rows(weight: Tensor) -> slice | Tensor:
     return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
 
 
-def require_classes(tensors: HeadTensors) -> None:
+def require_classes(loss: HeadLoss, tensors: HeadTensors) -> None:
     """Where a graph or a transform hid the indices from the public door. Looking would make a device wait."""
-    indices, classes = tensors.indices, len(tensors.weight)
+    indices, classes = tensors.indices, loss.class_count(len(tensors.weight))
     if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
         return
     least, most = (int(bound) for bound in indices.aminmax())
@@ -140,7 +140,8 @@ class _Pass:
     def __post_init__(self) -> None:
         t = self.tensors
         n, self.dtype, device = len(t.input), t.dtype, t.input.device
-        require_classes(t)
+        require_classes(self.loss, t)
+        self.group = self.loss.processes
         self.rooms = workspace.Rooms(self.dtype, device)
         self.rows = torch.zeros(n, dtype=self.dtype, device=device)
         self.statistics = Statistics()
@@ -200,19 +201,17 @@ class _Pass:
         t, loss = self.tensors, self.loss
         listed, teacher = loss.target == "list", loss.target == "teacher"
         direction = self.directions
-        data = RowData(
-            weight=t.row_weight[rows].to(self.dtype),
-            indices=self._take(t.indices, rows),
-            target=self._take(t.target, rows) if listed else None,
-            target_v=self._take(direction[3], rows) if direction is not None and listed else None,
-            class_weight=None if t.class_weight is None else t.class_weight.to(self.dtype),
-            wants_target=self._wants_target(),
+        data = RowData.of(
+            loss,
+            t,
+            rows,
+            self.plan,
+            target_v=None if direction is None else direction[3],
+            wants_target=any(self.wanted[3:]),
             wants_gradient=any(self.wanted),
             wants_stats=self.stats,
             wants_tangents=self.wants_tangents,
             has_direction=direction is not None,
-            class_count=len(t.weight),
-            cached=self.plan.cached,
         )
         moved = direction or (None,) * 6
         along = Direction(self._take(moved[0], rows), moved[1], moved[2])
@@ -225,24 +224,23 @@ class _Pass:
             target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]))
         tile = _Tile(self, rows, data, side, target)
         kernel = tile.kernel()
-        single = not self.plan.cuts_classes
         block = None
         for number in range(kernel.sweeps):
-            for classes in self.plan.class_blocks():
-                block = tile.load(classes)
-                kernel.sweep(number, block)
-            kernel.close(number)
-        wants_residuals = any(self.wanted) or self.wants_tangents
-        if wants_residuals:
-            if single:
-                assert block is not None
-                tile.take_back(kernel.residuals(block, False), kernel.factor, block)
-            else:
-                for classes in self.plan.class_blocks():
+            for classes in self.plan.class_blocks(data.held):
+                if block is None or self.plan.cuts_classes:
                     block = tile.load(classes)
-                    tile.take_back(kernel.residuals(block, True), kernel.factor, block)
+                kernel.sweep(number, block)
+            if self.group is not None:
+                kernel.merge(number, self.group)
+            kernel.close(number)
+        if any(self.wanted) or self.wants_tangents:
+            kernel.form()
+            for classes in self.plan.class_blocks(data.held):
+                if block is None or self.plan.cuts_classes:
+                    block = tile.load(classes)
+                tile.take_back(kernel.residuals(block, self.plan.cuts_classes), kernel.factor, block)
         if self.wants_tangents:
-            self.rows[rows] = kernel.tangents().to(self.dtype)
+            self.rows[rows] = kernel.tangents(self.group).to(self.dtype)
         elif direction is None:
             self.rows[rows] = kernel.rows().to(self.dtype)
         if self.stats:
@@ -256,9 +254,6 @@ class _Pass:
             assert found is not None
             gradient[rows] = found.to(gradient.dtype)
             self.started.add("3")
-
-    def _wants_target(self) -> bool:
-        return any(self.wanted[3:])
 
     def release(self) -> None:
         """Tiles are no longer needed."""
@@ -303,7 +298,7 @@ class _Tile:
         run = self.run
         if run.loss.target == "list":
             return ListKernel(run.loss, self.data)
-        if run.plan.cuts_classes:
+        if run.plan.cuts_classes or run.group is not None:
             return BlockKernel(run.loss, self.data)
         return DenseKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
 
@@ -316,7 +311,8 @@ class _Tile:
             return run.buffer(name, count, width)
 
         block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
-        if run.loss.softcap is not None and (run.loss.target == "list" or run.plan.cuts_classes):
+        by_closed_forms = run.loss.target != "list" and not run.plan.cuts_classes and run.group is None
+        if run.loss.softcap is not None and not by_closed_forms:
             block.raw = room("raw")
         if run.directions is not None:
             block.v = self.model.map.change_into(room("v"), self.model.along, classes, run.loss.scale)

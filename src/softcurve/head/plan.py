@@ -52,10 +52,10 @@ class Plan:
         each_row = self.buffers * self.classes + self.row_entries
         return self.itemsize * (self.rows * each_row + self.temporaries * self.cached)
 
-    def class_blocks(self) -> Iterator[slice]:
-        """The classes of each tile."""
-        for start in range(0, self.class_count, self.classes):
-            yield slice(start, min(start + self.classes, self.class_count))
+    def class_blocks(self, held: int) -> Iterator[slice]:
+        """The classes of each tile, of ``held``: all, unless other processes have more."""
+        for start in range(0, held, self.classes):
+            yield slice(start, min(start + self.classes, held))
 
     def __str__(self) -> str:
         """For people."""

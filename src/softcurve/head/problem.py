@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve.divergences import Divergence, ForwardKL, ReverseKL, jensen_shannon
 from softcurve.objective import LogitMap
+from softcurve.processes import named_group
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class HeadLoss:
     softcap: float | None = None
     z_loss: float = 0.0
     smoothing: float = 0.0
+    # Where a head is sharded, ``weight`` has the classes from ``first`` on of ``classes`` in all, and so has a target.
+    group: str | None = None  # of the processes, each with its shard
+    first: int = 0
+    classes: int = 0
 
     @property
     def divergence(self) -> Divergence:
@@ -45,6 +51,20 @@ class HeadLoss:
     def target_scale(self) -> float:
         """The same of the target's logits: a divergence tempers both sides."""
         return 1.0 if self.family == "cross_entropy" else 1 / self.temperature
+
+    @property
+    def processes(self) -> ProcessGroup | None:
+        """Those that share the classes."""
+        return None if self.group is None else named_group(self.group)
+
+    def class_count(self, held: int) -> int:
+        """``C``, of which this process has ``held``."""
+        return held if self.group is None else self.classes
+
+    def widest(self, held: int) -> int:
+        """The classes of the process that has most: all plan the same tiles, since they meet in each."""
+        processes = self.processes
+        return held if processes is None else -(-self.classes // processes.size())
 
     @property
     def logit_map(self) -> LogitMap:

@@ -1,0 +1,298 @@
+"""A head whose tensors lie over the processes of a mesh: classes over one of its dimensions, rows over the others.
+
+A DTensor says where it lies; a plain tensor is the same on every process. Each process works on its own classes and its
+own rows. What it is given of a tensor (:class:`_Inside`) and what comes back of a gradient (:class:`_Outside`) are
+adjoint linear maps, each the derivative of the other, so that derivatives of every order keep their placements: the
+features' gradient, of which each process knows its own classes' part, comes back summed, and the weight's as it lies.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from softcurve import checks
+from softcurve.processes import max_over
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+
+def lies_over_processes(tensor: object) -> bool:
+    """Whether it is a DTensor. Where their module is not loaded, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How the tensors of a head lie over a mesh: by placement on each of its dimensions."""
+
+    mesh: DeviceMesh
+    by_class: int | None  # the dimension of the mesh over which the classes are
+    rows: tuple[Placement, ...]  # of rows: replicated there, and over the others as ``input`` has them
+    leading: torch.Size  # of the rows of all processes
+    classes: int  # of all processes
+    returns_dtensor: bool
+
+    @staticmethod
+    def of(input: Tensor, weights: Sequence[Tensor]) -> Spread | None:
+        """``None`` where all tensors are plain. ``weights``, of the model and a teacher, have the classes first.
+
+        Raises ``ValueError`` for meshes that differ, weights sharded on features or on classes in two ways, and for a
+        plain ``input`` that is not the same on every process.
+        """
+        given: list[Any] = [tensor for tensor in (input, *weights) if lies_over_processes(tensor)]
+        if not given:
+            return None
+        from torch.distributed.tensor import Replicate
+
+        mesh = given[0].device_mesh
+        if any(tensor.device_mesh != mesh for tensor in given):
+            raise ValueError(
+                f"input and linear_weight must lie on the same device mesh, got {[t.device_mesh for t in given]}; "
+                "redistribute them on one"
+            )
+        of_input = given[0] if lies_over_processes(input) else None
+        placements = (Replicate(),) * mesh.ndim if of_input is None else of_input.placements
+        of_weights = given if of_input is None else given[1:]
+        sharded = {
+            dim for weight in of_weights for dim, placement in enumerate(weight.placements) if placement.is_shard(0)
+        }
+        # Over a dimension where the rows are as well, they are gathered: of all others the classes are.
+        over_rows = {dim for dim in sharded if placements[dim].is_shard()}
+        of_classes = sharded - over_rows if len(sharded) > 1 else sharded
+        if len(of_classes) > 1:
+            raise ValueError(
+                "linear_weight must be sharded on classes over one dimension of the mesh, got "
+                f"{sorted(of_classes)} of {mesh}; redistribute it"
+            )
+        by_class = min(of_classes, default=None)
+        kept = tuple(
+            placement if dim != by_class and placement.is_shard() and placement.dim < input.ndim - 1 else Replicate()
+            for dim, placement in enumerate(placements)
+        )
+        classes = weights[0].shape[0]
+        spread = Spread(mesh, by_class, kept, input.shape[:-1], classes, of_input is not None)
+        if of_input is None:
+            spread._require_the_same(input)
+        return spread
+
+    @property
+    def group(self) -> str | None:
+        """The name of the processes that share the classes of the same rows."""
+        return None if self.by_class is None else str(self.mesh.get_group(self.by_class).group_name)
+
+    @property
+    def first(self) -> int:
+        """This process's first class."""
+        if self.by_class is None:
+            return 0
+        each = -(-self.classes // self.mesh.size(self.by_class))
+        return min(each * self.mesh.get_local_rank(self.by_class), self.classes)
+
+    # --- tensors of one process --------------------------------------------------------------------------------------
+
+    def features(self, tensor: Tensor) -> Tensor:
+        """``(..., d)`` of this process's rows. Its gradient is the sum over the classes of all."""
+        return self._inside(tensor, self.rows, self._with_class_dim(self.rows, self._partial()))
+
+    def rows_of(self, name: str, tensor: Tensor) -> Tensor:
+        """As :meth:`features`, of what every process knows the whole gradient of."""
+        self.require_leading(name, tensor)
+        return self._inside(tensor, self.rows, self.rows)
+
+    def distributions(self, name: str, tensor: Tensor) -> Tensor:
+        """``(..., C)``: of this process's rows and classes."""
+        self.require_leading(name, tensor)
+        placements = self._with_class_dim(self.rows, self._shard(tensor.ndim - 1))
+        return self._inside(tensor, placements, placements)
+
+    def classes_of(self, tensor: Tensor) -> Tensor:
+        """``(C, ...)``: of this process's classes. Its gradient is the sum over the rows of all."""
+        from torch.distributed.tensor import Replicate
+
+        inside = self._with_class_dim((Replicate(),) * self.mesh.ndim, self._shard(0))
+        partial = self._partial()
+        back = tuple(
+            partial if rows.is_shard() else placement for rows, placement in zip(self.rows, inside, strict=True)
+        )
+        local = self._inside(tensor, inside, back)
+        held = min(self.first + -(-self.classes // self._ways()), self.classes) - self.first
+        if len(local) != held:
+            raise ValueError(
+                f"linear_weight must be sharded evenly, {held} of {self.classes} classes on this process (as "
+                f"distribute_tensor does), got {len(local)}; redistribute it"
+            )
+        return local
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Of every process: what is small, and has no gradient."""
+        return tensor.detach().full_tensor() if lies_over_processes(tensor) else tensor  # type: ignore[attr-defined]
+
+    def require_leading(self, name: str, tensor: Tensor) -> None:
+        """One entry for each row of all processes."""
+        checks.require_tensor(name, tensor)
+        if tensor.shape[: len(self.leading)] != self.leading:
+            raise ValueError(
+                f"{name} must have the rows {tuple(self.leading)} of input over all processes, got "
+                f"{checks.describe(tensor)}; a plain tensor is the same on every process, and one that holds only this "
+                "process's rows is made one by DTensor.from_local"
+            )
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over the processes that have other rows, ``()``."""
+        from torch.distributed.tensor import Replicate
+
+        if not any(placement.is_shard() for placement in self.rows):
+            return part
+        replicated = (Replicate(),) * self.mesh.ndim
+        summed = tuple(self._partial() if rows.is_shard() else Replicate() for rows in self.rows)
+        whole: Tensor = _Outside.apply(part, self.mesh, summed, None, replicated, part.shape)  # type: ignore[no-untyped-call]
+        return whole
+
+    def result(self, tensor: Tensor, *, per_row: bool) -> Tensor:
+        """What a public call returns: a DTensor where ``input`` is one. Rows come as they lie; a sum everywhere."""
+        from torch.distributed.tensor import Replicate
+
+        placements = self.rows if per_row else (Replicate(),) * self.mesh.ndim
+        shape = torch.Size([*self.leading, *tensor.shape[len(self.leading) :]]) if per_row else tensor.shape
+        outside = placements if self.returns_dtensor else None
+        if outside is None and not any(placement.is_shard() for placement in placements):
+            return tensor
+        if not tensor.is_floating_point():
+            return _outside(tensor, self.mesh, placements, outside, shape)
+        returned: Tensor = _Outside.apply(tensor, self.mesh, placements, outside, placements, shape)  # type: ignore[no-untyped-call]
+        return returned
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _ways(self) -> int:
+        return 1 if self.by_class is None else self.mesh.size(self.by_class)
+
+    @staticmethod
+    def _partial() -> Placement:
+        from torch.distributed.tensor import Partial
+
+        return Partial()
+
+    @staticmethod
+    def _shard(dim: int) -> Placement:
+        from torch.distributed.tensor import Shard
+
+        return Shard(dim)
+
+    def _with_class_dim(self, placements: Sequence[Placement], of_classes: Placement) -> tuple[Placement, ...]:
+        return tuple(of_classes if dim == self.by_class else placement for dim, placement in enumerate(placements))
+
+    def _inside(self, tensor: Tensor, inside: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
+        if not tensor.is_floating_point():
+            return _inside(tensor, self.mesh, tuple(inside))
+        local: Tensor = _Inside.apply(tensor, self.mesh, tuple(inside), tuple(gradient))  # type: ignore[no-untyped-call]
+        return local
+
+    def _require_the_same(self, input: Tensor) -> None:
+        """Of a plain tensor: shape and sum, compared by one small message on each dimension of the mesh."""
+        if not checks.values_visible(input):
+            return
+        own = input.detach().sum(dtype=torch.float64).nan_to_num()
+        mark = torch.tensor([*input.shape], dtype=torch.float64, device=input.device)
+        marks = torch.cat([mark, own.reshape(1)])
+        for dim in range(self.mesh.ndim):
+            both = torch.cat([marks, -marks])
+            max_over([both], self.mesh.get_group(dim))
+            agree = torch.equal(both, torch.cat([marks, -marks]))
+            if not agree:
+                raise ValueError(
+                    "input must be the same on every process where it is a plain tensor and linear_weight is sharded, "
+                    f"got {checks.describe(input)} here and something else elsewhere; say by DTensor.from_local where "
+                    "its rows lie"
+                )
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def _inside(tensor: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
+    """What this process has of a tensor that lies by ``placements``."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, (Replicate(),) * mesh.ndim, run_check=False)
+    local = tensor.redistribute(mesh, placements).to_local()
+    return local.view_as(local)  # a DTensor keeps its own part free of a graph
+
+
+def _outside(
+    local: Tensor,
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    outside: tuple[Placement, ...] | None,
+    shape: torch.Size,
+) -> Tensor:
+    """A tensor of all processes, from the part of each: a DTensor as ``outside`` says, or a plain one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    strides = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=strides)
+    if outside is None:
+        return whole.redistribute(mesh, (Replicate(),) * mesh.ndim).to_local()
+    return whole.redistribute(mesh, outside)
+
+
+class _Inside(Function):
+    """From where a tensor lies to what this process has of it; ``gradient`` says what its gradient is a part of."""
+
+    @staticmethod
+    def forward(
+        tensor: Tensor, mesh: DeviceMesh, inside: tuple[Placement, ...], gradient: tuple[Placement, ...]
+    ) -> Tensor:
+        return _inside(tensor, mesh, inside)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        from torch.distributed.tensor import Replicate
+
+        tensor, ctx.mesh, ctx.inside, ctx.gradient = inputs
+        ctx.outside, ctx.shape = None, tensor.shape
+        if lies_over_processes(tensor):
+            # A sum that is not formed yet has the gradient of each of its parts.
+            ctx.outside = tuple(Replicate() if p.is_partial() else p for p in tensor.placements)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        whole = _Outside.apply(gradient, ctx.mesh, ctx.gradient, ctx.outside, ctx.inside, ctx.shape)  # type: ignore[no-untyped-call]
+        return whole, None, None, None
+
+
+class _Outside(Function):
+    """From the parts of each process to the tensor ``outside``; ``inside`` is what of its change each is to have."""
+
+    @staticmethod
+    def forward(
+        local: Tensor,
+        mesh: DeviceMesh,
+        placements: tuple[Placement, ...],
+        outside: tuple[Placement, ...] | None,
+        inside: tuple[Placement, ...],
+        shape: torch.Size,
+    ) -> Tensor:
+        return _outside(local, mesh, placements, outside, shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.mesh, ctx.placements, _, ctx.inside, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        local = _Inside.apply(gradient, ctx.mesh, ctx.inside, ctx.placements)  # type: ignore[no-untyped-call]
+        return local, None, None, None, None, None
