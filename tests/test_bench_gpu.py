@@ -260,6 +260,44 @@ def test_extra_memory_is_beyond_inputs_and_results(plant: Callable[..., None]) -
         assert record["results_mb"] == pytest.approx(case["gradients_mb"], abs=1e-4)
 
 
+def test_a_device_is_asked_for_events_and_its_allocators_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.gpu.devices import Cuda
+
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("all"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9)
+    meter = Cuda()
+
+    def ran() -> tuple[Tensor, ...]:
+        done.append("run")
+        return ()
+
+    assert meter.seconds(ran) == 0.25
+    assert done == ["all", "record", "run", "record", "wait"]
+    done.clear()
+    assert meter.with_peak(ran) == ((), 9)
+    assert done == ["all", "reset", "run", "all"]
+    assert meter.allocated() == 5
+
+
 @pytest.mark.parametrize("name", ["cross-entropy", "forward-kl", "js"])
 def test_the_truth_is_that_of_the_dense_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.gpu import truth

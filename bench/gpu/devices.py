@@ -82,7 +82,8 @@ class Cuda(Cpu):
 
     def recover(self) -> None:  # noqa: D102
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # the device itself may have failed
+            torch.cuda.empty_cache()
 
     def state(self) -> dict[str, str]:  # noqa: D102
         index = str(torch.cuda.get_device_properties(self.device).uuid)

@@ -155,6 +155,8 @@ def _in_rounds(
                 seconds[who].append(meter.seconds(run))
             except Exception as error:
                 notes[who] = peers.reason(error)
+            if who in notes:
+                meter.recover()
         if turn >= FEWEST and time.perf_counter() - begun > LONG:
             break
     return {who: values[1:] for who, values in seconds.items()}, notes

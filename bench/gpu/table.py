@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         print("python -m bench gpu: no CUDA device; --device cpu runs the same on the CPU, tiny", file=sys.stderr)
         return 2
     meter = DEVICES[options.device]()
-    report: dict[str, Any] = {"machine": meter.describe() | software() | {"state": meter.state()}, "cases": []}
+    report: dict[str, Any] = {"machine": meter.describe() | software() | {"state": meter.state()}}
+    report |= {"rounds": options.rounds, "limit": options.limit, "total": options.total, "cases": []}
     effort = Effort(options.rounds, options.who or (), options.limit, Deadline(options.total))
     print(f"{report['machine']['device']}, torch {torch.__version__}, {report['machine']['versions']}")
     print(f"{ABOUT}\n", flush=True)
@@ -57,7 +58,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     rounds = f"20 by default; beyond {LONG:g} s a case is left with {FEWEST} or more"
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="all by default; may be repeated")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="N,d,C", help="or tiny; each case's own by default")
-    parser.add_argument("--who", action="append", choices=tuple(everybody), help="all by default; may be repeated")
+    who = "as in the table; all by default; may be repeated"
+    parser.add_argument("--who", action="append", choices=tuple(everybody), metavar="NAME", help=who)
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="to prepare a contestant")
     parser.add_argument("--total", type=float, default=420.0, metavar="SECONDS", help="after which nobody is prepared")
