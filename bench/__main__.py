@@ -1,15 +1,16 @@
-"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits]``.
+"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu]``.
 
-The fits take hours, for the slowest peers have ten minutes each: they are made where they are asked for by name.
+The fits take hours, for the slowest peers have ten minutes each: they are made where they are asked for by name. So is
+what is measured on a CUDA device, which has options of its own: ``python -m bench gpu --help``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,14 +19,17 @@ from typing import Any
 import torch
 
 from bench import curvature, exactness, fits, heads, logits, peers
+from bench.gpu import table as gpu
 from bench.heads import CASES, OURS, Shape
 from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
 from bench.problems import PROBLEMS
-from bench.tables import Record, cell, print_head, print_row
+from bench.tables import Record, cell, print_head, print_row, write_json
 
 
 def main() -> None:
     """Speed, memory and errors of the losses on dense logits and on a head, then exactness."""
+    if sys.argv[1:2] == ["gpu"]:
+        sys.exit(gpu.main(sys.argv[2:]))
     options = _options()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {threads} threads")
@@ -55,13 +59,13 @@ def main() -> None:
         )
     if options.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
-        _print_json(machine | tables, options.json)
+        print(f"\n{write_json(machine | tables, options.json)}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    tables = ("all", "logits", "heads", "curvature", "exactness", "fits")
-    parser.add_argument("table", nargs="?", choices=tables, default="all", help="all but the fits by default")
+    tables = ("all", "logits", "heads", "curvature", "exactness", "fits", "gpu")
+    parser.add_argument("table", nargs="?", choices=tables, default="all", help="all but fits and gpu by default")
     rounds = f"rounds in which everybody takes a turn: 9 by default, {fits.REPEATS} of the fits"
     parser.add_argument("--repeats", type=int, help=rounds)
     parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")
@@ -75,6 +79,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds: to see that everything runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, and print them last")
     options = parser.parse_args()
+    if options.table == "gpu":
+        parser.error("gpu comes first, and has options of its own: python -m bench gpu --help")
     if options.repeats is None:
         options.repeats = 3 if options.quick else fits.REPEATS if options.table == "fits" else 9
     if options.quick:
@@ -86,14 +92,6 @@ def _options() -> argparse.Namespace:
 def _shape(text: str) -> Shape:
     rows, width, classes = map(int, text.split(","))
     return Shape(rows, width, classes)
-
-
-def _print_json(tables: Mapping[str, Any], path: Path) -> None:
-    line = json.dumps(tables)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(line + "\n", encoding="utf-8")
-    os.replace(beside, path)
-    print(f"\n{line}")
 
 
 # --- a head -----------------------------------------------------------------------------------------------------------

@@ -36,18 +36,18 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the gradients are wanted in (features and head), the target, and the direction of a Hessian product."""
+    """What the gradients are wanted in (features and head), the target, and the direction of any Hessian product."""
 
     wanted: tuple[Tensor, Tensor]
     target: Tensors
-    direction: tuple[Tensor, Tensor]
+    direction: Tensors = ()
 
     def in_float64(self) -> Inputs:
         """The same numbers."""
-        (e, w), (de, dw) = self.wanted, self.direction
+        e, w = self.wanted
         target = tuple(t.double() if t.is_floating_point() else t for t in self.target)
         wanted = e.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-        return Inputs(wanted, target, (de.double(), dw.double()))
+        return Inputs(wanted, target, tuple(t.double() for t in self.direction))
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Losses on features and a head on a CUDA device: ``python -m bench gpu``."""
