@@ -178,7 +178,7 @@ class Posed:
             return self.weight.new_ones(())
         own = self.mass if reducer.kind == "mean" else self.batch
         divisor = own.to(self.weight.dtype) if isinstance(own, Tensor) else self.weight.new_full((), own)
-        return divisor if self.head.spread is None else self.head.spread.total(divisor)
+        return divisor if self.head.spread is None else self.head.spread.divisor(divisor)
 
 
 def require_budget(budget: int | None) -> None:

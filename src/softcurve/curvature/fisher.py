@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from softcurve.curvature.ggn import JacobianSandwich
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import RowLosses, add_outer_products, row_masses, sample_classes
-from softcurve.head.problem import HeadLoss
 from softcurve.objective import FISHER
 
 
@@ -40,12 +41,13 @@ class Fisher(JacobianSandwich):
         samples: int | None = None,
         seed: int = 0,
         progress: bool = False,
+        process_group: ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples must be a positive int, or None for the exact matrix, got {samples!r}")
         self.samples = samples
-        super().__init__(features, head, data, seed=seed, progress=progress, **options)
+        super().__init__(features, head, data, seed=seed, progress=progress, process_group=process_group, **options)
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         if self.samples is None:
@@ -55,9 +57,7 @@ class Fisher(JacobianSandwich):
         generator = torch.Generator().manual_seed(self.seed_of("classes", rows.number))
         uniforms = torch.rand(len(t.input), self.samples, generator=generator, dtype=torch.float64)
         classes = sample_classes(rows.losses, uniforms.to(t.input.device))
-        loss = HeadLoss(
-            "cross_entropy", "list", temperature=rows.losses.loss.temperature, softcap=rows.losses.loss.softcap
-        )
+        loss = replace(rows.losses.loss, family="cross_entropy", target="list", z_loss=0.0, smoothing=0.0)
         mass = t.row_weight * row_masses(rows.losses) / self.samples
         bare = t._replace(target=None, target_weight=None, target_bias=None, class_weight=None)
         draws = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.kfac import KroneckerFactors, preconditioner
+from softcurve.curvature.kfac import KroneckerFactors, one_a_class, preconditioner
 from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
@@ -39,15 +39,17 @@ class JacobianSandwich(NetworkOperator):
                 yield rows.losses
 
         total = sum(float(rows.posed.divisor(self.losses.reducer)) for rows in self.rows("Rows", graph=False))
+        total = 1.0 if self.losses.reduction == "sum" else self.over_rows(total)
         return KroneckerFactors.of(
             batches,
             self.matrix,
             1 / self._divisor(total),
-            self.head.weight.detach()[:, 0],
+            one_a_class(self.head.weight),
             has_bias=self.head.bias is not None,
             form=form,
             rank=rank,
             seed=seed,
+            summed=self.summed,
         )
 
     def preconditioner(

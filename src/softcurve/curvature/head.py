@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.kfac import KroneckerFactors, moment_of, pieces_of
+from softcurve.curvature.kfac import KroneckerFactors, moment_of, one_a_class, pieces_of
 from softcurve.curvature.losses import HeadLosses
 from softcurve.head import curvature, passes
 from softcurve.head.products import Direction
@@ -73,6 +73,8 @@ class HeadCurvature:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
         self.leading = input.shape[:-1]
         self.rows, self.scale = self.losses.rows(posed), 1 / divisor
+        self.given, self.spread = (input.detach(), linear_weight.detach(), linear_bias), posed.head.spread
+        self.local_leading = posed.head.leading
 
     # --- products ----------------------------------------------------------------------------------------------------
 
@@ -118,10 +120,21 @@ class HeadCurvature:
             for _ in columns
         ]  # fmt: skip
         curvature.add_products(self.rows, matrix, columns, into, self.scale)
-        found = [
-            each._replace(input=None if each.input is None else each.input.reshape(*self.leading, -1)) for each in into
-        ]
+        found = [self._returned(each) for each in into]
         return found[0] if isinstance(direction, Direction) else found
+
+    def _returned(self, found: Direction) -> Direction:
+        """In the shapes, and lying over processes, as the tensors that were given."""
+        e, spread = found.input, self.spread
+        if spread is None:
+            return found._replace(input=None if e is None else e.reshape(self.given[0].shape))
+        input, weight, bias = self.given
+        local = (*self.local_leading, input.shape[-1])
+        return Direction(
+            None if e is None else spread.features_back(e.reshape(local), input),
+            None if found.weight is None else spread.classes_back(found.weight, weight),
+            None if found.bias is None or bias is None else spread.classes_back(found.bias, bias),
+        )
 
     def _checked(self, direction: Direction) -> Direction:
         if not isinstance(direction, Direction):
@@ -130,11 +143,7 @@ class HeadCurvature:
                 f"{type(direction).__name__}"
             )
         t = self.rows.tensors
-        shapes = (
-            (*self.leading, t.input.shape[1]),
-            tuple(t.weight.shape),
-            None if t.bias is None else tuple(t.bias.shape),
-        )
+        shapes = [None if each is None else tuple(each.shape) for each in self.given]
         for name, part, shape in zip(PARTS, direction, shapes, strict=True):
             if part is None:
                 continue
@@ -143,8 +152,12 @@ class HeadCurvature:
                 raise ValueError(f"direction.{name} must be None: the head has none, got {checks.describe(part)}")
             if tuple(part.shape) != shape:
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
-        flat = None if direction.input is None else direction.input.reshape(t.input.shape)
-        return Direction(*(None if p is None else p.detach().to(t.dtype) for p in (flat, *direction[1:])))
+        e, weight, bias = (None if part is None else part.detach() for part in direction)
+        if self.spread is not None:
+            e = None if e is None else self.spread.features(e)
+            weight, bias = (None if part is None else self.spread.classes_of(part) for part in (weight, bias))
+        e = None if e is None else e.reshape(t.input.shape)
+        return Direction(*(None if part is None else part.to(t.dtype) for part in (e, weight, bias)))
 
     # --- closed forms ------------------------------------------------------------------------------------------------
 
@@ -153,14 +166,13 @@ class HeadCurvature:
         found = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=True)
         assert found.weight is not None
         assert found.bias is not None
-        return Direction(
-            None, found.weight * self.scale, None if self.rows.tensors.bias is None else found.bias * self.scale
-        )
+        bias = None if self.rows.tensors.bias is None else found.bias * self.scale
+        return self._returned(Direction(None, found.weight * self.scale, bias))
 
     def trace(self, *, matrix: str = GAUSS_NEWTON) -> float:
         """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
         rows = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=False).rows
-        return float((rows.double() * self._squared_norms()).sum()) * self.scale
+        return float(self._summed((rows.double() * self._squared_norms()).sum())) * self.scale
 
     def gradient_norms(self, kind: str = "grand") -> Tensor:
         """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
@@ -173,9 +185,12 @@ class HeadCurvature:
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
         if weight is not None and loss.target == "list" and t.target is None and t.indices is not None:
             # Of a class index the class's weight is in the row's, which is not in its own loss.
+            weight = weight if self.spread is None else self.spread.whole(weight)
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
+        if self.spread is not None:
+            return self.spread.rows_back(norms.reshape(self.local_leading))
         return norms.reshape(self.leading)
 
     def kfac(
@@ -189,8 +204,8 @@ class HeadCurvature:
         checks.require_choice("matrix", matrix, (GAUSS_NEWTON, FISHER))
         t = self.rows.tensors
         return KroneckerFactors.of(
-            lambda: [self.rows], matrix, self.scale, t.weight[:, 0], has_bias=t.bias is not None, form=form, rank=rank,
-            seed=seed,
+            lambda: [self.rows], matrix, self.scale, one_a_class(self.given[1]), has_bias=t.bias is not None,
+            form=form, rank=rank, seed=seed, summed=self._summed,
         )  # fmt: skip
 
     def largest_eigenvalue_bound(self) -> float:
@@ -210,8 +225,12 @@ class HeadCurvature:
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()
-        moment = moment_of(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64)
+        moment = self._summed(moment_of(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
         return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """Over the processes that have other rows."""
+        return part if self.spread is None else self.spread.total(part)
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors

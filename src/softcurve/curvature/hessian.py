@@ -21,6 +21,7 @@ class Hessian(NetworkOperator):
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
         seed: of dropout, with the batch's number: every product sees the same masks, given the same batches.
         progress: a bar over the batches of each product.
+        process_group: of processes that each walk rows of their own; the matrix is of all rows, the same in each.
 
     Further options are those of :func:`softcurve.linear_cross_entropy` and its kin, ``reduction`` among them:
     ``"mean"`` (over the rows of all batches together), ``"batchmean"`` or ``"sum"``. The matrix acts on the parameters

@@ -109,7 +109,7 @@ def influence(
         seed: of dropout and of the preconditioner.
         progress: a bar over the batches of each pass.
         options: the loss and its options, see :class:`~softcurve.curvature.Hessian`; ``reduction`` is the training
-            loss's, a test loss is a mean.
+            loss's, a test loss is a mean. With a ``process_group`` each process has values of its own training rows.
 
     The training loss should be near its minimum, where a row's weight moves the parameters as said above.
 
@@ -123,7 +123,10 @@ def influence(
     require_walkable("train_data", train_data)
     require_walkable("test_data", test_data)
     train = GGN(features, head, train_data, seed=seed, progress=progress, **options)
+    if train.process_group is not None and rows == "each":
+        raise ValueError("rows must be 'mean' with a process_group, whose processes have test rows of their own")
     of_test = {**(options if test_options is None else test_options), "reduction": "mean"}
+    of_test["process_group"] = train.process_group
     test = GGN(features, head, test_data, seed=seed, progress=progress, **of_test)
     preconditioner = train.preconditioner(damping, form=form, rank=rank, seed=seed) if preconditioned else None
 
@@ -156,6 +159,7 @@ def _mean_gradient(test: GGN) -> Tensor:
     for rows in test.rows("Test gradient"):
         total += float(rows.posed.divisor(test.losses.reducer))
         _add_gradient(test, rows, slice(0, len(rows.e)), flat)
+    flat, total = test.summed(test.over_classes(flat)), test.over_rows(total)
     if total == 0:
         raise ValueError("test_data must hold a row that counts, got none; see ignore_index and sample weights")
     return flat / total
@@ -167,7 +171,7 @@ def _row_gradients(test: GGN) -> Iterator[Tensor]:
         for number in range(len(rows.e)):
             flat = torch.zeros(test.shape[0], dtype=test.dtype, device=test.device)
             _add_gradient(test, rows, slice(number, number + 1), flat)
-            yield flat
+            yield test.over_classes(flat)
 
 
 def _add_gradient(network: GGN, rows: Rows, some: slice, flat: Tensor) -> None:
@@ -212,7 +216,7 @@ def _changes(train: GGN, columns: Float[Tensor, "parameters k"]) -> tuple[Float[
         ]
         changes = torch.stack(along, -1)
         found.append(torch.where(weight == 0, 0.0, weight * changes).to(columns.dtype))
-    return torch.cat(found), 1.0 if train.losses.reduction == "sum" else total
+    return torch.cat(found), 1.0 if train.losses.reduction == "sum" else train.over_rows(total)
 
 
 def _groups(vectors: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRankForm
@@ -21,6 +22,9 @@ from softcurve.curvature.nystrom import low_rank
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.head.curvature import RowLosses, add_class_products, add_products, class_coefficients, row_masses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
+from softcurve.processes import sum_over
+
+Summed = Callable[[Tensor], Tensor]
 
 DENSE_CLASSES = 2048  # up to here the form "auto" holds all of B
 
@@ -43,13 +47,26 @@ def moment_of(
     return moment
 
 
+def one_a_class(weight: Tensor) -> Tensor:
+    """A vector as a weight's classes: its dtype and device count."""
+    return torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+
+
+def _own_classes(rows: RowLosses) -> slice:
+    """Those that this process has of a sharded head."""
+    return slice(rows.loss.first, rows.loss.first + len(rows.tensors.weight))
+
+
 class ClassFactor(SymmetricOperator):
     """``B``, ``(C, C)``, by streamed products: what the curvature is in the bias of the head."""
 
     is_positive = True
 
-    def __init__(self, batches: Callable[[], Iterable[RowLosses]], matrix: str, scale: float, like: Tensor) -> None:
+    def __init__(
+        self, batches: Callable[[], Iterable[RowLosses]], matrix: str, scale: float, like: Tensor, summed: Summed
+    ) -> None:
         self._batches, self._matrix, self._scale, self._like = batches, matrix, scale, like
+        self._over_rows = summed
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,12 +89,13 @@ class ClassFactor(SymmetricOperator):
         if self._is_diagonal_minus_products():
             diagonal, outer = self._parts(vectors)
             return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
-        sums = torch.zeros(vectors.T.shape, dtype=self.dtype, device=self.device)
-        columns = [Direction(None, None, v) for v in vectors.T.contiguous()]
-        into = [Direction(None, None, s) for s in sums]
+        sums, columns = torch.zeros_like(vectors.T, memory_format=torch.contiguous_format), vectors.T.contiguous()
+        group = None
         for rows in self._batches():
-            add_products(rows, self._matrix, columns, into)
-        return sums.mul_(self._scale).T
+            own, group = _own_classes(rows), rows.loss.processes
+            along = [Direction(None, None, column[own]) for column in columns]
+            add_products(rows, self._matrix, along, [Direction(None, None, part[own]) for part in sums])
+        return self._summed(sums, group).mul_(self._scale).T
 
     def _is_diagonal_minus_products(self) -> bool:
         return all(class_coefficients(rows, self._matrix) for rows in self._batches())
@@ -86,9 +104,18 @@ class ClassFactor(SymmetricOperator):
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(self._like), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
+        group = None
         for rows in self._batches():
-            add_class_products(rows, self._matrix, vectors, outer, diagonal)
+            own, group = _own_classes(rows), rows.loss.processes
+            add_class_products(rows, self._matrix, vectors[own], outer[own], diagonal[own])
+        diagonal, outer = self._summed(diagonal, group), self._summed(outer, group)
         return diagonal.mul_(self._scale), outer.mul_(self._scale)
+
+    def _summed(self, own: Tensor, group: ProcessGroup | None) -> Tensor:
+        """Over the processes of the rows, and of the classes, each of which has filled in its own."""
+        if group is not None:
+            sum_over([own], group)
+        return self._over_rows(own)
 
     def dense_form(self) -> DenseForm:
         """All of it."""
@@ -142,8 +169,12 @@ class KroneckerFactors:
         form: str,
         rank: int,
         seed: int,
+        summed: Summed,
     ) -> KroneckerFactors:
-        """Of rows that come in batches; ``scale`` is what a mean divides by, inverted."""
+        """Of rows that come in batches; ``scale`` is what a mean divides by, inverted.
+
+        ``like`` is of one entry a class; ``summed`` is over the processes that have other rows.
+        """
         checks.require_choice("form", form, ("auto", "dense", "low_rank"))
         require_count("rank", rank, 1)
         require_count("seed", seed, 0)
@@ -153,9 +184,11 @@ class KroneckerFactors:
             part = moment_of(rows.tensors.input, mass, has_bias=has_bias, dtype=rows.tensors.dtype)
             features = part if features is None else features + part
             total += float(mass.sum())
+        total = float(summed(torch.tensor(total, dtype=torch.float64, device=like.device)))
         if features is None or total == 0:
             raise ValueError("the rows must hold one that counts, got none; see ignore_index and sample weights")
-        factor = ClassFactor(batches, matrix, scale, like)
+        features = summed(features)
+        factor = ClassFactor(batches, matrix, scale, like, summed)
         dense = form == "dense" or (form == "auto" and len(like) <= DENSE_CLASSES)
         held = factor.dense_form() if dense else factor.low_rank_form(min(rank, len(like)), seed)
         return KroneckerFactors(features / total, factor, held, has_bias)

@@ -36,11 +36,21 @@ from softcurve.curvature.operator import require_count
 from softcurve.head import curvature, passes
 from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
+from softcurve.head.sharded import lies_over_processes
 from softcurve.objective import GAUSS_NEWTON, LogitMap
 
 __all__ = ["LastLayerLaplace"]
 
-OPTIONS = ("weight", "ignore_index", "label_smoothing", "temperature", "softcap", "shift", "memory_budget")
+OPTIONS = (
+    "weight",
+    "ignore_index",
+    "label_smoothing",
+    "temperature",
+    "softcap",
+    "shift",
+    "memory_budget",
+    "process_group",
+)
 
 # Options of the losses that leave no likelihood of the target, or another one than the sum over rows in nats.
 REFUSED = {
@@ -362,6 +372,8 @@ def _copied(head: nn.Linear) -> nn.Linear:
             f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it in a "
             "model"
         )
+    if lies_over_processes(head.weight):
+        raise TypeError("head must hold plain tensors, got a DTensor; gather it by head.weight.full_tensor() first")
     own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     own.weight = nn.Parameter(head.weight.detach().clone())
     if head.bias is not None:
@@ -376,15 +388,15 @@ def _copied(head: nn.Linear) -> nn.Linear:
 
 def _log_likelihood(network: GGN) -> float:
     """``Σ weight_i log p(y_i)``."""
-    found, counted = 0.0, False
+    found, counted = 0.0, 0.0
     for rows in network.rows("Log-likelihood", graph=False):
         loss, tensors, _, budget = rows.losses
         losses = passes.evaluate(loss, tensors, budget).rows.double()
         found -= float((losses * tensors.row_weight.double()).sum())
-        counted |= bool((tensors.row_weight != 0).any())
-    if not counted:
+        counted += float((tensors.row_weight != 0).sum())
+    if not network.over_rows(counted):
         raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
-    return found
+    return network.over_rows(found)
 
 
 def _diagonal_of(network: GGN) -> tuple[Tensor, Tensor | None]:
@@ -397,4 +409,5 @@ def _diagonal_of(network: GGN) -> tuple[Tensor, Tensor | None]:
         assert found.bias is not None
         weight += found.weight
         bias += found.bias
+    weight, bias = network.summed(weight), network.summed(bias)
     return weight.clamp_(min=0), None if network.head.bias is None else bias.clamp_(min=0)

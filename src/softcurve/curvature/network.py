@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from softcurve import checks
@@ -24,7 +25,9 @@ from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
 from softcurve.head.curvature import RowLosses
 from softcurve.head.products import Direction
+from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.posed import Posed
+from softcurve.processes import sum_over
 from softcurve.targets import Target
 
 Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
@@ -51,6 +54,7 @@ class NetworkOperator(SymmetricOperator):
         *,
         seed: int = 0,
         progress: bool = False,
+        process_group: ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(features, nn.Module):
@@ -62,8 +66,13 @@ class NetworkOperator(SymmetricOperator):
         require_walkable("data", data)
         require_count("seed", seed, 0)
         self.features, self.head, self.data, self.losses = features, head, data, HeadLosses.of(options)
-        self.seed, self.progress = seed, progress
+        self.seed, self.progress, self.process_group = seed, progress, process_group
         self.layout = Layout.of(features, head)
+        for name, parameter in features.named_parameters():
+            if lies_over_processes(parameter) and parameter is not head.weight:
+                raise TypeError(
+                    f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,6 +103,8 @@ class NetworkOperator(SymmetricOperator):
         for number, batch in enumerate(batches):
             x, target, sample_weight = _unpacked(batch, number)
             e = self._features_of(x, number, graph)
+            if lies_over_processes(e):
+                raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")
             posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 flat = e.reshape(-1, e.shape[-1])
@@ -101,7 +112,9 @@ class NetworkOperator(SymmetricOperator):
 
     def seed_of(self, use: str, number: int) -> int:
         """Of a batch, mixed by a hash: neighbouring seeds, batches and uses of random numbers share none."""
-        mixed = hashlib.blake2b(f"{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
+        # Batches of one number are different ones in each process.
+        process = f"{self.process_group.rank()} " if self.process_group is not None else ""
+        mixed = hashlib.blake2b(f"{process}{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
         return int.from_bytes(mixed.digest(), "little")
 
     def _features_of(self, x: Any, number: int, graph: bool) -> Tensor:
@@ -148,8 +161,24 @@ class NetworkOperator(SymmetricOperator):
             for rows in self.rows(f"{type(self).__name__} product"):
                 total += float(rows.posed.divisor(self.losses.reducer)) if self.losses.reduction != "sum" else 0.0
                 self._add(rows, columns, into)
-            into.div_(self._divisor(total))
-        return into
+            self.over_classes(into).div_(self._divisor(self.over_rows(total)))
+        return self.summed(into)
+
+    def over_classes(self, part: Tensor) -> Tensor:
+        """Of a sharded head each process has filled in its classes, and its part of the features' sum; in place."""
+        if (shared := class_group(self.head.weight)) is not None:
+            sum_over([part], shared)
+        return part
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Over the processes that walk other data, in place."""
+        if self.process_group is not None:
+            sum_over([part], self.process_group)
+        return part
+
+    def over_rows(self, total: float) -> float:
+        """As :meth:`summed`, of a number."""
+        return float(self.summed(torch.tensor(total, dtype=torch.float64, device=self.device)))
 
     def _divisor(self, total: float) -> float:
         if self.losses.reduction == "sum":
@@ -180,11 +209,12 @@ class NetworkOperator(SymmetricOperator):
         ]
 
     def _head_parts(self, flat: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weight, bias = self.layout.head_weight, self.layout.head_bias
-        return (
-            None if weight is None else self.layout.view(flat, weight),
-            None if bias is None else self.layout.view(flat, bias),
+        own = own_classes(self.head.weight)
+        weight, bias = (
+            None if number is None else self.layout.view(flat, number)[own]
+            for number in (self.layout.head_weight, self.layout.head_bias)
         )
+        return weight, bias
 
     def add_pulled_back(self, rows: Rows, in_features: Sequence[Tensor | None], into: Tensor) -> None:
         """``into += (∂e/∂θ)ᵀ`` of each column's gradient in the features."""

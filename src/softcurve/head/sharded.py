@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.processes import max_over
+from softcurve.processes import max_over, named_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +30,25 @@ def lies_over_processes(tensor: object) -> bool:
     """Whether it is a DTensor. Where their module is not loaded, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def class_group(weight: Tensor) -> ProcessGroup | None:
+    """The processes that share the classes of a weight, if it is sharded."""
+    spread = _alone(weight)
+    return None if spread is None or spread.group is None else named_group(spread.group)
+
+
+def own_classes(weight: Tensor) -> slice:
+    """Those that this process has."""
+    spread = _alone(weight)
+    return slice(None) if spread is None else slice(spread.first, spread.first + spread.held)
+
+
+def _alone(weight: Tensor) -> Spread | None:
+    """How a weight lies that meets plain features."""
+    if not lies_over_processes(weight):
+        return None
+    return Spread.of(torch.empty(0, weight.shape[1], device="meta"), [weight])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +118,17 @@ class Spread:
         each = -(-self.classes // self.mesh.size(self.by_class))
         return min(each * self.mesh.get_local_rank(self.by_class), self.classes)
 
+    @property
+    def held(self) -> int:
+        """How many of the classes this process has."""
+        ways = 1 if self.by_class is None else self.mesh.size(self.by_class)
+        return min(self.first - (-self.classes // ways), self.classes) - self.first
+
     # --- tensors of one process --------------------------------------------------------------------------------------
 
     def features(self, tensor: Tensor) -> Tensor:
         """``(..., d)`` of this process's rows. Its gradient is the sum over the classes of all."""
-        return self._inside(tensor, self.rows, self._with_class_dim(self.rows, self._partial()))
+        return self._inside(tensor, self.rows, self._of_features())
 
     def rows_of(self, name: str, tensor: Tensor) -> Tensor:
         """As :meth:`features`, of what every process knows the whole gradient of."""
@@ -117,18 +143,10 @@ class Spread:
 
     def classes_of(self, tensor: Tensor) -> Tensor:
         """``(C, ...)``: of this process's classes. Its gradient is the sum over the rows of all."""
-        from torch.distributed.tensor import Replicate
-
-        inside = self._with_class_dim((Replicate(),) * self.mesh.ndim, self._shard(0))
-        partial = self._partial()
-        back = tuple(
-            partial if rows.is_shard() else placement for rows, placement in zip(self.rows, inside, strict=True)
-        )
-        local = self._inside(tensor, inside, back)
-        held = min(self.first + -(-self.classes // self._ways()), self.classes) - self.first
-        if len(local) != held:
+        local = self._inside(tensor, self._on_classes(), self._of_classes())
+        if len(local) != self.held:
             raise ValueError(
-                f"linear_weight must be sharded evenly, {held} of {self.classes} classes on this process (as "
+                f"linear_weight must be sharded evenly, {self.held} of {self.classes} classes on this process (as "
                 f"distribute_tensor does), got {len(local)}; redistribute it"
             )
         return local
@@ -150,21 +168,22 @@ class Spread:
     # --- results -----------------------------------------------------------------------------------------------------
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum over the processes that have other rows, ``()``."""
-        from torch.distributed.tensor import Replicate
-
-        if not any(placement.is_shard() for placement in self.rows):
+        """The sum over the processes that have other rows: a result, which all of them have."""
+        if not self._cuts_rows:
             return part
-        replicated = (Replicate(),) * self.mesh.ndim
-        summed = tuple(self._partial() if rows.is_shard() else Replicate() for rows in self.rows)
-        whole: Tensor = _Outside.apply(part, self.mesh, summed, None, replicated, part.shape)  # type: ignore[no-untyped-call]
+        whole: Tensor = _Outside.apply(part, self.mesh, self._of_sums(), None, self._everywhere(), part.shape)  # type: ignore[no-untyped-call]
+        return whole
+
+    def divisor(self, part: Tensor) -> Tensor:
+        """As :meth:`total`, of what each process divides its own rows by: of its gradient each has a part."""
+        if not self._cuts_rows:
+            return part
+        whole: Tensor = _Inside.apply(self.total(part), self.mesh, self._everywhere(), self._of_sums())  # type: ignore[no-untyped-call]
         return whole
 
     def result(self, tensor: Tensor, *, per_row: bool) -> Tensor:
         """What a public call returns: a DTensor where ``input`` is one. Rows come as they lie; a sum everywhere."""
-        from torch.distributed.tensor import Replicate
-
-        placements = self.rows if per_row else (Replicate(),) * self.mesh.ndim
+        placements = self.rows if per_row else self._everywhere()
         shape = torch.Size([*self.leading, *tensor.shape[len(self.leading) :]]) if per_row else tensor.shape
         outside = placements if self.returns_dtensor else None
         if outside is None and not any(placement.is_shard() for placement in placements):
@@ -174,10 +193,33 @@ class Spread:
         returned: Tensor = _Outside.apply(tensor, self.mesh, placements, outside, placements, shape)  # type: ignore[no-untyped-call]
         return returned
 
+    def features_back(self, part: Tensor, like: Tensor) -> Tensor:
+        """What is of the features ``like``, from each process's part of the sum over classes."""
+        return _outside(part, self.mesh, self._of_features(), _placements(like), like.shape)
+
+    def rows_back(self, own: Tensor) -> Tensor:
+        """``(n,)`` of this process's rows, as they lie."""
+        return self.result(own, per_row=True)
+
+    def classes_back(self, part: Tensor, like: Tensor) -> Tensor:
+        """What is of the weight or bias ``like``, from each process's part of the sum over rows."""
+        return _outside(part, self.mesh, self._of_classes(), _placements(like), like.shape)
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _ways(self) -> int:
-        return 1 if self.by_class is None else self.mesh.size(self.by_class)
+    @property
+    def _cuts_rows(self) -> bool:
+        return any(placement.is_shard() for placement in self.rows)
+
+    def _everywhere(self) -> tuple[Placement, ...]:
+        from torch.distributed.tensor import Replicate
+
+        return (Replicate(),) * self.mesh.ndim
+
+    def _of_sums(self) -> tuple[Placement, ...]:
+        """A sum over rows."""
+        pairs = zip(self.rows, self._everywhere(), strict=True)
+        return tuple(self._partial() if rows.is_shard() else everywhere for rows, everywhere in pairs)
 
     @staticmethod
     def _partial() -> Placement:
@@ -190,6 +232,15 @@ class Spread:
         from torch.distributed.tensor import Shard
 
         return Shard(dim)
+
+    def _of_features(self) -> tuple[Placement, ...]:
+        return self._with_class_dim(self.rows, self._partial())
+
+    def _on_classes(self) -> tuple[Placement, ...]:
+        return self._with_class_dim(self._everywhere(), self._shard(0))
+
+    def _of_classes(self) -> tuple[Placement, ...]:
+        return self._with_class_dim(self._of_sums(), self._shard(0))
 
     def _with_class_dim(self, placements: Sequence[Placement], of_classes: Placement) -> tuple[Placement, ...]:
         return tuple(of_classes if dim == self.by_class else placement for dim, placement in enumerate(placements))
@@ -222,10 +273,20 @@ class Spread:
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
+def _placements(tensor: Tensor) -> tuple[Placement, ...] | None:
+    """Where it lies, and so its gradient, of a sum that is not formed yet the gradient of each of its parts."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(tensor, DTensor):
+        return None
+    return tuple(Replicate() if placement.is_partial() else placement for placement in tensor.placements)
+
+
 def _inside(tensor: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
     """What this process has of a tensor that lies by ``placements``."""
     from torch.distributed.tensor import DTensor, Replicate
 
+    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, (Replicate(),) * mesh.ndim, run_check=False)
     local = tensor.redistribute(mesh, placements).to_local()
@@ -243,7 +304,9 @@ def _outside(
     from torch.distributed.tensor import DTensor, Replicate
 
     strides = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=strides)
+    whole = DTensor.from_local(
+        local.detach().contiguous(), mesh, placements, run_check=False, shape=shape, stride=strides
+    )
     if outside is None:
         return whole.redistribute(mesh, (Replicate(),) * mesh.ndim).to_local()
     return whole.redistribute(mesh, outside)
@@ -260,13 +323,8 @@ class _Inside(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        from torch.distributed.tensor import Replicate
-
         tensor, ctx.mesh, ctx.inside, ctx.gradient = inputs
-        ctx.outside, ctx.shape = None, tensor.shape
-        if lies_over_processes(tensor):
-            # A sum that is not formed yet has the gradient of each of its parts.
-            ctx.outside = tuple(Replicate() if p.is_partial() else p for p in tensor.placements)
+        ctx.outside, ctx.shape = _placements(tensor), tensor.shape
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

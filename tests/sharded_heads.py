@@ -1,0 +1,194 @@
+"""Every loss × target kind with the head's classes over the processes, beside the same on one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import softcurve
+
+from . import head_cases
+from .head_cases import CASES, INDICES, Problem, everything, problem
+from .process_cases import Cases, begin, distance
+
+# Where each argument lies: the classes over the processes, the rows over all, or over the same processes.
+ROW_TENSORS = ("input", "sample_weight")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def layouts(p: Problem, mesh: DeviceMesh, *, by_rows: bool) -> dict[str, Any]:
+    """The placements of the arguments that are not plain."""
+    kind, on_classes = p.case.kind.name, [Shard(0)]
+    placed: dict[str, Any] = {"linear_weight": on_classes}
+    if "linear_bias" in p.names:
+        placed["linear_bias"] = on_classes
+    if "Teacher" in kind:
+        placed["target 1"] = on_classes
+        if "target 2" in p.names:
+            placed["target 2"] = on_classes
+    if by_rows:
+        placed["input"] = [Shard(0)]
+        if "sample_weight" in p.names:
+            placed["sample_weight"] = [Shard(0)]
+        if kind in ("float", "normalized float", "Logits"):
+            placed["target 0"] = [Shard(p.arguments[p.names.index("target 0")].ndim - 1)]
+    return placed
+
+
+def spread(p: Problem, mesh: DeviceMesh, placed: dict[str, Any]) -> tuple[Tensor, ...]:
+    given = []
+    for name, argument in zip(p.names, p.arguments, strict=True):
+        leaf = argument.detach().clone()
+        if name in placed:
+            leaf = distribute_tensor(leaf, mesh, placed[name])
+        given.append(leaf.requires_grad_())
+    return tuple(given)
+
+
+def derivatives(value: Tensor, arguments: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """The gradient in every argument, then a Hessian product; placements must be those of the arguments."""
+    first = torch.autograd.grad(whole(value).sin().sum(), arguments, create_graph=True, materialize_grads=True)
+    for gradient, argument in zip(first, arguments, strict=True):
+        if isinstance(argument, DTensor):
+            assert isinstance(gradient, DTensor), type(gradient)
+            assert gradient.placements == argument.placements, (gradient.placements, argument.placements)
+    inner = head_cases.along([whole(gradient) for gradient in first])
+    yield from (whole(gradient) for gradient in first)
+    for second in torch.autograd.grad(inner, arguments, materialize_grads=True):
+        yield whole(second)
+
+
+def compare(name: str, p: Problem, mesh: DeviceMesh, *, by_rows: bool, **more: Any) -> Cases:
+    loss, stats = p.ours(*spread(p, mesh, layouts(p, mesh, by_rows=by_rows)), return_stats=True, **more)
+    expected, expected_stats = p.ours(*p.arguments, return_stats=True)
+    assert isinstance(loss, DTensor) == by_rows
+    yield f"{name}: value", distance(whole(loss).detach(), expected.detach()), 1e-10
+    for column, (got, wanted) in enumerate(zip(stats, expected_stats, strict=True)):
+        yield f"{name}: statistics {column}", distance(whole(got), wanted), 1e-10
+    given = spread(p, mesh, layouts(p, mesh, by_rows=by_rows))
+    found = derivatives(p.ours(*given, **more), given)
+    alone = derivatives(p.ours(*p.arguments), p.arguments)
+    for number, (got, wanted) in enumerate(zip(found, alone, strict=True)):
+        yield f"{name}: derivative {number}", distance(got.detach(), wanted.detach()), 1e-10
+
+
+def all_losses(mesh: DeviceMesh) -> Cases:
+    """Uneven shards, and fewer classes than processes."""
+    for number, case in enumerate(CASES):
+        for classes, by_rows, reduction in (
+            (11, False, "mean"),
+            (7, True, "none"),
+            (2, True, "sum"),
+            (1, False, "mean"),
+        ):
+            options = everything(case) if number % 2 else everything(case, "softcap", "label_smoothing", "shift")
+            torch.manual_seed(number)
+            p = problem(case, options, reduction, rows=(3, 4), classes=classes)
+            if case.kind.listed and classes < 2:
+                continue
+            yield from compare(f"{case} C={classes} rows={by_rows} {reduction}", p, mesh, by_rows=by_rows)
+
+
+def small_budgets(mesh: DeviceMesh) -> Cases:
+    """Class blocks within each shard."""
+    for case in CASES:
+        torch.manual_seed(1)
+        p = problem(case, everything(case), "mean", rows=(5,), classes=90)
+        budget = p.least_budget
+        yield from compare(f"{case} least budget", p, mesh, by_rows=False, memory_budget=budget)
+
+
+def unusual_rows(mesh: DeviceMesh) -> Cases:
+    """Confident rows, masked classes (all of one process's among them), far offsets, and no rows at all."""
+    torch.manual_seed(2)
+    n, d, classes = 6, 3, 9
+    weight, e = torch.randn(classes, d, dtype=torch.float64), torch.randn(n, d, dtype=torch.float64)
+    bias = torch.randn(classes, dtype=torch.float64)
+    target = torch.tensor([0, 4, 8, 2, 1, 5])
+    for name, change in {
+        "confident": lambda b: b.index_fill(0, torch.tensor([4]), 60.0),
+        "masked": lambda b: b.index_fill(0, torch.tensor([3, 7]), -torch.inf),
+        "a process masked": lambda b: torch.cat([b[:-3], torch.full((3,), -torch.inf, dtype=b.dtype)]),
+        "a process masked, far below": lambda b: torch.cat([b[:-3] - 1e4, torch.full((3,), -torch.inf, dtype=b.dtype)]),
+        "offset": lambda b: b + 1e4,
+    }.items():
+        moved = change(bias)
+        label = torch.where(moved[target].isinf(), 0, target)
+        leaves = [t.clone().requires_grad_() for t in (e, weight, moved)]
+        spread_leaves = [
+            leaves[0].detach().clone(),
+            *(distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in leaves[1:]),
+        ]
+        given = [t.requires_grad_() for t in spread_leaves]
+        for loss in ("index", "teacher"):
+
+            def value(x: Tensor, w: Tensor, b: Tensor, loss: str = loss, label: Tensor = label) -> Tensor:
+                if loss == "index":
+                    return softcurve.linear_cross_entropy(x, w, label, linear_bias=b, z_loss=0.0, reduction="none")
+                teacher = softcurve.LinearTeacher(x.detach() * 0.9, w.detach(), b.detach())
+                return softcurve.linear_kl_divergence(x, w, teacher, linear_bias=b, reduction="none")
+
+            one, many = value(*leaves), value(*given)
+            yield f"{name} {loss}: value", distance(many.detach(), one.detach()), 1e-9
+            for number, (a, b) in enumerate(
+                zip(torch.autograd.grad(many.sum(), given), torch.autograd.grad(one.sum(), leaves), strict=True)
+            ):
+                yield f"{name} {loss}: gradient {number}", distance(whole(a), b), 1e-9
+    none = softcurve.linear_cross_entropy(
+        torch.zeros(0, d, dtype=torch.float64), distribute_tensor(weight, mesh, [Shard(0)]),
+        torch.zeros(0, dtype=torch.int64), reduction="sum",
+    )  # fmt: skip
+    yield "no rows", float(none.abs()), 0.0
+
+
+def two_dimensions() -> Cases:
+    """Rows over one dimension of the mesh, classes over the other; sums count the rows of all."""
+    count = dist.get_world_size()
+    if count % 2:
+        return
+    mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("rows", "classes"))
+    for number, case in enumerate(CASES):
+        torch.manual_seed(number)
+        p = problem(case, everything(case, "shift"), ("mean", "batchmean", "none")[number % 3], rows=(5, 2), classes=7)
+        placed: dict[str, Any] = {"input": [Shard(0), Replicate()], "linear_weight": [Replicate(), Shard(0)]}
+        if "linear_bias" in p.names:
+            placed["linear_bias"] = [Replicate(), Shard(0)]
+        expected = p.ours(*p.arguments)
+        given = spread(p, mesh, placed)
+        value = p.ours(*given)
+        yield f"2-D {case}: value", distance(whole(value).detach(), expected.detach()), 1e-10
+        found, alone = derivatives(p.ours(*given), given), derivatives(p.ours(*p.arguments), p.arguments)
+        for at, (got, wanted) in enumerate(zip(found, alone, strict=True)):
+            yield f"2-D {case}: derivative {at}", distance(got.detach(), wanted.detach()), 1e-10
+    # A shift looks over the edge of a process's part of a sequence.
+    p = problem(
+        replace(next(c for c in CASES if c.kind is INDICES)), {"shift": 1, "ignore_index": -100}, rows=(3, 6), classes=7
+    )
+    given = spread(p, mesh, {"input": [Shard(1), Replicate()], "linear_weight": [Replicate(), Shard(0)]})
+    yield "2-D shift", distance(whole(p.ours(*given)).detach(), p.ours(*p.arguments).detach()), 1e-10
+
+
+def main() -> Cases:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if os.environ.get("ONLY"):
+        yield from globals()[os.environ["ONLY"]]()
+        return
+    yield from all_losses(mesh)
+    yield from small_budgets(mesh)
+    yield from unusual_rows(mesh)
+    yield from two_dimensions()
+
+
+if __name__ == "__main__":
+    begin(main)

@@ -1,0 +1,14 @@
+"""Heads whose classes lie over 2, 3 and 4 processes are the head of one."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import process_cases
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_sharded_classes_are_the_classes_of_one_process(count):
+    found = process_cases.run("sharded_heads", count)
+    assert len(found) > 500
+    assert not process_cases.wrong(found)
