@@ -12,3 +12,11 @@ def test_sharded_classes_are_the_classes_of_one_process(count):
     found = process_cases.run("sharded_heads", count)
     assert len(found) > 500
     assert not process_cases.wrong(found)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_beside_fsdp_and_tensor_parallel_plans_and_what_is_sent(count):
+    found = process_cases.run("sharded_training", count)
+    assert any("FSDP2:" in case for case in found)
+    assert any("traffic js" in case for case in found)
+    assert not process_cases.wrong(found)
