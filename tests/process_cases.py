@@ -40,8 +40,12 @@ def run(module: str, count: int, *arguments: str, timeout: float = 600) -> dict[
         finally:
             for process in started:
                 process.kill()
-        for rank, (process, text) in enumerate(zip(started, said, strict=True)):
-            assert process.returncode == 0, f"process {rank} of {count} ended with {process.returncode}:\n{text}"
+        ends = [
+            f"process {rank} of {count} ended with {process.returncode}:\n{text[-3000:]}"
+            for rank, (process, text) in enumerate(zip(started, said, strict=True))
+            if process.returncode
+        ]
+        assert not ends, "\n".join(ends)
         found: dict[str, tuple[float, float]] = {}
         for rank in range(count):
             for case, error, bound in json.loads((Path(folder) / f"{rank}.json").read_text()):

@@ -158,9 +158,9 @@ def networks(*, over_classes: bool) -> Cases:
 def main() -> Cases:
     count = dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
-    yield from of_head(mesh, rows=False)
-    yield from of_head(mesh, rows=True)
-    if count == 4:
+    if count < 4:
+        yield from of_head(mesh, rows=count == 2)
+    else:
         yield from of_head(init_device_mesh("cpu", (2, 2)), rows=True)
     yield from networks(over_classes=True)
     yield from networks(over_classes=False)

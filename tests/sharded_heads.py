@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -152,6 +151,32 @@ def unusual_rows(mesh: DeviceMesh) -> Cases:
     yield "no rows", float(none.abs()), 0.0
 
 
+def half_precision(mesh: DeviceMesh) -> Cases:
+    """No further from float64 than torch's dense loss in the same dtype."""
+    torch.manual_seed(3)
+    n, d, classes = 40, 32, 203
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = torch.randn(n, d).to(dtype), torch.randn(classes, d).to(dtype)
+        y = torch.randint(classes, (n,))
+
+        def dense(x: Tensor, w: Tensor, y: Tensor = y) -> Tensor:
+            return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), y, reduction="sum")
+
+        errors = []
+        exact = [t.double().requires_grad_() for t in (x, w)]
+        truth = [dense(*exact).detach(), *torch.autograd.grad(dense(*exact), exact)]
+        for function, given in (
+            (dense, [x.clone(), w.clone()]),
+            (softcurve.linear_cross_entropy, [x.clone(), distribute_tensor(w, mesh, [Shard(0)])]),
+        ):
+            given = [t.requires_grad_() for t in given]
+            value = function(*given) if function is dense else function(*given, y, reduction="sum")
+            found = [value.detach(), *(whole(g) for g in torch.autograd.grad(value, given))]
+            errors.append([float((a.double() - b).norm()) for a, b in zip(found, truth, strict=True)])
+        for name, theirs, ours in zip(("value", "features", "weight"), *errors, strict=True):
+            yield f"{dtype} {name}: {ours:.2e} of {theirs:.2e}", float(ours > theirs), 0.0
+
+
 def two_dimensions() -> Cases:
     """Rows over one dimension of the mesh, classes over the other; sums count the rows of all."""
     count = dist.get_world_size()
@@ -181,12 +206,10 @@ def two_dimensions() -> Cases:
 
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if os.environ.get("ONLY"):
-        yield from globals()[os.environ["ONLY"]]()
-        return
     yield from all_losses(mesh)
     yield from small_budgets(mesh)
     yield from unusual_rows(mesh)
+    yield from half_precision(mesh)
     yield from two_dimensions()
 
 

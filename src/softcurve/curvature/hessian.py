@@ -40,7 +40,7 @@ class Hessian(NetworkOperator):
             wanted = (True, False, False, False, False, False)
             gradient = passes.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
             assert gradient is not None
-            u, h = self.linearized(rows, gradient)
+            u, h = self.linearized(rows, self.own_share(gradient))
             changes, terms = zip(*(self.pushed_forward(u, h, v, second=True) for v in columns), strict=True)
         sums = self.sums(rows, into, losses.tensors.dtype)
         add_products(losses, HESSIAN, self.along(columns, changes), sums)

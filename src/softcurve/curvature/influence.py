@@ -189,7 +189,7 @@ def _add_gradient(network: GGN, rows: Rows, some: slice, flat: Tensor) -> None:
     gradients = passes.evaluate(loss, tensors, budget, wanted=wanted).gradients
     for part, gradient, here in zip(into, gradients, (some, slice(None), slice(None)), strict=False):
         if part is not None and gradient is not None:
-            part[here] += gradient
+            part[here] += network.own_share(gradient) if part is into.input else gradient
     network.add_pulled_back(rows, [into.input], flat.unsqueeze(0))
 
 

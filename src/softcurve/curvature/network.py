@@ -170,6 +170,11 @@ class NetworkOperator(SymmetricOperator):
             sum_over([part], shared)
         return part
 
+    def own_share(self, whole: Tensor) -> Tensor:
+        """What :meth:`over_classes` makes whole again."""
+        shared = class_group(self.head.weight)
+        return whole if shared is None else whole / shared.size()
+
     def summed(self, part: Tensor) -> Tensor:
         """Over the processes that walk other data, in place."""
         if self.process_group is not None:

@@ -20,6 +20,7 @@ from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.problem import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
 from softcurve.head.products import Direction, LinearMap
+from softcurve.processes import sum_over
 
 
 class Outcome(NamedTuple):
@@ -167,10 +168,16 @@ class _Pass:
             if gradient is not None and tensor is not None:
                 if str(i) not in self.started:
                     gradient.zero_()
+                if self.group is not None and self._sums_over_classes(i) and gradient.numel():
+                    sum_over([gradient], self.group)  # before it is rounded to half precision
                 if self.directions is not None:
                     gradient = gradient.to(tensor.dtype)
             final.append(gradient)
         return Outcome(self.rows, self.statistics, tuple(final))  # type: ignore[arg-type]
+
+    def _sums_over_classes(self, number: int) -> bool:
+        """Whether a gradient is a sum over the classes: of features, the teacher's too."""
+        return number == 0 or (number == 3 and self.loss.target == "teacher")
 
     # --- rows --------------------------------------------------------------------------------------------------------
 

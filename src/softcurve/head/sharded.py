@@ -2,8 +2,8 @@
 
 A DTensor says where it lies; a plain tensor is the same on every process. Each process works on its own classes and its
 own rows. What it is given of a tensor (:class:`_Inside`) and what comes back of a gradient (:class:`_Outside`) are
-adjoint linear maps, each the derivative of the other, so that derivatives of every order keep their placements: the
-features' gradient, of which each process knows its own classes' part, comes back summed, and the weight's as it lies.
+adjoint linear maps, each the derivative of the other, so that derivatives of every order keep their placements. The
+features' gradient, of which each process knows its own classes' part, is summed by the passes before it is rounded.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Spread:
     # --- tensors of one process --------------------------------------------------------------------------------------
 
     def features(self, tensor: Tensor) -> Tensor:
-        """``(..., d)`` of this process's rows. Its gradient is the sum over the classes of all."""
-        return self._inside(tensor, self.rows, self._of_features())
+        """``(..., d)`` of this process's rows. The passes sum its gradient over the classes of all."""
+        return self._inside(tensor, self.rows, self.rows)
 
     def rows_of(self, name: str, tensor: Tensor) -> Tensor:
         """As :meth:`features`, of what every process knows the whole gradient of."""
@@ -195,7 +195,8 @@ class Spread:
 
     def features_back(self, part: Tensor, like: Tensor) -> Tensor:
         """What is of the features ``like``, from each process's part of the sum over classes."""
-        return _outside(part, self.mesh, self._of_features(), _placements(like), like.shape)
+        placements = self._with_class_dim(self.rows, self._partial())
+        return _outside(part, self.mesh, placements, _placements(like), like.shape)
 
     def rows_back(self, own: Tensor) -> Tensor:
         """``(n,)`` of this process's rows, as they lie."""
@@ -232,9 +233,6 @@ class Spread:
         from torch.distributed.tensor import Shard
 
         return Shard(dim)
-
-    def _of_features(self) -> tuple[Placement, ...]:
-        return self._with_class_dim(self.rows, self._partial())
 
     def _on_classes(self) -> tuple[Placement, ...]:
         return self._with_class_dim(self._everywhere(), self._shard(0))
