@@ -1,7 +1,8 @@
-"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu]``.
+"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu | scaling]``.
 
 The fits take hours, for the slowest peers have ten minutes each: they are made where they are asked for by name. So is
-what is measured on a CUDA device, which has options of its own: ``python -m bench gpu --help``.
+what is measured on a CUDA device, which has options of its own (``python -m bench gpu --help``), and ``scaling``, which
+measures nothing: it prints what the formulas of docs/scaling.md predict.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import curvature, exactness, fits, heads, logits, peers
+from bench import curvature, exactness, fits, heads, logits, peers, scaling
 from bench.gpu import table as gpu
 from bench.heads import CASES, OURS, Shape
 from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
@@ -57,6 +58,8 @@ def main() -> None:
             limit=options.limit,
             small=options.quick,
         )
+    if options.table == "scaling":
+        scaling.print_scaling()
     if options.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
         print(f"\n{write_json(machine | tables, options.json)}")
@@ -64,8 +67,10 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    tables = ("all", "logits", "heads", "curvature", "exactness", "fits", "gpu")
-    parser.add_argument("table", nargs="?", choices=tables, default="all", help="all but fits and gpu by default")
+    tables = ("all", "logits", "heads", "curvature", "exactness", "fits", "gpu", "scaling")
+    parser.add_argument(
+        "table", nargs="?", choices=tables, default="all", help="all but fits, gpu and scaling by default"
+    )
     rounds = f"rounds in which everybody takes a turn: 9 by default, {fits.REPEATS} of the fits"
     parser.add_argument("--repeats", type=int, help=rounds)
     parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")

@@ -9,14 +9,19 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from bench import scaling
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import softcurve
+from softcurve.head import curvature, passes
+from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.head.products import Direction
 
 from .process_cases import Cases, begin, distance
 from .sharded_heads import whole
@@ -147,48 +152,99 @@ def bytes_sent(
     return sent
 
 
-def sums(rows: int, *columns: int) -> list[int]:
-    return [8 * rows * count for count in columns]
-
-
-def traffic() -> Cases:
-    """docs/scaling.md: bytes of the loss and its feature gradient, the same for any number of classes."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def traffic(mesh: DeviceMesh) -> Cases:
+    """The formulas of docs/scaling.md, which for the loss and its feature gradient do not know the number of classes."""
     rows, d = 12, 5
-    gradient = [4 * rows * d]  # beside it a plain ``input`` is compared, which no mode that looks on lets happen
 
     def teacher(classes: int) -> Any:
         w = distribute_tensor(torch.randn(classes, d), mesh, [Shard(0)])
         return softcurve.LinearTeacher(torch.randn(rows, d), w)
 
-    kinds: dict[str, tuple[Callable[..., Any], list[int], dict[str, Any]]] = {
-        # the largest; listed logit and the others' sum
-        "index": (lambda c: torch.arange(rows) % c, sums(rows, 1, 2), {}),
-        "list of 4": (
-            lambda c: softcurve.TopK(*(t[:, :4] for t in _listed(rows, c))), sums(rows, 1, 5), {},
+    def listed(classes: int) -> softcurve.TopK:
+        values, indices = torch.log_softmax(torch.randn(rows, classes), -1).topk(4)
+        return softcurve.TopK(indices, values)
+
+    kinds: dict[str, tuple[Callable[[int], Any], list[int], dict[str, Any]]] = {
+        "index": (lambda c: torch.arange(rows) % c, scaling.of_list(rows, 1), {}),
+        "list of 4": (listed, scaling.of_list(rows, 4), {}),
+        "probabilities": (
+            lambda c: torch.softmax(torch.randn(rows, c), -1), scaling.of_distribution(rows, sides=1), {},
         ),
-        # the largest; Σ e^z and who has the largest; value, surplus, information, S, S without the largest, p·v
-        "probabilities": (lambda c: torch.softmax(torch.randn(rows, c), -1), sums(rows, 1, 2, 6), {}),
-        "teacher": (teacher, sums(rows, 2, 4, 9), {}),
-        "forward": (teacher, sums(rows, 2, 4, 9), {"function": softcurve.linear_kl_divergence}),
-        "js": (teacher, sums(rows, 2, 4, 9), {"function": softcurve.linear_js_divergence}),
+        "teacher": (teacher, scaling.of_distribution(rows, sides=2), {}),
+        "forward": (
+            teacher, scaling.of_distribution(rows, sides=2), {"function": softcurve.linear_kl_divergence},
+        ),
+        "js": (teacher, scaling.of_distribution(rows, sides=2), {"function": softcurve.linear_js_divergence}),
     }  # fmt: skip
-    for name, (target, expected, options) in kinds.items():
+    for name, (target, statistics, options) in kinds.items():
         for classes in (64, 640):
+            step = scaling.Step(rows, d, classes, by_classes=mesh.size(), itemsize=4)
             sent = bytes_sent(mesh, classes, rows, d, target, **dict(options))
-            yield f"traffic {name} C={classes}: {sent}", float(sent != expected + gradient), 0.0
+            expected = statistics + scaling.of_gradients(step)
+            yield f"traffic {name} C={classes}: {sent} for {expected}", float(sent != expected), 0.0
 
 
-def _listed(rows: int, classes: int) -> tuple[Tensor, Tensor]:
-    values, indices = torch.log_softmax(torch.randn(rows, classes), -1).topk(4)
-    return indices, values
+def second_order(mesh: DeviceMesh) -> Cases:
+    """A Hessian product sends as little."""
+    rows, d = 12, 5
+    for classes in (64, 640):
+        torch.manual_seed(2)
+        weight = distribute_tensor(torch.randn(classes, d), mesh, [Shard(0)]).requires_grad_()
+        x = torch.randn(rows, d, requires_grad=True)
+        loss = softcurve.linear_cross_entropy(x, weight, torch.arange(rows) % classes)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with counted() as sent:
+            torch.autograd.grad(gradient.square().sum(), (x, weight))
+        step = scaling.Step(rows, d, classes, by_classes=mesh.size(), itemsize=4)
+        expected = scaling.of_list(rows, 1, directed=True) + scaling.of_gradients(step)
+        yield f"Hessian product C={classes}: {sent} for {expected}", float(sent != expected), 0.0
+
+
+def operations(mesh: DeviceMesh) -> Cases:
+    """Matrix products of one process, by torch's own count."""
+    rows, d, classes = 12, 5, 64
+    step = scaling.Step(rows, d, classes, by_classes=mesh.size())
+    own = distribute_tensor(torch.randn(classes, d), mesh, [Shard(0)]).to_local()
+    first = min(step.own_classes * mesh.get_local_rank(), classes)
+    loss = HeadLoss("cross_entropy", "list", group=mesh.get_group().group_name, first=first, classes=classes)
+    x, indices = torch.randn(rows, d), (torch.arange(rows) % classes).unsqueeze(-1)
+    tensors = HeadTensors(x, own, None, None, None, None, indices, torch.ones(rows), None)
+    both = (True, True, False, False, False, False)
+    direction = (torch.randn(rows, d), torch.randn(own.shape), None, None, None, None)
+
+    def counted_in_products(run: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / (2 * rows * d * len(own))
+
+    for name, expected, run in (
+        ("loss", scaling.LOSS, lambda: passes.evaluate(loss, tensors, None)),
+        ("gradients", scaling.GRADIENTS, lambda: passes.evaluate(loss, tensors, None, wanted=both)),
+        (
+            "Hessian product",
+            scaling.HESSIAN_PRODUCT,
+            lambda: passes.hessian_product(loss, tensors, direction, None, wanted=both),
+        ),
+    ):
+        count = counted_in_products(run)
+        yield f"operations of {name}: {count} products for {expected}", float(count != expected), 0.0
+    for columns in (1, 4):
+        along = [Direction(None, torch.randn(own.shape), None) for _ in range(columns)]
+        into = [Direction(None, torch.zeros(own.shape), None) for _ in range(columns)]
+        given = curvature.RowLosses(loss, tensors, False, None)
+        count = counted_in_products(lambda: curvature.add_products(given, "gauss_newton", along, into))  # noqa: B023
+        expected = scaling.curvature_products(columns)
+        yield f"operations of {columns} columns: {count} products for {expected}", float(count != expected), 0.0
 
 
 def main() -> Cases:
     yield from fsdp()
     yield from tensor_parallel()
     yield from both()
-    yield from traffic()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    yield from traffic(mesh)
+    yield from second_order(mesh)
+    yield from operations(mesh)
 
 
 if __name__ == "__main__":

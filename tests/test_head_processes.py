@@ -19,4 +19,5 @@ def test_beside_fsdp_and_tensor_parallel_plans_and_what_is_sent(count):
     found = process_cases.run("sharded_training", count)
     assert any("FSDP2:" in case for case in found)
     assert any("traffic js" in case for case in found)
+    assert any("operations of 4 columns" in case for case in found)
     assert not process_cases.wrong(found)
