@@ -83,6 +83,7 @@ class Processes(Together):
         self.group, self.asked_to_stop = group, asked_to_stop
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._in_block = False
+        self.agreed_error: BaseException | None = None  # what all have raised
 
     @contextmanager
     def summed(self, *tensors: Tensor) -> Iterator[None]:
@@ -100,10 +101,9 @@ class Processes(Together):
         status[0], status[1] = float(error is not None), float(self.asked_to_stop())
         with _sending():
             sum_over([*tensors, status], self.group)
-        if status[0]:
-            self._raise(error)
-        if status[1]:
-            raise KeyboardInterrupt
+        if status.any():
+            self.agreed_error = self._common(error) if status[0] else KeyboardInterrupt()
+            raise self.agreed_error
 
     def largest(self, *numbers: int | float) -> tuple[int | float, ...]:
         """As of one process; one message."""
@@ -148,19 +148,20 @@ class Processes(Together):
                     dist.broadcast(piece, group=self.group, group_src=owner)
                 yield piece
 
-    def _raise(self, error: BaseException | None) -> None:
-        """Raise what the lowest process that failed has raised."""
-        for rank, text in enumerate(self.texts("" if error is None else _told(error))):
-            if not text:
-                continue
-            if rank == self.rank and error is not None:
-                raise error
-            kind, said = json.loads(text)
-            if kind == "interrupt":
-                raise KeyboardInterrupt
-            if kind == "data":
-                raise DataError(said) from error
-            raise RuntimeError(f"process {rank} of {self.size} failed:\n{said}") from error
+    def _common(self, error: BaseException | None) -> BaseException:
+        """What the lowest process that failed has raised."""
+        said = self.texts("" if error is None else _told(error))
+        rank = next(rank for rank, text in enumerate(said) if text)
+        if rank == self.rank and error is not None:
+            return error
+        kind, text = json.loads(said[rank])
+        found: BaseException = RuntimeError(f"process {rank} of {self.size} failed:\n{text}")
+        if kind == "interrupt":
+            found = KeyboardInterrupt()
+        elif kind == "data":
+            found = DataError(text)
+        found.__cause__ = error
+        return found
 
 
 def _told(error: BaseException) -> str:

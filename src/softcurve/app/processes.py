@@ -1,0 +1,152 @@
+"""The processes of one command, as torchrun starts them: how they meet, and what is said, once, when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from softcurve.app.interrupt import interrupted, postpone_interrupts
+from softcurve.fit import DataError
+from softcurve.fit.together import ALONE, LostProcess, Processes, Together
+
+__all__ = ["processes"]
+
+STARTING = 300.0  # seconds that imports may take longer in one process than in another
+GRACE = 3.0  # seconds that the others have to say that they are alive
+NOTE, SAID, LEFT = "softcurve/note", "softcurve/said", "softcurve/left"
+
+
+@contextmanager
+def processes(timeout: float, checkpoint: Path | None) -> Iterator[Together]:
+    """Those that the environment names (``WORLD_SIZE`` and ``RANK``, as torchrun sets them), or this one alone.
+
+    None waits for another for more than ``timeout`` seconds. A process that ends or hangs ends the others with exit
+    code 1, and one of them says so.
+    """
+    if _size() == 1:
+        yield ALONE
+        return
+    if not timeout > 0:
+        raise DataError(f"--timeout: {timeout:g} must be a positive number of seconds")
+    postpone_interrupts()
+    together = _meet(timeout)
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        who = together.texts(f"pid {os.getpid()} on {socket.gethostname().encode('ascii', 'replace').decode()}")
+        yield together
+    except BaseException as error:
+        if error is not together.agreed_error:  # those that are, all processes leave with
+            _leave(store, together, error, lambda missing: _lost(missing, who, timeout, checkpoint))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _size() -> int:
+    given = os.environ.get("WORLD_SIZE", "1")
+    return int(given) if given.isdecimal() else 1
+
+
+def _meet(timeout: float) -> Processes:
+    starting = timedelta(seconds=max(timeout, STARTING))
+    try:
+        dist.init_process_group("gloo", timeout=starting)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        sys.stderr = sys.__stderr__  # nobody knows who else is there
+        raise DataError(
+            f"the {_size()} processes did not find each other within {starting.total_seconds():g} s "
+            f"({str(error).splitlines()[0]}); start all by torchrun, or each with RANK, WORLD_SIZE, MASTER_ADDR "
+            "and MASTER_PORT"
+        ) from error
+    return Processes(group, interrupted)
+
+
+def _leave(store: Store, together: Together, error: BaseException, lost: Callable[[Sequence[int] | None], str]) -> None:
+    """Return in the one process whose own error is to be shown; end all others, of which one shows what was lost."""
+    notes: dict[int, bool] = {}  # whether a process has failed by itself
+    own = not isinstance(error, LostProcess)
+    if _in_time(lambda: _part(store, together, own, notes), 3 * GRACE):
+        speaks = notes[together.rank]
+    else:  # the first process, which may hold the store, is not there to ask
+        notes, speaks = {}, own or together.rank <= 1
+    if speaks and own:
+        sys.stderr = sys.__stderr__
+        return
+    if speaks:
+        missing = [rank for rank in range(together.size) if rank not in notes]
+        print(f"softcurve: {lost(missing if notes else None)}", file=sys.__stderr__, flush=True)
+    # Nothing that waits for the others, as the ends of their connections may, is run any more.
+    os._exit(1)
+
+
+def _part(store: Store, together: Together, own: bool, notes: dict[int, bool]) -> None:
+    """Leave the group, so that nobody waits for this process, and see who else has."""
+    rank, size = together.rank, together.size
+    store.set(f"{NOTE}/{rank}", json.dumps(own))
+    dist.destroy_process_group()
+    _until(lambda: len(_found(store, NOTE, size)) == size)
+    found = {other: json.loads(store.get(f"{NOTE}/{other}")) for other in _found(store, NOTE, size)}
+    first = min((other for other, failed in found.items() if failed), default=min(found))
+    speaks = rank == first and store.add(SAID, 1) == 1
+    store.set(f"{LEFT}/{rank}", "")
+    if rank == 0:  # the store ends with it
+        _until(lambda: _found(store, LEFT, size) >= found.keys())
+    notes |= found | {rank: speaks}
+
+
+def _found(store: Store, name: str, size: int) -> set[int]:
+    return {rank for rank in range(size) if store.check([f"{name}/{rank}"])}
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + GRACE
+    while not reached() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _in_time(work: Callable[[], None], seconds: float) -> bool:
+    """Whether it ended without an error; what hangs is left behind."""
+    ended = threading.Event()
+
+    def run() -> None:
+        with suppress(RuntimeError):
+            work()
+            ended.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return ended.is_set()
+
+
+def _lost(missing: Sequence[int] | None, who: Sequence[str], timeout: float, checkpoint: Path | None) -> str:
+    named = [0] if missing is None else missing
+    if named:
+        shown = ", ".join(f"{rank} ({who[rank]})" for rank in named)
+        what = (
+            f"process {shown} of {len(who)} has ended or hangs"
+            if len(named) == 1
+            else (f"processes {shown} of {len(who)} have ended or hang")
+        )
+    else:
+        what = f"the {len(who)} processes have lost their connections"
+    if checkpoint is None:
+        how = "start again; --checkpoint FILE keeps the state of a fit"
+    elif checkpoint.exists():
+        how = f"{checkpoint} has the state, and the same command goes on, with any number of processes"
+    else:
+        how = f"start again; {checkpoint} was not yet written"
+    return f"{what}, so that the others ended too (none waits for more than {timeout:g} s, --timeout); {how}"
