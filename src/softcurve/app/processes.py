@@ -23,7 +23,7 @@ from softcurve.fit.together import ALONE, LostProcess, Processes, Together
 __all__ = ["processes"]
 
 STARTING = 300.0  # seconds that imports may take longer in one process than in another
-GRACE = 3.0  # seconds that the others have to say that they are alive
+GRACE = 5.0  # seconds that the others have to say that they are alive
 NOTE, SAID, LEFT = "softcurve/note", "softcurve/said", "softcurve/left"
 
 
@@ -74,7 +74,9 @@ def _meet(timeout: float) -> Processes:
     return Processes(group, interrupted)
 
 
-def _leave(store: Store, together: Together, error: BaseException, lost: Callable[[Sequence[int] | None], str]) -> None:
+def _leave(
+    store: Store, together: Processes, error: BaseException, lost: Callable[[Sequence[int] | None], str]
+) -> None:
     """Return in the one process whose own error is to be shown; end all others, of which one shows what was lost."""
     notes: dict[int, bool] = {}  # whether a process has failed by itself
     own = not isinstance(error, LostProcess)
@@ -92,11 +94,11 @@ def _leave(store: Store, together: Together, error: BaseException, lost: Callabl
     os._exit(1)
 
 
-def _part(store: Store, together: Together, own: bool, notes: dict[int, bool]) -> None:
+def _part(store: Store, together: Processes, own: bool, notes: dict[int, bool]) -> None:
     """Leave the group, so that nobody waits for this process, and see who else has."""
     rank, size = together.rank, together.size
     store.set(f"{NOTE}/{rank}", json.dumps(own))
-    dist.destroy_process_group()
+    together.leave()
     _until(lambda: len(_found(store, NOTE, size)) == size)
     found = {other: json.loads(store.get(f"{NOTE}/{other}")) for other in _found(store, NOTE, size)}
     first = min((other for other, failed in found.items() if failed), default=min(found))
@@ -127,9 +129,23 @@ def _in_time(work: Callable[[], None], seconds: float) -> bool:
             ended.set()
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    with _without_traces():
+        thread.start()
+        thread.join(seconds)
     return ended.is_set()
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """Leave out what torch itself writes to the standard error of a store that it cannot reach."""
+    with open(os.devnull, "wb") as nowhere:
+        shown = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def _lost(missing: Sequence[int] | None, who: Sequence[str], timeout: float, checkpoint: Path | None) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from softcurve.processes import max_over, sum_over
 __all__ = ["ALONE", "LostProcess", "Processes", "Together"]
 
 PIECE = 2**20  # entries of a row-wise tensor that are sent at a time
+LEAVING = 2**20  # the tag of what is never sent
 
 
 class LostProcess(RuntimeError):
@@ -147,6 +149,18 @@ class Processes(Together):
                 with _sending():
                     dist.broadcast(piece, group=self.group, group_src=owner)
                 yield piece
+
+    def leave(self) -> None:
+        """Close the connections, so that nobody waits for this process.
+
+        A group that is destroyed keeps them as long as anything refers to it, a traceback for one; what a receiver does
+        not get in time closes them.
+        """
+        for other in set(range(self.size)) - {self.rank}:
+            with suppress(RuntimeError):
+                work = dist.irecv(torch.zeros(1), group=self.group, group_src=other, tag=LEAVING)
+                if work is not None:
+                    work.wait(timedelta(milliseconds=1))
 
     def _common(self, error: BaseException | None) -> BaseException:
         """What the lowest process that failed has raised."""
