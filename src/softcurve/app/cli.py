@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import sys
@@ -225,7 +226,9 @@ def main() -> None:
 def _let_one_speak() -> None:
     """Of the processes that torchrun starts, the first alone says what all would."""
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as it lives)
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as anything may be said)
+        atexit.register(nowhere.close)
+        sys.stdout = sys.stderr = nowhere
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class Eigenbasis:
     def __init__(self, curvature: Curvature) -> None:
         self.basis: Tensor | None = None
         if curvature.classes <= MOST_CLASSES:
-            self.basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
+            basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
+            self.basis = curvature.together.from_first(basis)  # another machine's may have other signs
         diagonal = curvature.diagonal(None if self.basis is None else self.basis.to(curvature.dtype))
         self.diagonal = diagonal.clamp_(min=FLOOR * float(diagonal.max()))
 
