@@ -258,15 +258,19 @@ def counted(messages: list[int]):
         dist.all_reduce = whole
 
 
-def bytes_of_products(folder, group):
+def bytes_sent(folder, group):
     """A product sends its C × (d + 1) numbers in float64 and two of the status, in one message."""
     if group is None:
-        return {"messages": True}
+        return {"products": True, "points": True}
     messages, marks = [], []
     with counted(messages):
-        fit_head(to_source(X, LABELS), group=group, on_product=lambda products: marks.append(len(messages)))
-    return {"messages": all(messages[mark] == 8 * (CLASSES * 7 + 2) for mark in marks)
-            and all(later > mark for mark, later in pairwise(marks))}  # fmt: skip
+        fit = fit_head(to_source(X, LABELS), group=group, on_product=lambda products: marks.append(len(messages)))
+    of_product, of_point = 8 * (CLASSES * 7 + 2), 8 * (CLASSES * 6 + CLASSES + 3)
+    return {
+        "products": all(messages[mark] == of_product for mark in marks) and messages.count(of_product) >= len(marks)
+        and all(later > mark for mark, later in pairwise(marks)),
+        "points": messages.count(of_point) >= fit.iterations + 1,
+    }  # fmt: skip
 
 
 def gone_on_with(folder, group):
@@ -340,7 +344,7 @@ CASES: dict[str, Case] = {
     "safetensors shards": opened("safetensors"),
     "parquet shards": opened("parquet"),
     "own rows alone": own_rows_alone,
-    "bytes": bytes_of_products,
+    "bytes": bytes_sent,
     "gone on with": gone_on_with,
     "asked to stop": asked_to_stop,
     "refused: not finite": refused("not finite", not_finite),

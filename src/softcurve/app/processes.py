@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -21,6 +22,8 @@ from softcurve.fit import DataError
 from softcurve.fit.together import ALONE, LostProcess, Processes, Together
 
 __all__ = ["processes"]
+
+T = TypeVar("T")
 
 STARTING = 300.0  # seconds that imports may take longer in one process than in another
 GRACE = 5.0  # seconds that the others have to say that they are alive
@@ -42,6 +45,7 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Together]:
     postpone_interrupts()
     together = _meet(timeout)
     store = dist.distributed_c10d._get_default_store()
+    who = ["not heard of yet"] * together.size
     try:
         who = together.texts(f"pid {os.getpid()} on {socket.gethostname().encode('ascii', 'replace').decode()}")
         yield together
@@ -56,7 +60,7 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Together]:
 
 def _size() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
-    return int(given) if given.isdecimal() else 1
+    return max(1, int(given)) if given.isdecimal() else 1
 
 
 def _meet(timeout: float) -> Processes:
@@ -74,28 +78,26 @@ def _meet(timeout: float) -> Processes:
     return Processes(group, interrupted)
 
 
-def _leave(
-    store: Store, together: Processes, error: BaseException, lost: Callable[[Sequence[int] | None], str]
-) -> None:
+def _leave(store: Store, together: Processes, error: BaseException, lost: Callable[[Sequence[int]], str]) -> None:
     """Return in the one process whose own error is to be shown; end all others, of which one shows what was lost."""
-    notes: dict[int, bool] = {}  # whether a process has failed by itself
     own = not isinstance(error, LostProcess)
-    if _in_time(lambda: _part(store, together, own, notes), 3 * GRACE):
-        speaks = notes[together.rank]
-    else:  # the first process, which may hold the store, is not there to ask
-        notes, speaks = {}, own or together.rank <= 1
+    parted = _in_time(lambda: _part(store, together, own), 3 * GRACE)
+    # Or else the first process, which may hold the store, is not there to ask.
+    missing, speaks = parted or ([0], own or together.rank <= 1)
     if speaks and own:
         sys.stderr = sys.__stderr__
         return
     if speaks:
-        missing = [rank for rank in range(together.size) if rank not in notes]
-        print(f"softcurve: {lost(missing if notes else None)}", file=sys.__stderr__, flush=True)
+        print(f"softcurve: {lost(missing)}", file=sys.__stderr__, flush=True)
     # Nothing that waits for the others, as the ends of their connections may, is run any more.
     os._exit(1)
 
 
-def _part(store: Store, together: Processes, own: bool, notes: dict[int, bool]) -> None:
-    """Leave the group, so that nobody waits for this process, and see who else has."""
+def _part(store: Store, together: Processes, own: bool) -> tuple[list[int], bool]:
+    """Leave the group, so that nobody waits for this process; see who has not, and whether to say what happened.
+
+    It is for the first process that has failed by its own, or else the first one that is left, to say so.
+    """
     rank, size = together.rank, together.size
     store.set(f"{NOTE}/{rank}", json.dumps(own))
     together.leave()
@@ -106,7 +108,7 @@ def _part(store: Store, together: Processes, own: bool, notes: dict[int, bool]) 
     store.set(f"{LEFT}/{rank}", "")
     if rank == 0:  # the store ends with it
         _until(lambda: _found(store, LEFT, size) >= found.keys())
-    notes |= found | {rank: speaks}
+    return [other for other in range(size) if other not in found], speaks
 
 
 def _found(store: Store, name: str, size: int) -> set[int]:
@@ -119,20 +121,19 @@ def _until(reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def _in_time(work: Callable[[], None], seconds: float) -> bool:
-    """Whether it ended without an error; what hangs is left behind."""
-    ended = threading.Event()
+def _in_time(work: Callable[[], T], seconds: float) -> T | None:
+    """What it returns, or None after an error; what hangs is left behind."""
+    found: list[T] = []
 
     def run() -> None:
         with suppress(RuntimeError):
-            work()
-            ended.set()
+            found.append(work())
 
     thread = threading.Thread(target=run, daemon=True)
     with _without_traces():
         thread.start()
         thread.join(seconds)
-    return ended.is_set()
+    return found[0] if found else None
 
 
 @contextmanager
@@ -148,13 +149,12 @@ def _without_traces() -> Iterator[None]:
         os.close(shown)
 
 
-def _lost(missing: Sequence[int] | None, who: Sequence[str], timeout: float, checkpoint: Path | None) -> str:
-    named = [0] if missing is None else missing
-    if named:
-        shown = ", ".join(f"{rank} ({who[rank]})" for rank in named)
+def _lost(missing: Sequence[int], who: Sequence[str], timeout: float, checkpoint: Path | None) -> str:
+    if missing:
+        shown = ", ".join(f"{rank} ({who[rank]})" for rank in missing)
         what = (
             f"process {shown} of {len(who)} has ended or hangs"
-            if len(named) == 1
+            if len(missing) == 1
             else (f"processes {shown} of {len(who)} have ended or hang")
         )
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -171,9 +171,14 @@ def fit_head(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
                 on_step=noted,
             )  # fmt: skip
-        except (KeyboardInterrupt, LostProcess):
+        except KeyboardInterrupt:
             if saved is not None:
                 saved.save(latest, now=True)
+            raise
+        except LostProcess:
+            if saved is not None:
+                with suppress(OSError, DataError):  # what is lost is to be said
+                    saved.save(latest, now=True)
             raise
         with together.agreed():
             if saved is not None:

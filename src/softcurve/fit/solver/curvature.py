@@ -221,23 +221,24 @@ class Curvature:
         ``seen`` is given the numbers of each tile's rows and the diagonals of their matrices over the classes.
         """
         diagonal = torch.zeros(self.classes, self.coordinates.size, dtype=torch.float64)
+        squared = None if basis is None else basis.square()
         with self.together.summed(diagonal):
             for tile in self._tiles():
-                of_classes = self._diagonals(tile, basis)
+                of_classes = self._diagonals(tile, basis, squared)
                 if seen is not None:
                     seen(tile.numbers, of_classes)
                 features = tile.features if self.features is not None else self._rotated(tile.features)
                 diagonal += of_classes.T @ features.square()
         return diagonal.clamp_(min=0.0).mul_(self.mean_weight).add_(self.penalties)
 
-    def _diagonals(self, tile: Tile, basis: Tensor | None) -> Tensor:
+    def _diagonals(self, tile: Tile, basis: Tensor | None, squared: Tensor | None) -> Tensor:
         """Of each row's matrix over the classes."""
         p = tile.probabilities
-        of_classes = p - p.square() if basis is None else p.mm(basis.square()).sub_((p @ basis).square_())
+        of_classes = p - p.square() if basis is None or squared is None else (p @ squared).sub_((p @ basis).square_())
         of_classes.mul_(self.scale * (1.0 + OF_CURVATURE * self.damping))
         if self.damping:
             wrong = _wrong(tile)
-            of_classes.add_(wrong if basis is None else wrong @ basis.square(), alpha=self.damping)
+            of_classes.add_(wrong if squared is None else wrong @ squared, alpha=self.damping)
         return of_classes if tile.weights is None else of_classes.mul_(tile.weights)
 
     def _rotated(self, centred: Tensor) -> Tensor:
