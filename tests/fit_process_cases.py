@@ -145,7 +145,9 @@ def spectra(folder, group):
 
 
 def path(folder, group):
-    fits = regularisation_path(of(to_source(X, LABELS), group), [1.0, 0.01, 30.0], tol=1e-9)
+    fits = regularisation_path(
+        to_source(X, LABELS), [1.0, 0.01, 30.0], tol=1e-9, sample_weight=WEIGHTS + 1.0, group=group
+    )
     return {str(number): told(fit) for number, fit in enumerate(fits)}
 
 

@@ -10,14 +10,14 @@ from numbers import Real
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Checkpoint, digest, state_of_first
 from softcurve.fit.data.sharing import shared
-from softcurve.fit.data.source import Block, Share, Source, share_of
+from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
@@ -25,7 +25,7 @@ from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
 from softcurve.fit.together import LostProcess, Processes, Together
 
-__all__ = ["Fit", "coordinates_of", "fit_head", "is_number"]
+__all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -115,9 +115,7 @@ def fit_head(
     :class:`~softcurve.fit.together.LostProcess` where one of them ends or does not answer within the group's timeout.
     """
     if group is not None:
-        source = shared(source, Processes(group))
-        share = share_of(source)
-        sample_weight = _own_part(sample_weight, share, source.rows)
+        source, sample_weight = own_part(source, sample_weight, group)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
@@ -318,13 +316,17 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
     return given / total, total
 
 
-def _own_part(sample_weight: Tensor | None, share: Share, rows: int) -> Tensor | None:
+def own_part(
+    source: Source, sample_weight: Tensor | None, group: ProcessGroup
+) -> tuple[Source, Float[Tensor, " rows"] | None]:
+    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError."""
+    own = shared(source, Processes(group))
     if sample_weight is None:
-        return None
-    given = torch.as_tensor(sample_weight)
+        return own, None
+    share, given = share_of(own), torch.as_tensor(sample_weight).double()
     if given.shape != (share.total,):
         raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(given.shape)}")
-    return given[share.first : share.first + rows]
+    return own, given[share.first : share.first + own.rows]
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
