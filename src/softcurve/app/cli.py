@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,19 +97,23 @@ def fit(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Where the report goes; by default beside the head.")
     ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="How long a process waits for another, where torchrun starts several."),
+    ] = 600.0,
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
     with _refusals():
         from softcurve.app.fitting import FitOptions, fit_command
+        from softcurve.app.processes import processes
 
-        fit_command(
-            FitOptions(
-                data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
-                dtype, memory, checkpoint, checkpoint_every, out, record, report,
-            ),
-            progress=progress,
+        options = FitOptions(
+            data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
+            dtype, memory, checkpoint, checkpoint_every, out, record, report,
         )  # fmt: skip
+        with processes(timeout, checkpoint) as together:
+            fit_command(options, together, progress=progress)
 
 
 @app.command()
@@ -212,7 +218,17 @@ def main() -> None:
         # A class name must not end the run on a terminal whose encoding lacks a letter of it.
         sys.stdout.reconfigure(errors="backslashreplace")
     remember_interrupts()
+    if sys.argv[1:2] == ["fit"]:
+        _let_one_speak()
     app()
+
+
+def _let_one_speak() -> None:
+    """Of the processes that torchrun starts, the first alone says what all would."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as anything may be said)
+        atexit.register(nowhere.close)
+        sys.stdout = sys.stderr = nowhere
 
 
 @contextmanager

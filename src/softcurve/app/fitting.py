@@ -27,6 +27,7 @@ from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
 from softcurve.fit.losses import check_loss
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
+from softcurve.fit.together import ALONE, Together
 
 __all__ = ["FitOptions", "fit_command"]
 
@@ -70,15 +71,27 @@ class Work:
     spectrum: CurvatureSpectrum | str
 
 
-def fit_command(options: FitOptions, *, progress: bool | None) -> None:
-    """Fit, save the head, its record and its report, print the table and the JSON line. Raises DataError."""
-    outputs = _outputs(options)
+def fit_command(options: FitOptions, together: Together = ALONE, *, progress: bool | None) -> None:
+    """Fit, save the head, its record and its report, print the table and the JSON line. Raises DataError.
+
+    Of several processes the first one writes and prints.
+    """
+    outputs: dict[str, Path] = {}
+    with together.agreed():
+        if together.first:
+            outputs = _outputs(options)
     Cs = _strengths(options.path)
-    source = open_source(options.data, options.target, class_count=options.class_count)
+    source = open_source(options.data, options.target, class_count=options.class_count, together=together)
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    work = _work(options, train, held, Cs, progress=progress)
+    work = _work(options, train, held, Cs, progress=progress if together.first else False)
+    with together.agreed():
+        if together.first:
+            _write(options, source, work, outputs)
+
+
+def _write(options: FitOptions, source: Source, work: Work, outputs: dict[str, Path]) -> None:
     record = _record(options, work) | {name: str(path) for name, path in outputs.items()}
     dtype = getattr(torch, options.dtype)
     head = SavedHead(work.fit.weight.to(dtype), work.fit.bias.to(dtype), source.classes, options.loss, options.C)
@@ -198,13 +211,13 @@ def _path(
 
 
 def _record(options: FitOptions, work: Work) -> dict[str, Any]:
-    fit, train, held = work.fit, work.train, work.held
+    fit, train = work.fit, work.train
     return {
         "command": "fit",
         "data": options.data,
-        "rows": train.rows + (0 if held is None else held.rows),
-        "rows_train": train.rows,
-        "rows_held_out": 0 if held is None else held.rows,
+        "rows": work.on_train.rows + (0 if work.on_held is None else work.on_held.rows),
+        "rows_train": work.on_train.rows,
+        "rows_held_out": 0 if work.on_held is None else work.on_held.rows,
         "features": train.width,
         "classes": len(train.classes),
         # A distribution may have mass where it is not largest.
@@ -277,7 +290,7 @@ def _report(options: FitOptions, source: Source, work: Work) -> str:
     }
     report = FitReport(
         data=options.data,
-        rows=work.train.rows,
+        rows=work.on_train.rows,
         features=source.width,
         classes=source.classes,
         kind=source.kind,

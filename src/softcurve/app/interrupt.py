@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
-__all__ = ["remember_interrupts", "stop_if_interrupted"]
+__all__ = ["interrupted", "postpone_interrupts", "remember_interrupts", "stop_if_interrupted"]
+
+AGAIN = 5.0  # seconds from which on a second interrupt is a second one: torchrun passes on what a terminal sent too
 
 _asked = False
+_since = 0.0
 
 
 def remember_interrupts() -> None:
@@ -21,6 +25,28 @@ def stop_if_interrupted() -> None:
     """Raise KeyboardInterrupt if one was asked for and got lost. Long work calls this at every step."""
     if _asked:
         raise KeyboardInterrupt
+
+
+def postpone_interrupts() -> None:
+    """From here on an interrupt, or a request to end, is noted alone; one that comes later again is raised at once.
+
+    Processes that work together stop at one place, where they tell each other.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _noted)
+
+
+def interrupted() -> bool:
+    """Whether one was asked for."""
+    return _asked
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    global _asked, _since
+    if _asked and time.monotonic() - _since > AGAIN:
+        raise KeyboardInterrupt
+    if not _asked:
+        _asked, _since = True, time.monotonic()
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

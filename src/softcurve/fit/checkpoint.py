@@ -18,16 +18,29 @@ from softcurve.fit.atomic import check_writable
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import State, Step
 from softcurve.fit.tensor_file import read_tensors, write_tensors
+from softcurve.fit.together import Together
 
-__all__ = ["Checkpoint", "digest"]
+__all__ = ["Checkpoint", "digest", "state_of_first"]
 
 FORMAT = "softcurve.fit"
 VERSION = "2"
 
 
-def digest(tensor: Tensor) -> str:
-    """Of a tensor's values."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+def digest(*pieces: Tensor) -> str:
+    """Of a tensor's values; it may come in pieces."""
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece.contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def state_of_first(state: State | None, shape: tuple[int, int], together: Together) -> State | None:
+    """The state that the first process has read; ``shape`` is that of its parameters."""
+    said = together.texts("" if state is None else _told(state))[0]
+    if together.size == 1 or not said:
+        return state
+    parameters = torch.zeros(shape, dtype=torch.float64) if state is None else state.parameters
+    return _understood(said, together.from_first(parameters))
 
 
 class Checkpoint:
@@ -63,12 +76,7 @@ class Checkpoint:
         if metadata.get("axes") == self.axes:  # without the rounding of a turn
             parameters = self._checked(tensors, "parameters", (classes, self.coordinates.size))
         try:
-            state = json.loads(metadata["state"])
-            history = tuple(Step(**{key: kind(step[key]) for key, kind in STEP.items()}) for step in state["history"])
-            kept = {key: kind(state[key]) for key, kind in STATE.items()}
-            if not history or not kept["damping"] >= 0.0:
-                raise ValueError("no step, or a damping below zero")
-            return State(parameters, history=history, **kept)
+            return _understood(metadata["state"], parameters)
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("its metadata 'state' cannot be read") from error
 
@@ -76,10 +84,9 @@ class Checkpoint:
         """Write the state if it is time to, or ``now``."""
         if not now and time.monotonic() - self.written < self.every:
             return
-        kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
         weight, bias = self.coordinates.head(state.parameters)
         tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
-        write_tensors(self.path, tensors, self.identity | {"axes": self.axes, "state": json.dumps(kept)})
+        write_tensors(self.path, tensors, self.identity | {"axes": self.axes, "state": _told(state)})
         self.written = time.monotonic()
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,6 +105,22 @@ class Checkpoint:
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")
+
+
+def _told(state: State) -> str:
+    """All but the parameters."""
+    kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
+    return json.dumps(kept)
+
+
+def _understood(said: str, parameters: Tensor) -> State:
+    """Raises KeyError, TypeError or ValueError for what ``_told`` has not said."""
+    state = json.loads(said)
+    history = tuple(Step(**{key: kind(step[key]) for key, kind in STEP.items()}) for step in state["history"])
+    kept = {key: kind(state[key]) for key, kind in STATE.items()}
+    if not history or not kept["damping"] >= 0.0:
+        raise ValueError("no step, or a damping below zero")
+    return State(parameters, history=history, **kept)
 
 
 # Of a state, beside the parameters and the history; and of a step.

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from softcurve.fit.together import Together
+
 __all__ = ["ConfusedPair", "Confusion"]
 
 DENSE_CLASSES = 200  # up to here the whole matrix is held
@@ -61,6 +63,17 @@ class Confusion:
         self._codes, places = codes.unique(return_inverse=True)
         self._counts = torch.zeros_like(self._codes).index_add_(0, places, counts)
         self._pending, self._gathered = [], 0
+
+    def add_others(self, together: Together) -> None:
+        """Count the rows of all processes, which do the same."""
+        counts = (self.support, self.predicted, self.correct)
+        with together.summed(*counts if self.matrix is None else (*counts, self.matrix)):
+            pass
+        if self.matrix is None and together.size > 1:
+            self._merge()
+            codes, counted = (torch.cat(together.gathered(each)) for each in (self._codes, self._counts))
+            self._codes, places = codes.unique(return_inverse=True)
+            self._counts = torch.zeros_like(self._codes).index_add_(0, places, counted)
 
     def most_confused(self, at_most: int) -> tuple[ConfusedPair, ...]:
         """The pairs of different classes that occur most often; of equals the first in order of the classes."""

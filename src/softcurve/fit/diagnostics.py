@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
-from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within
+from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within, share_of
 from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels
+from softcurve.fit.together import Together
 from softcurve.functional import entropy
 from softcurve.targets import TopK
 
@@ -92,23 +94,28 @@ def diagnose(
 ) -> Diagnostics:
     """The figures of ``softmax(W e + b)`` on all rows, in float64 and in one walk.
 
+    Where the source is a share, they are those of the rows of all processes, which ask for them at the same time.
     Raises DataError for rows without targets, or no rows.
     """
-    if source.kind is None or source.rows == 0:
-        raise DataError("data: figures need rows with targets" + ("" if source.rows else ", and there are no rows"))
+    share = share_of(source)
+    if source.kind is None or share.total == 0:
+        raise DataError("data: figures need rows with targets" + ("" if share.total else ", and there are no rows"))
     weight, bias = weight.double(), bias.double()
     classes = len(bias)
     if rows_at_once is None:
         rows_at_once = rows_within(*weight.shape)
     confusion, sums = Confusion(classes), _Sums(bins)
     hard = _Hardest(hardest, weight.shape[1])
-    for block in source.blocks(rows_at_once):
-        assert block.target is not None
-        logits = torch.addmm(bias, block.features.double(), weight.T)
-        found = _rows(loss, logits, block.target)
-        confusion.add(found.label, found.predicted)
-        sums.add(found)
-        hard.add(block, found)
+    with share.together.agreed():
+        for block in source.blocks(rows_at_once):
+            assert block.target is not None
+            logits = torch.addmm(bias, block.features.double(), weight.T)
+            found = _rows(loss, logits, block.target)
+            confusion.add(found.label, found.predicted)
+            sums.add(found)
+            hard.add(block, found)
+    for counted in (confusion, sums, hard):
+        counted.add_others(share.together)
     rows, totals = sums.rows, {name: total / sums.rows for name, total in sums.totals.items()}
     return Diagnostics(
         rows=rows,
@@ -183,6 +190,15 @@ class _Sums:
         self.confidence.index_add_(0, places, rows.confidence)
         self.correct.index_add_(0, places, (rows.label == rows.predicted).double())
 
+    def add_others(self, together: Together) -> None:
+        """The sums over the rows of all processes."""
+        totals = torch.tensor([self.rows, *self.totals.values()], dtype=torch.float64)
+        counts = self.counts.double()
+        with together.summed(totals, counts, self.confidence, self.correct):
+            pass
+        self.counts, self.rows = counts.long(), int(totals[0])
+        self.totals = dict(zip(self.totals, totals[1:].tolist(), strict=True))
+
     def calibration(self) -> Calibration:
         confidence, accuracy = self.confidence / self.counts, self.correct / self.counts  # 0/0 is NaN
         error = (self.correct - self.confidence).abs().sum().item() / self.rows
@@ -203,8 +219,23 @@ class _Hardest:
         columns = (el2n, rows.label, rows.predicted, rows.probability, rows.loss)
         numbers = [block.number(row) for row in order.tolist()]
         found = [HardRow(*row) for row in zip(numbers, *(column[order].tolist() for column in columns), strict=True)]
-        together = self.rows + found
-        kept = sorted(range(len(together)), key=lambda place: -together[place].el2n)[: self.at_most]
-        self.rows = [together[place] for place in kept]
+        self._keep(self.rows + found, [self.features, block.features[order].double()])
+
+    def add_others(self, together: Together) -> None:
+        """The hardest of the rows of all processes."""
+        if together.size == 1:
+            return
+        columns = torch.tensor([astuple(row) for row in self.rows], dtype=torch.float64).reshape(
+            -1, len(fields(HardRow))
+        )
+        rows = [
+            HardRow(int(row), el2n, int(label), int(predicted), probability, loss)
+            for row, el2n, label, predicted, probability, loss in torch.cat(together.gathered(columns)).tolist()
+        ]
+        self._keep(rows, [None] if self.features is None else together.gathered(self.features))
+
+    def _keep(self, rows: list[HardRow], features: Sequence[Tensor | None]) -> None:
+        kept = sorted(range(len(rows)), key=lambda place: -rows[place].el2n)[: self.at_most]
+        self.rows = [rows[place] for place in kept]
         if self.features is not None:
-            self.features = torch.cat([self.features, block.features[order].double()])[kept]
+            self.features = torch.cat([each for each in features if each is not None])[kept]

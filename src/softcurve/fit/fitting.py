@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve.fit import DataError
-from softcurve.fit.checkpoint import Checkpoint, digest
-from softcurve.fit.data.source import Source
+from softcurve.fit.checkpoint import Checkpoint, digest, state_of_first
+from softcurve.fit.data.sharing import shared
+from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
+from softcurve.fit.together import LostProcess, Processes, Together
 
-__all__ = ["Fit", "coordinates_of", "fit_head", "is_number"]
+__all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -79,6 +82,7 @@ def fit_head(
     checkpoint_every: float = 30.0,
     on_step: Callable[[Step], None] = lambda step: None,
     on_product: Callable[[int], None] = lambda products: None,
+    group: ProcessGroup | None = None,
 ) -> Fit:
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
@@ -102,24 +106,31 @@ def fit_head(
             on from it; it must belong to the same rows and options.
         on_step: Called after every step.
         on_product: Called with the number of products so far, after each.
+        group: Processes that fit one head together. All give the same arguments, the source and ``sample_weight`` of
+            all rows, of which each reads a part of its own; the first one reads and writes the checkpoint. A source
+            that is such a part already (:func:`~softcurve.fit.data.sharing.shared`) comes with the weights of its own
+            rows, and needs no group.
 
-    Raises DataError for options, rows or a checkpoint that cannot be used.
+    Raises DataError for options, rows or a checkpoint that cannot be used, in all processes of a group, and
+    :class:`~softcurve.fit.together.LostProcess` where one of them ends or does not answer within the group's timeout.
     """
+    if group is not None:
+        source, sample_weight = own_part(source, sample_weight, group)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
     _check_options(C, tol, max_iter, precision, memory_budget)
     classes = len(source.classes)
     _check_start(start, classes, source.width)
-    weights = _weights(sample_weight, source.rows)
-    total = float(weights.sum())
-    weights = weights / total
+    share = share_of(source)
+    together = share.together
+    weights, total = _weights(sample_weight, source)
     budget = _budget(source, memory_budget)
     rows_at_once = _rows_at_once(source, classes, budget)
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
-    work = source.rows * source.width * classes
+    work = share.total * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
-    with _threads(work):
+    with _threads(work, together):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         _require_fitting(coordinates, source.width, fit_intercept)
@@ -131,11 +142,15 @@ def fit_head(
                 rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
             )  # fmt: skip
 
-        saved = None
+        saved = state = None
         if checkpoint is not None:
-            settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(weights)}"
-            saved = Checkpoint(checkpoint, coordinates, source.fingerprint, settings, every=checkpoint_every)
-        state = saved.load(classes) if saved is not None else None
+            settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(*together.in_order(weights))}"
+            rows = source.fingerprint
+            with together.agreed():
+                if together.first:
+                    saved = Checkpoint(checkpoint, coordinates, rows, settings, every=checkpoint_every)
+                    state = saved.load(classes)
+            state = state_of_first(state, (classes, coordinates.size), together)
         if state is None:
             state = _first_state(objective, start, total, double=double)
 
@@ -144,9 +159,10 @@ def fit_head(
         def noted(state: State) -> None:
             nonlocal latest
             latest = state
-            if saved is not None:
-                saved.save(state)
-            on_step(state.history[-1])
+            with together.agreed():
+                if saved is not None:
+                    saved.save(state)
+                on_step(state.history[-1])
 
         try:
             outcome = minimise(
@@ -157,8 +173,14 @@ def fit_head(
             if saved is not None:
                 saved.save(latest, now=True)
             raise
-        if saved is not None:
-            saved.save(outcome.state, now=True)
+        except LostProcess:
+            if saved is not None:
+                with suppress(OSError, DataError):  # what is lost is to be said
+                    saved.save(latest, now=True)
+            raise
+        with together.agreed():
+            if saved is not None:
+                saved.save(outcome.state, now=True)
         return _fit_of(outcome, objective)
 
 
@@ -173,13 +195,11 @@ def coordinates_of(
 
     They also serve a fit to some of the rows, as they span those; any mean and any axes lead to the same head.
     """
-    weights = _weights(sample_weight, source.rows)
-    classes = len(source.classes)
+    weights, _ = _weights(sample_weight, source)
+    share, classes = share_of(source), len(source.classes)
     rows_at_once = _rows_at_once(source, classes, _budget(source, memory_budget))
-    with _threads(source.rows * source.width * classes):
-        return find_coordinates(
-            source, weights / weights.sum(), classes, intercept=fit_intercept, rows_at_once=rows_at_once
-        )
+    with _threads(share.total * source.width * classes, share.together):
+        return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 
 
 def _require_fitting(coordinates: Coordinates, width: int, fit_intercept: bool) -> None:
@@ -209,21 +229,29 @@ def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
 
 def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
     """Whether every row's label has the largest logit: then a larger weight has a smaller loss, without end."""
-    for block in objective.source.blocks(objective.rows_at_once):
-        label = block.target
-        if not isinstance(label, Tensor):
-            return False
-        of_rows = objective.weights[block.start : block.start + len(block)] > 0
-        if label.is_floating_point():
-            share, label = label.max(1)
-            if (share < 1.0)[of_rows].any():
-                return False
-        logits = torch.addmm(bias, block.features.double(), weight.T)
-        of_label = logits.gather(1, label[:, None])
-        others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
-        if (of_label <= others)[of_rows].any():
-            return False
-    return True
+    if objective.source.kind == "top_k":
+        return False
+    against = torch.zeros(1, dtype=torch.float64)
+    with share_of(objective.source).together.summed(against):
+        for block in objective.source.blocks(objective.rows_at_once):
+            of_rows = objective.weights[block.start : block.start + len(block)] > 0
+            if not _separated(block, weight, bias)[of_rows].all():
+                against += 1.0
+                break
+    return not against
+
+
+def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
+    label = block.target
+    assert isinstance(label, Tensor)
+    certain = torch.ones(len(block), dtype=torch.bool)
+    if label.is_floating_point():
+        share, label = label.max(1)
+        certain = share >= 1.0
+    logits = torch.addmm(bias, block.features.double(), weight.T)
+    of_label = logits.gather(1, label[:, None])
+    others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
+    return certain & (of_label > others)[:, 0]
 
 
 def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
@@ -242,16 +270,17 @@ def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, tota
 
 def _class_shares(objective: Objective) -> Float64[Tensor, " classes"]:
     shares = torch.zeros(objective.classes, dtype=torch.float64)
-    for block in objective.source.blocks(objective.rows_at_once):
-        weights = objective.weights[block.start : block.start + len(block)]
-        assert block.target is not None
-        if not isinstance(block.target, Tensor):
-            probs = block.target.log_probs.double().exp() * weights[:, None]
-            shares.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
-        elif block.target.is_floating_point():
-            shares += weights @ block.target.double()
-        else:
-            shares.scatter_add_(0, block.target, weights)
+    with share_of(objective.source).together.summed(shares):
+        for block in objective.source.blocks(objective.rows_at_once):
+            weights = objective.weights[block.start : block.start + len(block)]
+            assert block.target is not None
+            if not isinstance(block.target, Tensor):
+                probs = block.target.log_probs.double().exp() * weights[:, None]
+                shares.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
+            elif block.target.is_floating_point():
+                shares += weights @ block.target.double()
+            else:
+                shares.scatter_add_(0, block.target, weights)
     return shares
 
 
@@ -264,18 +293,40 @@ def _rows_at_once(source: Source, classes: int, budget: int) -> int:
     return max(1, min(source.rows, fits, max(FEWEST_ROWS, TILE // (classes + source.width))))
 
 
-def _weights(sample_weight: Tensor | None, rows: int) -> Float64[Tensor, " rows"]:
+def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tensor, " rows"], float]:
+    """The weights of these rows, divided by the sum of all rows' weights; and that sum."""
+    share = share_of(source)
     if sample_weight is None:
-        return torch.ones(rows, dtype=torch.float64)
-    weights = torch.as_tensor(sample_weight).double()
-    if weights.shape != (rows,):
-        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(weights.shape)}")
-    if not (weights.isfinite().all() and (weights >= 0).all() and 1e-200 < float(weights.sum()) < 1e200):
+        return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
+    given = torch.as_tensor(sample_weight).double()
+    with share.together.agreed():
+        if given.shape != (source.rows,):
+            raise DataError(
+                f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(given.shape)}"
+            )
+    # All of them, as their sum has the rounding that it has in one process.
+    pieces = list(share.together.in_order(given))
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    total = float(whole.sum())
+    if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
         raise DataError(
             "sample_weight must be finite, not negative, and positive somewhere, with a sum of an ordinary size; mend "
             "or drop such rows"
         )
-    return weights
+    return given / total, total
+
+
+def own_part(
+    source: Source, sample_weight: Tensor | None, group: ProcessGroup
+) -> tuple[Source, Float[Tensor, " rows"] | None]:
+    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError."""
+    own = shared(source, Processes(group))
+    if sample_weight is None:
+        return own, None
+    share, given = share_of(own), torch.as_tensor(sample_weight).double()
+    if given.shape != (share.total,):
+        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(given.shape)}")
+    return own, given[share.first : share.first + own.rows]
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
@@ -310,11 +361,14 @@ def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) 
 
 
 @contextmanager
-def _threads(work: int) -> Iterator[None]:
-    """Keep torch to one thread where a product is a matter of microseconds."""
+def _threads(work: int, together: Together) -> Iterator[None]:
+    """Keep torch to one thread where a product is a matter of microseconds; and all processes to as many.
+
+    They add up what they all have with the same rounding then, and decide alike.
+    """
     threads = torch.get_num_threads()
-    if work < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
+    fewest = -int(together.largest(-threads)[0])
+    torch.set_num_threads(1 if work < ONE_THREAD_BELOW * together.size else fewest)
     try:
         yield
     finally:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, Source
+from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.together import Together
 from softcurve.targets import TopK
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
@@ -70,12 +71,15 @@ def curvature_spectrum(
 
     A matrix of up to 1,500 columns is made. For larger ones products are taken, on as many rows as ``rows · d · C`` of
     5e6 allows; for more than that the Kronecker factors, up to 2,048 classes and features. Beyond, it is left out. The
-    penalty of a fit is no part of the matrix. Raises DataError for rows without targets.
+    penalty of a fit is no part of the matrix. Where the source is a share, the rows are drawn from those of all
+    processes, and the first one takes the time; the others are told that it does. Raises DataError for rows without
+    targets.
     """
     if source.kind is None:
         raise DataError("data: the curvature needs rows with targets")
+    share = share_of(source)
     classes, width = weight.shape
-    size, sample = classes * (width + (bias is not None)), min(rows, source.rows)
+    size, sample = classes * (width + (bias is not None)), min(rows, share.total)
     affordable = int(WORK / (classes * width))
     method: Method = "products"
     if size <= DENSE_SIZE:
@@ -91,6 +95,8 @@ def curvature_spectrum(
             "softcurve spectrum takes the time that it needs"
         )
     features, target = _sampled(source, sample, seed)
+    if not share.together.first:
+        return "the first process has it"
     if loss == "forward_kl" and source.kind == "labels":
         loss = "cross_entropy"  # H(y) = 0 for a label
     if isinstance(target, Tensor) and not target.is_floating_point() and loss != "cross_entropy":
@@ -175,18 +181,45 @@ def _of_factors(here: HeadCurvature) -> Float64[Tensor, " size"]:
 
 def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
     """Features and targets of rows drawn at random, in their order."""
-    drawn = np.random.default_rng(seed).choice(source.rows, rows, replace=False, shuffle=False)  # holds those alone
-    wanted = torch.from_numpy(drawn).sort().values
+    share = share_of(source)
+    drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds those alone
+    wanted = torch.from_numpy(drawn).sort().values - share.first
     features, targets, last = [], [], int(wanted[-1])
-    for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
-        here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
-        if len(here):
-            assert block.target is not None
-            features.append(block.features[here].double())
-            targets.append(_at(block.target, here))
-        if block.start + len(block) > last:
-            break
-    return torch.cat(features), _joined(targets)
+    with share.together.agreed():
+        for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
+            here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
+            if len(here):
+                assert block.target is not None
+                features.append(block.features[here].double())
+                targets.append(_at(block.target, here))
+            if block.start + len(block) > last:
+                break
+    return _of_all(features, targets, source, share.together)
+
+
+def _of_all(
+    features: list[Tensor], targets: list[Tensor | TopK], source: Source, together: Together
+) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
+    """The rows that all processes have drawn, in their order."""
+    if together.size == 1:
+        return torch.cat(features), _joined(targets)
+    none = torch.zeros(0, source.width, dtype=torch.float64)
+    all_features = torch.cat(together.gathered(torch.cat([none, *features])))
+    if source.kind != "top_k":
+        like = torch.zeros(0, dtype=torch.int64)
+        if source.kind == "distributions":
+            like = torch.zeros(0, len(source.classes), dtype=torch.float64)
+        own = torch.cat([like, *(target for target in targets if isinstance(target, Tensor))])
+        return all_features, torch.cat(together.gathered(own))
+    own_lists = _joined(targets) if targets else None
+    k, bytes_each = together.largest(
+        *((own_lists.indices.shape[1], own_lists.log_probs.itemsize) if isinstance(own_lists, TopK) else (0, 0))
+    )
+    indices, log_probs = torch.zeros(0, int(k), dtype=torch.int64), torch.zeros(0, int(k), dtype=torch.float64)
+    if isinstance(own_lists, TopK):
+        indices, log_probs = own_lists.indices, own_lists.log_probs.double()
+    indices, log_probs = (torch.cat(together.gathered(each)) for each in (indices, log_probs))
+    return all_features, TopK(indices, log_probs if bytes_each == 8 else log_probs.float())
 
 
 def _at(target: BlockTarget, places: Tensor) -> Tensor | TopK:

@@ -7,7 +7,7 @@ from typing import Any
 
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source
-from softcurve.fit.fitting import Fit, coordinates_of, fit_head, is_number
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head, is_number, own_part
 
 __all__ = ["regularisation_path"]
 
@@ -22,6 +22,9 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
         raise DataError(f"Cs must be positive numbers, or inf for no penalty, and at least one; got {list(Cs)}")
     if options.get("checkpoint") is not None:
         raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")
+    group = options.pop("group", None)
+    if group is not None:
+        source, options["sample_weight"] = own_part(source, options.get("sample_weight"), group)
     if options.get("coordinates") is None:
         shared = ("fit_intercept", "sample_weight", "memory_budget")
         options["coordinates"] = coordinates_of(source, **{name: options[name] for name in shared if name in options})

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,17 @@ from softcurve.fit.data.features import check_features, double_needed, refuse_no
 from softcurve.fit.data.labels import index_labels
 from softcurve.fit.data.read_ahead import read_ahead
 from softcurve.fit.data.soft_targets import check_distributions, check_lists, rescale, to_top_k
-from softcurve.fit.data.source import Block, BlockTarget, Label, TargetKind
+from softcurve.fit.data.source import Block, BlockTarget, Label, Share, TargetKind
+from softcurve.fit.together import ALONE, Together
 
-__all__ = ["ColumnSource", "assemble"]
+__all__ = ["ColumnSource", "assemble", "own_span"]
 
 BLOCK = 65536  # entries of a list at a time, where its classes are counted
 
 
 @dataclass(frozen=True, eq=False)
 class ColumnSource:
-    """The rows of all parts, one after the other. A block ends where a part does.
+    """The rows of all parts, one after the other, or a share of them. A block ends where a part does.
 
     Labels are held as indices; features, distributions and lists are read in each walk, those of files by a thread,
     one block ahead, so that two blocks are in memory at a time. Distributions come in float64, rescaled to sum to one.
@@ -41,11 +41,19 @@ class ColumnSource:
     classes: tuple[Label, ...]
     index: Int64[np.ndarray, " rows"] | None  # the labels
     in_memory: bool
+    span: tuple[int, int] | None = None  # the rows from one to another, where these are not all
+    together: Together = ALONE
 
     @cached_property
     def rows(self) -> int:
         """How many, over all parts."""
-        return sum(part.rows for part in self.parts)
+        first, end = self.span or (0, sum(part.rows for part in self.parts))
+        return end - first
+
+    @cached_property
+    def share(self) -> Share:
+        """Which rows of all parts these are."""
+        return Share(self.span[0] if self.span else 0, sum(part.rows for part in self.parts), self.together)
 
     @property
     def width(self) -> int:
@@ -64,15 +72,21 @@ class ColumnSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the labels, and of what is stored of everything else in some places."""
-        state = hashlib.sha256(repr((self.rows, self.kind, self.classes)).encode())
-        state.update(b"" if self.index is None else self.index.tobytes())
+        """Of the labels, and of what is stored of everything else in some places.
+
+        It is that of the rows of all processes, which must ask for it at the same time.
+        """
+        state = hashlib.sha256(repr((self.share.total, self.kind, self.classes)).encode())
+        if self.index is not None:
+            for piece in self.together.in_order(torch.from_numpy(self.index)):
+                state.update(piece.numpy().tobytes())
         streamed = [part.features for part in self.parts]
         streamed += [column for part in self.parts for column in part.lists or ()]
         if self.kind == "distributions":
             streamed += [part.target for part in self.parts if part.target is not None]
-        for column in streamed:
-            state.update(column.digest())
+        with self.together.agreed():
+            for column in streamed:
+                state.update(column.digest())
         return state.hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[Block]:
@@ -85,16 +99,22 @@ class ColumnSource:
         """As ``blocks``, without a thread."""
         size = min(at_most, max(part.rows for part in self.parts))
         buffers = _Buffers(size), _Buffers(size)
-        firsts = accumulate((part.rows for part in self.parts), initial=0)
         turn = 0
-        for part, first in zip(self.parts, firsts, strict=False):
+        for part, begin, end, own in _within(self.parts, self.share.first, self.share.first + self.rows):
             with ExitStack() as stack:
                 reading = _Reading(self, part, stack)
-                for start in range(0, part.rows, at_most):
-                    stop = min(start + at_most, part.rows)
+                for start in range(begin, end, at_most):
+                    stop = min(start + at_most, end)
                     features = reading.features(buffers[turn], start, stop)
-                    target = reading.target(buffers[turn], start, stop, first)
-                    yield Block(first + start, features, target)
+                    place = own + start - begin
+                    target = reading.target(buffers[turn], start, stop, place)
+                    number = self.share.first + place
+                    yield Block(
+                        place,
+                        features,
+                        target,
+                        torch.arange(number, number + stop - start) if number != place else None,
+                    )
                     turn = 1 - turn
 
 
@@ -133,10 +153,10 @@ class _Reading:
         refuse_not_finite(rows, self.part.features.name, start, "drop or fill such rows")
         return torch.from_numpy(rows)
 
-    def target(self, buffers: _Buffers, start: int, stop: int, first: int) -> BlockTarget | None:
+    def target(self, buffers: _Buffers, start: int, stop: int, own: int) -> BlockTarget | None:
         count, place = stop - start, (self.part.first or 0) + start
         if self.source.index is not None:
-            return torch.from_numpy(self.source.index[first + start : first + stop])
+            return torch.from_numpy(self.source.index[own : own + count])
         if self.source.kind == "distributions" and self.part.target is not None:
             rows = buffers.take("distributions", count, len(self.source.classes), np.float64)
             self.fill["distributions"](place, rows)
@@ -160,31 +180,76 @@ def assemble(
     classes: tuple[Label, ...] | None = None,
     class_count: int | None = None,
     in_memory: bool = False,
+    together: Together = ALONE,
 ) -> ColumnSource:
     """Check what can be seen without reading all, read the labels, and make the parts one source.
 
     Targets are in terms of ``classes`` where they are given. ``class_count`` is that of a teacher's lists, by default
-    the largest index and one. Raises DataError that names the part.
+    the largest index and one. Of several processes, each has a share. Raises DataError that names the part.
     """
-    kinds = [_checked_kind(part) for part in parts]
-    for part, kind in zip(parts, kinds, strict=True):
-        _refuse_other(parts[0], kinds[0], part, kind)
-    kind = kinds[0]
-    if class_count is not None and (class_count < 2 or kind == "labels"):
-        what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
-        raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
+    with together.agreed():
+        kinds = [_checked_kind(part) for part in parts]
+        for part, kind in zip(parts, kinds, strict=True):
+            _refuse_other(parts[0], kinds[0], part, kind)
+        kind = kinds[0]
+        if class_count is not None and (class_count < 2 or kind == "labels"):
+            what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
+            raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
+    rows = sum(part.rows for part in parts)
+    _require_same_rows(rows, parts[0].features, kind, together)
+    first, end = own_span(rows, together)
     index = None
     if kind == "labels":
-        columns = {id(part.target): part.target for part in parts if part.target is not None}  # one file for all parts
-        classes, index = index_labels(list(columns.values()), classes)
+        classes, index = index_labels(_label_spans(parts, first, end), classes, together)
     elif kind is not None:
         given = class_count if classes is None else len(classes)
-        found = _class_count(parts, kind, given, "the head has" if classes is not None else "class_count is")
-        classes = tuple(range(found)) if classes is None else classes
-    source = ColumnSource(tuple(parts), kind, classes if classes is not None and kind else (), index, in_memory)
+        said = "the head has" if classes is not None else "class_count is"
+        found = 0
+        with together.agreed():
+            found = _class_count(parts, kind, given, said, first, end)
+        classes = tuple(range(int(together.largest(found)[0]))) if classes is None else classes
+    named = classes if classes is not None and kind else ()
+    source = ColumnSource(tuple(parts), kind, named, index, in_memory, (first, end), together)
     if in_memory:
-        _check_entries(source)
+        with together.agreed():
+            _check_entries(source)
     return source
+
+
+def own_span(rows: int, together: Together) -> tuple[int, int]:
+    """From which of so many rows to which are this process's."""
+    return rows * together.rank // together.size, rows * (together.rank + 1) // together.size
+
+
+def _require_same_rows(rows: int, features: Column, kind: TargetKind | None, together: Together) -> None:
+    """Raise DataError where the processes do not look at the same data, as on machines with other files."""
+    seen = together.texts(f"{rows} rows of {features.shape[1]} features with {kind or 'no targets'}")
+    if len(set(seen)) > 1:
+        other = next(rank for rank, text in enumerate(seen) if text != seen[0])
+        raise DataError(
+            f"data: process 0 has {seen[0]}, and process {other} has {seen[other]}; give all of them the same files"
+        )
+
+
+def _within(parts: Sequence[Part], first: int, end: int) -> Iterator[tuple[Part, int, int, int]]:
+    """The parts that have some of the rows from ``first`` to ``end``: from which to which, and how many came before."""
+    of_part = 0
+    for part in parts:
+        begin, stop = max(first - of_part, 0), min(end - of_part, part.rows)
+        if begin < stop:
+            yield part, begin, stop, of_part + begin - first
+        of_part += part.rows
+
+
+def _label_spans(parts: Sequence[Part], first: int, end: int) -> list[tuple[Column, int, int]]:
+    """Each column of labels that has some of the rows, and which: one file may be for all parts."""
+    spans: dict[int, tuple[Column, int, int]] = {}
+    for part, begin, stop, _ in _within(parts, first, end):
+        assert part.target is not None
+        begin, stop = ((part.first or 0) + row for row in (begin, stop))
+        begin = spans.get(id(part.target), (part.target, begin, stop))[1]
+        spans[id(part.target)] = part.target, begin, stop
+    return list(spans.values())
 
 
 def _checked_kind(part: Part) -> TargetKind | None:
@@ -235,7 +300,7 @@ def _refuse_other(first: Part, first_kind: TargetKind | None, part: Part, kind: 
         )
 
 
-def _class_count(parts: Sequence[Part], kind: TargetKind, given: int | None, says: str) -> int:
+def _class_count(parts: Sequence[Part], kind: TargetKind, given: int | None, says: str, first: int, end: int) -> int:
     target = parts[0].target
     if kind == "distributions" and target is not None:
         if given is not None and target.shape[1] != given:
@@ -244,19 +309,19 @@ def _class_count(parts: Sequence[Part], kind: TargetKind, given: int | None, say
                 f"{given}: give targets over these classes, in their order"
             )
         return target.shape[1]
-    return _largest_index(parts) + 1 if given is None else given
+    return _largest_index(parts, first, end) + 1 if given is None else given
 
 
-def _largest_index(parts: Sequence[Part]) -> int:
+def _largest_index(parts: Sequence[Part], first: int, end: int) -> int:
     largest = 1  # a head has two classes or more
-    for part in parts:
+    for part, begin, stop, _ in _within(parts, first, end):
         if part.lists is None:
             continue
         column = part.lists[0]
-        piece = np.empty((max(1, min(BLOCK // column.shape[1], part.rows)), column.shape[1]), np.int64)
+        piece = np.empty((max(1, min(BLOCK // column.shape[1], stop - begin)), column.shape[1]), np.int64)
         with column.opened() as fill:
-            for start in range(0, part.rows, len(piece)):
-                rows = piece[: part.rows - start]
+            for start in range(begin, stop, len(piece)):
+                rows = piece[: stop - start]
                 fill(start, rows)
                 largest = max(largest, int(rows.max()))
     return largest
@@ -264,9 +329,9 @@ def _largest_index(parts: Sequence[Part]) -> int:
 
 def _check_entries(source: ColumnSource) -> None:
     """Check features that are views here, once, and by a walk all else that it checks, so that it is known at once."""
-    for part in source.parts:
+    for part, begin, stop, _ in _within(source.parts, source.share.first, source.share.first + source.rows):
         view = part.features.view(source.dtype) if isinstance(part.features, ArrayColumn) else None
         if view is not None:
-            refuse_not_finite(view, part.features.name, 0, "drop or fill such rows")
+            refuse_not_finite(view[begin:stop], part.features.name, begin, "drop or fill such rows")
     for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
         pass

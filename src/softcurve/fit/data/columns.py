@@ -37,10 +37,10 @@ class Column(Protocol):
         """A dtype of numpy's that holds every entry."""
 
     def opened(self) -> AbstractContextManager[Fill]:
-        """A way to read rows, in their order and from the first on. Raises DataError that names what is damaged."""
+        """A way to read rows, in their order and from any one on. Raises DataError that names what is damaged."""
 
-    def labels(self) -> Iterator[NDArray[Any]]:
-        """All entries of a column ``(n,)``, in pieces, with no change of dtype."""
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """The entries from one row to another of a column ``(n,)``, in pieces, with no change of dtype."""
 
     def digest(self) -> bytes:
         """What changes when the entries do; cheap."""
@@ -91,9 +91,9 @@ class ArrayColumn:
         flags = self.array.flags
         return self.array if self.array.dtype == dtype and flags.c_contiguous and flags.writeable else None
 
-    def labels(self) -> Iterator[NDArray[Any]]:
-        """The array, in one piece."""
-        yield self.array
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Of the array, in one piece."""
+        yield self.array[start:stop]
 
     def digest(self) -> bytes:
         """Of some rows."""
@@ -145,7 +145,7 @@ class SparseColumn:
         """Rows by filling in their zeros."""
         return nullcontext(self._fill)
 
-    def labels(self) -> Iterator[NDArray[Any]]:
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Nothing: a matrix has no labels."""
         return iter(())
 

@@ -12,20 +12,25 @@ from softcurve.fit.data.columns import ArrayColumn, Part
 from softcurve.fit.data.files.npy import npy_column
 from softcurve.fit.data.files.shards import SUFFIXES, directory_parts, file_part
 from softcurve.fit.data.source import Label
+from softcurve.fit.together import ALONE, Together
 
 __all__ = ["open_source", "open_source_for"]
 
 
-def open_source(data: str, target: Path | None = None, *, class_count: int | None = None) -> ColumnSource:
+def open_source(
+    data: str, target: Path | None = None, *, class_count: int | None = None, together: Together = ALONE
+) -> ColumnSource:
     """Rows with targets to fit a head to: the word ``digits``, a file, or a directory of shards.
 
     ``target``, an .npy file, takes the place of the targets in ``data``. ``class_count`` is that of a teacher's lists,
-    by default the largest index and one. Raises DataError.
+    by default the largest index and one. Of several processes ``together``, each has a share of the rows, which follow
+    one another, and reads no others. Raises DataError.
     """
-    parts, held = _parts(data, target)
-    if all(part.target is None and part.lists is None for part in parts):
-        raise DataError(f"data: {data} has no targets ({parts[0].absent}); give them in an .npy file as target")
-    return assemble(parts, class_count=class_count, in_memory=held)
+    with together.agreed():
+        parts, held = _parts(data, target)
+        if all(part.target is None and part.lists is None for part in parts):
+            raise DataError(f"data: {data} has no targets ({parts[0].absent}); give them in an .npy file as target")
+    return assemble(parts, class_count=class_count, in_memory=held, together=together)
 
 
 def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: Path | None = None) -> ColumnSource:

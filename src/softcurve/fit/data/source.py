@@ -9,9 +9,10 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from softcurve.fit.together import ALONE, Together
 from softcurve.targets import TopK
 
-__all__ = ["Block", "Label", "Source", "TargetKind", "rows_within"]
+__all__ = ["Block", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.
@@ -77,6 +78,23 @@ class Source(Protocol):
 
     def blocks(self, at_most: int) -> Iterator[Block]:
         """All rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a larger whole a source has: those of one process among several, one after the other.
+
+    ``first`` is the number of its first row there, ``total`` how many rows all processes have together.
+    """
+
+    first: int
+    total: int
+    together: Together
+
+
+def share_of(source: Source) -> Share:
+    """What a source says in ``share``; one that has none is the whole."""
+    return getattr(source, "share", None) or Share(0, source.rows, ALONE)
 
 
 def rows_within(classes: int, width: int, budget: int | None = None) -> int:

@@ -11,21 +11,28 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Block, Label, Source, TargetKind
+from softcurve.fit.data.source import Block, Label, Share, Source, TargetKind, share_of
 from softcurve.targets import TopK
 
 __all__ = ["Subset", "holdout_mask", "split_source"]
 
 
 class Subset:
-    """The rows of ``source`` at which ``mask`` is true, in their order; all the classes."""
+    """The rows of ``source`` at which ``mask`` is true, in their order; all the classes.
+
+    Where the source is a share, ``mask`` is of the rows of all processes, and the subset has those that are in both.
+    """
 
     def __init__(self, source: Source, mask: Bool[np.ndarray, " rows"]) -> None:
-        if len(mask) != source.rows:
-            raise DataError(f"mask must have an entry for each of the {source.rows} rows; got {len(mask)}")
+        whole = share_of(source)
+        if len(mask) != whole.total:
+            raise DataError(f"mask must have an entry for each of the {whole.total} rows; got {len(mask)}")
         self.source = source
         self.mask = mask
-        self._rows = int(np.count_nonzero(mask))
+        self._own = mask[whole.first : whole.first + source.rows]
+        self._rows = int(np.count_nonzero(self._own))
+        before = int(np.count_nonzero(mask[: whole.first]))
+        self.share = Share(before, int(np.count_nonzero(mask)), whole.together)
 
     @property
     def rows(self) -> int:
@@ -67,7 +74,7 @@ class Subset:
         start = 0
         features: Tensor | None = None
         for block in self.source.blocks(at_most):
-            index = torch.from_numpy(np.flatnonzero(self.mask[block.start : block.start + len(block)]))
+            index = torch.from_numpy(np.flatnonzero(self._own[block.start : block.start + len(block)]))
             if not len(index):
                 continue
             if len(index) == len(block):
@@ -86,7 +93,7 @@ def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Sub
 
     Raises DataError where either side would be empty.
     """
-    held = holdout_mask(source.rows, holdout, seed)
+    held = holdout_mask(share_of(source).total, holdout, seed)
     return Subset(source, ~held), Subset(source, held)
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Source
+from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.together import Together
 
 __all__ = ["Coordinates", "find_coordinates"]
 
@@ -90,21 +91,36 @@ def find_coordinates(
     source: Source, weights: Float64[Tensor, " rows"], classes: int, *, intercept: bool, rows_at_once: int
 ) -> Coordinates:
     """Look at all rows once; ``weights`` sum to one."""
-    width = source.width
-    axes = min(width, source.rows)
-    pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * source.rows * classes and axes <= WIDEST
-    if source.in_memory and source.rows < width and 8 * source.rows * width <= SPAN_BYTES:
+    width, rows, together = source.width, share_of(source).total, share_of(source).together
+    axes = min(width, rows)
+    pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * rows * classes and axes <= WIDEST
+    if source.in_memory and rows < width and 8 * rows * width <= SPAN_BYTES:
         return _span(source, weights, intercept, rows_at_once, turned=pays)
     moments = _Moments(width, second=pays)
-    for features, weight in _weighted(source, weights, rows_at_once):
-        moments.add(features, weight)
-    mean = moments.mean() if intercept else torch.zeros(width, dtype=torch.float64)
+    mean = torch.zeros(width, dtype=torch.float64)
+    with together.summed(mean):
+        for features, weight in _weighted(source, weights, rows_at_once):
+            moments.add(features, weight)
+        mean += moments.mean()
+    if not intercept:
+        mean.zero_()
     if not pays:
         return Coordinates(mean, None, intercept)
-    covariance = moments.about(mean)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    with together.summed(covariance):
+        covariance += moments.about(mean)
     if not covariance.isfinite().all():
         raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
-    return Coordinates(mean, torch.linalg.eigh(covariance).eigenvectors, intercept)
+    return Coordinates(mean, _eigenvectors(covariance, together), intercept)
+
+
+def _eigenvectors(matrix: Tensor, together: Together) -> Tensor:
+    """The first process's: another machine's may have other signs."""
+    axes = torch.zeros_like(matrix)
+    with together.agreed():
+        if together.first:
+            axes = torch.linalg.eigh(matrix).eigenvectors
+    return together.from_first(axes)
 
 
 def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,21 +130,26 @@ def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tu
 
 def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *, turned: bool) -> Coordinates:
     """Fewer rows than features: the optimal weight lies in the rows' span, as its penalty grows outside."""
-    features = torch.cat([block.features.double() for block in source.blocks(rows_at_once)])
+    together = share_of(source).together
+    features = torch.zeros(0, source.width, dtype=torch.float64)
+    with together.agreed():
+        features = torch.cat([features, *(block.features.double() for block in source.blocks(rows_at_once))])
+    features, weights = torch.cat(together.gathered(features)), torch.cat(together.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     features -= mean
     basis, triangle = torch.linalg.qr(features.T)
+    basis, triangle = together.from_first(basis), together.from_first(triangle)
     if not turned:
         return Coordinates(mean, basis, intercept)
-    axes = torch.linalg.eigh((triangle * weights) @ triangle.T).eigenvectors
-    return Coordinates(mean, basis @ axes, intercept)
+    return Coordinates(mean, basis @ _eigenvectors((triangle * weights) @ triangle.T, together), intercept)
 
 
 class _Moments:
-    """First and second moments about the first rows' mean: far from zero nothing cancels."""
+    """Mass, first and second moments about the first rows' mean: far from zero nothing cancels."""
 
     def __init__(self, width: int, *, second: bool) -> None:
         self.origin: Tensor | None = None
+        self.mass = 0.0
         self.first = torch.zeros(width, dtype=torch.float64)
         self.second = torch.zeros(width, width, dtype=torch.float64) if second else None
 
@@ -136,18 +157,20 @@ class _Moments:
         if self.origin is None:
             self.origin = features.mean(0)
         features = features - self.origin
+        self.mass += float(weights.sum())
         self.first += weights @ features
         if self.second is not None:
             self.second.addmm_(features.T * weights, features)
 
     def mean(self) -> Tensor:
-        assert self.origin is not None
-        return self.origin + self.first
+        """``Σ w x``, the mean's part that these rows have."""
+        return self.first if self.origin is None else self.origin * self.mass + self.first
 
     def about(self, point: Tensor) -> Tensor:
-        assert self.origin is not None
         assert self.second is not None
-        # Σ w (x − c)(x − c)ᵀ with δ = c − origin is S − m δᵀ − δ mᵀ + δ δᵀ, m being the first moment.
+        if self.origin is None:
+            return self.second
+        # Σ w (x − c)(x − c)ᵀ with δ = c − origin is S − m δᵀ − δ mᵀ + Σw δ δᵀ, m being the first moment.
         delta = point - self.origin
         cross = torch.outer(self.first, delta)
-        return self.second - cross - cross.T + torch.outer(delta, delta)
+        return self.second - cross - cross.T + self.mass * torch.outer(delta, delta)

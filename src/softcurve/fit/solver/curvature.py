@@ -8,6 +8,7 @@ row that is certain of the wrong class has hardly any curvature, and Newton's st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from softcurve.fit.data.source import Block, BlockTarget, Source
+from softcurve.fit.data.source import Block, BlockTarget, Source, share_of
 from softcurve.fit.solver.coordinates import Coordinates
+from softcurve.fit.solver.settled import settled_rows
 from softcurve.targets import TopK
 
 __all__ = ["AT_AGREEMENT", "Curvature", "Tile"]
@@ -63,14 +65,20 @@ class Curvature:
         self.on_product = on_product
         self.damping = 0.0
         self.products = 0
+        share = share_of(source)
+        self.all_rows, self.together = share.total, share.together
         rows, size = source.rows, coordinates.size
-        uniform = bool((weights == weights[0]).all())
+        heaviest, minus_lightest, most_rows = self.together.largest(
+            *(float(extreme) for extreme in (weights.max(), -weights.min())) if rows else (-math.inf, -math.inf), rows
+        )
+        uniform = heaviest == -minus_lightest
         # Near one, so that float32 has room above and below.
-        self.mean_weight = float(weights.mean())
+        self.mean_weight = heaviest if uniform else 1.0 / self.all_rows
         self.weights = None if uniform else (weights / self.mean_weight).to(dtype)[:, None]
-        for_features = rows * size * dtype.itemsize
-        self.features = torch.empty(rows, size, dtype=dtype) if for_features <= memory else None
-        left = memory - (for_features if self.features is not None else 0)
+        # Of the process with most rows: all keep them, or none.
+        kept_features = int(most_rows) * size * dtype.itemsize <= memory
+        self.features = torch.empty(rows, size, dtype=dtype) if kept_features else None
+        left = memory - (rows * size * dtype.itemsize if kept_features else 0)
         kept = min(rows, left // (classes * dtype.itemsize))
         self.probabilities = torch.empty(kept, classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
@@ -84,15 +92,19 @@ class Curvature:
         self._buffers = torch.empty(3, most, classes, dtype=dtype)
         self._centred = torch.ones(most, source.width + coordinates.intercept, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
-        for block in source.blocks(rows_at_once):
-            here = slice(block.start, block.start + len(block))
-            if self.features is not None:
-                coordinates.turned_into(self.features[here], block.features)
-            if self.labels is not None:
-                assert isinstance(block.target, Tensor)
-                self.labels[here] = block.target
-            centred = torch.sub(block.features, self._mean, out=self._centred[: len(block), : source.width])
-            self._squares[here] = centred.square().sum(1)
+        with self.together.agreed():
+            for block in source.blocks(rows_at_once):
+                self._look_at(block)
+
+    def _look_at(self, block: Block) -> None:
+        here = slice(block.start, block.start + len(block))
+        if self.features is not None:
+            self.coordinates.turned_into(self.features[here], block.features)
+        if self.labels is not None:
+            assert isinstance(block.target, Tensor)
+            self.labels[here] = block.target
+        centred = torch.sub(block.features, self._mean, out=self._centred[: len(block), : self.source.width])
+        self._squares[here] = centred.square().sum(1)
 
     def keep(self, start: int, probabilities: Tensor) -> None:
         """Store the probabilities of a block, as far as there is room, and how settled its rows are."""
@@ -123,26 +135,28 @@ class Curvature:
         if self.damping:
             of_logits += self.damping * self._wrong
         of_logits *= self._weights
-        order = (of_logits * self._squares).argsort()
-        small = ((of_logits * self._squares)[order].cumsum(0) <= LEFT_OUT * penalty) & (
-            of_logits[order].cumsum(0) <= LEFT_OUT_OF_INTERCEPTS * of_logits.sum()
+        settled, count = settled_rows(
+            of_logits * self._squares, LEFT_OUT * penalty, of_logits, LEFT_OUT_OF_INTERCEPTS, self.together
         )
-        count = int(small.sum())
         # To gather the others costs as much as a few settled rows.
-        if 2 * count > len(order):
-            self._left_out = torch.zeros(len(order), dtype=torch.bool)
-            self._left_out[order[:count]] = True
+        if 2 * count > self.all_rows:
+            self._left_out = torch.zeros(len(of_logits), dtype=torch.bool)
+            self._left_out[settled] = True
 
     def __call__(self, direction: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
         """The product with one direction."""
         self.products += 1
-        self.on_product(self.products)
         along = self._on_rows(direction)
         out = torch.zeros_like(along)
-        for tile in self._tiles():
-            moved = torch.mm(tile.features, along.T, out=self._room(1, tile))
-            out.addmm_(self._of_logits(tile, moved).T, tile.features)
-        result = self._from_rows(out) if self.features is None else out.double()
+        result = torch.empty_like(along, dtype=torch.float64)
+        with self.together.summed(result):
+            self.on_product(self.products)
+            for tile in self._tiles():
+                moved = torch.mm(tile.features, along.T, out=self._room(1, tile))
+                out.addmm_(self._of_logits(tile, moved).T, tile.features)
+            result.copy_(out)
+        if self.features is None:
+            result = self._from_rows(result)
         return result.mul_(self.mean_weight).addcmul_(direction, self.penalties)
 
     def _on_rows(self, direction: Tensor) -> Tensor:
@@ -153,7 +167,6 @@ class Curvature:
         return (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).to(self.dtype)
 
     def _from_rows(self, out: Tensor) -> Tensor:
-        out = out.double()
         width = self.source.width
         return self.coordinates.from_mean(out[:, :width], out[:, -1])
 
@@ -187,14 +200,16 @@ class Curvature:
         factor = torch.zeros(self.classes, self.classes, dtype=self.dtype)
         on_diagonal = torch.zeros(self.classes, dtype=torch.float64)
         scale = self.scale * (1.0 + OF_CURVATURE * self.damping)
-        for tile in self._tiles():
-            weighted = tile.probabilities if tile.weights is None else tile.probabilities * tile.weights
-            factor.addmm_(weighted.T, tile.probabilities, alpha=-scale)
-            on_diagonal += scale * weighted.sum(0)
-            if self.damping:
-                wrong = _wrong(tile)
-                on_diagonal += self.damping * (wrong if tile.weights is None else wrong * tile.weights).sum(0)
-        wide = factor.double()
+        wide = torch.zeros_like(factor, dtype=torch.float64)
+        with self.together.summed(wide, on_diagonal):
+            for tile in self._tiles():
+                weighted = tile.probabilities if tile.weights is None else tile.probabilities * tile.weights
+                factor.addmm_(weighted.T, tile.probabilities, alpha=-scale)
+                on_diagonal += scale * weighted.sum(0)
+                if self.damping:
+                    wrong = _wrong(tile)
+                    on_diagonal += self.damping * (wrong if tile.weights is None else wrong * tile.weights).sum(0)
+            wide.copy_(factor)
         wide.diagonal().add_(on_diagonal)
         return wide.mul_(self.mean_weight)
 
@@ -207,23 +222,24 @@ class Curvature:
         """
         diagonal = torch.zeros(self.classes, self.coordinates.size, dtype=torch.float64)
         squared = None if basis is None else basis.square()
-        for tile in self._tiles():
-            p = tile.probabilities
-            if basis is None or squared is None:
-                of_classes = p - p.square()
-            else:
-                of_classes = (p @ squared).sub_((p @ basis).square_())
-            of_classes.mul_(self.scale * (1.0 + OF_CURVATURE * self.damping))
-            if self.damping:
-                wrong = _wrong(tile)
-                of_classes.add_(wrong if squared is None else wrong @ squared, alpha=self.damping)
-            if tile.weights is not None:
-                of_classes.mul_(tile.weights)
-            if seen is not None:
-                seen(tile.numbers, of_classes)
-            features = tile.features if self.features is not None else self._rotated(tile.features)
-            diagonal += of_classes.T @ features.square()
+        with self.together.summed(diagonal):
+            for tile in self._tiles():
+                of_classes = self._diagonals(tile, basis, squared)
+                if seen is not None:
+                    seen(tile.numbers, of_classes)
+                features = tile.features if self.features is not None else self._rotated(tile.features)
+                diagonal += of_classes.T @ features.square()
         return diagonal.clamp_(min=0.0).mul_(self.mean_weight).add_(self.penalties)
+
+    def _diagonals(self, tile: Tile, basis: Tensor | None, squared: Tensor | None) -> Tensor:
+        """Of each row's matrix over the classes."""
+        p = tile.probabilities
+        of_classes = p - p.square() if basis is None or squared is None else (p @ squared).sub_((p @ basis).square_())
+        of_classes.mul_(self.scale * (1.0 + OF_CURVATURE * self.damping))
+        if self.damping:
+            wrong = _wrong(tile)
+            of_classes.add_(wrong if squared is None else wrong @ squared, alpha=self.damping)
+        return of_classes if tile.weights is None else of_classes.mul_(tile.weights)
 
     def _rotated(self, centred: Tensor) -> Tensor:
         if (basis := self.coordinates.basis) is None:

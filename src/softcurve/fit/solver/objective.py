@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, Source
+from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
 
@@ -55,29 +55,30 @@ class Objective:
         weight, bias = self.coordinates.about_mean(parameters)
         weight_out = torch.zeros_like(weight)
         bias_out = weight.new_zeros(len(weight))
-        value = 0.0
-        for block in self.source.blocks(self.rows_at_once):
-            count = len(block)
-            # Converted first: to subtract a float64 vector from float32 rows takes three times as long.
-            features = self._features[:count].copy_(block.features).sub_(self.coordinates.mean)
-            logits = torch.mm(features, weight.T, out=self._logits[:count])
-            if bias is not None:
-                logits += bias
-            assert block.target is not None
-            losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
-            of_rows = self.weights[block.start : block.start + count]
-            # A row without weight counts for nothing, also where its loss is infinite.
-            of_block = float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())
-            if not math.isfinite(of_block):
-                refuse_zeros(self.loss, block)
-            value += of_block
-            residual *= of_rows[:, None]
-            if not (of_rows > 0).all():
-                residual[of_rows == 0] = 0.0
-            weight_out.addmm_(residual.T, features)
-            if bias is not None:
-                bias_out += residual.sum(0)
-        value += 0.5 * self.penalty * float(weight.square().sum())
+        total = torch.zeros(1, dtype=torch.float64)
+        with share_of(self.source).together.summed(weight_out, bias_out, total):
+            for block in self.source.blocks(self.rows_at_once):
+                count = len(block)
+                # Converted first: to subtract a float64 vector from float32 rows takes three times as long.
+                features = self._features[:count].copy_(block.features).sub_(self.coordinates.mean)
+                logits = torch.mm(features, weight.T, out=self._logits[:count])
+                if bias is not None:
+                    logits += bias
+                assert block.target is not None
+                losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
+                of_rows = self.weights[block.start : block.start + count]
+                # A row without weight counts for nothing, also where its loss is infinite.
+                of_block = (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
+                if not of_block.isfinite():
+                    refuse_zeros(self.loss, block)
+                total += of_block
+                residual *= of_rows[:, None]
+                if not (of_rows > 0).all():
+                    residual[of_rows == 0] = 0.0
+                weight_out.addmm_(residual.T, features)
+                if bias is not None:
+                    bias_out += residual.sum(0)
+        value = float(total) + 0.5 * self.penalty * float(weight.square().sum())
         weight_out.add_(weight, alpha=self.penalty)
         if not (math.isfinite(value) and weight_out.isfinite().all()):
             raise DataError(

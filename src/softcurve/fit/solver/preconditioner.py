@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from softcurve.fit.solver.curvature import Curvature
+from softcurve.fit.together import Together
 
 __all__ = ["ClassBlocks", "Eigenbasis", "blocks_pay"]
 
@@ -38,7 +39,8 @@ class Eigenbasis:
     def __init__(self, curvature: Curvature) -> None:
         self.basis: Tensor | None = None
         if curvature.classes <= MOST_CLASSES:
-            self.basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
+            basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
+            self.basis = curvature.together.from_first(basis)  # another machine's may have other signs
         diagonal = curvature.diagonal(None if self.basis is None else self.basis.to(curvature.dtype))
         self.diagonal = diagonal.clamp_(min=FLOOR * float(diagonal.max()))
 
@@ -51,7 +53,7 @@ class Eigenbasis:
 
 def blocks_pay(curvature: Curvature, products: int, memory: int) -> bool:
     """Whether ``ClassBlocks`` cost less than the ``products`` that the last step took with the eigenbasis."""
-    rows, size = curvature.source.rows, curvature.coordinates.size
+    rows, size = curvature.all_rows, curvature.coordinates.size
     if curvature.features is None or curvature.classes * size**2 * curvature.dtype.itemsize > memory:
         return False
     in_products = (2 * _rows_of_block(curvature) * size + size**2) / (4 * rows)
@@ -59,7 +61,7 @@ def blocks_pay(curvature: Curvature, products: int, memory: int) -> bool:
 
 
 def _rows_of_block(curvature: Curvature) -> int:
-    return min(curvature.source.rows, max(FEWEST_ROWS, ROWS_A_FEATURE * curvature.coordinates.size))
+    return min(curvature.all_rows, max(FEWEST_ROWS, ROWS_A_FEATURE * curvature.coordinates.size))
 
 
 class ClassBlocks:
@@ -67,19 +69,22 @@ class ClassBlocks:
 
     def __init__(self, curvature: Curvature) -> None:
         assert curvature.features is not None
-        top = _Top(_rows_of_block(curvature), curvature)
+        count = _rows_of_block(curvature)
+        top = _Top(min(count, curvature.source.rows), curvature)
         diagonal = curvature.diagonal(None, top.see)
-        weights, rows = top.found()
+        weights, rows = _of_all(*top.found(), count, curvature.together)
         self.scale = diagonal.clamp_(min=FLOOR * float(diagonal.max())).rsqrt_()
         classes, size = self.scale.shape
         self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
-        step = max(1, GATHERED // (rows.shape[1] * size * curvature.dtype.itemsize))
+        step = max(1, GATHERED // (count * size * curvature.dtype.itemsize))
         scale = self.scale.to(curvature.dtype)
         roots = (weights * curvature.mean_weight).sqrt_()
         for start in range(0, classes, step):
             these = slice(start, start + step)
             features = curvature.features[rows[these]].mul_(roots[these, :, None]).mul_(scale[these, None, :])
-            blocks = torch.bmm(features.mT, features)
+            blocks = torch.empty(features.shape[0], size, size, dtype=curvature.dtype)
+            with curvature.together.summed(blocks):
+                torch.bmm(features.mT, features, out=blocks)
             blocks.diagonal(dim1=1, dim2=2).fill_(1.0)
             self.inverses[these] = _inverses(blocks)
 
@@ -87,6 +92,23 @@ class ClassBlocks:
         """Apply the inverse."""
         scaled = (gradient * self.scale).to(self.inverses.dtype)
         return torch.bmm(self.inverses, scaled[:, :, None])[:, :, 0].double().mul_(self.scale)
+
+
+def _of_all(weights: Tensor, rows: Tensor, count: int, together: Together) -> tuple[Tensor, Tensor]:
+    """Of the rows of this process with the largest weights of each class, those that are among ``count`` of all rows.
+
+    Where they are fewer for one class than for another, rows without weight fill their places.
+    """
+    if together.size == 1:
+        return weights, rows
+    found = [each.T for each in together.gathered(weights.T.contiguous())]
+    before = sum(each.shape[1] for each in found[: together.rank])
+    every = torch.cat(found, 1)
+    chosen = torch.zeros_like(every, dtype=torch.bool)
+    chosen.scatter_(1, every.topk(min(count, every.shape[1]), dim=1, sorted=False).indices, True)
+    own = chosen[:, before : before + weights.shape[1]]
+    kept, at = (weights * own).topk(int(own.sum(1).amax()) if own.numel() else 0, dim=1, sorted=False)
+    return kept, rows.gather(1, at)
 
 
 def _inverses(blocks: Tensor) -> Tensor:

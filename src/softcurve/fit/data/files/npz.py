@@ -68,9 +68,9 @@ class NpzColumn:
 
         yield fill
 
-    def labels(self) -> Iterator[NDArray[Any]]:
-        """The array, in one piece."""
-        yield self._array()
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Of the array, in one piece."""
+        yield self._array()[start:stop]
 
     def digest(self) -> bytes:
         """Of shape, dtype, and the checksum that the archive has of all bytes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class ParquetColumn:
 
     @contextmanager
     def opened(self) -> Iterator[Fill]:
-        """Rows in their order, from the first on."""
+        """Rows in their order, from any one on: the row groups before it are not read."""
         import pyarrow.parquet as pq
 
         self.stamp.check()
@@ -77,16 +78,17 @@ class ParquetColumn:
             yield _Sequence(self, table)
         self.stamp.check()
 
-    def labels(self) -> Iterator[NDArray[Any]]:
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """The entries, some at a time."""
         import pyarrow.parquet as pq
 
         path = self.stamp.path
         self.stamp.check()
         with decoding(path, "data", KIND), pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as table:
-            first = 0
-            for batch in table.iter_batches(LABELS, columns=list(self.columns)):
-                yield _values(batch.column(batch.schema.get_field_index(self.columns[0])), self.name, first)
+            groups, first = _groups(table, start, stop)
+            for batch in table.iter_batches(LABELS, row_groups=groups, columns=list(self.columns)):
+                values = _values(batch.column(batch.schema.get_field_index(self.columns[0])), self.name, first)
+                yield values[max(start - first, 0) : stop - first]
                 first += len(batch)
 
     def digest(self) -> bytes:
@@ -95,18 +97,23 @@ class ParquetColumn:
 
 
 class _Sequence:
-    """A fill that goes through the row groups once."""
+    """A fill that goes through the row groups once, from that of the first row that is asked for."""
 
     def __init__(self, column: ParquetColumn, table: Any) -> None:
         self.column, self.table = column, table
-        self.position = 0  # of the next row
+        self.position = -1  # of the next row
         self.batches: Iterator[Any] | None = None
         self.pending: NDArray[Any] = np.empty((0, *column.shape[1:]))
 
     def __call__(self, start: int, out: NDArray[Any]) -> None:
-        assert start == self.position, "rows are read in their order"
         if self.batches is None:
-            self.batches = self.table.iter_batches(len(out), columns=list(self.column.columns))
+            groups, self.position = _groups(self.table, start, self.column.shape[0])
+            self.batches = self.table.iter_batches(len(out), row_groups=groups, columns=list(self.column.columns))
+            while self.position < start:
+                batch = self._next(self.batches, self.position)
+                self.pending = batch[start - self.position :]
+                self.position += len(batch) - len(self.pending)
+        assert start == self.position, "rows are read in their order"
         filled = 0
         while filled < len(out):
             if not len(self.pending):
@@ -130,6 +137,14 @@ class _Sequence:
             for place, (values, name) in enumerate(zip(found, column.columns, strict=True)):
                 side_by_side[:, place] = _values(values, f"column {name!r} of {path}", first)
             return side_by_side
+
+
+def _groups(table: Any, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that have rows from ``start`` to ``stop``, and the number of the first row in them."""
+    lengths = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    ends = list(accumulate(lengths))
+    groups = [group for group, end in enumerate(ends) if end > start and end - lengths[group] < stop]
+    return groups, ends[groups[0]] - lengths[groups[0]] if groups else start
 
 
 def _is_list(kind: Any) -> bool:

@@ -59,12 +59,12 @@ class RawColumn:
         with self.stamp.opened() as file:
             yield partial(self._fill, file)
 
-    def labels(self) -> Iterator[NDArray[Any]]:
-        """The entries of a column of shape (n,)."""
+    def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Some entries of a column of shape (n,)."""
         with self.opened() as fill:
-            for start in range(0, self.shape[0], LABELS):
-                piece = np.empty(min(LABELS, self.shape[0] - start), self.dtype.newbyteorder("="))
-                fill(start, piece)
+            for first in range(start, stop, LABELS):
+                piece = np.empty(min(LABELS, stop - first), self.dtype.newbyteorder("="))
+                fill(first, piece)
                 yield piece
 
     def digest(self) -> bytes:
