@@ -6,6 +6,8 @@ import pytest
 
 from . import process_cases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_curvature_over_processes_is_that_of_one(count):

@@ -6,6 +6,8 @@ import pytest
 
 from . import process_cases
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_sharded_classes_are_the_classes_of_one_process(count):
