@@ -177,6 +177,44 @@ def half_precision(mesh: DeviceMesh) -> Cases:
             yield f"{dtype} {name}: {ours:.2e} of {theirs:.2e}", float(ours > theirs), 0.0
 
 
+def refused(mesh: DeviceMesh) -> Cases:
+    """What each process would understand in its own way is an error in all of them."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    own = torch.nn.functional.layer_norm(torch.randn(6, 4), (4,))
+    torch.manual_seed(0)
+    e, weight = torch.randn(6, 4), distribute_tensor(torch.randn(9, 4), mesh, [Shard(0)])
+    y = torch.arange(6)
+    loss = softcurve.linear_cross_entropy
+    rows = DTensor.from_local(e, mesh, [Shard(0)])
+    for name, says, call in (
+        ("rows of one's own", "input must be the same on every process", lambda: loss(own, weight, y)),
+        ("of other numbers", "input must be the same", lambda: loss(e[: 6 - (rank == 0)], weight, y[: 6 - (rank == 0)])),
+        ("targets of one process", "target must have the rows", lambda: loss(rows, weight, y)),
+        ("weights of one process", "sample_weight must have the rows", lambda: loss(
+            rows, weight, torch.arange(6 * mesh.size()) % 9, sample_weight=torch.ones(6))),
+        ("a class that is not there", "target must hold classes in 0 … 8", lambda: loss(e, weight, y + 4)),
+        ("a teacher of other classes", "must have the 9 classes", lambda: softcurve.linear_kl_divergence(
+            e, weight, softcurve.LinearTeacher(e, torch.randn(8, 4)))),
+        ("a bias alone", "linear_bias must be a plain tensor", lambda: loss(
+            e, weight.full_tensor(), y, linear_bias=distribute_tensor(torch.randn(9), mesh, [Shard(0)]))),
+    ):  # fmt: skip
+        try:
+            call()
+            message = "no error"
+        except ValueError as error:
+            message = str(error)
+        yield f"{name}: {message[:90]}", float(says not in message), 0.0
+    drifted = e + 1e-6 * torch.randn(e.shape, generator=torch.Generator().manual_seed(rank))
+    yield "rounding is no difference", float(loss(drifted, weight, y).isnan()), 0.0
+    try:
+        torch.func.jvp(lambda x: loss(x, weight, y), (e,), (e,))
+        message = "no error"
+    except NotImplementedError as error:
+        message = str(error)
+    yield f"forward mode: {message[:60]}", float("reverse mode alone" not in message), 0.0
+
+
 def two_dimensions() -> Cases:
     """Rows over one dimension of the mesh, classes over the other; sums count the rows of all."""
     count = dist.get_world_size()
@@ -210,6 +248,7 @@ def main() -> Cases:
     yield from small_budgets(mesh)
     yield from unusual_rows(mesh)
     yield from half_precision(mesh)
+    yield from refused(mesh)
     yield from two_dimensions()
 
 

@@ -101,7 +101,6 @@ class _Losses(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        _require_all_classes(ctx.loss)
         directions, v_weight = tangents[:6], tangents[7]
         with outer_tangents(ctx) as saved:
             tensors, rows = HeadTensors(*saved[:9]), saved[9]
@@ -121,14 +120,6 @@ class _Losses(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(_Losses, info, in_dims, inputs)
-
-
-def _require_all_classes(loss: HeadLoss) -> None:
-    if loss.group is not None:
-        raise NotImplementedError(
-            "a head sharded over processes has derivatives in reverse mode alone; for a Hessian product differentiate "
-            "a gradient made with create_graph=True, or use softcurve.curvature"
-        )
 
 
 def _may_hand_over(scale: Tensor) -> bool:
@@ -214,7 +205,6 @@ class _Gradients(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        _require_all_classes(ctx.loss)
         v_scale, directions, v_weight = tangents[3], tangents[10:16], tangents[17]
         with outer_tangents(ctx) as (scale, *rest):
             tensors = HeadTensors(*rest)
@@ -307,7 +297,6 @@ class _Tangents(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
-        _require_all_classes(ctx.loss)
         v_directions, v_tensors = tangents[2:8], tangents[8:14]
         with outer_tangents(ctx) as saved:
             directions, tensors = saved[:6], HeadTensors(*saved[6:])
