@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import products, workspace
+from softcurve.head import fused, products, workspace
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
@@ -229,7 +229,8 @@ class _Pass:
         block = None
         for number in range(kernel.sweeps):
             for classes in self.plan.class_blocks():
-                block = tile.load(classes)
+                if block is None or not single:
+                    block = tile.load(classes)
                 kernel.sweep(number, block)
             kernel.close(number)
         wants_residuals = any(self.wanted) or self.wants_tangents
@@ -301,6 +302,10 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
+        if fused.serves(run.rows.device, run.dtype):
+            single = not run.plan.cuts_classes
+            if run.loss.target == "list":
+                return fused.FusedList(run.loss, self.data, single=single)
         if run.loss.target == "list":
             return ListKernel(run.loss, self.data)
         if run.plan.cuts_classes:

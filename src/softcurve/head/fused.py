@@ -1,0 +1,229 @@
+"""The kernels of :mod:`softcurve.head.lists` and :mod:`softcurve.head.blocks` with their elementwise parts in Triton.
+
+They hold the same statistics under the same names and leave what belongs to rows alone to their parents; what looks at
+a whole tile is one launch. Logits stay as they are until residuals are formed, so a tile serves all sweeps, and a soft
+cap is taken on the way, with no room of its own.
+
+How often a tile is touched: index and list targets with half-precision products read it once and write the residual,
+in half precision, once, ``e^{z − shift}`` with the row's factor left to the products' small operands. Where the
+residual takes the logits' place (float32), or needs the row's sum (label smoothing, a direction), or statistics are
+wanted, they read it twice. Targets that speak of every class are read once for the softmaxes, once for the row's sums,
+once more for the sum of changes along a direction, and then for the residuals of both sides, all in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcurve.head.kernel import Block, Residuals
+from softcurve.head.lists import NO_MASS, ListKernel
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tiles of this dtype on this device have Triton kernels; on the CPU only in Triton's interpreter.
+
+    float64 stays with ATen: who asks for it wants its digits, not the hardware's single-precision exponentials.
+    """
+    if dtype != torch.float32 or not _has_triton():
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def kernels(name: str) -> Any:
+    """``softcurve.head.triton_…``, imported when first wanted: it takes Triton with it."""
+    return importlib.import_module(f"softcurve.head.triton_{name}")
+
+
+# --- targets that name few classes -----------------------------------------------------------------------------------
+
+
+@dataclass
+class FusedList(ListKernel):
+    """``single``: the block that a sweep sees is the whole of its rows here, and what it writes will be used."""
+
+    single: bool = field(kw_only=True, default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.own_raw = torch.full_like(self.own, torch.nan)  # before the soft cap
+        self.v_raw = torch.zeros_like(self.own)
+        self.written: Tensor | None = None  # the shift of what a sweep has left in a block's ``out``
+
+    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+        lists, loss = kernels("lists"), self.loss
+        z, v, cap = block.z, block.v, loss.softcap
+        present, at, places = self._places(block.classes)
+        own = z.gather(-1, at).double()
+        slope = loss.logit_map.slope(own)
+        self.own_raw = torch.where(present, own, self.own_raw)
+        own = loss.logit_map.value(own)
+        self.own = torch.where(present, own, self.own)
+        if v is not None:
+            self.v_raw = torch.where(present, v.gather(-1, at).double(), self.v_raw)
+            self.v_own = torch.where(present, self.v_raw * slope, self.v_own)
+        lists.put(z, places, None)
+        if self._at_once(block):
+            shift, others = lists.exponentials(z, block.out, cap, loss.temperature)
+            shift, others = shift.double().unsqueeze(-1), others.double().unsqueeze(-1)
+            self._merge(shift, others)
+            self.written = shift
+            return
+        sums, best = lists.statistics(
+            z,
+            v,
+            cap,
+            loss.temperature,
+            wants_stats=self.data.wants_stats,
+            uniform_each=self._uniform_each(),
+            class_weight=self._class_weight(block.classes),
+        )
+        shift, others = sums.shift.double().unsqueeze(-1), sums.total.double().unsqueeze(-1)
+        before = self.others
+        kept, added, lowered = self._merge(shift, others)
+        if v is not None:
+            self.v_others = self.v_others * kept + sums.change.double().unsqueeze(-1) * added
+        if self.data.wants_stats:
+            assert best is not None
+            raised = torch.where(shift == NO_MASS, 0.0, shift - self.shift)
+            self.moment = kept * (self.moment + lowered * before)
+            self.moment = self.moment + added * (sums.moment.double().unsqueeze(-1) + raised * others)
+            self._observe_best(sums.shift.double(), best + block.classes.start, own, present)
+        if loss.smoothing:
+            self._merge_uniform(block, sums, own, present, at, lowered)
+
+    def close(self, number: int) -> None:  # noqa: D102
+        self.shift = torch.where(self.shift == NO_MASS, 0.0, self.shift)
+        super().close(number)
+
+    def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
+        lists, loss = kernels("lists"), self.loss
+        if not hasattr(self, "gradient"):
+            self.gradient, self.target_gradient = self.coarse_gradient(self.data.weight.double())
+            self.beta = torch.where(self.others > 0, self.gradient[:, -1:] / self.others, 0.0)
+            if self.data.has_direction:
+                self._differentiate()
+        z, v = block.z, block.v
+        out = z if block.out is None else block.out
+        v_out = v if block.v_out is None else block.v_out
+        _, at, places = self._places(block.classes)
+        slope = loss.logit_map.slope(self.own_raw) if loss.softcap is not None else 1.0
+        masked = self.own_raw == -torch.inf
+        listed = self.gradient[:, :-1]
+        if self.written is not None and not fresh:
+            # In multiples of β e^{shift here − shift}, unless that is too small to divide by.
+            factor = self.beta * torch.exp(self.written - self.shift)
+            safe = (factor.abs() > 1e-25) & ((listed / factor).abs() < 1e25).all(-1, keepdim=True)
+            lists.rescale(out, torch.where(safe, 1.0, factor))
+            self.factor = torch.where(safe, factor, 1.0)
+            lists.put(out, places, torch.where(masked, 0.0, listed / self.factor * slope))
+            return Residuals(out)
+        if fresh:
+            lists.put(z, places, None)
+        lists.residual(
+            z,
+            v,
+            out,
+            v_out,
+            (self.shift, self.alpha if v is not None else self.beta, self.beta, self.data.weight),
+            loss.softcap,
+            loss.temperature,
+            uniform_each=self._uniform_each(),
+            class_weight=self._class_weight(block.classes),
+        )
+        if loss.smoothing:
+            listed = listed - self.data.weight.double().unsqueeze(-1) * self._uniform_at(block, at)
+        if v is not None:
+            assert v_out is not None
+            product = self.product[:, :-1] * slope
+            if loss.softcap is not None:
+                bend = -2 / loss.softcap * torch.tanh(self.own_raw / loss.softcap)
+                product = torch.where(masked, 0.0, product + bend * self.v_raw * slope * listed)
+            lists.put(v_out, places, product)
+        lists.put(out, places, listed if loss.softcap is None else torch.where(masked, 0.0, listed * slope))
+        return Residuals(out, None, v_out, None)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _places(self, classes: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Which listed classes lie in a block, their places clamped to it, and as they are."""
+        indices = self.data.indices
+        assert indices is not None
+        width = classes.stop - classes.start
+        places = indices - classes.start
+        return (places >= 0) & (places < width), places.clamp(0, max(width - 1, 0)), places
+
+    def _at_once(self, block: Block) -> bool:
+        """Whether the sweep may leave the residuals, but for a factor of each row and the listed classes."""
+        plain = not (self.data.wants_stats or self.loss.smoothing) and block.v is None
+        return plain and self.single and self.data.wants_gradient and block.out is not None
+
+    def _merge(self, shift: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in a block's sum; what earlier sums and the block's were multiplied by, and how far the shift rose."""
+        merged = torch.maximum(self.shift, shift)
+        safe = torch.where(merged == NO_MASS, 0.0, merged)
+        kept, added = torch.exp(self.shift - safe), torch.exp(shift - safe)
+        lowered = torch.where(self.shift == NO_MASS, 0.0, self.shift) - safe
+        self.others = self.others * kept + others * added
+        self.shift = merged
+        return kept, added, lowered
+
+    def _uniform_each(self) -> float:
+        """``ε / C``, ``C`` counting every class there is."""
+        return self.loss.smoothing / self.data.class_count if self.loss.smoothing else 0.0
+
+    def _class_weight(self, classes: slice) -> Tensor | None:
+        weight = self.data.class_weight
+        return None if weight is None or not self.loss.smoothing else weight[classes].float()
+
+    def _uniform_at(self, block: Block, at: Tensor) -> Tensor:
+        """``u`` of the listed classes."""
+        weight = self._class_weight(block.classes)
+        each = torch.full_like(self.own, self._uniform_each())
+        return each if weight is None else each * weight[at].double()
+
+    def _merge_uniform(
+        self, block: Block, sums: Any, own: Tensor, present: Tensor, at: Tensor, lowered: Tensor
+    ) -> None:
+        """``u·(z − shift)`` over every class, the listed ones included; infinite where a class of weight is masked."""
+        u = torch.where(present, self._uniform_at(block, at), 0.0)
+        shift = torch.where(self.shift == NO_MASS, 0.0, self.shift)
+        # The kernel has seen the listed classes as masked ones.
+        masked = sums.masked.double() > (u != 0).sum(-1)
+        mass = sums.uniform_mass.double()
+        here = sums.uniform.double() + mass * (sums.base.double() - shift.squeeze(-1))
+        here = here + torch.where(u == 0, 0.0, u * (own - shift)).sum(-1)
+        here = torch.where(masked, NO_MASS, here)
+        self.uniform = self.uniform + self.uniform_mass * lowered.squeeze(-1) + here
+        weight = self._class_weight(block.classes)
+        width = block.classes.stop - block.classes.start
+        each = self._uniform_each()
+        self.uniform_mass = self.uniform_mass + (each * width if weight is None else each * weight.double().sum())
+        if block.v is not None:
+            self.v_uniform = self.v_uniform + sums.uniform_change.double()
+            if self.loss.softcap is not None:  # the slope of a masked class is 0
+                self.v_uniform = self.v_uniform + torch.where(u == 0, 0.0, u * self.v_own).sum(-1)
+
+    def _observe_best(self, best: Tensor, at: Tensor, own: Tensor, present: Tensor) -> None:
+        """The first class of the largest logit so far, unlisted or listed."""
+        indices = self.data.indices
+        assert indices is not None
+        listed = torch.where(present, own, NO_MASS)
+        top = listed.amax(-1, keepdim=True)
+        first = torch.where(present & (listed == top), indices, torch.iinfo(torch.int64).max).amin(-1)
+        for value, place in ((best, at), (top.squeeze(-1), first)):
+            better = (value > self.best) | ((value == self.best) & (place < self.predicted) & (value > NO_MASS))
+            self.best = torch.where(better, value, self.best)
+            self.predicted = torch.where(better, place, self.predicted)
