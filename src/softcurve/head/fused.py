@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Residuals
 from softcurve.head.lists import NO_MASS, ListKernel
 
@@ -227,3 +229,165 @@ class FusedList(ListKernel):
             better = (value > self.best) | ((value == self.best) & (place < self.predicted) & (value > NO_MASS))
             self.best = torch.where(better, value, self.best)
             self.predicted = torch.where(better, place, self.predicted)
+
+
+# --- targets that speak of every class -------------------------------------------------------------------------------
+
+
+@dataclass
+class FusedBlocks(BlockKernel):
+    """The sweeps of its parent, on whole rows too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dense, loss = kernels("dense"), self.loss
+        cross_entropy = loss.family == "cross_entropy"
+        self.by_class_weight = cross_entropy and self.data.class_weight is not None
+        self.description = dense.Description(
+            family=self._family(dense),
+            beta=loss.beta,
+            softcap=loss.softcap,
+            temperature=loss.temperature,
+            logarithm=not cross_entropy and loss.target == "probabilities",
+            target_scale=1.0 if cross_entropy else self.map.scale_left,
+            smoothing=loss.smoothing,
+            class_count=self.data.class_count,
+            z_loss=loss.z_loss,
+        )
+
+    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+        dense = kernels("dense")
+        if number == 0:
+            cap, logarithm = self.loss.softcap, self.description.logarithm
+            self._absorb(
+                self.model.softmax,
+                dense.softmax(block.z, cap, self.loss.temperature, 1.0, logarithm=False),
+                block.classes.start,
+            )
+            if self.by_logits:
+                assert block.target is not None
+                scale = self.description.target_scale
+                given = _side_by_side(block.target)
+                found = dense.softmax(given, None, 1.0, scale, logarithm=logarithm)
+                self._absorb(self.target.softmax, found, block.classes.start)
+            return
+        if number == 1:
+            self._gather_sums(block)
+            return
+        found = dense.changes(self.description, self._tile(block), self._table()).double().unsqueeze(-1)
+        self.model.change += found[0]
+        if self.by_logits:
+            self.target.change += found[1]
+
+    def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
+        out = block.z if block.out is None else block.out
+        v_out = block.v if block.v_out is None else block.v_out
+        rooms = {"out": out, "v_out": v_out, "target_out": block.target_out, "target_v_out": block.target_v_out}
+        found = kernels("dense").residuals(
+            self.description,
+            self._tile(block),
+            _with_strides(rooms),
+            self._table(),
+            self._places(),
+            block.classes.start,
+            wants_tangents=self.data.wants_tangents,
+        )
+        if found is not None:
+            self.tangent += found.double().sum(0).unsqueeze(-1)
+        return Residuals(out, block.target_out, v_out, block.target_v_out)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _family(self, dense: Any) -> int:
+        if self.loss.family == "cross_entropy":
+            return int(dense.SOFTMAX if self.by_logits else dense.PROBABILITIES)
+        divergence = self.loss.divergence
+        if isinstance(divergence, ForwardKL):
+            return int(dense.FORWARD)
+        return int(dense.REVERSE if isinstance(divergence, ReverseKL) else dense.JENSEN_SHANNON)
+
+    @staticmethod
+    def _absorb(running: Any, found: tuple[Tensor, Tensor, Tensor], first: int) -> None:
+        """As :meth:`softcurve.head.blocks._Softmax.absorb`, of a block that has been looked at."""
+        top, rest = (part.double().unsqueeze(-1) for part in found[:2])
+        old = running.offset
+        higher, new = top > old, torch.maximum(top, old)
+        safe = torch.where(new == NO_MASS, 0.0, new)
+        now, before = torch.exp(top - safe), torch.exp(old - safe)
+        running.rest = rest * now + running.rest * before + torch.where(higher, before, now)
+        running.offset = new
+        running.top = torch.where(higher, found[2].unsqueeze(-1) + first, running.top)
+
+    def _gather_sums(self, block: Block) -> Any:
+        found, label = kernels("dense").sums(
+            self.description,
+            self._tile(block),
+            self._table(),
+            self._places(),
+            block.classes.start,
+            wants_stats=self.data.wants_stats,
+        )
+        wide = type(found)(*(part.double().unsqueeze(-1) for part in found))
+        for side, score, rest, mean in (
+            (self.model, wide.score, wide.score_rest, wide.mean_v),
+            (self.target, wide.target_score, wide.target_score_rest, wide.target_mean_v),
+        ):
+            if side is self.model or self.by_logits:
+                side.score += score
+                side.score_rest += rest
+                side.mean_v += mean
+        self.values += wide.value
+        if self.loss.family != "cross_entropy":
+            self.surplus += wide.surplus
+        if self.data.wants_stats:
+            self.information += wide.information
+            better = wide.best > self.best
+            self.best = torch.where(better, wide.best, self.best)
+            self.label = torch.where(better, label.unsqueeze(-1) + block.classes.start, self.label)
+        return wide
+
+    def _tile(self, block: Block) -> dict[str, Any]:
+        """What a kernel reads."""
+        assert block.target is not None
+        weight = self.data.class_weight
+        read = {"z": block.z, "target": _side_by_side(block.target), "v": block.v, "target_v": block.target_v}
+        return {
+            **_with_strides(read),
+            "class_weight": weight[block.classes].float().contiguous() if self.by_class_weight and weight is not None else None,
+            "WEIGHED": self.by_class_weight,
+            "DIRECTED": block.v is not None,
+            "TARGET_DIRECTED": block.target_v is not None,
+        }
+
+    def _places(self) -> Tensor:
+        """The class that is kept apart on either side, where it has more than one half, else −1."""
+        sides = (self.model.softmax, self.target.softmax)
+        return torch.stack([torch.where(side.rest < 1, side.top, -1).squeeze(-1) for side in sides])
+
+    def _table(self) -> Tensor:
+        """The numbers of each row that the kernels want, float32, in the order they know."""
+        model, target = self.model, self.target
+        rows: list[Tensor] = []
+        for side in (model.softmax, target.softmax):
+            offset = torch.where(side.offset == NO_MASS, 0.0, side.offset)
+            rows += [offset, torch.log1p(side.rest), 1 / (1 + side.rest)]
+        lse = model.softmax.log_sum_exp()
+        constant = lse - target.softmax.log_sum_exp()
+        rows += [constant]
+        for side in (model, target):
+            # At a class above one half s − p S is minus the sum of all others.
+            rows += [side.score, side.score * side.softmax.complement(slice(None)) - side.score_rest]
+        rows += [lse, model.mean_v, target.mean_v, model.change, target.change, self.data.weight.unsqueeze(-1)]
+        return torch.cat(rows, -1).T.to(torch.float32).contiguous()
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """Classes next to each other."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _with_strides(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+    """Each with its ``…_stride``."""
+    stride = kernels("math").stride
+    named: dict[str, Any] = dict(tensors)
+    return named | {f"{name}_stride": stride(tensor) for name, tensor in tensors.items()}

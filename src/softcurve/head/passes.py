@@ -306,6 +306,7 @@ class _Tile:
             single = not run.plan.cuts_classes
             if run.loss.target == "list":
                 return fused.FusedList(run.loss, self.data, single=single)
+            return fused.FusedBlocks(run.loss, self.data)
         if run.loss.target == "list":
             return ListKernel(run.loss, self.data)
         if run.plan.cuts_classes:

@@ -32,17 +32,26 @@ def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool
     count, width = out.shape
     if count == 0 or width == 0:
         return
-    if isinstance(kernel, triton.runtime.JITFunction):
-        block = min(triton.next_power_of_2(width), entries)
-        rows = max(1, min(triton.next_power_of_2(count), entries // block // 4))
-    else:
-        rows, block = INTERPRETED_SHAPE
+    rows, block = shape(out, entries)
     grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
     warps = max(1, min(8, rows * block // 256))
     with _on(out.device):
         kernel[grid](
             **arguments, rows=count, classes=width, ROWS=rows, BLOCK=block, num_warps=warps, enable_fp_fusion=True
         )
+
+
+def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
+    """Rows and classes that a program works on at a time."""
+    if not isinstance(_probe, triton.runtime.JITFunction):
+        return INTERPRETED_SHAPE
+    block = min(triton.next_power_of_2(tile.shape[1]), entries)
+    return max(1, min(triton.next_power_of_2(len(tile)), entries // block // 4)), block
+
+
+def pieces(tile: Tensor, entries: int = ENTRIES) -> int:
+    """Programs over the classes of a row."""
+    return int(triton.cdiv(tile.shape[1], shape(tile, entries)[1]))
 
 
 def _on(device: torch.device) -> Any:
@@ -64,6 +73,12 @@ def column(tensor: Tensor) -> Tensor:
 
 
 jit: Callable[[Any], Any] = triton.jit
+
+
+@jit
+@no_type_check
+def _probe():
+    """Whether the interpreter was on when Triton was imported shows in its type."""
 
 
 @jit
