@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import products, workspace
+from softcurve.head import fused, products, workspace
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.curvature_kernels import CurvatureBlock, CurvatureKernel, DenseCurvature, ListCurvature
+from softcurve.head.fused_curvature import FusedDenseCurvature, FusedListCurvature
 from softcurve.head.kernel import Kernel, RowData
 from softcurve.head.lists import ListKernel
 from softcurve.head.passes import kept_rows, require_classes
@@ -346,12 +347,18 @@ class _Tile:
 
     def kernel(self) -> Kernel:
         """For residuals."""
-        kind = BlockKernel if self.run.dense else ListKernel
+        if fused.serves(self.map.input.device, self.run.dtype):
+            kind = fused.FusedBlocks if self.run.dense else fused.FusedList
+        else:
+            kind = BlockKernel if self.run.dense else ListKernel
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
-        kind = DenseCurvature if self.run.dense else ListCurvature
+        if fused.serves(self.map.input.device, self.run.dtype):
+            kind = FusedDenseCurvature if self.run.dense else FusedListCurvature
+        else:
+            kind = DenseCurvature if self.run.dense else ListCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)
 

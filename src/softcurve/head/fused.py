@@ -286,7 +286,7 @@ class FusedBlocks(BlockKernel):
         found = kernels("dense").residuals(
             self.description,
             self._tile(block),
-            _with_strides(rooms),
+            with_strides(rooms),
             self._table(),
             self._places(),
             block.classes.start,
@@ -352,7 +352,7 @@ class FusedBlocks(BlockKernel):
         weight = self.data.class_weight
         read = {"z": block.z, "target": _side_by_side(block.target), "v": block.v, "target_v": block.target_v}
         return {
-            **_with_strides(read),
+            **with_strides(read),
             "class_weight": weight[block.classes].float().contiguous() if self.by_class_weight and weight is not None else None,
             "WEIGHED": self.by_class_weight,
             "DIRECTED": block.v is not None,
@@ -386,7 +386,7 @@ def _side_by_side(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _with_strides(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+def with_strides(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
     """Each with its ``…_stride``."""
     stride = kernels("math").stride
     named: dict[str, Any] = dict(tensors)
