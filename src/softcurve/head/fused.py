@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.head import products
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Residuals
 from softcurve.head.lists import NO_MASS, ListKernel
@@ -42,6 +43,13 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.float32 or not _has_triton():
         return False
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def residual_dtype(input: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> torch.dtype | None:
+    """The half precision that residuals are left in for the products with these; ``None``: in the logits' place."""
+    if input is None or weight is None or not serves(weight.device, dtype):
+        return None
+    return products.narrow_residuals(products.shared_half(input, weight))
 
 
 def kernels(name: str) -> Any:
@@ -351,9 +359,10 @@ class FusedBlocks(BlockKernel):
         assert block.target is not None
         weight = self.data.class_weight
         read = {"z": block.z, "target": _side_by_side(block.target), "v": block.v, "target_v": block.target_v}
+        weight = None if weight is None or not self.by_class_weight else weight[block.classes].float().contiguous()
         return {
             **with_strides(read),
-            "class_weight": weight[block.classes].float().contiguous() if self.by_class_weight and weight is not None else None,
+            "class_weight": weight,
             "WEIGHED": self.by_class_weight,
             "DIRECTED": block.v is not None,
             "TARGET_DIRECTED": block.target_v is not None,
@@ -368,9 +377,9 @@ class FusedBlocks(BlockKernel):
         """The numbers of each row that the kernels want, float32, in the order they know."""
         model, target = self.model, self.target
         rows: list[Tensor] = []
-        for side in (model.softmax, target.softmax):
-            offset = torch.where(side.offset == NO_MASS, 0.0, side.offset)
-            rows += [offset, torch.log1p(side.rest), 1 / (1 + side.rest)]
+        for running in (model.softmax, target.softmax):
+            offset = torch.where(running.offset == NO_MASS, 0.0, running.offset)
+            rows += [offset, torch.log1p(running.rest), 1 / (1 + running.rest)]
         lse = model.softmax.log_sum_exp()
         constant = lse - target.softmax.log_sum_exp()
         rows += [constant]

@@ -29,7 +29,7 @@ from softcurve.head.triton_math import (
     tanh,
 )
 
-# Members of the family: a cross-entropy against probabilities, one against a softmax, the divergences.
+# Members of the family: a cross-entropy against probabilities, one against a softmax, then the divergences.
 PROBABILITIES, SOFTMAX, FORWARD, REVERSE, JENSEN_SHANNON = range(5)
 _PROBABILITIES: tl.constexpr = tl.constexpr(PROBABILITIES)
 _SOFTMAX: tl.constexpr = tl.constexpr(SOFTMAX)
@@ -86,10 +86,9 @@ def _softmax(
         x = tl.load(z + row * z_stride + at, mask=inside, other=0.0).to(tl.float32)
         if LOGARITHM:
             x = tl.log(x)
+        x = x * scale
         if CAPPED:
             x = capped(x, softcap, temperature)
-        else:
-            x = x * scale
         x = tl.where(inside, x, -float("inf"))
         best = tl.max(x, axis=1)[:, None]
         which = start + tl.argmax(x, axis=1)[:, None]
@@ -176,7 +175,7 @@ def _terms(
     unit = tl.load(of_rows + 2 * rows + row, mask=exists, other=0.0)
     p = difference_exp(seen, offset) * unit
     minus_log_p = log_rest - (seen - offset)
-    if FAMILY == _PROBABILITIES or FAMILY == _SOFTMAX:
+    if FAMILY <= _SOFTMAX:
         factor = tl.where(inside, own_share, 0.0)
         if WEIGHED:
             factor = factor * weight
@@ -262,7 +261,7 @@ def _target_change(
     change = moved
     if LOGARITHM:
         change = tl.where(given > 0, moved / given, 0.0)
-    if FAMILY != _PROBABILITIES and FAMILY != _SOFTMAX:
+    if FAMILY > _SOFTMAX:
         change = change * target_scale
     return moved, change
 
@@ -449,9 +448,10 @@ def _changes(
 
 def changes(description: Description, tile: Mapping[str, Any], of_rows: Tensor) -> Tensor:
     """``Σ c ⊙ u + x ⊙ u_y`` of both sides, ``(2, rows)``."""
-    found = tile["z"].new_empty(2, len(tile["z"]))
+    z: Tensor = tile["z"]
+    found = z.new_empty(2, len(z))
     arguments = {**description.arguments(), **tile, "of_rows": of_rows, "found": found}
-    launch(_changes, tile["z"], arguments, by_rows=True, entries=ENTRIES)
+    launch(_changes, z, arguments, by_rows=True, entries=ENTRIES)
     return found
 
 
@@ -523,7 +523,7 @@ def _residuals(
             if LOGARITHM:
                 through = tl.where(given > 0, t_product / given, 0.0)
                 through -= tl.where(given > 0, t_gradient * moved / (given * given), 0.0)
-            if FAMILY != _PROBABILITIES and FAMILY != _SOFTMAX:
+            if FAMILY > _SOFTMAX:
                 through = through * target_scale
             tl.store(target_v_out + row * target_v_out_stride + at, of_row * through, mask=inside)
         if TANGENTS:
@@ -534,7 +534,7 @@ def _residuals(
         through = t_gradient
         if LOGARITHM:
             through = tl.where(given > 0, t_gradient / given, 0.0)
-        if FAMILY != _PROBABILITIES and FAMILY != _SOFTMAX:
+        if FAMILY > _SOFTMAX:
             through = through * target_scale
         tl.store(target_out + row * target_out_stride + at, of_row * through, mask=inside)
     gradient = of_row * gradient
@@ -675,7 +675,7 @@ def _gather(
 
 def gather(block: Mapping[str, Any], places: Tensor, first: int, softcap: float | None, temperature: float) -> Tensor:
     """``Σ p v`` but for the top's, ``Σ q v`` and the top's ``v``, ``(3, rows)``; ``v`` times the cap's slope."""
-    p = block["p"]
+    p: Tensor = block["p"]
     found = p.new_empty(3, len(p))
     arguments = {
         **block,

@@ -53,16 +53,17 @@ def _put(
 
 def put(tile: Tensor, places: Tensor, values: Tensor | None, *, add: bool = False) -> None:
     """``tile[row, places] = values``, or ``+=``, where the places are inside; ``−inf`` for no values."""
+    places = places.contiguous()
     arguments = {
         "tile": tile,
         "tile_stride": stride(tile),
-        "places": places.contiguous(),
+        "places": places,
         "values": None if values is None else values.float().contiguous(),
         "width": tile.shape[1],
         "FILL": values is None,
         "ADD": add,
     }
-    launch(_put, arguments["places"], arguments, by_rows=False)
+    launch(_put, places, arguments, by_rows=False)
 
 
 @jit

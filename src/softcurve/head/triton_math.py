@@ -1,11 +1,10 @@
 """Elementary functions of Triton kernels, in float32, right relatively where the hardware's are not.
 
-``import triton`` stands in the modules of this name only; :mod:`softcurve.head.fused` imports them when a tile wants them.
+``import triton`` stands only in the modules of this name, which :mod:`softcurve.head.fused` imports when wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, no_type_check
 
@@ -35,10 +34,14 @@ def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool
     rows, block = shape(out, entries)
     grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
     warps = max(1, min(8, rows * block // 256))
+    arguments = arguments | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
     with _on(out.device):
-        kernel[grid](
-            **arguments, rows=count, classes=width, ROWS=rows, BLOCK=block, num_warps=warps, enable_fp_fusion=True
-        )
+        run(kernel, grid, arguments, {"num_warps": warps, "enable_fp_fusion": True})
+
+
+def run(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """One launch."""
+    kernel[grid](**arguments, **options)
 
 
 def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
@@ -72,7 +75,10 @@ def column(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor)).to(torch.float32).contiguous()
 
 
-jit: Callable[[Any], Any] = triton.jit
+def jit(function: Any) -> Any:
+    """``triton.jit``, without a compilation for each kind of number that rows and the first class of a block may be."""
+    counts = [name for name in ("rows", "first") if name in function.__code__.co_varnames]
+    return triton.jit(function, do_not_specialize=counts)
 
 
 @jit
