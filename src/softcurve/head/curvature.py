@@ -6,6 +6,7 @@ Unlike :func:`softcurve.head.passes.hessian_product` nothing here is differentia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head import products, workspace
+from softcurve.head import fused, products, workspace
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.curvature_kernels import CurvatureBlock, CurvatureKernel, DenseCurvature, ListCurvature
+from softcurve.head.fused_curvature import FusedDenseCurvature, FusedListCurvature
 from softcurve.head.kernel import Kernel, RowData
 from softcurve.head.lists import ListKernel
 from softcurve.head.passes import kept_rows, require_classes
@@ -332,18 +334,17 @@ class _Pass:
         if count == 0:
             return
         self.plan = self._plan(count)
-        self.rooms.reserve(self.plan.buffers * self.plan.rows * self.plan.classes)
+        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.rows * self.plan.classes))
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             rows = slice(start, stop) if isinstance(kept, slice) else kept[start:stop]
-            e = t.input[rows].to(self.dtype)
             target = None
             if loss.target == "teacher":
                 assert t.target is not None
                 assert t.target_weight is not None
-                target = LinearMap(t.target[rows].to(self.dtype), t.target_weight, t.target_bias)
+                target = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
             weight = t.row_weight[rows].to(self.dtype).unsqueeze(-1)
-            yield _Tile(self, rows, LinearMap(e, t.weight, t.bias), target, weight)
+            yield _Tile(self, rows, LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype), target, weight)
 
     def _plan(self, count: int) -> Plan:
         loss, t, budget = self.given.loss, self.given.tensors, self.given.memory_budget
@@ -395,12 +396,16 @@ class _Tile:
 
     def kernel(self) -> Kernel:
         """For residuals."""
-        kind = BlockKernel if self.run.dense else ListKernel
+        kind: type[Kernel] = BlockKernel if self.run.dense else ListKernel
+        if fused.serves(self.map.input.device, self.run.dtype):
+            kind = fused.FusedBlocks if self.run.dense else fused.FusedList
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
-        kind = DenseCurvature if self.run.dense else ListCurvature
+        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else ListCurvature
+        if fused.serves(self.map.input.device, self.run.dtype):
+            kind = FusedDenseCurvature if self.run.dense else FusedListCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)
 

@@ -29,6 +29,8 @@ class Block:
     target_v: Tensor | None = None
     target_out: Tensor | None = None  # room for the target's residual
     target_v_out: Tensor | None = None  # and for its change
+    out: Tensor | None = None  # room for the residuals of z and v in the dtype of the products, if not in their place
+    v_out: Tensor | None = None
 
     def target_of(self, rows: slice) -> Tensor:
         """The target of some rows, in the dtype of the logits."""

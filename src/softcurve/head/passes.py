@@ -6,13 +6,14 @@ take these back to features and weight. Rows of weight 0 have no part in a gradi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcurve.head import products, workspace
+from softcurve.head import fused, products, workspace
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
@@ -34,16 +35,22 @@ class Outcome(NamedTuple):
 def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
     """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
     teacher, listed = loss.target == "teacher", loss.target == "list"
+    in_triton = fused.serves(tensors.input.device, tensors.dtype)
+    halves = [fused.residual_dtype(tensors.input, tensors.weight, tensors.dtype)]
+    halves += [fused.residual_dtype(tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
 
-    def needs(directed: bool) -> tuple[int, int, int]:
+    def needs(directed: bool) -> tuple[int | float, int, int]:
         """Tiles, cache-sized temporaries, and numbers for each row of a tile, that are alive at a time."""
-        buffers = (1 + teacher) * (1 + directed) + (loss.softcap is not None)
+        buffers: int | float = (1 + teacher) * (1 + directed) + (loss.softcap is not None and not in_triton)
         written = 2 * (loss.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
         width = tensors.input.shape[1] + (tensors.target.shape[1] if teacher and tensors.target is not None else 0)
         row = (3 + 2 * directed) * width + 32
         if listed and tensors.indices is not None:
             row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
+        if in_triton:  # which needs no temporaries, but for a target's gradient and for numbers of rows
+            buffers += (1 + directed) * sum(half is not None for half in halves) / 2
+            return buffers + (1 + 2 * directed) * (written > 0), 0, row + 64
         return buffers, (6 if listed else 24) + 4 * directed + written, row
 
     buffers, temporaries, row_entries = needs(directed)
@@ -57,7 +64,7 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
         row_entries=row_entries,
         least_pieces=sum(needs(True)[:2]),  # one least for all passes
         least_row_entries=needs(True)[2],
-        whole_rows=not listed,
+        whole_rows=not (listed or in_triton),
         memory_budget=budget,
     )
 
@@ -188,7 +195,7 @@ class _Pass:
         if count == 0:
             return
         self.plan = plan_of(self.loss, self.tensors, count, self.directions is not None, self.budget)
-        self.rooms.reserve(self.plan.buffers * self.plan.rows * self.plan.classes)
+        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.rows * self.plan.classes))
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             self._tile(slice(start, stop) if isinstance(kept, slice) else kept[start:stop])
@@ -222,12 +229,12 @@ class _Pass:
         )
         moved = direction or (None,) * 6
         along = Direction(self._take(moved[0], rows), moved[1], moved[2])
-        side = _Side(LinearMap(t.input[rows].to(self.dtype), t.weight, t.bias), along)
+        side = _Side(LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype), along)
         target = None
         if teacher:
             assert t.target is not None
             assert t.target_weight is not None
-            others = LinearMap(t.target[rows].to(self.dtype), t.target_weight, t.target_bias)
+            others = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
             target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]))
         tile = _Tile(self, rows, data, side, target)
         kernel = tile.kernel()
@@ -273,6 +280,11 @@ class _Pass:
         room = self.rooms.room(name, self.plan.rows * self.plan.classes)
         return room[: rows * classes].view(rows, classes)
 
+    def narrow_buffer(self, name: str, dtype: torch.dtype, rows: int, classes: int) -> Tensor:
+        """The same in half precision, in half the room."""
+        room = self.rooms.room(name, -(-self.plan.rows * self.plan.classes // 2))
+        return room.view(dtype)[: rows * classes].view(rows, classes)
+
     def scratch(self, number: int) -> Tensor:
         """Room for a group of rows of a tile."""
         return self.rooms.room(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
@@ -303,6 +315,11 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
+        if fused.serves(run.rows.device, run.dtype):
+            single = not run.plan.cuts_classes
+            if run.loss.target == "list":
+                return fused.FusedList(run.loss, self.data, single=single)
+            return fused.FusedBlocks(run.loss, self.data)
         if run.loss.target == "list":
             return ListKernel(run.loss, self.data)
         if run.plan.cuts_classes or run.group is not None:
@@ -317,9 +334,16 @@ class _Tile:
         def room(name: str) -> Tensor:
             return run.buffer(name, count, width)
 
+        def residual_room(name: str, map: LinearMap) -> Tensor | None:
+            dtype = fused.residual_dtype(map.narrow, map.weight, run.dtype) if any(run.wanted) else None
+            return None if dtype is None else run.narrow_buffer(f"{name}, narrow", dtype, count, width)
+
+        in_triton = fused.serves(run.rows.device, run.dtype)
         block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
+        block.out = residual_room("z", self.model.map)
+        block.v_out = None if run.directions is None else residual_room("v", self.model.map)
         by_closed_forms = run.loss.target != "list" and not run.plan.cuts_classes and run.group is None
-        if run.loss.softcap is not None and not by_closed_forms:
+        if run.loss.softcap is not None and not in_triton and not by_closed_forms:
             block.raw = room("raw")
         if run.directions is not None:
             block.v = self.model.map.change_into(room("v"), self.model.along, classes, run.loss.scale)
@@ -327,10 +351,12 @@ class _Tile:
         if self.target is not None:
             scale = run.loss.target_scale
             block.target = self.target.map.logits_into(room("target"), classes, scale)
-            block.target_out = block.target if wants_target else None
+            narrow = residual_room("target", self.target.map) if wants_target else None
+            block.target_out = (block.target if narrow is None else narrow) if wants_target else None
             if run.directions is not None:
                 block.target_v = self.target.map.change_into(room("target_v"), self.target.along, classes, scale)
-                block.target_v_out = block.target_v if wants_target else None
+                narrow = residual_room("target_v", self.target.map) if wants_target else None
+                block.target_v_out = (block.target_v if narrow is None else narrow) if wants_target else None
         elif run.loss.target != "list":
             assert run.tensors.target is not None
             block.target = run.tensors.target[self.rows, classes]
@@ -395,7 +421,8 @@ class _Tile:
         in_input, in_weight, in_bias = run.gradients[first : first + 3]
         scaling = None if factor is None else factor.to(run.dtype)
         if scale != 1:
-            scaling = residual.new_full((len(residual), 1), scale) if scaling is None else scaling * scale
+            ones = self.data.weight.new_full((len(residual), 1), scale)
+            scaling = ones if scaling is None else scaling * scale
         outer = residual if residual_v is None else residual_v
         if in_input is not None:
             part = self._features(outer, side.map.weight[classes])
@@ -418,12 +445,12 @@ class _Tile:
                 e_v = e_v if scaling is None else e_v * scaling
                 products.back_to_weight(in_weight[classes], residual, e_v, accumulate=True)
         if in_bias is not None:
-            ones = residual.new_ones(len(residual)) if scaling is None else scaling.squeeze(-1)
+            each = self.data.weight.new_ones(len(residual)) if scaling is None else scaling.squeeze(-1)
             more = run.accumulates(f"{first + 2}:{classes.start}")
             run.started.add(str(first + 2))
-            torch.addmv(in_bias[classes], outer.T, ones, beta=1.0 if more else 0.0, out=in_bias[classes])
+            products.back_to_bias(in_bias[classes], outer, each, accumulate=more)
 
     def _features(self, residual: Tensor, weight: Tensor) -> Tensor:
-        out = residual.new_empty(len(residual), weight.shape[1])
+        out = residual.new_empty((len(residual), weight.shape[1]), dtype=self.run.dtype)
         products.back_to_features(out, residual, weight, accumulate=False)
         return out

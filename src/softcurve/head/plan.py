@@ -7,6 +7,7 @@ computed once more for every sweep over a row's statistics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Plan:
     rows: int
     classes: int
     cached: int
-    buffers: int  # tiles alive at a time
+    buffers: int | float  # tiles alive at a time; of half precision half a one
     temporaries: int  # buffers of ``cached`` entries alive at a time
     row_entries: int  # for each row of a tile: its features once more, its statistics
     itemsize: int
@@ -50,7 +51,7 @@ class Plan:
     def bytes(self) -> int:
         """What tiles and temporaries occupy at most."""
         each_row = self.buffers * self.classes + self.row_entries
-        return self.itemsize * (self.rows * each_row + self.temporaries * self.cached)
+        return int(self.itemsize * (self.rows * each_row + self.temporaries * self.cached))
 
     def class_blocks(self, held: int) -> Iterator[slice]:
         """The classes of each tile, of ``held``: all, unless other processes have more."""
@@ -61,7 +62,7 @@ class Plan:
         """For people."""
         return (
             f"{self.row_count} rows × {self.class_count} classes in tiles of {self.rows} × {self.classes}, "
-            f"{self.buffers} at a time: {self.bytes / 2**20:.1f} MiB"
+            f"{self.buffers:g} at a time: {self.bytes / 2**20:.1f} MiB"
         )
 
 
@@ -71,10 +72,10 @@ def make_plan(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    buffers: int,
+    buffers: int | float,
     temporaries: int,
     row_entries: int,
-    least_pieces: int,
+    least_pieces: int | float,
     least_row_entries: int,
     whole_rows: bool,
     memory_budget: int | None,
@@ -93,7 +94,7 @@ def make_plan(
         return Plan(row_count, class_count, rows, classes, cached, buffers, temporaries, row_entries, itemsize)
 
     fewest_classes = min(class_count, 16)
-    least = least_pieces * fewest_classes + least_row_entries
+    least = math.ceil(least_pieces * fewest_classes) + least_row_entries
     if entries < least:
         raise ValueError(
             f"memory_budget must be at least {least * itemsize} bytes for features and targets as wide as these, "
@@ -101,18 +102,18 @@ def make_plan(
         )
     # Half of the budget, at most, is for the temporaries.
     spare = entries - least_row_entries
-    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // (2 * temporaries)))
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // max(1, 2 * temporaries)))
     fits = cached >= class_count or not whole_rows
     if not fits and spare // 2 >= temporaries * class_count:
         cached, fits = class_count, True
-    rows = (entries - temporaries * cached) // (buffers * class_count + row_entries)
+    rows = int((entries - temporaries * cached) // (buffers * class_count + row_entries))
     if fits and rows >= min(row_count, FEWEST_ROWS):
         tiles = -(-row_count // rows)
         rows = -(-row_count // tiles)
         return planned(rows, class_count, min(cached, max(rows * class_count, 1)))
-    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // (2 * temporaries)))
+    cached = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // max(1, 2 * temporaries)))
     free = entries - temporaries * cached
-    rows = max(1, min(row_count, 1024, free // (buffers * min(class_count, 256) + row_entries)))
-    classes = max(1, min(class_count, (free - rows * row_entries) // (buffers * rows)))
+    rows = max(1, min(row_count, 1024, int(free // (buffers * min(class_count, 256) + row_entries))))
+    classes = max(1, min(class_count, int((free - rows * row_entries) // (buffers * rows))))
     blocks = -(-class_count // classes)
     return planned(rows, -(-class_count // blocks), min(cached, rows * classes))

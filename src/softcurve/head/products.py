@@ -1,4 +1,8 @@
-"""The matrix products of a linear map, a tile at a time, in the dtype of the computation."""
+"""The matrix products of a linear map, a tile at a time, in the dtype of the computation.
+
+Half-precision factors go into a float32 product as they are where the device has such a product (CUDA): their product
+is exact in float32, so nothing is lost against widening them first, and nothing of the weight's size is copied.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,34 @@ from torch import Tensor
 WIDENED_ENTRIES = 2**20
 
 
+def multiplies_half(device: torch.device) -> bool:
+    """Whether half-precision matrices can be multiplied into float32."""
+    return device.type == "cuda"
+
+
+def shared_half(*tensors: Tensor | None) -> torch.dtype | None:
+    """The half precision of all of these, where they can be multiplied into float32."""
+    dtypes = {None if tensor is None else tensor.dtype for tensor in tensors}
+    dtype = dtypes.pop()
+    if dtypes or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    assert tensors[0] is not None
+    return dtype if multiplies_half(tensors[0].device) else None
+
+
+def narrow_residuals(dtype: torch.dtype | None) -> torch.dtype | None:
+    """What residuals are rounded to for the products back: bfloat16, which has float32's range.
+
+    float16 has not: a class's probability over the number of rows is below it. There the products back widen.
+    """
+    return dtype if dtype == torch.bfloat16 else None
+
+
+def _half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
+    """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
+    torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
 def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     """The rows of ``weight`` that one product takes: all, or so many as may be widened at a time."""
     step = len(weight) if weight.dtype == dtype else max(1, WIDENED_ENTRIES // max(1, weight.shape[1]))
@@ -21,6 +53,13 @@ def linear_into(
     out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, accumulate: bool = False
 ) -> Tensor:
     """``out = scale (input @ weight.T + bias)``, or added to it; ``out`` sets the dtype."""
+    if out.dtype == torch.float32 and shared_half(input, weight) is not None:
+        if bias is not None:
+            row = scale * bias.to(out.dtype)
+            out.add_(row) if accumulate else out.copy_(row.expand_as(out))
+        start = 1.0 if accumulate or bias is not None else 0.0
+        _half_product(out, input, weight.T, beta=start, alpha=scale)
+        return out
     input = input.to(out.dtype)
     for piece in _pieces(weight, out.dtype):
         here = out[:, piece]
@@ -36,14 +75,36 @@ def linear_into(
 
 def back_to_features(out: Tensor, residual: Tensor, weight: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residual @ weight``."""
+    if out.dtype == torch.float32 and shared_half(residual, weight) is not None:
+        _half_product(out, residual, weight, beta=1.0 if accumulate else 0.0)
+        return
     for i, piece in enumerate(_pieces(weight, out.dtype)):
         start = 1.0 if accumulate or i else 0.0
-        torch.addmm(out, residual[:, piece], weight[piece].to(out.dtype), beta=start, out=out)
+        torch.addmm(out, residual[:, piece].to(out.dtype), weight[piece].to(out.dtype), beta=start, out=out)
 
 
 def back_to_weight(out: Tensor, residual: Tensor, input: Tensor, *, accumulate: bool) -> None:
-    """``out (+)= residualᵀ @ input``."""
+    """``out (+)= residualᵀ @ input``; the input is rounded to the residual's dtype."""
+    if shared_half(residual) is not None:
+        _half_product(out, residual.T, input.to(residual.dtype), beta=1.0 if accumulate else 0.0)
+        return
     torch.addmm(out, residual.T, input, beta=1.0 if accumulate else 0.0, out=out)
+
+
+def back_to_bias(out: Tensor, residual: Tensor, scaling: Tensor, *, accumulate: bool) -> None:
+    """``out (+)= residualᵀ @ scaling``, ``scaling`` one number a row."""
+    if shared_half(residual) is None:
+        torch.addmv(out, residual.T, scaling, beta=1.0 if accumulate else 0.0, out=out)
+        return
+    # A number and what rounding takes from it, side by side: together they have the digits that one has not.
+    high = scaling.to(residual.dtype)
+    both = torch.stack([high, (scaling - high.to(scaling.dtype)).to(residual.dtype)], -1)
+    found = out.new_empty(len(out), 2)
+    _half_product(found, residual.T, both, beta=0.0)
+    if accumulate:
+        out.add_(found.sum(-1))
+    else:
+        torch.sum(found, -1, out=out)
 
 
 class Direction(NamedTuple):
@@ -55,16 +116,27 @@ class Direction(NamedTuple):
 
 
 class LinearMap(NamedTuple):
-    """``W e + b`` on a tile of rows."""
+    """``W e + b`` on a tile of rows; ``narrow`` is the input before it was widened, where products take it so."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    narrow: Tensor | None = None
+
+    @staticmethod
+    def of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
+        """Computed in ``dtype``."""
+        half = shared_half(input, weight)
+        return LinearMap(input.to(dtype), weight, bias, None if half is None else input)
 
     def logits_into(self, out: Tensor, classes: slice, scale: float) -> Tensor:
         """``scale (e Wᵀ + b)`` of some classes."""
         bias = None if self.bias is None else self.bias[classes]
-        return linear_into(out, self.input, self.weight[classes], bias, scale=scale)
+        return linear_into(out, self._factor, self.weight[classes], bias, scale=scale)
+
+    @property
+    def _factor(self) -> Tensor:
+        return self.input if self.narrow is None else self.narrow
 
     def change_into(self, out: Tensor, along: Direction, classes: slice, scale: float) -> Tensor:
         """``scale (ė Wᵀ + e Ẇᵀ + ḃ)`` of some classes."""
@@ -73,7 +145,8 @@ class LinearMap(NamedTuple):
             linear_into(out, along.input, self.weight[classes], None, scale=scale)
             started = True
         if along.weight is not None:
-            linear_into(out, self.input, along.weight[classes], None, scale=scale, accumulate=started)
+            factor = self.input if shared_half(self._factor, along.weight) is None else self._factor
+            linear_into(out, factor, along.weight[classes], None, scale=scale, accumulate=started)
             started = True
         if along.bias is not None:
             bias_v = along.bias[classes].to(out.dtype)

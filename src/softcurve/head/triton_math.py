@@ -1,0 +1,192 @@
+"""Elementary functions of Triton kernels, in float32, right relatively where the hardware's are not.
+
+``import triton`` stands only in the modules of this name, which :mod:`softcurve.head.fused` imports when wanted.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950216293335)  # log2 e, rounded to float32, and what is left of it
+LOG2E_REST: tl.constexpr = tl.constexpr(1.925963033500117e-08)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+HUGE: tl.constexpr = tl.constexpr(1e30)
+
+# Entries of a tile that one program works on at a time.
+ENTRIES = 4096
+INTERPRETED_SHAPE = (32, 256)  # an interpreted operation costs the same for one row as for many
+
+
+def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool, entries: int = ENTRIES) -> None:
+    """Run ``kernel`` over the rows of ``out``, and over pieces of its classes unless a program is to see whole rows.
+
+    A kernel that sees whole rows loops over their pieces of ``BLOCK`` classes, ``ROWS`` rows at a time.
+    """
+    count, width = out.shape
+    if count == 0 or width == 0:
+        return
+    rows, block = shape(out, entries)
+    grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
+    warps = max(1, min(8, rows * block // 256))
+    arguments = arguments | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    with _on(out.device):
+        run(kernel, grid, arguments, {"num_warps": warps, "enable_fp_fusion": True})
+
+
+def run(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """One launch."""
+    kernel[grid](**arguments, **options)
+
+
+def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
+    """Rows and classes that a program works on at a time."""
+    if not isinstance(_probe, triton.runtime.JITFunction):
+        return INTERPRETED_SHAPE
+    block = min(triton.next_power_of_2(tile.shape[1]), entries)
+    return max(1, min(triton.next_power_of_2(len(tile)), entries // block // 4)), block
+
+
+def pieces(tile: Tensor, entries: int = ENTRIES) -> int:
+    """Programs over the classes of a row."""
+    return int(triton.cdiv(tile.shape[1], shape(tile, entries)[1]))
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def stride(tensor: Tensor | None) -> int:
+    """Entries from a row to the next; a kernel wants classes side by side."""
+    if tensor is None:
+        return 0
+    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    return tensor.stride(0)
+
+
+def column(tensor: Tensor) -> Tensor:
+    """A number for each row, in float32."""
+    return tensor.reshape(len(tensor)).to(torch.float32).contiguous()
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``, without a compilation for each kind of number that rows and the first class of a block may be."""
+    counts = [name for name in ("rows", "first") if name in function.__code__.co_varnames]
+    return triton.jit(function, do_not_specialize=counts)
+
+
+@jit
+@no_type_check
+def _probe():
+    """Whether the interpreter was on when Triton was imported shows in its type."""
+
+
+@jit
+@no_type_check
+def difference_exp(z, offset):
+    """``e^{z − offset}`` for ``offset`` finite. The rounding of the difference, by Knuth's two-sum, and of its product
+    with ``log2 e``, by a fused multiply-add, are made good: both show where the two are far apart."""  # noqa: D205, D209
+    d = z - offset
+    back = d - z
+    error = (z - (d - back)) - (offset + back)
+    high = d * LOG2E
+    low = tl.fma(d, LOG2E, -high) + d * LOG2E_REST
+    correction = tl.where(tl.abs(d) < HUGE, error + LN2 * low, 0.0)
+    return tl.exp2(high) * (1 + correction)
+
+
+@jit
+@no_type_check
+def log1p(x):
+    """For ``x > −1`` and finite: ``log u + (x − (u − 1))/u`` with ``u = 1 + x`` rounded."""
+    u = 1 + x
+    return tl.log(u) + (x - (u - 1)) / u
+
+
+@jit
+@no_type_check
+def exp_excess(t):
+    """``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
+    total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
+    total = total * t + 0.0001984126984126984
+    total = total * t + 0.001388888888888889
+    total = total * t + 0.008333333333333333
+    total = total * t + 0.041666666666666664
+    total = total * t + 0.16666666666666666
+    total = total * t + 0.5
+    return total * t * t
+
+
+@jit
+@no_type_check
+def clamp_half(t):
+    """``t`` into [−½, ½]."""
+    return tl.minimum(tl.maximum(t, -0.5), 0.5)
+
+
+@jit
+@no_type_check
+def log_mixture(t, weight, other):
+    """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.divergences.log_mixture`."""
+    small = clamp_half(t)
+    low = tl.minimum(t, 80.0)
+    grown = tl.exp(low)
+    change = tl.where(tl.abs(t) < 0.5, small + exp_excess(small), grown - 1)
+    near = log1p(weight * change)
+    # 1 + w (e^t − 1) cancels towards 1 − w
+    near = tl.where((t < -1) & (weight > 0.5), tl.log(other + weight * tl.exp(tl.minimum(t, -1.0))), near)
+    far = tl.maximum(t, 80.0)
+    far = far + tl.log(weight + other * tl.exp(-far))
+    return tl.where(t < 80, near, far)
+
+
+@jit
+@no_type_check
+def tanh(x):
+    """``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
+    e = tl.exp(-2 * tl.abs(x))
+    away = tl.where(x < 0, -(1 - e), 1 - e) / (1 + e)
+    s = tl.minimum(x * x, 0.0625)
+    series = s * -0.008863235529902197 + 0.021869488536155203
+    series = series * s - 0.05396825396825397
+    series = series * s + 0.13333333333333333
+    series = series * s - 0.3333333333333333
+    return tl.where(tl.abs(x) < 0.25, x + x * s * series, away)
+
+
+@jit
+@no_type_check
+def capped(z, softcap, temperature):
+    """``κ tanh(z/κ) / T``; a masked class stays masked."""
+    return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap) / temperature)
+
+
+@jit
+@no_type_check
+def cap_slope(z, softcap, temperature):
+    """``4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``."""
+    e = tl.exp(-2 * tl.abs(z / softcap))
+    return 4 * e / ((1 + e) * (1 + e) * temperature)
+
+
+@jit
+@no_type_check
+def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
+    """Rows (in 64 bits: rows times classes pass 2³¹) and classes of a piece of a program, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = start + tl.arange(0, BLOCK)[None, :]
+    return row, at, (row < rows) & (at < classes)
+
+
+@jit
+@no_type_check
+def own_row(ROWS: tl.constexpr, rows):
+    """The rows of a program, a column, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return row, row < rows

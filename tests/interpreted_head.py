@@ -1,0 +1,339 @@
+"""The head's Triton kernels in Triton's interpreter: float32 tiles against dense float64. ``test_head_fused.py`` runs this."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softcurve
+from softcurve.head import curvature, fused, products
+from softcurve.head.products import Direction
+
+from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
+from .test_curvature_head import Dense, directions, flat, posed, random_columns, second_order, whole, zeros_like
+
+pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
+math, lists, dense = (fused.kernels(name) for name in ("math", "lists", "dense"))
+SMALL = (4, 16)  # so that few rows and classes are several programs, and several steps of each
+RAN: set[Any] = set()
+
+
+@pytest.fixture(autouse=True)
+def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math, "INTERPRETED_SHAPE", SMALL)
+    launch_it = math.run
+
+    def run(kernel: Any, *more: Any) -> None:
+        RAN.add(kernel)
+        launch_it(kernel, *more)
+
+    monkeypatch.setattr(math, "run", run)
+
+
+def test_the_interpreter_is_on() -> None:
+    assert fused.serves(torch.device("cpu"), torch.float32)
+    assert not fused.serves(torch.device("cpu"), torch.float64)
+
+
+# --- losses --------------------------------------------------------------------------------------------------------------
+
+
+def narrowed(given: Problem, dtype: torch.dtype = torch.float32) -> tuple[Problem, Problem]:
+    """The problem in a narrower dtype, and the very same numbers in float64."""
+
+    def made(values: torch.dtype) -> Problem:
+        arguments = tuple(a.detach().to(dtype).to(values).requires_grad_() for a in given.arguments)
+        weight = None if given.weight is None else given.weight.to(dtype).to(values)
+        return replace(given, weight=weight, arguments=arguments)
+
+    return made(dtype), made(torch.float64)
+
+
+def derivatives(value: Tensor, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    """The gradient of a weighted sum, and that of its product with a fixed direction."""
+    ramp = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
+    first = torch.autograd.grad((value * ramp).sum(), arguments, create_graph=True, materialize_grads=True)
+    return [*first, *torch.autograd.grad(along(first), arguments, materialize_grads=True)]
+
+
+def assert_equals_dense(given: Problem, budget: int | None = None, bound: float = 5e-6) -> None:
+    ours, truth = narrowed(given)
+    value = truth.dense(*truth.arguments)
+    expected = [value, *derivatives(value, truth.arguments)]
+    got = ours.ours(*ours.arguments, memory_budget=budget)
+    names = ("value", *given.names, *(f"second, {name}" for name in given.names))
+    for name, found, right in zip(names, (got, *derivatives(got, ours.arguments)), expected, strict=True):
+        assert_same(found.double(), right, name, bound)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_dense_loss(case: Case) -> None:
+    """Value, gradients and a Hessian product, with every option."""
+    assert_equals_dense(problem(case, everything(case), "none", (5,), 3, 37))
+
+
+KINDS_OF_TILES = (
+    "cross_entropy-indices",
+    "cross_entropy-float",
+    "cross_entropy-Logits",
+    "cross_entropy-LinearTeacher",
+    "cross_entropy-bucket",
+    "forward-normalized float",
+    "forward-LinearTeacher",
+    "reverse-Logits",
+    "js0.3-LinearTeacher",
+    "js0.3-bucket",
+)
+
+
+@pytest.mark.parametrize("name", KINDS_OF_TILES)
+def test_equals_the_dense_loss_where_classes_are_cut(name: str) -> None:
+    given = problem(BY_NAME[name], {"bias": True}, "mean", (5,), 3, 37)
+    assert_equals_dense(given, narrowed(given)[0].least_budget)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy-indices", "cross_entropy-bucket", "reverse-Logits"])
+@pytest.mark.parametrize("budget", ["whole", "least"])
+def test_statistics(name: str, budget: str) -> None:
+    ours, truth = narrowed(problem(BY_NAME[name], everything(BY_NAME[name]), "sum", (5,), 3, 37))
+    _, stats = ours.ours(*ours.arguments, memory_budget=ours.budget(budget), return_stats=True)
+    right = truth.dense_stats()
+    assert_same(stats.lse.double(), right.lse, "lse", 2e-6)
+    assert_same(stats.entropy.double(), right.entropy, "entropy", 2e-6)
+    assert torch.equal(stats.predicted, right.predicted)
+    assert torch.equal(stats.correct, right.correct)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy-indices", "forward-bucket", "reverse-Logits", "js0.3-LinearTeacher"])
+@pytest.mark.parametrize(("rows", "classes"), [(37, 1013), (1, 7), (3, 1)])
+def test_ragged(name: str, rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows and classes as fill no program; a row; a class."""
+    if rows == 37:
+        monkeypatch.setattr(math, "INTERPRETED_SHAPE", (16, 512))
+    ours, truth = narrowed(problem(BY_NAME[name], {"bias": True}, "mean", (rows,), 13, classes))
+    got, right = (p(*given.arguments) for p, given in ((ours.ours, ours), (truth.dense, truth)))
+    assert_same(got.double(), right, "value", 2e-6)
+    of_ours, of_truth = (
+        torch.autograd.grad(value, given.arguments, materialize_grads=True)
+        for value, given in ((got, ours), (right, truth))
+    )
+    for what, found, expected in zip(ours.names, of_ours, of_truth, strict=True):
+        assert_same(found.double(), expected, what, 5e-6)
+
+
+def test_nothing_is_launched_for_float64_or_for_no_rows() -> None:
+    before = set(RAN)
+    RAN.clear()
+    for dtype, rows in ((torch.float64, 3), (torch.float32, 0)):
+        x, w = torch.randn(rows, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype)
+        softcurve.linear_cross_entropy(x, w, torch.zeros(rows, dtype=torch.int64), reduction="sum")
+    assert not RAN
+    RAN.update(before)
+
+
+# --- half-precision products ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """The CPU as if it had the products of CUDA: half-precision factors, their product summed in float32."""
+    multiplied: list[torch.dtype] = []
+
+    def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
+        assert a.dtype == b.dtype
+        assert a.dtype in (torch.float16, torch.bfloat16)
+        assert out.dtype == torch.float32
+        multiplied.append(a.dtype)
+        product = alpha * (a.float() @ b.float())
+        out.copy_(product if beta == 0 else product + beta * out)
+
+    monkeypatch.setattr(products, "multiplies_half", lambda device: True)
+    monkeypatch.setattr(products, "_half_product", half_product)
+    return multiplied
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "reverse-Logits"]
+)
+def test_half_precision_is_no_worse_than_dense(
+    name: str, options: str, dtype: torch.dtype, half_products: list[torch.dtype]
+) -> None:
+    case = BY_NAME[name]
+    given = problem(case, everything(case) if options == "everything" else {}, "sum", (17,), 13, 101)
+    ours, truth = narrowed(given, dtype)
+    found: list[list[Tensor]] = []
+    for value, posed_as in (
+        (ours.ours(*ours.arguments), ours),
+        (ours.dense(*ours.arguments), ours),
+        (truth.dense(*truth.arguments), truth),
+    ):
+        found.append([value, *torch.autograd.grad(value, posed_as.arguments, materialize_grads=True)])
+    assert set(half_products) == {dtype}
+    # Forward, and back to features and weight: bfloat16 all three, float16 the first (see narrow_residuals).
+    sides = 2 if "Teacher" in name else 1
+    assert len(half_products) >= sides * (3 if dtype == torch.bfloat16 else 1)
+    for what, got, plain, right in zip(("value", *given.names), *found, strict=True):
+        ours_off, plain_off = ((part.double() - right).norm() for part in (got, plain))
+        rounding = torch.finfo(dtype).eps / 2 * right.norm()
+        assert ours_off <= torch.maximum(plain_off, rounding), what
+
+
+def test_weight_gradients_of_half_precision_add_up_in_float32(half_products: list[torch.dtype]) -> None:
+    """Many tiles of rows: a sum in bfloat16 would stop to grow at 256 of its terms."""
+    x, w = torch.ones(2048, 1, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(2048, dtype=torch.int64)
+    budget = 40_000
+    loss = softcurve.linear_cross_entropy(x, w, target, reduction="sum", memory_budget=budget)
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert len(half_products) > 6
+    assert torch.equal(gradient.flatten(), (torch.tensor([-2.0, 1.0, 1.0]) * 2048 / 3).to(torch.bfloat16))
+
+
+def test_the_true_class_of_a_confident_row_in_half_precision(half_products: list[torch.dtype]) -> None:
+    """``p − 1`` of a rounded ``p`` would be 0."""
+    z = torch.tensor([[0.0, -12.0, -14.0], [-3.0, 9.0, -8.0]], dtype=torch.bfloat16)
+    x, w = torch.eye(2, dtype=torch.bfloat16), z.mT.contiguous().requires_grad_()
+    loss = softcurve.linear_cross_entropy(x, w, torch.tensor([0, 1]), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, w)
+    p = torch.softmax(z.double(), -1)
+    others = torch.stack([p[0, 1] + p[0, 2], p[1, 0] + p[1, 2]])
+    got = -gradient.double().mT.diagonal()
+    # The interpreter cuts bfloat16 where a GPU rounds: an ulp, and half of one each for the features and the result.
+    assert torch.all((got - others).abs() <= 2 * 2**-7 * others)
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_guess_far_from_the_largest_logit_is_made_good(dtype: torch.dtype) -> None:
+    """The first classes of a row tell nothing of the others: far above, far below, masked, all at an offset."""
+    z = torch.randn(9, 53)
+    z[1, 40:] += 300.0
+    z[2, :20] = -torch.inf
+    z[2] -= 1e4
+    z[3] += 1e4
+    z[4, 45] = 39.0
+    z[5, 45] = 90.0
+    z[6, :] = -torch.inf
+    z[7, :] -= 500.0
+    out = torch.empty_like(z, dtype=dtype)
+    shift, total = lists.exponentials(z, out, None, 1.0)
+    lse = shift.double() + total.double().log()
+    assert_same(lse[:6], torch.logsumexp(z.double(), -1)[:6], "log-sum-exp", 1e-6)
+    assert total[6] == 0
+    assert torch.isfinite(out.float()).all()
+    p = out.double() / total.double().unsqueeze(-1)
+    right = torch.softmax(z.double(), -1)
+    kept = torch.arange(9) != 6
+    bound = 6e-6 if dtype == torch.float32 else 2.0**-7 + 6e-6  # the interpreter cuts where a GPU rounds
+    assert ((p - right)[kept].abs() <= bound * right[kept] + 1e-36).all()
+
+
+def test_rows_whose_factor_cannot_be_divided_by_are_scaled(half_products: list[torch.dtype]) -> None:
+    """Rows without weight, and a bucket whose own residual vanishes while its classes' do not."""
+    x, w = torch.eye(3, dtype=torch.bfloat16), torch.randn(41, 3).to(torch.bfloat16).requires_grad_()
+    w.data[:, 2] = -60.0
+    w.data[3, 2], w.data[4, 2] = 40.0, 38.0
+    target = torch.tensor([1, 2, 4])
+    weight = torch.tensor([0.0, 1.0, 1.0])
+    loss = softcurve.linear_cross_entropy(x, w, target, sample_weight=weight, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, w)
+    z = w.detach().double().mT
+    right = weight.double().unsqueeze(-1) * (torch.softmax(z, -1) - torch.eye(41).double()[target])
+    assert (gradient[:, 0] == 0).all()
+    assert_same(gradient.double().mT, right, "gradient", 2.0**-7)
+
+
+def test_rows_beyond_32_bits() -> None:
+    """A row's place is counted in 64 bits: two rows 2³¹ + 16 entries apart, of which nothing else is ever touched."""
+    apart = 2**31 + 16
+    with mmap.mmap(-1, 4 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as room:
+        whole_room = torch.frombuffer(room, dtype=torch.float32)
+        z = whole_room.as_strided((2, 20), (apart, 1))
+        values = torch.randn(2, 20)
+        z.copy_(values)
+        sums, _ = lists.statistics(
+            z, None, None, 1.0, wants_stats=False, uniform_each=0.0, class_weight=None
+        )  # fmt: skip
+        top, rest, _ = dense.softmax(z, None, 1.0, 1.0, logarithm=False)
+        lists.put(z, torch.tensor([[3], [19]]), None)
+        right = torch.logsumexp(values.double(), -1)
+        assert_same(sums.shift.double() + sums.total.double().log(), right, "sums", 1e-6)
+        assert_same(top.double() + rest.double().log1p(), right, "softmax", 1e-6)
+        assert z[1, 19] == -torch.inf
+        assert (z == -torch.inf).sum() == 2
+        del z, whole_room
+
+
+# --- second order --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("budget", ["whole", "least"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy-indices", "forward-bucket", "cross_entropy-Logits", "reverse-Logits", "js0.3-LinearTeacher"]
+)
+def test_curvature_products(name: str, budget: str, matrix: str) -> None:
+    ours, truth = narrowed(posed(name, "everything", "whole"))
+    right = Dense(truth)
+    columns = [tuple(part.float().double() for part in column) for column in random_columns(right.head)]
+    expected = (
+        right.hessian_products(columns)
+        if matrix == "hessian"
+        else right.products(right.matrices(matrix), columns)
+    )  # fmt: skip
+    least = None
+    if budget == "least":
+        with pytest.raises(ValueError, match="memory_budget") as refused:
+            second_order(matrix)(whole(ours, memory_budget=1))
+        least = least_of(str(refused.value))
+    narrow = [tuple(part.float() for part in column) for column in columns]
+    into = zeros_like(narrow)
+    rows = whole(ours, memory_budget=least)
+    curvature.add_products(rows, matrix, directions(narrow), directions(into))
+    assert_same(torch.stack(list(map(flat, into))).double(), expected, "products", 5e-6)
+    norms = rows.tensors.row_weight * curvature.gradient_norms(rows)
+    assert_same(norms.double(), torch.linalg.vector_norm(right.gradients(), dim=-1), "norms", 5e-6)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_curvature_of_confident_rows(kind: str) -> None:
+    """The product of a class with more than half of a row's mass, beside one of a confident row's own features."""
+    e, w = 4 * torch.eye(3).repeat(2, 1), torch.randn(60, 3)
+    w[torch.tensor([7, 30, 55]), torch.arange(3)] = torch.tensor([8.0, 8.5, 9.0])
+    y = torch.tensor([7, 30, 55, 3, 3, 3])
+    target = y if kind == "indices" else torch.eye(60)[y]
+    narrow = softcurve.curvature.HeadCurvature(e, w, target)
+    wide = softcurve.curvature.HeadCurvature(e.double(), w.double(), target if kind == "indices" else target.double())
+    for row in range(6):
+        direction = torch.zeros(6, 3)
+        direction[row] = torch.randn(3)
+        found = narrow.ggnvp(Direction(direction, None, None)).input[row]
+        right = wide.ggnvp(Direction(direction.double(), None, None)).input[row]
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5 * right.abs().max().item())
+
+
+# --- all of it -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_has_run() -> None:
+    """The last of the tests."""
+    kernels = {
+        value
+        for module in (lists, dense)
+        for name, value in vars(module).items()
+        if name.startswith("_") and hasattr(value, "__getitem__") and "ROWS" in getattr(value, "arg_names", ())
+        and "rows" in value.arg_names
+    }  # fmt: skip
+    assert len(kernels) > 10
+    assert {kernel.fn.__name__ for kernel in kernels - RAN} == set()

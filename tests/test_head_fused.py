@@ -1,0 +1,176 @@
+"""The head's Triton kernels: in the interpreter, through the compiler for real GPUs, and not there unless wanted.
+
+The interpreter is chosen by the environment before Triton is imported, so its tests have a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softcurve.head import curvature, fused
+
+from .head_cases import BY_NAME, along, everything, problem
+from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+# Parts of a suite that take about as long; and what the head promises of exactness, in float32, with these kernels.
+INTERPRETED = {
+    "dense": ["tests/interpreted_head.py", "-k", "not (cut or curvature or half or every_kernel)"],
+    "the rest": ["tests/interpreted_head.py", "-k", "cut or curvature or half"],
+    "exactness": [
+        "tests/test_head_exactness.py",
+        "-k",
+        "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or a_bias_of_minus_infinity",
+    ],
+}
+
+
+@pytest.mark.parametrize("part", INTERPRETED)
+def test_in_the_interpreter(part: str) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
+    # NumPy remarks on the infinities that Triton is told to leave out afterwards.
+    command = [sys.executable, "-m", "pytest", *INTERPRETED[part], *options, "-W", "ignore::RuntimeWarning"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_triton_is_imported_only_when_wanted(run_python: Any) -> None:
+    code = (
+        "import sys, torch, softcurve\n"
+        "softcurve.linear_cross_entropy(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))\n"
+        "print([name for name in sys.modules if name.startswith('softcurve.head.triton')])"
+    )
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_the_cpu_is_served_by_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not fused.serves(torch.device("cpu"), torch.float32)
+    assert fused.serves(torch.device("cuda"), torch.float32)
+    assert not fused.serves(torch.device("cuda"), torch.float64)
+
+
+# --- for real GPUs -------------------------------------------------------------------------------------------------------
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+COMPILED = (
+    "cross_entropy-indices",
+    "cross_entropy-float",
+    "cross_entropy-Logits",
+    "forward-normalized float",
+    "reverse-LinearTeacher",
+    "js0.3-Logits",
+)
+
+
+class Launches:
+    """What the head would launch: of every kernel and every set of its switches one signature."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, tuple[Any, dict[str, str], dict[Any, Any], dict[str, Any]]] = {}
+
+    def record(self, kernel: Any, grid: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        assert set(arguments) == set(kernel.arg_names)
+        signature: dict[str, str] = {}
+        constants: dict[Any, Any] = {}
+        for n, parameter in enumerate(kernel.params):
+            value = arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constants[(n,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            elif isinstance(value, int):  # as Triton takes a stride beyond 2³¹
+                signature[parameter.name] = "i64" if "stride" in parameter.name else "i32"
+            else:
+                signature[parameter.name] = "fp32"
+        switches = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr and p.name not in SIZES]
+        key = (kernel.__module__, kernel.__name__, tuple(switches))
+        self.found.setdefault(key, (kernel, signature, constants, options))
+
+
+SIZES = ("ROWS", "BLOCK")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Of losses, gradients and products of every family, with all options; nothing runs, so their numbers are anything."""
+    seen = Launches()
+    monkeypatch.setattr(fused, "serves", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(fused, "residual_dtype", lambda *_: None)
+    monkeypatch.setattr(fused.kernels("math"), "run", seen.record)
+    for name in COMPILED:
+        options = everything(BY_NAME[name])
+        given = problem(BY_NAME[name], options, "sum", (5,), 3, 37)
+        given = replace(
+            given,
+            weight=None if given.weight is None else given.weight.float(),
+            arguments=tuple(a.detach().float().requires_grad_() for a in given.arguments),
+        )
+        loss, _ = given.ours(*given.arguments, return_stats=True)
+        first = torch.autograd.grad(loss, given.arguments, create_graph=True, materialize_grads=True)
+        torch.autograd.grad(along(first), given.arguments, materialize_grads=True)
+        of_curvature = posed(name, "everything", "whole")
+        of_curvature = replace(
+            of_curvature,
+            weight=None if of_curvature.weight is None else of_curvature.weight.float(),
+            arguments=tuple(a.detach().float() for a in of_curvature.arguments),
+        )
+        head = [
+            torch.randn_like(a)
+            for name, a in zip(of_curvature.names, of_curvature.arguments, strict=True)
+            if name in HEAD
+        ]
+        into = zeros_like([tuple(head)])
+        curvature.add_products(whole(of_curvature), "hessian", directions([tuple(head)]), directions(into))
+    lists = fused.kernels("lists")
+    z, out = torch.randn(5, 37), torch.empty(5, 37, dtype=torch.bfloat16)
+    for cap in (None, 3.0):
+        lists.exponentials(z, out, cap, 1.0)
+    lists.rescale(out, torch.ones(5))
+    return seen
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas to assemble what Triton compiles")
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_kernels_compile_for_a_gpu(launches: Launches, capability: int) -> None:
+    """Every kernel; of its many sets of switches the one with most of them on, for every family."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    richest: dict[Any, Any] = {}
+    for module, name, switches in launches.found:
+        settings = dict(switches)
+        key = (module, name, settings.get("FAMILY") if name == "_residuals" else settings.get("REDO"))
+        on = sum(bool(value) for value in settings.values())
+        if on >= richest.get(key, (-1,))[0]:
+            richest[key] = (on, (module, name, switches))
+    assert {(module, name) for module, name, _ in richest} == {key[:2] for key in launches.found}
+    assert len({key[:2] for key in richest}) > 12
+    for _, key in richest.values():
+        kernel, signature, constants, options = launches.found[key]
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=constants),
+            target=GPUTarget("cuda", capability, 32),
+            options=options,
+        )
+        assert compiled.asm["cubin"]
+        # A row's place is counted in 64 bits.
+        assert not [
+            line for line in compiled.asm["ttir"].splitlines() if "muli" in line and "stride" in line and "i32" in line
+        ]
