@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softcurve
 from softcurve.head import curvature, passes
+from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction
 
@@ -231,7 +232,7 @@ def operations(mesh: DeviceMesh) -> Cases:
     for columns in (1, 4):
         along = [Direction(None, torch.randn(own.shape), None) for _ in range(columns)]
         into = [Direction(None, torch.zeros(own.shape), None) for _ in range(columns)]
-        given = curvature.RowLosses(loss, tensors, False, None)
+        given = RowLosses(loss, tensors, False, None)
         count = counted_in_products(lambda: curvature.add_products(given, "gauss_newton", along, into))  # noqa: B023
         expected = scaling.curvature_products(columns)
         yield f"operations of {columns} columns: {count} products for {expected}", float(count != expected), 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from softcurve.head import curvature, fused
+from softcurve.head import curvature, fused, products
 
 from .head_cases import BY_NAME, along, everything, problem
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
@@ -62,6 +62,19 @@ def test_the_cpu_is_served_by_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused.serves(torch.device("cpu"), torch.float32)
     assert fused.serves(torch.device("cuda"), torch.float32)
     assert not fused.serves(torch.device("cuda"), torch.float64)
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0.0, 1.0), (0.0, 0.5), (1.0, 1.0), (1.0, 0.5)])
+def test_half_products_where_addmm_adds_to_half_precision_alone(
+    beta: float, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_adds_into_float32", lambda device, dtype: False)
+    monkeypatch.setattr(products, "_half_mm", lambda out, a, b: out.copy_(a.float() @ b.float()))
+    monkeypatch.setattr(products, "WIDENED_ENTRIES", 20)  # two rows at a time
+    a, b, out = torch.randn(7, 4).bfloat16(), torch.randn(4, 9).bfloat16(), torch.randn(7, 9)
+    expected = (beta * out.double() + alpha * (a.double() @ b.double())).float()
+    products._half_product(out, a, b, beta=beta, alpha=alpha)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 # --- for real GPUs -------------------------------------------------------------------------------------------------------

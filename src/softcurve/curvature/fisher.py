@@ -12,7 +12,9 @@ from torch.distributed import ProcessGroup
 
 from softcurve.curvature.ggn import JacobianSandwich
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
-from softcurve.head.curvature import RowLosses, add_outer_products, row_masses, sample_classes
+from softcurve.head.curvature import add_outer_products
+from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head.row_forms import row_masses, sample_classes
 from softcurve.objective import FISHER
 
 

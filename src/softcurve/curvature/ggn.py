@@ -12,7 +12,8 @@ from softcurve.curvature.kfac import KroneckerFactors, one_a_class, precondition
 from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
-from softcurve.head.curvature import RowLosses, add_products
+from softcurve.head.curvature import add_products
+from softcurve.head.curvature_tiles import RowLosses
 from softcurve.objective import GAUSS_NEWTON
 
 

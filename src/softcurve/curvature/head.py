@@ -13,7 +13,7 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.curvature.kfac import KroneckerFactors, moment_of, one_a_class, pieces_of
 from softcurve.curvature.losses import HeadLosses
-from softcurve.head import curvature, passes
+from softcurve.head import curvature, passes, row_forms
 from softcurve.head.products import Direction
 from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN
 from softcurve.targets import Target
@@ -181,7 +181,7 @@ class HeadCurvature:
         ``‖∂ℓ/∂z‖ ‖[e; 1]‖``, the 1 with a bias. Source: Paul, Ganguli, Dziugaite 2021, "Deep learning on a data diet".
         """
         checks.require_choice("kind", kind, ("grand", "el2n"))
-        norms = curvature.gradient_norms(self.rows) / self.losses.reducer.nats
+        norms = row_forms.gradient_norms(self.rows) / self.losses.reducer.nats
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
         if weight is not None and loss.target == "list" and t.target is None and t.indices is not None:
             # Of a class index the class's weight is in the row's, which is not in its own loss.
@@ -217,7 +217,7 @@ class HeadCurvature:
         a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992.
         """
         loss, t = self.rows.loss, self.rows.tensors
-        mass = curvature.row_masses(self.rows).double() / 2
+        mass = row_forms.row_masses(self.rows).double() / 2
         if loss.family == "js":
             mass *= 1 - loss.beta
         if loss.z_loss:

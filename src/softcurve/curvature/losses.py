@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.head.curvature import RowLosses
+from softcurve.head.curvature_tiles import RowLosses
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import Head, Posed, cross_entropy_from, divergence_from, require_budget, require_no_shift
 from softcurve.targets import Target

@@ -23,7 +23,7 @@ from softcurve import checks
 from softcurve.curvature.losses import HeadLosses
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
-from softcurve.head.curvature import RowLosses
+from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.posed import Posed

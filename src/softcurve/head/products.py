@@ -6,6 +6,7 @@ is exact in float32, so nothing is lost against widening them first, and nothing
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,36 @@ def narrow_residuals(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def _half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
     """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
-    torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    if beta == 0 and alpha == 1:
+        _half_mm(out, a, b)
+    elif _adds_into_float32(out.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    elif beta == 0:
+        _half_mm(out, a, b)
+        out.mul_(alpha)
+    else:
+        step = max(1, WIDENED_ENTRIES // max(1, out.shape[1]))
+        for start in range(0, len(out), step):
+            rows = out[start : start + step]
+            part = torch.empty_like(rows)
+            _half_mm(part, a[start : start + step], b)
+            rows.mul_(beta).add_(part, alpha=alpha)
+
+
+def _half_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``addmm`` adds half-precision products to a float32 matrix: some releases want that in half too."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
