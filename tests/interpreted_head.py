@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import softcurve
-from softcurve.head import curvature, fused, products
+from softcurve.head import curvature, fused, products, row_forms
 from softcurve.head.products import Direction
 
 from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
@@ -302,7 +302,7 @@ def test_curvature_products(name: str, budget: str, matrix: str) -> None:
     rows = whole(ours, memory_budget=least)
     curvature.add_products(rows, matrix, directions(narrow), directions(into))
     assert_same(torch.stack(list(map(flat, into))).double(), expected, "products", 5e-6)
-    norms = rows.tensors.row_weight * curvature.gradient_norms(rows)
+    norms = rows.tensors.row_weight * row_forms.gradient_norms(rows)
     assert_same(norms.double(), torch.linalg.vector_norm(right.gradients(), dim=-1), "norms", 5e-6)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softcurve.curvature.losses import HeadLosses
-from softcurve.head import curvature, row_forms
+from softcurve.head import curvature, curvature_tiles, row_forms
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
@@ -126,7 +126,7 @@ def plan_of(run: Pass, rows: RowLosses, monkeypatch: pytest.MonkeyPatch) -> tupl
         return make_plan(*counts, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(curvature, "make_plan", record)
+        patch.setattr(curvature_tiles, "make_plan", record)
         run(rows)
 
     def plan_with(memory_budget: int | None) -> Plan:
