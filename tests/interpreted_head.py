@@ -20,7 +20,7 @@ from .test_curvature_head import Dense, directions, flat, posed, random_columns,
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
-math, lists, dense = (fused.kernels(name) for name in ("math", "lists", "dense"))
+math, lists, dense, dense_curvature = (fused.kernels(name) for name in ("math", "lists", "dense", "dense_curvature"))
 SMALL = (4, 16)  # so that few rows and classes are several programs, and several steps of each
 RAN: set[Any] = set()
 
@@ -331,7 +331,7 @@ def test_every_kernel_has_run() -> None:
     """The last of the tests."""
     kernels = {
         value
-        for module in (lists, dense)
+        for module in (lists, dense, dense_curvature)
         for name, value in vars(module).items()
         if name.startswith("_") and hasattr(value, "__getitem__") and "ROWS" in getattr(value, "arg_names", ())
         and "rows" in value.arg_names

@@ -113,21 +113,21 @@ class FusedDenseCurvature(FusedBlocks, DenseCurvature):
             self.total += curve if self.needs_q(self.loss.family, self.matrix) else 1.0
 
     def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
-        dense = kernels("dense")
+        forms = kernels("dense_curvature")
         self.places = self._places()
-        kernels("dense").prepare(
+        forms.prepare(
             self.description,
             self._tile(block),
             with_strides({"raw_out": block.raw, "q_out": block.q, "out": block.residual}),
             self._table(),
             self.places,
             block.classes.start,
-            dense.HESSIAN if self.matrix == HESSIAN else dense.GAUSS_NEWTON,
+            forms.HESSIAN if self.matrix == HESSIAN else forms.GAUSS_NEWTON,
         )
 
     def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         loss = self.loss
-        found = kernels("dense").gather(
+        found = kernels("dense_curvature").gather(
             self._column(block), self.places, block.classes.start, loss.softcap, loss.temperature
         )
         sums: tuple[Tensor, ...] = tuple(found.double().unsqueeze(-1))
@@ -143,7 +143,7 @@ class FusedDenseCurvature(FusedBlocks, DenseCurvature):
             moment = self.coefficient * mean
         rows = [mean, top * complement - others, moment - self.total * mean, self.coefficient]
         loss, residual = self.loss, block.residual
-        kernels("dense").multiply(
+        kernels("dense_curvature").multiply(
             self._column(block), residual, rows, self.places, block.classes.start, loss.softcap, loss.temperature
         )
 

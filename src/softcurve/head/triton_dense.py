@@ -16,7 +16,6 @@ from softcurve.head.triton_math import (
     cap_slope,
     capped,
     clamp_half,
-    column,
     difference_exp,
     exp_excess,
     here,
@@ -146,7 +145,7 @@ def _excess(a, difference, t):
 
 @jit
 @no_type_check
-def _load(
+def load_pair(
     z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale,
     CAPPED: tl.constexpr, LOGARITHM: tl.constexpr
 ):  # fmt: skip
@@ -165,7 +164,7 @@ def _load(
 
 @jit
 @no_type_check
-def _terms(
+def pair_terms(
     seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
     FAMILY: tl.constexpr, WEIGHED: tl.constexpr
 ):  # fmt: skip
@@ -292,13 +291,13 @@ def _sums(
     for start in range(0, classes, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         inside = exists & (at < classes)
-        raw, seen, given, t = _load(
+        raw, seen, given, t = load_pair(
             z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
         )
         weight = tl.zeros([ROWS, BLOCK], tl.float32)
         if WEIGHED:
             weight = tl.load(class_weight + at, mask=inside, other=0.0)
-        p, score, curve, _, t_p, t_score, _, _, value, minus_log_p, difference = _terms(
+        p, score, curve, _, t_p, t_score, _, _, value, minus_log_p, difference = pair_terms(
             seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
             FAMILY, WEIGHED
         )  # fmt: skip
@@ -379,7 +378,7 @@ def sums(
 
 @jit
 @no_type_check
-def _row(of_rows, number, row, exists, rows):
+def row_entry(of_rows, number, row, exists, rows):
     """A number of each row from the table."""
     return tl.load(of_rows + number * rows + row, mask=exists, other=0.0)
 
@@ -401,14 +400,14 @@ def _moved(
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
         if CAPPED:
             change = change * cap_slope(raw, softcap, temperature)
-        centred = change - _row(of_rows, 12, row, exists, rows)
+        centred = change - row_entry(of_rows, 12, row, exists, rows)
     if TARGET_DIRECTED:
         moved, t_change = _target_change(
             target_v, target_v_stride, given, row, at, inside, target_scale, FAMILY, LOGARITHM
         )
         t_centred = t_change
         if FAMILY != _PROBABILITIES:
-            t_centred = t_change - _row(of_rows, 13, row, exists, rows)
+            t_centred = t_change - row_entry(of_rows, 13, row, exists, rows)
     return change, centred, moved, t_change, t_centred
 
 
@@ -426,13 +425,13 @@ def _changes(
     for start in range(0, classes, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         inside = exists & (at < classes)
-        raw, seen, given, t = _load(
+        raw, seen, given, t = load_pair(
             z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
         )
         weight = tl.zeros([ROWS, BLOCK], tl.float32)
         if WEIGHED:
             weight = tl.load(class_weight + at, mask=inside, other=0.0)
-        _, _, curve, cross, _, _, t_curve, t_cross, _, _, _ = _terms(
+        _, _, curve, cross, _, _, t_curve, t_cross, _, _, _ = pair_terms(
             seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
             FAMILY, WEIGHED
         )  # fmt: skip
@@ -457,7 +456,7 @@ def changes(description: Description, tile: Mapping[str, Any], of_rows: Tensor) 
 
 @jit
 @no_type_check
-def _gradient(p, score, total, at_top, is_top):
+def pulled_back(p, score, total, at_top, is_top):
     """``s − p S``; a class above one half as minus the sum of all others, and the limit where ``S`` is infinite."""
     gradient = tl.where(is_top, at_top, score - p * total)
     limit = tl.where(score == float("inf"), score, tl.where(p > 0, -float("inf"), 0.0))
@@ -476,28 +475,28 @@ def _residuals(
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
     exists = row < rows
-    raw, seen, given, t = _load(
+    raw, seen, given, t = load_pair(
         z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
     )
     weight = tl.zeros([ROWS, BLOCK], tl.float32)
     if WEIGHED:
         weight = tl.load(class_weight + at, mask=inside, other=0.0)
-    p, score, curve, cross, t_p, t_score, t_curve, t_cross, _, _, _ = _terms(
+    p, score, curve, cross, t_p, t_score, t_curve, t_cross, _, _, _ = pair_terms(
         seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
         FAMILY, WEIGHED
     )  # fmt: skip
     is_top = at == tl.load(places + row, mask=exists, other=-1) - first
     t_is_top = at == tl.load(places + rows + row, mask=exists, other=-1) - first
-    total = _row(of_rows, 7, row, exists, rows)
-    t_total = _row(of_rows, 9, row, exists, rows)
-    lse = _row(of_rows, 11, row, exists, rows)
-    of_row = _row(of_rows, 16, row, exists, rows)
+    total = row_entry(of_rows, 7, row, exists, rows)
+    t_total = row_entry(of_rows, 9, row, exists, rows)
+    lse = row_entry(of_rows, 11, row, exists, rows)
+    of_row = row_entry(of_rows, 16, row, exists, rows)
     masked = seen == -float("inf")
-    gradient = _gradient(p, score, total, _row(of_rows, 8, row, exists, rows), is_top)
+    gradient = pulled_back(p, score, total, row_entry(of_rows, 8, row, exists, rows), is_top)
     gradient = tl.where(masked, 0.0, gradient + 2 * z_loss * lse * p)
     t_gradient = t_score
     if FAMILY != _PROBABILITIES:
-        t_gradient = _gradient(t_p, t_score, t_total, _row(of_rows, 10, row, exists, rows), t_is_top)
+        t_gradient = pulled_back(t_p, t_score, t_total, row_entry(of_rows, 10, row, exists, rows), t_is_top)
         t_gradient = tl.where(t == -float("inf"), 0.0, t_gradient)
     slope = tl.full([ROWS, BLOCK], 1.0, tl.float32)
     if CAPPED:
@@ -507,9 +506,9 @@ def _residuals(
             v, v_stride, target_v, target_v_stride, raw, given, of_rows, row, at, inside, exists, rows, softcap,
             temperature, target_scale, FAMILY, CAPPED, LOGARITHM, DIRECTED, TARGET_DIRECTED
         )  # fmt: skip
-        product = curve * u + cross * t_u - p * _row(of_rows, 14, row, exists, rows) - p * u * total
+        product = curve * u + cross * t_u - p * row_entry(of_rows, 14, row, exists, rows) - p * u * total
         if DIRECTED:
-            product += 2 * z_loss * p * (lse * u + _row(of_rows, 12, row, exists, rows))
+            product += 2 * z_loss * p * (lse * u + row_entry(of_rows, 12, row, exists, rows))
         product = tl.where(masked, 0.0, of_row * product)
         if CAPPED:
             product = product * slope - 2 / softcap * tanh(raw / softcap) * change * of_row * gradient
@@ -517,7 +516,7 @@ def _residuals(
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
         t_product = t_curve * t_u + t_cross * u
         if FAMILY != _PROBABILITIES:
-            t_product = t_product - t_p * _row(of_rows, 15, row, exists, rows) - t_p * t_u * t_total
+            t_product = t_product - t_p * row_entry(of_rows, 15, row, exists, rows) - t_p * t_u * t_total
         if TARGET_OUT:
             through = t_product
             if LOGARITHM:
@@ -574,179 +573,3 @@ def residuals(
     }
     launch(_residuals, z, arguments, by_rows=False, entries=ENTRIES)
     return tangents
-
-
-# --- second order, many columns --------------------------------------------------------------------------------------
-
-HESSIAN, GAUSS_NEWTON = range(2)
-_HESSIAN: tl.constexpr = tl.constexpr(HESSIAN)
-
-
-@jit
-@no_type_check
-def _prepare(
-    z, z_stride, target, target_stride, raw_out, raw_out_stride, q_out, q_out_stride, out, out_stride, class_weight,
-    of_rows, places, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows,
-    classes, first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
-    MATRIX: tl.constexpr, WANTS_Q: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    exists = row < rows
-    raw, seen, given, t = _load(
-        z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
-    )
-    weight = tl.zeros([ROWS, BLOCK], tl.float32)
-    if WEIGHED:
-        weight = tl.load(class_weight + at, mask=inside, other=0.0)
-    p, score, curve, _, _, _, _, _, _, _, _ = _terms(
-        seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-        FAMILY, WEIGHED
-    )  # fmt: skip
-    total = _row(of_rows, 7, row, exists, rows)
-    if RESIDUAL:
-        is_top = at == tl.load(places + row, mask=exists, other=-1) - first
-        gradient = _gradient(p, score, total, _row(of_rows, 8, row, exists, rows), is_top)
-        gradient += 2 * z_loss * _row(of_rows, 11, row, exists, rows) * p
-        if CAPPED:
-            gradient = gradient * cap_slope(raw, softcap, temperature)
-        tl.store(out + row * out_stride + at, tl.where(seen == -float("inf"), 0.0, gradient), mask=inside)
-    if WANTS_Q:
-        q = curve - score
-        if MATRIX == _HESSIAN:
-            q = curve - p * total
-        tl.store(q_out + row * q_out_stride + at, tl.where(p == 0, 0.0, q), mask=inside)
-    if CAPPED:
-        tl.store(raw_out + row * raw_out_stride + at, raw, mask=inside)
-    tl.store(z + row * z_stride + at, p, mask=inside)
-
-
-def prepare(
-    description: Description,
-    tile: Mapping[str, Any],
-    out: Mapping[str, Any],
-    of_rows: Tensor,
-    places: Tensor,
-    first: int,
-    matrix: int,
-) -> None:
-    """``z ← p``; the logits before their cap, ``q`` and the residual where there is room for them."""
-    arguments = {
-        **description.arguments(),
-        **{name: tile[name] for name in ("z", "z_stride", "target", "target_stride", "class_weight", "WEIGHED")},
-        **out,
-        "of_rows": of_rows,
-        "places": places,
-        "first": first,
-        "z_loss": description.z_loss,
-        "MATRIX": matrix,
-        "WANTS_Q": out["q_out"] is not None,
-        "RESIDUAL": out["out"] is not None,
-    }
-    launch(_prepare, tile["z"], arguments, by_rows=False, entries=ENTRIES)
-
-
-@jit
-@no_type_check
-def _gather(
-    p, p_stride, q, q_stride, raw, raw_stride, v, v_stride, places, found, softcap, temperature, rows, classes, first,
-    CAPPED: tl.constexpr, HAS_Q: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
-    top = tl.load(places + row, mask=exists, other=-1) - first
-    means = tl.zeros([ROWS, BLOCK], tl.float32)
-    moments = tl.zeros([ROWS, BLOCK], tl.float32)
-    tops = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        mass = tl.load(p + row * p_stride + at, mask=inside, other=0.0)
-        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-        if CAPPED:
-            before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-            change = change * cap_slope(before, softcap, temperature)
-        means += tl.where(at == top, 0.0, mass * change)
-        tops += tl.where(at == top, change, 0.0)
-        if HAS_Q:
-            moments += tl.load(q + row * q_stride + at, mask=inside, other=0.0) * change
-    tl.store(found + row, tl.sum(means, axis=1)[:, None], mask=exists)
-    tl.store(found + rows + row, tl.sum(moments, axis=1)[:, None], mask=exists)
-    tl.store(found + 2 * rows + row, tl.sum(tops, axis=1)[:, None], mask=exists)
-
-
-def gather(block: Mapping[str, Any], places: Tensor, first: int, softcap: float | None, temperature: float) -> Tensor:
-    """``Σ p v`` but for the top's, ``Σ q v`` and the top's ``v``, ``(3, rows)``; ``v`` times the cap's slope."""
-    p: Tensor = block["p"]
-    found = p.new_empty(3, len(p))
-    arguments = {
-        **block,
-        "places": places,
-        "found": found,
-        "first": first,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": softcap is not None,
-        "HAS_Q": block["q"] is not None,
-    }
-    launch(_gather, p, arguments, by_rows=True)
-    return found
-
-
-@jit
-@no_type_check
-def _multiply(
-    p, p_stride, q, q_stride, raw, raw_stride, v, v_stride, residual, residual_stride, of_rows, places, softcap,
-    temperature, rows, classes, first, CAPPED: tl.constexpr, HAS_Q: tl.constexpr, BENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    exists = row < rows
-    mass = tl.load(p + row * p_stride + at, mask=inside, other=0.0)
-    given = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-    change = given
-    slope = tl.full([ROWS, BLOCK], 1.0, tl.float32)
-    before = tl.zeros([ROWS, BLOCK], tl.float32)
-    if CAPPED:
-        before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-        slope = cap_slope(before, softcap, temperature)
-        change = change * slope
-    is_top = at == tl.load(places + row, mask=exists, other=-1) - first
-    centred = tl.where(is_top, _row(of_rows, 1, row, exists, rows), change - _row(of_rows, 0, row, exists, rows))
-    rest = _row(of_rows, 2, row, exists, rows)
-    if HAS_Q:
-        product = tl.load(q + row * q_stride + at, mask=inside, other=0.0) * centred - mass * rest
-    else:
-        product = mass * (_row(of_rows, 3, row, exists, rows) * centred - rest)
-    product = product * slope
-    if BENT:
-        g = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
-        product -= 2 / softcap * tanh(before / softcap) * g * given
-    tl.store(v + row * v_stride + at, product, mask=inside)
-
-
-def multiply(
-    block: Mapping[str, Any],
-    residual: Tensor | None,
-    rows: list[Tensor],
-    places: Tensor,
-    first: int,
-    softcap: float | None,
-    temperature: float,
-) -> None:
-    """``v ← m′ (q (v′ − mean) − p rest) + (m″/m′) g v`` with ``v′ = m′ v``, at the top ``apart`` for ``v′ − mean``.
-
-    ``rows`` are mean, apart, rest and, of a ``q`` that is a multiple of ``p``, that multiple.
-    """
-    arguments = {
-        **block,
-        "residual": residual,
-        "residual_stride": stride(residual),
-        "of_rows": torch.stack([column(tensor) for tensor in rows]),
-        "places": places,
-        "first": first,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": softcap is not None,
-        "HAS_Q": block["q"] is not None,
-        "BENT": softcap is not None and residual is not None,
-    }
-    launch(_multiply, block["p"], arguments, by_rows=False)
