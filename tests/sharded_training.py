@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +110,45 @@ def both() -> Cases:
     half = slice(4 * mesh["rows"].get_local_rank(), 4 * mesh["rows"].get_local_rank() + 4)
     model(x[half], y[half]).backward()
     yield from same("FSDP2 and sharded classes", model, gradients(alone))
+
+
+def compiled() -> Cases:
+    """The passes are opaque to a compiled graph, and so is where the tensors lie."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    x, weight, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64), torch.arange(6)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return softcurve.linear_cross_entropy(torch.tanh(x), weight, y)
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        given = [x.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()]
+        with warnings.catch_warnings():
+            # torch's tracer makes one of each autograd.Function, against its own advice.
+            warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+            value = function(*given)
+        found.append([value.detach(), *(whole(g) for g in torch.autograd.grad(value, given))])
+    for name, eager, graph in zip(("value", "features", "weight"), *found, strict=True):
+        yield f"compiled {name}", distance(graph, eager), 1e-12
+
+
+def positions() -> Cases:
+    """A head for each position, as torch reads a weight of more dimensions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((6, 4), (9, 3, 4), (9, 3))]
+    y = torch.randint(9, (6, 3))
+    found = []
+    for sharded in (False, True):
+        x, weight, bias = (t.clone() for t in tensors)
+        if sharded:
+            weight, bias = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, bias))
+        given = [t.requires_grad_() for t in (x, weight, bias)]
+        value = softcurve.linear_cross_entropy(given[0], given[1], y, linear_bias=given[2], label_smoothing=0.1)
+        found.append([value.detach(), *(whole(g) for g in torch.autograd.grad(value, given))])
+    for number, (one, many) in enumerate(zip(*found, strict=True)):
+        yield f"positions {number}", distance(many, one), 1e-12
 
 
 # --- what is sent ------------------------------------------------------------------------------------------------------
@@ -242,6 +282,8 @@ def main() -> Cases:
     yield from fsdp()
     yield from tensor_parallel()
     yield from both()
+    yield from compiled()
+    yield from positions()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from traffic(mesh)
     yield from second_order(mesh)

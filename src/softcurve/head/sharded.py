@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
@@ -70,13 +70,14 @@ class Spread:
         """``None`` where all tensors are plain. ``weights``, of the model and a teacher, have the classes first.
 
         Raises ``ValueError`` for meshes that differ, weights sharded on classes in two ways, and for a plain ``input``
-        that is not the same on every process.
+        that is not the same on every process; ``NotImplementedError`` in forward mode.
         """
         given: list[Any] = [tensor for tensor in (input, *weights) if lies_over_processes(tensor)]
         if not given:
             return None
         from torch.distributed.tensor import Replicate
 
+        _refuse_forward_mode(input, *weights)
         mesh = given[0].device_mesh
         if any(tensor.device_mesh != mesh for tensor in given):
             raise ValueError(
@@ -272,6 +273,16 @@ class Spread:
                 )
 
 
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "a head over many processes has derivatives in reverse mode alone; for a Hessian product differentiate a "
+            "gradient made with create_graph=True, or use softcurve.curvature"
+        )
+
+
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
@@ -332,13 +343,6 @@ class _Inside(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         whole = _Outside.apply(gradient, ctx.mesh, ctx.gradient, ctx.outside, ctx.inside, ctx.shape)  # type: ignore[no-untyped-call]
         return whole, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise NotImplementedError(
-            "a head over many processes has derivatives in reverse mode alone; for a Hessian product differentiate a "
-            "gradient made with create_graph=True, or use softcurve.curvature"
-        )
 
 
 class _Outside(Function):
