@@ -148,10 +148,34 @@ def networks(*, over_classes: bool) -> Cases:
         wanted = expected.values if group is None else expected.values[share]
         yield f"influence, {what}", distance(got.values, wanted), 1e-5
         yield f"divisor of influence, {what}", abs(got.divisor - expected.divisor), 1e-12
+    # One process has all of the data, the others not even an empty batch.
+    all_of_it = [(x, label)] if rank == count - 1 else []
+    for name, options in (("plain", {}), ("soft cap", {"softcap": 2.0})):
+        one = curvature.GGN(features, head, [(x, label)], **options)
+        many = curvature.GGN(features, head, all_of_it, process_group=dist.group.WORLD, **options)
+        v = torch.randn(one.shape[0], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        yield f"no batch, {name}", distance(many @ v, one @ v), 1e-10
+        w, bias = torch.ones(C, D, dtype=torch.float64), torch.ones(C, dtype=torch.float64)
+        got, expected = (each.kfac().product(w, bias)[0] for each in (many, one))
+        yield f"no batch, kfac, {name}", distance(got, expected), 1e-10
+    got = curvature.influence(features, head, all_of_it, all_of_it, damping=0.1, process_group=dist.group.WORLD)
+    expected = curvature.influence(features, head, [(x, label)], [(x, label)], damping=0.1)
+    wanted = expected.values if all_of_it else expected.values[:0]
+    yield "no batch, influence", distance(got.values, wanted), 1e-5
+    # Processes whose kinds of target differ.
+    most = torch.log_softmax(t["logits"], -1).topk(2)
+    listed = softcurve.TopK(most.indices, most.values)
+    dense = (x, soft)
+    data = [(x, listed)] if rank == 0 else [dense] if rank == 1 else []
+    many = curvature.GGN(features, head, data, process_group=dist.group.WORLD, loss="js")
+    one = curvature.GGN(features, head, [(x, listed), dense], loss="js")
+    yield "two kinds", distance(many.kfac().product(w, bias)[0], one.kfac().product(w, bias)[0]), 1e-10
     one = curvature.LastLayerLaplace(head, [(x, label)], features=features)
     many = curvature.LastLayerLaplace(
         head, [(x[share], label[share])], features=features, process_group=dist.group.WORLD
     )
+    none = curvature.LastLayerLaplace(head, all_of_it, features=features, process_group=dist.group.WORLD)
+    yield "no batch, evidence", distance(none.log_marginal_likelihood(), one.log_marginal_likelihood()), 1e-10
     yield "evidence", distance(many.log_marginal_likelihood(), one.log_marginal_likelihood()), 1e-10
 
 

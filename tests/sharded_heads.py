@@ -144,6 +144,33 @@ def unusual_rows(mesh: DeviceMesh) -> Cases:
                 zip(torch.autograd.grad(many.sum(), given), torch.autograd.grad(one.sum(), leaves), strict=True)
             ):
                 yield f"{name} {loss}: gradient {number}", distance(whole(a), b), 1e-9
+    # A list that holds a class far above all others, which float32 has no room for beside it.
+    spread_bias = torch.linspace(-500, 500, 9)
+    far = torch.log_softmax(torch.stack([spread_bias / 400] * n), -1).flip(-1)[:, :3]
+    at = torch.tensor([[8, 7, 0]] * n)
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (e / 9, weight.detach())]
+        given = [leaves[0].detach().clone().requires_grad_(),
+                 distribute_tensor(leaves[1].detach(), mesh, [Shard(0)]).requires_grad_()]  # fmt: skip
+        target = softcurve.TopK(at, far.to(dtype))
+
+        def listed_loss(x: Tensor, w: Tensor, target: Any = target, dtype: Any = dtype) -> Tensor:
+            return softcurve.linear_cross_entropy(x, w, target, linear_bias=spread_bias.to(dtype), reduction="none")
+
+        dense_z = leaves[0].double() @ leaves[1].double().T + spread_bias.double()
+        log_p = torch.log_softmax(dense_z, -1)
+        unlisted = torch.logsumexp(log_p[:, 1:7], -1, keepdim=True)
+        coarse = torch.cat([log_p.gather(-1, at), unlisted], -1)
+        y = torch.cat([far.double().exp(), 1 - far.double().exp().sum(-1, keepdim=True)], -1)
+        truth = -(y * coarse).sum(-1)
+        bound = 1e-5 if dtype == torch.float32 else 1e-10
+        one, many = listed_loss(*leaves), listed_loss(*given)
+        yield f"far list {dtype}, one", distance(one.detach(), truth.detach()), bound
+        yield f"far list {dtype}, many", distance(many.detach(), truth.detach()), bound
+        for number, (a, b) in enumerate(
+            zip(torch.autograd.grad(many.sum(), given), torch.autograd.grad(truth.sum(), leaves), strict=True)
+        ):
+            yield f"far list {dtype}: gradient {number}", distance(whole(a), b), bound
     none = softcurve.linear_cross_entropy(
         torch.zeros(0, d, dtype=torch.float64), distribute_tensor(weight, mesh, [Shard(0)]),
         torch.zeros(0, dtype=torch.int64), reduction="sum",
@@ -196,8 +223,13 @@ def refused(mesh: DeviceMesh) -> Cases:
         ("a class that is not there", "target must hold classes in 0 … 8", lambda: loss(e, weight, y + 4)),
         ("a teacher of other classes", "must have the 9 classes", lambda: softcurve.linear_kl_divergence(
             e, weight, softcurve.LinearTeacher(e, torch.randn(8, 4)))),
-        ("a bias alone", "linear_bias must be a plain tensor", lambda: loss(
+        ("a bias alone", "linear_bias must be plain", lambda: loss(
             e, weight.full_tensor(), y, linear_bias=distribute_tensor(torch.randn(9), mesh, [Shard(0)]))),
+        ("a target alone", "target must be plain", lambda: softcurve.linear_kl_divergence(
+            e, weight.full_tensor(), softcurve.Logits(distribute_tensor(torch.randn(6, 9), mesh, [Shard(1)])))),
+        ("rows in another order", "input must be the same", lambda: loss(e.flip(0) if rank else e, weight, y)),
+        ("uneven shards", "must be sharded evenly", lambda: loss(e, DTensor.from_local(
+            torch.randn(2 + (rank == mesh.size() - 1), 4), mesh, [Shard(0)], shape=(2 * mesh.size() + 1, 4), stride=(4, 1)), y % 2)),
     ):  # fmt: skip
         try:
             call()
@@ -205,6 +237,27 @@ def refused(mesh: DeviceMesh) -> Cases:
         except ValueError as error:
             message = str(error)
         yield f"{name}: {message[:90]}", float(says not in message), 0.0
+    if mesh.size() == 4:
+        # Wrong in the rows of one process alone: an error in all, and nobody waits.
+        both = init_device_mesh("cpu", (2, 2))
+        rows = DTensor.from_local(e, both, [Shard(0), Replicate()])
+        w = distribute_tensor(torch.randn(9, 4), both, [Replicate(), Shard(0)])
+        bad = torch.zeros(12, dtype=torch.int64)
+        bad[1] = 9
+        weights = torch.ones(12)
+        weights[2] = torch.nan
+        lists = softcurve.TopK(bad.unsqueeze(-1), torch.zeros(12, 1) - 1)
+        for name, call in (
+            ("a class", lambda: loss(rows, w, bad)),
+            ("a list", lambda: softcurve.linear_kl_divergence(rows, w, lists)),
+            ("a weight", lambda: loss(rows, w, bad.clamp(max=8), sample_weight=weights)),
+        ):
+            try:
+                call()
+                message = "no error"
+            except ValueError as error:
+                message = str(error)
+            yield f"{name} of one process: {message[:60]}", float("must" not in message), 0.0
     drifted = e + 1e-6 * torch.randn(e.shape, generator=torch.Generator().manual_seed(rank))
     yield "rounding is no difference", float(loss(drifted, weight, y).isnan()), 0.0
     try:
@@ -213,6 +266,12 @@ def refused(mesh: DeviceMesh) -> Cases:
     except NotImplementedError as error:
         message = str(error)
     yield f"forward mode: {message[:60]}", float("reverse mode alone" not in message), 0.0
+    try:
+        torch.func.grad(lambda x: loss(x, weight, y))(e)
+        message = "no error"
+    except NotImplementedError as error:
+        message = str(error)
+    yield f"torch.func: {message[:60]}", float("reverse mode alone" not in message), 0.0
 
 
 def two_dimensions() -> Cases:

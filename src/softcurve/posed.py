@@ -7,6 +7,7 @@ becomes the tensors that a :class:`~softcurve.head.problem.HeadLoss` of that kin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,8 +74,6 @@ class Head:
         if spread is not None:
             input, weight = spread.features(input), spread.classes_of(weight)
             bias = None if bias is None else spread.classes_of(bias)
-        elif lies_over_processes(bias):
-            raise ValueError("linear_bias must be a plain tensor where linear_weight is one, got a DTensor")
         leading, device = input.shape[:-1], input.device.type
         dtype = torch.promote_types(input.dtype, weight.dtype)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -82,7 +81,25 @@ class Head:
             input, weight = _lowered(input, lower), _lowered(weight, lower)
             bias = None if bias is None else _lowered(bias, lower)
             dtype = torch.promote_types(dtype, torch.float32)
-        return Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, spread)
+        head = Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, spread)
+        head.require_plain(linear_bias=bias)
+        return head
+
+    def agreed(self, make: Callable[[], Posed]) -> Posed:
+        """``make()``, whose errors are those of all processes."""
+        return make() if self.spread is None else self.spread.agreed(make)
+
+    def require_plain(self, **named: object) -> None:
+        """No DTensor beside a head that is none: it would be of other processes."""
+        if self.spread is not None:
+            return
+        for name, value in named.items():
+            parts = vars(value).values() if isinstance(value, Target) else (value,)
+            if any(map(lies_over_processes, parts)):
+                raise ValueError(
+                    f"{name} must be plain where input and linear_weight are, got a DTensor; make input one too, "
+                    "replicated or sharded on rows, by DTensor.from_local"
+                )
 
     @property
     def shard(self) -> dict[str, Any]:
@@ -210,6 +227,21 @@ def cross_entropy_from(
     options: dict[str, float | None],
 ) -> Posed:
     """The cross-entropy of any target; ``options`` are temperature, soft cap and z-loss."""
+    head.require_plain(target=target, weight=weight, sample_weight=sample_weight)
+    given = (weight, sample_weight, ignore_index, smoothing, shift, options)
+    return head.agreed(lambda: _cross_entropy_from(head, target, *given))
+
+
+def _cross_entropy_from(
+    head: Head,
+    target: Tensor | Target,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int | None,
+    smoothing: float,
+    shift: int,
+    options: dict[str, float | None],
+) -> Posed:
     if weight is not None:
         weight = weight if head.spread is None else head.spread.whole(weight)
         require_class_weight(weight, head.classes)
@@ -246,19 +278,9 @@ def _against_indices(
     """The cross-entropy of class indices."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    spread = head.spread
-    if spread is not None:
-        # Of every process, since a shift looks beyond the rows of this one.
-        spread.require_leading("target", target)
-        target = spread.whole(target)
-    checks.require_rows("target", target, head.leading if spread is None else spread.leading, "input")
-    checks.require_class_indices("target", target, head.classes, ignore_index)
-    present = torch.ones_like(target, dtype=torch.bool)
     require_shift(shift)
-    if shift != 0:
-        target, present = _shifted(target, shift, ignore_index)
-    if spread is not None:
-        target, present = spread.rows_of("target", target), spread.rows_of("target", present)
+    target, present = _own_indices(head, target, shift, ignore_index)
+    checks.require_class_indices("target", target, head.classes, ignore_index)
     target = target.reshape(-1)
     kept = target != ignore_index
     classes = torch.where(kept, target, 0)
@@ -289,8 +311,26 @@ def _against_indices(
     )
 
 
+def _own_indices(head: Head, target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The targets of these rows, and where there is one."""
+    spread = head.spread
+    if spread is None:
+        checks.require_rows("target", target, head.leading, "input")
+        return _shifted(target, shift, ignore_index)
+    spread.require_leading("target", target)
+    checks.require_rows("target", target, spread.leading, "input")
+    if shift == 0:
+        own = spread.rows_of("target", target)
+        return own, torch.ones_like(own, dtype=torch.bool)
+    # A shift looks beyond the rows of this process.
+    target, present = _shifted(spread.whole(target), shift, ignore_index)
+    return spread.rows_of("target", target), spread.rows_of("target", present)
+
+
 def _shifted(target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The targets ``shift`` positions further on, nothing at the end; and where there is one."""
+    if shift == 0:
+        return target, torch.ones_like(target, dtype=torch.bool)
     if target.ndim == 0:
         raise ValueError("shift must be 0 for a single row, which has no next position")
     shift = min(shift, target.shape[-1])
@@ -370,6 +410,19 @@ def divergence_from(
     softcap: float | None,
 ) -> Posed:
     """The divergence between a distribution and the head's."""
+    head.require_plain(target=target, sample_weight=sample_weight)
+    return head.agreed(lambda: _divergence_from(head, target, family, beta, sample_weight, temperature, softcap))
+
+
+def _divergence_from(
+    head: Head,
+    target: Tensor | Target,
+    family: str,
+    beta: float,
+    sample_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> Posed:
     LogitMap(temperature, softcap)
     target = as_target(target)
     if isinstance(target, Tensor):

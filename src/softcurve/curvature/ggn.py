@@ -46,6 +46,7 @@ class JacobianSandwich(NetworkOperator):
             self.matrix,
             1 / self._divisor(total),
             one_a_class(self.head.weight),
+            width=self.head.in_features,
             has_bias=self.head.bias is not None,
             form=form,
             rank=rank,

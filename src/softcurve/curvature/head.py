@@ -204,8 +204,8 @@ class HeadCurvature:
         checks.require_choice("matrix", matrix, (GAUSS_NEWTON, FISHER))
         t = self.rows.tensors
         return KroneckerFactors.of(
-            lambda: [self.rows], matrix, self.scale, one_a_class(self.given[1]), has_bias=t.bias is not None,
-            form=form, rank=rank, seed=seed, summed=self._summed,
+            lambda: [self.rows], matrix, self.scale, one_a_class(self.given[1]), width=t.input.shape[1],
+            has_bias=t.bias is not None, form=form, rank=rank, seed=seed, summed=self._summed,
         )  # fmt: skip
 
     def largest_eigenvalue_bound(self) -> float:

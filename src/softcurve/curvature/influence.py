@@ -216,7 +216,8 @@ def _changes(train: GGN, columns: Float[Tensor, "parameters k"]) -> tuple[Float[
         ]
         changes = torch.stack(along, -1)
         found.append(torch.where(weight == 0, 0.0, weight * changes).to(columns.dtype))
-    return torch.cat(found), 1.0 if train.losses.reduction == "sum" else train.over_rows(total)
+    values = torch.cat(found) if found else columns.new_zeros(0, columns.shape[1])
+    return values, 1.0 if train.losses.reduction == "sum" else train.over_rows(total)
 
 
 def _groups(vectors: Iterable[Tensor], size: int) -> Iterator[Tensor]:

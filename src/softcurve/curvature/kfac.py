@@ -88,7 +88,7 @@ class ClassFactor(SymmetricOperator):
     def _columns(self, vectors: Tensor) -> Tensor:
         if vectors.shape[1] == 0:
             return torch.zeros_like(vectors)
-        if self._is_diagonal_minus_products():
+        if self._is_diagonal_minus_products:
             diagonal, outer = self._parts(vectors)
             return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
         sums, columns = torch.zeros_like(vectors.T, memory_format=torch.contiguous_format), vectors.T.contiguous()
@@ -99,8 +99,11 @@ class ClassFactor(SymmetricOperator):
             add_products(rows, self._matrix, along, [Direction(None, None, part[own]) for part in sums])
         return self._summed(sums, group).mul_(self._scale).T
 
+    @functools.cached_property
     def _is_diagonal_minus_products(self) -> bool:
-        return all(class_coefficients(rows, self._matrix) for rows in self._batches())
+        """Of the rows of all processes, which would otherwise go different ways."""
+        others = sum(not class_coefficients(rows, self._matrix) for rows in self._batches())
+        return not self._over_rows(torch.tensor(float(others), dtype=torch.float64, device=self.device))
 
     def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
@@ -132,7 +135,7 @@ class ClassFactor(SymmetricOperator):
         Nyström's approximation of ``Pᵀ m P`` is below it, so that the form is above ``B`` and stays positive. On the
         way it takes about four times the memory of ``low``.
         """
-        if not self._is_diagonal_minus_products():
+        if not self._is_diagonal_minus_products:
             raise ValueError(
                 "form must be 'dense' for a soft cap, JS or a TopK with a bucket, whose class factor is not a "
                 "diagonal minus products of probabilities, got 'low_rank'"
@@ -167,6 +170,7 @@ class KroneckerFactors:
         scale: float,
         like: Tensor,
         *,
+        width: int,
         has_bias: bool,
         form: str,
         rank: int,
@@ -180,14 +184,15 @@ class KroneckerFactors:
         checks.require_choice("form", form, ("auto", "dense", "low_rank"))
         require_count("rank", rank, 1)
         require_count("seed", seed, 0)
-        features, total = None, 0.0
+        size = width + has_bias
+        features = torch.zeros(size, size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        total = 0.0
         for rows in batches():
             mass = rows.tensors.row_weight * row_masses(rows)
-            part = moment_of(rows.tensors.input, mass, has_bias=has_bias, dtype=rows.tensors.dtype)
-            features = part if features is None else features + part
+            features += moment_of(rows.tensors.input, mass, has_bias=has_bias, dtype=features.dtype)
             total += float(mass.sum())
         total = float(summed(torch.tensor(total, dtype=torch.float64, device=like.device)))
-        if features is None or total == 0:
+        if total == 0:
             raise ValueError("the rows must hold one that counts, got none; see ignore_index and sample weights")
         features = summed(features)
         factor = ClassFactor(batches, matrix, scale, like, summed)

@@ -69,7 +69,7 @@ class NetworkOperator(SymmetricOperator):
         self.seed, self.progress, self.process_group = seed, progress, process_group
         self.layout = Layout.of(features, head)
         for name, parameter in features.named_parameters():
-            if lies_over_processes(parameter) and parameter is not head.weight:
+            if lies_over_processes(parameter):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )

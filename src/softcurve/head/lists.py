@@ -56,26 +56,25 @@ class ListKernel(Kernel):
         z, v = block.z, block.v
         for rows in self.groups(block):
             self.map_logits(block, rows)
-        top = z.amax(-1, keepdim=True)
-        direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
-        shift = torch.zeros_like(top) if direct else torch.where(top == -math.inf, 0.0, top)
         present, where, at = self._listed(block.classes)
         own = z.gather(-1, at).double()
         self.own = own if where is None else torch.where(present, own, self.own)
         if v is not None:
             own_v = v.gather(-1, at).double()
             self.v_own = own_v if where is None else torch.where(present, own_v, self.v_own)
-        uniform, mass = self._gather_uniform(block, shift)
+        uniform, mass, base = self._gather_uniform(block)
         if self.data.wants_stats:
             self._observe(z, block.classes.start)
         self._put(z, where, at, NO_MASS)
+        # Of the unlisted: beside a listed class far above them they would be too small for float32.
+        top = z.amax(-1, keepdim=True)
+        direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
+        shift = torch.zeros_like(top) if direct else torch.where(top == -math.inf, 0.0, top)
         others, moment = torch.empty_like(top), torch.zeros_like(self.shift)
         for rows in self.groups(block):
             logits = z[rows] - shift[rows] if self.data.wants_stats else None
-            if direct:
-                torch.sum(z[rows].exp_(), -1, keepdim=True, out=others[rows])
-            else:
-                others[rows] = self._shifted(z[rows], shift[rows])
+            mass_here = z[rows] if direct else z[rows].sub_(shift[rows])
+            torch.sum(mass_here.exp_(), -1, keepdim=True, out=others[rows])
             if logits is not None:
                 information = torch.where(z[rows] == 0, 0.0, z[rows] * logits)
                 moment[rows] = information.sum(-1, keepdim=True).double()
@@ -93,7 +92,7 @@ class ListKernel(Kernel):
             self.moment += added * (moment + risen * others)
         self.others += others.double() * added
         if self.loss.smoothing:
-            self.uniform += uniform + mass * risen.squeeze(-1)
+            self.uniform += uniform + mass * (base.double() - _or_zero(self.shift)).squeeze(-1)
             self.uniform_mass = self.uniform_mass + mass
 
     def _shift_to(self, shift: Tensor) -> None:
@@ -105,7 +104,7 @@ class ListKernel(Kernel):
             self.moment = kept * (self.moment + lowered * self.others)
         self.others, self.v_others = self.others * kept, self.v_others * kept
         if self.loss.smoothing:
-            self.uniform += self.uniform_mass * lowered.squeeze(-1)
+            self.uniform += self.uniform_mass * (_or_zero(self.shift) - _or_zero(shift)).squeeze(-1)
         self.shift = shift
 
     def merge(self, number: int, group: ProcessGroup) -> None:
@@ -115,7 +114,7 @@ class ListKernel(Kernel):
         if self.data.wants_stats:
             self.predicted = first_of_largest(self.best, self.predicted, group, self.data)
         if not self.data.cuts_classes:
-            self.lowered = torch.exp(self.shift - shift)
+            self.lowered = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - shift))
         self._shift_to(shift)
         indices = self.data.indices
         assert indices is not None
@@ -130,21 +129,12 @@ class ListKernel(Kernel):
             sums.append(self.moment)
         sum_over(sums, group)
 
-    @staticmethod
-    def _shifted(z: Tensor, shift: Tensor) -> Tensor:
-        """``z ← e^{z − shift}``, and its sum; the rounding of a far ``z − shift`` made good."""
-        exponentials = (z - shift).exp_()
-        others = exponentials.sum(-1, keepdim=True)
-        if softmax.feels_rounding(others):
-            exponentials = softmax.compensated(exponentials, z, shift)
-            others = exponentials.sum(-1, keepdim=True)
-        z.copy_(exponentials)
-        return others
-
-    def _gather_uniform(self, block: Block, shift: Tensor) -> tuple[Tensor, Tensor | float]:
-        """``u·(z − shift)`` of label smoothing in a block, and ``Σ u``; ``u·ż`` on the way."""
+    def _gather_uniform(self, block: Block) -> tuple[Tensor, Tensor | float, Tensor]:
+        """``u·(z − base)`` of label smoothing in a block, ``Σ u`` and the base; ``u·ż`` on the way."""
         if not self.loss.smoothing:
-            return self.uniform, 0.0
+            return self.uniform, 0.0, self.shift
+        top = block.z.amax(-1, keepdim=True)
+        base = torch.where(top == -math.inf, 0.0, top)
         u = self._smooth(block.classes, block.z)
         masks = bool((u == 0).any())  # a class of weight 0 has no part, also where it is masked
 
@@ -154,8 +144,8 @@ class ListKernel(Kernel):
         for rows in self.groups(block):
             if block.v is not None:
                 self.v_uniform[rows] += inner(block.v[rows]).double()
-        parts = [inner(block.z[rows] - shift[rows]).double() for rows in self.groups(block)]
-        return torch.cat(parts), u.double().sum()
+        parts = [inner(block.z[rows] - base[rows]).double() for rows in self.groups(block)]
+        return torch.cat(parts), u.double().sum(), base
 
     def _listed(self, classes: slice, rows: slice | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Which listed classes lie in a block, where (``None``: all do), and their places in it."""
@@ -199,7 +189,7 @@ class ListKernel(Kernel):
 
     def close(self, number: int) -> None:
         """The loss of the coarse rows."""
-        self.shift = torch.where(self.shift == NO_MASS, 0.0, self.shift)  # of a row that is masked everywhere
+        self.shift = _or_zero(self.shift)
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
         offset = self.shift if self.loss.z_loss else torch.zeros_like(self.shift)
@@ -334,6 +324,11 @@ class ListKernel(Kernel):
             z.addr_(weight / self.beta[rows, 0].to(z.dtype) if self.folded else weight, u, alpha=-1)
         self._put(z, where, at, listed / self.beta[rows] if self.folded else listed)
         self.unmap_residuals(block, rows, mapped_v)
+
+
+def _or_zero(shift: Tensor) -> Tensor:
+    """What sums are relative to: 0 as long as there is no class with mass."""
+    return torch.where(shift == NO_MASS, 0.0, shift)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ features' gradient, of which each process knows its own classes' part, is summed
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch.distributed import ProcessGroup
 from softcurve import checks
 from softcurve.processes import max_over, named_group
 
-# Of a norm: what half precision may leave between processes that compute the same.
-SAME = 0.03
+T = TypeVar("T")
+
+PIECE = 256  # rows that are compared at a time
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -77,7 +78,7 @@ class Spread:
             return None
         from torch.distributed.tensor import Replicate
 
-        _refuse_forward_mode(input, *weights)
+        _refuse_transforms(input, *weights)
         mesh = given[0].device_mesh
         if any(tensor.device_mesh != mesh for tensor in given):
             raise ValueError(
@@ -90,9 +91,8 @@ class Spread:
         sharded = {
             dim for weight in of_weights for dim, placement in enumerate(weight.placements) if placement.is_shard(0)
         }
-        # Over a dimension where the rows are as well, they are gathered: of all others the classes are.
-        over_rows = {dim for dim in sharded if placements[dim].is_shard()}
-        of_classes = sharded - over_rows if len(sharded) > 1 else sharded
+        # A weight that lies over the rows' dimension too, as FSDP's, is gathered there; over one it stays as it lies.
+        of_classes = {dim for dim in sharded if not placements[dim].is_shard()} or {*sorted(sharded)[-1:]}
         if len(of_classes) > 1:
             raise ValueError(
                 "linear_weight must be sharded on classes over one dimension of the mesh, got "
@@ -105,8 +105,12 @@ class Spread:
         )
         classes = weights[0].shape[0]
         spread = Spread(mesh, by_class, kept, input.shape[:-1], classes, of_input is not None)
-        if of_input is None:
-            spread._require_the_same(input)
+        plain = input if of_input is None else None
+        if checks.values_visible(*map(_own_part, (input, *weights))):
+            # Over more dimensions what is here of a weight is not yet what is here of its classes.
+            whole = mesh.ndim == 1 and by_class is not None
+            held = [_own_part(each).shape[0] for each in of_weights if each.placements[0].is_shard(0)]
+            spread._require_the_same(plain, held if whole else [])
         return spread
 
     @property
@@ -147,13 +151,7 @@ class Spread:
 
     def classes_of(self, tensor: Tensor) -> Tensor:
         """``(C, ...)``: of this process's classes. Its gradient is the sum over the rows of all."""
-        local = self._inside(tensor, self._on_classes(), self._of_classes())
-        if len(local) != self.held:
-            raise ValueError(
-                f"linear_weight must be sharded evenly, {self.held} of {self.classes} classes on this process (as "
-                f"distribute_tensor does), got {len(local)}; redistribute it"
-            )
-        return local
+        return self._inside(tensor, self._on_classes(), self._of_classes())
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Of every process: what is small, and has no gradient."""
@@ -253,33 +251,83 @@ class Spread:
         local: Tensor = _Inside.apply(tensor, self.mesh, tuple(inside), tuple(gradient))  # type: ignore[no-untyped-call]
         return local
 
-    def _require_the_same(self, input: Tensor) -> None:
-        """Of a plain tensor: compared by a number, which rounding may move a little; a message on each dimension."""
-        if not checks.values_visible(input):
-            return
-        columns = input.detach().reshape(-1, input.shape[-1]).double().sum(0).nan_to_num()
-        mark = columns @ torch.arange(len(columns), dtype=torch.float64).cos()
-        norm = input.detach().double().norm().nan_to_num()
-        own = torch.stack([torch.tensor(float(input.numel()), dtype=torch.float64), mark, norm])
+    def agreed(self, make: Callable[[], T]) -> T:
+        """``make()``; what it finds wrong in the rows of one process is an error in all, and none is left waiting."""
+        if not self._cuts_rows or self.mesh.device_type != "cpu" or torch.compiler.is_compiling():
+            return make()  # nobody looks at values
+        made, error = None, None
+        try:
+            made = make()
+        except (TypeError, ValueError) as found:
+            error = found
+        self._agree(error)
+        assert made is not None
+        return made
+
+    def _agree(self, error: Exception | None) -> None:
+        flag = torch.tensor([float(error is not None)])
         for dim in range(self.mesh.ndim):
-            most, least = own.clone(), -own
+            max_over([flag], self.mesh.get_group(dim))
+        if error is not None:
+            raise error
+        if flag:
+            raise ValueError("the arguments must be right in all processes, got an error in another; see what it says")
+
+    def _require_the_same(self, input: Tensor | None, held: Sequence[int]) -> None:
+        """Of what each process sees in its own way, by one small message on each dimension of the mesh.
+
+        A plain ``input`` is compared by two numbers, which rounding may move a little; ``held`` are the classes that
+        are here of each weight that is sharded on them.
+        """
+        own = torch.zeros(4, dtype=torch.float64)
+        own[0] = float(any(count != self.held for count in held))
+        if input is not None:
+            own[1] = input.numel()
+            own[2:] = torch.stack(_mark_of(input.detach().reshape(-1, input.shape[-1])))
+        same = 0.0 if input is None else torch.finfo(input.dtype).eps ** 0.5
+        most, least = own.clone(), -own
+        for dim in range(self.mesh.ndim):
             max_over([most, least], self.mesh.get_group(dim))
-            apart = most + least
-            if apart[0] != 0 or apart[1] > SAME * most[2] or apart[2] > SAME * most[2]:
-                raise ValueError(
-                    "input must be the same on every process where it is a plain tensor and linear_weight is sharded, "
-                    f"got {checks.describe(input)} here and something else elsewhere; say by DTensor.from_local where "
-                    "its rows lie"
-                )
+        apart = most + least
+        if most[0]:
+            raise ValueError(
+                f"linear_weight must be sharded evenly, {self.held} of {self.classes} classes on this process (as "
+                f"distribute_tensor does), got {' and '.join(map(str, held))}; redistribute it"
+            )
+        if input is not None and (apart[1] != 0 or (apart[2:] > same * most[3]).any()):
+            raise ValueError(
+                "input must be the same on every process where it is a plain tensor and linear_weight is sharded, "
+                f"got {checks.describe(input)} here and something else elsewhere; say by DTensor.from_local where "
+                "its rows lie"
+            )
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def _own_part(tensor: Any) -> Tensor:
+    part: Tensor = tensor.to_local() if lies_over_processes(tensor) else tensor
+    return part
+
+
+def _mark_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A number that hangs on every entry and its place, and the norm."""
+    mark, square = torch.zeros(2, dtype=torch.float64).unbind()
+    along = torch.arange(rows.shape[1], dtype=torch.float64).cos()
+    for start in range(0, len(rows), PIECE):
+        piece = rows[start : start + PIECE].double().nan_to_num()
+        of_rows = torch.arange(start, start + len(piece), dtype=torch.float64).cos()
+        mark, square = mark + of_rows @ (piece @ along), square + piece.square().sum()
+    return mark, square.sqrt()
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    forward = forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or (
+        forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    ):
         raise NotImplementedError(
-            "a head over many processes has derivatives in reverse mode alone; for a Hessian product differentiate a "
-            "gradient made with create_graph=True, or use softcurve.curvature"
+            "a head over many processes has derivatives in reverse mode alone, and no torch.func transforms; for a "
+            "Hessian product differentiate a gradient made with create_graph=True, or use softcurve.curvature"
         )
 
 
