@@ -82,7 +82,7 @@ def test_opcheck_with_gradients(case: Case) -> None:
     learned = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args[:8]]
     wanted = [t is not None and t.requires_grad for t in learned[:6]]
     for saved in (wanted, [False] * 6):
-        torch.library.opcheck(func, (*learned, *args[8:18], True, False, True, saved))
+        torch.library.opcheck(func, (*learned, *args[8:21], True, False, True, saved))
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------------------

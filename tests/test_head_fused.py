@@ -6,8 +6,9 @@ The interpreter is chosen by the environment before Triton is imported, so its t
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
-import shutil
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,7 +113,8 @@ class Launches:
             else:
                 signature[parameter.name] = "fp32"
         switches = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr and p.name not in SIZES]
-        key = (kernel.__module__, kernel.__name__, tuple(switches))
+        narrow = any(part == TYPES[torch.bfloat16] for part in signature.values())
+        key = (kernel.__module__, kernel.__name__, (*switches, ("NARROW", narrow)))
         self.found.setdefault(key, (kernel, signature, constants, options))
 
 
@@ -124,9 +126,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Of losses, gradients and products of every family, with all options; nothing runs, so their numbers are anything."""
     seen = Launches()
     monkeypatch.setattr(fused, "serves", lambda device, dtype: dtype == torch.float32)
-    monkeypatch.setattr(fused, "residual_dtype", lambda *_: None)
     monkeypatch.setattr(fused.kernels("math"), "run", seen.record)
-    for name in COMPILED:
+    # Nothing runs, so a product may be given what it cannot multiply here.
+    monkeypatch.setattr(products, "shared_half", lambda *_: None)
+    monkeypatch.setattr(products, "back_to_features", lambda *_, **__: None)
+    monkeypatch.setattr(products, "back_to_weight", lambda *_, **__: None)
+    monkeypatch.setattr(products, "back_to_bias", lambda *_, **__: None)
+    for name, narrow in itertools.product(COMPILED, (None, torch.bfloat16)):
+        monkeypatch.setattr(fused, "residual_dtype", lambda *_, narrow=narrow: narrow)
         options = everything(BY_NAME[name])
         given = problem(BY_NAME[name], options, "sum", (5,), 3, 37)
         given = replace(
@@ -158,7 +165,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return seen
 
 
-@pytest.mark.skipif(shutil.which("ptxas") is None, reason="no ptxas to assemble what Triton compiles")
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton's own ptxas is a program for Linux")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_kernels_compile_for_a_gpu(launches: Launches, capability: int) -> None:
     """Every kernel; of its many sets of switches the one with most of them on, for every family."""
@@ -169,11 +176,12 @@ def test_kernels_compile_for_a_gpu(launches: Launches, capability: int) -> None:
     richest: dict[Any, Any] = {}
     for module, name, switches in launches.found:
         settings = dict(switches)
-        key = (module, name, settings.get("FAMILY") if name == "_residuals" else settings.get("REDO"))
+        kind = settings.get("FAMILY") if name == "_residuals" else settings.get("REDO")
+        key = (module, name, kind, settings["NARROW"])
         on = sum(bool(value) for value in settings.values())
         if on >= richest.get(key, (-1,))[0]:
             richest[key] = (on, (module, name, switches))
-    assert {(module, name) for module, name, _ in richest} == {key[:2] for key in launches.found}
+    assert {key[:2] for key in richest} == {key[:2] for key in launches.found}
     assert len({key[:2] for key in richest}) > 12
     for _, key in richest.values():
         kernel, signature, constants, options = launches.found[key]

@@ -44,6 +44,7 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Together]:
         raise DataError(f"--timeout: {timeout:g} must be a positive number of seconds")
     postpone_interrupts()
     together = _meet(timeout)
+    postpone_interrupts(lambda: together.in_block)
     store = dist.distributed_c10d._get_default_store()
     who = ["not heard of yet"] * together.size
     try:

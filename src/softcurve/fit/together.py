@@ -84,21 +84,21 @@ class Processes(Together):
     def __init__(self, group: ProcessGroup, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         self.group, self.asked_to_stop = group, asked_to_stop
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._in_block = False
+        self.in_block = False
         self.agreed_error: BaseException | None = None  # what all have raised
 
     @contextmanager
     def summed(self, *tensors: Tensor) -> Iterator[None]:
         """As of one process; one message."""
-        assert not self._in_block, "no sums within a block that may end early"
+        assert not self.in_block, "no sums within a block that may end early"
         error: BaseException | None = None
-        self._in_block = True
         try:
+            self.in_block = True
             yield
         except BaseException as caught:
             error = caught
         finally:
-            self._in_block = False
+            self.in_block = False
         status = tensors[0].new_zeros(2) if tensors else torch.zeros(2)
         status[0], status[1] = float(error is not None), float(self.asked_to_stop())
         with _sending():

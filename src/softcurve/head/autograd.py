@@ -90,8 +90,8 @@ class _Losses(Function):
         elif v_total is not None:
             if _may_hand_over(v_total):
                 gradients = [g if n else None for g, n in zip(ready, needs, strict=True)]
-                if v_total != 1:
-                    gradients = [None if g is None else g * v_total for g in gradients]
+                if not values_visible(v_total) or v_total != 1:
+                    gradients = _scaled(gradients, v_total, tensors)
                 gradients = _in_own_dtypes(gradients, tensors)
             else:
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
@@ -125,8 +125,6 @@ class _Losses(Function):
 def _may_hand_over(scale: Tensor) -> bool:
     """Whether saved gradients may be handed over as they are: this backward is the last to see them."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(scale):
-        return False
-    if not values_visible(scale):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -347,6 +345,14 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6)
     if len(sides) == 1 and u[3] is not None:
         total = total + (changes[3] * u[3]).sum(-1)
     return total
+
+
+def _scaled(gradients: Optional6, scale: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Into the dtypes of the tensors at once: no second copy in single precision."""
+    return [
+        None if g is None or t is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=t.dtype))
+        for g, t in zip(gradients, tensors, strict=False)
+    ]
 
 
 def _in_own_dtypes(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -59,7 +59,7 @@ class CurvaturePass:
         if count == 0:
             return
         self.plan = self._plan(count)
-        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.rows * self.plan.classes))
+        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.entries))
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             rows = slice(start, stop) if isinstance(kept, slice) else kept[start:stop]
@@ -198,7 +198,7 @@ class CurvatureTile:
         run, loss, width = self.run, self.run.given.loss, classes.stop - classes.start
 
         def room(name: str) -> Tensor:
-            whole = run.rooms.room(name, run.plan.rows * run.plan.classes)
+            whole = run.rooms.room(name, run.plan.entries)
             return whole[: len(self.weight) * width].view(len(self.weight), width)
 
         block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale))

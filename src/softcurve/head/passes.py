@@ -195,7 +195,7 @@ class _Pass:
         if count == 0:
             return
         self.plan = plan_of(self.loss, self.tensors, count, self.directions is not None, self.budget)
-        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.rows * self.plan.classes))
+        self.rooms.reserve(math.ceil(self.plan.buffers * self.plan.entries))
         for start in range(0, count, self.plan.rows):
             stop = min(start + self.plan.rows, count)
             self._tile(slice(start, stop) if isinstance(kept, slice) else kept[start:stop])
@@ -277,12 +277,12 @@ class _Pass:
 
     def buffer(self, name: str, rows: int, classes: int) -> Tensor:
         """Room for a tile, the same for every tile of a pass."""
-        room = self.rooms.room(name, self.plan.rows * self.plan.classes)
+        room = self.rooms.room(name, self.plan.entries)
         return room[: rows * classes].view(rows, classes)
 
     def narrow_buffer(self, name: str, dtype: torch.dtype, rows: int, classes: int) -> Tensor:
         """The same in half precision, in half the room."""
-        room = self.rooms.room(name, -(-self.plan.rows * self.plan.classes // 2))
+        room = self.rooms.room(name, self.plan.entries // 2)
         return room.view(dtype)[: rows * classes].view(rows, classes)
 
     def scratch(self, number: int) -> Tensor:

@@ -48,6 +48,11 @@ class Plan:
         return self.classes < self.class_count
 
     @property
+    def entries(self) -> int:
+        """Of a tile's room: a multiple of 16, so that all rooms begin where a GPU likes to read."""
+        return -(-self.rows * self.classes // 16) * 16
+
+    @property
     def bytes(self) -> int:
         """What tiles and temporaries occupy at most."""
         each_row = self.buffers * self.classes + self.row_entries
