@@ -62,6 +62,9 @@ def curvature_products(columns: int) -> int:
     return 1 + 2 * columns
 
 
+# A message by which processes on the CPU see that their arguments go together, once on each dimension of the mesh.
+ON_THE_CPU = 64
+
 # --- bytes that one process hands to each collective ------------------------------------------------------------------
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from bench import scaling
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import softcurve
@@ -154,30 +154,26 @@ def positions() -> Cases:
 # --- what is sent ------------------------------------------------------------------------------------------------------
 
 
-class Functional(TorchDispatchMode):
-    """The collectives by which DTensors are redistributed."""
-
-    def __init__(self, sent: list[int]) -> None:
-        super().__init__()
-        self.sent = sent
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and not func.__name__.startswith(("wait", "_wrap")):
-            self.sent.append(args[0].nbytes)
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes of each message that this process hands in."""
+    """The bytes of each message that this process hands in: to torch.distributed, and to what redistributes DTensors."""
     sent: list[int] = []
-    reduce = dist.all_reduce
 
-    def counting(tensor: Tensor, *rest: Any, **named: Any) -> Any:
-        sent.append(tensor.nbytes)
-        return reduce(tensor, *rest, **named)
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *rest: Any, **named: Any) -> Any:
+            sent.append(tensor.nbytes)
+            return function(tensor, *rest, **named)
 
-    with mock.patch.object(dist, "all_reduce", counting), Functional(sent):
+        return call
+
+    # As they are called in one release of torch or another.
+    names = ("all_reduce", "all_gather_single", "all_gather_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+    with ExitStack() as stack:
+        for module, name in (
+            (dist, "all_reduce"),
+            *((functional, name) for name in names if hasattr(functional, name)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, counting(getattr(module, name))))
         yield sent
 
 
@@ -186,7 +182,10 @@ def bytes_sent(
 ) -> list[int]:
     torch.manual_seed(1)
     weight = distribute_tensor(torch.randn(classes, d), mesh, [Shard(0)])
-    x = torch.randn(rows, d, requires_grad=True)
+    x = torch.randn(rows, d)
+    if options.pop("sequence", False):
+        x = distribute_tensor(x, mesh, [Shard(0)])
+    x.requires_grad_()
     with counted() as sent:
         function = options.pop("function", softcurve.linear_cross_entropy)
         function(x, weight, target(classes), **options).backward()
@@ -207,6 +206,7 @@ def traffic(mesh: DeviceMesh) -> Cases:
 
     kinds: dict[str, tuple[Callable[[int], Any], list[int], dict[str, Any]]] = {
         "index": (lambda c: torch.arange(rows) % c, scaling.of_list(rows, 1), {}),
+        "sequence": (lambda c: torch.arange(rows) % c, scaling.of_list(rows, 1), {"sequence": True}),
         "list of 4": (listed, scaling.of_list(rows, 4), {}),
         "probabilities": (
             lambda c: torch.softmax(torch.randn(rows, c), -1), scaling.of_distribution(rows, sides=1), {},
@@ -221,7 +221,8 @@ def traffic(mesh: DeviceMesh) -> Cases:
         for classes in (64, 640):
             step = scaling.Step(rows, d, classes, by_classes=mesh.size(), itemsize=4)
             sent = bytes_sent(mesh, classes, rows, d, target, **dict(options))
-            expected = statistics + scaling.of_gradients(step)
+            gathered = [step.itemsize * rows * d // mesh.size()] if "sequence" in options else []
+            expected = [scaling.ON_THE_CPU, *gathered, *statistics, *scaling.of_gradients(step)]
             yield f"traffic {name} C={classes}: {sent} for {expected}", float(sent != expected), 0.0
 
 
