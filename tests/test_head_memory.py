@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
+
+import softcurve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 
@@ -158,3 +161,25 @@ warm_and_extra(product, 2048, 128, 50257, lambda *shape: [t.detach() for t in te
 def test_rows_that_are_long_for_their_classes(shape: tuple[int, int, int], run_python: Callable[[str], object]) -> None:
     """What a tile copies of its features counts as well."""
     assert extra(run_python, f"warm_and_extra(gradients, *{shape})") <= MOST
+
+
+def test_where_nobody_looks_at_values_gradients_are_scaled_into_their_own_dtypes(monkeypatch):
+    """As on CUDA: the same gradients, and no second one in single precision on the way."""
+    x, w, y = torch.randn(6, 4).bfloat16(), torch.randn(9, 4).bfloat16(), torch.arange(6)
+    found, made = [], []
+    empty_like = torch.empty_like
+    for visible in (True, False):
+        given = [t.clone().requires_grad_() for t in (x, w)]
+        loss = 3 * softcurve.linear_cross_entropy(*given, y)
+        with monkeypatch.context() as patch:
+            if not visible:
+                patch.setattr("softcurve.head.autograd.values_visible", lambda *_: False)
+                patch.setattr(
+                    torch, "empty_like", lambda t, **named: made.append(named.get("dtype")) or empty_like(t, **named)
+                )
+            loss.backward()
+        found.append([t.grad for t in given])
+    for seen, unseen in zip(*found, strict=True):
+        assert seen.dtype == unseen.dtype == torch.bfloat16
+        assert torch.equal(seen, unseen)
+    assert made == [torch.bfloat16, torch.bfloat16]
