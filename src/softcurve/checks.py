@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,28 +74,81 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}; take {name}.real")
 
 
-def require_rows(name: str, tensor: object, rows: Sequence[int], against: str) -> None:
-    """One real entry for each row."""
+def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, classes: int | None = None) -> None:
+    """Require one real entry for each row; ``classes`` is the size of the dimension after the rows of ``against``."""
     require_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
     if tuple(tensor.shape) != tuple(rows):
+        remedy = "" if classes is None else layout_remedy((*rows, classes), tensor.shape, against)
         raise ValueError(
             f"{name} must have one entry per row, shape {tuple(rows)} (the leading dimensions of {against}), "
-            f"got {describe(tensor)}"
+            f"got {describe(tensor)}{remedy}"
         )
 
 
-def require_positive(name: str, value: float) -> None:
-    """A finite number above 0."""
-    if not (isinstance(value, int | float) and 0 < value < math.inf):  # no math.isfinite: torch.compile traces this
+def layout_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
+    """Return what to do if ``logits`` have torch's layout ``(N, C, d_1, …)`` or more classes than ``target``."""
+    logits, target = tuple(logits), tuple(target)
+    if len(logits) > 2 and target == (logits[0], *logits[2:]):
+        return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
+    if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
+        larger = name if logits[-1] > target[-1] else "the target"
+        return f"; if one vocabulary is padded, cut {larger} to {min(logits[-1], target[-1])} classes ([..., :C])"
+    return ""
+
+
+def _number(name: str, value: object) -> float | None:
+    """A Python, numpy or 0-d tensor number as a Python number; None if it is no real number."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or value.is_complex():
+            return None
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} must be a constant, got a tensor that requires gradients; apply it to the logits or the "
+                f"features yourself, or pass {name}.detach()"
+            )
+        return value.item()
+    if isinstance(value, np.generic) and isinstance(value, np.integer | np.floating | np.bool_):
+        return value.item()  # type: ignore[no-any-return]
+    return None
+
+
+def require_positive(name: str, value: object) -> float:
+    """Return a finite number above 0 as a Python number; raise ValueError for anything else."""
+    number = _number(name, value)
+    if number is None or not 0 < number < math.inf:  # no math.isfinite: torch.compile traces this
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return number
 
 
-def require_between(name: str, value: float, low: float, high: float) -> None:
-    """A number in ``[low, high]``, infinity excluded."""
-    if not (isinstance(value, int | float) and low <= value <= high and value < math.inf):
+def require_between(name: str, value: object, low: float, high: float) -> float:
+    """Return a finite number in ``[low, high]`` as a Python number; raise ValueError for anything else."""
+    number = _number(name, value)
+    if number is None or not low <= number <= high or number == math.inf:
         bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+    return number
+
+
+def require_base(value: object) -> float:
+    """Return the base of a logarithm as a Python number: finite, above 0 and not 1."""
+    number = _number("base", value)
+    if number is None or not 0 < number < math.inf or number == 1:
+        raise ValueError(f"base must be a finite number above 0 and not 1 (2 for bits), got {value!r}")
+    return number
+
+
+def as_integer(value: object) -> int | None:
+    """Return a Python, numpy or 0-d tensor integer as a Python int; None for anything else, booleans included."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            return None
+        return int(value)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    return None
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -104,10 +158,10 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Entries in ``0 … classes − 1``, or ``ignore_index``."""
+    """Require entries in ``0 … classes − 1``, or ``ignore_index``."""
     if not values_visible(indices) or indices.numel() == 0:
         return
-    outside = (indices < 0) | (indices >= classes)
+    outside = outside_classes(indices, classes)
     if ignore_index is not None:
         outside &= indices != ignore_index
     if outside.any():
@@ -116,12 +170,16 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
         raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {found}")
 
 
-def require_probabilities(name: str, probabilities: Tensor) -> None:
-    """Entries ≥ 0 in rows that sum to 1."""
-    if not values_visible(probabilities) or probabilities.numel() == 0:
+def outside_classes(indices: Tensor, classes: int) -> Tensor:
+    """Return where an index names no class."""
+    return (indices < 0) | (indices >= classes)
+
+
+def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
+    """Require entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
+    if not values_visible(rows) or rows.numel() == 0:
         return
-    values = probabilities.detach()
-    least = values.amin().item()
+    least = _least(rows, counted)
     if math.isnan(least):
         raise ValueError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
     if least < 0:
@@ -129,14 +187,53 @@ def require_probabilities(name: str, probabilities: Tensor) -> None:
             f"{name} must hold probabilities >= 0, got {least:.6g}; "
             "if these are logits or log-probabilities, wrap them as softcurve.Logits(...)"
         )
-    half = values.dtype in (torch.bfloat16, torch.float16)
-    sums = values.sum(-1, dtype=torch.float32 if half else values.dtype)
-    worst = sums.flatten()[(sums - 1).abs().argmax()].item()
-    if not abs(worst - 1) <= (SUM_TOLERANCE_HALF if half else SUM_TOLERANCE):
+
+
+def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
+    """Require entries ≥ 0 that sum to 1 in the rows ``(..., C)`` that are ``counted``, by default all."""
+    if not values_visible(rows) or rows.numel() == 0:
+        return
+    require_nonnegative(name, rows, counted)
+    distance = (row_sums(rows) - 1).abs()
+    distance = distance if counted is None else torch.where(counted, distance, 0.0)
+    if not distance.max() <= sum_tolerance(rows.dtype):
+        worst = row_sums(rows).flatten()[distance.argmax()].item()
         raise ValueError(
             f"{name} must hold rows that sum to 1, got a row that sums to {worst:.6g}; divide each row by its sum, or "
             "express its mass by sample_weight (class indices are integers: convert them with .long())"
         )
+
+
+def look_like_probabilities(rows: Tensor) -> bool:
+    """Return whether all rows of two or more classes are ≥ 0 and sum to 1, where that can be seen."""
+    if not values_visible(rows) or rows.shape[-1] < 2 or rows.numel() == 0:
+        return False
+    rows = rows.detach()
+
+    def are_probabilities(some: Tensor) -> bool:
+        near_one = (row_sums(some) - 1).abs() <= sum_tolerance(rows.dtype)
+        return bool(near_one.all()) and bool(some.amin() >= 0)
+
+    # Of most logits the first rows tell, without a pass over all.
+    return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
+
+
+def _least(rows: Tensor, counted: Tensor | None) -> float:
+    """Return the smallest entry of the rows that are counted; NaN if they hold one, 0 if there are none."""
+    rows = rows.detach()
+    if counted is None:
+        return rows.amin().item()
+    return torch.where(counted, rows.amin(-1), 0.0).amin().item()
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Return the sum of each row, in float32 or wider."""
+    return rows.detach().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def sum_tolerance(dtype: torch.dtype) -> float:
+    """Return by how much the sum of a row of probabilities may differ from 1."""
+    return SUM_TOLERANCE_HALF if dtype in (torch.bfloat16, torch.float16) else SUM_TOLERANCE
 
 
 def require_numbers(name: str, tensor: Tensor) -> None:

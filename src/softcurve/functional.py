@@ -8,6 +8,8 @@ for confident rows, nearly equal distributions, masked classes (−inf) and offs
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,15 @@ from softcurve.objective import (
     LogitMap,
     Reduction,
 )
-from softcurve.targets import Logits, Target, TopK, as_target
+from softcurve.targets import (
+    Logits,
+    Target,
+    TopK,
+    as_target,
+    clear_class_indices,
+    resolve_ignore_index,
+    uniform_over_unmasked,
+)
 
 
 def cross_entropy(
@@ -68,26 +78,28 @@ def cross_entropy(
     Source: the seed's ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
-    checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.require_between("z_loss", z_loss, 0.0, math.inf)
+    smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
+    z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
     reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
-    described = _CrossEntropy(weight, label_smoothing, z_loss * reducer.nats, logit_map)
+    classes = logits.shape[-1]
     if weight is not None:
-        require_class_weight(weight, logits.shape[-1])
+        require_class_weight(weight, classes)
+        weight = _widened(weight)
+    sample_weight = _row_weight(sample_weight, logits.shape[:-1], "logits")
+    options = _CrossEntropy(weight, smoothing, z_loss * reducer.nats, logit_map)
     target = as_target(target)
-    mass: Tensor | None = None
+    ignore_index = resolve_ignore_index(ignore_index, target)
+    mean_weight: Tensor | None = None
     if isinstance(target, Target):
-        if isinstance(target, Logits) and sample_weight is not None and not sample_weight.requires_grad:
-            checks.require_rows("sample_weight", sample_weight, logits.shape[:-1], "logits")
-            target = Logits(torch.where((sample_weight == 0).unsqueeze(-1), 0.0, target.values))
-        rows = described.against_distribution(logits, target)
+        dtype = torch.promote_types(logits.dtype, target.dtype)
+        rows = options.against_distribution(logits, target.checked(sample_weight, classes))
     else:
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-        checks.require_rows("target", target, logits.shape[:-1], "logits")
-        checks.require_class_indices("target", target, logits.shape[-1], ignore_index)
-        rows, mass = described.against_indices(logits, target, ignore_index)
-    return _reduced(rows, mass, sample_weight, reducer, logits.dtype, logits=logits)
+        dtype = logits.dtype
+        checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
+        target = clear_class_indices(target, sample_weight, classes, ignore_index)
+        checks.require_class_indices("target", target, classes, ignore_index)
+        rows, mean_weight = options.against_indices(logits, target, ignore_index)
+    return _reduced(rows, mean_weight, sample_weight, reducer, dtype, logits=logits)
 
 
 def require_class_weight(weight: Tensor, classes: int) -> None:
@@ -132,7 +144,7 @@ class _CrossEntropy:
     def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
         """Label smoothing and class weights act on the target."""
         if self.smoothing:
-            y = (1 - self.smoothing) * y + self.smoothing * target.uniform_over(logits)
+            y = (1 - self.smoothing) * _widened(y) + self.smoothing * target.uniform_over(logits)
         return y if self.weight is None else y * self.weight
 
     def against_indices(self, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -145,16 +157,16 @@ class _CrossEntropy:
         else:
             rows = row_losses(IndexCrossEntropy(self.logit_map, self.z_loss), logits, classes)
             rows = rows if own is None else weighted(own, rows)
-        mass = kept.to(rows.dtype) if own is None else torch.where(kept, own, 0.0)
-        return torch.where(kept, rows, 0.0), mass
+        mean_weight = kept.to(rows.dtype) if own is None else torch.where(kept, own, 0.0)
+        return torch.where(kept, rows, 0.0), mean_weight
 
     def _densified(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """``(1 − ε) w_t`` at the class, ``ε w / C`` everywhere."""
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        weight = logits.new_ones(logits.shape[-1], dtype=dtype) if self.weight is None else self.weight.to(dtype)
-        everywhere = (self.smoothing / logits.shape[-1]) * weight
-        own = (1 - self.smoothing) * weight[classes]
-        return everywhere.expand(logits.shape).scatter_add(-1, classes.unsqueeze(-1), own.unsqueeze(-1))
+        """``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
+        everywhere = self.smoothing * uniform_over_unmasked(logits).expand(logits.shape)
+        own = torch.full_like(classes, 1 - self.smoothing, dtype=everywhere.dtype)
+        if self.weight is not None:
+            everywhere, own = everywhere * self.weight, own * self.weight[classes]
+        return everywhere.scatter_add(-1, classes.unsqueeze(-1), own.to(everywhere.dtype).unsqueeze(-1))
 
 
 def kl_divergence(
@@ -187,7 +199,7 @@ def kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
     ``h(t) = e^t − 1 − t ≥ 0``.
     """
-    return _divergence(ForwardKL(), p, q, sample_weight, temperature, Reduction(reduction, base))
+    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap(temperature), Reduction(reduction, base))
 
 
 def js_divergence(
@@ -208,8 +220,8 @@ def js_divergence(
 
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
-    checks.require_between("beta", beta, 0.0, 1.0)
-    return _divergence(jensen_shannon(beta), p, q, sample_weight, temperature, Reduction(reduction, base))
+    divergence = jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0))
+    return _divergence(divergence, p, q, sample_weight, LogitMap(temperature), Reduction(reduction, base))
 
 
 def _divergence(
@@ -217,34 +229,40 @@ def _divergence(
     p: Tensor | Target,
     q: Tensor | Target,
     sample_weight: Tensor | None,
-    temperature: float,
+    logit_map: LogitMap,
     reducer: Reduction,
 ) -> Tensor:
     """``divergence`` of target ``p`` and model ``q``; a top-k list cannot be the model, so there they change places."""
     p, q = _by_logits("p", p), _by_logits("q", q)
+    dtype = torch.promote_types(p.dtype, q.dtype)
     if isinstance(q, TopK):
         divergence, p, q = divergence.exchanged(), q, p
     if isinstance(p, TopK):
-        require_finite_against(divergence, p, temperature)
-    model = q.logits()
+        require_finite_against(divergence, p, logit_map.temperature)
+    sample_weight = _row_weight(sample_weight, q.leading, "q")
+    model = _logits_of(q, sample_weight)
     if isinstance(p, TopK):
-        model, target = p.against(model)
+        p.require_fit(model.shape)
+        model, target = p.checked(sample_weight, model.shape[-1]).against(model)
     else:
-        target = p.logits()
+        target = _logits_of(p, sample_weight)
         if target.shape != model.shape:
             raise ValueError(
-                f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}; "
-                "expand the smaller one"
+                f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
+                + (checks.layout_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
             )
-    dtype = torch.promote_types(model.dtype, target.dtype)
-    logit_map = LogitMap(temperature)
     target = target if logit_map.is_identity else logit_map.value(_widened(target))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
     return _reduced(rows, None, sample_weight, reducer, dtype, p=target, q=model)
 
 
+def _logits_of(side: Target, sample_weight: Tensor | None) -> Tensor:
+    """The logits of one side over all classes. Rows of weight 0 need no clearing where logits are given."""
+    return (side if isinstance(side, Logits) else side.checked(sample_weight, 0)).logits()
+
+
 def _by_logits(name: str, side: Tensor | Target) -> Target:
-    """A plain tensor is logits here: a divergence has no class indices, and probabilities say that they are."""
+    """A plain tensor is logits here: a divergence has no class indices, and probabilities are wrapped."""
     if isinstance(side, Target):
         return side
     if isinstance(side, Tensor) and not side.is_floating_point():
@@ -253,6 +271,12 @@ def _by_logits(name: str, side: Tensor | Target) -> Target:
             "for class indices use softcurve.cross_entropy, which is D(target‖model) there"
         )
     checks.require_floating(name, side)
+    if checks.look_like_probabilities(side):
+        warnings.warn(
+            f"{name} is read as logits, but its rows look like probabilities (entries in [0, 1] that sum to 1); wrap "
+            f"them as softcurve.Probabilities({name}), or as softcurve.Logits({name}) if they are logits",
+            stacklevel=4,
+        )
     return Logits(side)
 
 
@@ -326,28 +350,28 @@ def weighted(weight: Tensor, rows: Tensor) -> Tensor:
     return weight * torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
 
 
+def _row_weight(sample_weight: Tensor | None, rows: Sequence[int], against: str) -> Tensor | None:
+    """Check the weights of rows and return them in float32 or wider."""
+    if sample_weight is None:
+        return None
+    checks.require_rows("sample_weight", sample_weight, rows, against)
+    checks.require_numbers("sample_weight", sample_weight)
+    return _widened(sample_weight)
+
+
 def _reduced(
     rows: Tensor,
-    mass: Tensor | None,
+    mean_weight: Tensor | None,
     sample_weight: Tensor | None,
     reducer: Reduction,
     dtype: torch.dtype,
     **logits: Tensor,
 ) -> Tensor:
-    """Rows in nats, weighted, reduced, and rounded once to the dtype of the result."""
-    if sample_weight is not None:
-        checks.require_rows("sample_weight", sample_weight, rows.shape, next(iter(logits)))
-        checks.require_numbers("sample_weight", sample_weight)
+    """Weight and reduce rows in nats; the result is of ``dtype``, or float32 if that is narrower."""
     checks.explain_nan(rows, sample_weight, **logits)
     if sample_weight is not None:
         rows = weighted(sample_weight, rows)
-        mass = sample_weight if mass is None else mass * sample_weight
+        mean_weight = sample_weight if mean_weight is None else mean_weight * sample_weight
     if reducer.nats != 1:
         rows = rows / reducer.nats
-    result = reducer.apply(rows, mass)
-    device = rows.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    ):  # autocast keeps losses in float32, as for torch's own
-        dtype = torch.promote_types(dtype, torch.float32)
-    return result.to(dtype)
+    return reducer.apply(rows, mean_weight).to(torch.promote_types(dtype, torch.float32))

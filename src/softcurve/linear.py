@@ -13,16 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.objective import LogitMap, Reduction
-from softcurve.posed import (
-    DEFAULT_IGNORED,
-    Head,
-    LossStats,
-    cross_entropy_from,
-    divergence_from,
-    require_no_shift,
-)
-from softcurve.targets import Target
+from softcurve.objective import LogitMap, Reduction, quotient
+from softcurve.posed import Head, LossStats, cross_entropy_from, divergence_from, require_no_shift
+from softcurve.targets import Target, resolve_ignore_index
 
 
 def linear_cross_entropy(
@@ -78,14 +71,15 @@ def linear_cross_entropy(
 
     Source: the seed's ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
-    checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.require_between("z_loss", z_loss, 0.0, math.inf)
-    reducer, _ = Reduction(reduction, base), LogitMap(temperature, softcap)
+    smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
+    z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
+    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
+    options = {"temperature": logit_map.temperature, "softcap": logit_map.softcap, "z_loss": z_loss * reducer.nats}
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
             input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, shift, return_stats,
-            reducer, memory_budget, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
-            z_loss=z_loss,
+            reducer, memory_budget, label_smoothing=smoothing, temperature=logit_map.temperature,
+            softcap=logit_map.softcap, z_loss=z_loss,
         )  # fmt: skip
     head = Head.of(input, linear_weight, linear_bias, target)
     posed = cross_entropy_from(
@@ -94,9 +88,9 @@ def linear_cross_entropy(
         weight=weight,
         sample_weight=sample_weight,
         ignore_index=ignore_index,
-        smoothing=label_smoothing,
+        smoothing=smoothing,
         shift=shift,
-        options={"temperature": temperature, "softcap": softcap, "z_loss": z_loss * reducer.nats},
+        options=options,
     )
     return posed.reduced(reducer, memory_budget, return_stats)
 
@@ -136,16 +130,16 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias, target)
+    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
     require_no_shift(shift)
     posed = divergence_from(
-        head,
+        Head.of(input, linear_weight, linear_bias, target),
         target,
         family=direction,
         beta=0.5,
         sample_weight=sample_weight,
-        temperature=temperature,
-        softcap=softcap,
+        temperature=logit_map.temperature,
+        softcap=logit_map.softcap,
     )
     return posed.reduced(reducer, memory_budget, return_stats)
 
@@ -172,17 +166,17 @@ def linear_js_divergence(
     the forward and ``beta = 1`` the reverse KL, exactly. Arguments and errors are those of
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
-    checks.require_between("beta", beta, 0.0, 1.0)
-    reducer, head = Reduction(reduction, base), Head.of(input, linear_weight, linear_bias, target)
+    beta = checks.require_between("beta", beta, 0.0, 1.0)
+    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
     require_no_shift(shift)
     posed = divergence_from(
-        head,
+        Head.of(input, linear_weight, linear_bias, target),
         target,
         family={0.0: "forward", 1.0: "reverse"}.get(float(beta), "js"),
         beta=beta,
         sample_weight=sample_weight,
-        temperature=temperature,
-        softcap=softcap,
+        temperature=logit_map.temperature,
+        softcap=logit_map.softcap,
     )
     return posed.reduced(reducer, memory_budget, return_stats)
 
@@ -210,7 +204,7 @@ def _by_positions(
         raise TypeError(
             f"target must be a tensor for a linear_weight of more than two dimensions, got {type(target).__name__}"
         )
-    checks.require_tensor("input", input)
+    checks.require_features("input", input)
     if input.ndim != 2:
         raise ValueError(f"input must be of shape (N, d) for a weight of K dimensions, got {checks.describe(input)}")
     if shift:
@@ -228,6 +222,8 @@ def _by_positions(
             f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
             f"got {checks.describe(linear_bias)}"
         )
+    # Features in float32 receive the sum over the positions in float32, which is rounded once.
+    input = input.to(torch.promote_types(input.dtype, torch.float32))
     soft = target.is_floating_point()
     rows = (len(input), *positions)
     expected = (len(input), classes, *positions) if soft else rows
@@ -261,31 +257,23 @@ def _by_positions(
     elif reducer.kind == "sum":
         result = losses.sum()
     else:
-        mass = _mass(reducer, flat_target, soft, weight, sample_weight, ignore_index)
-        result = losses.sum() / torch.where(mass == 0, 1.0, mass) + torch.where(mass == 0, math.nan, 0.0)
-        result = result.to(losses.dtype)
+        weights = _mean_weights(flat_target, soft, weight, sample_weight, ignore_index)
+        result = quotient(losses.sum(), reducer.divisor(rows, losses, weights))
     if not return_stats:
         return result
     stats = [part[1] for part in parts if isinstance(part, tuple)]
     return result, LossStats(*(torch.stack(column, -1).reshape(rows) for column in zip(*stats, strict=True)))
 
 
-def _mass(
-    reducer: Reduction,
-    target: Tensor,
-    soft: bool,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int | None,
-) -> Tensor:
-    """What the mean of a loss of ``K`` more dimensions divides by."""
-    rows = target[:, 0] if soft else target
-    ones = torch.ones_like(rows, dtype=torch.float64)
-    if reducer.kind == "batchmean":
-        return ones.sum()
-    mass = ones if sample_weight is None else sample_weight
-    if not soft:
-        kept = target != (DEFAULT_IGNORED if ignore_index is None else ignore_index)
-        own = ones if weight is None else weight[torch.where(kept, target, 0).long()]
-        mass = torch.where(kept, mass * own, 0.0)
-    return mass.sum()
+def _mean_weights(
+    target: Tensor, soft: bool, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int | None
+) -> Tensor | None:
+    """The weights of rows in the mean of a loss of ``K`` more dimensions; ``None``: one each."""
+    wide = None if sample_weight is None else sample_weight.to(torch.promote_types(sample_weight.dtype, torch.float32))
+    if soft:
+        return wide
+    kept = target != resolve_ignore_index(ignore_index, target)
+    own = kept.to(torch.float32)
+    if weight is not None:
+        own = own * weight[torch.where(kept, target, 0).long()]
+    return own if wide is None else torch.where(kept, own * wide, 0.0)

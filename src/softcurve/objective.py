@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,9 +39,9 @@ class LogitMap:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        checks.require_positive("temperature", self.temperature)
+        object.__setattr__(self, "temperature", checks.require_positive("temperature", self.temperature))
         if self.softcap is not None:
-            checks.require_positive("softcap", self.softcap)
+            object.__setattr__(self, "softcap", checks.require_positive("softcap", self.softcap))
 
     @property
     def is_identity(self) -> bool:
@@ -319,23 +320,30 @@ class Reduction:
 
     def __post_init__(self) -> None:
         checks.require_choice("reduction", self.kind, REDUCTIONS)
-        if not (isinstance(self.base, int | float) and 0 < self.base < math.inf and self.base != 1):
-            raise ValueError(f"base must be a finite number above 0 and not 1 (2 for bits), got {self.base!r}")
+        object.__setattr__(self, "base", checks.require_base(self.base))
 
     @property
     def nats(self) -> float:
         """``ln base``: nats in one unit."""
         return 1.0 if self.base == math.e else math.log(self.base)
 
-    def apply(self, rows: Float[Tensor, "*rows"], mass: Tensor | None = None) -> Tensor:
-        """``rows`` reduced; ``mass`` is the weight of each row in a mean (``None``: one each)."""
+    def apply(self, rows: Float[Tensor, "*rows"], weight: Float[Tensor, "*rows"] | None = None) -> Tensor:
+        """Reduce ``rows``, which are already weighted; ``weight`` is the weight of each row in a mean (default 1)."""
         if self.kind == "none":
             return rows
-        if rows.numel() == 0 and self.kind != "sum":
-            raise ValueError(
-                f"reduction={self.kind!r} needs at least one row, got an empty batch of shape {tuple(rows.shape)}; "
-                "skip empty batches, or use reduction='sum' or 'none'"
-            )
+        total = rows.sum()
+        return total if self.kind == "sum" else quotient(total, self.divisor(rows.shape, rows, weight))
+
+    def divisor(self, leading: Sequence[int], like: Tensor, weight: Tensor | None) -> Tensor:
+        """What the sum over rows of shape ``leading`` is divided by, ``()``, in the dtype of ``like``."""
         if self.kind == "sum":
-            return rows.sum()
-        return rows.sum() / (rows.numel() if self.kind == "batchmean" or mass is None else mass.sum())
+            return like.new_ones(())
+        if self.kind == "batchmean":
+            return like.new_full((), leading[0] if len(leading) else 1)
+        return like.new_full((), math.prod(leading)) if weight is None else weight.to(like.dtype).sum()
+
+
+def quotient(total: Tensor, divisor: Tensor) -> Tensor:
+    """``total / divisor``; a divisor of 0 gives NaN, whose derivatives are 0."""
+    empty = divisor == 0
+    return torch.where(empty, math.nan, total / torch.where(empty, 1.0, divisor))

@@ -20,10 +20,18 @@ from softcurve.functional import require_class_weight, require_finite_against, w
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.sharded import Spread, lies_over_processes
-from softcurve.objective import LogitMap, Reduction
-from softcurve.targets import LinearTeacher, Logits, Probabilities, Target, TopK, as_target
-
-DEFAULT_IGNORED = -100  # torch's own default of ignore_index
+from softcurve.objective import Reduction, quotient
+from softcurve.targets import (
+    LinearTeacher,
+    Logits,
+    Probabilities,
+    Target,
+    TopK,
+    as_target,
+    clear_class_indices,
+    resolve_ignore_index,
+    uniform_over_unmasked,
+)
 
 
 class LossStats(NamedTuple):
@@ -47,7 +55,8 @@ class Head:
     bias: Tensor | None
     leading: torch.Size
     classes: int  # of all processes
-    dtype: torch.dtype  # of the result
+    dtype: torch.dtype  # of the losses: float32 or wider
+    uniform: Tensor | None  # (C,), over the unmasked classes of all processes; None where no class can be masked
     spread: Spread | None
 
     @staticmethod
@@ -71,17 +80,22 @@ class Head:
                 )
         classes = len(weight)
         spread = Spread.of(input, [weight, *([target.linear_weight] if isinstance(target, LinearTeacher) else [])])
+        uniform = None
+        if bias is not None:
+            uniform = uniform_over_unmasked(bias.detach() if spread is None else spread.whole(bias))
+            uniform = uniform if uniform.ndim else None
         if spread is not None:
             input, weight = spread.features(input), spread.classes_of(weight)
             bias = None if bias is None else spread.classes_of(bias)
         leading, device = input.shape[:-1], input.device.type
-        dtype = torch.promote_types(input.dtype, weight.dtype)
+        dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
+        if isinstance(target, Target):
+            dtype = torch.promote_types(dtype, target.dtype)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             lower = torch.get_autocast_dtype(device)
             input, weight = _lowered(input, lower), _lowered(weight, lower)
             bias = None if bias is None else _lowered(bias, lower)
-            dtype = torch.promote_types(dtype, torch.float32)
-        head = Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, spread)
+        head = Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, uniform, spread)
         head.require_plain(linear_bias=bias)
         return head
 
@@ -108,9 +122,16 @@ class Head:
         return {} if spread is None else {"group": spread.group, "first": spread.first, "classes": spread.classes}
 
     @property
-    def wide(self) -> torch.dtype:
-        """Of the losses before the last rounding."""
-        return torch.promote_types(self.dtype, torch.float32)
+    def all_leading(self) -> torch.Size:
+        """The leading dimensions of the rows of all processes."""
+        return self.leading if self.spread is None else self.spread.leading
+
+    def share_of_smoothing(self, weight: Tensor | None) -> Tensor | None:
+        """The factor of each class in the ``ε / C`` of label smoothing, ``(C,)``: its class weight; 0 if masked."""
+        if self.uniform is None:
+            return weight
+        share = self.uniform * self.classes
+        return share if weight is None else share * weight.to(share.dtype)
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,8 +148,7 @@ class Posed:
     head: Head
     loss: HeadLoss
     weight: Tensor  # (n,), of the rows
-    mass: Tensor | float  # what a mean divides by
-    batch: Tensor | float  # what "batchmean" divides by
+    mean_weight: Tensor | None  # (n,), of which the sum divides a mean; None: one each
     counted: Tensor  # (n,): which rows have a part
     weighs: bool  # whether a sample weight is in the rows' weights
     target: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -148,16 +168,18 @@ class Posed:
         self, reducer: Reduction, memory_budget: int | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
         """What the public call returns."""
-        require_budget(memory_budget)
+        memory_budget = require_budget(memory_budget)
         head, per_row = self.head, reducer.kind == "none"
         wide = self.weight.dtype
+        divisor = None
         if per_row:
             row_weight = self.counted.to(wide)
             if not self.weight.requires_grad:
                 row_weight = torch.where(self.weight == 0, 0.0, row_weight)
         else:
             divisor = self.divisor(reducer)
-            row_weight = self.weight / (torch.where(divisor == 0, 1.0, divisor) * reducer.nats)
+            # A mean of nothing is NaN and has gradient 0, as in torch.
+            row_weight = torch.where(divisor == 0, 0.0, quotient(self.weight, divisor)) / reducer.nats
         spread = head.spread
         outcome = head_outcome(
             self.loss,
@@ -167,11 +189,10 @@ class Posed:
             weighs=self.weighs,
             stats=return_stats,
         )
-        if per_row:
+        if divisor is None:
             result = weighted(self.weight, outcome.rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
         else:
-            # A mean of nothing is NaN and has gradient 0, as in torch.
             total = outcome.total if spread is None else spread.total(outcome.total)
             result = total + torch.where(divisor == 0, math.nan, 0.0).to(wide)
         result = result.to(head.dtype)
@@ -191,28 +212,28 @@ class Posed:
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """What the sum over the rows is divided by, ``()``."""
-        if reducer.kind == "sum":
-            return self.weight.new_ones(())
-        own = self.mass if reducer.kind == "mean" else self.batch
-        divisor = own.to(self.weight.dtype) if isinstance(own, Tensor) else self.weight.new_full((), own)
-        return divisor if self.head.spread is None else self.head.spread.divisor(divisor)
+        head = self.head
+        if reducer.kind != "mean":
+            return reducer.divisor(head.all_leading, self.weight, None)
+        divisor = reducer.divisor(head.leading, self.weight, self.mean_weight)
+        return divisor if head.spread is None else head.spread.divisor(divisor)
 
 
-def require_budget(budget: int | None) -> None:
-    """Bytes, or ``None``."""
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+def require_budget(budget: object) -> int | None:
+    """Return a number of bytes as a Python int, or ``None``."""
+    bytes_ = None if budget is None else checks.as_integer(budget)
+    if budget is not None and (bytes_ is None or bytes_ < 1):
         raise ValueError(f"memory_budget must be a positive int of bytes, or None, got {budget!r}")
+    return bytes_
 
 
-def _sampled(head: Head, sample_weight: Tensor | None) -> Tensor | None:
-    """``(n,)``, in the dtype of the losses."""
+def _row_weight(head: Head, sample_weight: Tensor | None, shift: int = 0) -> Tensor | None:
+    """The weights of this process's rows, of the shape of the rows, in the dtype of the losses."""
     if sample_weight is None:
         return None
-    if head.spread is not None:
-        sample_weight = head.spread.rows_of("sample_weight", sample_weight)
-    checks.require_rows("sample_weight", sample_weight, head.leading, "input")
+    sample_weight = _own_rows(head, "sample_weight", sample_weight, shift, 0)
     checks.require_numbers("sample_weight", sample_weight)
-    return sample_weight.reshape(-1).to(head.wide)
+    return sample_weight.to(head.dtype)
 
 
 def cross_entropy_from(
@@ -249,15 +270,11 @@ def _cross_entropy_from(
             raise ValueError(
                 "weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight"
             )
-    target = target if isinstance(target, Tensor) and target.is_floating_point() else as_target(target)
-    if isinstance(target, Tensor) and not target.is_floating_point():
-        ignored = DEFAULT_IGNORED if ignore_index is None else ignore_index
-        return _against_indices(head, target, ignored, weight, sample_weight, smoothing, shift, options)
-    if ignore_index is not None:
-        raise ValueError(
-            f"ignore_index must not be given for a target that is a distribution, got {ignore_index}; "
-            "use sample_weight to leave out rows"
-        )
+    target = as_target(target)
+    ignore_index = resolve_ignore_index(ignore_index, target)
+    shift = require_shift(shift)
+    if isinstance(target, Tensor):
+        return _against_indices(head, target, ignore_index, weight, sample_weight, smoothing, shift, options)
     require_no_shift(shift)
     return _against_distribution(head, target, weight, sample_weight, smoothing, options)
 
@@ -276,73 +293,67 @@ def _against_indices(
     options: dict[str, float | None],
 ) -> Posed:
     """The cross-entropy of class indices."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    require_shift(shift)
-    target, present = _own_indices(head, target, shift, ignore_index)
+    target = _own_rows(head, "target", target, shift, ignore_index)
+    sampled = _row_weight(head, sample_weight, shift)
+    target = clear_class_indices(target, sampled, head.classes, ignore_index)
     checks.require_class_indices("target", target, head.classes, ignore_index)
     target = target.reshape(-1)
     kept = target != ignore_index
     classes = torch.where(kept, target, 0)
-    sampled = _sampled(head, sample_weight)
-    counted = kept.to(head.wide) if sampled is None else torch.where(kept, sampled, 0.0)
-    own = None if weight is None else weight.to(head.wide)[classes]
-    mass = counted if own is None else counted * own
-    coarse = None
+    counted = kept.to(head.dtype) if sampled is None else torch.where(kept, sampled.reshape(-1), 0.0)
+    own = None if weight is None else weight.to(head.dtype)[classes]
+    mean_weight = counted if own is None else counted * own
+    coarse, row_weight = None, mean_weight
     if smoothing or (options["z_loss"] and own is not None):
         # Over the class and the rest: the mass on the class. Smoothing over all classes is the head's own matter.
         mine = (1 - smoothing) * (torch.ones_like(counted) if own is None else own)
         coarse = torch.stack([mine, torch.zeros_like(mine)], -1)
         row_weight = counted
-    else:
-        row_weight, weight = mass, None
     return Posed(
         head,
         HeadLoss("cross_entropy", "list", smoothing=smoothing, **options, **head.shard),  # type: ignore[arg-type]
         row_weight,
-        mass.sum(),
-        present.sum(),
+        mean_weight,
         kept,
         sampled is not None,
         target=(coarse, None, None),
         indices=classes.unsqueeze(-1),
         label=classes,
-        class_weight=weight,
+        class_weight=head.share_of_smoothing(weight) if smoothing else None,
     )
 
 
-def _own_indices(head: Head, target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The targets of these rows, and where there is one."""
+def _own_rows(head: Head, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
+    """One entry for each row of this process, from ``shift`` positions further on; ``missing`` where there is none."""
     spread = head.spread
     if spread is None:
-        checks.require_rows("target", target, head.leading, "input")
-        return _shifted(target, shift, ignore_index)
-    spread.require_leading("target", target)
-    checks.require_rows("target", target, spread.leading, "input")
-    if shift == 0:
-        own = spread.rows_of("target", target)
-        return own, torch.ones_like(own, dtype=torch.bool)
-    # A shift looks beyond the rows of this process.
-    target, present = _shifted(spread.whole(target), shift, ignore_index)
-    return spread.rows_of("target", target), spread.rows_of("target", present)
+        checks.require_rows(name, tensor, head.leading, "input", head.classes)
+        return _shifted(tensor, shift, missing)
+    spread.require_leading(name, tensor)
+    checks.require_rows(name, tensor, spread.leading, "input")
+    if shift:  # which looks beyond the rows of this process
+        if tensor.requires_grad and lies_over_processes(tensor):
+            raise ValueError(f"{name} must not require gradients where rows are shifted and sharded; detach it")
+        tensor = _shifted(spread.whole(tensor), shift, missing)
+    return spread.rows_of(name, tensor)
 
 
-def _shifted(target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The targets ``shift`` positions further on, nothing at the end; and where there is one."""
+def _shifted(tensor: Tensor, shift: int, missing: int) -> Tensor:
+    """The entries ``shift`` positions further on along the last dimension, and ``missing`` at the end."""
     if shift == 0:
-        return target, torch.ones_like(target, dtype=torch.bool)
-    if target.ndim == 0:
+        return tensor
+    if tensor.ndim == 0:
         raise ValueError("shift must be 0 for a single row, which has no next position")
-    shift = min(shift, target.shape[-1])
-    missing = torch.full_like(target[..., :shift], ignore_index)
-    present = torch.cat([torch.ones_like(target[..., shift:]), torch.zeros_like(missing)], -1).bool()
-    return torch.cat([target[..., shift:], missing], -1), present
+    shift = min(shift, tensor.shape[-1])
+    return torch.cat([tensor[..., shift:], torch.full_like(tensor[..., :shift], missing)], -1)
 
 
-def require_shift(shift: int) -> None:
-    """Positions to look ahead."""
-    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
+def require_shift(shift: object) -> int:
+    """Return the number of positions to look ahead as a Python int >= 0."""
+    positions = checks.as_integer(shift)
+    if positions is None or positions < 0:
         raise ValueError(f"shift must be an int >= 0, got {shift!r}")
+    return positions
 
 
 def require_no_shift(shift: int) -> None:
@@ -359,43 +370,52 @@ def require_no_shift(shift: int) -> None:
 
 def _against_distribution(
     head: Head,
-    target: Tensor | Target,
+    target: Target,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     smoothing: float,
     options: dict[str, float | None],
 ) -> Posed:
     """The cross-entropy of a distribution."""
-    rows = _rows_of_distributions(head, sample_weight)
+    sampled = _row_weight(head, sample_weight)
+    rows = _rows_of_distributions(head, sampled)
     if isinstance(target, TopK):
-        target = _fitting(head, target)
+        target = _fitting(head, target, sampled)
         if target.coarsens and weight is not None:
             raise ValueError(
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
                 "use tail='renormalize' or sample_weight"
             )
+        y = _flat(torch.softmax(_outcomes(head, target), -1))
         indices = _flat(target.indices)
-        y = _flat(torch.softmax(target.coarse_log_probs(head.classes), -1))
         everywhere: float = 0.0
         if target.coarsens and smoothing:
-            # The uniform distribution, as it looks over the outcomes.
-            k = indices.shape[-1]
-            uniform = torch.full_like(y, 1 / head.classes)
-            uniform[:, -1] = (head.classes - k) / head.classes
-            y = (1 - smoothing) * y + smoothing * uniform
+            each = y.new_full((head.classes,), 1 / head.classes) if head.uniform is None else head.uniform
+            y = (1 - smoothing) * y + smoothing * _flat(target.uniform_over_outcomes(each))
         elif smoothing:
             y, everywhere = (1 - smoothing) * y, smoothing
         if weight is not None:
             own = weight.to(y.dtype)[indices]
             y = torch.cat([y[:, :-1] * own, y[:, -1:]], -1)
         loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options, **head.shard)  # type: ignore[arg-type]
-        label, coarsens = _most_probable(target), target.coarsens
         return Posed(
-            head, loss, *rows, target=(y, None, None), indices=indices, label=label, class_weight=weight,
-            coarsens=coarsens,
-        )  # fmt: skip
-    kind, tensors = _dense_target(head, target)
+            head,
+            loss,
+            *rows,
+            target=(y, None, None),
+            indices=indices,
+            label=_most_probable(target),
+            class_weight=head.share_of_smoothing(weight) if everywhere else None,
+            coarsens=target.coarsens,
+        )
+    kind, tensors = _dense_target(head, target, sample_weight)
     loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
+    if smoothing and head.uniform is not None:
+        # Masked classes have no share of the smoothing, but their class weight still acts on the target's own mass.
+        weight = head.uniform.new_ones(head.classes) if weight is None else weight.to(head.uniform.dtype)
+        share = head.share_of_smoothing(weight)
+        assert share is not None
+        weight = torch.stack([weight, share])
     return Posed(head, loss, *rows, target=tensors, class_weight=weight)
 
 
@@ -423,22 +443,17 @@ def _divergence_from(
     temperature: float,
     softcap: float | None,
 ) -> Posed:
-    LogitMap(temperature, softcap)
-    target = as_target(target)
-    if isinstance(target, Tensor):
-        raise TypeError(
-            f"target must be a distribution, got class indices ({target.dtype}); "
-            "for those use softcurve.linear_cross_entropy, which is D(target‖model) there"
-        )
-    rows = _rows_of_distributions(head, sample_weight)
+    target = _wrapped(target)
+    sampled = _row_weight(head, sample_weight)
+    rows = _rows_of_distributions(head, sampled)
 
     def loss(kind: str) -> HeadLoss:
         return HeadLoss(family, kind, beta, temperature, softcap, **head.shard)
 
     if isinstance(target, TopK):
-        target = _fitting(head, target)
+        target = _fitting(head, target, sampled)
         require_finite_against(loss("list").divergence, target, temperature)
-        logits = target.coarse_log_probs(head.classes)
+        logits = _outcomes(head, target)
         logits = logits if temperature == 1 else logits / temperature
         return Posed(
             head,
@@ -449,61 +464,97 @@ def _divergence_from(
             label=_most_probable(target),
             coarsens=target.coarsens,
         )
-    kind, tensors = _dense_target(head, target)
+    kind, tensors = _dense_target(head, target, sample_weight)
     return Posed(head, loss(kind), *rows, target=tensors)
 
 
-def _rows_of_distributions(
-    head: Head, sample_weight: Tensor | None
-) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor, bool]:
-    """The rows' weights, what means divide by, which rows count, and whether there is a sample weight."""
-    count = len(head.input)
-    everywhere = torch.ones(count, dtype=torch.bool, device=head.input.device)
-    sampled = _sampled(head, sample_weight)
+def _wrapped(target: Tensor | Target) -> Target:
+    """Refuse a plain tensor as one side of a divergence: it could hold probabilities or logits."""
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise TypeError(
+            f"target must be wrapped, got a plain {target.dtype} tensor, which could hold probabilities or logits; "
+            "pass softcurve.Probabilities(target) or softcurve.Logits(target)"
+        )
+    as_target(target)
+    raise TypeError(
+        f"target must be a distribution, got class indices ({getattr(target, 'dtype', None)}); "
+        "for those use softcurve.linear_cross_entropy, which is D(target‖model) there"
+    )
+
+
+def _rows_of_distributions(head: Head, sampled: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+    """The rows' weights, what a mean sums up to divide by, which rows count, and whether there is a sample weight."""
+    everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     if sampled is None:
-        return everywhere.to(head.wide), float(count), float(count), everywhere, False
-    return sampled, sampled.sum(), float(count), everywhere, True
+        return everywhere.to(head.dtype), None, everywhere, False
+    sampled = sampled.reshape(-1)
+    return sampled, sampled, everywhere, True
 
 
 def _dense_target(
-    head: Head, target: Tensor | Target
+    head: Head, target: Target, sample_weight: Tensor | None
 ) -> tuple[str, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The kind of a target that speaks of every class, and its tensors."""
-    spread = head.spread
-    leading = head.leading if spread is None else spread.leading
+    spread, leading = head.spread, head.all_leading
     if isinstance(target, LinearTeacher):
-        if target.linear_weight.shape[0] != head.classes or target.input.shape[:-1] != leading:
+        count = target.linear_weight.shape[0]
+        if count != head.classes or target.input.shape[:-1] != leading:
+            remedy = ""
+            if count != head.classes:
+                larger = "the teacher's linear_weight" if count > head.classes else "linear_weight"
+                least = min(count, head.classes)
+                remedy = (
+                    f"; if one vocabulary is padded, cut {larger} (and its bias) to {least} classes: weight[:{least}]"
+                )
             raise ValueError(
                 f"target (LinearTeacher) must have the {head.classes} classes of linear_weight and the rows "
-                f"{tuple(leading)} of input, got {target.linear_weight.shape[0]} classes and rows "
-                f"{tuple(target.input.shape[:-1])}"
+                f"{tuple(leading)} of input, got {count} classes and rows {tuple(target.input.shape[:-1])}{remedy}"
             )
+        if not any(map(lies_over_processes, (target.input, sample_weight))):
+            checked = target.checked(sample_weight, count)
+            assert isinstance(checked, LinearTeacher)
+            target = checked
         e, weight, bias = target.input, target.linear_weight, target.linear_bias
         if spread is not None:
             e, weight = spread.features(e), spread.classes_of(weight)
             bias = None if bias is None else spread.classes_of(bias)
         return "teacher", (_flat(e), weight, bias)
     kind = "logits" if isinstance(target, Logits) else "probabilities"
-    if isinstance(target, Probabilities | Logits):
-        target = target.values
-    assert isinstance(target, Tensor)
-    if tuple(target.shape) != (*leading, head.classes):
+    assert isinstance(target, Probabilities | Logits)
+    shape = (*leading, head.classes)
+    if tuple(target.values.shape) != shape:
         raise ValueError(
-            f"target ({kind}) must have the shape {(*leading, head.classes)} of the logits, "
-            f"got {checks.describe(target)}"
+            f"target ({kind}) must have the shape {shape} of the logits, got {checks.describe(target.values)}"
+            + checks.layout_remedy(shape, target.values.shape, "the model's classes or the target")
         )
+    values = target.values
+    if not any(map(lies_over_processes, (values, sample_weight))):
+        # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
+        target.require_values(head.classes, None if sample_weight is None else sample_weight != 0)
     if spread is not None:
-        target = spread.distributions("target", target)
-    return kind, (_flat(target), None, None)
+        values = spread.distributions("target", values)
+    return kind, (_flat(values), None, None)
 
 
-def _fitting(head: Head, target: TopK) -> TopK:
-    """A list for each row of this process."""
+def _fitting(head: Head, target: TopK, sampled: Tensor | None) -> TopK:
+    """A list for each row of this process, its values checked."""
     if head.spread is not None:
         of_rows = head.spread.rows_of
         target = TopK(of_rows("target", target.indices), of_rows("target", target.log_probs), target.tail)
     target.require_fit((*head.leading, head.classes))
-    return target
+    checked = target.checked(sampled, head.classes)
+    assert isinstance(checked, TopK)
+    return checked
+
+
+def _outcomes(head: Head, target: TopK) -> Tensor:
+    """The log-probabilities of a list over the listed classes and all others, ``(..., k + 1)``."""
+    if head.uniform is None or not target.coarsens:
+        return target.outcome_log_probs(head.classes)
+    rest_is_masked = target.uniform_over_outcomes(head.uniform)[..., -1:] == 0
+    return target.outcome_log_probs(head.classes, rest_is_masked)
 
 
 def _most_probable(target: TopK) -> Tensor:

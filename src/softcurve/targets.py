@@ -1,9 +1,12 @@
 """What a row of logits is compared with.
 
-Plain tensors are read as torch reads them: integers are class indices, floating-point rows are probabilities. The other
-kinds say what they are: :class:`Probabilities`, :class:`Logits`, :class:`TopK`, :class:`LinearTeacher`. A target meets
-a model's logits in :meth:`Target.against`: both come back by logits over the same outcomes. Tensors that require
-gradients receive them.
+Plain tensors are read as torch reads them: integers are class indices, floating-point rows are probabilities with the
+mass that they have. The other kinds are wrapped: :class:`Probabilities`, :class:`Logits`, :class:`TopK`,
+:class:`LinearTeacher`. :meth:`Target.against` returns a model's logits and the target's over the same outcomes. Tensors
+that require gradients receive them.
+
+Shapes and dtypes are checked when a target is made. Values are checked when a loss is computed, by
+:meth:`Target.checked`, because a row whose sample weight is 0 may hold anything.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softcurve import checks
+
+DEFAULT_IGNORE_INDEX = -100  # torch's own default
 
 
 class Target(ABC):
@@ -39,19 +44,56 @@ class Target(ABC):
         return z, logits
 
     def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
-        """As :meth:`against`, the target as probabilities."""
+        """Return the same as :meth:`against`, with the target as probabilities in float32 or wider."""
         model, target = self.against(z)
-        return model, torch.softmax(target, -1, dtype=torch.promote_types(target.dtype, torch.float32))
+        return model, torch.softmax(_widened(target), -1)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:
-        """The uniform distribution over the classes, as it looks over the outcomes: what label smoothing mixes in."""
-        return z.new_tensor(1 / z.shape[-1], dtype=torch.promote_types(z.dtype, torch.float32))
+        """Return the uniform distribution over the unmasked classes of ``z``, over the outcomes: for label smoothing."""
+        return uniform_over_unmasked(z)
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The common dtype of the target's tensors."""
+
+    @property
+    @abstractmethod
+    def leading(self) -> torch.Size:
+        """The shape of the rows."""
+
+    @abstractmethod
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
+        """Raise ``ValueError`` for malformed values in the rows that are ``counted``, by default all."""
+
+    @abstractmethod
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+        """Return which rows hold values that a loss cannot be computed from."""
+
+    @abstractmethod
+    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Target:
+        """Return the target with harmless values in some ``rows``, which then receive no gradient."""
+
+    def checked(self, sample_weight: Float[Tensor, "*rows"] | None, classes: int) -> Target:
+        """Return the target, its values checked; malformed rows of sample weight 0 are cleared.
+
+        Raises ``ValueError`` if a row of another weight is malformed.
+        """
+        if sample_weight is None or tuple(sample_weight.shape) != tuple(self.leading):
+            self.require_values(classes, None)
+            return self
+        left_out = sample_weight == 0
+        self.require_values(classes, ~left_out)
+        if checks.values_visible(left_out) and not left_out.any():
+            return self
+        rows = left_out & self.malformed(classes)
+        return self if checks.values_visible(rows) and not rows.any() else self.cleared(rows, classes)
 
     def _require_shape(self, shape: torch.Size, z: Tensor) -> None:
         if tuple(shape) != tuple(z.shape):
             raise ValueError(
                 f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it "
-                f"is compared with, got {tuple(shape)}"
+                f"is compared with, got {tuple(shape)}{checks.layout_remedy(z.shape, shape)}"
             )
 
 
@@ -59,14 +101,32 @@ class Target(ABC):
 class Probabilities(Target):
     """Rows of probabilities, shape ``(..., C)``: entries ≥ 0, each row summing to 1.
 
-    Raises ``TypeError`` for a dtype that is not floating point, ``ValueError`` for negative, unnormalised or NaN rows.
+    Raises ``TypeError`` for a dtype that is not floating point. A loss raises ``ValueError`` for negative, unnormalised
+    or NaN rows whose sample weight is not 0.
     """
 
     values: Float[Tensor, "*rows classes"]
 
     def __post_init__(self) -> None:
         checks.require_floating("target probabilities", self.values)
-        checks.require_probabilities("target probabilities", self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self.values.dtype
+
+    @property
+    def leading(self) -> torch.Size:  # noqa: D102
+        return self.values.shape[:-1]
+
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
+        checks.require_probabilities("target probabilities", self.values, counted)
+
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:  # noqa: D102
+        least, sums = self.values.detach().amin(-1), checks.row_sums(self.values)
+        return ~((least >= 0) & ((sums - 1).abs() <= checks.sum_tolerance(self.values.dtype)))
+
+    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Probabilities:  # noqa: D102
+        return type(self)(torch.where(rows.unsqueeze(-1), 1 / self.values.shape[-1], self.values))
 
     def logits(self) -> Float[Tensor, "*rows classes"]:
         """``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
@@ -79,6 +139,16 @@ class Probabilities(Target):
         return z, self.values
 
 
+class Masses(Probabilities):
+    """A plain floating-point target of a cross-entropy: entries ≥ 0, each row with the mass that it has, as in torch."""
+
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
+        checks.require_nonnegative("target", self.values, counted)
+
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:  # noqa: D102
+        return ~((self.values.detach().amin(-1) >= 0) & checks.row_sums(self.values).isfinite())
+
+
 @dataclass(frozen=True, eq=False)
 class Logits(Target):
     """A distribution by its logits, shape ``(..., C)``; log-probabilities are logits too."""
@@ -87,6 +157,24 @@ class Logits(Target):
 
     def __post_init__(self) -> None:
         checks.require_floating("Logits", self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self.values.dtype
+
+    @property
+    def leading(self) -> torch.Size:  # noqa: D102
+        return self.values.shape[:-1]
+
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
+        """Nothing is required in advance: the loss of a row of NaN is NaN."""
+
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+        """NaN, +inf, or −inf only."""
+        return ~self.values.detach().amax(-1).isfinite()
+
+    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Logits:  # noqa: D102
+        return Logits(torch.where(rows.unsqueeze(-1), 0.0, self.values))
 
     def logits(self) -> Float[Tensor, "*rows classes"]:  # noqa: D102
         return self.values
@@ -119,6 +207,25 @@ class LinearTeacher(Target):
                 f"got {checks.describe(self.linear_bias)}"
             )
 
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return torch.promote_types(self.input.dtype, self.linear_weight.dtype)
+
+    @property
+    def leading(self) -> torch.Size:  # noqa: D102
+        return self.input.shape[:-1]
+
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
+        """Nothing is required in advance: the loss of a row of NaN is NaN."""
+
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+        """NaN or infinite features."""
+        return ~self.input.detach().isfinite().all(-1)
+
+    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> LinearTeacher:  # noqa: D102
+        input = torch.where(rows.unsqueeze(-1), 0.0, self.input)
+        return LinearTeacher(input, self.linear_weight, self.linear_bias)
+
     def logits(self) -> Float[Tensor, "*rows classes"]:  # noqa: D102
         return torch.nn.functional.linear(self.input, self.linear_weight, self.linear_bias)
 
@@ -130,7 +237,8 @@ class TopK(Target):
     ``tail="bucket"``: all other classes are one outcome, for teacher and student alike, so that every divergence of the
     family is defined, is ≥ 0 and bounds the full one from below (data processing).
     ``tail="renormalize"``: the list is rescaled to a distribution that is zero elsewhere.
-    Raises ``TypeError`` or ``ValueError`` for indices that are no integers, repeat or do not fit, or a mass above 1.
+    Raises ``TypeError`` or ``ValueError`` for indices that are not int64 or of another shape. A loss raises
+    ``ValueError`` for indices that repeat or name no class, and for a mass above 1, in rows of non-zero sample weight.
     """
 
     indices: Int[Tensor, "*rows k"]
@@ -147,19 +255,48 @@ class TopK(Target):
                 f"TopK indices must have the shape of log_probs {tuple(self.log_probs.shape)}, "
                 f"got {checks.describe(self.indices)}"
             )
-        if checks.values_visible(self.indices, self.log_probs) and self.indices.numel():
-            self._check_values()
 
-    def _check_values(self) -> None:
-        in_order = self.indices.sort(-1).values
-        if (in_order[..., 1:] == in_order[..., :-1]).any():
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self.log_probs.dtype
+
+    @property
+    def leading(self) -> torch.Size:  # noqa: D102
+        return self.indices.shape[:-1]
+
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
+        if not checks.values_visible(self.indices, self.log_probs) or not self.indices.numel():
+            return
+        if counted is None:
+            counted = torch.ones(self.leading, dtype=torch.bool)
+        checks.require_class_indices("TopK indices", self.indices[counted], classes)
+        if (self._repeats() & counted).any():
             raise ValueError("TopK indices must name distinct classes in each row, got a class twice")
-        mass = self.log_probs.detach().double().exp().sum(-1).max().item()
+        mass = torch.where(counted, self._mass(), 0.0).max().item()
         if not mass <= 1 + checks.SUM_TOLERANCE_HALF:
             raise ValueError(
                 f"TopK log_probs must be natural log-probabilities with a mass of at most 1 a row, got {mass:.6g}; "
                 "take log_softmax over all classes before topk"
             )
+
+    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+        """A class twice, an index that names no class, or a mass above 1 or of NaN."""
+        outside = checks.outside_classes(self.indices, classes).any(-1)
+        return outside | self._repeats() | ~(self._mass() <= 1 + checks.SUM_TOLERANCE_HALF)
+
+    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> TopK:  # noqa: D102
+        some, k = rows.unsqueeze(-1), self.indices.shape[-1]
+        first = torch.arange(k, device=self.indices.device)
+        return TopK(
+            torch.where(some, first, self.indices), torch.where(some, -math.log(classes), self.log_probs), self.tail
+        )
+
+    def _repeats(self) -> Bool[Tensor, "*rows"]:
+        in_order = self.indices.sort(-1).values
+        return (in_order[..., 1:] == in_order[..., :-1]).any(-1)
+
+    def _mass(self) -> Float[Tensor, "*rows"]:
+        return _widened(self.log_probs.detach()).exp().sum(-1)
 
     @property
     def coarsens(self) -> bool:  # type: ignore[override]
@@ -180,28 +317,42 @@ class TopK(Target):
         wide = _widened(z)
         top = wide.detach().amax(-1, keepdim=True)
         wide = wide - torch.where(top == -math.inf, 0.0, top)
-        student, teacher = wide.gather(-1, self.indices), _widened(self.log_probs)
+        student = wide.gather(-1, self.indices)
         if self.indices.shape[-1] == z.shape[-1]:
-            return student, teacher
+            return student, _widened(self.log_probs)
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
-        tail = log_complement(teacher)
-        # A tail of rounding errors is no mass: over a masked bucket it would make the divergence infinite.
-        rounding = math.log(teacher.shape[-1] * torch.finfo(teacher.dtype).eps)
-        tail = torch.where((others == -math.inf) & (tail < rounding), -math.inf, tail)
-        return torch.cat([student, others], -1), torch.cat([teacher, tail], -1)
+        return torch.cat([student, others], -1), self.outcome_log_probs(z.shape[-1], others == -math.inf)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
-        one, others = super().uniform_over(z), z.shape[-1] - self.indices.shape[-1]
-        if self.tail == "renormalize" or not others:
-            return one
-        return torch.cat([one.expand(self.indices.shape[-1]), others * one.reshape(1)])
+        each = uniform_over_unmasked(z)
+        if self.tail == "renormalize" or self.indices.shape[-1] == z.shape[-1]:
+            return each if each.ndim == 0 or self.tail == "renormalize" else each.gather(-1, self.indices)
+        return self.uniform_over_outcomes(each.expand(z.shape))
 
-    def coarse_log_probs(self, classes: int) -> Float[Tensor, "*rows outcomes"]:
-        """By logits over the listed classes and all others, ``(..., k + 1)``: what the list leaves over, or no mass."""
+    def uniform_over_outcomes(self, each: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows outcomes"]:
+        """Return a distribution over the classes as one over the listed classes and the bucket, ``(..., k + 1)``."""
+        each = each.expand(*self.leading, each.shape[-1])
+        others = each.scatter(-1, self.indices, 0.0).sum(-1, keepdim=True)
+        return torch.cat([each.gather(-1, self.indices), others], -1)
+
+    def outcome_log_probs(
+        self, classes: int, rest_is_masked: Bool[Tensor, "*rows 1"] | None = None
+    ) -> Float[Tensor, "*rows outcomes"]:
+        """Return log-probabilities over the listed classes and all others, ``(..., k + 1)``.
+
+        The last is what the list leaves over, or −inf if it is renormalised or names every class. Where the model
+        masks every class that is not listed (``rest_is_masked``), a remainder that is within the rounding of
+        ``log_probs`` is no mass: it would make the loss infinite.
+        """
         listed = _widened(self.log_probs)
-        if self.coarsens and self.indices.shape[-1] < classes:
-            return torch.cat([listed, log_complement(listed)], -1)
-        return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
+        k = listed.shape[-1]
+        if not self.coarsens or k == classes:
+            return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
+        tail = log_complement(listed)
+        if rest_is_masked is not None:
+            rounding = math.log(k * torch.finfo(self.log_probs.dtype).eps)
+            tail = torch.where(rest_is_masked & (tail < rounding), -math.inf, tail)
+        return torch.cat([listed, tail], -1)
 
     def require_fit(self, shape: Sequence[int]) -> None:
         """Rows and classes of the logits ``shape`` that the list is compared with."""
@@ -210,7 +361,15 @@ class TopK(Target):
                 f"TopK indices must be of shape {tuple(shape[:-1])} + (k,) with k <= {shape[-1]}, as the "
                 f"logits that they are compared with, got {checks.describe(self.indices)}"
             )
-        checks.require_class_indices("TopK indices", self.indices, shape[-1])
+
+
+def uniform_over_unmasked(z: Float[Tensor, "*rows classes"]) -> Tensor:
+    """Return the uniform distribution over the classes that are not masked: 1/C, ``()``, where none is."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    if checks.values_visible(z) and not (z == -math.inf).any():
+        return z.new_tensor(1 / z.shape[-1], dtype=dtype)
+    unmasked = (z != -math.inf).to(dtype)
+    return unmasked / unmasked.sum(-1, keepdim=True)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -233,7 +392,7 @@ def _log_sum_exp(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 1"]:
 
 
 def as_target(target: Tensor | Target) -> Tensor | Target:
-    """Class indices stay a tensor; floating-point rows are :class:`Probabilities`, as in torch."""
+    """Return class indices as an int64 tensor and floating-point rows as :class:`Masses`, as torch reads them."""
     if isinstance(target, Target):
         return target
     if not isinstance(target, Tensor):
@@ -242,7 +401,32 @@ def as_target(target: Tensor | Target) -> Tensor | Target:
             f"TopK, LinearTeacher; got {type(target).__name__}"
         )
     if target.is_floating_point():
-        return Probabilities(target)
+        return Masses(target)
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target must hold class indices (int64) or probabilities, got {target.dtype}")
     return target.long()
+
+
+def clear_class_indices(
+    indices: Int[Tensor, "*rows"], sample_weight: Float[Tensor, "*rows"] | None, classes: int, ignore_index: int
+) -> Int[Tensor, "*rows"]:
+    """Return class indices with ``ignore_index`` in rows of sample weight 0 that name no class."""
+    if sample_weight is None or tuple(sample_weight.shape) != tuple(indices.shape):
+        return indices
+    return torch.where((sample_weight == 0) & checks.outside_classes(indices, classes), ignore_index, indices)
+
+
+def resolve_ignore_index(ignore_index: object, target: Tensor | Target) -> int:
+    """Return the class index of rows that have no part; ``None`` is the default, −100.
+
+    Raises ``TypeError`` if it is no integer, ``ValueError`` if one is given for a target that is a distribution.
+    """
+    index = DEFAULT_IGNORE_INDEX if ignore_index is None else checks.as_integer(ignore_index)
+    if index is None:
+        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+    if isinstance(target, Target) and index != DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must not be given for a target that is a distribution, got {index}; "
+            "use sample_weight to leave out rows"
+        )
+    return index

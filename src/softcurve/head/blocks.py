@@ -152,7 +152,7 @@ class BlockKernel(Kernel):
     def __post_init__(self) -> None:
         rows, device = len(self.data.weight), self.data.weight.device
         self.sweeps = 3 if self.data.has_direction else 2
-        self.map = DenseTarget(self.loss, self.data.class_weight, self.data.class_count)
+        self.map = DenseTarget(self.loss, self.data)
         self.model, self.target = _Side(rows, device), _Side(rows, device)
         self.by_logits = self.loss.target != "probabilities" or self.loss.family != "cross_entropy"
         zeros = torch.zeros((rows, 1), dtype=torch.float64, device=device)
@@ -251,9 +251,12 @@ class BlockKernel(Kernel):
         log_y = self.target.softmax.log_probabilities(rows, logits)
         y = log_y.exp()
         both_masked = (log_p == -math.inf) & (log_y == -math.inf)
-        # The difference of the logits is exact where they nearly agree; that of two rounded log-probabilities is not.
+        # The difference of the logits is exact where they nearly agree, as that of two rounded log-probabilities is not;
+        # where the offsets of the rows differ it is rounded at the size of the offsets.
         constant = self.model.softmax.log_sum_exp(rows) - self.target.softmax.log_sum_exp(rows)
-        ratio = torch.where(both_masked, 0.0, (z - logits) - constant.to(z.dtype))
+        offsets_agree = (self.model.softmax.offset[rows] - self.target.softmax.offset[rows]).abs() < 1
+        ratio = torch.where(offsets_agree, (z - logits) - constant.to(z.dtype), log_p - log_y)
+        ratio = torch.where(both_masked, 0.0, ratio)
         near = torch.where(ratio.abs() < 0.5, y * torch.expm1(ratio.clamp(-0.5, 0.5)), p - y)
         pair = Pair(p, y, ratio, near)
         return pair, _of(self.loss.divergence, pair), _of(self.loss.divergence.exchanged(), pair.exchanged())
@@ -261,13 +264,11 @@ class BlockKernel(Kernel):
     def _cross_entropy_terms(
         self, rows: slice, classes: slice, p: Tensor, log_p: Tensor, given: Tensor
     ) -> tuple[Pair, _Terms, _Terms]:
-        weight = self.data.weight_of(classes)
-        weight = None if weight is None else weight.to(p.dtype)
+        weight, uniform = self.data.weight_of(classes), self.map.uniform(classes)
         y0 = self.target.softmax.log_probabilities(rows, given).exp() if self.by_logits else given
         own = y0 if self.loss.smoothing == 0 else (1 - self.loss.smoothing) * y0
-        y = own if self.loss.smoothing == 0 else own + self.loss.smoothing / self.data.class_count
-        if weight is not None:
-            own, y = own * weight, y * weight
+        own = own if weight is None else own * weight
+        y = own if uniform is None else own + uniform
         information = torch.where(own == 0, 0.0, own * -log_p)
         model = _Terms(p, -y, torch.zeros_like(p), -own)
         if self.by_logits:

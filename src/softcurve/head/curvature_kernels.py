@@ -311,7 +311,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
         """Whether ``q`` is no multiple of ``p``."""
         if family in ("cross_entropy", "forward") or matrix == FISHER:
             return False
-        return matrix == HESSIAN or family == "js"
+        return matrix == HESSIAN or family != "reverse"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ class DenseKernel(Kernel):
     scratch: Callable[[int], Tensor] = field(kw_only=True)  # the short path's
 
     def __post_init__(self) -> None:
-        self.target = DenseTarget(self.loss, self.data.class_weight, self.data.class_count)
+        self.target = DenseTarget(self.loss, self.data)
         self.row_loss: RowLoss = (
             DenseCrossEntropy(self.loss.logit_map, self.loss.z_loss)
             if self.loss.family == "cross_entropy"

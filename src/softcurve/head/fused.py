@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.head import products
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Residuals
@@ -306,9 +306,13 @@ class FusedBlocks(BlockKernel):
         if self.loss.family == "cross_entropy":
             return int(dense.SOFTMAX if self.by_logits else dense.PROBABILITIES)
         divergence = self.loss.divergence
-        if isinstance(divergence, ForwardKL):
-            return int(dense.FORWARD)
-        return int(dense.REVERSE if isinstance(divergence, ReverseKL) else dense.JENSEN_SHANNON)
+        members = {ForwardKL: dense.FORWARD, ReverseKL: dense.REVERSE, JensenShannon: dense.JENSEN_SHANNON}
+        if type(divergence) not in members:
+            raise TypeError(
+                f"divergence must be one of {', '.join(member.__name__ for member in members)} for the Triton kernels, "
+                f"got {type(divergence).__name__}; use the divergence on logits"
+            )
+        return int(members[type(divergence)])
 
     @staticmethod
     def _absorb(running: Any, found: tuple[Tensor, Tensor, Tensor], first: int) -> None:
@@ -354,11 +358,14 @@ class FusedBlocks(BlockKernel):
         """What a kernel reads."""
         assert block.target is not None
         read = {"z": block.z, "target": _side_by_side(block.target), "v": block.v, "target_v": block.target_v}
-        weight = self.data.weight_of(block.classes) if self.by_class_weight else None
-        weight = None if weight is None else weight.float().contiguous()
+        weight, share = None, None
+        if self.by_class_weight:
+            factors = (self.data.weight_of(block.classes), self.data.share_of(block.classes))
+            weight, share = (None if factor is None else factor.float().contiguous() for factor in factors)
         return {
             **with_strides(read),
             "class_weight": weight,
+            "class_share": share,
             "WEIGHED": self.by_class_weight,
             "DIRECTED": block.v is not None,
             "TARGET_DIRECTED": block.target_v is not None,

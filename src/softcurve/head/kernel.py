@@ -47,6 +47,14 @@ class Residuals(NamedTuple):
     target_v: Tensor | None = None
 
 
+def class_factors(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of the classes in the target's own mass and in label smoothing, ``(C,)`` each."""
+    if class_weight is None or class_weight.ndim == 1:
+        return class_weight, class_weight
+    own, share = class_weight.unbind(0)
+    return own, share
+
+
 @dataclass
 class RowData:
     """What belongs to the rows of a tile, all classes together."""
@@ -55,7 +63,7 @@ class RowData:
     indices: Tensor | None = None  # (r, k), counted from ``first``
     target: Tensor | None = None  # (r, k + 1), of a list
     target_v: Tensor | None = None
-    class_weight: Tensor | None = None  # (C,)
+    class_weight: Tensor | None = None  # see HeadTensors
     wants_target: bool = False
     wants_gradient: bool = False
     wants_stats: bool = False
@@ -90,8 +98,13 @@ class RowData:
 
     def weight_of(self, classes: slice) -> Tensor | None:
         """The class weights of a block."""
-        whole = self.class_weight
-        return None if whole is None else whole[self.first + classes.start : self.first + classes.stop]
+        own, _ = class_factors(self.class_weight)
+        return None if own is None else own[self.first + classes.start : self.first + classes.stop]
+
+    def share_of(self, classes: slice) -> Tensor | None:
+        """The factors of a block's classes in label smoothing, as :meth:`weight_of`."""
+        _, share = class_factors(self.class_weight)
+        return None if share is None else share[self.first + classes.start : self.first + classes.stop]
 
 
 @dataclass

@@ -197,12 +197,6 @@ class ListKernel(Kernel):
         self.coarse = torch.cat([self.own - self.shift, others], -1) + offset
         others = others + offset
         self.lse = softmax.softmax_rows(self.coarse).log_sum_exp - offset.squeeze(-1)
-        if isinstance(self.row_loss, LogitDivergence):
-            # A tail of rounding errors is no mass: over a masked rest it would make the divergence infinite.
-            rounding = math.log(self.coarse.shape[-1] * torch.finfo(torch.float32).eps)
-            tail = self.target[:, -1:]
-            tail = torch.where((others == NO_MASS) & (tail < rounding), NO_MASS, tail)
-            self.target = torch.cat([self.target[:, :-1], tail], -1)
         if self.data.wants_stats:
             # The entropy of the coarse row, and of the unlisted classes among themselves.
             within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)

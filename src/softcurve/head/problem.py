@@ -13,6 +13,8 @@ from softcurve.divergences import Divergence, ForwardKL, ReverseKL, jensen_shann
 from softcurve.objective import LogitMap
 from softcurve.processes import named_group
 
+FAMILIES = ("cross_entropy", "forward", "reverse", "js")
+
 
 @dataclass(frozen=True)
 class HeadLoss:
@@ -35,9 +37,15 @@ class HeadLoss:
     first: int = 0
     classes: int = 0
 
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(map(repr, FAMILIES))}, got {self.family!r}")
+
     @property
     def divergence(self) -> Divergence:
         """The divergence, where the family is one."""
+        if self.family == "cross_entropy":
+            raise ValueError("a cross-entropy has no divergence between two distributions by their logits")
         if self.family == "js":
             return jensen_shannon(self.beta)
         return ForwardKL() if self.family == "forward" else ReverseKL()
@@ -83,7 +91,8 @@ class HeadTensors(NamedTuple):
     target_bias: Tensor | None
     indices: Tensor | None  # (n, k)
     row_weight: Tensor  # (n,)
-    class_weight: Tensor | None  # (C,)
+    # (C,); or (2, C), in the target's own mass and in label smoothing, where masked classes have no share of the latter.
+    class_weight: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:

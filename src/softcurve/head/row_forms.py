@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
+from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
 from softcurve.objective import HESSIAN
 from softcurve.processes import max_over, sum_over
@@ -36,8 +37,8 @@ def row_masses(rows: RowLosses) -> Tensor:
     ones = torch.ones_like(t.row_weight)
     if loss.family != "cross_entropy" or (loss.target == "list" and t.target is None):
         return ones
-    weights = None if t.class_weight is None else t.class_weight.to(ones.dtype)
-    smoothed = loss.smoothing * (1.0 if weights is None else weights.mean())
+    weights, shares = (None if factors is None else factors.to(ones.dtype) for factors in class_factors(t.class_weight))
+    smoothed = loss.smoothing * (1.0 if shares is None else shares.mean())
     group = loss.processes
     if loss.target == "list":
         assert t.target is not None

@@ -120,7 +120,8 @@ class ShortPath:
             if out is not None:
                 torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
         else:
-            assert isinstance(divergence, JensenShannon)
+            if not isinstance(divergence, JensenShannon):
+                raise TypeError(f"the short path knows no {type(divergence).__name__}; use the divergence on logits")
             value = self._jensen_shannon(divergence.beta, z, e, y, (total, target_total), out, -out_factor)
             self.factor[rows] *= divergence.beta - 1
         self.values[rows] = value.squeeze(-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softcurve import softmax
+from softcurve.head.kernel import RowData, class_factors
 from softcurve.head.problem import HeadLoss
 
 
@@ -16,8 +17,19 @@ class DenseTarget:
     """From what is given to what is compared: ``w ⊙ ((1 − ε) y + ε / C)`` for a cross-entropy, else logits."""
 
     loss: HeadLoss
-    class_weight: Tensor | None
-    class_count: int
+    data: RowData
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """The factors of all classes in the target's own mass."""
+        return class_factors(self.data.class_weight)[0]
+
+    def uniform(self, classes: slice) -> Tensor | None:
+        """``ε w / C`` of a block's classes, which label smoothing adds to the target; 0 at a masked class."""
+        if not self.loss.smoothing:
+            return None
+        each, share = self.loss.smoothing / self.data.class_count, self.data.share_of(classes)
+        return self.data.weight.new_full((), each) if share is None else each * share
 
     @property
     def scale_left(self) -> float:
@@ -32,9 +44,8 @@ class DenseTarget:
         """What the row loss is given."""
         if self.loss.family == "cross_entropy":
             y = torch.softmax(given, -1) if self._by_logits else given
-            if self.loss.smoothing:
-                y = (1 - self.loss.smoothing) * y + self.loss.smoothing / self.class_count
-            return y if self.class_weight is None else y * self.class_weight
+            y, uniform = self._chain(y), self.uniform(slice(0, given.shape[-1]))
+            return y if uniform is None else y + uniform
         if self._by_logits:
             return given if self.scale_left == 1 else given * self.scale_left
         return torch.log(given) * self.scale_left

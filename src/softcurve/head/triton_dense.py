@@ -164,9 +164,21 @@ def load_pair(
 
 @jit
 @no_type_check
+def class_factors(class_weight, class_share, at, inside, WEIGHED: tl.constexpr):
+    """The factors of the classes in the target's own mass and in label smoothing."""
+    weight = tl.zeros(inside.shape, tl.float32)
+    uniform_weight = tl.zeros(inside.shape, tl.float32)
+    if WEIGHED:
+        weight += tl.load(class_weight + at, mask=inside, other=0.0)
+        uniform_weight += tl.load(class_share + at, mask=inside, other=0.0)
+    return weight, uniform_weight
+
+
+@jit
+@no_type_check
 def pair_terms(
-    seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-    FAMILY: tl.constexpr, WEIGHED: tl.constexpr
+    seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
+    inside, FAMILY: tl.constexpr, WEIGHED: tl.constexpr
 ):  # fmt: skip
     """Of both sides ``p``, score, curve and cross term; and the value, the log-ratio of which it is one, ``p − y``."""
     offset = tl.load(of_rows + row, mask=exists, other=0.0)
@@ -186,7 +198,7 @@ def pair_terms(
         own = factor * share
         uniform = tl.where(inside, uniform_each, 0.0)
         if WEIGHED:
-            uniform = uniform * weight
+            uniform = uniform * uniform_weight
         y = own + uniform
         score = -y
         curve = tl.zeros_like(p)
@@ -268,8 +280,8 @@ def _target_change(
 @jit
 @no_type_check
 def _sums(
-    z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, of_rows, places, found,
-    label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes, first,
+    z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, of_rows,
+    places, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes, first,
     FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     DIRECTED: tl.constexpr, TARGET_DIRECTED: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -294,12 +306,10 @@ def _sums(
         raw, seen, given, t = load_pair(
             z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
         )
-        weight = tl.zeros([ROWS, BLOCK], tl.float32)
-        if WEIGHED:
-            weight = tl.load(class_weight + at, mask=inside, other=0.0)
+        weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
         p, score, curve, _, t_p, t_score, _, _, value, minus_log_p, difference = pair_terms(
-            seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-            FAMILY, WEIGHED
+            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
+            inside, FAMILY, WEIGHED
         )  # fmt: skip
         scores += tl.where(inside, score, 0.0)
         others += tl.where(inside & (at != top), score, 0.0)
@@ -414,8 +424,8 @@ def _moved(
 @jit
 @no_type_check
 def _changes(
-    z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, of_rows, found,
-    softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
+    z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, of_rows,
+    found, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
     FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     DIRECTED: tl.constexpr, TARGET_DIRECTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -428,12 +438,10 @@ def _changes(
         raw, seen, given, t = load_pair(
             z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
         )
-        weight = tl.zeros([ROWS, BLOCK], tl.float32)
-        if WEIGHED:
-            weight = tl.load(class_weight + at, mask=inside, other=0.0)
+        weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
         _, _, curve, cross, _, _, t_curve, t_cross, _, _, _ = pair_terms(
-            seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-            FAMILY, WEIGHED
+            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
+            inside, FAMILY, WEIGHED
         )  # fmt: skip
         _, u, _, _, t_u = _moved(
             v, v_stride, target_v, target_v_stride, raw, given, of_rows, row, at, inside, exists, rows, softcap,
@@ -467,8 +475,8 @@ def pulled_back(p, score, total, at_top, is_top):
 @no_type_check
 def _residuals(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, out, out_stride, v_out, v_out_stride,
-    target_out, target_out_stride, target_v_out, target_v_out_stride, class_weight, of_rows, places, tangents,
-    softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows, classes, first,
+    target_out, target_out_stride, target_v_out, target_v_out_stride, class_weight, class_share, of_rows, places,
+    tangents, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows, classes, first,
     FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     DIRECTED: tl.constexpr, TARGET_DIRECTED: tl.constexpr, CHANGED: tl.constexpr, TARGET_OUT: tl.constexpr,
     TANGENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -478,12 +486,10 @@ def _residuals(
     raw, seen, given, t = load_pair(
         z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
     )
-    weight = tl.zeros([ROWS, BLOCK], tl.float32)
-    if WEIGHED:
-        weight = tl.load(class_weight + at, mask=inside, other=0.0)
+    weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
     p, score, curve, cross, t_p, t_score, t_curve, t_cross, _, _, _ = pair_terms(
-        seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-        FAMILY, WEIGHED
+        seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
+        inside, FAMILY, WEIGHED
     )  # fmt: skip
     is_top = at == tl.load(places + row, mask=exists, other=-1) - first
     t_is_top = at == tl.load(places + rows + row, mask=exists, other=-1) - first
@@ -509,10 +515,10 @@ def _residuals(
         product = curve * u + cross * t_u - p * row_entry(of_rows, 14, row, exists, rows) - p * u * total
         if DIRECTED:
             product += 2 * z_loss * p * (lse * u + row_entry(of_rows, 12, row, exists, rows))
-        product = tl.where(masked, 0.0, of_row * product)
+        product = of_row * product
         if CAPPED:
             product = product * slope - 2 / softcap * tanh(raw / softcap) * change * of_row * gradient
-            product = tl.where(masked, 0.0, product)
+        product = tl.where(masked | (of_row == 0), 0.0, product)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
         t_product = t_curve * t_u + t_cross * u
         if FAMILY != _PROBABILITIES:
@@ -524,7 +530,8 @@ def _residuals(
                 through -= tl.where(given > 0, t_gradient * moved / (given * given), 0.0)
             if FAMILY > _SOFTMAX:
                 through = through * target_scale
-            tl.store(target_v_out + row * target_v_out_stride + at, of_row * through, mask=inside)
+            through = tl.where(of_row == 0, 0.0, of_row * through)
+            tl.store(target_v_out + row * target_v_out_stride + at, through, mask=inside)
         if TANGENTS:
             along = tl.where(change == 0, 0.0, gradient * change) + tl.where(t_change == 0, 0.0, t_gradient * t_change)
             part = tl.sum(tl.where(inside, along, 0.0), axis=1)[:, None]
@@ -535,8 +542,10 @@ def _residuals(
             through = tl.where(given > 0, t_gradient / given, 0.0)
         if FAMILY > _SOFTMAX:
             through = through * target_scale
-        tl.store(target_out + row * target_out_stride + at, of_row * through, mask=inside)
-    gradient = of_row * gradient
+        through = tl.where(of_row == 0, 0.0, of_row * through)
+        tl.store(target_out + row * target_out_stride + at, through, mask=inside)
+    # A row of weight 0 has residual 0, whatever its target holds.
+    gradient = tl.where(of_row == 0, 0.0, of_row * gradient)
     if CAPPED:
         gradient = tl.where(masked, 0.0, gradient * slope)
     tl.store(out + row * out_stride + at, gradient, mask=inside)

@@ -9,7 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.triton_dense import ENTRIES, Description, load_pair, pair_terms, pulled_back, row_entry
+from softcurve.head.triton_dense import (
+    ENTRIES,
+    Description,
+    class_factors,
+    load_pair,
+    pair_terms,
+    pulled_back,
+    row_entry,
+)
 from softcurve.head.triton_math import cap_slope, column, here, jit, launch, own_row, stride, tanh
 
 HESSIAN, GAUSS_NEWTON = range(2)
@@ -20,7 +28,7 @@ _HESSIAN: tl.constexpr = tl.constexpr(HESSIAN)
 @no_type_check
 def _prepare(
     z, z_stride, target, target_stride, raw_out, raw_out_stride, q_out, q_out_stride, out, out_stride, class_weight,
-    of_rows, places, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows,
+    class_share, of_rows, places, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows,
     classes, first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     MATRIX: tl.constexpr, WANTS_Q: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -29,12 +37,10 @@ def _prepare(
     raw, seen, given, t = load_pair(
         z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, CAPPED, LOGARITHM
     )
-    weight = tl.zeros([ROWS, BLOCK], tl.float32)
-    if WEIGHED:
-        weight = tl.load(class_weight + at, mask=inside, other=0.0)
+    weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
     p, score, curve, _, _, _, _, _, _, _, _ = pair_terms(
-        seen, given, t, weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each, inside,
-        FAMILY, WEIGHED
+        seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
+        inside, FAMILY, WEIGHED
     )  # fmt: skip
     total = row_entry(of_rows, 7, row, exists, rows)
     if RESIDUAL:
@@ -66,7 +72,8 @@ def prepare(
     """``z ← p``; the logits before their cap, ``q`` and the residual where there is room for them."""
     arguments = {
         **description.arguments(),
-        **{name: tile[name] for name in ("z", "z_stride", "target", "target_stride", "class_weight", "WEIGHED")},
+        **{name: tile[name] for name in ("z", "z_stride", "target", "target_stride")},
+        **{name: tile[name] for name in ("class_weight", "class_share", "WEIGHED")},
         **out,
         "of_rows": of_rows,
         "places": places,
