@@ -18,9 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.records import ShortRepr
+from softcurve.typing import TopKTail
 
 
-class Target(ABC):
+class Target(ShortRepr, ABC):
     """A distribution over the classes for each row."""
 
     coarsens = False  # whether its outcomes are coarser than the classes
@@ -55,7 +57,7 @@ class Target(ABC):
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Probabilities(Target):
     """Rows of probabilities, shape ``(..., C)``: entries ≥ 0, each row summing to 1.
 
@@ -79,7 +81,7 @@ class Probabilities(Target):
         return z, self.values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Logits(Target):
     """A distribution by its logits, shape ``(..., C)``; log-probabilities are logits too."""
 
@@ -92,7 +94,7 @@ class Logits(Target):
         return self.values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearTeacher(Target):
     """A teacher's head: ``softmax(input @ linear_weight.T + linear_bias)``.
 
@@ -123,7 +125,7 @@ class LinearTeacher(Target):
         return torch.nn.functional.linear(self.input, self.linear_weight, self.linear_bias)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TopK(Target):
     """A teacher's own natural log-probabilities of ``k`` distinct classes a row, shapes ``(..., k)``.
 
@@ -135,7 +137,7 @@ class TopK(Target):
 
     indices: Int[Tensor, "*rows k"]
     log_probs: Float[Tensor, "*rows k"]
-    tail: str = "bucket"
+    tail: TopKTail = "bucket"
 
     def __post_init__(self) -> None:
         checks.require_choice("TopK tail", self.tail, ("bucket", "renormalize"))
