@@ -85,6 +85,7 @@ def test_weight_moves_with_the_module() -> None:
     assert nn.CrossEntropyLoss(WEIGHT).to("meta").weight.device.type == "meta"
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # which know the words too
 def test_bad_reduction_is_known_at_once() -> None:
     for module in (nn.CrossEntropyLoss, nn.KLDivergenceLoss, nn.JSDivergenceLoss):
         with pytest.raises(ValueError, match="reduction"):

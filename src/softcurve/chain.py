@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from softcurve import checks, reference, softmax
 from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.records import ShortRepr
 from softcurve.targets import Target, as_target
+from softcurve.typing import ChainLoss
 
 LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")
 
 
-@dataclass(frozen=True, eq=False)
-class ChainRule:
+@dataclass(frozen=True, eq=False, repr=False)
+class ChainRule(ShortRepr):
     """The links ``x → e → z → p → L`` and the gradient at each, as in the seed.
 
     Of each row's own loss, a row each: ``loss (...)``, ``e, dL_de (..., d)``, ``z, p, dL_dp, dL_dz (..., C)``,
@@ -40,7 +42,7 @@ class ChainRule:
 
 
 def chain_rule(
-    features: nn.Module, head: nn.Linear, x: Tensor, target: Tensor | Target, *, loss: str = "cross_entropy"
+    features: nn.Module, head: nn.Linear, x: Tensor, target: Tensor | Target, *, loss: ChainLoss = "cross_entropy"
 ) -> ChainRule:
     """What ``loss(head(features(x)), target).backward()`` computes, by the seed's formulas, link by link.
 

@@ -36,6 +36,7 @@ from softcurve.targets import (
     resolve_ignore_index,
     uniform_over_unmasked,
 )
+from softcurve.typing import Integer, Number, ReductionKind
 
 
 def cross_entropy(
@@ -44,13 +45,13 @@ def cross_entropy(
     *,
     weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*rows"] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    base: float = math.e,
+    ignore_index: Integer = -100,
+    label_smoothing: Number = 0.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    z_loss: Number = 0.0,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:
     """``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced; exact also where this cancels.
 
@@ -174,9 +175,9 @@ def kl_divergence(
     q: Tensor | Target,
     *,
     sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: float = 1.0,
-    reduction: str = "batchmean",
-    base: float = math.e,
+    temperature: Number = 1.0,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:
     """``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``: ``D(P‖Q)``, as on paper, never negative.
 
@@ -206,11 +207,11 @@ def js_divergence(
     p: Tensor | Target,
     q: Tensor | Target,
     *,
-    beta: float = 0.5,
+    beta: Number = 0.5,
     sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: float = 1.0,
-    reduction: str = "batchmean",
-    base: float = math.e,
+    temperature: Number = 1.0,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:
     """``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``; symmetric at ``beta = ½``.
 
@@ -294,7 +295,7 @@ def require_finite_against(divergence: Divergence, listed: TopK, temperature: fl
         )
 
 
-def entropy(logits: Float[Tensor, "*rows classes"], *, base: float = math.e) -> Float[Tensor, "*rows"]:
+def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) -> Float[Tensor, "*rows"]:
     """``−(softmax(logits) * log_softmax(logits)).sum(-1)``: ``H(p)`` of each row, ``(...)``, in nats or of ``base``.
 
     Raises:

@@ -7,6 +7,7 @@ value, gradients and second derivatives. What they need beyond inputs and gradie
 from __future__ import annotations
 
 import math
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -16,8 +17,42 @@ from softcurve import checks
 from softcurve.objective import LogitMap, Reduction, quotient
 from softcurve.posed import Head, LossStats, cross_entropy_from, divergence_from, require_no_shift
 from softcurve.targets import Target, resolve_ignore_index
+from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 
+# fmt: off
+@overload
+def linear_cross_entropy(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+) -> Float[Tensor, "*reduced"]: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: Literal[True],
+) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool,
+) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+# fmt: on
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"],
     linear_weight: Float[Tensor, "classes *positions features"],
@@ -26,15 +61,15 @@ def linear_cross_entropy(
     linear_bias: Float[Tensor, " classes *positions"] | None = None,
     weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Tensor | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    base: float = math.e,
-    shift: int = 0,
-    memory_budget: int | None = None,
+    ignore_index: Integer | None = None,
+    label_smoothing: Number = 0.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    z_loss: Number = 0.0,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
+    shift: Integer = 0,
+    memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
@@ -95,20 +130,53 @@ def linear_cross_entropy(
     return posed.reduced(reducer, memory_budget, return_stats)
 
 
+# fmt: off
+@overload
+def linear_kl_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+) -> Float[Tensor, "*reduced"]: ...
+
+
+@overload
+def linear_kl_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: Literal[True],
+) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+
+@overload
+def linear_kl_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: bool,
+) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+# fmt: on
 def linear_kl_divergence(
     input: Float[Tensor, "*rows features"],
     linear_weight: Float[Tensor, "classes features"],
     target: Tensor | Target,
     *,
-    direction: str = "forward",
+    direction: KLDirection = "forward",
     linear_bias: Float[Tensor, " classes"] | None = None,
     sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "batchmean",
-    base: float = math.e,
-    shift: int = 0,
-    memory_budget: int | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
+    shift: Integer = 0,
+    memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
     """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
@@ -144,20 +212,50 @@ def linear_kl_divergence(
     return posed.reduced(reducer, memory_budget, return_stats)
 
 
+# fmt: off
+@overload
+def linear_js_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
+    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+) -> Float[Tensor, "*reduced"]: ...
+
+
+@overload
+def linear_js_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
+    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: Literal[True],
+) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+
+@overload
+def linear_js_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
+    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+    memory_budget: Integer | None = None, return_stats: bool,
+) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+# fmt: on
 def linear_js_divergence(
     input: Float[Tensor, "*rows features"],
     linear_weight: Float[Tensor, "classes features"],
     target: Tensor | Target,
     *,
-    beta: float = 0.5,
+    beta: Number = 0.5,
     linear_bias: Float[Tensor, " classes"] | None = None,
     sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "batchmean",
-    base: float = math.e,
-    shift: int = 0,
-    memory_budget: int | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
+    shift: Integer = 0,
+    memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
     """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
@@ -196,7 +294,7 @@ def _by_positions(
     return_stats: bool,
     reducer: Reduction,
     memory_budget: int | None,
-    **options: float | None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """A head of its own for each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
     classes, *positions, _ = linear_weight.shape
@@ -247,7 +345,7 @@ def _by_positions(
             base=reducer.base,
             return_stats=return_stats,
             memory_budget=memory_budget,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         for i, head in enumerate(linear_weight.flatten(1, -2).unbind(1))
     ]

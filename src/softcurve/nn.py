@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from softcurve import checks, functional, linear
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import LossStats, require_shift
 from softcurve.targets import Target
+from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 
 class CrossEntropyLoss(torch.nn.Module):
@@ -24,13 +25,13 @@ class CrossEntropyLoss(torch.nn.Module):
         self,
         weight: Float[Tensor, " classes"] | None = None,
         *,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        reduction: str = "mean",
-        base: float = math.e,
+        ignore_index: Integer = -100,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        reduction: ReductionKind = "mean",
+        base: Number = math.e,
     ) -> None:
         super().__init__()
         Reduction(reduction, base)
@@ -58,6 +59,9 @@ class CrossEntropyLoss(torch.nn.Module):
         """See :func:`softcurve.cross_entropy`."""
         return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
+    if TYPE_CHECKING:  # torch types a call of a module as Any
+        __call__ = forward
+
     def extra_repr(self) -> str:
         """The options."""
         return _shown(self.options)
@@ -66,7 +70,9 @@ class CrossEntropyLoss(torch.nn.Module):
 class KLDivergenceLoss(torch.nn.Module):
     """:func:`softcurve.kl_divergence` with its options fixed."""
 
-    def __init__(self, *, temperature: float = 1.0, reduction: str = "batchmean", base: float = math.e) -> None:
+    def __init__(
+        self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e
+    ) -> None:
         super().__init__()
         Reduction(reduction, base)
         LogitMap(temperature)
@@ -77,6 +83,9 @@ class KLDivergenceLoss(torch.nn.Module):
     ) -> Float[Tensor, "*reduced"]:
         """``D(P‖Q)``; see :func:`softcurve.kl_divergence`."""
         return functional.kl_divergence(p, q, sample_weight=sample_weight, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The options."""
@@ -89,10 +98,10 @@ class JSDivergenceLoss(torch.nn.Module):
     def __init__(
         self,
         *,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-        base: float = math.e,
+        beta: Number = 0.5,
+        temperature: Number = 1.0,
+        reduction: ReductionKind = "mean",
+        base: Number = math.e,
     ) -> None:
         super().__init__()
         Reduction(reduction, base)
@@ -110,6 +119,9 @@ class JSDivergenceLoss(torch.nn.Module):
     ) -> Float[Tensor, "*reduced"]:
         """See :func:`softcurve.js_divergence`."""
         return functional.js_divergence(p, q, sample_weight=sample_weight, **self.options)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """The options."""
@@ -154,16 +166,16 @@ class LinearCrossEntropyLoss(_LinearLoss):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: ReductionKind = "mean",
         weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        base: float = math.e,
-        shift: int = 0,
-        memory_budget: int | None = None,
+        ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        base: Number = math.e,
+        shift: Integer = 0,
+        memory_budget: Integer | None = None,
     ) -> None:
         Reduction(reduction, base)
         LogitMap(temperature, softcap)
@@ -187,6 +199,25 @@ class LinearCrossEntropyLoss(_LinearLoss):
             "memory_budget": memory_budget,
         }
 
+    # fmt: off
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
+    ) -> Float[Tensor, "*reduced"]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[True],
+    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -207,6 +238,9 @@ class LinearCrossEntropyLoss(_LinearLoss):
             return_stats=return_stats,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @property
     def reduction(self) -> str:
@@ -241,12 +275,12 @@ class LinearKLDivergenceLoss(_LinearLoss):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        direction: str = "forward",
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        reduction: str = "batchmean",
-        base: float = math.e,
-        memory_budget: int | None = None,
+        direction: KLDirection = "forward",
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        reduction: ReductionKind = "mean",
+        base: Number = math.e,
+        memory_budget: Integer | None = None,
     ) -> None:
         checks.require_choice("direction", direction, ("forward", "reverse"))
         Reduction(reduction, base)
@@ -261,6 +295,25 @@ class LinearKLDivergenceLoss(_LinearLoss):
             "memory_budget": memory_budget,
         }
 
+    # fmt: off
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
+    ) -> Float[Tensor, "*reduced"]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[True],
+    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -280,6 +333,9 @@ class LinearKLDivergenceLoss(_LinearLoss):
             **self.options,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LinearJSDivergenceLoss(_LinearLoss):
     """:func:`softcurve.linear_js_divergence` of a head ``linear``."""
@@ -289,15 +345,15 @@ class LinearJSDivergenceLoss(_LinearLoss):
         in_features: int,
         num_classes: int,
         *,
-        beta: float = 0.5,
+        beta: Number = 0.5,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        reduction: str = "batchmean",
-        base: float = math.e,
-        memory_budget: int | None = None,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        reduction: ReductionKind = "mean",
+        base: Number = math.e,
+        memory_budget: Integer | None = None,
     ) -> None:
         checks.require_between("beta", beta, 0.0, 1.0)
         Reduction(reduction, base)
@@ -312,6 +368,25 @@ class LinearJSDivergenceLoss(_LinearLoss):
             "memory_budget": memory_budget,
         }
 
+    # fmt: off
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
+    ) -> Float[Tensor, "*reduced"]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[True],
+    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -330,6 +405,9 @@ class LinearJSDivergenceLoss(_LinearLoss):
             return_stats=return_stats,
             **self.options,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _shown(options: dict[str, Any]) -> str:

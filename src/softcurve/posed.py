@@ -21,6 +21,7 @@ from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.sharded import Spread, lies_over_processes
 from softcurve.objective import Reduction, quotient
+from softcurve.records import short_repr
 from softcurve.targets import (
     LinearTeacher,
     Logits,
@@ -41,6 +42,9 @@ class LossStats(NamedTuple):
     entropy: Float[Tensor, "*rows"]  # in units of ``base``
     predicted: Int[Tensor, "*rows"]  # the most probable class
     correct: Bool[Tensor, "*rows"]  # whether it is the target's (most probable) class; never in a row that is ignored
+
+    def __repr__(self) -> str:
+        return short_repr(self, self._asdict())
 
 
 # --- the head --------------------------------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.records import ShortRepr
+from softcurve.typing import TopKTail
 
 DEFAULT_IGNORE_INDEX = -100  # torch's own default
 
 
-class Target(ABC):
+class Target(ShortRepr, ABC):
     """A distribution over the classes for each row."""
 
     coarsens = False  # whether its outcomes are coarser than the classes
@@ -97,7 +99,7 @@ class Target(ABC):
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Probabilities(Target):
     """Rows of probabilities, shape ``(..., C)``: entries ≥ 0, each row summing to 1.
 
@@ -149,7 +151,7 @@ class Masses(Probabilities):
         return ~((self.values.detach().amin(-1) >= 0) & checks.row_sums(self.values).isfinite())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Logits(Target):
     """A distribution by its logits, shape ``(..., C)``; log-probabilities are logits too."""
 
@@ -180,7 +182,7 @@ class Logits(Target):
         return self.values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearTeacher(Target):
     """A teacher's head: ``softmax(input @ linear_weight.T + linear_bias)``.
 
@@ -230,7 +232,7 @@ class LinearTeacher(Target):
         return torch.nn.functional.linear(self.input, self.linear_weight, self.linear_bias)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TopK(Target):
     """A teacher's own natural log-probabilities of ``k`` distinct classes a row, shapes ``(..., k)``.
 
@@ -243,7 +245,7 @@ class TopK(Target):
 
     indices: Int[Tensor, "*rows k"]
     log_probs: Float[Tensor, "*rows k"]
-    tail: str = "bucket"
+    tail: TopKTail = "bucket"
 
     def __post_init__(self) -> None:
         checks.require_choice("TopK tail", self.tail, ("bucket", "renormalize"))

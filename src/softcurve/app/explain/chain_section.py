@@ -12,10 +12,11 @@ import softcurve
 from softcurve.app.explain.network import CLASSES, Network
 from softcurve.app.explain.section import Check, Section
 from softcurve.app.page.picture import Picture, bars, cells, picture
+from softcurve.typing import ChainLoss
 
 BOUND = 1e-12
 ROWS = ("dL_dp", "dL_dz", "dL_de", "dL_dx")
-LOSSES = {"cross_entropy": "CE", "forward_kl": "KL(y‖p)", "reverse_kl": "KL(p‖y)"}
+LOSSES: dict[ChainLoss, str] = {"cross_entropy": "CE", "forward_kl": "KL(y‖p)", "reverse_kl": "KL(p‖y)"}
 SYMBOLS = {
     "loss": r"L",
     "dL_dp": r"\partial L/\partial p",
@@ -31,7 +32,8 @@ SYMBOLS = {
 def explain_chain(network: Network) -> Section:
     """Compare `softcurve.chain_rule` with autograd on the held-out digits, for each target and loss."""
     digits = network.held_out
-    pairs = [("hard", "cross_entropy"), ("hard", "forward_kl")] + [("soft", loss) for loss in LOSSES]
+    pairs: list[tuple[str, ChainLoss]] = [("hard", "cross_entropy"), ("hard", "forward_kl")]
+    pairs += [("soft", loss) for loss in LOSSES]
     deviations = {pair: _deviations(network, *pair) for pair in pairs}
     one_hot = nn.functional.one_hot(digits.labels, CLASSES).to(digits.x)
     infinite = softcurve.kl_divergence(network.logits(digits.x), one_hot.log(), reduction="none").min().item()
@@ -68,7 +70,7 @@ def explain_chain(network: Network) -> Section:
     )
 
 
-def _deviations(network: Network, target: str, loss: str) -> dict[str, float]:
+def _deviations(network: Network, target: str, loss: ChainLoss) -> dict[str, float]:
     """The largest absolute difference between the closed form and autograd, for L and each gradient."""
     digits = network.held_out
     given = digits.labels if target == "hard" else digits.soft

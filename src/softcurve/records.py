@@ -1,0 +1,33 @@
+"""Short representations of records that hold tensors: shapes and dtypes instead of the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+import numpy as np
+from torch import Tensor
+
+
+def summary(value: object) -> str:
+    """A tensor or array as ``float32[4, 16]``, a container by its length, anything else by its own ``repr``."""
+    if isinstance(value, Tensor):
+        device = "" if value.device.type == "cpu" else f", device={str(value.device)!r}"
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if type(value) in (dict, list, tuple, set, frozenset):
+        return f"<{type(value).__name__} of {len(value)}>"  # type: ignore[arg-type]
+    return repr(value)
+
+
+def short_repr(record: object, values: Mapping[str, object]) -> str:
+    """``Name(field=summary, …)``."""
+    return f"{type(record).__name__}({', '.join(f'{name}={summary(value)}' for name, value in values.items())})"
+
+
+class ShortRepr:
+    """A dataclass of tensors whose ``repr`` shows shapes and dtypes; to be declared with ``repr=False``."""
+
+    def __repr__(self) -> str:
+        return short_repr(self, {field.name: getattr(self, field.name) for field in fields(self) if field.repr})  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""Type aliases of the public signatures, for annotating code that passes such arguments on."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+__all__ = ["ChainLoss", "FitLoss", "FitPrecision", "Integer", "KLDirection", "Number", "ReductionKind", "TopKTail"]
+
+Number: TypeAlias = int | float
+"""A real number."""
+
+Integer: TypeAlias = int
+"""A whole number."""
+
+ReductionKind: TypeAlias = Literal["none", "sum", "mean", "batchmean"]
+"""How the losses of the rows become one number."""
+
+KLDirection: TypeAlias = Literal["forward", "reverse"]
+"""``"forward"`` is ``D(target‖model)``, ``"reverse"`` is ``D(model‖target)``."""
+
+TopKTail: TypeAlias = Literal["bucket", "renormalize"]
+"""What a :class:`softcurve.TopK` assumes of the classes that it does not list."""
+
+ChainLoss: TypeAlias = Literal["cross_entropy", "forward_kl", "reverse_kl"]
+"""The losses of :func:`softcurve.chain_rule`."""
+
+FitLoss: TypeAlias = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+"""The losses of :class:`softcurve.SoftmaxRegression`; ``"js"`` is the Jensen-Shannon divergence with ``β = ½``."""
+
+FitPrecision: TypeAlias = Literal["auto", "mixed", "float64"]
+"""The floating-point precision of a fit."""
