@@ -8,7 +8,7 @@ NaN or as the device's own assertion, as in torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def _number(name: str, value: object) -> float | None:
             )
         return value.item()
     if isinstance(value, np.generic) and isinstance(value, np.integer | np.floating | np.bool_):
-        return value.item()  # type: ignore[no-any-return]
+        return value.item()
     return None
 
 
@@ -240,6 +240,29 @@ def require_numbers(name: str, tensor: Tensor) -> None:
     """No NaN."""
     if values_visible(tensor) and tensor.detach().isnan().any():
         raise ValueError(f"{name} must hold numbers, got NaN; look for where it came from")
+
+
+def explain_head_nan(
+    rows: Tensor, row_weight: Tensor, given: Mapping[str, Tensor | None], target: Sequence[Tensor]
+) -> None:
+    """If the loss of a row that counts came out NaN, say which argument of a head's loss it came from."""
+    if not values_visible(rows, row_weight) or not (rows.detach().isnan() & (row_weight != 0)).any():
+        return
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        values = tensor.detach()
+        if values.isnan().any():
+            raise ValueError(f"{name} must hold numbers, got NaN; look for the step that made it, or mask those rows")
+        if (values == math.inf).any() or (name != "linear_bias" and values.isinf().any()):
+            raise ValueError(f"{name} must be finite, got an infinite entry; clamp it, or mask those rows")
+        if name == "linear_bias" and (values == -math.inf).all():
+            raise ValueError("linear_bias must leave at least one class unmasked, got -inf for every class here")
+    if any(part.detach().isnan().any() for part in target):
+        raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
+    raise ValueError(
+        "input and target must give every row finite logits and a class with mass, got a row whose loss is NaN; mask it"
+    )
 
 
 def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) -> None:

@@ -81,7 +81,7 @@ def cross_entropy(
     checks.require_floating("logits", logits)
     smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
-    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
+    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     classes = logits.shape[-1]
     if weight is not None:
         require_class_weight(weight, classes)
@@ -111,6 +111,8 @@ def require_class_weight(weight: Tensor, classes: int) -> None:
             f"weight must be a floating-point tensor of one factor per class, shape ({classes},), "
             f"got {checks.describe(weight)}"
         )
+    if weight.requires_grad:
+        raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
     if checks.values_visible(weight) and not (weight >= 0).all():
         raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
 
@@ -200,7 +202,7 @@ def kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
     ``h(t) = e^t − 1 − t ≥ 0``.
     """
-    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap(temperature), Reduction(reduction, base))
+    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
 def js_divergence(
@@ -222,7 +224,7 @@ def js_divergence(
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
     divergence = jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0))
-    return _divergence(divergence, p, q, sample_weight, LogitMap(temperature), Reduction(reduction, base))
+    return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
 def _divergence(
@@ -241,25 +243,26 @@ def _divergence(
     if isinstance(p, TopK):
         require_finite_against(divergence, p, logit_map.temperature)
     sample_weight = _row_weight(sample_weight, q.leading, "q")
-    model = _logits_of(q, sample_weight)
+    wide = torch.promote_types(dtype, torch.float32)
+    model = _logits_of(q, sample_weight, wide)
     if isinstance(p, TopK):
         p.require_fit(model.shape)
         model, target = p.checked(sample_weight, model.shape[-1]).against(model)
     else:
-        target = _logits_of(p, sample_weight)
+        target = _logits_of(p, sample_weight, wide)
         if target.shape != model.shape:
             raise ValueError(
                 f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
                 + (checks.layout_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
             )
-    target = target if logit_map.is_identity else logit_map.value(_widened(target))
+    target = logit_map.shifted_value(_widened(target))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
     return _reduced(rows, None, sample_weight, reducer, dtype, p=target, q=model)
 
 
-def _logits_of(side: Target, sample_weight: Tensor | None) -> Tensor:
+def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The logits of one side over all classes. Rows of weight 0 need no clearing where logits are given."""
-    return (side if isinstance(side, Logits) else side.checked(sample_weight, 0)).logits()
+    return (side if isinstance(side, Logits) else side.checked(sample_weight, 0)).logits(dtype)
 
 
 def _by_logits(name: str, side: Tensor | Target) -> Target:
@@ -305,7 +308,7 @@ def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) ->
     """
     checks.require_floating("logits", logits)
     rows = row_losses(Entropy(LogitMap()), logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))
-    return _reduced(rows, None, None, Reduction("none", base), logits.dtype, logits=logits)
+    return _reduced(rows, None, None, Reduction.of("none", base), logits.dtype, logits=logits)
 
 
 def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.objective import LogitMap, Reduction, quotient
-from softcurve.posed import Head, LossStats, cross_entropy_from, divergence_from, require_no_shift
+from softcurve.posed import (
+    Head,
+    LossStats,
+    cross_entropy_from,
+    divergence_from,
+    require_budget,
+    require_no_shift,
+    require_shift,
+)
 from softcurve.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
@@ -108,7 +116,8 @@ def linear_cross_entropy(
     """
     smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
-    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
+    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
+    shift, memory_budget = require_shift(shift), require_budget(memory_budget)
     options = {"temperature": logit_map.temperature, "softcap": logit_map.softcap, "z_loss": z_loss * reducer.nats}
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
@@ -198,8 +207,9 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
+    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     require_no_shift(shift)
+    memory_budget = require_budget(memory_budget)
     posed = divergence_from(
         Head.of(input, linear_weight, linear_bias, target),
         target,
@@ -265,8 +275,9 @@ def linear_js_divergence(
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
     beta = checks.require_between("beta", beta, 0.0, 1.0)
-    reducer, logit_map = Reduction(reduction, base), LogitMap(temperature, softcap)
+    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     require_no_shift(shift)
+    memory_budget = require_budget(memory_budget)
     posed = divergence_from(
         Head.of(input, linear_weight, linear_bias, target),
         target,
@@ -289,7 +300,7 @@ def _by_positions(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int | None,
+    ignore_index: Integer | None,
     shift: int,
     return_stats: bool,
     reducer: Reduction,
@@ -364,7 +375,7 @@ def _by_positions(
 
 
 def _mean_weights(
-    target: Tensor, soft: bool, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: int | None
+    target: Tensor, soft: bool, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: Integer | None
 ) -> Tensor | None:
     """The weights of rows in the mean of a loss of ``K`` more dimensions; ``None``: one each."""
     wide = None if sample_weight is None else sample_weight.to(torch.promote_types(sample_weight.dtype, torch.float32))

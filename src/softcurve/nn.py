@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softcurve import checks, functional, linear
 from softcurve.objective import LogitMap, Reduction
-from softcurve.posed import LossStats, require_shift
-from softcurve.targets import Target
+from softcurve.posed import LossStats, require_budget, require_shift
+from softcurve.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 
@@ -34,20 +34,16 @@ class CrossEntropyLoss(torch.nn.Module):
         base: Number = math.e,
     ) -> None:
         super().__init__()
-        Reduction(reduction, base)
-        LogitMap(temperature, softcap)
-        checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-        checks.require_between("z_loss", z_loss, 0.0, math.inf)
         self.register_buffer("weight", weight)
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "reduction": reduction,
-            "base": base,
-        }
+        self.options: dict[str, Any] = _checked(
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            softcap=softcap,
+            z_loss=z_loss,
+            reduction=reduction,
+            base=base,
+        )
 
     def forward(
         self,
@@ -70,13 +66,9 @@ class CrossEntropyLoss(torch.nn.Module):
 class KLDivergenceLoss(torch.nn.Module):
     """:func:`softcurve.kl_divergence` with its options fixed."""
 
-    def __init__(
-        self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e
-    ) -> None:
+    def __init__(self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e) -> None:
         super().__init__()
-        Reduction(reduction, base)
-        LogitMap(temperature)
-        self.options: dict[str, Any] = {"temperature": temperature, "reduction": reduction, "base": base}
+        self.options: dict[str, Any] = _checked(temperature=temperature, reduction=reduction, base=base)
 
     def forward(
         self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
@@ -104,15 +96,7 @@ class JSDivergenceLoss(torch.nn.Module):
         base: Number = math.e,
     ) -> None:
         super().__init__()
-        Reduction(reduction, base)
-        LogitMap(temperature)
-        checks.require_between("beta", beta, 0.0, 1.0)
-        self.options: dict[str, Any] = {
-            "beta": beta,
-            "temperature": temperature,
-            "reduction": reduction,
-            "base": base,
-        }
+        self.options: dict[str, Any] = _checked(beta=beta, temperature=temperature, reduction=reduction, base=base)
 
     def forward(
         self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
@@ -177,27 +161,22 @@ class LinearCrossEntropyLoss(_LinearLoss):
         shift: Integer = 0,
         memory_budget: Integer | None = None,
     ) -> None:
-        Reduction(reduction, base)
-        LogitMap(temperature, softcap)
-        checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-        checks.require_between("z_loss", z_loss, 0.0, math.inf)
-        require_shift(shift)
         if weight is not None:
             functional.require_class_weight(weight, num_classes)
         super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
         self.num_classes, self.out_features = num_classes, out_features
         self.register_buffer("weight", weight)
-        self.options = {
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "base": base,
-            "shift": shift,
-            "memory_budget": memory_budget,
-        }
+        self.options = _checked(
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            temperature=temperature,
+            softcap=softcap,
+            z_loss=z_loss,
+            base=base,
+            shift=shift,
+            memory_budget=memory_budget,
+        )
 
     # fmt: off
     @overload
@@ -282,18 +261,15 @@ class LinearKLDivergenceLoss(_LinearLoss):
         base: Number = math.e,
         memory_budget: Integer | None = None,
     ) -> None:
-        checks.require_choice("direction", direction, ("forward", "reverse"))
-        Reduction(reduction, base)
-        LogitMap(temperature, softcap)
         super().__init__(in_features, num_classes, 1, bias, device, dtype)
-        self.options = {
-            "direction": direction,
-            "temperature": temperature,
-            "softcap": softcap,
-            "reduction": reduction,
-            "base": base,
-            "memory_budget": memory_budget,
-        }
+        self.options = _checked(
+            direction=direction,
+            temperature=temperature,
+            softcap=softcap,
+            reduction=reduction,
+            base=base,
+            memory_budget=memory_budget,
+        )
 
     # fmt: off
     @overload
@@ -355,18 +331,15 @@ class LinearJSDivergenceLoss(_LinearLoss):
         base: Number = math.e,
         memory_budget: Integer | None = None,
     ) -> None:
-        checks.require_between("beta", beta, 0.0, 1.0)
-        Reduction(reduction, base)
-        LogitMap(temperature, softcap)
         super().__init__(in_features, num_classes, 1, bias, device, dtype)
-        self.options = {
-            "beta": beta,
-            "temperature": temperature,
-            "softcap": softcap,
-            "reduction": reduction,
-            "base": base,
-            "memory_budget": memory_budget,
-        }
+        self.options = _checked(
+            beta=beta,
+            temperature=temperature,
+            softcap=softcap,
+            reduction=reduction,
+            base=base,
+            memory_budget=memory_budget,
+        )
 
     # fmt: off
     @overload
@@ -408,6 +381,27 @@ class LinearJSDivergenceLoss(_LinearLoss):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _checked(**options: Any) -> dict[str, Any]:
+    """Check the options of a loss and return them, numbers as Python numbers."""
+    checked = dict(options)
+    for name, (low, high) in {"label_smoothing": (0.0, 1.0), "z_loss": (0.0, math.inf), "beta": (0.0, 1.0)}.items():
+        if name in options:
+            checked[name] = checks.require_between(name, options[name], low, high)
+    reduction = Reduction.of(options["reduction"], options["base"])
+    logit_map = LogitMap.of(options["temperature"], options.get("softcap"))
+    checked |= {"base": reduction.base, "temperature": logit_map.temperature}
+    if "softcap" in options:
+        checked["softcap"] = logit_map.softcap
+    if "direction" in options:
+        checks.require_choice("direction", options["direction"], ("forward", "reverse"))
+    for name, convert in {"shift": require_shift, "memory_budget": require_budget}.items():
+        if name in options:
+            checked[name] = convert(options[name])
+    if options.get("ignore_index") is not None:
+        checked["ignore_index"] = resolve_ignore_index(options["ignore_index"])
+    return checked
 
 
 def _shown(options: dict[str, Any]) -> str:

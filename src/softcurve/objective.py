@@ -22,6 +22,7 @@ from torch import Tensor
 from softcurve import checks, softmax
 from softcurve.divergences import Divergence, ForwardKL, Pair
 from softcurve.softmax import RowCurvature
+from softcurve.typing import Number
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -39,9 +40,17 @@ class LogitMap:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", checks.require_positive("temperature", self.temperature))
+        checks.require_positive("temperature", self.temperature)
         if self.softcap is not None:
-            object.__setattr__(self, "softcap", checks.require_positive("softcap", self.softcap))
+            checks.require_positive("softcap", self.softcap)
+
+    @staticmethod
+    def of(temperature: Number = 1.0, softcap: Number | None = None) -> LogitMap:
+        """Make the map from the numbers of a public call."""
+        return LogitMap(
+            checks.require_positive("temperature", temperature),
+            None if softcap is None else checks.require_positive("softcap", softcap),
+        )
 
     @property
     def is_identity(self) -> bool:
@@ -53,6 +62,16 @@ class LogitMap:
         if self.softcap is not None:
             z = torch.where(z == -math.inf, z, self.softcap * torch.tanh(z / self.softcap))
         return z if self.temperature == 1 else z / self.temperature
+
+    def shifted_value(self, z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+        """``m(z)`` up to a constant of each row, which no softmax sees.
+
+        The largest logit is taken off before the division by ``T``, which would round at the size of a common offset.
+        """
+        if self.softcap is not None or self.temperature == 1:
+            return self.value(z)
+        top = z.detach().amax(-1, keepdim=True)
+        return (z - torch.where(top == -math.inf, 0.0, top)) / self.temperature
 
     def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """``m′(z) = (1 − tanh²(z/κ)) / T = 4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: no cancellation near the cap."""
@@ -74,6 +93,10 @@ class RowLoss(ABC):
 
     logit_map: LogitMap
     z_loss: float = 0.0
+
+    def mapped(self, z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+        """``m(z)``; up to a constant of each row, unless the z-loss sees it."""
+        return self.logit_map.value(z) if self.z_loss else self.logit_map.shifted_value(z)
 
     # What a member is: closed forms in the mapped logits.
 
@@ -98,14 +121,14 @@ class RowLoss(ABC):
     def value(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
         """The loss of each row, in float32 or wider."""
         z, target = _widened(z, target)
-        z = self.logit_map.value(z)
+        z = self.mapped(z)
         rows = self.loss(z, target)
         return rows + self.z_loss * softmax.softmax_rows(z).log_sum_exp.square() if self.z_loss else rows
 
     def gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
         """``scale ⊙ ∂value`` in the inputs' dtypes. A row of scale 0 has gradient 0, whatever its logits hold."""
         wide_z, wide_target = _widened(z, target)
-        mapped = self.logit_map.value(wide_z)
+        mapped = self.mapped(wide_z)
         in_z, in_target = self._mapped_gradient(scale, mapped, wide_target, wanted)
         if in_z is not None and not self.logit_map.is_identity:
             in_z = in_z * self.logit_map.slope(wide_z)
@@ -124,7 +147,7 @@ class RowLoss(ABC):
     ) -> Pulled:
         """``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
         wide_z, wide_target = _widened(z, target)
-        mapped = self.logit_map.value(wide_z)
+        mapped = self.mapped(wide_z)
         inner = v_z
         if v_z is not None:
             v_z = v_z.to(wide_z.dtype)
@@ -320,7 +343,12 @@ class Reduction:
 
     def __post_init__(self) -> None:
         checks.require_choice("reduction", self.kind, REDUCTIONS)
-        object.__setattr__(self, "base", checks.require_base(self.base))
+        checks.require_base(self.base)
+
+    @staticmethod
+    def of(kind: str, base: Number) -> Reduction:
+        """Make the reduction from the arguments of a public call."""
+        return Reduction(kind, checks.require_base(base))
 
     @property
     def nats(self) -> float:

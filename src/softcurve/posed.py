@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,9 @@ from softcurve.targets import (
     resolve_ignore_index,
     uniform_over_unmasked,
 )
+from softcurve.typing import Integer
+
+T = TypeVar("T")
 
 
 class LossStats(NamedTuple):
@@ -103,7 +106,7 @@ class Head:
         head.require_plain(linear_bias=bias)
         return head
 
-    def agreed(self, make: Callable[[], Posed]) -> Posed:
+    def agreed(self, make: Callable[[], T]) -> T:
         """``make()``, whose errors are those of all processes."""
         return make() if self.spread is None else self.spread.agreed(make)
 
@@ -172,7 +175,6 @@ class Posed:
         self, reducer: Reduction, memory_budget: int | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
         """What the public call returns."""
-        memory_budget = require_budget(memory_budget)
         head, per_row = self.head, reducer.kind == "none"
         wide = self.weight.dtype
         divisor = None
@@ -185,6 +187,7 @@ class Posed:
             # A mean of nothing is NaN and has gradient 0, as in torch.
             row_weight = torch.where(divisor == 0, 0.0, quotient(self.weight, divisor)) / reducer.nats
         spread = head.spread
+        memory_budget = require_budget(memory_budget)
         outcome = head_outcome(
             self.loss,
             self.tensors(row_weight),
@@ -193,6 +196,7 @@ class Posed:
             weighs=self.weighs,
             stats=return_stats,
         )
+        head.agreed(lambda: self.explain_nan(outcome.rows))
         if divisor is None:
             result = weighted(self.weight, outcome.rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
@@ -213,6 +217,13 @@ class Posed:
         if spread is not None:
             stats = LossStats(*(spread.result(column, per_row=True) for column in stats))
         return result, stats
+
+    def explain_nan(self, rows: Tensor) -> None:
+        """Raise ``ValueError`` if the loss of a row that counts is NaN, where that can be seen."""
+        given: dict[str, Tensor | None] = {
+            "input": self.head.input, "linear_weight": self.head.weight, "linear_bias": self.head.bias
+        }  # fmt: skip
+        checks.explain_head_nan(rows, self.weight, given, [part for part in self.target if part is not None])
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """What the sum over the rows is divided by, ``()``."""
@@ -246,7 +257,7 @@ def cross_entropy_from(
     *,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int | None,
+    ignore_index: Integer | None,
     smoothing: float,
     shift: int,
     options: dict[str, float | None],
@@ -262,7 +273,7 @@ def _cross_entropy_from(
     target: Tensor | Target,
     weight: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int | None,
+    ignore_index: Integer | None,
     smoothing: float,
     shift: int,
     options: dict[str, float | None],
@@ -276,7 +287,6 @@ def _cross_entropy_from(
             )
     target = as_target(target)
     ignore_index = resolve_ignore_index(ignore_index, target)
-    shift = require_shift(shift)
     if isinstance(target, Tensor):
         return _against_indices(head, target, ignore_index, weight, sample_weight, smoothing, shift, options)
     require_no_shift(shift)
@@ -360,9 +370,9 @@ def require_shift(shift: object) -> int:
     return positions
 
 
-def require_no_shift(shift: int) -> None:
+def require_no_shift(shift: object) -> None:
     """Only class indices can be looked up further on."""
-    if shift != 0:
+    if require_shift(shift) != 0:
         raise ValueError(
             f"shift must be 0 unless the target holds class indices, got {shift!r}; "
             "a distribution belongs to its row: slice input and target instead"
@@ -509,9 +519,7 @@ def _dense_target(
             if count != head.classes:
                 larger = "the teacher's linear_weight" if count > head.classes else "linear_weight"
                 least = min(count, head.classes)
-                remedy = (
-                    f"; if one vocabulary is padded, cut {larger} (and its bias) to {least} classes: weight[:{least}]"
-                )
+                remedy = f"; if one vocabulary is padded, cut {larger} and its bias to weight[:{least}], bias[:{least}]"
             raise ValueError(
                 f"target (LinearTeacher) must have the {head.classes} classes of linear_weight and the rows "
                 f"{tuple(leading)} of input, got {count} classes and rows {tuple(target.input.shape[:-1])}{remedy}"
@@ -556,9 +564,9 @@ def _fitting(head: Head, target: TopK, sampled: Tensor | None) -> TopK:
 def _outcomes(head: Head, target: TopK) -> Tensor:
     """The log-probabilities of a list over the listed classes and all others, ``(..., k + 1)``."""
     if head.uniform is None or not target.coarsens:
-        return target.outcome_log_probs(head.classes)
+        return target.outcome_log_probs(head.classes, head.dtype)
     rest_is_masked = target.uniform_over_outcomes(head.uniform)[..., -1:] == 0
-    return target.outcome_log_probs(head.classes, rest_is_masked)
+    return target.outcome_log_probs(head.classes, head.dtype, rest_is_masked)
 
 
 def _most_probable(target: TopK) -> Tensor:

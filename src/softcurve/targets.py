@@ -33,25 +33,29 @@ class Target(ShortRepr, ABC):
     coarsens = False  # whether its outcomes are coarser than the classes
 
     @abstractmethod
-    def logits(self) -> Float[Tensor, "*rows classes"]:
-        """The target over all classes; log-probabilities are logits, and −inf is a class without mass."""
+    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+        """The target over all classes, computed in ``dtype``; −inf is a class without mass."""
 
     def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
         """The model's logits and the target's, over the outcomes that the target speaks of: ``(..., outcomes)`` each.
 
         Raises ``ValueError`` if rows or classes differ.
         """
-        logits = self.logits()
+        logits = self.logits(self._dtype_beside(z))
         self._require_shape(logits.shape, z)
         return z, logits
 
     def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
         """Return the same as :meth:`against`, with the target as probabilities in float32 or wider."""
         model, target = self.against(z)
-        return model, torch.softmax(_widened(target), -1)
+        return model, torch.softmax(target, -1, dtype=self._dtype_beside(z))
+
+    def _dtype_beside(self, z: Tensor) -> torch.dtype:
+        """The dtype in which the target is compared with ``z``: float32 or wider."""
+        return torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:
-        """Return the uniform distribution over the unmasked classes of ``z``, over the outcomes: for label smoothing."""
+        """Return the uniform distribution over the unmasked classes of ``z`` as one over the outcomes."""
         return uniform_over_unmasked(z)
 
     @property
@@ -130,9 +134,9 @@ class Probabilities(Target):
     def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Probabilities:  # noqa: D102
         return type(self)(torch.where(rows.unsqueeze(-1), 1 / self.values.shape[-1], self.values))
 
-    def logits(self) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
         """``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
-        values = _widened(self.values)
+        values = self.values.to(dtype)
         some = values > 0
         return torch.where(some, torch.log(torch.where(some, values, 1.0)), -math.inf)
 
@@ -142,7 +146,7 @@ class Probabilities(Target):
 
 
 class Masses(Probabilities):
-    """A plain floating-point target of a cross-entropy: entries ≥ 0, each row with the mass that it has, as in torch."""
+    """A plain floating-point target of a cross-entropy: entries ≥ 0, each row of any mass, as in torch."""
 
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         checks.require_nonnegative("target", self.values, counted)
@@ -178,7 +182,8 @@ class Logits(Target):
     def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Logits:  # noqa: D102
         return Logits(torch.where(rows.unsqueeze(-1), 0.0, self.values))
 
-    def logits(self) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+        """The logits as they are: what computes with them widens them, tile by tile."""
         return self.values
 
 
@@ -228,8 +233,10 @@ class LinearTeacher(Target):
         input = torch.where(rows.unsqueeze(-1), 0.0, self.input)
         return LinearTeacher(input, self.linear_weight, self.linear_bias)
 
-    def logits(self) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return torch.nn.functional.linear(self.input, self.linear_weight, self.linear_bias)
+    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        bias = None if self.linear_bias is None else self.linear_bias.to(dtype)
+        with torch.autocast(self.input.device.type, enabled=False):
+            return torch.nn.functional.linear(self.input.to(dtype), self.linear_weight.to(dtype), bias)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -305,7 +312,7 @@ class TopK(Target):
         """A bucket makes one outcome of all classes that are not listed."""
         return self.tail == "bucket"
 
-    def logits(self) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
         """A list knows nothing of the other classes: it can be a target, but not the model."""
         raise ValueError("a TopK can be one side of a divergence; the other must have logits for all classes")
 
@@ -313,17 +320,19 @@ class TopK(Target):
         """Over the listed classes and a bucket, or over all classes with −inf where nothing is listed."""
         self.require_fit(z.shape)
         if self.tail == "renormalize":
-            masked = torch.full(z.shape, -math.inf, dtype=self.log_probs.dtype, device=z.device)
-            return z, masked.scatter(-1, self.indices, self.log_probs)
+            log_probs = self.log_probs.to(self._dtype_beside(z))
+            masked = log_probs.new_full(z.shape, -math.inf)
+            return z, masked.scatter(-1, self.indices, log_probs)
         # A shift of all outcomes changes nothing, and without it the bucket would be rounded at the logits' offset.
-        wide = _widened(z)
+        dtype = self._dtype_beside(z)
+        wide = z.to(dtype)
         top = wide.detach().amax(-1, keepdim=True)
         wide = wide - torch.where(top == -math.inf, 0.0, top)
         student = wide.gather(-1, self.indices)
         if self.indices.shape[-1] == z.shape[-1]:
-            return student, _widened(self.log_probs)
+            return student, self.log_probs.to(dtype)
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
-        return torch.cat([student, others], -1), self.outcome_log_probs(z.shape[-1], others == -math.inf)
+        return torch.cat([student, others], -1), self.outcome_log_probs(z.shape[-1], dtype, others == -math.inf)
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
         each = uniform_over_unmasked(z)
@@ -338,21 +347,21 @@ class TopK(Target):
         return torch.cat([each.gather(-1, self.indices), others], -1)
 
     def outcome_log_probs(
-        self, classes: int, rest_is_masked: Bool[Tensor, "*rows 1"] | None = None
+        self, classes: int, dtype: torch.dtype, rest_is_masked: Bool[Tensor, "*rows 1"] | None = None
     ) -> Float[Tensor, "*rows outcomes"]:
-        """Return log-probabilities over the listed classes and all others, ``(..., k + 1)``.
+        """Return log-probabilities over the listed classes and all others, ``(..., k + 1)``, of ``dtype``.
 
         The last is what the list leaves over, or −inf if it is renormalised or names every class. Where the model
         masks every class that is not listed (``rest_is_masked``), a remainder that is within the rounding of
         ``log_probs`` is no mass: it would make the loss infinite.
         """
-        listed = _widened(self.log_probs)
+        listed = self.log_probs.to(dtype)
         k = listed.shape[-1]
         if not self.coarsens or k == classes:
             return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
         tail = log_complement(listed)
         if rest_is_masked is not None:
-            rounding = math.log(k * torch.finfo(self.log_probs.dtype).eps)
+            rounding = math.log(k * torch.finfo(self.dtype).eps)
             tail = torch.where(rest_is_masked & (tail < rounding), -math.inf, tail)
         return torch.cat([listed, tail], -1)
 
@@ -418,7 +427,7 @@ def clear_class_indices(
     return torch.where((sample_weight == 0) & checks.outside_classes(indices, classes), ignore_index, indices)
 
 
-def resolve_ignore_index(ignore_index: object, target: Tensor | Target) -> int:
+def resolve_ignore_index(ignore_index: object, target: Tensor | Target | None = None) -> int:
     """Return the class index of rows that have no part; ``None`` is the default, −100.
 
     Raises ``TypeError`` if it is no integer, ``ValueError`` if one is given for a target that is a distribution.

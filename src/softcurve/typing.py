@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
 
 __all__ = ["ChainLoss", "FitLoss", "FitPrecision", "Integer", "KLDirection", "Number", "ReductionKind", "TopKTail"]
 
-Number: TypeAlias = int | float
-"""A real number."""
+Number: TypeAlias = int | float | np.integer[Any] | np.floating[Any] | Tensor
+"""A real number: Python's, numpy's, or a 0-d tensor that requires no gradient."""
 
-Integer: TypeAlias = int
-"""A whole number."""
+Integer: TypeAlias = int | np.integer[Any] | Tensor
+"""A whole number: Python's, numpy's, or a 0-d integer tensor."""
 
 ReductionKind: TypeAlias = Literal["none", "sum", "mean", "batchmean"]
 """How the losses of the rows become one number."""

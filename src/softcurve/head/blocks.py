@@ -251,8 +251,8 @@ class BlockKernel(Kernel):
         log_y = self.target.softmax.log_probabilities(rows, logits)
         y = log_y.exp()
         both_masked = (log_p == -math.inf) & (log_y == -math.inf)
-        # The difference of the logits is exact where they nearly agree, as that of two rounded log-probabilities is not;
-        # where the offsets of the rows differ it is rounded at the size of the offsets.
+        # The difference of the logits is exact where they nearly agree, as that of two log-probabilities is not; where
+        # the offsets of the rows differ it is rounded at the size of the offsets.
         constant = self.model.softmax.log_sum_exp(rows) - self.target.softmax.log_sum_exp(rows)
         offsets_agree = (self.model.softmax.offset[rows] - self.target.softmax.offset[rows]).abs() < 1
         ratio = torch.where(offsets_agree, (z - logits) - constant.to(z.dtype), log_p - log_y)

@@ -91,7 +91,7 @@ class HeadTensors(NamedTuple):
     target_bias: Tensor | None
     indices: Tensor | None  # (n, k)
     row_weight: Tensor  # (n,)
-    # (C,); or (2, C), in the target's own mass and in label smoothing, where masked classes have no share of the latter.
+    # (C,); or (2, C) where masked classes have no share of label smoothing: in the target's own mass, in the smoothing.
     class_weight: Tensor | None
 
     @property

@@ -281,8 +281,8 @@ def _target_change(
 @no_type_check
 def _sums(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, of_rows,
-    places, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes, first,
-    FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
+    places, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
+    first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     DIRECTED: tl.constexpr, TARGET_DIRECTED: tl.constexpr, STATS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
@@ -308,8 +308,8 @@ def _sums(
         )
         weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
         p, score, curve, _, t_p, t_score, _, _, value, minus_log_p, difference = pair_terms(
-            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
-            inside, FAMILY, WEIGHED
+            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share,
+            uniform_each, inside, FAMILY, WEIGHED
         )  # fmt: skip
         scores += tl.where(inside, score, 0.0)
         others += tl.where(inside & (at != top), score, 0.0)
@@ -440,8 +440,8 @@ def _changes(
         )
         weight, uniform_weight = class_factors(class_weight, class_share, at, inside, WEIGHED)
         _, _, curve, cross, _, _, t_curve, t_cross, _, _, _ = pair_terms(
-            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share, uniform_each,
-            inside, FAMILY, WEIGHED
+            seen, given, t, weight, uniform_weight, of_rows, row, exists, rows, beta, beta_rest, own_share,
+            uniform_each, inside, FAMILY, WEIGHED
         )  # fmt: skip
         _, u, _, _, t_u = _moved(
             v, v_stride, target_v, target_v_stride, raw, given, of_rows, row, at, inside, exists, rows, softcap,
@@ -476,8 +476,8 @@ def pulled_back(p, score, total, at_top, is_top):
 def _residuals(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, out, out_stride, v_out, v_out_stride,
     target_out, target_out_stride, target_v_out, target_v_out_stride, class_weight, class_share, of_rows, places,
-    tangents, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows, classes, first,
-    FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
+    tangents, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows, classes,
+    first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     DIRECTED: tl.constexpr, TARGET_DIRECTED: tl.constexpr, CHANGED: tl.constexpr, TARGET_OUT: tl.constexpr,
     TANGENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -28,8 +28,8 @@ _HESSIAN: tl.constexpr = tl.constexpr(HESSIAN)
 @no_type_check
 def _prepare(
     z, z_stride, target, target_stride, raw_out, raw_out_stride, q_out, q_out_stride, out, out_stride, class_weight,
-    class_share, of_rows, places, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss, rows,
-    classes, first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
+    class_share, of_rows, places, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss,
+    rows, classes, first, FAMILY: tl.constexpr, CAPPED: tl.constexpr, LOGARITHM: tl.constexpr, WEIGHED: tl.constexpr,
     MATRIX: tl.constexpr, WANTS_Q: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
