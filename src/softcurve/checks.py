@@ -176,10 +176,10 @@ def outside_classes(indices: Tensor, classes: int) -> Tensor:
 
 
 def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
-    """Require entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
+    """Require finite entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
     if not values_visible(rows) or rows.numel() == 0:
         return
-    least = _least(rows, counted)
+    least, most = _extremes(rows.detach(), counted)
     if math.isnan(least):
         raise ValueError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
     if least < 0:
@@ -187,6 +187,8 @@ def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) 
             f"{name} must hold probabilities >= 0, got {least:.6g}; "
             "if these are logits or log-probabilities, wrap them as softcurve.Logits(...)"
         )
+    if most == math.inf:
+        raise ValueError(f"{name} must hold finite probabilities, got inf; divide each row by its sum, or mask it")
 
 
 def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
@@ -218,12 +220,13 @@ def look_like_probabilities(rows: Tensor) -> bool:
     return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
 
 
-def _least(rows: Tensor, counted: Tensor | None) -> float:
-    """Return the smallest entry of the rows that are counted; NaN if they hold one, 0 if there are none."""
-    rows = rows.detach()
+def _extremes(rows: Tensor, counted: Tensor | None) -> tuple[float, float]:
+    """Return the smallest and the largest entry of the rows that are counted: NaN if they hold one, 0 without rows."""
     if counted is None:
-        return rows.amin().item()
-    return torch.where(counted, rows.amin(-1), 0.0).amin().item()
+        least, most = rows.aminmax()
+        return least.item(), most.item()
+    least, most = rows.aminmax(dim=-1)
+    return torch.where(counted, least, 0.0).amin().item(), torch.where(counted, most, 0.0).amax().item()
 
 
 def row_sums(rows: Tensor) -> Tensor:
