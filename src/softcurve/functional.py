@@ -100,6 +100,8 @@ def cross_entropy(
     mean_weight: Tensor | None = None
     if isinstance(target, Target):
         dtype = torch.promote_types(logits.dtype, target.dtype)
+        if isinstance(target, TopK):
+            target.require_fit(logits.shape)
         rows = options.against_distribution(logits, target.checked(sample_weight, classes))
     else:
         dtype = logits.dtype
@@ -275,7 +277,9 @@ def _divergence(
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The logits of one side over all classes. Rows of weight 0 need no clearing where logits are given."""
-    return (side if isinstance(side, Logits) else side.checked(sample_weight, 0)).logits(dtype)
+    if isinstance(side, Logits | TopK):
+        return side.logits(dtype)
+    return side.checked(sample_weight, 0).logits(dtype)
 
 
 def _by_logits(name: str, side: Tensor | Target) -> Target:
