@@ -20,7 +20,7 @@ from softcurve.functional import require_class_weight, require_finite_against, w
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.sharded import Spread, lies_over_processes
-from softcurve.objective import Reduction, quotient
+from softcurve.objective import Reduction
 from softcurve.records import short_repr
 from softcurve.targets import (
     LinearTeacher,
@@ -63,7 +63,7 @@ class Head:
     leading: torch.Size
     classes: int  # of all processes
     dtype: torch.dtype  # of the losses: float32 or wider
-    uniform: Tensor | None  # (C,), over the unmasked classes of all processes; None where no class can be masked
+    bias_given: Tensor | None  # of all processes
     spread: Spread | None
 
     @staticmethod
@@ -87,22 +87,19 @@ class Head:
                 )
         classes = len(weight)
         spread = Spread.of(input, [weight, *([target.linear_weight] if isinstance(target, LinearTeacher) else [])])
-        uniform = None
-        if bias is not None:
-            uniform = uniform_over_unmasked(bias.detach() if spread is None else spread.whole(bias))
-            uniform = uniform if uniform.ndim else None
+        bias_given = bias
         if spread is not None:
             input, weight = spread.features(input), spread.classes_of(weight)
             bias = None if bias is None else spread.classes_of(bias)
         leading, device = input.shape[:-1], input.device.type
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
-        if isinstance(target, Target):
+        if isinstance(target, Target) or target.is_floating_point():
             dtype = torch.promote_types(dtype, target.dtype)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             lower = torch.get_autocast_dtype(device)
             input, weight = _lowered(input, lower), _lowered(weight, lower)
             bias = None if bias is None else _lowered(bias, lower)
-        head = Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, uniform, spread)
+        head = Head(input.reshape(-1, input.shape[-1]), weight, bias, leading, classes, dtype, bias_given, spread)
         head.require_plain(linear_bias=bias)
         return head
 
@@ -133,11 +130,20 @@ class Head:
         """The leading dimensions of the rows of all processes."""
         return self.leading if self.spread is None else self.spread.leading
 
+    def uniform(self) -> Tensor | None:
+        """The uniform distribution over the unmasked classes of all processes, ``(C,)``; ``None`` if none is masked."""
+        bias, spread = self.bias_given, self.spread
+        if bias is None:
+            return None
+        uniform = uniform_over_unmasked(bias.detach() if spread is None else spread.whole(bias))
+        return uniform if uniform.ndim else None
+
     def share_of_smoothing(self, weight: Tensor | None) -> Tensor | None:
         """The factor of each class in the ``ε / C`` of label smoothing, ``(C,)``: its class weight; 0 if masked."""
-        if self.uniform is None:
+        uniform = self.uniform()
+        if uniform is None:
             return weight
-        share = self.uniform * self.classes
+        share = uniform * self.classes
         return share if weight is None else share * weight.to(share.dtype)
 
 
@@ -185,7 +191,8 @@ class Posed:
         else:
             divisor = self.divisor(reducer)
             # A mean of nothing is NaN and has gradient 0, as in torch.
-            row_weight = torch.where(divisor == 0, 0.0, quotient(self.weight, divisor)) / reducer.nats
+            some = torch.where(divisor == 0, 1.0, divisor)
+            row_weight = torch.where(divisor == 0, 0.0, self.weight / (some * reducer.nats))
         spread = head.spread
         memory_budget = require_budget(memory_budget)
         outcome = head_outcome(
@@ -404,7 +411,8 @@ def _against_distribution(
         indices = _flat(target.indices)
         everywhere: float = 0.0
         if target.coarsens and smoothing:
-            each = y.new_full((head.classes,), 1 / head.classes) if head.uniform is None else head.uniform
+            each = head.uniform()
+            each = y.new_full((head.classes,), 1 / head.classes) if each is None else each
             y = (1 - smoothing) * y + smoothing * _flat(target.uniform_over_outcomes(each))
         elif smoothing:
             y, everywhere = (1 - smoothing) * y, smoothing
@@ -424,12 +432,10 @@ def _against_distribution(
         )
     kind, tensors = _dense_target(head, target, sample_weight)
     loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
-    if smoothing and head.uniform is not None:
+    share = head.share_of_smoothing(weight) if smoothing else weight
+    if share is not None and share is not weight:
         # Masked classes have no share of the smoothing, but their class weight still acts on the target's own mass.
-        weight = head.uniform.new_ones(head.classes) if weight is None else weight.to(head.uniform.dtype)
-        share = head.share_of_smoothing(weight)
-        assert share is not None
-        weight = torch.stack([weight, share])
+        weight = torch.stack([torch.ones_like(share) if weight is None else weight.to(share.dtype), share])
     return Posed(head, loss, *rows, target=tensors, class_weight=weight)
 
 
@@ -563,9 +569,10 @@ def _fitting(head: Head, target: TopK, sampled: Tensor | None) -> TopK:
 
 def _outcomes(head: Head, target: TopK) -> Tensor:
     """The log-probabilities of a list over the listed classes and all others, ``(..., k + 1)``."""
-    if head.uniform is None or not target.coarsens:
+    uniform = head.uniform() if target.coarsens else None
+    if uniform is None:
         return target.outcome_log_probs(head.classes, head.dtype)
-    rest_is_masked = target.uniform_over_outcomes(head.uniform)[..., -1:] == 0
+    rest_is_masked = target.uniform_over_outcomes(uniform)[..., -1:] == 0
     return target.outcome_log_probs(head.classes, head.dtype, rest_is_masked)
 
 

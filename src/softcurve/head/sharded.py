@@ -255,14 +255,14 @@ class Spread:
         """``make()``; what it finds wrong in the rows of one process is an error in all, and none is left waiting."""
         if not self._cuts_rows or self.mesh.device_type != "cpu" or torch.compiler.is_compiling():
             return make()  # nobody looks at values
-        made, error = None, None
+        made: list[T] = []
+        error = None
         try:
-            made = make()
+            made.append(make())
         except (TypeError, ValueError) as found:
             error = found
         self._agree(error)
-        assert made is not None
-        return made
+        return made[0]
 
     def _agree(self, error: Exception | None) -> None:
         flag = torch.tensor([float(error is not None)])
