@@ -102,6 +102,7 @@ def cross_entropy(
         dtype = torch.promote_types(logits.dtype, target.dtype)
         if isinstance(target, TopK):
             target.require_fit(logits.shape)
+            logits = _cleared(logits, sample_weight)
         rows = options.against_distribution(logits, target.checked(sample_weight, classes))
     else:
         dtype = logits.dtype
@@ -148,10 +149,10 @@ class _CrossEntropy:
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
                 "use tail='renormalize' or sample_weight"
             )
-        z = self.logit_map.value(_widened(logits))
+        z, offset = self.logit_map.shifted_value(_widened(logits))
         model, y = target.distribution_against(z)
         rows = row_losses(DenseCrossEntropy(LogitMap()), model, self._shaped(y, target, z))
-        return rows + self.z_loss * torch.logsumexp(z, -1).square() if self.z_loss else rows
+        return rows + self.z_loss * (torch.logsumexp(z, -1) + offset).square() if self.z_loss else rows
 
     def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
         """Label smoothing and class weights act on the target."""
@@ -262,6 +263,7 @@ def _divergence(
     model = _logits_of(q, sample_weight, wide)
     if isinstance(p, TopK):
         p.require_fit(model.shape)
+        model = _cleared(model, sample_weight)
         model, target = p.checked(sample_weight, model.shape[-1]).against(model)
     else:
         target = _logits_of(p, sample_weight, wide)
@@ -270,9 +272,14 @@ def _divergence(
                 f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
                 + (checks.layout_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
             )
-    target = logit_map.shifted_value(_widened(target))
+    target, _ = logit_map.shifted_value(_widened(target))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
     return _reduced(rows, None, sample_weight, reducer, dtype, p=target, q=model)
+
+
+def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Logits beside a list: what is computed before the loss of a row sees whole rows, also those of weight 0."""
+    return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).logits(logits.dtype)
 
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -63,15 +63,18 @@ class LogitMap:
             z = torch.where(z == -math.inf, z, self.softcap * torch.tanh(z / self.softcap))
         return z if self.temperature == 1 else z / self.temperature
 
-    def shifted_value(self, z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-        """``m(z)`` up to a constant of each row, which no softmax sees.
+    def shifted_value(
+        self, z: Float[Tensor, "*rows classes"]
+    ) -> tuple[Float[Tensor, "*rows classes"], Float[Tensor, "*rows"] | float]:
+        """``m(z)`` less a constant of each row, which no softmax sees, and the constant.
 
         The largest logit is taken off before the division by ``T``, which would round at the size of a common offset.
         """
         if self.softcap is not None or self.temperature == 1:
-            return self.value(z)
+            return self.value(z), 0.0
         top = z.detach().amax(-1, keepdim=True)
-        return (z - torch.where(top == -math.inf, 0.0, top)) / self.temperature
+        top = torch.where(top == -math.inf, 0.0, top)
+        return (z - top) / self.temperature, top.squeeze(-1) / self.temperature
 
     def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """``m′(z) = (1 − tanh²(z/κ)) / T = 4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: no cancellation near the cap."""
@@ -93,10 +96,6 @@ class RowLoss(ABC):
 
     logit_map: LogitMap
     z_loss: float = 0.0
-
-    def mapped(self, z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-        """``m(z)``; up to a constant of each row, unless the z-loss sees it."""
-        return self.logit_map.value(z) if self.z_loss else self.logit_map.shifted_value(z)
 
     # What a member is: closed forms in the mapped logits.
 
@@ -121,25 +120,28 @@ class RowLoss(ABC):
     def value(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
         """The loss of each row, in float32 or wider."""
         z, target = _widened(z, target)
-        z = self.mapped(z)
+        z, offset = self.logit_map.shifted_value(z)
         rows = self.loss(z, target)
-        return rows + self.z_loss * softmax.softmax_rows(z).log_sum_exp.square() if self.z_loss else rows
+        return rows + self.z_loss * (softmax.softmax_rows(z).log_sum_exp + offset).square() if self.z_loss else rows
 
     def gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
         """``scale ⊙ ∂value`` in the inputs' dtypes. A row of scale 0 has gradient 0, whatever its logits hold."""
         wide_z, wide_target = _widened(z, target)
-        mapped = self.mapped(wide_z)
-        in_z, in_target = self._mapped_gradient(scale, mapped, wide_target, wanted)
+        mapped, offset = self.logit_map.shifted_value(wide_z)
+        in_z, in_target = self._mapped_gradient(scale, mapped, offset, wide_target, wanted)
         if in_z is not None and not self.logit_map.is_identity:
             in_z = in_z * self.logit_map.slope(wide_z)
         return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
 
-    def _mapped_gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
+    def _mapped_gradient(
+        self, scale: Tensor, z: Tensor, offset: Tensor | float, target: Tensor, wanted: tuple[bool, bool]
+    ) -> Pulled:
         """``g′``: the residuals with the z-loss's ``2 λ lse p``."""
         in_z, in_target = self.residuals(scale, z, target, wanted)
         if self.z_loss and wanted[0]:
             rows = softmax.softmax_rows(z)
-            in_z = _sum(in_z, (2 * self.z_loss * scale * rows.log_sum_exp).unsqueeze(-1) * rows.probabilities)
+            lse = rows.log_sum_exp + offset
+            in_z = _sum(in_z, (2 * self.z_loss * scale * lse).unsqueeze(-1) * rows.probabilities)
         return in_z, in_target
 
     def hessian_product(
@@ -147,7 +149,7 @@ class RowLoss(ABC):
     ) -> Pulled:
         """``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
         wide_z, wide_target = _widened(z, target)
-        mapped = self.mapped(wide_z)
+        mapped, offset = self.logit_map.shifted_value(wide_z)
         inner = v_z
         if v_z is not None:
             v_z = v_z.to(wide_z.dtype)
@@ -155,11 +157,12 @@ class RowLoss(ABC):
         wide_v_target = None if v_target is None else v_target.to(wide_target.dtype)
         in_z, in_target = self.products(mapped, wide_target, inner, wide_v_target)
         if self.z_loss and inner is not None:
-            in_z = _sum(in_z, self._z_loss_product(mapped, inner))
+            in_z = _sum(in_z, self._z_loss_product(mapped, offset, inner))
         if in_z is not None and not self.logit_map.is_identity:
             in_z = in_z * self.logit_map.slope(wide_z)
         if v_z is not None and self.logit_map.softcap is not None:
-            in_z = _sum(in_z, self.logit_map.bend(wide_z) * self._differentiable_gradient(mapped, wide_target) * v_z)
+            gradient = self._differentiable_gradient(mapped, offset, wide_target)
+            in_z = _sum(in_z, self.logit_map.bend(wide_z) * gradient * v_z)
         column = scale.unsqueeze(-1)
         in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
         return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
@@ -179,18 +182,19 @@ class RowLoss(ABC):
             q, total = q + 2 * self.z_loss * lse * p, total + 2 * self.z_loss * (lse + 1)
         return RowCurvature(p, q, total)
 
-    def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+    def _differentiable_gradient(self, z: Tensor, offset: Tensor | float, target: Tensor) -> Tensor:
         """``g′`` in the logits, for autograd to look into."""
-        gradient, _ = self._mapped_gradient(z.new_ones(z.shape[:-1]), z, target, (True, False))
+        gradient, _ = self._mapped_gradient(z.new_ones(z.shape[:-1]), z, offset, target, (True, False))
         assert gradient is not None
         return gradient
 
-    def _z_loss_product(self, z: Tensor, v: Tensor) -> Tensor:
+    def _z_loss_product(self, z: Tensor, offset: Tensor | float, v: Tensor) -> Tensor:
         """``2 λ [lse p ⊙ (v − p·v) + p (p·v)]``."""
         rows = softmax.softmax_rows(z)
         p = rows.probabilities
         mean = (p * v).sum(-1, keepdim=True)
-        return 2 * self.z_loss * p * (rows.log_sum_exp.unsqueeze(-1) * softmax.centred(v, p) + mean)
+        lse = (rows.log_sum_exp + offset).unsqueeze(-1)
+        return 2 * self.z_loss * p * (lse * softmax.centred(v, p) + mean)
 
 
 @dataclass(frozen=True)
@@ -208,9 +212,9 @@ class IndexCrossEntropy(RowLoss):
         p = softmax.softmax_rows(z).probabilities
         return p, p
 
-    def _differentiable_gradient(self, z: Tensor, target: Tensor) -> Tensor:
+    def _differentiable_gradient(self, z: Tensor, offset: Tensor | float, target: Tensor) -> Tensor:
         one_hot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1.0)
-        return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, one_hot)
+        return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, offset, one_hot)
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
         """``p ⊙ (v − p·v)``: the target has no derivative."""

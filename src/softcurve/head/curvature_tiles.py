@@ -20,6 +20,7 @@ from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction, LinearMap
+from softcurve.head.target import target_block, target_tops
 from softcurve.objective import HESSIAN
 from softcurve.processes import sum_over
 
@@ -48,6 +49,7 @@ class CurvaturePass:
         self.dtype = t.dtype
         self.rooms = workspace.Rooms(t.dtype, t.input.device)
         self.dense = loss.target != "list"
+        self.target_tops = target_tops(loss, t)
         self.wants_q = self.dense and self.directed and DenseCurvature.needs_q(loss.family, self.matrix)
         self.wants_residual = self.directed and self.matrix == HESSIAN
 
@@ -201,17 +203,19 @@ class CurvatureTile:
             whole = run.rooms.room(name, run.plan.entries)
             return whole[: len(self.weight) * width].view(len(self.weight), width)
 
-        block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale))
+        reference = self.map.reference(loss.scale) if loss.ignores_offsets else None
+        block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale, reference))
         block.raw = room("raw") if loss.softcap is not None else None
         block.v = room("v") if run.directed else None
         block.q = room("q") if run.wants_q else None
         block.residual = room("residual") if run.wants_residual else None
         if self.target is not None:
-            block.target = self.target.logits_into(room("target"), classes, loss.target_scale)
+            reference = self.target.reference(loss.target_scale) if loss.ignores_offsets else None
+            block.target = self.target.logits_into(room("target"), classes, loss.target_scale, reference)
         elif run.dense:
             given = run.given.tensors.target
             assert given is not None
-            block.target = given[self.rows, classes]
+            block.target = target_block(loss, given, run.target_tops, self.rows, classes, run.dtype)
         return block
 
     # --- columns

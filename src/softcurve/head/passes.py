@@ -21,6 +21,7 @@ from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.problem import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
 from softcurve.head.products import Direction, LinearMap
+from softcurve.head.target import target_block, target_tops
 from softcurve.processes import sum_over
 
 
@@ -150,6 +151,7 @@ class _Pass:
         n, self.dtype, device = len(t.input), t.dtype, t.input.device
         require_classes(self.loss, t)
         self.group = self.loss.processes
+        self.target_tops = target_tops(self.loss, t)
         self.rooms = workspace.Rooms(self.dtype, device)
         self.rows = torch.zeros(n, dtype=self.dtype, device=device)
         self.statistics = Statistics()
@@ -208,6 +210,12 @@ class _Pass:
                 if gradient is not None:
                     gradient.zero_()
 
+    def given_target(self, rows: slice | Tensor, classes: slice) -> Tensor:
+        """What is given as a target of every class, of some rows and classes."""
+        given = self.tensors.target
+        assert given is not None
+        return target_block(self.loss, given, self.target_tops, rows, classes, self.dtype)
+
     def _take(self, tensor: Tensor | None, rows: slice | Tensor) -> Tensor | None:
         return None if tensor is None else tensor[rows]
 
@@ -229,13 +237,15 @@ class _Pass:
         )
         moved = direction or (None,) * 6
         along = Direction(self._take(moved[0], rows), moved[1], moved[2])
-        side = _Side(LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype), along)
+        model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype)
+        side = _Side(model, along, model.reference(loss.scale) if loss.ignores_offsets else None)
         target = None
         if teacher:
             assert t.target is not None
             assert t.target_weight is not None
             others = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
-            target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]))
+            reference = others.reference(loss.target_scale) if loss.ignores_offsets else None
+            target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]), reference)
         tile = _Tile(self, rows, data, side, target)
         kernel = tile.kernel()
         block = None
@@ -261,6 +271,8 @@ class _Pass:
             for name, column in vars(kernel.statistics).items():
                 whole = getattr(self.statistics, name)
                 if column is not None:
+                    if name == "lse" and side.reference is not None:
+                        column = column + loss.scale * side.reference.squeeze(-1)
                     whole[rows] = column.to(whole.dtype)
         gradient = self.gradients[3]
         if listed and gradient is not None and isinstance(kernel, ListKernel):
@@ -302,6 +314,7 @@ class _Side(NamedTuple):
 
     map: LinearMap
     along: Direction
+    reference: Tensor | None  # see LinearMap.reference
 
 
 @dataclass
@@ -339,7 +352,7 @@ class _Tile:
             return None if dtype is None else run.narrow_buffer(f"{name}, narrow", dtype, count, width)
 
         in_triton = fused.serves(run.rows.device, run.dtype)
-        block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
+        block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale, self.model.reference))
         block.out = residual_room("z", self.model.map)
         block.v_out = None if run.directions is None else residual_room("v", self.model.map)
         by_closed_forms = run.loss.target != "list" and not run.plan.cuts_classes and run.group is None
@@ -350,7 +363,7 @@ class _Tile:
         wants_target = self.data.wants_target
         if self.target is not None:
             scale = run.loss.target_scale
-            block.target = self.target.map.logits_into(room("target"), classes, scale)
+            block.target = self.target.map.logits_into(room("target"), classes, scale, self.target.reference)
             narrow = residual_room("target", self.target.map) if wants_target else None
             block.target_out = (block.target if narrow is None else narrow) if wants_target else None
             if run.directions is not None:
@@ -359,7 +372,7 @@ class _Tile:
                 block.target_v_out = (block.target_v if narrow is None else narrow) if wants_target else None
         elif run.loss.target != "list":
             assert run.tensors.target is not None
-            block.target = run.tensors.target[self.rows, classes]
+            block.target = run.given_target(self.rows, classes)
             direction = None if run.directions is None else run.directions[3]
             if run.directions is not None:
                 block.target_v = (
@@ -376,7 +389,9 @@ class _Tile:
 
         def product(side: _Side, scale: float) -> Tensor:
             some = side.map._replace(input=side.map.input[rows])
-            return some.logits_into(some.input.new_empty(len(rows), self.data.class_count), everything, scale)
+            reference = None if side.reference is None else side.reference[rows]
+            out = some.input.new_empty(len(rows), self.data.class_count)
+            return some.logits_into(out, everything, scale, reference)
 
         block = Block(everything, product(self.model, run.loss.scale))
         if self.target is not None:
@@ -384,7 +399,7 @@ class _Tile:
         else:
             assert run.tensors.target is not None
             chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
-            block.target = run.tensors.target[chosen]
+            block.target = run.given_target(chosen, everything)
         if self.data.wants_target:
             block.target_out = torch.empty_like(block.z)
         return block

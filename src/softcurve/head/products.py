@@ -7,6 +7,7 @@ is exact in float32, so nothing is lost against widening them first, and nothing
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -159,10 +160,25 @@ class LinearMap(NamedTuple):
         half = shared_half(input, weight)
         return LinearMap(input.to(dtype), weight, bias, None if half is None else input)
 
-    def logits_into(self, out: Tensor, classes: slice, scale: float) -> Tensor:
-        """``scale (e Wᵀ + b)`` of some classes."""
+    def logits_into(self, out: Tensor, classes: slice, scale: float, reference: Tensor | None = None) -> Tensor:
+        """``scale (e Wᵀ + b − reference)`` of some classes; the ``reference`` of each row is 0 by default."""
         bias = None if self.bias is None else self.bias[classes]
-        return linear_into(out, self._factor, self.weight[classes], bias, scale=scale)
+        if reference is None:
+            return linear_into(out, self._factor, self.weight[classes], bias, scale=scale)
+        return linear_into(out, self._factor, self.weight[classes], bias, scale=1.0).sub_(reference).mul_(scale)
+
+    def reference(self, scale: float) -> Tensor | None:
+        """A constant of each row, ``(rows, 1)``, to be taken off its logits before they are scaled.
+
+        Without it a common offset of the logits is rounded once more as it is scaled; ``None`` where scaling is exact.
+        """
+        if math.frexp(scale)[0] == 0.5:
+            return None
+        some = torch.mv(self.input, self.weight[0].to(self.input.dtype)).unsqueeze(-1)
+        if self.bias is None:
+            return some
+        most = self.bias.amax().to(some.dtype)
+        return some + torch.where(most.isfinite(), most, 0.0)
 
     @property
     def _factor(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,26 @@ from torch import Tensor
 
 from softcurve import softmax
 from softcurve.head.kernel import RowData, class_factors
-from softcurve.head.problem import HeadLoss
+from softcurve.head.problem import HeadLoss, HeadTensors
+
+
+def target_tops(loss: HeadLoss, tensors: HeadTensors) -> Tensor | None:
+    """The largest logit of each row of the target, ``(n, 1)``, where a temperature would round at its size."""
+    given = tensors.target
+    if loss.target != "logits" or given is None or loss.group is not None or given.numel() == 0:
+        return None
+    if math.frexp(loss.target_scale)[0] == 0.5:
+        return None
+    top = given.amax(-1, keepdim=True)
+    return torch.where(top.isfinite(), top, 0.0)
+
+
+def target_block(
+    loss: HeadLoss, given: Tensor, tops: Tensor | None, rows: slice | Tensor, classes: slice, dtype: torch.dtype
+) -> Tensor:
+    """The target of some rows and classes as it is given; its logits less ``tops``, where these are not ``None``."""
+    block = given[rows, classes]
+    return block if tops is None else block.to(dtype) - tops[rows].to(dtype)
 
 
 @dataclass(frozen=True)
