@@ -189,6 +189,10 @@ class ListKernel(Kernel):
 
     def close(self, number: int) -> None:
         """The loss of the coarse rows."""
+        if self.loss.smoothing and self.loss.group is None:
+            # A list of all classes has a common offset too, which u·z and U lse would each round in their own way.
+            top = self.own.amax(-1, keepdim=True)
+            self._shift_to(torch.where((self.shift == NO_MASS) & top.isfinite(), top, self.shift))
         self.shift = _or_zero(self.shift)
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
