@@ -149,10 +149,13 @@ class _CrossEntropy:
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
                 "use tail='renormalize' or sample_weight"
             )
-        z, offset = self.logit_map.shifted_value(_widened(logits))
+        z, _ = self.logit_map.shifted_value(_widened(logits))
         model, y = target.distribution_against(z)
         rows = row_losses(DenseCrossEntropy(LogitMap()), model, self._shaped(y, target, z))
-        return rows + self.z_loss * (torch.logsumexp(z, -1) + offset).square() if self.z_loss else rows
+        if self.z_loss:  # which is the loss of a target without mass
+            nothing = z.new_zeros(()).expand(z.shape)
+            rows = rows + row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), logits, nothing)
+        return rows
 
     def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
         """Label smoothing and class weights act on the target."""
