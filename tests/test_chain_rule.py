@@ -212,6 +212,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # which know the names of the losses too
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_input(name: str) -> None:
     call, exception, message = WRONG[name]

@@ -388,7 +388,7 @@ def test_training_on_does_not_move_the_posterior():
 def test_without_scipy_the_error_says_what_to_install(monkeypatch):
     laplace = LastLayerLaplace(a_head(), batches())
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"optimize_prior_precision needs scipy; pip install 'softcurve\[fit\]'"):
+    with pytest.raises(ImportError, match=r"optimize_prior_precision needs scipy.* pip install -e '\.\[fit\]'"):
         laplace.optimize_prior_precision()
 
 

@@ -1,9 +1,12 @@
 """Cross-entropy and KL divergence of a linear head and a softmax, with exact first and second derivatives."""
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
-from softcurve import curvature, functional, nn, reference
+from softcurve import curvature, functional, nn, reference, typing
 from softcurve.chain import ChainRule, chain_rule
+from softcurve.extras import installed as _installed
+from softcurve.extras import needed as _needed
 from softcurve.functional import (
     cross_entropy,
     entropy,
@@ -16,6 +19,10 @@ from softcurve.linear import linear_cross_entropy, linear_js_divergence, linear_
 from softcurve.posed import LossStats
 from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
 
+if TYPE_CHECKING:
+    from softcurve.fit.cross_validation import SoftmaxRegressionCV
+    from softcurve.fit.estimator import SoftmaxRegression
+
 __version__ = "0.1.0"
 
 # They need scikit-learn, which is imported where they are used.
@@ -23,13 +30,6 @@ _LAZY = {
     "SoftmaxRegression": "softcurve.fit.estimator",
     "SoftmaxRegressionCV": "softcurve.fit.cross_validation",
 }
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'softcurve' has no attribute {name!r}")
-    return getattr(_import_module(_LAZY[name]), name)
-
 
 __all__ = [
     "ChainRule",
@@ -54,4 +54,26 @@ __all__ = [
     "reference",
     "softmax_jacobian",
     "softmax_jacobian_product",
+    "typing",
 ]
+
+
+# A type checker takes the lazy names from the imports above, and must not take any other name for an object.
+if not TYPE_CHECKING:
+    # A completion and ``import *`` look up each name, and must not end in the error of a missing dependency.
+    if not _installed("sklearn", "scipy", "safetensors"):
+        __all__ = [name for name in __all__ if name not in _LAZY]
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'softcurve' has no attribute {name!r}")
+        with _needed(f"softcurve.{name}", "fit"):
+            return getattr(_import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, the lazy ones too; the other modules of the package are internal."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
+del TYPE_CHECKING

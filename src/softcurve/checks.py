@@ -98,9 +98,9 @@ def layout_remedy(logits: Sequence[int], target: Sequence[int], name: str = "log
 
 
 def _number(name: str, value: object) -> float | None:
-    """A Python, numpy or 0-d tensor number as a Python number; None if it is no real number."""
+    """A Python, numpy or 0-d tensor number as a Python float; None if it is no real number."""
     if isinstance(value, int | float):
-        return value
+        return float(value)
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.is_complex():
             return None
@@ -109,9 +109,9 @@ def _number(name: str, value: object) -> float | None:
                 f"{name} must be a constant, got a tensor that requires gradients; apply it to the logits or the "
                 f"features yourself, or pass {name}.detach()"
             )
-        return value.item()
+        return float(value)
     if isinstance(value, np.generic) and isinstance(value, np.integer | np.floating | np.bool_):
-        return value.item()
+        return float(value)
     return None
 
 

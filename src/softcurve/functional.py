@@ -38,6 +38,19 @@ from softcurve.targets import (
 )
 from softcurve.typing import Integer, Number, ReductionKind
 
+__all__ = [
+    "cross_entropy",
+    "entropy",
+    "js_divergence",
+    "kl_divergence",
+    "softmax_jacobian",
+    "softmax_jacobian_product",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def cross_entropy(
     logits: Float[Tensor, "*rows classes"],

@@ -15,6 +15,22 @@ from softcurve.posed import LossStats, require_budget, require_shift
 from softcurve.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
+__all__ = [
+    "CrossEntropyLoss",
+    "JSDivergenceLoss",
+    "KLDivergenceLoss",
+    "LinearCrossEntropyLoss",
+    "LinearJSDivergenceLoss",
+    "LinearKLDivergenceLoss",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# torch types a call of a module as Any; each class says under TYPE_CHECKING that a call is one of its forward.
+
 
 class CrossEntropyLoss(torch.nn.Module):
     """:func:`softcurve.cross_entropy` with its options fixed; ``weight`` is a buffer, as in torch."""
@@ -55,8 +71,17 @@ class CrossEntropyLoss(torch.nn.Module):
         """See :func:`softcurve.cross_entropy`."""
         return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
-    if TYPE_CHECKING:  # torch types a call of a module as Any
-        __call__ = forward
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            logits: Float[Tensor, "*rows classes"],
+            target: Tensor | Target,
+            *,
+            sample_weight: Float[Tensor, "*rows"] | None = None,
+        ) -> Float[Tensor, "*reduced"]:
+            """As :meth:`forward`."""
+            ...
 
     def extra_repr(self) -> str:
         """The options."""
@@ -77,7 +102,12 @@ class KLDivergenceLoss(torch.nn.Module):
         return functional.kl_divergence(p, q, sample_weight=sample_weight, **self.options)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(
+            self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
+        ) -> Float[Tensor, "*reduced"]:
+            """As :meth:`forward`."""
+            ...
 
     def extra_repr(self) -> str:
         """The options."""
@@ -105,7 +135,12 @@ class JSDivergenceLoss(torch.nn.Module):
         return functional.js_divergence(p, q, sample_weight=sample_weight, **self.options)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        def __call__(
+            self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
+        ) -> Float[Tensor, "*reduced"]:
+            """As :meth:`forward`."""
+            ...
 
     def extra_repr(self) -> str:
         """The options."""
@@ -127,6 +162,38 @@ class _LinearLoss(torch.nn.Module):
         super().__init__()
         self.linear = torch.nn.Linear(in_features, num_classes * positions, bias=bias, device=device, dtype=dtype)
         self.options: dict[str, Any] = {}
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            input: Float[Tensor, "*rows features"],
+            target: Tensor | Target,
+            *,
+            sample_weight: Tensor | None = None,
+            return_stats: Literal[False] = False,
+        ) -> Float[Tensor, "*reduced"]: ...
+        @overload
+        def __call__(
+            self,
+            input: Float[Tensor, "*rows features"],
+            target: Tensor | Target,
+            *,
+            sample_weight: Tensor | None = None,
+            return_stats: Literal[True],
+        ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+        @overload
+        def __call__(
+            self,
+            input: Float[Tensor, "*rows features"],
+            target: Tensor | Target,
+            *,
+            sample_weight: Tensor | None = None,
+            return_stats: bool,
+        ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            """As ``forward`` of each member."""
 
     def extra_repr(self) -> str:
         """The options."""
@@ -178,25 +245,6 @@ class LinearCrossEntropyLoss(_LinearLoss):
             memory_budget=memory_budget,
         )
 
-    # fmt: off
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
-    ) -> Float[Tensor, "*reduced"]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[True],
-    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: bool,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -217,9 +265,6 @@ class LinearCrossEntropyLoss(_LinearLoss):
             return_stats=return_stats,
             **self.options,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
     @property
     def reduction(self) -> str:
@@ -271,25 +316,6 @@ class LinearKLDivergenceLoss(_LinearLoss):
             memory_budget=memory_budget,
         )
 
-    # fmt: off
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
-    ) -> Float[Tensor, "*reduced"]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[True],
-    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: bool,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -308,9 +334,6 @@ class LinearKLDivergenceLoss(_LinearLoss):
             return_stats=return_stats,
             **self.options,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 class LinearJSDivergenceLoss(_LinearLoss):
@@ -341,25 +364,6 @@ class LinearJSDivergenceLoss(_LinearLoss):
             memory_budget=memory_budget,
         )
 
-    # fmt: off
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
-    ) -> Float[Tensor, "*reduced"]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[True],
-    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-    @overload
-    def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: bool,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-    # fmt: on
     def forward(
         self,
         input: Float[Tensor, "*rows features"],
@@ -378,9 +382,6 @@ class LinearJSDivergenceLoss(_LinearLoss):
             return_stats=return_stats,
             **self.options,
         )
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _checked(**options: Any) -> dict[str, Any]:

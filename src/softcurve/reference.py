@@ -14,6 +14,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+__all__ = [
+    "basic_identity",
+    "cross_entropy",
+    "dL_dW",
+    "dL_de",
+    "dL_dp",
+    "dL_dtheta",
+    "dL_dx",
+    "dL_dz",
+    "entropy",
+    "forward_kl",
+    "kl_divergence",
+    "kl_from_cross_entropy",
+    "kl_gradient_in_first",
+    "kl_gradient_in_first_logits",
+    "kl_gradient_in_second",
+    "kl_gradient_in_second_logits",
+    "reverse_kl",
+    "softmax",
+    "softmax_derivative",
+    "softmax_jacobian",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # --- the softmax -----------------------------------------------------------------------------------------------------
 
 

@@ -32,3 +32,7 @@ FitLoss: TypeAlias = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
 
 FitPrecision: TypeAlias = Literal["auto", "mixed", "float64"]
 """The floating-point precision of a fit."""
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 from softcurve.app.interrupt import remember_interrupts
-
-INSTALL = "pip install 'softcurve[all]'"
+from softcurve.extras import needed
 
 try:
-    import typer
+    with needed("the command line", "app"):
+        import typer
 except ImportError as error:
-    print(f"softcurve: the command line needs {error.name}; {INSTALL}", file=sys.stderr)
+    print(f"softcurve: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
 __all__ = ["app", "main"]
@@ -220,7 +220,12 @@ def main() -> None:
     remember_interrupts()
     if sys.argv[1:2] == ["fit"]:
         _let_one_speak()
-    app()
+    try:
+        with needed("the command line"):  # typer itself imports what it prints with when it prints
+            app()
+    except ImportError as error:
+        print(f"softcurve: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _let_one_speak() -> None:
@@ -234,12 +239,11 @@ def _let_one_speak() -> None:
 @contextmanager
 def _refusals() -> Iterator[None]:
     try:
-        yield
+        with needed("this command"):
+            yield
     except BrokenPipeError:
         raise
-    except ImportError as error:
-        _refuse(f"this needs {error.name or error}, which cannot be imported; {INSTALL}", error)
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         _refuse(str(error), error)
 
 

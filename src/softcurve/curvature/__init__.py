@@ -36,3 +36,7 @@ __all__ = [
     "influence",
     "split_head",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

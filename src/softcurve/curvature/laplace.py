@@ -33,6 +33,7 @@ from softcurve.curvature.class_forms import ClassForm
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.network import Batch
 from softcurve.curvature.operator import require_count
+from softcurve.extras import needed
 from softcurve.head import curvature, passes
 from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
@@ -163,10 +164,8 @@ class LastLayerLaplace:
         checks.require_positive("tol", tol)
         if low >= high:
             raise ValueError(f"bounds must be a smaller and a larger prior precision, got {bounds}")
-        try:
+        with needed("optimize_prior_precision", "fit"):
             from scipy.optimize import minimize_scalar
-        except ImportError as error:
-            raise ImportError("optimize_prior_precision needs scipy; pip install 'softcurve[fit]'") from error
         found = minimize_scalar(
             lambda s: -self._evidence(math.exp(s)),
             bounds=(math.log(low), math.log(high)),

@@ -23,6 +23,7 @@ from softcurve import checks
 from softcurve.curvature.losses import HeadLosses
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
+from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
@@ -333,9 +334,7 @@ def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | N
 
 
 def _with_progress(data: Iterable[Batch], description: str) -> Iterable[Batch]:
-    try:
+    with needed("progress=True", "app"):
         from rich.console import Console
         from rich.progress import track
-    except ImportError as error:
-        raise ImportError("progress=True needs rich; pip install 'softcurve[all]'") from error
     return track(data, description, total=length_of(data), transient=True, console=Console(stderr=True))

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softcurve.extras import needed
+
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
@@ -121,7 +123,8 @@ class SymmetricOperator(ABC):
 
     def to_scipy(self) -> LinearOperator:
         """The same matrix for scipy's solvers, in the operator's dtype (half precisions as float32)."""
-        from scipy.sparse.linalg import LinearOperator
+        with needed("to_scipy", "fit"):
+            from scipy.sparse.linalg import LinearOperator
 
         dtype = _numpy_dtype(self.dtype)
 

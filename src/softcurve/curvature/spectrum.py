@@ -22,6 +22,7 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.curvature.estimates import Draws, Estimate
 from softcurve.curvature.operator import SymmetricOperator, require_count, require_finite, working_dtype
+from softcurve.extras import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,8 +157,9 @@ def _lanczos(
     operator: SymmetricOperator, k: int, which: str, tol: float, max_products: int | None, seed: int, width: int
 ) -> Eigenpairs:
     """ARPACK: ``width + 1`` products, then at most ``width − k`` a restart, of the matrix divided by its size."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
-    from scipy.sparse.linalg import eigsh as arpack
+    with needed("eigsh", "fit"):
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
+        from scipy.sparse.linalg import eigsh as arpack
 
     matrix, dtype = operator.to_scipy(), working_dtype(operator)
     start = next(Draws(operator, "normal", seed).chunks(1, 1)).squeeze(1)
@@ -196,7 +198,8 @@ def _lobpcg(operator: SymmetricOperator, k: int, which: str, tol: float, max_pro
 
     It warns, or breaks down, where it does not reach the tolerance; the residuals judge here.
     """
-    from scipy.sparse.linalg import LinearOperator, lobpcg
+    with needed("eigsh", "fit"):
+        from scipy.sparse.linalg import LinearOperator, lobpcg
 
     dtype = working_dtype(operator)
     accuracy = tol or max(math.sqrt(torch.finfo(dtype).eps), torch.finfo(operator.dtype).eps)
@@ -297,7 +300,7 @@ class SpectralDensity:
         """The density on a logarithmic scale, with a band of one standard error over probes.
 
         The scale ends at a tenth of what a single eigenvalue would show. ``path`` is written whole or not at all, in
-        the format of its suffix (PNG without one). Needs matplotlib (``pip install 'softcurve[app]'``).
+        the format of its suffix (PNG without one). Needs matplotlib, of the extra ``app``.
         """
         width = self.width if width is None else width
         checks.require_positive("width", width)
@@ -392,8 +395,9 @@ def _jacobi_matrices(
 
 def _new_axes() -> Axes:
     """Axes on a figure of their own, which belongs to nobody's list of open figures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needed("plot", "app"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from softcurve.fit.data.subset import Subset
 from softcurve.fit.estimator import (
     Array,
     Posed,
+    Real,
     SoftmaxRegression,
+    Whole,
     class_weighted,
     posed,
     target_labels,
@@ -28,6 +30,7 @@ from softcurve.fit.estimator import (
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head
 from softcurve.fit.losses import row_losses
 from softcurve.fit.path import regularisation_path
+from softcurve.typing import FitLoss, FitPrecision
 
 __all__ = ["SoftmaxRegressionCV"]
 
@@ -54,19 +57,25 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     without ``refit``.
     """
 
+    Cs: Any  # set_params takes anything
+    C_: float
+    Cs_: Array
+    scores_: Array
+    mean_scores_: Array
+
     def __init__(
         self,
         *,
-        Cs: Any = 10,
+        Cs: Whole | Sequence[Real] | Array = 10,
         cv: Any = None,
-        scoring: Any = None,
+        scoring: str | Callable[..., Any] | None = None,
         refit: bool = True,
-        loss: str = "cross_entropy",
+        loss: FitLoss = "cross_entropy",
         fit_intercept: bool = True,
-        tol: float = 1e-4,
-        max_iter: int = 100,
-        class_weight: Any = None,
-        precision: str = "auto",
+        tol: Real = 1e-4,
+        max_iter: Whole = 100,
+        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
+        precision: FitPrecision = "auto",
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:

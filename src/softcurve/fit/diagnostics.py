@@ -17,6 +17,7 @@ from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels
 from softcurve.fit.together import Together
 from softcurve.functional import entropy
+from softcurve.records import ShortRepr
 from softcurve.targets import TopK
 
 __all__ = ["Calibration", "Diagnostics", "HardRow", "diagnose"]
@@ -25,8 +26,8 @@ KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
 MOST_CONFUSED = 30
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration(ShortRepr):
     """Rows by the probability of the class that is predicted, in bins of equal width; a bin holds its upper edge.
 
     ``confidence`` is the mean of that probability and ``accuracy`` the share of rows predicted rightly, NaN in an
@@ -54,8 +55,8 @@ class HardRow:
     loss: float
 
 
-@dataclass(frozen=True, eq=False)
-class Diagnostics:
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagnostics(ShortRepr):
     """Figures of a head on rows, in nats; a target's most probable class is its label.
 
     ``kl`` is the mean ``D(target‖model)``, ``None`` for labels; ``entropy`` is the mean of the model's own;

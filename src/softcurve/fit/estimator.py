@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -20,11 +20,15 @@ from torch import Tensor
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.solver.newton import Step
 from softcurve.targets import TopK
+from softcurve.typing import FitLoss, FitPrecision
 
 __all__ = ["SoftmaxRegression"]
 
 Array = NDArray[Any]
+Real = int | float | np.integer[Any] | np.floating[Any]
+Whole = int | np.integer[Any]
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -58,17 +62,26 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ``history_``, a record for each step; ``n_features_in_``, ``feature_names_in_``.
     """
 
+    classes_: Array
+    coef_: Any
+    intercept_: Any
+    n_iter_: Array
+    objective_: float
+    gradient_max_: float
+    history_: tuple[Step, ...]
+    n_features_in_: int
+
     def __init__(
         self,
         *,
-        C: float = 1.0,
-        loss: str = "cross_entropy",
+        C: Real = 1.0,
+        loss: FitLoss = "cross_entropy",
         fit_intercept: bool = True,
-        tol: float = 1e-4,
-        max_iter: int = 100,
-        class_weight: Any = None,
+        tol: Real = 1e-4,
+        max_iter: Whole = 100,
+        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
         warm_start: bool = False,
-        precision: str = "auto",
+        precision: FitPrecision = "auto",
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:
@@ -142,7 +155,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         return weight, bias
 
-    def decision_function(self, X: Any) -> Any:
+    @overload
+    def decision_function(self, X: Tensor) -> Tensor: ...
+    @overload
+    def decision_function(self, X: Any) -> Array: ...
+    def decision_function(self, X: Any) -> Array | Tensor:
         """Logits ``(n, C)``; of two classes ``(n,)``, the second's minus the first's."""
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
@@ -151,14 +168,22 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         logits = torch.cat(parts)
         return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
 
-    def predict_log_proba(self, X: Any) -> Any:
+    @overload
+    def predict_log_proba(self, X: Tensor) -> Tensor: ...
+    @overload
+    def predict_log_proba(self, X: Any) -> Array: ...
+    def predict_log_proba(self, X: Any) -> Array | Tensor:
         """Logarithms of the probabilities, ``(n, C)``."""
         logits = torch.as_tensor(self.decision_function(X))
         if logits.ndim == 1:
             logits = torch.stack([-logits / 2, logits / 2], 1)
         return as_given(torch.log_softmax(logits, 1), X)
 
-    def predict_proba(self, X: Any) -> Any:
+    @overload
+    def predict_proba(self, X: Tensor) -> Tensor: ...
+    @overload
+    def predict_proba(self, X: Any) -> Array: ...
+    def predict_proba(self, X: Any) -> Array | Tensor:
         """Probabilities of the classes, in the order of ``classes_``, ``(n, C)``."""
         return as_given(torch.as_tensor(self.predict_log_proba(X)).exp(), X)
 
@@ -320,7 +345,7 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
 # --- what goes out ------------------------------------------------------------------------------------------------
 
 
-def as_given(result: Tensor, like: Any) -> Any:
+def as_given(result: Tensor, like: Any) -> Array | Tensor:
     """A tensor for a tensor, or else an array; in the dtype of what came, where that is a floating-point one."""
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result

@@ -24,6 +24,7 @@ from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
 from softcurve.fit.together import LostProcess, Processes, Together
+from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
@@ -44,8 +45,8 @@ DOUBLE_BELOW = 1_000_000
 FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fit(ShortRepr):
     """A fitted head: ``weight`` (C, d), ``bias`` (C,), the objective in nats, and how it was reached.
 
     ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it is

@@ -15,6 +15,7 @@ from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.together import Together
+from softcurve.records import ShortRepr
 from softcurve.targets import TopK
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
@@ -34,8 +35,8 @@ Method = Literal["dense", "products", "kronecker"]
 RESOLUTION: dict[Method, float] = {"dense": 1e-9, "products": 1e-3, "kronecker": 1e-9}
 
 
-@dataclass(frozen=True, eq=False)
-class CurvatureSpectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class CurvatureSpectrum(ShortRepr):
     """Eigenvalues of the Gauss-Newton matrix of the mean loss in weight and bias, ``size × size``, on ``rows`` rows.
 
     ``largest`` come from the largest down; those that are not found are left out. ``shares`` sum to 1 and say how large

@@ -16,6 +16,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import Label
 from softcurve.fit.losses import LOSSES
 from softcurve.fit.tensor_file import read_tensors, write_tensors
+from softcurve.records import ShortRepr
 
 __all__ = ["SavedHead"]
 
@@ -23,8 +24,8 @@ FORMAT = "softcurve.head"
 VERSION = "1"
 
 
-@dataclass(frozen=True, eq=False)
-class SavedHead:
+@dataclass(frozen=True, eq=False, repr=False)
+class SavedHead(ShortRepr):
     """A linear softmax head with the names of its classes and how it was fitted."""
 
     weight: Float[Tensor, "classes d"]

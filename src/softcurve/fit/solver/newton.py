@@ -20,6 +20,7 @@ from torch import Tensor
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
+from softcurve.records import ShortRepr
 
 __all__ = ["Outcome", "State", "Step", "minimise"]
 
@@ -51,8 +52,8 @@ class Step:
     damping: float
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+@dataclass(frozen=True, eq=False, repr=False)
+class State(ShortRepr):
     """All that the next step depends on."""
 
     parameters: Float64[Tensor, "classes size"]
@@ -64,8 +65,8 @@ class State:
     history: tuple[Step, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
+@dataclass(frozen=True, eq=False, repr=False)
+class Outcome(ShortRepr):
     """The last state, and why the fit ended."""
 
     state: State

@@ -14,14 +14,15 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
+from softcurve.records import ShortRepr
 
 __all__ = ["Objective", "Point"]
 
 Keep = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
+@dataclass(frozen=True, eq=False, repr=False)
+class Point(ShortRepr):
     """Where the fit stands: the objective in nats, its gradient, and the largest entry of that in weight and bias."""
 
     parameters: Float64[Tensor, "classes size"]

@@ -1,0 +1,72 @@
+"""What a type checker and a completion see of the package."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import softcurve
+from softcurve import chain, curvature, functional, nn, reference, typing
+from softcurve.fit.losses import LOSSES as FIT_LOSSES
+from softcurve.objective import REDUCTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "tests" / "typed_user_script.py"
+
+
+@pytest.mark.slow  # mypy reads torch, unless `make lint` has left its cache
+def test_mypy_accepts_a_users_script_and_the_readme(tmp_path):
+    pytest.importorskip("mypy")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) >= 4
+    readme = tmp_path / "readme_blocks.py"
+    readme.write_text("\n".join(blocks), encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", str(SCRIPT), str(readme)]
+    environment = os.environ | {"MYPYPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_users_script_runs():
+    runpy.run_path(str(SCRIPT))
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_kl_divergence", "linear_js_divergence"])
+def test_overloads_repeat_the_signature(name):
+    tree = ast.parse((ROOT / "src" / "softcurve" / "linear.py").read_text(encoding="utf-8"))
+    *overloads, whole = [node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    assert [ast.unparse(overload.kwonlyargs[-1]) for overload in overloads] == [
+        f"return_stats: {kind}" for kind in ("Literal[False]", "Literal[True]", "bool")
+    ]
+    for arguments in (*overloads, whole):
+        del arguments.kwonlyargs[-1], arguments.kw_defaults[-1]
+    assert {ast.dump(overload) for overload in overloads} == {ast.dump(whole)}
+
+
+def test_literals_are_what_is_accepted():
+    assert get_args(typing.ReductionKind) == REDUCTIONS
+    assert get_args(typing.ChainLoss) == chain.LOSSES
+    assert get_args(typing.FitLoss) == tuple(FIT_LOSSES)
+
+
+def test_completion_offers_the_public_names():
+    assert {name for name in dir(softcurve) if not name.startswith("__")} == set(softcurve.__all__)
+    assert {"SoftmaxRegression", "SoftmaxRegressionCV"} <= set(dir(softcurve))
+    for module in (curvature, functional, nn, reference, typing):
+        offered = {name: getattr(module, name) for name in dir(module)}
+        assert set(offered) == set(module.__all__)
+        assert not [name for name, value in offered.items() if inspect.ismodule(value)]
+        made_here = {
+            name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+        }
+        public = {name for name in made_here if not name.startswith("_")}
+        assert public - set(module.__all__) <= {"require_class_weight", "require_finite_against", "weighted"}
