@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import (
     DEFAULT_IGNORED,

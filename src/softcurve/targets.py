@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float, Int
 
 
 class Target(ABC):
