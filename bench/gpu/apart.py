@@ -53,18 +53,19 @@ def time_is_up(name: str, shape: Shape) -> Record:
     return {"case": name, "shape": shape, "records": [{"who": OURS, "note": TIME_UP}]}
 
 
-def command(name: str, shape: Shape, preparing: float, out: Path, options: Sequence[str]) -> list[str]:
-    """One case in its own process."""
-    own = ["--case", name, "--shapes", ",".join(map(str, shape)), "--total", f"{preparing:.1f}", "--out", str(out)]
+def command(name: str, shape: Shape, seconds: float, out: Path, options: Sequence[str]) -> list[str]:
+    """One case in its own process, whose time runs from now on."""
+    rounds = min(ROUNDS_MOST, ROUNDS_SHARE * seconds)
+    own = ["--case", name, "--shapes", ",".join(map(str, shape)), "--out", str(out), "--long", f"{rounds:.1f}"]
+    own += ["--total", f"{seconds - rounds:.1f}", "--since", f"{time.monotonic():.1f}"]
     return [sys.executable, "-m", "bench", "gpu", "--together", *own, *options]
 
 
 def _run(name: str, shape: Shape, seconds: float, options: Sequence[str]) -> tuple[Record | None, str]:
-    preparing = max(0.0, seconds - min(ROUNDS_MOST, ROUNDS_SHARE * seconds))
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder) / "case.json", Path(folder) / "errors"
         with errors.open("w") as stream:
-            code = run_limited(command(name, shape, preparing, out, options), seconds + GRACE, stream)
+            code = run_limited(command(name, shape, seconds, out, options), seconds + GRACE, stream)
         last = (errors.read_text(errors="replace").strip().splitlines() or [""])[-1][:LAST_LINE].replace("|", "/")
         if out.exists() and code in (0, 1):
             (case,) = json.loads(out.read_text(encoding="utf-8"))["cases"]

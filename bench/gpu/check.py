@@ -48,14 +48,9 @@ PYTEST = (
     "-q",
     "--tb=short",
     "--show-capture=no",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:xdist",
-    "-W",
-    "default",
-    "-o",
-    "minversion=8.0",
+    *("-p", "no:cacheprovider"),
+    *("-W", "default"),
+    *("-o", "minversion=8.0"),
 )
 SHOWN = 20  # failures
 
@@ -66,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu.check: no CUDA device; --device cpu tries the command on the CPU", file=sys.stderr)
         return 2
+    options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     _prepare_environment(options.device)
     report = Report(options.out / "check.json", options.device)
@@ -106,6 +102,7 @@ def _prepare_environment(device: str) -> None:
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "SOFTCURVE_TEST_DEVICE": device,
     }
     os.chdir(ROOT)

@@ -72,7 +72,6 @@ def run_job(job: Job, options: Sequence[str], root: Path, log: Path, deadline: D
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(MOST_PROCESSES):
             if deadline.left() <= 0:
-                outcome.notes.append("the time was up")
                 break
             before = len(finished(outcome))
             code = _run_process(job, options, root, Path(folder), log, deadline, outcome)
@@ -81,6 +80,8 @@ def run_job(job: Job, options: Sequence[str], root: Path, log: Path, deadline: D
             if len(finished(outcome)) == before:
                 outcome.notes.append(f"a process ended with code {code} before any test: {_last_line(log)}")
                 break
+    if deadline.left() <= 0 and (not outcome.tests or outcome.counts()[UNREACHED]):
+        outcome.notes.append("the time was up")
     outcome.seconds = time.monotonic() - begun
     return outcome
 

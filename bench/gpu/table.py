@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     meter = DEVICES[options.device]()
     report: dict[str, Any] = {"machine": meter.describe() | software() | {"state": meter.state()}}
     report |= {"rounds": options.rounds, "limit": options.limit, "total": options.total, "cases": []}
-    deadline = Deadline(options.total)
-    effort = Effort(options.rounds, options.who or (), options.limit, deadline)
+    deadline = Deadline(options.total, options.since)
+    effort = Effort(options.rounds, options.who or (), options.limit, deadline, options.long)
     print(f"{report['machine']['device']}, torch {torch.__version__}, {report['machine']['versions']}")
     print(f"{ABOUT}\n", flush=True)
     print_head(*COLUMNS)
@@ -64,14 +64,18 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
     everybody = dict.fromkeys(who for name in CASES for who in contestants(name))
-    rounds = f"20 by default; beyond {LONG:g} s a case is left with {FEWEST} or more"
+    rounds = f"20 by default; a case that has taken --long is left with {FEWEST} or more"
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="all by default; may be repeated")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="N,d,C", help="or tiny; each case's own by default")
     who = "as in the table; all by default; may be repeated"
     parser.add_argument("--who", action="append", choices=tuple(everybody), metavar="NAME", help=who)
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
+    long = f"{LONG:g} by default"
+    parser.add_argument("--long", type=float, default=LONG, metavar="SECONDS", help=long)
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="to prepare a contestant")
     parser.add_argument("--total", type=float, default=420.0, metavar="SECONDS", help="after which nobody is prepared")
+    since = "the reading of the system's monotonic clock from which the total counts; now by default"
+    parser.add_argument("--since", type=float, metavar="SECONDS", help=since)
     together = "all cases in this process; otherwise each has its own, and its share of the total"
     parser.add_argument("--together", action="store_true", help=together)
     parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu: to see that everything runs")
