@@ -12,12 +12,12 @@ DEMO := build/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench docs clean
+.PHONY: help install demo test lint bench gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "PYTHON=python3.12 chooses the interpreter; ARGS='...' is passed on by test and bench; WORKERS=2 is for test."
+	@echo "PYTHON=python3.12 chooses the interpreter; ARGS='...' is passed on by test, bench and gpu; WORKERS=2 is for test."
 
 install: $(INSTALLED) ## make .venv with the package, its extras and the tools
 
@@ -40,6 +40,9 @@ lint: $(INSTALLED) ## check style, formatting and types
 
 bench: $(INSTALLED) ## measure speed and memory
 	$(BIN)/python -m bench $(ARGS)
+
+gpu: $(INSTALLED) ## run the head's tests and the benchmark on a CUDA device, in ten minutes
+	$(BIN)/python -m bench.gpu.check $(ARGS)
 
 docs: $(INSTALLED_DOCS) ## build the documentation into build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs

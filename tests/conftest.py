@@ -1,7 +1,11 @@
-"""Every test: shapes checked at run time, one seed, one thread; fresh processes for what must go without."""
+"""Every test: shapes checked at run time, one seed, one thread; fresh processes for what must go without.
+
+The head's tests also run where torch, triton and pytest are all there is: without the checks of shapes, then.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,17 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
-from jaxtyping import config, install_import_hook
+
+from .placement import ON_CPU, place_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes.
-install_import_hook("softcurve", "beartype.beartype")
+CHECKS_SHAPES = all(map(importlib.util.find_spec, ("jaxtyping", "beartype")))
+if CHECKS_SHAPES:
+    from jaxtyping import config, install_import_hook
+
+    install_import_hook("softcurve", "beartype.beartype")
 
 # The same examples on every run, and no deadline: the machine may be busy with other things.
-settings.register_profile("softcurve", deadline=None, derandomize=True)
-settings.load_profile("softcurve")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("softcurve", deadline=None, derandomize=True)
+    settings.load_profile("softcurve")
+
+place_tensors()
 
 
 # What torch does to itself when its inductor is first used, and nothing that a caller could change.
@@ -36,9 +49,11 @@ def reproducible() -> None:
 @pytest.fixture
 def without_shape_checks() -> Iterator[None]:
     """For tests of thousands of small calls, which the checks would double; other tests make the same calls checked."""
-    config.update("jaxtyping_disable", True)
+    if CHECKS_SHAPES:
+        config.update("jaxtyping_disable", True)
     yield
-    config.update("jaxtyping_disable", False)
+    if CHECKS_SHAPES:
+        config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +65,8 @@ def run_python() -> Callable[[str], subprocess.CompletedProcess[str]]:
     """
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "error", "-W", INDUCTOR_WARNING, "-c", code]
+        warnings = ["-W", "error", "-W", INDUCTOR_WARNING] if ON_CPU else []  # a driver's warnings are its own
+        command = [sys.executable, *warnings, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode != 0:
             pytest.fail(f"exit code {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)

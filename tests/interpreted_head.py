@@ -1,9 +1,13 @@
-"""The head's Triton kernels in Triton's interpreter: float32 tiles against dense float64. ``test_head_fused.py`` runs this."""
+"""The head's Triton kernels: float32 tiles against dense float64.
+
+``test_head_fused.py`` runs this in Triton's interpreter; where the tests' device is a GPU, the kernels are compiled.
+"""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +20,7 @@ from softcurve.head import curvature, fused, products, row_forms
 from softcurve.head.products import Direction
 
 from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
+from .placement import DEVICE, ON_CPU
 from .test_curvature_head import Dense, directions, flat, posed, random_columns, second_order, whole, zeros_like
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -37,9 +42,9 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math, "run", run)
 
 
-def test_the_interpreter_is_on() -> None:
-    assert fused.serves(torch.device("cpu"), torch.float32)
-    assert not fused.serves(torch.device("cpu"), torch.float64)
+def test_the_kernels_are_on() -> None:
+    assert fused.serves(DEVICE, torch.float32)
+    assert not fused.serves(DEVICE, torch.float64)
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------
@@ -144,18 +149,23 @@ def test_nothing_is_launched_for_float64_or_for_no_rows() -> None:
 
 @pytest.fixture
 def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
-    """The CPU as if it had the products of CUDA: half-precision factors, their product summed in float32."""
+    """The products of CUDA: half-precision factors, their product summed in float32. The CPU is as if it had them."""
     multiplied: list[torch.dtype] = []
+    product_on_device = products._half_product
 
     def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
         assert a.dtype == b.dtype
         assert a.dtype in (torch.float16, torch.bfloat16)
         assert out.dtype == torch.float32
         multiplied.append(a.dtype)
+        if not ON_CPU:
+            product_on_device(out, a, b, beta=beta, alpha=alpha)
+            return
         product = alpha * (a.float() @ b.float())
         out.copy_(product if beta == 0 else product + beta * out)
 
-    monkeypatch.setattr(products, "multiplies_half", lambda device: True)
+    if ON_CPU:
+        monkeypatch.setattr(products, "multiplies_half", lambda device: True)
     monkeypatch.setattr(products, "_half_product", half_product)
     return multiplied
 
@@ -255,11 +265,20 @@ def test_rows_whose_factor_cannot_be_divided_by_are_scaled(half_products: list[t
     assert_same(gradient.double().mT, right, "gradient", 2.0**-7)
 
 
+@contextmanager
+def room_for(entries: int) -> Iterator[Tensor]:
+    """Of float32; on the CPU it occupies nothing until it is touched."""
+    if not ON_CPU:
+        yield torch.empty(entries, device=DEVICE)
+        return
+    with mmap.mmap(-1, 4 * entries, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as room:
+        yield torch.frombuffer(room, dtype=torch.float32)
+
+
 def test_rows_beyond_32_bits() -> None:
     """A row's place is counted in 64 bits: two rows 2³¹ + 16 entries apart, of which nothing else is ever touched."""
     apart = 2**31 + 16
-    with mmap.mmap(-1, 4 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as room:
-        whole_room = torch.frombuffer(room, dtype=torch.float32)
+    with room_for(apart + 64) as whole_room:
         z = whole_room.as_strided((2, 20), (apart, 1))
         values = torch.randn(2, 20)
         z.copy_(values)
@@ -327,8 +346,10 @@ def test_curvature_of_confident_rows(kind: str) -> None:
 # --- all of it -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_kernel_has_run() -> None:
+def test_every_kernel_has_run(request: pytest.FixtureRequest) -> None:
     """The last of the tests."""
+    if request.config.getoption("record", None) is not None:
+        pytest.skip("the tests are divided among processes")
     kernels = {
         value
         for module in (lists, dense, dense_curvature)

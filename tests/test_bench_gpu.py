@@ -64,7 +64,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     from bench.gpu.table import main
 
     path = tmp_path / "gpu.json"
-    code = main(["--device", "cpu", "--shapes", "tiny", "--rounds", "2", "--out", str(path), *arguments])
+    code = main(["--together", "--device", "cpu", "--shapes", "tiny", "--rounds", "2", "--out", str(path), *arguments])
     return code, json.loads(path.read_text(encoding="utf-8"))
 
 

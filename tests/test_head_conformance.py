@@ -31,6 +31,7 @@ from .head_cases import (
     pairwise,
     problem,
 )
+from .placement import DEVICE
 
 # Rows, features, classes and budget that leave the logits whole, cut rows, and cut rows and classes (see
 # test_budgets_cut_rows_and_classes).
@@ -434,7 +435,7 @@ MODULES: list[tuple[str, str, Any, dict[str, Any]]] = [
 def test_modules_are_the_functions(
     module: str, function: str, target: Any, options: dict[str, Any], bias: bool
 ) -> None:
-    made = getattr(nn, module)(5, 7, bias=bias, **options)
+    made = getattr(nn, module)(5, 7, bias=bias, **options).to(DEVICE)
     parameters = dict(made.named_parameters())
     assert parameters.keys() == ({"linear.weight", "linear.bias"} if bias else {"linear.weight"})
     for sample_weight in (None, SAMPLE):
@@ -464,7 +465,8 @@ def test_modules_are_the_functions(
 def test_tied_embedding(module: str, options: dict[str, Any]) -> None:
     """One tensor embeds the words and is the head: its gradient is the sum of both parts, as in the dense model."""
     torch.manual_seed(4)
-    embedding, made = torch.nn.Embedding(7, 5).double(), getattr(nn, module)(5, 7, dtype=torch.float64, **options)
+    embedding = torch.nn.Embedding(7, 5).double().to(DEVICE)
+    made = getattr(nn, module)(5, 7, dtype=torch.float64, **options).to(DEVICE)
     made.linear.weight = embedding.weight
     words, target = torch.tensor([0, 3, 3, 6]), torch.tensor([3, 3, 6, 1])
     goal = target if module == "LinearCrossEntropyLoss" else Logits(torch.randn(4, 7, dtype=torch.float64))

@@ -1,4 +1,7 @@
-"""The head's extra memory stays within its budget, whatever N and C: measured in processes of their own."""
+"""The head's extra memory stays within its budget, whatever N and C: measured in processes of their own.
+
+On the CPU it is the resident set, on a CUDA device what torch's allocator gave out.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,48 @@ import torch
 
 import softcurve
 
+from .placement import DEVICE, PLACED
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 
 BUDGET, MOST = 64, 96  # MB: what is asked for, and what a process may show
 
-PREAMBLE = """
-import json, torch, softcurve
-from pathlib import Path
-torch.set_num_threads(1)
-torch.manual_seed(0)
-BUDGET = MEGABYTES << 20
-
-
+MEASURES = {
+    "cpu": """
 def status(field):
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
 
+
+def begin():
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    return status("VmRSS")
+
+
+def highest():
+    return status("VmHWM")
+""",
+    "cuda": """
+def begin():
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def highest():
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+""",
+}
+
+PREAMBLE = f"""{PLACED}
+import json, torch, softcurve
+from pathlib import Path
+torch.set_num_threads(1)
+torch.manual_seed(0)
+BUDGET = {BUDGET} << 20
+{MEASURES[DEVICE.type]}
 
 def tensors(rows, features, classes):
     x, w = torch.randn(rows, features), torch.randn(classes, features) / features**0.5
@@ -36,10 +64,9 @@ def tensors(rows, features, classes):
 
 def extra(work, given):
     '''Megabytes at the highest, beyond what was there and the results, which are kept.'''
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = status("VmRSS")
+    before = begin()
     results = work(*given)
-    return status("VmHWM") - before - sum(r.nbytes for r in results) / 2**20
+    return highest() - before - sum(r.nbytes for r in results) / 2**20
 
 
 def warm_and_extra(work, rows, features, classes, more=lambda *shape: ()):
@@ -56,7 +83,7 @@ def index_loss(x, w, **options):
 
 def gradients(x, w):
     return torch.autograd.grad(index_loss(x, w), (x, w))
-""".replace("MEGABYTES", str(BUDGET))
+"""
 
 SHAPES = [
     (2048, 128, 50257),

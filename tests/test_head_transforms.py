@@ -17,6 +17,7 @@ import softcurve
 from softcurve.head import workspace
 
 from .head_cases import BY_NAME, CASES, REDUCTIONS, Case, Problem, along, assert_same, directions, everything, problem
+from .placement import DEVICE
 from .test_head_conformance import products_of
 
 pytestmark = [
@@ -232,9 +233,9 @@ def test_vmap_over_class_indices() -> None:
 
 def test_per_sample_gradients_of_a_model() -> None:
     """The parameters of features and head, by ``functional_call``, for every sample."""
-    features = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double()
-    head = softcurve.nn.LinearCrossEntropyLoss(4, 7, bias=True, dtype=torch.float64)
-    dense = torch.nn.Linear(4, 7).double()
+    features = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double().to(DEVICE)
+    head = softcurve.nn.LinearCrossEntropyLoss(4, 7, bias=True, dtype=torch.float64).to(DEVICE)
+    dense = torch.nn.Linear(4, 7).double().to(DEVICE)
     dense.load_state_dict({name.removeprefix("linear."): p for name, p in head.state_dict().items()})
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.randint(7, (6,))
 
@@ -450,7 +451,7 @@ def test_dual_numbers(case: Case) -> None:
 
 def test_module_hooks_and_accumulation() -> None:
     """Micro-batches add up in ``.grad``, and hooks on the head's weight see each of them once."""
-    head = softcurve.nn.LinearCrossEntropyLoss(3, 7, dtype=torch.float64, reduction="sum")
+    head = softcurve.nn.LinearCrossEntropyLoss(3, 7, dtype=torch.float64, reduction="sum").to(DEVICE)
     x, y, seen = torch.randn(8, 3, dtype=torch.float64), torch.randint(7, (8,)), []
     head.linear.weight.register_hook(lambda g: seen.append(g.clone()))
     for part in range(4):
@@ -471,7 +472,7 @@ def test_autocast(name: str) -> None:
     posed = problem(BY_NAME[name], {"bias": True}, "mean", (33,), 16, 129)
     arguments = tuple(a.detach().float().requires_grad_() for a in posed.arguments)
     exact = torch.autograd.grad(posed.dense(*posed.arguments), posed.arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         value = posed.ours(*arguments)
     gradients = torch.autograd.grad(value, arguments)
     assert value.dtype == torch.float32
@@ -482,7 +483,7 @@ def test_autocast(name: str) -> None:
     # What torch does itself, at the same place, is no better.
     x, w = (a.detach().requires_grad_() for a in arguments[:2])
     target, double = torch.randint(129, (33,)), (x.double() @ w.double().T)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         ours = softcurve.linear_cross_entropy(x, w, target)
         plain = F.cross_entropy(F.linear(x, w), target)
     truth = torch.autograd.grad(F.cross_entropy(double, target), (x, w))
@@ -494,10 +495,10 @@ def test_autocast(name: str) -> None:
 
 def test_autocast_of_a_model() -> None:
     """Features come in bfloat16, the head's weight is float32: each gets its gradient in its own dtype."""
-    body = torch.nn.Linear(8, 16)
-    head = softcurve.nn.LinearCrossEntropyLoss(16, 57, bias=True)
+    body = torch.nn.Linear(8, 16).to(DEVICE)
+    head = softcurve.nn.LinearCrossEntropyLoss(16, 57, bias=True).to(DEVICE)
     x, y = torch.randn(9, 8), torch.randint(57, (9,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         e = body(x)
         assert e.dtype == torch.bfloat16
         loss = head(e, y)

@@ -21,6 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up. Rooms on one floor do not know each other. The package itself (its public names) stands
 # on the rooms that it re-exports, and below those that use the library as anybody would.
 FLOORS = (
+    {"array_types"},
     {"checks", "extras", "reference", "processes", "records", "typing"},
     {"divergences"},
     {"softmax"},
@@ -76,6 +77,21 @@ def imported_rooms(file: Path) -> Iterator[str]:
 def test_an_import_loads_nothing_optional(run_python):
     code = f"import sys, softcurve; print(*sorted({OF_FIT | OF_APP!r} & set(sys.modules)))"
     assert run_python(code).stdout.strip() == ""
+
+
+def test_an_import_does_without_jaxtyping(run_python):
+    """As on a machine that runs a checkout and has torch alone; what is imported later names it nowhere either."""
+    run_python(
+        "import sys; sys.modules['jaxtyping'] = None; import softcurve, torch\n"
+        "softcurve.linear_cross_entropy(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))"
+    )
+    named = {
+        str(file.relative_to(SOURCE))
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxtyping"
+    }
+    assert named == {"array_types.py"}
 
 
 def test_the_public_list_is_the_public_surface():

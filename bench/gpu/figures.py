@@ -57,12 +57,13 @@ CASES: Mapping[str, Case] = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How often, who (all, if nobody is named), and how long: to prepare a contestant, and all together."""
+    """How often, who (all, if nobody is named), and how long: to prepare one, all together, the rounds of a case."""
 
     rounds: int
     who: Collection[str]
     limit: float
     deadline: Deadline
+    long: float = LONG
 
 
 def figures(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
@@ -76,7 +77,7 @@ def figures(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
     begun = time.perf_counter()
     records = {floor: {"who": floor}} | _prepared(name, given, meter, effort, runs)
     prepared = time.perf_counter()
-    seconds, notes = _in_rounds(runs, meter, effort.rounds)
+    seconds, notes = _in_rounds(runs, meter, effort.rounds, effort.long)
     for who in seconds:
         records[who] |= {"note": notes[who]} if who in notes else _times(who, seconds, floor, notes)
     return {
@@ -141,7 +142,7 @@ def _tried(run: Run, right: Truth, meter: Cpu, limit: float) -> Record:
 
 
 def _in_rounds(
-    runs: Mapping[str, Callable[[], Any]], meter: Cpu, rounds: int
+    runs: Mapping[str, Callable[[], Any]], meter: Cpu, rounds: int, long: float = LONG
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Everybody's seconds, and why somebody who ran before did not now. The first round is not counted."""
     seconds: dict[str, list[float]] = {who: [] for who in runs}
@@ -157,7 +158,7 @@ def _in_rounds(
                 notes[who] = peers.reason(error)
             if who in notes:
                 meter.recover()
-        if turn >= FEWEST and time.perf_counter() - begun > LONG:
+        if turn >= FEWEST and time.perf_counter() - begun > long:
             break
     return {who: values[1:] for who, values in seconds.items()}, notes
 

@@ -13,10 +13,10 @@ class TooLong(BaseException):
 
 
 class Deadline:
-    """Of all that is run from now on."""
+    """Of all that is run from now on, or from a reading of the system's monotonic clock on."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: float, since: float | None = None) -> None:
+        self.end = (time.monotonic() if since is None else since) + seconds
 
     def left(self) -> float:
         """Seconds."""

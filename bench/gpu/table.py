@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu import apart
 from bench.gpu.devices import DEVICES, Cpu, software
 from bench.gpu.figures import CASES, FEWEST, LONG, ROUNDED, Effort, figures
 from bench.gpu.limits import Deadline
@@ -40,12 +41,20 @@ def main(arguments: Sequence[str]) -> int:
     meter = DEVICES[options.device]()
     report: dict[str, Any] = {"machine": meter.describe() | software() | {"state": meter.state()}}
     report |= {"rounds": options.rounds, "limit": options.limit, "total": options.total, "cases": []}
-    effort = Effort(options.rounds, options.who or (), options.limit, Deadline(options.total))
+    deadline = Deadline(options.total, options.since)
+    effort = Effort(options.rounds, options.who or (), options.limit, deadline, options.long)
     print(f"{report['machine']['device']}, torch {torch.__version__}, {report['machine']['versions']}")
     print(f"{ABOUT}\n", flush=True)
     print_head(*COLUMNS)
-    for name, shape in _rows(options):
-        record = _attempted(name, shape, meter, effort)
+    rows = list(_rows(options))
+    for n, (name, shape) in enumerate(rows):
+        if options.together:
+            record = _attempted(name, shape, meter, effort)
+        elif deadline.left() > 0:
+            seconds = apart.share_of(deadline, len(rows) - n)
+            record = apart.figures_apart(name, shape, seconds, _passed_on(options))
+        else:
+            record = apart.time_is_up(name, shape)
         report["cases"].append(record)
         write_json(report, options.out)
         _print_case(record)
@@ -55,14 +64,20 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
     everybody = dict.fromkeys(who for name in CASES for who in contestants(name))
-    rounds = f"20 by default; beyond {LONG:g} s a case is left with {FEWEST} or more"
+    rounds = f"20 by default; a case that has taken --long is left with {FEWEST} or more"
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="all by default; may be repeated")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="N,d,C", help="or tiny; each case's own by default")
     who = "as in the table; all by default; may be repeated"
     parser.add_argument("--who", action="append", choices=tuple(everybody), metavar="NAME", help=who)
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
+    long = f"{LONG:g} by default"
+    parser.add_argument("--long", type=float, default=LONG, metavar="SECONDS", help=long)
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="to prepare a contestant")
     parser.add_argument("--total", type=float, default=420.0, metavar="SECONDS", help="after which nobody is prepared")
+    since = "the reading of the system's monotonic clock from which the total counts; now by default"
+    parser.add_argument("--since", type=float, metavar="SECONDS", help=since)
+    together = "all cases in this process; otherwise each has its own, and its share of the total"
+    parser.add_argument("--together", action="store_true", help=together)
     parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu: to see that everything runs")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="PATH", help="gpu.json by default")
     options = parser.parse_args(arguments)
@@ -71,6 +86,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.device == "cpu" and not options.shapes:
         options.shapes = [TINY]
     return options
+
+
+def _passed_on(options: argparse.Namespace) -> list[str]:
+    """What the process of one case is told as well."""
+    told = ["--rounds", str(options.rounds), "--limit", str(options.limit), "--device", options.device]
+    return [*told, *(part for who in options.who or () for part in ("--who", who))]
 
 
 def _shape(text: str) -> Shape:

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from softcurve.array_types import Float
 from softcurve.checks import values_visible
 from softcurve.objective import Pulled, RowLoss
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from softcurve import checks, reference, softmax
+from softcurve.array_types import Float
 from softcurve.divergences import ForwardKL, ReverseKL
 from softcurve.records import ShortRepr
 from softcurve.targets import Target, as_target

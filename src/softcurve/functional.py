@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks, softmax
+from softcurve.array_types import Float
 from softcurve.autograd import row_losses
 from softcurve.divergences import Divergence, ForwardKL, ReverseKL, jensen_shannon
 from softcurve.objective import (

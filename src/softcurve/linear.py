@@ -10,10 +10,10 @@ import math
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.objective import LogitMap, Reduction, quotient
 from softcurve.posed import (
     Head,

@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks, functional, linear
+from softcurve.array_types import Float
 from softcurve.objective import LogitMap, Reduction
 from softcurve.posed import LossStats, require_budget, require_shift
 from softcurve.targets import Target, resolve_ignore_index

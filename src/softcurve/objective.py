@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks, softmax
+from softcurve.array_types import Float
 from softcurve.divergences import Divergence, ForwardKL, Pair
 from softcurve.softmax import RowCurvature
 from softcurve.typing import Number

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Bool, Float, Int
 from softcurve.functional import require_class_weight, require_finite_against, weighted
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadLoss, HeadTensors

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from softcurve.array_types import Float
 
 __all__ = [
     "basic_identity",

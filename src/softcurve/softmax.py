@@ -12,9 +12,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from softcurve.array_types import Float, Int
 from softcurve.checks import values_visible
 from softcurve.divergences import Divergence, Pair
 

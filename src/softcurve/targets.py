@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Bool, Float, Int
 from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
 

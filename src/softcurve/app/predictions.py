@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Float64, Int64
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from softcurve.array_types import Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
 from softcurve.fit.data.source import Label

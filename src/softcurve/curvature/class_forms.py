@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
+
+from softcurve.array_types import Float, Float64
 
 __all__ = ["ClassForm", "Damped", "DenseForm", "LowRankForm"]
 

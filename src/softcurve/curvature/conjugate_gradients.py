@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Bool, Float, Float64
 from softcurve.curvature.operator import SymmetricOperator, require_count, working_dtype
 
 __all__ = ["Solution", "conjugate_gradients"]

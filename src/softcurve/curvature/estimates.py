@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float, Float64
 from softcurve.curvature.operator import SymmetricOperator, identity_columns, require_count, working_dtype
 
 __all__ = ["DiagonalEstimate", "Estimate", "diagonal", "trace"]

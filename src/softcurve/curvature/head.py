@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.curvature.kfac import KroneckerFactors, moment_of, one_a_class, pieces_of
 from softcurve.curvature.losses import HeadLosses
 from softcurve.head import curvature, passes, row_forms

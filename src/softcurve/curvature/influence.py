@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from softcurve import checks
+from softcurve.array_types import Bool, Float, Float64, Int64
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count

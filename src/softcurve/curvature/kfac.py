@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRankForm
 from softcurve.curvature.nystrom import low_rank
 from softcurve.curvature.operator import SymmetricOperator, require_count

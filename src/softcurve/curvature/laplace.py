@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from softcurve import checks
+from softcurve.array_types import Float, Float64
 from softcurve.curvature.class_forms import ClassForm
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.network import Batch

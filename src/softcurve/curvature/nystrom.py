@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from softcurve.array_types import Float
 
 __all__ = ["NystromPreconditioner", "low_rank"]
 

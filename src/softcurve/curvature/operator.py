@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, cast, overload
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from softcurve.array_types import Float
 from softcurve.extras import needed
 
 if TYPE_CHECKING:

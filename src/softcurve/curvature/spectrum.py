@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.array_types import Float, Float64
 from softcurve.curvature.estimates import Draws, Estimate
 from softcurve.curvature.operator import SymmetricOperator, require_count, require_finite, working_dtype
 from softcurve.extras import needed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
+from softcurve.array_types import Int64
 from softcurve.fit.together import Together
 
 __all__ = ["ConfusedPair", "Confusion"]

@@ -7,9 +7,9 @@ from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
 from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within, share_of

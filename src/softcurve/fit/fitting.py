@@ -10,10 +10,10 @@ from numbers import Real
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Checkpoint, digest, state_of_first
 from softcurve.fit.data.sharing import shared

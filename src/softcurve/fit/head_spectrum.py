@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from jaxtyping import Float
 from torch import Tensor
 
+from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Block, BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence

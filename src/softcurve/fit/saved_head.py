@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Label
 from softcurve.fit.losses import LOSSES

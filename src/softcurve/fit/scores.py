@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int64
 from torch import Tensor
 
+from softcurve.array_types import Float, Int64
 from softcurve.fit.data.source import BlockTarget
 from softcurve.fit.losses import row_losses
 from softcurve.targets import TopK

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from softcurve.array_types import Float
 from softcurve.head.plan import Plan
 from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.processes import max_over

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 import softcurve
 from softcurve.app.explain.network import CLASSES, Network
 from softcurve.app.explain.section import Check, Section
 from softcurve.app.page.picture import Picture, bars, cells, picture
+from softcurve.array_types import Float
 from softcurve.typing import ChainLoss
 
 BOUND = 1e-12

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 import softcurve
 from softcurve.app.explain.section import Check, Section
 from softcurve.app.page.picture import Theme, canvas, picture
+from softcurve.array_types import Float
 
 GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
 HUMPS = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, width

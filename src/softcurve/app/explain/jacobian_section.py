@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -11,6 +10,7 @@ import softcurve
 from softcurve.app.explain.network import CLASSES, Network
 from softcurve.app.explain.section import Check, Section
 from softcurve.app.page.picture import Picture, Theme, bars, canvas, cells, picture, powers
+from softcurve.array_types import Float
 
 ROUNDING = 1e-15
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,6 +13,7 @@ import softcurve
 from softcurve.app.explain.network import Network
 from softcurve.app.explain.section import Check, Section
 from softcurve.app.page.picture import Theme, canvas, picture, powers
+from softcurve.array_types import Float
 
 ROWS = 200
 SCALES = tuple(10 ** (k / 4) for k in range(-16, 1))

@@ -6,11 +6,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import softcurve
+from softcurve.array_types import Float, Int
 
 CLASSES = 10
 HIDDEN = 32

@@ -7,7 +7,6 @@ import io
 import math
 
 import numpy as np
-from jaxtyping import Float64
 from matplotlib.colors import to_rgb
 from matplotlib.image import imsave
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from softcurve.app.page.picture import DARK, LIGHT, Picture, Theme
 from softcurve.app.report.record import FitReport
 from softcurve.app.report.section import Section, class_name
+from softcurve.array_types import Float64
 from softcurve.fit.diagnostics import Diagnostics
 
 SMALLEST_SIDE = 4

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from numpy.typing import NDArray
 
+from softcurve.array_types import Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import ArrayColumn, Column, Fill, Part
 from softcurve.fit.data.features import check_features, double_needed, refuse_not_finite

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 
+from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 from numpy.typing import NDArray
 
+from softcurve.array_types import Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column
 from softcurve.fit.data.source import Label

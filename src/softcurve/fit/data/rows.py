@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from softcurve.array_types import Float, Float64, Int, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Label, Source, rows_within
 

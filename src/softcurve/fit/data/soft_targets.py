@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
 
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column
 from softcurve.fit.data.features import refuse_not_finite

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from softcurve.array_types import Float, Int, Int64
 from softcurve.fit.together import ALONE, Together
 from softcurve.targets import TopK
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Block, Label, Share, Source, TargetKind, share_of
 from softcurve.targets import TopK

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.together import Together

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
+from softcurve.array_types import Float, Float64
 from softcurve.fit.data.source import Block, BlockTarget, Source, share_of
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.settled import settled_rows

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
+from softcurve.array_types import Float64
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
+from softcurve.array_types import Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import refuse_zeros, row_losses

@@ -12,9 +12,9 @@ it. It takes 2 to 15 times fewer products, and costs as much as some of them.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
+from softcurve.array_types import Float64
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.together import Together
 

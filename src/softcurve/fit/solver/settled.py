@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from softcurve.array_types import Float64, Int64
 from softcurve.fit.together import Together
 
 __all__ = ["settled_rows"]

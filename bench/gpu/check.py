@@ -1,0 +1,269 @@
+"""Everything that needs a GPU, by one command: the head's tests on the device, then the benchmark.
+
+``python -m bench.gpu.check`` needs torch, triton and pytest, and ``PYTHONPATH=src`` where softcurve is not installed.
+It goes on after failures, ends with a short table, and leaves in the folder ``--out`` (by default ``$OUT``, else
+``build/gpu``): ``check.json`` with every figure, ``gpu.json`` with the benchmark's, ``tests.log`` and ``bench.log``.
+The tests are told the device by the variable SOFTCURVE_TEST_DEVICE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import apart
+from bench.gpu.devices import DEVICES, software
+from bench.gpu.jobs import Job, Outcome, run_job
+from bench.gpu.limits import Deadline
+from bench.gpu.peers import OURS
+from bench.tables import Record, cell, print_head, print_row, write_json
+
+ROOT = Path(__file__).parents[2]
+SECONDS_OF_TESTS, SECONDS_OF_BENCH = 240.0, 300.0
+GRACE = 30.0  # seconds that the benchmark may take beyond its total
+# Each file, and in how many shares it is run at the same time. What may hang or crash most comes first.
+FILES = {
+    "kernels": ("tests/interpreted_head.py", 4),
+    "exactness": ("tests/test_head_exactness.py", 4),
+    "memory": ("tests/test_head_memory.py", 1),
+    "conformance": ("tests/test_head_conformance.py", 4),
+    "transforms": ("tests/test_head_transforms.py", 4),
+    "bad input": ("tests/test_head_bad_input.py", 1),
+}
+# What the interpreter, which is slow, is asked of the head's exactness.
+INTERPRETED = "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or minus_infinity"
+PYTEST = (
+    "-q",
+    "--tb=short",
+    "--show-capture=no",
+    *("-p", "no:cacheprovider"),
+    *("-W", "default"),
+    *("-o", "minversion=8.0"),
+)
+SHOWN = 20  # failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if all tests passed and ours was measured everywhere; 1 if not; 2 where there is no such device."""
+    options = _options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu.check: no CUDA device; --device cpu tries the command on the CPU", file=sys.stderr)
+        return 2
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    _prepare_environment(options.device)
+    report = Report(options.out / "check.json", options.device)
+    print(f"{report.figures['machine']['device']}, {report.figures['machine']['versions']}", flush=True)
+    if importlib.util.find_spec("pytest") is None:
+        report.add_note("pytest is not installed, so no test was run: install it with pip install pytest")
+    elif options.tests > 0:
+        _run_tests(options, report)
+    if options.bench > 0:
+        _run_bench(options, report)
+    report.print_tables()
+    return 0 if report.all_well() else 1
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__)
+    folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu: to try the command itself")
+    parser.add_argument("--out", type=Path, default=folder, metavar="FOLDER", help="$OUT, or build/gpu, by default")
+    seconds = "seconds for all tests, by default %(default)g; 0 leaves them out"
+    parser.add_argument("--tests", type=float, default=SECONDS_OF_TESTS, metavar="SECONDS", help=seconds)
+    seconds = "the benchmark's --total, by default %(default)g; 0 leaves it out"
+    parser.add_argument("--bench", type=float, default=SECONDS_OF_BENCH, metavar="SECONDS", help=seconds)
+    together = "processes of tests at the same time, by default half of the cores, at most 6"
+    parser.add_argument(
+        "--processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), metavar="N", help=together
+    )
+    parser.add_argument("--job", action="append", choices=tuple(FILES), help="all by default; may be repeated")
+    parser.add_argument("--every", action="store_true", help="every test, and not pairwise")
+    parser.add_argument("--at-most", type=int, metavar="N", help="so many tests of each function")
+    return parser.parse_args(arguments)
+
+
+def _prepare_environment(device: str) -> None:
+    """For every process that is started from here."""
+    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "SOFTCURVE_TEST_DEVICE": device,
+    }
+    os.chdir(ROOT)
+
+
+# --- the two parts ---------------------------------------------------------------------------------------------------
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """The files in their shares; the kernels only where they can run, for the CPU has none but in the interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    has_kernels = importlib.util.find_spec("triton") is not None and (options.device == "cuda" or interpreted)
+    jobs = []
+    for name in options.job or FILES:
+        file, shares = FILES[name]
+        if name == "kernels" and not has_kernels:
+            continue
+        few = () if options.device == "cuda" else ("-m", "not slow")
+        if interpreted and name == "exactness":
+            few = (*few, "-k", INTERPRETED)
+        shares = min(shares, options.processes)
+        jobs += [Job(name, (file, *few), (n, shares)) for n in range(shares)]
+    # The heaviest files start first, a share of each after the other.
+    return sorted(jobs, key=lambda job: job.share[0])
+
+
+def _run_tests(options: argparse.Namespace, report: Report) -> None:
+    passed_on = [*PYTEST, *(["--every"] if options.every else [])]
+    passed_on += ["--at-most", str(options.at_most)] if options.at_most else []
+    deadline, log = Deadline(options.tests), options.out / "tests.log"
+    log.write_text("")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.processes) as pool:
+        running = {}
+        for n, job in enumerate(jobs_of(options)):
+            part = Path(folder) / f"{n}.log"
+            part.touch()
+            running[pool.submit(run_job, job, passed_on, ROOT, part, deadline)] = (job, part)
+        try:
+            for future in as_completed(running):
+                job, part = running[future]
+                report.add_tests(job, _outcome_of(future))
+                with log.open("a", encoding="utf-8") as whole:
+                    whole.write(part.read_text(encoding="utf-8", errors="replace"))
+        except KeyboardInterrupt:
+            deadline.end = 0.0  # whoever watches a process ends it
+            raise
+
+
+def _outcome_of(future: Future[Outcome]) -> Outcome:
+    """What a job could not do is a note like any other."""
+    try:
+        return future.result()
+    except Exception as error:
+        return Outcome(notes=[f"could not be run: {type(error).__name__}: {error}"])
+
+
+def _run_bench(options: argparse.Namespace, report: Report) -> None:
+    out = options.out / "gpu.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench", "gpu", "--device", options.device, "--total", f"{options.bench:g}"]
+    print(f"the benchmark runs for {options.bench:.0f} s ...", flush=True)
+    with (options.out / "bench.log").open("w", encoding="utf-8") as log:
+        code = apart.run_limited([*command, "--out", str(out)], options.bench + GRACE, log, log)
+    if code not in (0, 1):
+        what = "was ended" if code is None else f"ended with code {code}"
+        report.add_note(f"the benchmark {what}; bench.log says more")
+    if out.exists():
+        report.add_bench(json.loads(out.read_text(encoding="utf-8")))
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """All figures so far, in a file after each job, and the tables at the end."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.outcomes: dict[str, list[Outcome]] = {}
+        machine = DEVICES[device]().describe() | software()
+        self.figures: dict[str, Any] = {"machine": machine, "notes": [], "tests": {}, "bench": None}
+
+    def add_note(self, note: str) -> None:
+        """Something that did not go as it should."""
+        print(note, flush=True)
+        self.figures["notes"].append(note)
+        self._write()
+
+    def add_tests(self, job: Job, outcome: Outcome) -> None:
+        """What became of a job, with a line for whoever waits."""
+        self.outcomes.setdefault(job.name, []).append(outcome)
+        counts = dict(outcome.counts())
+        print(f"{job}: {counts} in {outcome.seconds:.0f} s {'; '.join(outcome.notes)}", flush=True)
+        record = {"counts": counts, "seconds": outcome.seconds, "notes": outcome.notes, "tests": outcome.tests}
+        self.figures["tests"][str(job)] = record
+        self._write()
+
+    def add_bench(self, figures: dict[str, Any]) -> None:
+        """The benchmark's own report."""
+        self.figures["bench"] = figures
+        self._write()
+
+    def all_well(self) -> bool:
+        """Whether nothing is left to look at."""
+        outcomes = [outcome for outcomes in self.outcomes.values() for outcome in outcomes]
+        measured = all(map(ours_measured, (self.figures["bench"] or {"cases": []})["cases"]))
+        return not self.figures["notes"] and all(outcome.complete for outcome in outcomes) and measured
+
+    def print_tables(self) -> None:
+        """Tests by file, failures, and ours in each case of the benchmark."""
+        if self.outcomes:
+            print()
+            columns = ("passed", "failed", "crashed", "hung", "skipped", "not reached")
+            print_head("tests", *columns, "s", "notes")
+            for name, outcomes in self.outcomes.items():
+                counts: Counter[str] = sum((outcome.counts() for outcome in outcomes), Counter())
+                notes = "; ".join(dict.fromkeys(note for outcome in outcomes for note in outcome.notes))
+                seconds = max(outcome.seconds for outcome in outcomes)
+                print_row(name, *(str(counts[column]) for column in columns), f"{seconds:.0f}", notes)
+            self._print_failures()
+        if self.figures["bench"]:
+            _print_bench(self.figures["bench"]["cases"])
+        print(f"\nAll figures: {self.path}")
+
+    def _print_failures(self) -> None:
+        failures = {n: t for group in self.outcomes.values() for o in group for n, t in o.failures().items()}
+        for name, test in list(failures.items())[:SHOWN]:
+            print(f"{test['outcome']}: {name}: {' '.join(test['message'].split())[:200]}")
+        if len(failures) > SHOWN:
+            print(f"... and {len(failures) - SHOWN} more, in {self.path}")
+
+    def _write(self) -> None:
+        with self.lock:
+            write_json(self.figures, self.path)
+
+
+def ours_measured(case: Record) -> bool:
+    """Whether a case of the benchmark has a time of ours."""
+    return any(record["who"] == OURS and "s" in record for record in case["records"])
+
+
+def _print_bench(cases: Sequence[Record]) -> None:
+    print()
+    print_head("case", "shape", "ours ms", "/ floor", "extra MB", "loss error", "dE", "dW", "of the others")
+    for case in cases:
+        ours = next((record for record in case["records"] if record["who"] in (OURS, "all")), {})
+        error = ours.get("error", {})
+        others = [record for record in case["records"] if "ratio" in record and record["who"] != OURS]
+        times = ", ".join(f"{record['who']} {1e3 * record['s']:.1f}" for record in others)
+        print_row(
+            case["case"],
+            "×".join(map(str, case["shape"])),
+            ours.get("note") or (f"{1e3 * ours['s']:.2f}" if "s" in ours else ""),
+            cell(ours, "over_floor", ".2f"),
+            cell(ours, "extra_mb", ".0f"),
+            cell(error, "loss", ".1e"),
+            cell(error.get("features", {}), "norm", ".1e"),
+            cell(error.get("weight", {}), "norm", ".1e"),
+            times,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
