@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import oracle
-from .head_cases import BUCKET, FLOAT, INDICES, NORMALIZED, PROBABILITIES, Leaves, Problem
+from .head_cases import BUCKET, FLOAT, INDICES, PROBABILITIES, Leaves, Problem
 
 MATRICES = ("hessian", "gauss_newton", "fisher")
 
@@ -143,7 +143,7 @@ class DenseRows:
     def target(self, z: Tensor) -> Tensor:
         """Of a cross-entropy: smoothed, then times the class weights."""
         kind, smoothing = self.problem.case.kind, self.problem.options.get("label_smoothing", 0.0)
-        dense = kind in (FLOAT, NORMALIZED, PROBABILITIES)
+        dense = kind in (FLOAT, PROBABILITIES)
         y = self.leaves[0] if dense else torch.softmax(self._raw_target(z), -1)
         uniform = torch.full_like(z, 1 / z.shape[-1])
         if self._coarse(z):
