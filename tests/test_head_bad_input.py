@@ -22,7 +22,7 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "input inf": ("CE(x.index_fill(1, one, INF), w, i)", "ValueError|nan", ["input", "inf"]),
     "kl input list": ("KL([[1.0, 2.0]], w, y)", "TypeError", ["input", "list"]),
     "js input int": ("JS(x.long(), w, y)", "TypeError", ["input", "int64"]),
-    "kl input NaN": ("KL(x.index_fill(1, one, NAN), w, y)", "ValueError|nan", ["input", "NaN"]),
+    "kl input NaN": ("KL(x.index_fill(1, one, NAN), w, Probabilities(y))", "ValueError|nan", ["input", "NaN"]),
     # --- linear_weight
     "weight list": ("CE(x, [[1.0, 2.0]], i)", "TypeError", ["linear_weight", "list", "Tensor"]),
     "weight int": ("CE(x, w.long(), i)", "TypeError", ["linear_weight", "int64", ".float()"]),
