@@ -45,7 +45,7 @@ def cross_entropy(
     *,
     weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Float[Tensor, "*rows"] | None = None,
-    ignore_index: Integer = -100,
+    ignore_index: Integer | None = -100,
     label_smoothing: Number = 0.0,
     temperature: Number = 1.0,
     softcap: Number | None = None,
@@ -56,25 +56,32 @@ def cross_entropy(
     """``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced; exact also where this cancels.
 
     Args:
-        logits: ``(..., C)``. −inf masks a class. Half precision is computed in float32 and returned in its own dtype.
-        target: class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities or a
-            :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable too. It is
-            taken as it is: soft cap and temperature act on ``logits`` alone.
-        weight: ``(C,)``, ≥ 0; a factor of each class in the target.
-        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part, whatever logits
-            it holds.
-        ignore_index: the class index of rows that have no part.
-        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``.
+        logits: ``(..., C)``, classes last (torch has them second). −inf masks a class.
+        target: class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities, whose
+            rows may have any sum, as in torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or
+            ``LinearTeacher``. Distributions receive gradients. Soft cap and temperature act on ``logits`` alone.
+        weight: ``(C,)``, ≥ 0; a factor of each class in the target. Receives no gradient.
+        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part in value and
+            gradients; its logits and its target may hold anything.
+        ignore_index: the class index of rows that have no part; ``None`` is −100. Only for class indices.
+        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``, where ``C`` counts the classes that
+            are not masked; a masked class has no share.
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
         z_loss: ``λ`` in ``λ lse²``, on the log-sum-exp that the softmax sees; stays in squared nats.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` (for class indices over the sum of the kept rows' weights, for
-            distributions over the rows, as in torch; with ``sample_weight`` its weighted counterpart) or
-            ``"batchmean"``.
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i L_i / Σ_i w_i``, where ``w_i`` is the row's
+            ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
+            row; or ``"batchmean"``, ``Σ_i w_i L_i / logits.shape[0]``. Both are torch's. A divisor of 0 gives NaN with
+            gradient 0.
         base: of the logarithm; 2 for bits.
 
+    Returns:
+        The loss in float32, or float64 if ``logits`` or a distribution are float64. torch returns the loss of
+        half-precision logits in half precision, which rounds it by up to 0.4 % (bfloat16).
+
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value, and for logits that hold NaN or +inf.
+        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
+            an error in eager mode on the CPU; elsewhere it gives NaN.
 
     Source: the seed's ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
@@ -187,17 +194,23 @@ def kl_divergence(
 
     Args:
         p: logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side)
-            ``TopK``.
+            ``TopK``. A plain tensor is logits, unlike a target of :func:`cross_entropy`; on the CPU a warning says so
+            if its rows look like probabilities.
         q: likewise.
-        sample_weight: ``(...)``; a factor of each row.
+        sample_weight: ``(...)``; a factor of each row. A row of weight 0 may hold anything.
         temperature: ``T``; both sides become ``softmax(z / T)``.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` (over the rows, or the sum of their weights) or ``"batchmean"``.
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i D_i / Σ_i w_i`` over all rows, where ``w_i`` is the
+            row's ``sample_weight`` (default 1); or ``"batchmean"``, ``Σ_i w_i D_i / q.shape[0]``, as in
+            ``torch.nn.functional.kl_div``, whose own ``"mean"`` divides by the number of entries. A divisor of 0 gives
+            NaN with gradient 0.
         base: of the logarithm; 2 for bits.
 
-    ``+inf`` where ``P`` has mass on a class that ``Q`` excludes; ``0 log 0 = 0``.
+    ``+inf`` where ``P`` has mass on a class that ``Q`` excludes; ``0 log 0 = 0``. The result is float32, or float64 if
+    either side is.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value, and for logits that hold NaN or +inf.
+        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
+            an error in eager mode on the CPU; elsewhere it gives NaN.
 
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
     ``h(t) = e^t − 1 − t ≥ 0``.

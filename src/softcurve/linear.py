@@ -92,25 +92,32 @@ def linear_cross_entropy(
             torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         linear_bias: ``(C,)``; −inf masks a class.
         weight: ``(C,)``, ≥ 0; a factor of each class in the target. Receives no gradient.
-        sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out.
+        sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out, and their target may hold
+            anything. ``shift`` moves it together with the target.
         ignore_index: the class index of rows that have no part; ``None`` is −100. Only for class indices.
-        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``.
+        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``, where ``C`` counts the classes that
+            ``linear_bias`` does not mask; a masked class has no share.
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
         z_loss: ``λ`` in ``λ lse²``; stays in squared nats.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` (as in torch, NaN for no rows included) or ``"batchmean"``.
-            ``"none"`` computes the logits once more in the backward pass.
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i L_i / Σ_i w_i``, where ``w_i`` is the row's
+            ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
+            row; or ``"batchmean"``, ``Σ_i w_i L_i / input.shape[0]``. Both are torch's. A divisor of 0 gives NaN with
+            gradient 0. ``"none"`` computes the logits once more in the backward pass.
         base: of the logarithm; 2 for bits.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions have no part.
+            ``sample_weight`` belongs to the target and moves with it.
         memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: also return :class:`LossStats`, from the same pass.
 
-    Half precision is multiplied and summed in float32, weight gradients too, and rounded once. Third derivatives are
+    Half precision is multiplied and summed in float32, weight gradients too, and rounded once. The loss is float32, or
+    float64 if features, weight or a distribution are; torch's is in the dtype of the features. Third derivatives are
     not offered.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN gives NaN.
+        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
+            is an error in eager mode on the CPU; elsewhere it is returned.
 
     Source: the seed's ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
@@ -191,8 +198,8 @@ def linear_kl_divergence(
     """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
     Args:
-        target: a floating-point tensor of probabilities ``(..., C)``, or a :class:`~softcurve.Probabilities`,
-            ``Logits``, ``TopK`` or ``LinearTeacher``, whose own logits are made tile by tile as well.
+        target: a :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose own logits
+            are made tile by tile as well. A plain tensor is refused: it could hold probabilities or logits.
         direction: ``"forward"``: ``D(target‖model)``, mode-covering; ``"reverse"``: ``D(model‖target)``, mode-seeking.
         temperature: ``T``; both sides become ``softmax(z / T)``.
         softcap: of the model's logits alone.
@@ -202,7 +209,8 @@ def linear_kl_divergence(
     :func:`softcurve.kl_divergence`.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN gives NaN.
+        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
+            is an error in eager mode on the CPU; elsewhere it is returned.
 
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """

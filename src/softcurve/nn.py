@@ -25,7 +25,7 @@ class CrossEntropyLoss(torch.nn.Module):
         self,
         weight: Float[Tensor, " classes"] | None = None,
         *,
-        ignore_index: Integer = -100,
+        ignore_index: Integer | None = -100,
         label_smoothing: Number = 0.0,
         temperature: Number = 1.0,
         softcap: Number | None = None,
