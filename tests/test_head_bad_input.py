@@ -178,7 +178,11 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     # --- options of all
     "temperature zero": ("CE(x, w, i, temperature=0.0)", "ValueError", ["temperature", "above 0", "0.0"]),
     "temperature NaN": ("KL(x, w, Probabilities(y), temperature=NAN)", "ValueError", ["temperature", "nan"]),
-    "temperature None": ("JS(x, w, Probabilities(y), temperature=None)", "TypeError|ValueError", ["temperature", "None"]),
+    "temperature None": (
+        "JS(x, w, Probabilities(y), temperature=None)",
+        "TypeError|ValueError",
+        ["temperature", "None"],
+    ),
     "softcap zero": ("CE(x, w, i, softcap=0.0)", "ValueError", ["softcap", "above 0"]),
     "softcap negative": ("KL(x, w, Probabilities(y), softcap=-30.0)", "ValueError", ["softcap", "-30"]),
     "softcap inf": ("JS(x, w, Probabilities(y), softcap=INF)", "ValueError", ["softcap", "finite", "inf"]),
@@ -191,7 +195,11 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
         "ValueError",
         ["direction", "'forward'", "'reverse'", "'sideways'"],
     ),
-    "direction None": ("KL(x, w, Probabilities(y), direction=None)", "TypeError|ValueError", ["direction", "'forward'", "None"]),
+    "direction None": (
+        "KL(x, w, Probabilities(y), direction=None)",
+        "TypeError|ValueError",
+        ["direction", "'forward'", "None"],
+    ),
     "beta above": ("JS(x, w, Probabilities(y), beta=1.5)", "ValueError", ["beta", "between 0 and 1", "1.5"]),
     "beta below": ("JS(x, w, Probabilities(y), beta=-0.5)", "ValueError", ["beta", "-0.5"]),
     "beta NaN": ("JS(x, w, Probabilities(y), beta=NAN)", "ValueError", ["beta", "nan"]),
@@ -206,7 +214,11 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
         ["sample_weight", "(3,)", "(3, 1)"],
     ),
     "sample_weight NaN": ("CE(x, w, i, sample_weight=torch.full((3,), NAN))", "ValueError", ["sample_weight", "NaN"]),
-    "sample_weight list": ("JS(x, w, Probabilities(y), sample_weight=[1.0] * 3)", "TypeError|ValueError", ["sample_weight", "list"]),
+    "sample_weight list": (
+        "JS(x, w, Probabilities(y), sample_weight=[1.0] * 3)",
+        "TypeError|ValueError",
+        ["sample_weight", "list"],
+    ),
     "memory_budget zero": (
         "CE(x, w, i, memory_budget=0)",
         "ValueError",
