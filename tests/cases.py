@@ -251,24 +251,21 @@ class Problem:
 
     ours: Callable[..., Tensor]
     dense: Callable[..., Tensor]
-    arguments: Leaves  # logits, the target's tensors, the sample weight and the class weight where there are
+    arguments: Leaves  # logits, the target's tensors, and the sample weight where there is one
 
 
 def problem(case: Case, option: str, reduction: str, rows: tuple[int, ...] = (3,), classes: int = 4) -> Problem:
-    """Every floating-point tensor of the call is an argument, and requires gradients."""
+    """Every floating-point tensor that may require gradients is an argument and does; a class weight may not."""
     options = options_for(case, option)
     assert options is not None
     of_rows, of_classes = options.pop("sample_weight", False), options.pop("weight", False)
     leaves = case.kind.leaves(rows, classes)
     weights = [0.5 + torch.rand(rows, dtype=torch.float64)] if of_rows else []
-    weights += [0.5 + torch.rand(classes, dtype=torch.float64)] if of_classes else []
+    weight = 0.5 + torch.rand(classes, dtype=torch.float64) if of_classes else None
 
     def call(function: Callable[..., Tensor], z: Tensor, *rest: Tensor) -> Tensor:
-        more = list(rest[len(leaves) :])
-        sample_weight = more.pop(0) if of_rows else None
-        return function(
-            z, rest[: len(leaves)], sample_weight, more.pop(0) if of_classes else None, reduction, **options
-        )
+        sample_weight = rest[-1] if of_rows else None
+        return function(z, rest[: len(leaves)], sample_weight, weight, reduction, **options)
 
     arguments = tuple(t.detach().requires_grad_() for t in (_logits(rows, classes), *leaves, *weights))
     return Problem(partial(call, case.ours), partial(call, case.dense), arguments)

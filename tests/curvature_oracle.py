@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import oracle
-from .head_cases import BUCKET, FLOAT, INDICES, NORMALIZED, PROBABILITIES, Leaves, Problem
+from .head_cases import BUCKET, FLOAT, INDICES, PROBABILITIES, Leaves, Problem
 
 MATRICES = ("hessian", "gauss_newton", "fisher")
 
@@ -62,17 +62,18 @@ class DenseRows:
     indices: Tensor  # (n,), or (n, k) of a list
     leaves: Leaves
     weight: Tensor  # (n,): the samples' weights
-    present: int  # positions that have a target, ignored or not
+    batch: int  # the size of the first dimension
 
     @staticmethod
     def of(problem: Problem) -> DenseRows:
         named, leaves = problem._named(tuple(a.detach() for a in problem.arguments))
         rows = named["input"].shape[:-1]
-        indices, kept, present = problem.indices, problem._kept(problem.indices), torch.ones(rows)
+        indices, kept = problem.indices, problem._kept(problem.indices)
+        weight = named.get("sample_weight", torch.ones(rows, dtype=torch.float64))
         if s := problem.options.get("shift", 0):
             indices = torch.cat([indices[..., s:], torch.zeros_like(indices[..., :s])], -1)
             kept = torch.cat([kept[..., s:], torch.zeros_like(kept[..., :s])], -1)
-            present[..., -s:] = 0
+            weight = torch.cat([weight[..., s:], torch.zeros_like(weight[..., :s])], -1)
         indices = indices if problem.case.kind.listed else torch.where(kept, indices, 0)
         listed = indices.shape[len(rows) :]
         one_a_row = 1 if "Teacher" in problem.case.kind.name else len(leaves)
@@ -80,8 +81,8 @@ class DenseRows:
             problem,
             indices.reshape(-1, *listed),
             tuple(leaf.flatten(0, -2) if n < one_a_row else leaf for n, leaf in enumerate(leaves)),
-            (kept * named.get("sample_weight", torch.ones((), dtype=torch.float64))).flatten(),
-            int(present.sum()),
+            (kept * weight).flatten(),
+            rows[0] if rows else 1,
         )
 
     @property
@@ -143,7 +144,7 @@ class DenseRows:
     def target(self, z: Tensor) -> Tensor:
         """Of a cross-entropy: smoothed, then times the class weights."""
         kind, smoothing = self.problem.case.kind, self.problem.options.get("label_smoothing", 0.0)
-        dense = kind in (FLOAT, NORMALIZED, PROBABILITIES)
+        dense = kind in (FLOAT, PROBABILITIES)
         y = self.leaves[0] if dense else torch.softmax(self._raw_target(z), -1)
         uniform = torch.full_like(z, 1 / z.shape[-1])
         if self._coarse(z):
@@ -163,7 +164,7 @@ class DenseRows:
         """These rows' part of what the sum over all rows is divided by."""
         of_indices = self.problem.case.kind is INDICES and self.problem.weight is not None
         mass = self.weight * self.problem.weight[self.indices] if of_indices else self.weight
-        return {"mean": float(mass.sum()), "batchmean": float(self.present)}[reduction]
+        return {"mean": float(mass.sum()), "batchmean": float(self.batch)}[reduction]
 
 
 # --- a network over batches ----------------------------------------------------------------------------------------------

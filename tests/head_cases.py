@@ -79,7 +79,6 @@ def _list_and_rest(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
 
 INDICES = Kind("indices", lambda *_: (), lambda i: i, lambda z, i: _one_hot(z, i).log(), tiles=2)
 FLOAT = Kind("float", _mass_of_any_size, lambda _, y: y, lambda z, _, y: y.log())
-NORMALIZED = Kind("normalized float", _probabilities, lambda _, y: y, lambda z, _, y: y.log())
 PROBABILITIES = Kind("Probabilities", _probabilities, lambda _, y: softcurve.Probabilities(y), lambda z, _, y: y.log())
 LOGITS = Kind(
     "Logits", lambda rows, classes, _: (_logits(*rows, classes),), lambda _, t: softcurve.Logits(t), lambda z, _, t: t
@@ -159,7 +158,7 @@ def _reverse_rows(log_y: Tensor, log_p: Tensor) -> Tensor:
 def _cases() -> list[Case]:
     kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER)
     cases = [Case("cross_entropy", kind, _cross_entropy) for kind in kinds]
-    for kind in (NORMALIZED, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER):
+    for kind in (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER):
         cases.append(Case("forward", kind, _kl, oracle.kl_rows))
         if kind is not RENORMALIZED:  # infinite
             cases.append(Case("reverse", kind, partial(_kl, direction="reverse"), _reverse_rows))
@@ -248,13 +247,14 @@ class Problem:
         z, indices, sample_weight = self._logits(named), self.indices, named.get("sample_weight")
         if s := self.options.get("shift", 0):
             z, indices = z[..., :-s, :], indices[..., s:]
-            sample_weight = None if sample_weight is None else sample_weight[..., :-s]
+            sample_weight = None if sample_weight is None else sample_weight[..., s:]
         kept = self._kept(indices)
         indices = indices if self.case.kind.listed else torch.where(kept, indices, 0)
         rows = torch.where(kept, self._dense_rows(z, indices, leaves), 0.0)
         counts_class = self.weight is not None and self.case.kind is INDICES
         mass = torch.where(kept, self.weight[indices] if counts_class else torch.ones_like(rows), 0.0)
-        value = oracle.reduced(rows, self.options["reduction"], sample_weight, mass)
+        leading = named["input"].shape[:-1]
+        value = oracle.reduced(rows, self.options["reduction"], sample_weight, mass, leading[0] if leading else 1)
         return F.pad(value, (0, s)) if s and self.options["reduction"] == "none" else value
 
     def _dense_rows(self, z: Tensor, indices: Tensor, leaves: Leaves) -> Tensor:

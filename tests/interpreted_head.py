@@ -91,7 +91,7 @@ KINDS_OF_TILES = (
     "cross_entropy-Logits",
     "cross_entropy-LinearTeacher",
     "cross_entropy-bucket",
-    "forward-normalized float",
+    "forward-Probabilities",
     "forward-LinearTeacher",
     "reverse-Logits",
     "js0.3-LinearTeacher",

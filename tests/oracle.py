@@ -148,12 +148,19 @@ def entropy_rows(z: Tensor) -> Tensor:
     return -product(log_p.exp(), log_p).sum(-1)
 
 
-def reduced(rows: Tensor, reduction: str, sample_weight: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
-    """``mean`` divides by the sum of the rows' weights, ``batchmean`` by their number."""
+def reduced(
+    rows: Tensor,
+    reduction: str,
+    sample_weight: Tensor | None = None,
+    mass: Tensor | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """``mean`` divides by the sum of the rows' weights, ``batchmean`` by the size of the first dimension, as in torch."""
     mass = torch.ones_like(rows) if mass is None else mass
     if sample_weight is not None:
         rows, mass = rows * sample_weight, mass * sample_weight
     if reduction == "none":
         return rows
-    divisor = {"sum": 1, "mean": mass.sum(), "batchmean": rows.numel()}[reduction]
+    batch = batch if batch is not None else len(rows) if rows.ndim else 1
+    divisor = {"sum": 1, "mean": mass.sum(), "batchmean": batch}[reduction]
     return rows.sum() / divisor

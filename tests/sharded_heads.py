@@ -41,7 +41,7 @@ def layouts(p: Problem, mesh: DeviceMesh, *, by_rows: bool) -> dict[str, Any]:
         placed["input"] = [Shard(0)]
         if "sample_weight" in p.names:
             placed["sample_weight"] = [Shard(0)]
-        if kind in ("float", "normalized float", "Logits"):
+        if kind in ("float", "Probabilities", "Logits"):
             placed["target 0"] = [Shard(p.arguments[p.names.index("target 0")].ndim - 1)]
     return placed
 

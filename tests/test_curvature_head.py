@@ -24,7 +24,6 @@ from .head_cases import (
     BY_NAME,
     CASES,
     INDICES,
-    NORMALIZED,
     PROBABILITIES,
     Case,
     Problem,
@@ -72,8 +71,8 @@ def grid(*tilings: str) -> list[tuple[str, str, str]]:
     """Every option set in whole tiles; in cut ones each kind of target that a pass tells from others."""
 
     def is_cut(case: Case, options: str) -> bool:
-        told_apart = case.kind not in (PROBABILITIES, BIASLESS_TEACHER)
-        told_apart &= case.kind is not NORMALIZED or case.name == "js0.3"
+        told_apart = case.kind is not BIASLESS_TEACHER
+        told_apart &= case.kind is not PROBABILITIES or case.name == "js0.3"
         return (options == "everything" and told_apart) or (options == "z_loss+weight+bias" and case.kind is INDICES)
 
     return [

@@ -156,15 +156,15 @@ def test_one_class() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", ["one row", "rows", "K=2"])
 def test_dtypes(shape: str, dtype: torch.dtype) -> None:
-    """The same dtype comes back, and a value as near as the dtype allows."""
+    """Losses in float32, gradients in the leaves' dtypes, and as near to torch's as the dtype allows."""
     arguments, target = leaves(shape, True, dtype), indices_for(shape, None)
     ours, torchs = (
         f(*arguments[:2], target, linear_bias=arguments[2], weight=WEIGHT.to(dtype) + 0.5)
         for f in (softcurve.linear_cross_entropy, F.linear_cross_entropy)
     )
-    assert ours.dtype == torchs.dtype == dtype
+    assert ours.dtype == torch.float32
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(ours, torchs, rtol=8 * eps, atol=eps)
+    torch.testing.assert_close(ours, torchs.float(), rtol=8 * eps, atol=eps)
     for got, expected in zip(*(torch.autograd.grad(v, arguments) for v in (ours, torchs)), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=16 * eps * expected.abs().max().item())
 

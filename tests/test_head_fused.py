@@ -85,7 +85,7 @@ COMPILED = (
     "cross_entropy-indices",
     "cross_entropy-float",
     "cross_entropy-Logits",
-    "forward-normalized float",
+    "forward-Probabilities",
     "reverse-LinearTeacher",
     "js0.3-Logits",
 )

@@ -150,12 +150,13 @@ def test_divisors(target, options, numerator, mean, batchmean) -> None:
 
 
 def test_means_over_several_leading_dimensions() -> None:
-    """Every row counts once, whichever dimension it lies in: ``batchmean`` is no mean over the first alone."""
+    """A mean counts every row once, whichever dimension it lies in; ``batchmean`` divides by the first, as in torch."""
     z, t = torch.randn(2, 2, 3, 4, dtype=F64)
     rows = KL(t, z, reduction="none")
     assert rows.shape == (2, 3)
     assert_close(KL(t, z), rows.sum() / 6)
     assert_close(KL(t, z, reduction="mean"), rows.sum() / 6)
+    assert_close(KL(t, z, reduction="batchmean"), rows.sum() / 2)
 
 
 def test_z_loss_stays_in_squared_nats() -> None:

@@ -1,0 +1,784 @@
+"""One question has one answer on every route: value, dtype, gradient, edge cases and errors, beside independent truths."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import softcurve
+from softcurve import LinearTeacher, Logits, Probabilities, TopK
+from softcurve.curvature import HeadCurvature
+from softcurve.divergences import Divergence, JensenShannon
+from softcurve.head import fused
+from softcurve.head.problem import HeadLoss
+from softcurve.head.products import Direction
+
+from . import oracle
+from .head_cases import assert_same, least_of
+from .loss_routes import BETA, HEADS, LOSSES, PLAIN, ROUTES, Route, head_of, one_process_group
+
+F64, HALF = torch.float64, (torch.bfloat16, torch.float16)
+INF, NAN = math.inf, math.nan
+DIVERGENCES = LOSSES[1:]
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+routes = pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+plain_routes = pytest.mark.parametrize("route", PLAIN, ids=lambda route: route.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    """A group of this process alone, for the sharded head."""
+    with one_process_group():
+        yield
+
+
+# --- truths -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(loss: str, z: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+    """The loss of each row of float64 logits against probabilities, written out; ``0 log 0 = 0``."""
+    log_p = torch.log_softmax(z / temperature, -1)
+    if loss == "cross_entropy":
+        return -oracle.product(y, log_p).sum(-1)
+    log_y = torch.where(y > 0, torch.where(y > 0, y, 1.0).log(), -INF)
+    if loss == "forward":
+        return oracle.kl_rows(log_y, log_p)
+    return oracle.kl_rows(log_p, log_y) if loss == "reverse" else oracle.js_rows(log_y, log_p, BETA)
+
+
+def targets_of(t: Tensor, k: int = 3) -> dict[str, tuple[Any, Tensor]]:
+    """Each kind of target that ``softmax(t)`` can be told by, and the distribution that it means (no bucket)."""
+    y = torch.softmax(t.double(), -1)
+    listed = y.topk(k)
+    renormalized = torch.zeros_like(y).scatter(-1, listed.indices, listed.values)
+    rows = math.prod(t.shape[:-1])
+    teacher = LinearTeacher(torch.eye(rows, dtype=t.dtype).reshape(*t.shape[:-1], rows), t.reshape(rows, -1).mT)
+    return {
+        "float": (y.to(t.dtype), y),
+        "Probabilities": (Probabilities(y.to(t.dtype)), y),
+        "Logits": (Logits(t), y),
+        "renormalize": (
+            TopK(listed.indices, listed.values.log().to(t.dtype), tail="renormalize"),
+            renormalized / renormalized.sum(-1, keepdim=True),
+        ),
+        "LinearTeacher": (teacher, y),
+    }
+
+
+def combinations(t: Tensor) -> Iterator[tuple[str, str, Any, Tensor]]:
+    """``(loss, kind, target, y)`` of every loss and kind of distribution that go together."""
+    for loss, (kind, (target, y)) in itertools.product(LOSSES, targets_of(t).items()):
+        if (loss == "cross_entropy" or kind != "float") and (loss, kind) != ("reverse", "renormalize"):
+            yield loss, kind, target, y
+
+
+def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value.sum(), leaves, materialize_grads=True, retain_graph=True)
+
+
+# --- 1. a mean whose divisor is 0 ---------------------------------------------------------------------------------------
+
+
+def empty_means(z: Tensor) -> dict[str, tuple[str, Any, dict[str, Any]]]:
+    zeros, index = z.new_zeros(len(z)), torch.arange(len(z))
+    made: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        "all ignored": ("cross_entropy", torch.full_like(index, -100), {}),
+        "another ignored": ("cross_entropy", torch.full_like(index, 2), {"ignore_index": 2, "label_smoothing": 0.1}),
+        "class weights": ("cross_entropy", index, {"weight": z.new_zeros(z.shape[-1])}),
+        "class weights, smoothed": ("cross_entropy", index, {"weight": z.new_zeros(z.shape[-1]), "z_loss": 0.1}),
+        "sample weights": ("cross_entropy", index, {"sample_weight": zeros}),
+        "shifted weights": ("cross_entropy", index, {"sample_weight": zeros.index_fill(0, index[:1], 1.0), "shift": 1}),
+    }
+    for loss, kind, target, _ in combinations(torch.randn_like(z)):
+        made[f"{loss}, {kind}"] = (loss, target, {"sample_weight": zeros})
+    return made
+
+
+@routes
+def test_a_mean_of_nothing_is_nan_and_moves_nothing(route: Route) -> None:
+    """NaN with gradient 0, and with Hessian-vector product 0: no batch without weight harms the parameters."""
+    clean = torch.randn(4, 40, dtype=F64)
+    for name, (loss, target, options) in empty_means(clean).items():
+        if "shift" in options and route not in HEADS:
+            continue
+        z = clean.clone().requires_grad_()
+        value = route(loss, z, target, **options)
+        assert value.isnan(), name
+        (first,) = torch.autograd.grad(value, z, create_graph=True)
+        second = gradients((first * clean).sum(), z)[0] if first.requires_grad else first
+        assert torch.equal(first.detach(), torch.zeros_like(clean)), name
+        assert torch.equal(second, torch.zeros_like(clean)), name
+
+
+def test_a_mean_of_nothing_over_positions() -> None:
+    x, w = torch.randn(3, 2).requires_grad_(), torch.randn(5, 4, 2).requires_grad_()
+    index, soft = torch.zeros(3, 4, dtype=torch.int64), torch.full((3, 5, 4), 0.2)
+    for target, options in (
+        (index - 100, {}),
+        (index, {"weight": torch.zeros(5)}),
+        (index, {"sample_weight": torch.zeros(3, 4)}),
+        (soft, {"sample_weight": torch.zeros(3, 4)}),
+    ):
+        value = softcurve.linear_cross_entropy(x, w, target, **options)
+        assert value.isnan()
+        assert not any(gradient.any() for gradient in gradients(value, x, w))
+
+
+@routes
+def test_empty_batches(route: Route) -> None:
+    """A sum of 0, a mean of NaN; ``batchmean`` divides by the first dimension, which need not be 0."""
+    truths = {"sum": (0.0, 0.0), "mean": (NAN, NAN), "batchmean": (NAN, 0.0)}
+    for at, leading in enumerate(((0,), (2, 0))):
+        clean = torch.randn(*leading, 6, dtype=F64)
+        cases = [(loss, target) for loss, _, target, _ in combinations(clean)]
+        cases += [("cross_entropy", torch.zeros(leading, dtype=torch.int64))]
+        for (loss, target), reduction in itertools.product(cases, REDUCTIONS):
+            z = clean.clone().requires_grad_()
+            value = route(loss, z, target, reduction=reduction)
+            if reduction == "none":
+                assert value.shape == leading
+            else:
+                torch.testing.assert_close(value.item(), truths[reduction][at], equal_nan=True, rtol=0, atol=0)
+            assert gradients(value, z)[0].shape == z.shape
+
+
+# --- 2. sums of weights in half precision ------------------------------------------------------------------------------
+
+MANY = 70_000
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_many_half_precision_weights(dtype: torch.dtype) -> None:
+    """Their sums exceed float16's largest number, and stop growing in bfloat16."""
+    z, t = torch.randn(2, MANY, 3)
+    weight, of_class = (1 + torch.rand(MANY)).to(dtype), (0.5 + torch.rand(3)).to(dtype)
+    index, y = torch.randint(3, (MANY,)), torch.softmax(t.double(), -1)
+    wide = weight.double()
+    for route in PLAIN[:3]:
+        for loss, target in (("forward", Logits(t)), ("cross_entropy", Probabilities(y.float()))):
+            truth = (rows_of(loss, z.double(), y) * wide).sum() / wide.sum()
+            assert route_of_rows(route, loss, z, target, sample_weight=weight).item() == pytest.approx(truth, rel=2e-6)
+        truth = F.cross_entropy(z.double(), index, weight=of_class.double())
+        got = route_of_rows(route, "cross_entropy", z, index, weight=of_class)
+        assert got.item() == pytest.approx(truth, rel=2e-6)
+        rows = F.cross_entropy(z.double(), index, weight=of_class.double(), reduction="none") * wide
+        got = route_of_rows(route, "cross_entropy", z, index, weight=of_class, sample_weight=weight)
+        assert got.item() == pytest.approx(rows.sum() / (of_class.double()[index] * wide).sum(), rel=2e-6)
+
+
+def route_of_rows(route: Route, loss: str, z: Tensor, target: Any, **options: Any) -> Tensor:
+    """Many rows of few classes: the head's features are the logits, and its weight the identity."""
+    if route not in HEADS:
+        return route(loss, z, target, **options)
+    head = softcurve.linear_cross_entropy if loss == "cross_entropy" else softcurve.linear_kl_divergence
+    return head(z, torch.eye(z.shape[-1]), target, **options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_many_half_precision_weights_over_positions(dtype: torch.dtype) -> None:
+    x, w = torch.randn(MANY // 2, 3), torch.randn(4, 2, 3)
+    z = torch.einsum("nd,ckd->nck", x.double(), w.double())
+    soft, index = torch.softmax(torch.randn(MANY // 2, 4, 2), 1), torch.randint(4, (MANY // 2, 2))
+    weight, of_class = (1 + torch.rand(MANY // 2, 2)).to(dtype), (0.5 + torch.rand(4)).to(dtype)
+    wide, of_row = weight.double(), of_class.double()[index]
+    for target, truth, options in (
+        (soft, (F.cross_entropy(z, soft.double(), reduction="none") * wide).sum() / wide.sum(), {}),
+        (index, (F.cross_entropy(z, index, reduction="none") * wide).sum() / wide.sum(), {}),
+        (
+            index,
+            (F.cross_entropy(z, index, reduction="none") * wide * of_row).sum() / (wide * of_row).sum(),
+            {"weight": of_class},
+        ),
+    ):
+        got = softcurve.linear_cross_entropy(x, w, target, sample_weight=weight, **options)
+        assert got.item() == pytest.approx(truth, rel=2e-6)
+
+
+# --- 3. losses of half precision ---------------------------------------------------------------------------------------
+
+
+@routes
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, F64])
+def test_losses_are_float32_or_wider(route: Route, dtype: torch.dtype) -> None:
+    """In dtype and in digits, for every reduction; the gradient has the dtype of what it belongs to."""
+    z, t = (2 * torch.randn(2, 3, 40)).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    index = torch.tensor([0, 7, 39])
+    cases = [("cross_entropy", index, F.one_hot(index, 40).double())]
+    cases += [(loss, target, y) for loss, kind, target, y in combinations(t) if kind in ("Logits", "LinearTeacher")]
+    coarse = torch.softmax(t.double(), -1).to(dtype)
+    if dtype in (torch.float32, F64):
+        cases += [("reverse", Probabilities(coarse), coarse.double() / coarse.double().sum(-1, keepdim=True))]
+    cases += [("cross_entropy", Probabilities(coarse), coarse.double())]
+    for (loss, target, y), reduction in itertools.product(cases, REDUCTIONS):
+        leaf = z.clone().requires_grad_()
+        value = route(loss, leaf, target, reduction=reduction)
+        assert value.dtype == wide
+        rows = rows_of(loss, z.double(), y)
+        truth = {"none": rows, "sum": rows.sum()}.get(reduction, rows.mean())
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5 if wide == torch.float32 else 1e-12, atol=0)
+        assert gradients(value, leaf)[0].dtype == dtype
+
+
+def test_a_wider_side_widens_the_loss() -> None:
+    z, y = torch.randn(3, 5).bfloat16(), torch.softmax(torch.randn(3, 5, dtype=F64), -1)
+    for route, loss in itertools.product(PLAIN, LOSSES):
+        value = route(loss, z, Probabilities(y))
+        assert value.dtype == F64
+        assert value.item() == pytest.approx(rows_of(loss, z.double(), y).mean().item(), rel=1e-6)
+    assert softcurve.entropy(z).dtype == torch.float32
+    log_p = z.double().log_softmax(-1)
+    torch.testing.assert_close(softcurve.entropy(z).double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-6, atol=0)
+
+
+# --- 4. a head of many positions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_many_positions_add_up_in_float32() -> None:
+    """The gradient of bfloat16 features is the sum over 1,024 positions, rounded once."""
+    positions = 1024
+    x, w = torch.randn(4, 8).bfloat16(), (torch.randn(3, positions, 8) / 4).bfloat16()
+    target = torch.randint(3, (4, positions))
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    (got,) = gradients(softcurve.linear_cross_entropy(leaf, w, target, reduction="sum"), leaf)
+    logits = torch.einsum("nd,ckd->nck", exact, w.double())
+    (truth,) = gradients(F.cross_entropy(logits, target, reduction="sum"), exact)
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - truth).abs() <= half_ulp * 1.01 * truth.abs() + 1e-5).all()
+
+
+# --- 5. what belongs to a row moves with it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", HEADS, ids=lambda route: route.name)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_shift_moves_all_that_belongs_to_a_row(route: Route, reduction: str) -> None:
+    """Position ``i`` has target and weight of ``i + s``; the weights receive the gradient at their own places."""
+    clean, index = torch.randn(2, 6, 40, dtype=F64), torch.randint(40, (2, 6))
+    index[0, 3] = -100
+    weights = torch.tensor([[0, 0, 1, 1, 2, 0.5], [0, 1, 1, 1, 1, 1]], dtype=F64)
+    for s, learned in itertools.product((1, 2), (False, True)):
+        z, weight = clean.clone().requires_grad_(), weights.clone().requires_grad_(learned)
+        value = route("cross_entropy", z, index, shift=s, sample_weight=weight, reduction=reduction)
+        given = F.cross_entropy(z[:, :-s].mT, index[:, s:], reduction="none")
+        kept = torch.where(index[:, s:] == -100, 0.0, weight[:, s:])
+        rows = given * kept
+        truth = {
+            "none": F.pad(rows, (0, s)),
+            "sum": rows.sum(),
+            "mean": rows.sum() / kept.sum(),
+            "batchmean": rows.sum() / 2,
+        }[reduction]
+        assert_same(value, truth, bound=1e-12)
+        leaves = (z, weight) if learned else (z,)
+        for got, expected in zip(gradients(value, *leaves), gradients(truth, *leaves), strict=True):
+            assert_same(got, expected, bound=1e-12)
+
+
+# --- 6. mean and batchmean ---------------------------------------------------------------------------------------------
+
+
+@routes
+@pytest.mark.parametrize("leading", [(3,), (2, 7), (2, 3, 2)])
+def test_mean_and_batchmean(route: Route, leading: tuple[int, ...]) -> None:
+    """``batchmean`` is torch's, and the default of every loss is the mean over the rows."""
+    z, t = torch.randn(2, *leading, 5, dtype=F64)
+    log_p, log_y = z.log_softmax(-1), t.log_softmax(-1)
+    for loss in LOSSES:
+        rows = rows_of(loss, z, log_y.exp())
+        truth = rows.sum() / leading[0]
+        if loss in ("forward", "reverse"):
+            sides = (log_p, log_y) if loss == "forward" else (log_y, log_p)
+            torch.testing.assert_close(truth, F.kl_div(*sides, log_target=True, reduction="batchmean"))
+        assert_same(route(loss, z, Logits(t), reduction="batchmean"), truth, bound=1e-12)
+        assert_same(route(loss, z, Logits(t)), rows.mean(), bound=1e-12)
+        weight = torch.rand(leading, dtype=F64)
+        assert_same(route(loss, z, Logits(t), sample_weight=weight), (rows * weight).sum() / weight.sum(), bound=1e-12)
+    index = torch.randint(5, leading)
+    rows = F.cross_entropy(z.movedim(-1, 1), index, reduction="none")
+    assert_same(route("cross_entropy", z, index, reduction="batchmean"), rows.sum() / leading[0], bound=1e-12)
+    assert_same(route("cross_entropy", z, index), rows.mean(), bound=1e-12)
+
+
+def test_batchmean_over_positions_and_of_one_row() -> None:
+    x, w, index = torch.randn(3, 2, dtype=F64), torch.randn(5, 4, 2, dtype=F64), torch.randint(5, (3, 4))
+    total = F.cross_entropy(torch.einsum("nd,ckd->nck", x, w), index, reduction="sum")
+    assert_same(softcurve.linear_cross_entropy(x, w, index, reduction="batchmean"), total / 3, bound=1e-12)
+    z, t = torch.randn(2, 5, dtype=F64)
+    for loss in LOSSES:
+        rows = rows_of(loss, z, t.softmax(-1))
+        assert_same(ROUTES[0](loss, z, Logits(t), reduction="batchmean"), rows, bound=1e-12)
+
+
+# --- 7. plain floating-point tensors -----------------------------------------------------------------------------------
+
+
+@plain_routes
+def test_a_plain_target_of_a_cross_entropy_has_its_own_mass(route: Route) -> None:
+    """As in torch, whatever a row sums to; logits in its place are an error that names ``Logits``."""
+    clean = torch.randn(4, 40, dtype=F64)
+    y = torch.softmax(torch.randn(4, 40, dtype=F64), -1) * torch.tensor([[0.0], [0.5], [1.0], [3.0]], dtype=F64)
+    for smoothing, reduction in itertools.product((0.0, 0.1), ("none", "mean")):
+        options = {"label_smoothing": smoothing, "reduction": reduction}
+        z = clean.clone().requires_grad_()
+        ours, torchs = route("cross_entropy", z, y, **options), F.cross_entropy(z, y, **options)
+        assert_same(ours, torchs, bound=1e-12)
+        assert_same(gradients(ours, z)[0], gradients(torchs, z)[0], bound=1e-12)
+    for wrong, says in ((clean, "Logits"), (y.index_fill(0, torch.tensor([1]), INF), "finite")):
+        with pytest.raises(ValueError, match=says):
+            route("cross_entropy", clean, wrong)
+
+
+@plain_routes
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_a_plain_side_of_a_divergence(route: Route, loss: str) -> None:
+    """On logits it is logits, with a warning where it looks like probabilities; a head refuses what could be either."""
+    z, p = torch.randn(4, 5), torch.softmax(torch.randn(4, 5), -1)
+    if route in HEADS:
+        for target in (z, p):
+            with pytest.raises(TypeError, match=r"target.*Probabilities.*Logits"):
+                route(loss, z, target)
+        return
+    for sides in ((z, p), (p, z), (p, p), (p.bfloat16(), z)):
+        with pytest.warns(UserWarning, match=r"Probabilities.*Logits"):
+            value = route(loss, *sides)
+        truth = rows_of(loss, sides[0].double(), sides[1].double().softmax(-1)).mean()
+        assert value.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        route(loss, z, z.log_softmax(-1))
+        route(loss, z, Probabilities(p))
+        route(loss, z, Logits(p))
+
+
+# --- 8. boundaries of lists, padding, ignored classes -------------------------------------------------------------------
+
+
+def boundaries(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """``(name, z, bias, indices, log_probs, live)``: lists that leave nothing, or one class, to the bucket."""
+    for name, classes, count, listed in (
+        ("every live class", 40, 6, 6),
+        ("every class, masked ones included", 40, 6, 40),
+        ("every class", 40, 40, 40),
+        ("all but one class", 40, 40, 39),
+        ("the one live class", 40, 1, 1),
+        ("one class", 1, 1, 1),
+        ("two of many", 40, 30, 2),
+    ):
+        live = torch.arange(classes) < count
+        bias = torch.where(live, 0.0, -INF).to(dtype)
+        t = (torch.randn(3, classes, dtype=F64) + bias).log_softmax(-1)
+        order = (torch.rand(3, classes) - (~live).float()).argsort(-1, descending=True)[:, :listed]
+        yield name, torch.randn(3, classes, dtype=F64).to(dtype), bias, order, t.gather(-1, order).to(dtype), live
+
+
+@routes
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_boundaries_of_lists(route: Route, dtype: torch.dtype) -> None:
+    """A list of all classes that are not masked is the distribution over these."""
+    bound = 1e-5 if dtype == torch.float32 else 1e-10
+    for name, z, bias, indices, log_probs, live in boundaries(dtype):
+        for loss, tail in itertools.product(LOSSES, ("bucket", "renormalize")):
+            if (loss, tail) == ("reverse", "renormalize"):
+                continue
+            leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+            value = route(loss, leaf, TopK(indices, log_probs, tail), bias, reduction="none")
+            truth = rows_of_list(loss, exact, live, indices, log_probs.double(), tail)
+            assert_same(value.double(), truth, f"{name}, {loss}, {tail}", bound)
+            got, expected = gradients(value, leaf)[0], gradients(truth, exact)[0]
+            assert_same(got.double(), expected, f"{name}, {loss}, {tail}: gradient", bound)
+
+
+def rows_of_list(loss: str, z: Tensor, live: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
+    """The classes that are not masked, alone; what is neither listed nor masked is one outcome or has no mass."""
+    y = torch.zeros_like(z).scatter(-1, indices, log_probs.exp())
+    unlisted = torch.ones_like(z, dtype=torch.bool).scatter(-1, indices, False) & live
+    z, y, rest = z[:, live], y[:, live], unlisted[:, live]
+    if tail == "renormalize" or not rest.any():
+        return rows_of(loss, z, y / y.sum(-1, keepdim=True))
+    outcomes = torch.logsumexp(torch.where(rest, z, -INF), -1, keepdim=True)
+    masses = 1 - y.sum(-1, keepdim=True)
+    listed = (~rest).sum(-1)[0]
+    order = rest.long().argsort(-1, stable=True)[:, :listed]
+    return rows_of(loss, torch.cat([z.gather(-1, order), outcomes], -1), torch.cat([y.gather(-1, order), masses], -1))
+
+
+@routes
+def test_a_list_of_bfloat16_that_names_every_live_class(route: Route) -> None:
+    """What its rounding leaves over is no mass on the masked classes."""
+    bias = torch.where(torch.arange(40) < 6, 0.0, -INF)
+    log_probs = torch.randn(64, 6).log_softmax(-1).bfloat16()
+    indices = torch.arange(6).expand(64, 6)
+    for loss in LOSSES:
+        assert route(loss, torch.randn(64, 40), TopK(indices, log_probs), bias, reduction="none").isfinite().all()
+
+
+def padded(kind: str, target: Any, fill: str) -> Any:
+    """The target with padding in its second row."""
+    row = torch.tensor([1])
+    value = {"nan": NAN, "zeros": 0.0, "negative": -1.0, "repeated": 0.0}[fill]
+    if kind == "indices":
+        return target.index_fill(0, row, {"nan": 4000, "zeros": 0, "negative": -1, "repeated": -100}[fill])
+    if kind in ("bucket", "renormalize"):
+        at = {"nan": 4000, "zeros": 0, "negative": -1, "repeated": 7}[fill]
+        return TopK(target.indices.index_fill(0, row, at), target.log_probs.index_fill(0, row, value), target.tail)
+    if kind == "LinearTeacher":
+        return LinearTeacher(target.input.index_fill(0, row, value), target.linear_weight)
+    if kind == "float":
+        return target.index_fill(0, row, value)
+    return type(target)(target.values.index_fill(0, row, value))
+
+
+@routes
+@pytest.mark.parametrize("fill", ["nan", "zeros", "negative", "repeated"])
+def test_padding_rows_of_weight_0(route: Route, fill: str) -> None:
+    """Value, gradient and Hessian-vector product are those of the other rows, and 0 in the padding."""
+    z, t = torch.randn(2, 3, 40, dtype=F64)
+    weight, kept = torch.tensor([1.0, 0.0, 2.0], dtype=F64), torch.tensor([0, 2])
+    index = torch.tensor([5, 8, 39])
+    cases = [("cross_entropy", "indices", index, F.one_hot(index, 40).double()), *combinations(t)]
+    listed = t.log_softmax(-1).topk(2)
+    cases += [(loss, "bucket", TopK(listed.indices, listed.values), None) for loss in LOSSES]
+    for loss, kind, target, y in cases:
+        leaf, exact = z.clone().requires_grad_(), z.clone().requires_grad_()
+        value = route(loss, leaf, padded(kind, target, fill), sample_weight=weight)
+        if y is None:
+            every = torch.ones(40, dtype=torch.bool)
+            rows = rows_of_list(loss, exact[kept], every, listed.indices[kept], listed.values[kept], kind)
+        else:
+            rows = rows_of(loss, exact[kept], y[kept])
+        truth = (rows * weight[kept]).sum() / 3
+        what = f"{loss}, {kind}"
+        assert_same(value, truth, what, 1e-12)
+        (first,), (expected,) = (
+            torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact))
+        )
+        assert_same(first, expected, what, 1e-12)
+        assert_same(gradients((first * t).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0], what, 1e-10)
+
+
+@pytest.mark.parametrize("budget", [None, "least"])
+def test_features_of_padding_may_be_nan(budget: str | None) -> None:
+    """In rows of weight 0 and in rows whose class is ignored: value and gradients are those of the other rows."""
+    x, w, t = (torch.randn(*shape, dtype=F64) for shape in ((5, 3), (40, 3), (5, 40)))
+    kept, weight = torch.tensor([0, 2, 4]), torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], dtype=F64)
+    index = torch.tensor([3, -100, 39, -100, 0])
+    y = t.softmax(-1)
+    for loss, target, options in (
+        (softcurve.linear_cross_entropy, index, {}),
+        (softcurve.linear_cross_entropy, index, {"label_smoothing": 0.1}),
+        *((softcurve.linear_cross_entropy, made, {"sample_weight": weight}) for made in (index, y, Logits(t))),
+        (softcurve.linear_kl_divergence, Probabilities(y), {"sample_weight": weight}),
+        (softcurve.linear_js_divergence, Logits(t), {"sample_weight": weight}),
+    ):
+        found = []
+        for poisoned in (False, True):
+            features = (x.index_fill(0, torch.tensor([1, 3]), NAN) if poisoned else x).clone().requires_grad_()
+            leaf, given = w.clone().requires_grad_(), dict(options)
+            if budget:
+                with pytest.raises(ValueError, match="memory_budget") as refused:
+                    loss(features, leaf, target, **options, memory_budget=1)
+                given["memory_budget"] = least_of(str(refused.value))
+            value = loss(features, leaf, target, **given)
+            first = torch.autograd.grad(value, (features, leaf), create_graph=True)
+            found.append((value, *first, *gradients(first[1].sin().sum(), leaf)))
+        for got, truth in zip(found[1], found[0], strict=True):
+            assert torch.equal(got, truth)
+        assert not found[1][1][1::2].any()
+        assert found[0][0] > 0
+        assert kept.numel() == 3
+
+
+@routes
+def test_an_ignored_class_is_one_of_class_indices(route: Route) -> None:
+    """Any but the default is refused beside a distribution, rather than dropped."""
+    z, t = torch.randn(2, 3, 5, dtype=F64)
+    listed = t.log_softmax(-1).topk(2)
+    for kind, (target, y) in (targets_of(t) | {"bucket": (TopK(listed.indices, listed.values), None)}).items():
+        for ignore_index in (2, -1):
+            with pytest.raises(ValueError, match=r"ignore_index.*distribution.*sample_weight"):
+                route("cross_entropy", z, target, ignore_index=ignore_index)
+        value = route("cross_entropy", z, target, ignore_index=-100)
+        if kind != "bucket":
+            assert_same(value, rows_of("cross_entropy", z, y).mean(), bound=1e-12)
+
+
+# --- 9. common offsets -------------------------------------------------------------------------------------------------
+
+OFFSETS = [(8192.0, 0.0), (0.0, 8192.0), (8192.0, -8192.0), (-8192.0, 0.0)]
+
+
+@routes
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_common_offsets_change_nothing(route: Route, temperature: float) -> None:
+    """Of model and target, on a grid that float32 holds beside the offset: the truth is that without it, in float64."""
+    base = (2 * torch.randn(2, 3, 400) * 256).round() / 256
+    index = torch.tensor([0, 150, 399])
+    for of_model, of_target in OFFSETS:
+        t = base[1] + of_target
+        assert torch.equal(t - of_target, base[1])
+        cases = [("cross_entropy", "indices", index, F.one_hot(index, 400).double())]
+        cases += [case for case in combinations(t) if case[1] in ("Logits", "LinearTeacher") or of_target == 0]
+        for loss, kind, target, y in cases:
+            tempered = y
+            if loss != "cross_entropy" and temperature != 1:
+                tempered = torch.softmax(
+                    torch.where(y > 0, y, 1.0).log() / temperature + torch.where(y > 0, 0.0, -INF), -1
+                )
+            leaf, exact = base[0].clone().requires_grad_(), base[0].double().requires_grad_()
+            bias = torch.full((400,), of_model)
+            value = route(loss, leaf, target, bias, temperature=temperature, reduction="none")
+            truth = rows_of(loss, exact, tempered, temperature)
+            what = f"{loss}, {kind}, {of_model:g}, {of_target:g}"
+            assert ((value.double() - truth) / truth).abs().max() <= 3e-6, what
+            assert_same(gradients(value, leaf)[0].double(), gradients(truth, exact)[0], what, 3e-6)
+
+
+@routes
+def test_common_offsets_of_lists(route: Route) -> None:
+    base = (2 * torch.randn(3, 400) * 256).round() / 256
+    listed = torch.randn(3, 400, dtype=F64).log_softmax(-1).topk(4)
+    for offset, loss in itertools.product((8192.0, -8192.0), LOSSES):
+        target = TopK(listed.indices, listed.values.float())
+        value = route(loss, base, target, torch.full((400,), offset), reduction="none")
+        every = torch.ones(400, dtype=torch.bool)
+        truth = rows_of_list(loss, base.double(), every, listed.indices, target.log_probs.double(), "bucket")
+        assert ((value.double() - truth) / truth).abs().max() <= 3e-6, (loss, offset)
+
+
+@plain_routes
+def test_an_offset_of_nearly_equal_distributions(route: Route) -> None:
+    """Where the divergence is 1e-6 of a nat, to three digits, against fifty."""
+    base = (torch.randn(1, 64) * 256).round() / 256
+    t = base + (torch.arange(64) % 2) / 256
+    p, q = (oracle.exact_softmax(oracle.exact(rows[0])) for rows in (base, t))
+    truths = {"forward": oracle.exact_kl(q, p), "reverse": oracle.exact_kl(p, q), "js": oracle.exact_js(q, p, BETA)}
+    for (of_model, of_target), (loss, truth) in itertools.product([(0.0, 0.0), *OFFSETS], truths.items()):
+        got = route(loss, base, Logits(t + of_target), torch.full((64,), of_model), reduction="none")
+        assert oracle.relative_error(got[0], truth) <= (1e-3 if of_model == of_target else 0.3), (
+            loss,
+            of_model,
+            of_target,
+        )
+
+
+# --- 10. members that are not known ------------------------------------------------------------------------------------
+
+
+class Halved(Divergence):
+    """A member of one's own: half of the Jensen-Shannon divergence."""
+
+    whole = JensenShannon(BETA)
+
+    def value(self, pair: Any) -> Tensor:
+        return self.whole.value(pair) / 2
+
+    def score(self, pair: Any) -> Tensor:
+        return self.whole.score(pair) / 2
+
+    def curve(self, pair: Any) -> Tensor:
+        return self.whole.curve(pair) / 2
+
+    def cross(self, pair: Any) -> Tensor:
+        return self.whole.cross(pair) / 2
+
+    def exchanged(self) -> Divergence:
+        made = Halved()
+        made.whole = self.whole.exchanged()
+        return made
+
+
+def test_a_family_that_is_not_known_is_refused() -> None:
+    for target in ("logits", "probabilities", "list", "teacher"):
+        with pytest.raises(ValueError, match="family"):
+            HeadLoss("alpha", target)
+
+
+def test_a_member_that_is_not_known_is_refused_or_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each kernel of the head: an error that names it, or half of what the Jensen-Shannon divergence gives."""
+    z, t = torch.randn(2, 3, 400)
+    x, w = head_of(z)
+    leaf = w.clone().requires_grad_()
+
+    def outcome(name: str) -> Tensor:
+        if name in ("hvp", "ggnvp"):
+            head = HeadCurvature(x, w, Logits(t), loss="js", beta=BETA)
+            return getattr(head, name)(Direction(None, torch.ones_like(w).cumsum(0).sin(), None)).weight
+        value = Route(name)("js", leaf.mT, Logits(t))
+        return torch.cat([value.detach().reshape(1), *gradients(value, leaf)[0]])
+
+    names = ("head", "tiles", "sharded", "hvp", "ggnvp")
+    known = {name: outcome(name) for name in names}
+    monkeypatch.setattr(HeadLoss, "divergence", property(lambda _: Halved()))
+    refused = []
+    for name in names:
+        try:
+            assert_same(outcome(name), known[name] / 2, name, 1e-5)
+        except (TypeError, ValueError) as error:
+            assert "Halved" in str(error)  # noqa: PT017
+            refused.append(name)
+    assert refused == ["head"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_member_that_is_not_known_is_refused_by_triton() -> None:
+    kernel = SimpleNamespace(loss=SimpleNamespace(family="own", divergence=Halved()), by_logits=True)
+    terms = SimpleNamespace(SOFTMAX=0, PROBABILITIES=1, FORWARD=2, REVERSE=3, JENSEN_SHANNON=4)
+    with pytest.raises(TypeError, match=r"divergence.*Halved"):
+        fused.FusedBlocks._family(kernel, terms)
+
+
+# --- 11. numbers, vocabularies, layouts --------------------------------------------------------------------------------
+
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "float32": lambda v: np.float32(v) if isinstance(v, float) else np.int32(v),
+    "float64": lambda v: np.float64(v) if isinstance(v, float) else np.int64(v),
+    "0-d tensor": torch.tensor,
+    "0-d tensor of half the width": lambda v: torch.tensor(v).to(
+        torch.float16 if isinstance(v, float) else torch.int16
+    ),
+}
+# All of them are exact in half precision.
+COMMON = {"temperature": 0.75, "base": 2.0}
+OF_HEADS = {"softcap": 3.5, "memory_budget": 30_000}
+OF_CROSS_ENTROPY = {"label_smoothing": 0.125, "z_loss": 0.25, "softcap": 3.5, "ignore_index": 2}
+
+
+@plain_routes
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_every_kind(route: Route, kind: str) -> None:
+    """Python's, numpy's and 0-d tensors, in every option: the same to the last bit."""
+    z, t = torch.randn(2, 3, 5)
+    index = torch.tensor([0, 2, 4])
+    for loss in LOSSES:
+        known: dict[str, Any] = COMMON | (OF_HEADS if route in HEADS else {})
+        known |= OF_CROSS_ENTROPY if loss == "cross_entropy" else {}
+        known |= {"shift": 1} if loss == "cross_entropy" and route in HEADS else {}
+        known |= {"beta": 0.25} if loss == "js" else {}
+        target = index if loss == "cross_entropy" else Logits(t)
+        for name, value in known.items():
+            try:
+                got = route(loss, z, target, **{name: NUMBERS[kind](value)})
+            except Exception as error:
+                raise AssertionError(f"{loss}, {name}: {error}") from error
+            assert torch.equal(got, route(loss, z, target, **{name: value})), name
+    of_base = softcurve.entropy(z, base=NUMBERS[kind](2.0))
+    assert torch.equal(of_base, softcurve.entropy(z, base=2.0))
+
+
+@plain_routes
+def test_what_is_no_number(route: Route) -> None:
+    """One entry in a tensor of one dimension, a learned temperature, a complex number."""
+    z, index = torch.randn(3, 5), torch.tensor([0, 2, 4])
+    for wrong in (torch.ones(1), torch.ones((), requires_grad=True), torch.tensor(1j), np.complex64(1)):
+        with pytest.raises((TypeError, ValueError), match=r"temperature|violated|type"):
+            route("cross_entropy", z, index, temperature=wrong)
+
+
+@plain_routes
+def test_unequal_vocabularies_and_layouts_name_the_remedy(route: Route) -> None:
+    z, t = torch.randn(3, 7), torch.randn(3, 5)
+    for loss, kind, target, _ in combinations(t):
+        if kind != "renormalize":
+            with pytest.raises(ValueError, match=r"padded, cut .*\[.*:(C|5)\]"):
+                route(loss, z, target)
+    if route.name in ("logits", "module"):
+        with pytest.raises(ValueError, match=r"movedim\(1, -1\)"):
+            route("cross_entropy", torch.randn(3, 5, 4), torch.zeros(3, 4, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"movedim\(1, -1\)"):
+            route("forward", Logits(torch.randn(3, 5, 4)), torch.randn(3, 4, 5))
+
+
+# --- masked classes and label smoothing --------------------------------------------------------------------------------
+
+LIVE, PADDED = 33, 40
+SMOOTHED = ("indices", "float", "Probabilities", "Logits", "LinearTeacher", "bucket", "renormalize")
+
+
+def vocabularies(kind: str, t: Tensor) -> tuple[Any, Any, Tensor, Tensor | None]:
+    """The target over the padded vocabulary, over the unpadded one, what it means, and the list of a bucket."""
+    far = F.pad(t, (0, PADDED - LIVE), value=-INF)
+    listed = t.log_softmax(-1).topk(3)
+    rows = torch.eye(len(t), dtype=t.dtype)
+    bias = torch.where(torch.arange(PADDED) < LIVE, 0.0, -INF).to(t.dtype)
+    y = t.softmax(-1)
+    if kind == "indices":
+        index = listed.indices[:, 0]
+        return index, index, F.one_hot(index, LIVE).to(t.dtype), None
+    if kind == "float":
+        return 0.5 * far.softmax(-1), 0.5 * y, 0.5 * y, None
+    if kind == "LinearTeacher":
+        weight = F.pad(t.mT, (0, 0, 0, PADDED - LIVE))
+        return LinearTeacher(rows, weight, bias), LinearTeacher(rows, weight[:LIVE]), y, None
+    if kind in ("bucket", "renormalize"):
+        target = TopK(listed.indices, listed.values, kind)
+        masses = listed.values.exp()
+        if kind == "bucket":
+            return target, target, torch.cat([masses, 1 - masses.sum(-1, keepdim=True)], -1), listed.indices
+        own = torch.zeros_like(t).scatter(-1, listed.indices, masses / masses.sum(-1, keepdim=True))
+        return target, target, own, None
+    made = Probabilities if kind == "Probabilities" else Logits
+    return (*(made(v.softmax(-1) if made is Probabilities else v) for v in (far, t)), y, None)
+
+
+@routes
+@pytest.mark.parametrize("kind", SMOOTHED)
+def test_masked_classes_have_no_share_of_smoothing(route: Route, kind: str) -> None:
+    """The loss over a vocabulary padded with −inf is that over the unpadded one: value, gradient, product."""
+    z, t = torch.randn(2, 3, LIVE, dtype=F64)
+    mask = torch.where(torch.arange(PADDED) < LIVE, 0.0, -INF).double()
+    target, _, y, indices = vocabularies(kind, t)
+    of_class = 0.5 + torch.rand(PADDED, dtype=F64)
+    for weight in (None, of_class) if kind != "bucket" else (None,):
+        leaf, exact = F.pad(z, (0, PADDED - LIVE)).requires_grad_(), z.clone().requires_grad_()
+        options = {} if weight is None else {"weight": weight}
+        value = route("cross_entropy", leaf, target, mask, label_smoothing=0.2, reduction="sum", **options)
+        short = None if weight is None else weight[:LIVE]
+        truth = oracle.cross_entropy_rows(exact, y, weight=short, label_smoothing=0.2, indices=indices).sum()
+        assert_same(value, truth, bound=1e-12)
+        (first,), (expected,) = (
+            torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact))
+        )
+        assert_same(first, F.pad(expected, (0, PADDED - LIVE)), bound=1e-12)
+        direction = F.pad(t, (0, PADDED - LIVE), value=0.7)
+        second, product = gradients((first * direction).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0]
+        assert_same(second, F.pad(product, (0, PADDED - LIVE)), bound=1e-12)
+
+
+@pytest.mark.parametrize("kind", SMOOTHED)
+def test_curvature_of_a_padded_vocabulary(kind: str) -> None:
+    """Every product and closed form is that of the unpadded head, and 0 at the masked classes."""
+    x, w, t = (torch.randn(*shape, dtype=F64) for shape in ((3, 4), (PADDED, 4), (3, LIVE)))
+    bias = torch.where(torch.arange(PADDED) < LIVE, torch.randn(PADDED, dtype=F64), -INF)
+    padded_target, target, _, _ = vocabularies(kind, t)
+    of_class = None if kind == "bucket" else 0.5 + torch.rand(PADDED, dtype=F64)
+    for weight in {id(given): given for given in (None, of_class)}.values():
+        more, fewer = (
+            HeadCurvature(
+                x, w[:count], made, linear_bias=bias[:count], label_smoothing=0.2,
+                weight=None if weight is None else weight[:count],
+            )
+            for made, count in ((padded_target, PADDED), (target, LIVE))
+        )  # fmt: skip
+        direction = Direction(torch.randn_like(x), torch.randn_like(w), torch.randn(PADDED, dtype=F64))
+        short = direction._replace(weight=direction.weight[:LIVE], bias=direction.bias[:LIVE])
+        for product in ("hvp", "ggnvp"):
+            for got, truth in zip(getattr(more, product)(direction), getattr(fewer, product)(short), strict=True):
+                longer = (*truth.shape[1:], len(got) - len(truth))
+                assert_same(got, torch.cat([truth, truth.new_zeros(longer[-1], *truth.shape[1:])]), product, 1e-11)
+        assert more.trace() == pytest.approx(fewer.trace(), rel=1e-11)
+        assert_same(more.gradient_norms(), fewer.gradient_norms(), bound=1e-11)
