@@ -33,6 +33,7 @@ class Problem:
     kind: str = "indices"  # or float, probabilities, logits, bucket, renormalize, teacher
     reduction: str = "mean"
     dtype: str = "float64"  # of features and head
+    head_dtype: str | None = None  # of the head, where it has another
     leading: tuple[int, ...] = (4,)
     positions: tuple[int, ...] = ()  # the K more dimensions of the weight
     classes: int = 5
@@ -61,7 +62,8 @@ class Problem:
     shift: int = 0
     budget: str = "default"  # or least, tiles
     numbers: str = "python"  # or numpy, tensor: what the options are given as
-    wanted: str = "all"  # the gradients asked for: all, features, head, none
+    wanted: str = "all"  # the gradients asked for: all, features, head, target (and the sample weights), none
+    strided: bool = False  # no tensor is contiguous
     stats: bool = False
     fault: str | None = None
     seed: int = 0
@@ -86,7 +88,12 @@ class Problem:
     @property
     def wide(self) -> torch.dtype:
         """Of every loss."""
-        return torch.float64 if self.dtype == "float64" else torch.float32
+        return torch.float64 if "float64" in (self.dtype, self.head_dtype) else torch.float32
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """Of dense logits."""
+        return torch.promote_types(getattr(torch, self.dtype), getattr(torch, self.head_dtype or self.dtype))
 
     @property
     def by_indices(self) -> bool:
@@ -96,7 +103,9 @@ class Problem:
         """An option in the form that is asked for."""
         if value is None or isinstance(value, str) or self.numbers == "python":
             return value
-        return np.array(value)[()] if self.numbers == "numpy" else torch.tensor(value)
+        if self.numbers == "numpy":
+            return np.array(value)[()]
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def problem_of(described: Mapping[str, Any]) -> Problem:
@@ -180,7 +189,7 @@ def live_classes(p: Problem) -> Tensor:
 def build(p: Problem) -> Call:
     """The tensors of a problem, the same ones at each call."""
     numbers = _Numbers(p.seed)
-    dtype = getattr(torch, p.dtype)
+    dtype, of_head = getattr(torch, p.dtype), getattr(torch, p.head_dtype or p.dtype)
     scale = 4.0 if p.confident else 1.0
     input = numbers.grid(1, 0.5, *p.leading, FEATURES)
     linear_weight = numbers.grid(2 * scale, 0.25 * scale, p.classes, *p.positions, FEATURES)
@@ -192,17 +201,28 @@ def build(p: Problem) -> Call:
     if p.positions and p.kind == "float":  # the classes second, as in torch
         target["values"] = target["values"].movedim(-1, 1)
     input = _dead(p, input, sample_weight)
-    return Call(
+    call = Call(
         p,
         input.to(dtype),
-        linear_weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+        linear_weight.to(of_head),
+        None if bias is None else bias.to(of_head),
         target,
         clean,
         weight,
         sample_weight,
         _options(p),
     )
+    return _strided(call) if p.strided else call
+
+
+def _strided(call: Call) -> Call:
+    """Every second entry of a wider memory."""
+
+    def spread(value: Any) -> Any:
+        return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
+
+    changed = {name: spread(value) for name, value in vars(call).items()}
+    return Call(**{**changed, "target": {name: spread(value) for name, value in call.target.items()}})
 
 
 def _bias(p: Problem, numbers: _Numbers, scale: float) -> Tensor | None:
@@ -211,8 +231,9 @@ def _bias(p: Problem, numbers: _Numbers, scale: float) -> Tensor | None:
         return None
     if p.offset:
         # Half precision holds the offset itself, rounded, and nothing beside it.
-        held = torch.tensor(p.offset).to(getattr(torch, p.dtype)).double()
-        drawn = (torch.zeros_like(drawn) if p.dtype in ("bfloat16", "float16") else drawn) + held
+        of_head = p.head_dtype or p.dtype
+        held = torch.tensor(p.offset).to(getattr(torch, of_head)).double()
+        drawn = (torch.zeros_like(drawn) if of_head in ("bfloat16", "float16") else drawn) + held
     masked = ~live_classes(p)
     return drawn.masked_fill(masked.reshape(-1, *[1] * len(p.positions)), -math.inf)
 
@@ -225,7 +246,7 @@ def _weights(kind: str, numbers: _Numbers, p: Problem, *shape: int) -> Tensor | 
 
 def _options(p: Problem) -> dict[str, Any]:
     """Those that are on, as keyword arguments of the head's losses."""
-    given: dict[str, Any] = {"reduction": p.reduction}
+    given: dict[str, Any] = {} if p.reduction == "mean" else {"reduction": p.reduction}  # mean is the default
     names = ["temperature", "softcap", "base"]
     if p.loss == CROSS_ENTROPY:
         names += ["label_smoothing", "z_loss", "ignore_index", "shift"]

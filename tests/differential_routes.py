@@ -64,7 +64,7 @@ def cotangent_of(p: Problem) -> Tensor:
 
 def exact_in(p: Problem, logits: Tensor) -> Tensor:
     """In the model's own dtype where that holds them exactly, and in float32 where half precision does not."""
-    narrow = logits.to(getattr(torch, p.dtype))
+    narrow = logits.to(p.model_dtype)
     same = (narrow.double() == logits) | logits.isnan()
     return narrow if bool(same.all()) else logits.to(p.wide)
 
@@ -72,7 +72,23 @@ def exact_in(p: Problem, logits: Tensor) -> Tensor:
 def _logits_of(call: Call) -> Tensor:
     z = call.exact_logits() if call.logits is None else call.logits
     z = exact_in(call.problem, z) if z.is_floating_point() else z
-    return z.detach().requires_grad_(z.is_floating_point() and call.problem.wanted != "none")
+    return z.detach().requires_grad_(z.is_floating_point() and call.problem.wanted not in ("none", "target"))
+
+
+def row_leaves(call: Call) -> dict[str, Tensor]:
+    """The tensors of the target and the sample weights, where gradients in them are wanted."""
+    if call.problem.wanted != "target":
+        return {}
+    named = {f"target {name}": tensor for name, tensor in call.target.items()}
+    if call.problem.padding == "none" and not call.problem.dead_features:  # else they have no derivative
+        named["sample_weight"] = call.sample_weight
+    found = {}
+    for name, tensor in named.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            found[name] = tensor.detach().requires_grad_()
+    call.target |= {name.removeprefix("target "): leaf for name, leaf in found.items() if name != "sample_weight"}
+    call.sample_weight = found.get("sample_weight", call.sample_weight)
+    return found
 
 
 def _row_arguments(call: Call, target: Any) -> tuple[Any, Any]:
@@ -89,17 +105,19 @@ def _row_arguments(call: Call, target: Any) -> tuple[Any, Any]:
 def _on_logits(call: Call, loss: Callable[..., Any]) -> tuple[Any, Mapping[str, Tensor]]:
     p = call.problem
     leaf = _logits_of(call)
+    leaves = {"logits": leaf} | row_leaves(call)
     z, options = leaf, {name: value for name, value in call.options.items() if name not in MODEL_OPTIONS}
     target, sample_weight = _row_arguments(call, call.made_target())
     if p.positions and p.kind == "float" and isinstance(target, Tensor) and target.ndim == len(p.rows) + 1:
         target = target.movedim(1, -1)
     if p.loss == CROSS_ENTROPY:
-        return loss(z, target, weight=call.weight, sample_weight=sample_weight, **options), {"logits": leaf}
+        return loss(z, target, weight=call.weight, sample_weight=sample_weight, **options), leaves
     cap = options.pop("softcap", None)
-    if cap is not None:  # of the model alone, which is one of two distributions here
-        z = torch.where(z == -math.inf, z, float(cap) * torch.tanh(z.to(p.wide) / float(cap)))
+    if cap is not None and z.is_floating_point():  # of the model alone, which is one of two distributions here
+        z = torch.where(z == -math.inf, z, float(cap) * torch.tanh(z.double() / float(cap))).to(p.wide)
+    z = z if bool((z < 0).any()) else softcurve.Logits(z)  # lest a plain tensor be taken for probabilities
     first, second = (z, target) if p.loss == "reverse" else (target, z)
-    return loss(first, second, sample_weight=sample_weight, **options), {"logits": leaf}
+    return loss(first, second, sample_weight=sample_weight, **options), leaves
 
 
 def logits_route(call: Call) -> Outcome:
@@ -130,7 +148,7 @@ def head_loss(p: Problem) -> Callable[..., Any]:
 
 def leaves_of(call: Call) -> dict[str, Tensor]:
     """Features and head, those that are wanted with a gradient."""
-    wanted = {"all": ("input", "linear_weight", "linear_bias"), "features": ("input",), "none": ()}
+    wanted = {"all": ("input", "linear_weight", "linear_bias"), "features": ("input",), "none": (), "target": ()}
     names = wanted.get(call.problem.wanted, ("linear_weight", "linear_bias"))
     given = {name: getattr(call, name) for name in ("input", "linear_weight", "linear_bias")}
     return {
@@ -175,6 +193,7 @@ def on_head(call: Call, leaves: Mapping[str, Tensor], more: Mapping[str, Any]) -
 
 def head_route(call: Call) -> Outcome:
     leaves, more = leaves_of(call), budget_option(call, least_budget(call))
+    leaves |= row_leaves(call)
     return outcome(lambda: (on_head(call, leaves, more), leaves), cotangent_of(call.problem))
 
 
@@ -192,6 +211,7 @@ def head_module(call: Call) -> Outcome:
         head = module(
             call.input.shape[-1], p.classes, bias=call.linear_bias is not None, dtype=call.linear_weight.dtype, **given
         )
+        leaves.update(row_leaves(call))
         own = {"linear_weight": head.linear.weight, "linear_bias": head.linear.bias}
         for name, parameter in own.items():
             if parameter is not None:
@@ -203,7 +223,8 @@ def head_module(call: Call) -> Outcome:
 
     found = outcome(make, cotangent_of(p))
     for name, gradient in found.gradients.items():
-        found.gradients[name] = gradient.reshape(getattr(call, name).shape)
+        if name.startswith("linear"):
+            found.gradients[name] = gradient.reshape(getattr(call, name).shape)
     return found
 
 
@@ -241,7 +262,23 @@ def disagreements(p: Problem, routes: Mapping[str, Route] = ROUTES) -> list[str]
         return _errors_apart(found, either=FAULTS[p.fault].either)
     call = build(p)
     expected = truth(call, cotangent_of(p))
-    return [problem for name, got in found.items() for problem in _wrong(name, p, got, expected)]
+    wrong = [problem for name, got in found.items() for problem in _wrong(name, p, got, expected)]
+    return wrong or _gradients_apart(found, p, expected)
+
+
+def _gradients_apart(found: Mapping[str, Outcome], p: Problem, expected: Truth) -> list[str]:
+    """Gradients in target and sample weights, for which there is no closed form here: those of the first route."""
+    first, *others = found
+    wrong = []
+    for other in others:
+        for leaf, gradient in found[other].gradients.items():
+            if leaf in expected.gradients or expected.value.isinf().any():
+                continue
+            wanted = found[first].gradients[leaf].double()
+            size = wanted.abs().amax().expand_as(wanted) if wanted.numel() else wanted
+            apart = _apart(gradient, wanted, 4 * size, p.wide, gradient.dtype)
+            wrong += [f"{other}: gradient of {leaf} {apart} of {first}"] if apart else []
+    return wrong
 
 
 def _errors_apart(found: Mapping[str, Outcome], *, either: bool) -> list[str]:
@@ -266,6 +303,8 @@ def _wrong(name: str, p: Problem, got: Outcome, expected: Truth) -> list[str]:
         wrong.append(f"{name}: value {apart}")
     if not expected.value.isinf().any():
         for leaf, gradient in got.gradients.items():
+            if leaf not in expected.gradients:
+                continue
             wanted = expected.gradients[leaf]
             apart = _apart(gradient, wanted, expected.sizes[leaf], p.wide, gradient.dtype)
             if apart:
@@ -291,8 +330,9 @@ def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kep
     """Beyond the rounding of the computation and of the dtype in which the result is kept; empty if within."""
     if got.shape != wanted.shape:
         return f"of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
-    exact = got.double()
-    rounding = torch.finfo(kept).eps * wanted.abs() / 2 if kept.itemsize < 4 else torch.zeros_like(wanted)
+    exact, narrower = got.double(), kept.itemsize < computed.itemsize
+    wanted = torch.where(wanted.abs() > torch.finfo(kept).max, wanted.sign() * math.inf, wanted)
+    rounding = torch.finfo(kept).eps * wanted.abs() / 2 if narrower else torch.zeros_like(wanted)
     tiny = torch.finfo(kept).smallest_normal * torch.finfo(kept).eps
     bound = RELATIVE[computed] * size + rounding + FLOOR[computed] + tiny
     same = (exact == wanted) | (exact.isnan() & wanted.isnan())

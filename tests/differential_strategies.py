@@ -16,6 +16,8 @@ DIVERGENCES = ("forward", "reverse", "js")
 LEADING = ((4,), (3,), (1,), (2, 3), (9,), (2, 1, 2), (), (0,), (2, 0))
 CLASSES = (5, 2, 7, 19, 40, 1)
 MANY = 150  # classes in several tiles of the least budget
+MANY_ROWS = 2500  # too many for a sum of weights in half precision
+FEW = 2  # classes beside them
 
 
 def _mostly(draw: st.DrawFn, plain: Any, *others: Any) -> Any:
@@ -35,18 +37,22 @@ def problems(draw: st.DrawFn) -> Problem:
         chosen["beta"] = draw(st.sampled_from(betas))
     chosen["reduction"] = draw(st.sampled_from(["mean", "none", "sum", "batchmean"]))
     chosen["dtype"] = draw(st.sampled_from(["float64", "float32", "bfloat16", "float16"]))
+    chosen["head_dtype"] = _mostly(draw, None, "float32", "bfloat16")
     chosen["leading"] = draw(st.sampled_from(LEADING))
     chosen["classes"] = _mostly(draw, draw(st.sampled_from(CLASSES)), MANY)
     if loss == CROSS_ENTROPY and kind in ("indices", "float"):
-        chosen["positions"] = _mostly(draw, (), (2,), (2, 1), (1,))
+        chosen["positions"] = _mostly(draw, (), (2,), (2, 1), (1,), (33,))
         if chosen["positions"]:
             chosen["leading"] = draw(st.sampled_from([(4,), (1,), (0,)]))
+    if chosen["classes"] <= FEW and not chosen.get("positions") and chosen["leading"] == (9,):
+        chosen["leading"] = (MANY_ROWS,)
     _draw_head(draw, chosen)
     _draw_target(draw, chosen)
     _draw_options(draw, chosen)
     chosen["budget"] = _mostly(draw, "default", "least", "tiles")
     chosen["numbers"] = _mostly(draw, "python", "numpy", "tensor")
-    chosen["wanted"] = _mostly(draw, "all", "features", "head", "none")
+    chosen["wanted"] = _mostly(draw, "all", "features", "head", "target", "none")
+    chosen["strided"] = _mostly(draw, False, True)
     chosen["stats"] = _mostly(draw, False, True)
     chosen["seed"] = draw(st.integers(0, 50))
     return Problem(**chosen)
