@@ -46,6 +46,7 @@ class Problem:
     bias: str = "none"  # or plain, masked (every third class), last (the second half), one (all but one masked)
     offset: float = 0.0
     target_offset: float = 0.0
+    row_masks: bool = False  # logits of −inf, others in each row, where the target has no mass: no head makes these
     anywhere: bool = False  # the target may have mass on masked classes
     target_zeros: bool = False  # the target leaves out classes that the model has
     class_weight: str = "none"  # or some, zero
@@ -87,8 +88,14 @@ class Problem:
 
     @property
     def wide(self) -> torch.dtype:
-        """Of every loss."""
+        """In which a loss is computed at least."""
         return torch.float64 if "float64" in (self.dtype, self.head_dtype) else torch.float32
+
+    @property
+    def result(self) -> torch.dtype:
+        """A wider target widens the loss."""
+        of_target = getattr(torch, self.target_dtype or self.dtype)
+        return self.wide if self.by_indices else torch.promote_types(self.wide, of_target)
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -128,7 +135,7 @@ class Call:
     sample_weight: Any
     options: dict[str, Any] = field(default_factory=dict)
     make_target: Any = None  # set by faults
-    logits: Tensor | None = None  # set by faults of the logits
+    logits: Tensor | None = None  # in place of those of the head; by faults not even floating point
 
     def made_target(self) -> Any:
         """Made in each route, so that an error of the target's type is one of the route."""
@@ -136,6 +143,8 @@ class Call:
 
     def exact_logits(self) -> Tensor:
         """``(*rows, C)``, float64."""
+        if self.logits is not None:
+            return self.logits
         e, w = self.input.double(), self.linear_weight.double()
         if self.problem.positions:
             z = torch.einsum("nd,cpd->npc", e, w.flatten(1, -2)).reshape(*self.problem.rows, len(w))
@@ -212,7 +221,20 @@ def build(p: Problem) -> Call:
         sample_weight,
         _options(p),
     )
+    if p.row_masks:
+        _mask_logits(call, numbers)
     return _strided(call) if p.strided else call
+
+
+def _mask_logits(call: Call, numbers: _Numbers) -> None:
+    """The class of an index, or all listed ones, stay."""
+    z = call.exact_logits()
+    named = call.clean["values" if call.problem.by_indices else "indices"].long()
+    named = moved(call.problem, named, 0).clamp(0, z.shape[-1] - 1)
+    kept = torch.zeros_like(z, dtype=torch.bool).scatter(
+        -1, named.unsqueeze(-1) if named.ndim < z.ndim else named, True
+    )
+    call.logits = z.masked_fill((numbers.integers(0, 1, *z.shape) == 0) & ~kept, -math.inf)
 
 
 def _strided(call: Call) -> Call:

@@ -62,7 +62,7 @@ def _replaced(make: Callable[[Call], Any]) -> Callable[[Call], None]:
 
 def _first(call: Call, name: str, value: float) -> torch.Tensor:
     """The first row's first entry, or the only one."""
-    changed = call.target[name].clone()
+    changed = call.target[name].clone(memory_format=torch.contiguous_format)
     changed.view(-1)[0] = value
     return changed
 
@@ -213,6 +213,18 @@ FAULTS: dict[str, Fault] = {
     ),
     "NaN sample weight": Fault(_some, _attribute("sample_weight", lambda c: torch.full(c.problem.rows, math.nan))),
     "sample weights as a list": Fault(lambda p: not p.shift, _attribute("sample_weight", lambda c: [1.0])),
+    "sample weights of integers": Fault(
+        _some, _attribute("sample_weight", lambda c: torch.ones(c.problem.rows, dtype=torch.int64)), either=True
+    ),
+    "sample weights of bool": Fault(
+        _some, _attribute("sample_weight", lambda c: torch.ones(c.problem.rows, dtype=torch.bool)), either=True
+    ),
+    "complex sample weights": Fault(
+        _some, _attribute("sample_weight", lambda c: torch.ones(c.problem.rows, dtype=torch.complex64))
+    ),
+    "negative sample weights": Fault(
+        _some, _attribute("sample_weight", lambda c: -torch.ones(c.problem.rows)), either=True
+    ),
     # --- numbers
     "temperature 0": Fault(_always, _option("temperature", 0.0)),
     "temperature NaN": Fault(_always, _option("temperature", math.nan)),

@@ -70,7 +70,7 @@ def exact_in(p: Problem, logits: Tensor) -> Tensor:
 
 
 def _logits_of(call: Call) -> Tensor:
-    z = call.exact_logits() if call.logits is None else call.logits
+    z = call.exact_logits()
     z = exact_in(call.problem, z) if z.is_floating_point() else z
     return z.detach().requires_grad_(z.is_floating_point() and call.problem.wanted not in ("none", "target"))
 
@@ -114,7 +114,8 @@ def _on_logits(call: Call, loss: Callable[..., Any]) -> tuple[Any, Mapping[str, 
         return loss(z, target, weight=call.weight, sample_weight=sample_weight, **options), leaves
     cap = options.pop("softcap", None)
     if cap is not None and z.is_floating_point():  # of the model alone, which is one of two distributions here
-        z = torch.where(z == -math.inf, z, float(cap) * torch.tanh(z.double() / float(cap))).to(p.wide)
+        finite = torch.where(z.isfinite(), z, 0.0).double()
+        z = torch.where(z.isfinite(), float(cap) * torch.tanh(finite / float(cap)), z.double()).to(p.wide)
     z = z if bool((z < 0).any()) else softcurve.Logits(z)  # lest a plain tensor be taken for probabilities
     first, second = (z, target) if p.loss == "reverse" else (target, z)
     return loss(first, second, sample_weight=sample_weight, **options), leaves
@@ -247,7 +248,9 @@ def prepared(p: Problem) -> Call:
 
 
 def routes_of(p: Problem, routes: Mapping[str, Route]) -> dict[str, Route]:
-    """Those that have the arguments of the fault."""
+    """Those that have the arguments of the fault, or such logits."""
+    if p.row_masks:
+        return {name: route for name, route in routes.items() if "logits" in name}
     if p.fault is None or not FAULTS[p.fault].head_only:
         return dict(routes)
     return {name: route for name, route in routes.items() if "logits" not in name}
@@ -296,9 +299,9 @@ def _wrong(name: str, p: Problem, got: Outcome, expected: Truth) -> list[str]:
         return [f"{name}: {got.error}: {got.message[:160]}"]
     assert got.value is not None
     wrong = []
-    if got.value.dtype != p.wide:
-        wrong.append(f"{name}: dtype {got.value.dtype}, not {p.wide}")
-    apart = _apart(got.value, expected.value, expected.size, p.wide, p.wide)
+    if got.value.dtype != p.result:
+        wrong.append(f"{name}: dtype {got.value.dtype}, not {p.result}")
+    apart = _apart(got.value, expected.value, expected.size, p.wide, p.result)
     if apart:
         wrong.append(f"{name}: value {apart}")
     if not expected.value.isinf().any():
@@ -318,7 +321,7 @@ def _wrong_stats(name: str, p: Problem, stats: Any, expected: Truth) -> list[str
     wrong = []
     for column, wanted in (("lse", expected.lse), ("entropy", expected.entropy)):
         got = getattr(stats, column)
-        if got.dtype != p.wide:
+        if got.dtype not in (p.wide, p.result):
             wrong.append(f"{name}: {column} dtype {got.dtype}, not {p.wide}")
         if not p.dead_features:
             apart = _apart(got, wanted, 4 * (1 + wanted.abs()), p.wide, p.wide)

@@ -49,6 +49,8 @@ def problems(draw: st.DrawFn) -> Problem:
     _draw_head(draw, chosen)
     _draw_target(draw, chosen)
     _draw_options(draw, chosen)
+    if kind in ("indices", "renormalize") and not chosen.get("dead_features"):
+        chosen["row_masks"] = _mostly(draw, False, False, False, True)
     chosen["budget"] = _mostly(draw, "default", "least", "tiles")
     chosen["numbers"] = _mostly(draw, "python", "numpy", "tensor")
     chosen["wanted"] = _mostly(draw, "all", "features", "head", "target", "none")
@@ -81,7 +83,7 @@ def _draw_target(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
         chosen["ignore_index"] = _mostly(draw, None, 0, -1, 1000)
         chosen["index_dtype"] = _mostly(draw, "int64", "int32")
         return
-    chosen["target_dtype"] = _mostly(draw, None, "float32", "bfloat16")
+    chosen["target_dtype"] = _mostly(draw, None, "float32", "bfloat16", "float64")
     if chosen["bias"] in ("masked", "last", "one"):
         chosen["anywhere"] = _mostly(draw, False, True)
     chosen["target_zeros"] = _mostly(draw, False, True)
@@ -114,5 +116,7 @@ def _draw_options(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
 def faulty(draw: st.DrawFn) -> Problem:
     """With one fault that the contract refuses."""
     p = draw(problems())
-    calm = dataclasses.replace(p, padding="none", dead_features=False, anywhere=False, budget="default", stats=False)
+    calm = dataclasses.replace(
+        p, padding="none", dead_features=False, anywhere=False, budget="default", stats=False, row_masks=False
+    )
     return dataclasses.replace(calm, fault=draw(st.sampled_from(faults_of(calm))))
