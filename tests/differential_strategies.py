@@ -1,0 +1,122 @@
+"""Hypothesis strategies for problems whose options make sense together, and for those with one fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+
+from .differential import CROSS_ENTROPY, LISTS, Problem
+from .differential_faults import faults_of
+
+KINDS = ("indices", "float", "probabilities", "logits", "bucket", "renormalize", "teacher")
+DIVERGENCES = ("forward", "reverse", "js")
+LEADING = ((4,), (3,), (1,), (2, 3), (9,), (2, 1, 2), (), (0,), (2, 0))
+CLASSES = (5, 2, 7, 19, 40, 1)
+MANY = 150  # classes in several tiles of the least budget
+MANY_ROWS = 2500  # too many for a sum of weights in half precision
+FEW = 2  # classes beside them
+
+
+def _mostly(draw: st.DrawFn, plain: Any, *others: Any) -> Any:
+    """The plain value in about two draws of three."""
+    return draw(st.sampled_from([plain] * (2 * len(others)) + list(others)))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Without a fault."""
+    chosen: dict[str, Any] = {}
+    loss = chosen["loss"] = draw(st.sampled_from([CROSS_ENTROPY] * 3 + list(DIVERGENCES)))
+    kinds = KINDS if loss == CROSS_ENTROPY else KINDS[2:]
+    kind = chosen["kind"] = draw(st.sampled_from([k for k in kinds if (loss, k) != ("reverse", "renormalize")]))
+    if loss == "js":
+        betas = [0.5, 0.25, 0.0, 0.9] + ([1.0] if kind != "renormalize" else [])
+        chosen["beta"] = draw(st.sampled_from(betas))
+    chosen["reduction"] = draw(st.sampled_from(["mean", "none", "sum", "batchmean"]))
+    chosen["dtype"] = draw(st.sampled_from(["float64", "float32", "bfloat16", "float16"]))
+    chosen["head_dtype"] = _mostly(draw, None, "float32", "bfloat16")
+    chosen["leading"] = draw(st.sampled_from(LEADING))
+    chosen["classes"] = _mostly(draw, draw(st.sampled_from(CLASSES)), MANY)
+    if loss == CROSS_ENTROPY and kind in ("indices", "float"):
+        chosen["positions"] = _mostly(draw, (), (2,), (2, 1), (1,), (33,))
+        if chosen["positions"]:
+            chosen["leading"] = draw(st.sampled_from([(4,), (1,), (0,)]))
+    if chosen["classes"] <= FEW and not chosen.get("positions") and chosen["leading"] == (9,):
+        chosen["leading"] = (MANY_ROWS,)
+    _draw_head(draw, chosen)
+    _draw_target(draw, chosen)
+    _draw_options(draw, chosen)
+    if kind in ("indices", "renormalize") and not chosen.get("dead_features"):
+        chosen["row_masks"] = _mostly(draw, False, False, False, True)
+    chosen["budget"] = _mostly(draw, "default", "least", "tiles")
+    chosen["numbers"] = _mostly(draw, "python", "numpy", "tensor")
+    chosen["wanted"] = _mostly(draw, "all", "features", "head", "target", "none")
+    chosen["strided"] = _mostly(draw, False, True)
+    chosen["stats"] = _mostly(draw, False, True)
+    chosen["seed"] = draw(st.integers(0, 50))
+    return Problem(**chosen)
+
+
+def _draw_head(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+    chosen["confident"] = _mostly(draw, False, True)
+    chosen["bias"] = _mostly(draw, "none", "plain", "masked", "last", "one")
+    if chosen["loss"] == CROSS_ENTROPY:
+        chosen["softcap"] = _mostly(draw, None, 5.0)
+    else:
+        chosen["softcap"] = _mostly(draw, None, 3.0)
+    if chosen["softcap"] is None:  # which is not invariant to an offset
+        chosen["offset"] = _mostly(draw, 0.0, 8192.0, -1e4)
+    chosen["sample_weight"] = _mostly(draw, "none", "some", "some", "zero")
+    if chosen["sample_weight"] != "none":
+        chosen["padding"] = _mostly(draw, "none", "nan", "zeros", "repeated")
+        chosen["dead_features"] = _mostly(draw, False, True)
+        chosen["weight_dtype"] = _mostly(draw, None, "float16", "float32", "float64")
+
+
+def _draw_target(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+    kind = chosen["kind"]
+    if kind == "indices":
+        chosen["ignored"] = _mostly(draw, "none", "some", "some", "all")
+        chosen["ignore_index"] = _mostly(draw, None, 0, -1, 1000)
+        chosen["index_dtype"] = _mostly(draw, "int64", "int32")
+        return
+    chosen["target_dtype"] = _mostly(draw, None, "float32", "bfloat16", "float64")
+    if chosen["bias"] in ("masked", "last", "one"):
+        chosen["anywhere"] = _mostly(draw, False, True)
+    chosen["target_zeros"] = _mostly(draw, False, True)
+    if kind in LISTS:
+        chosen["listed"] = draw(st.sampled_from(["few", "live", "all"]))
+    if kind in ("logits", "teacher"):
+        chosen["target_offset"] = _mostly(draw, 0.0, 8192.0, -1e4)
+        if chosen["target_offset"] and kind == "logits":
+            chosen["target_dtype"] = "float64" if chosen["dtype"] == "float64" else "float32"
+
+
+def _draw_options(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+    bucket = chosen["kind"] == "bucket"
+    chosen["base"] = _mostly(draw, math.e, 2.0)
+    if chosen["loss"] != CROSS_ENTROPY:
+        chosen["temperature"] = 1.0 if bucket else _mostly(draw, 1.0, 2.0, 0.5, 0.7)
+        return
+    chosen["temperature"] = _mostly(draw, 1.0, 2.0, 0.5, 0.7)
+    chosen["label_smoothing"] = _mostly(draw, 0.0, 0.125, 1.0)
+    chosen["z_loss"] = _mostly(draw, 0.0, 0.25)
+    if not bucket:
+        chosen["class_weight"] = _mostly(draw, "none", "some", "some", "zero")
+        if chosen["class_weight"] != "none":
+            chosen["weight_dtype"] = _mostly(draw, None, "float16", "float32", "float64")
+    if chosen["kind"] == "indices" and chosen["leading"] and not chosen.get("positions"):
+        chosen["shift"] = _mostly(draw, 0, 1, 2, 20)
+
+
+@st.composite
+def faulty(draw: st.DrawFn) -> Problem:
+    """With one fault that the contract refuses."""
+    p = draw(problems())
+    calm = dataclasses.replace(
+        p, padding="none", dead_features=False, anywhere=False, budget="default", stats=False, row_masks=False
+    )
+    return dataclasses.replace(calm, fault=draw(st.sampled_from(faults_of(calm))))
