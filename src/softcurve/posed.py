@@ -93,7 +93,7 @@ class Head:
             bias = None if bias is None else spread.classes_of(bias)
         leading, device = input.shape[:-1], input.device.type
         dtype = torch.promote_types(torch.promote_types(input.dtype, weight.dtype), torch.float32)
-        if isinstance(target, Target) or target.is_floating_point():
+        if isinstance(target, Target) or (isinstance(target, Tensor) and target.is_floating_point()):
             dtype = torch.promote_types(dtype, target.dtype)
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             lower = torch.get_autocast_dtype(device)
@@ -135,7 +135,8 @@ class Head:
         bias, spread = self.bias_given, self.spread
         if bias is None:
             return None
-        uniform = uniform_over_unmasked(bias.detach() if spread is None else spread.whole(bias))
+        bias = bias.detach() if spread is None else spread.whole(bias)
+        uniform = uniform_over_unmasked(bias.to(self.dtype))
         return uniform if uniform.ndim else None
 
     def share_of_smoothing(self, weight: Tensor | None) -> Tensor | None:
