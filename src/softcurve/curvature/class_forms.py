@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from softcurve.curvature.short_repr import short_repr
+
 __all__ = ["ClassForm", "Damped", "DenseForm", "LowRankForm"]
 
 
@@ -60,6 +62,8 @@ class DenseForm(ClassForm):
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
 
+    __repr__ = short_repr
+
     @property
     def classes(self) -> int:
         """``C``."""
@@ -96,6 +100,8 @@ class LowRankForm(ClassForm):
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
     rounding: float  # of their entries, relatively
+
+    __repr__ = short_repr
 
     @property
     def classes(self) -> int:

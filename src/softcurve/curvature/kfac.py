@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from softcurve import checks
 from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRankForm
 from softcurve.curvature.nystrom import low_rank
 from softcurve.curvature.operator import SymmetricOperator, require_count
+from softcurve.curvature.short_repr import short_repr
 from softcurve.head.curvature import add_class_products, add_products, class_coefficients
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
@@ -27,6 +29,8 @@ from softcurve.head.row_forms import row_masses
 from softcurve.processes import sum_over
 
 Summed = Callable[[Tensor], Tensor]
+
+Form = Literal["auto", "dense", "low_rank"]
 
 DENSE_CLASSES = 2048  # up to here the form "auto" holds all of B
 
@@ -163,6 +167,8 @@ class KroneckerFactors:
     form: ClassForm
     has_bias: bool
 
+    __repr__ = short_repr
+
     @staticmethod
     def of(
         batches: Callable[[], Iterable[RowLosses]],
@@ -172,7 +178,7 @@ class KroneckerFactors:
         *,
         width: int,
         has_bias: bool,
-        form: str,
+        form: Form,
         rank: int,
         seed: int,
         summed: Summed,
@@ -181,7 +187,7 @@ class KroneckerFactors:
 
         ``like`` is of one entry a class; ``summed`` is over the processes that have other rows.
         """
-        checks.require_choice("form", form, ("auto", "dense", "low_rank"))
+        checks.require_choice("form", form, get_args(Form))
         require_count("rank", rank, 1)
         require_count("seed", seed, 0)
         size = width + has_bias

@@ -22,17 +22,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.curvature.class_forms import ClassForm
 from softcurve.curvature.ggn import GGN
+from softcurve.curvature.kfac import Form
+from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.network import Batch
 from softcurve.curvature.operator import require_count
+from softcurve.curvature.short_repr import short_repr
 from softcurve.head import curvature, passes
 from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
@@ -40,26 +44,6 @@ from softcurve.head.sharded import lies_over_processes
 from softcurve.objective import GAUSS_NEWTON, LogitMap
 
 __all__ = ["LastLayerLaplace"]
-
-OPTIONS = (
-    "weight",
-    "ignore_index",
-    "label_smoothing",
-    "temperature",
-    "softcap",
-    "shift",
-    "memory_budget",
-    "process_group",
-)
-
-# Options of the losses that leave no likelihood of the target, or another one than the sum over rows in nats.
-REFUSED = {
-    "loss": ("cross_entropy", "the posterior needs a likelihood; soft labels are a target of the cross-entropy"),
-    "beta": (0.5, "the posterior needs a likelihood, and the cross-entropy has no beta"),
-    "z_loss": (0.0, "it is no likelihood of the target"),
-    "reduction": ("sum", "the posterior is that of the sum over rows"),
-    "base": (math.e, "the evidence is in nats"),
-}
 
 
 class LastLayerLaplace:
@@ -73,11 +57,13 @@ class LastLayerLaplace:
         features: maps a batch ``x`` to ``e (..., d)``, in its present mode; ``None`` where ``x`` is ``e`` itself.
         structure: ``"kronecker"`` or ``"diagonal"``.
         prior_precision: ``δ``, of each weight and bias.
-        form, rank, seed: how the Kronecker class factor is held: ``"dense"`` ``(C, C)``, ``"low_rank"`` ``(C, rank)``
+        form, rank: how the Kronecker class factor is held: ``"dense"`` ``(C, C)``, ``"low_rank"`` ``(C, rank)``
             or ``"auto"``, dense up to 2,048 classes. A form of low rank is above ``B``: what it leaves out makes
             variances smaller.
-        options: ``weight``, ``ignore_index``, ``label_smoothing``, ``temperature``, ``softcap``, ``shift`` and
-            ``memory_budget`` of :func:`softcurve.linear_cross_entropy`.
+        weight, ignore_index, label_smoothing, temperature, softcap, shift, memory_budget: as in
+            :func:`softcurve.linear_cross_entropy`, the negative logarithm of the likelihood, summed over rows, in nats.
+        seed: of dropout, and of a class factor of low rank.
+        progress, process_group, check_deterministic: as in :class:`~softcurve.curvature.Hessian`.
 
     Nothing here records a graph. An instance does not change: what gives another prior gives another instance.
 
@@ -91,19 +77,31 @@ class LastLayerLaplace:
         data: Iterable[Batch],
         *,
         features: nn.Module | None = None,
-        structure: str = "kronecker",
+        structure: Literal["kronecker", "diagonal"] = "kronecker",
         prior_precision: float = 1.0,
-        form: str = "auto",
+        form: Form = "auto",
         rank: int = 128,
+        weight: Float[Tensor, " classes"] | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        shift: int = 0,
+        memory_budget: int | None = None,
         seed: int = 0,
-        **options: Any,
+        progress: bool = False,
+        process_group: ProcessGroup | None = None,
+        check_deterministic: bool = True,
     ) -> None:
         checks.require_choice("structure", structure, ("kronecker", "diagonal"))
         checks.require_positive("prior_precision", prior_precision)
-        _require_likelihood(options)
         self.features = nn.Identity() if features is None else features
         self.head = _copied(head)
-        rows = GGN(self.features, self.head, data, seed=seed, **{**options, "reduction": "sum"})
+        rows = GGN(
+            self.features, self.head, data, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            temperature=temperature, softcap=softcap, shift=shift, reduction="sum", memory_budget=memory_budget,
+            seed=seed, progress=progress, process_group=process_group, check_deterministic=check_deterministic,
+        )  # fmt: skip
         self.logit_map = LogitMap(rows.losses.temperature, rows.losses.softcap)
         self.log_likelihood = _log_likelihood(rows)
         budget = rows.losses.memory_budget
@@ -192,7 +190,7 @@ class LastLayerLaplace:
 
     @torch.no_grad()
     def predict_proba(
-        self, x: Any, *, correction: str = "probit", samples: int = 256, seed: int = 0
+        self, x: Any, *, correction: Literal["probit", "mc", "none"] = "probit", samples: int = 256, seed: int = 0
     ) -> Float[Tensor, "*rows classes"]:
         """The probabilities of the classes, averaged over the posterior as ``correction`` says.
 
@@ -279,6 +277,8 @@ class Diagonal(Structure):
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, " classes"] | None
 
+    __repr__ = short_repr
+
     def log_ratio(self) -> float:
         """``Σ log1p(h / prior)``."""
         found = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
@@ -308,6 +308,8 @@ class Kronecker(Structure):
     values: Float64[Tensor, " d"]
     vectors: Float[Tensor, "d d"]
     form: ClassForm
+
+    __repr__ = short_repr
 
     def log_ratio(self) -> float:
         """``Σ_j log det(a_j / prior B + I)``."""
@@ -355,23 +357,9 @@ class Kronecker(Structure):
 # --- from the data ---------------------------------------------------------------------------------------------------
 
 
-def _require_likelihood(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if name in REFUSED:
-            neutral, reason = REFUSED[name]
-            if value != neutral:
-                raise ValueError(f"{name} must be left at {neutral!r}, got {value!r}: {reason}")
-        elif name not in OPTIONS:
-            raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name!r}")
-
-
 def _copied(head: nn.Linear) -> nn.Linear:
     """The parameters alone, free of ties, hooks and freezing: later training does not move the posterior."""
-    if not isinstance(head, nn.Linear):
-        raise TypeError(
-            f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it in a "
-            "model"
-        )
+    require_head(head)
     if lies_over_processes(head.weight):
         raise TypeError("head must hold plain tensors, got a DTensor; gather it by head.weight.full_tensor() first")
     own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
