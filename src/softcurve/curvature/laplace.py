@@ -20,7 +20,7 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,6 +102,7 @@ class LastLayerLaplace:
             temperature=temperature, softcap=softcap, shift=shift, reduction="sum", memory_budget=memory_budget,
             seed=seed, progress=progress, process_group=process_group, check_deterministic=check_deterministic,
         )  # fmt: skip
+        self._map, self._seed = rows.map, rows.seed_of("features", 0)
         self.logit_map = LogitMap(rows.losses.temperature, rows.losses.softcap)
         self.log_likelihood = _log_likelihood(rows)
         budget = rows.losses.memory_budget
@@ -114,6 +115,12 @@ class LastLayerLaplace:
             factors = rows.kfac(form=form, rank=rank, seed=seed)
             values, vectors = factors.feature_spectrum()
             self.structure = Kronecker(float(prior_precision), budget, values.double(), vectors, factors.form.double())
+
+    def __repr__(self) -> str:
+        """One line."""
+        shape = f"classes={self.head.out_features}, features={self.head.in_features}"
+        kind = type(self.structure).__name__.lower()
+        return f"LastLayerLaplace(structure={kind!r}, prior_precision={self.prior_precision:.6g}, {shape})"
 
     @property
     def prior_precision(self) -> float:
@@ -236,9 +243,9 @@ class LastLayerLaplace:
         return None if bias is None else bias.detach()
 
     def _features_of(self, x: Any) -> Tensor:
-        """In the dtype of the computation."""
-        e = self.features(**x) if isinstance(x, Mapping) else self.features(x)
+        """In the dtype of the computation; dropout in training mode is drawn as for the first batch of the data."""
         wanted, weight = self.head.in_features, self.head.weight
+        e = self._map(x, self._seed, device=weight.device, graph=False)
         if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != wanted:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(f"x must have floating-point features of shape (..., {wanted}), as head takes, got {came}")

@@ -73,4 +73,4 @@ def class_name(value: object) -> str:
     """The class, with its module where the name alone would be mistaken for torch's own."""
     kind = type(value)
     is_torch = kind.__module__.startswith("torch.nn.")
-    return f"{kind.__module__}.{kind.__qualname__}" if kind.__name__ in vars(nn) and not is_torch else kind.__qualname__
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in vars(nn) and not is_torch else kind.__name__

@@ -74,7 +74,7 @@ class NetworkOperator(SymmetricOperator):
         process_group: ProcessGroup | None = None,
         check_deterministic: bool = True,
     ) -> None:
-        self._map = FeatureMap(features)
+        self.map = FeatureMap(features)
         require_head(head)
         require_walkable("data", data)
         require_count("seed", seed, 0)
@@ -143,10 +143,10 @@ class NetworkOperator(SymmetricOperator):
         mixed = hashlib.blake2b(f"{process}{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
         return int.from_bytes(mixed.digest(), "little")
 
-    def features_of(self, batch: Batch, number: int, *, graph: bool) -> Tensor:
+    def features_of(self, batch: Any, number: int, *, graph: bool) -> Tensor:
         """The features of a batch, of which the head takes the last dimension."""
         x = _unpacked(batch, number)[0]
-        e = self._map(x, self.seed_of("features", number), device=self.device, graph=graph)
+        e = self.map(x, self.seed_of("features", number), device=self.device, graph=graph)
         wanted = self.head.in_features
         if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != wanted:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
@@ -243,7 +243,7 @@ class NetworkOperator(SymmetricOperator):
         """``into += (∂e/∂θ)ᵀ`` of each column's gradient in the features."""
         for j, cotangent in enumerate(in_features):
             if cotangent is not None and rows.e.requires_grad:
-                with self._map.conditions():
+                with self.map.conditions():
                     found = torch.autograd.grad(
                         rows.e, self.moving, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
                     )
@@ -263,7 +263,7 @@ class NetworkOperator(SymmetricOperator):
     def linearized(self, rows: Rows, cotangent: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """``u``, a leaf that holds ``cotangent``, and ``h = Jᵀu`` with its graph."""
         u = cotangent.detach().to(rows.e.dtype).requires_grad_()
-        with torch.enable_grad(), self._map.conditions():
+        with torch.enable_grad(), self.map.conditions():
             h = torch.autograd.grad(rows.e, self.moving, u, create_graph=True, allow_unused=True)
         return u, h
 
@@ -280,7 +280,7 @@ class NetworkOperator(SymmetricOperator):
         if not pairs:
             return torch.zeros_like(u), (None,) * len(moving)
         outputs, directions = zip(*pairs, strict=True)
-        with self._map.conditions():
+        with self.map.conditions():
             change, *terms = torch.autograd.grad(
                 outputs, [u, *moving], directions, retain_graph=True, allow_unused=True
             )
