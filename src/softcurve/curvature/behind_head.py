@@ -37,10 +37,10 @@ def adapter_parts(module: nn.Module) -> list[str]:
     return [name for name in (*module._modules, *module._parameters, *vars(module)) if ADAPTER.match(name)]
 
 
-def require_nothing_beside(path: Sequence[nn.Module], name: str) -> None:
+def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
     """Refuse an adapter's inner Linear and one that is followed by other modules; warn of a pair of low rank.
 
-    ``path`` leads from the model to its head.
+    ``path`` leads from the model to its head. False: it has warned.
 
     Raises:
         TypeError: a module on the path is known to change the head's output.
@@ -64,11 +64,13 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> None:
                     "which features and head leave out; name the last one"
                 )
     assert isinstance(head, nn.Linear)
-    if (pair := _low_rank_pair(parent, head)) is not None:
+    pair = _low_rank_pair(parent, head)
+    if pair is not None:
         warn_caller(
             f"head {name!r} stands beside {pair[0]} and {pair[1]} in a {class_name(parent)}, which have the shapes of "
             "an adapter of low rank; features and head leave it out: merge it into the head's weight, if it is one"
         )
+    return pair is None
 
 
 def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None:

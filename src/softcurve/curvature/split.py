@@ -120,10 +120,11 @@ def split_head(
     if not isinstance(found, nn.Linear):
         raise TypeError(_not_linear(found, head))
     require_head(found)
-    if ancestors:
-        require_nothing_beside(path, head)
+    watched = tuple(ancestors)
+    if ancestors and not require_nothing_beside(path, head):
+        watched = ()
     warn_of_logit_maps(ancestors, softcap, temperature)
-    cut = HeadInput(path[0], found, tuple(ancestors), softcap=softcap, temperature=temperature, compiled=compiled)
+    cut = HeadInput(path[0], found, watched, softcap=softcap, temperature=temperature, compiled=compiled)
     return cut, found
 
 
