@@ -83,7 +83,8 @@ def test_a_good_preconditioner_saves_iterations_and_changes_no_solution():
         seen.append(residuals.shape)
         return residuals / matrix.diagonal().unsqueeze(1)
 
-    plain = conjugate_gradients(Matrix(matrix), b, tol=1e-8)
+    with pytest.warns(UserWarning, match="give a preconditioner"):
+        plain = conjugate_gradients(Matrix(matrix), b, tol=1e-8)
     preconditioned = conjugate_gradients(Matrix(matrix), b, tol=1e-8, preconditioner=jacobi)
     assert preconditioned.converged.all()
     assert preconditioned.iterations < 40
