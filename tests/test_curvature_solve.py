@@ -83,7 +83,8 @@ def test_a_good_preconditioner_saves_iterations_and_changes_no_solution():
         seen.append(residuals.shape)
         return residuals / matrix.diagonal().unsqueeze(1)
 
-    plain = conjugate_gradients(Matrix(matrix), b, tol=1e-8)
+    with pytest.warns(UserWarning, match="give a preconditioner"):
+        plain = conjugate_gradients(Matrix(matrix), b, tol=1e-8)
     preconditioned = conjugate_gradients(Matrix(matrix), b, tol=1e-8, preconditioner=jacobi)
     assert preconditioned.converged.all()
     assert preconditioned.iterations < 40
@@ -97,12 +98,14 @@ def test_a_good_preconditioner_saves_iterations_and_changes_no_solution():
 def test_negative_curvature_ends_a_column_and_is_reported():
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float64))
     b = torch.eye(4, dtype=torch.float64)[:, [0, 3]] + torch.tensor([[0.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
-    solution = conjugate_gradients(Matrix(matrix), b)
+    with pytest.warns(UserWarning, match="not converged in 1 of 2 columns.*curvature <= 0"):
+        solution = conjugate_gradients(Matrix(matrix), b)
     assert solution.indefinite.tolist() == [False, True]
     assert solution.converged.tolist() == [True, False]
     torch.testing.assert_close(solution.x[:, 0], torch.tensor([1.0, 1 / 2, 1 / 3, 0.0], dtype=torch.float64))
     torch.testing.assert_close(solution.residuals, relative_residuals(matrix, solution.x, b), rtol=1e-6, atol=1e-15)
-    first = conjugate_gradients(Matrix(-matrix[:3, :3]), torch.ones(3, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="not converged: the relative residual is 1 after"):
+        first = conjugate_gradients(Matrix(-matrix[:3, :3]), torch.ones(3, dtype=torch.float64))
     assert first.indefinite
     assert not first.x.any()
     assert first.residuals == 1
@@ -113,7 +116,8 @@ def test_negative_curvature_ends_a_column_and_is_reported():
 
 def test_a_flat_direction_is_not_positive():
     singular = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    solution = conjugate_gradients(Matrix(singular), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    with pytest.warns(UserWarning, match="curvature <= 0"):
+        solution = conjugate_gradients(Matrix(singular), torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert solution.indefinite
     assert not solution.converged
     assert not solution.x.any()
@@ -162,7 +166,8 @@ def test_a_residual_of_the_recurrence_that_drifted_is_computed_anew():
 @pytest.mark.parametrize("limit", [0, 3])
 def test_giving_up_says_so_with_the_true_residual(limit):
     b = torch.randn(60, 2, dtype=torch.float64)
-    solution = conjugate_gradients(Matrix(POSITIVE), b, max_iterations=limit)
+    with pytest.warns(UserWarning, match=f"not converged in 2 of 2 columns: .* after {limit} iterations"):
+        solution = conjugate_gradients(Matrix(POSITIVE), b, max_iterations=limit)
     assert solution.iterations == limit
     assert not solution.converged.any()
     assert not solution.indefinite.any()
@@ -178,7 +183,8 @@ def test_narrow_products_solve_as_far_as_their_rounding_lets_them():
     true = relative_residuals(matrix.double(), solution.x.double(), b.double())
     assert (true <= 1.5e-4).all()
     # Below what float32 can: the recurrence's residual falls on, the true one does not, and the solver sees it.
-    beyond = conjugate_gradients(Matrix(matrix), b, tol=1e-12)
+    with pytest.warns(UserWarning, match="precision of the dtype"):
+        beyond = conjugate_gradients(Matrix(matrix), b, tol=1e-12)
     assert not beyond.converged.any()
     assert beyond.iterations < 600
     true = relative_residuals(matrix.double(), beyond.x.double(), b.double())

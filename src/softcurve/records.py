@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 
 def summary(value: object) -> str:
     """A tensor or array as ``float32[4, 16]``, a container by its length, anything else by its own ``repr``."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
+        value = value.item()
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, Tensor):
         device = "" if value.device.type == "cpu" else f", device={str(value.device)!r}"
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
@@ -26,8 +31,12 @@ def short_repr(record: object, values: Mapping[str, object]) -> str:
     return f"{type(record).__name__}({', '.join(f'{name}={summary(value)}' for name, value in values.items())})"
 
 
+def dataclass_repr(record: Any) -> str:
+    """The ``repr`` of a dataclass of tensors: its fields by shape and dtype."""
+    return short_repr(record, {field.name: getattr(record, field.name) for field in fields(record) if field.repr})
+
+
 class ShortRepr:
     """A dataclass of tensors whose ``repr`` shows shapes and dtypes; to be declared with ``repr=False``."""
 
-    def __repr__(self) -> str:
-        return short_repr(self, {field.name: getattr(self, field.name) for field in fields(self) if field.repr})  # type: ignore[arg-type]
+    __repr__ = dataclass_repr

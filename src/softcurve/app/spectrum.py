@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -29,7 +29,7 @@ from softcurve.fit.atomic import check_writable, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.rows import gather
 from softcurve.fit.data.source import Block
-from softcurve.fit.losses import check_loss, refuse_zeros
+from softcurve.fit.losses import Loss, check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 
 __all__ = ["SpectrumOptions", "spectrum_command"]
@@ -55,9 +55,9 @@ class SpectrumOptions:
     data: str | None
     target: Path | None
     matrix: str
-    loss: str | None
+    loss: Loss | None
     top: int
-    method: str
+    method: Literal["auto", "lobpcg", "lanczos"]
     tol: float
     products: int
     probes: int
@@ -75,7 +75,7 @@ class Problem:
     features: nn.Module
     head: nn.Linear
     data: Iterable[Any]  # of somebody's code; the operator checks each batch
-    loss: str
+    loss: Loss
     rows: int | None = None
     file: str | None = None
 
@@ -138,7 +138,7 @@ def _saved(options: SpectrumOptions) -> Problem:
     saved = SavedHead.load(options.model)
     rows = gather(open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target), options.data)
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
-    loss = options.loss or (saved.loss if rows.soft else "cross_entropy")
+    loss = options.loss or cast("Loss", saved.loss if rows.soft else "cross_entropy")
     check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
     features, target = rows.tensors(dtype)
@@ -205,7 +205,15 @@ def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> 
     with _progress(show) as progress:
         task = progress.add_task("trace", total=length_of(problem.data), passes=0)
         data = Walked(problem.data, dtype, progress, task)
-        operator = MATRICES[options.matrix](problem.features, problem.head, data, loss=problem.loss, seed=options.seed)
+        make = MATRICES[options.matrix]
+        operator = make(
+            problem.features,
+            problem.head,
+            data,
+            loss=problem.loss,
+            seed=options.seed,
+            check_deterministic=problem.file is not None,  # the rows of a saved head are at hand
+        )
         n = operator.shape[0]
         # First of all the trace: its products are the cheapest that show that something is wrong.
         trace = operator.trace(products=options.products, seed=options.seed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float, Float64
+from softcurve.records import dataclass_repr
 
 __all__ = ["ClassForm", "Damped", "DenseForm", "LowRankForm"]
 
@@ -61,6 +62,8 @@ class DenseForm(ClassForm):
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
 
+    __repr__ = dataclass_repr
+
     @property
     def classes(self) -> int:
         """``C``."""
@@ -97,6 +100,8 @@ class LowRankForm(ClassForm):
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
     rounding: float  # of their entries, relatively
+
+    __repr__ = dataclass_repr
 
     @property
     def classes(self) -> int:

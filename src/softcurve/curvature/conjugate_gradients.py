@@ -18,8 +18,10 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Float64
 from softcurve.curvature.operator import SymmetricOperator, require_count, working_dtype
+from softcurve.curvature.warn import warn_caller
+from softcurve.records import dataclass_repr
 
-__all__ = ["Solution", "conjugate_gradients"]
+__all__ = ["Solution", "conjugate_gradients", "solve_columns", "warn_unless_converged"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,8 @@ class Solution:
     indefinite: Bool[Tensor, "*columns"]
     products: int
 
+    __repr__ = dataclass_repr
+
 
 def conjugate_gradients(
     operator: SymmetricOperator,
@@ -55,13 +59,50 @@ def conjugate_gradients(
     ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite
     matrix near the inverse does. ``x0`` (zero) is where to start, ``max_iterations`` (``10 n``) when to give up. A
     column of zeros has the solution zero. Vectors are in the operator's dtype, at least float32, inner products in
-    float64.
+    float64. Warns (``UserWarning``) where a column has not converged, with the residual reached and the one requested.
 
     Raises:
         TypeError: ``b`` or ``x0`` is not a real floating-point tensor.
         ValueError: shapes or devices do not fit, an option is out of range, the products are not finite, or the
             preconditioner is not positive definite.
     """
+    solution = solve_columns(
+        operator, b, damping=damping, preconditioner=preconditioner, tol=tol, max_iterations=max_iterations, x0=x0
+    )
+    warn_unless_converged("solve", solution.residuals, solution.indefinite, tol, solution.iterations)
+    return solution
+
+
+def warn_unless_converged(
+    name: str, residuals: Float64[Tensor, "*columns"], indefinite: Bool[Tensor, "*columns"], tol: float, iterations: int
+) -> None:
+    """Warn if a residual is above ``tol``; ``name`` is the public function's."""
+    open_ = ~(residuals <= tol)
+    if not open_.any():
+        return
+    systems = "" if residuals.ndim == 0 else f" in {int(open_.sum())} of {residuals.numel()} columns"
+    remedy = "raise max_iterations or damping, or give a preconditioner"
+    if (indefinite & open_).any():
+        remedy = "a direction of curvature <= 0 was met: raise damping, or solve with GGN in place of Hessian"
+    elif residuals[open_].max() < 1e-3:
+        remedy += "; a residual that no longer falls is at the precision of the dtype: raise tol or use float64"
+    warn_caller(
+        f"{name} has not converged{systems}: the relative residual is {float(residuals[open_].max()):.3g} after "
+        f"{iterations} iterations, requested is tol={tol:g}; {remedy}"
+    )
+
+
+def solve_columns(
+    operator: SymmetricOperator,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    tol: float = 1e-6,
+    max_iterations: int | None = None,
+    x0: Tensor | None = None,
+) -> Solution:
+    """As :func:`conjugate_gradients`, without the warning."""
     checks.require_between("damping", damping, 0.0, math.inf)
     checks.require_positive("tol", tol)
     n = operator.shape[0]

@@ -15,17 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
-from softcurve.curvature.operator import SymmetricOperator, identity_columns, require_count, working_dtype
+from softcurve.curvature.operator import (
+    DiagonalMethod,
+    Distribution,
+    SymmetricOperator,
+    TraceMethod,
+    identity_columns,
+    require_count,
+    working_dtype,
+)
+from softcurve.records import dataclass_repr
 
 __all__ = ["DiagonalEstimate", "Estimate", "diagonal", "trace"]
 
-DISTRIBUTIONS = ("rademacher", "normal")
 LEAST_PRODUCTS = {"hutchinson": 2, "hutch++": 4, "xtrace": 4, "xdiag": 4}  # for a standard error
 ROWS_AT_ONCE = 1 << 16  # widened to float64 for an inner product
 
@@ -59,13 +68,15 @@ class DiagonalEstimate:
     products: int
     method: str
 
+    __repr__ = dataclass_repr
+
 
 def trace(
     operator: SymmetricOperator,
     *,
-    method: str = "xtrace",
+    method: TraceMethod = "xtrace",
     products: int = 64,
-    distribution: str = "rademacher",
+    distribution: Distribution = "rademacher",
     seed: int = 0,
     columns_at_once: int = 16,
 ) -> Estimate:
@@ -86,8 +97,8 @@ def trace(
     Raises:
         ValueError: an unknown method or distribution, or fewer products than the method needs for a standard error.
     """
-    checks.require_choice("method", method, ("hutchinson", "hutch++", "xtrace"))
-    checks.require_choice("distribution", distribution, DISTRIBUTIONS)
+    checks.require_choice("method", method, get_args(TraceMethod))
+    checks.require_choice("distribution", distribution, get_args(Distribution))
     _require_budget(operator, method, products, columns_at_once)
     if products >= operator.shape[0]:
         return _exact_trace(operator, columns_at_once)
@@ -103,7 +114,7 @@ def trace(
 def diagonal(
     operator: SymmetricOperator,
     *,
-    method: str = "xdiag",
+    method: DiagonalMethod = "xdiag",
     products: int = 64,
     seed: int = 0,
     columns_at_once: int = 16,
@@ -115,7 +126,7 @@ def diagonal(
     From ``products ≥ n`` on, the diagonal is exact, by ``n`` products with the
     identity. Standard errors, ``seed`` and errors raised are as for :func:`trace`.
     """
-    checks.require_choice("method", method, ("hutchinson", "xdiag"))
+    checks.require_choice("method", method, get_args(DiagonalMethod))
     _require_budget(operator, method, products, columns_at_once)
     if products >= operator.shape[0]:
         return _exact_diagonal(operator, columns_at_once)
@@ -130,7 +141,7 @@ class Draws:
     """Columns of independent entries of mean 0 and variance 1, one after another from a seed."""
 
     operator: SymmetricOperator
-    distribution: str
+    distribution: Distribution
     seed: int
 
     def chunks(self, count: int, columns_at_once: int) -> Iterator[Float[Tensor, "n k"]]:

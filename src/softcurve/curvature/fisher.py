@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from softcurve.curvature.ggn import JacobianSandwich
+from softcurve.curvature.losses import Loss, Reduction
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.curvature_tiles import RowLosses
@@ -41,15 +43,37 @@ class Fisher(JacobianSandwich):
         data: Iterable[Batch],
         *,
         samples: int | None = None,
+        loss: Loss = "cross_entropy",
+        beta: float = 0.5,
+        weight: Float[Tensor, " classes"] | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        reduction: Reduction = "mean",
+        base: float = math.e,
+        memory_budget: int | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,
-        **options: Any,
+        check_deterministic: bool = True,
     ) -> None:
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples must be a positive int, or None for the exact matrix, got {samples!r}")
         self.samples = samples
-        super().__init__(features, head, data, seed=seed, progress=progress, process_group=process_group, **options)
+        super().__init__(
+            features, head, data, loss=loss, beta=beta, weight=weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, temperature=temperature, softcap=softcap, z_loss=z_loss, shift=shift,
+            reduction=reduction, base=base, memory_budget=memory_budget, seed=seed, progress=progress,
+            process_group=process_group, check_deterministic=check_deterministic,
+        )  # fmt: skip
+
+    @property
+    def by_order(self) -> bool:
+        """Each batch has classes of its own, drawn by its number."""
+        return self.samples is not None
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
         if self.samples is None:

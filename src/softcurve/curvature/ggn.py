@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.kfac import KroneckerFactors, one_a_class, preconditioner
+from softcurve.curvature.kfac import Form, KroneckerFactors, one_a_class, preconditioner
 from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
@@ -32,7 +33,7 @@ class JacobianSandwich(NetworkOperator):
         add_products(rows.losses, self.matrix, self.along(columns, changes), sums)
         self.add_pulled_back(rows, [each.input for each in sums], into)
 
-    def kfac(self, *, form: str = "auto", rank: int = 128, seed: int = 0) -> KroneckerFactors:
+    def kfac(self, *, form: Form = "auto", rank: int = 128, seed: int = 0) -> KroneckerFactors:
         """The Kronecker factors of the head's block; see :meth:`softcurve.curvature.HeadCurvature.kfac`."""
 
         def batches() -> Iterator[RowLosses]:
@@ -58,9 +59,9 @@ class JacobianSandwich(NetworkOperator):
         self,
         damping: float,
         *,
-        kind: str = "auto",
+        kind: Literal["auto", "kronecker", "nystrom"] = "auto",
         products: int = 16,
-        form: str = "auto",
+        form: Form = "auto",
         rank: int = 128,
         seed: int = 0,
     ) -> Callable[[Tensor], Tensor]:

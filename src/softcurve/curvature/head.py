@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.curvature.kfac import KroneckerFactors, moment_of, one_a_class, pieces_of
-from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.kfac import Form, KroneckerFactors, moment_of, one_a_class, pieces_of
+from softcurve.curvature.linear_head import require_classes
+from softcurve.curvature.losses import HeadLosses, Loss, Reduction
 from softcurve.head import curvature, passes, row_forms
 from softcurve.head.products import Direction
-from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN
+from softcurve.objective import GAUSS_NEWTON, HESSIAN
 from softcurve.targets import Target
 
-MATRICES = (HESSIAN, GAUSS_NEWTON, FISHER)
-PARTS = ("input", "weight", "bias")
+Matrix = Literal["hessian", "gauss_newton", "fisher"]
+PositiveMatrix = Literal["gauss_newton", "fisher"]
+Part = Literal["input", "weight", "bias"]
+PARTS: tuple[Part, ...] = ("input", "weight", "bias")
 
 
 class HeadCurvature:
@@ -48,7 +51,7 @@ class HeadCurvature:
         target: Tensor | Target,
         *,
         linear_bias: Float[Tensor, " classes"] | None = None,
-        loss: str = "cross_entropy",
+        loss: Loss = "cross_entropy",
         beta: float = 0.5,
         weight: Float[Tensor, " classes"] | None = None,
         sample_weight: Tensor | None = None,
@@ -58,10 +61,12 @@ class HeadCurvature:
         softcap: float | None = None,
         z_loss: float = 0.0,
         shift: int = 0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         base: float = math.e,
         memory_budget: int | None = None,
     ) -> None:
+        if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
+            require_classes("linear_weight.shape[0]", linear_weight.shape[0])
         self.losses = HeadLosses(
             loss=loss, beta=beta, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
             temperature=temperature, softcap=softcap, z_loss=z_loss, shift=shift, reduction=reduction, base=base,
@@ -76,14 +81,21 @@ class HeadCurvature:
         self.given, self.spread = (input.detach(), linear_weight.detach(), linear_bias), posed.head.spread
         self.local_leading = posed.head.leading
 
+    def __repr__(self) -> str:
+        """One line."""
+        t = self.rows.tensors
+        shape = f"rows={len(t.input)}, classes={self.given[1].shape[0]}, features={t.input.shape[1]}"
+        dtype = str(t.dtype).removeprefix("torch.")
+        return f"HeadCurvature({shape}, loss={self.losses.loss!r}, dtype={dtype}, device={t.input.device})"
+
     # --- products ----------------------------------------------------------------------------------------------------
 
     @overload
-    def hvp(self, direction: Direction, *, parts: Sequence[str] = ...) -> Direction: ...
+    def hvp(self, direction: Direction, *, parts: Sequence[Part] = ...) -> Direction: ...
     @overload
-    def hvp(self, direction: list[Direction], *, parts: Sequence[str] = ...) -> list[Direction]: ...
+    def hvp(self, direction: list[Direction], *, parts: Sequence[Part] = ...) -> list[Direction]: ...
     def hvp(
-        self, direction: Direction | list[Direction], *, parts: Sequence[str] = PARTS
+        self, direction: Direction | list[Direction], *, parts: Sequence[Part] = PARTS
     ) -> Direction | list[Direction]:
         """The Hessian's product with ``Direction(input, weight, bias)``, whose parts may be ``None`` for zero.
 
@@ -93,17 +105,17 @@ class HeadCurvature:
         return self._product(HESSIAN, direction, parts)
 
     @overload
-    def ggnvp(self, direction: Direction, *, parts: Sequence[str] = ...) -> Direction: ...
+    def ggnvp(self, direction: Direction, *, parts: Sequence[Part] = ...) -> Direction: ...
     @overload
-    def ggnvp(self, direction: list[Direction], *, parts: Sequence[str] = ...) -> list[Direction]: ...
+    def ggnvp(self, direction: list[Direction], *, parts: Sequence[Part] = ...) -> list[Direction]: ...
     def ggnvp(
-        self, direction: Direction | list[Direction], *, parts: Sequence[str] = PARTS
+        self, direction: Direction | list[Direction], *, parts: Sequence[Part] = PARTS
     ) -> Direction | list[Direction]:
         """As :meth:`hvp`, of the Gauss-Newton matrix (see :class:`~softcurve.curvature.GGN`)."""
         return self._product(GAUSS_NEWTON, direction, parts)
 
     def _product(
-        self, matrix: str, direction: Direction | list[Direction], parts: Sequence[str]
+        self, matrix: str, direction: Direction | list[Direction], parts: Sequence[Part]
     ) -> Direction | list[Direction]:
         if isinstance(parts, str) or not isinstance(parts, Sequence):
             raise TypeError(f"parts must be a sequence of names such as ('weight',), got {parts!r}")
@@ -161,7 +173,7 @@ class HeadCurvature:
 
     # --- closed forms ------------------------------------------------------------------------------------------------
 
-    def diagonal(self, *, matrix: str = GAUSS_NEWTON) -> Direction:
+    def diagonal(self, *, matrix: Matrix = "gauss_newton") -> Direction:
         """The exact diagonal in the weight ``(C, d)`` and the bias: ``Σ_i diag(B_i) ⊗ (e ⊙ e)``; no input's."""
         found = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=True)
         assert found.weight is not None
@@ -169,12 +181,12 @@ class HeadCurvature:
         bias = None if self.rows.tensors.bias is None else found.bias * self.scale
         return self._returned(Direction(None, found.weight * self.scale, bias))
 
-    def trace(self, *, matrix: str = GAUSS_NEWTON) -> float:
+    def trace(self, *, matrix: Matrix = "gauss_newton") -> float:
         """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
         rows = curvature.diagonal(self.rows, self._known(matrix), wants_diagonal=False).rows
         return float(self._summed((rows.double() * self._squared_norms()).sum())) * self.scale
 
-    def gradient_norms(self, kind: str = "grand") -> Tensor:
+    def gradient_norms(self, kind: Literal["grand", "el2n"] = "grand") -> Tensor:
         """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
 
         ``"el2n"``: in the logits, ``‖p − y‖`` for a cross-entropy. ``"grand"``: in weight and bias,
@@ -194,14 +206,19 @@ class HeadCurvature:
         return norms.reshape(self.leading)
 
     def kfac(
-        self, *, matrix: str = GAUSS_NEWTON, form: str = "auto", rank: int = 128, seed: int = 0
+        self,
+        *,
+        matrix: PositiveMatrix = "gauss_newton",
+        form: Form = "auto",
+        rank: int = 128,
+        seed: int = 0,
     ) -> KroneckerFactors:
         """The Kronecker factors of the matrix in weight and bias.
 
         ``form`` says how the class factor is held for its inverse: ``"dense"`` ``(C, C)``, ``"low_rank"``
         ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
         """
-        checks.require_choice("matrix", matrix, (GAUSS_NEWTON, FISHER))
+        checks.require_choice("matrix", matrix, get_args(PositiveMatrix))
         t = self.rows.tensors
         return KroneckerFactors.of(
             lambda: [self.rows], matrix, self.scale, one_a_class(self.given[1]), width=t.input.shape[1],
@@ -239,5 +256,5 @@ class HeadCurvature:
 
     @staticmethod
     def _known(matrix: str) -> str:
-        checks.require_choice("matrix", matrix, MATRICES)
+        checks.require_choice("matrix", matrix, get_args(Matrix))
         return matrix

@@ -22,13 +22,18 @@ class Hessian(NetworkOperator):
         seed: of dropout, with the batch's number: every product sees the same masks, given the same batches.
         progress: a bar over the batches of each product.
         process_group: of processes that each walk rows of their own; the matrix is of all rows, the same in each.
+        check_deterministic: compare two passes over features and data at the start, without a graph, and raise
+            ``ValueError`` where they differ: dropout or batch normalisation in training mode over batches that change,
+            random augmentation or sampling, noise of the features' own. Rows in another order are no fault unless the
+            matrix depends on it. Of batches in a list the first is enough.
 
     Further options are those of :func:`softcurve.linear_cross_entropy` and its kin, ``reduction`` among them:
     ``"mean"`` (over the rows of all batches together), ``"batchmean"`` or ``"sum"``. The matrix acts on the parameters
     that require gradients, of the features, then of the head, in ``named_parameters`` order, a tied one once.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch.
+        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch; passes
+            that differ.
 
     Source: the chain rule, DESIGN §3: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
     """

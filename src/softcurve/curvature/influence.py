@@ -15,20 +15,27 @@ Martens 2020, "New insights and perspectives on the natural gradient method": th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Float64, Int64
+from softcurve.curvature.conjugate_gradients import Solution, solve_columns, warn_unless_converged
+from softcurve.curvature.determinism import require_deterministic, require_fixed_order
 from softcurve.curvature.ggn import GGN
+from softcurve.curvature.kfac import Form
+from softcurve.curvature.losses import Loss, LossOptions, Reduction
 from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count
 from softcurve.head import passes
 from softcurve.head.problem import NOTHING
+from softcurve.records import dataclass_repr
 
 __all__ = ["Influence", "influence"]
 
@@ -48,6 +55,8 @@ class Influence:
     residuals: Float64[Tensor, "*test"]
     converged: Bool[Tensor, "*test"]
     products: int
+
+    __repr__ = dataclass_repr
 
     @property
     def of_removal(self) -> Float[Tensor, " n *test"]:
@@ -76,17 +85,30 @@ def influence(
     test_data: Iterable[Batch],
     *,
     damping: float,
-    rows: str = "mean",
-    test_options: Mapping[str, Any] | None = None,
+    rows: Literal["mean", "each"] = "mean",
+    loss: Loss = "cross_entropy",
+    beta: float = 0.5,
+    weight: Float[Tensor, " classes"] | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    shift: int = 0,
+    reduction: Reduction = "mean",
+    base: float = math.e,
+    memory_budget: int | None = None,
+    test_options: LossOptions | None = None,
     preconditioned: bool = True,
-    form: str = "auto",
+    form: Form = "auto",
     rank: int = 128,
     tol: float = 1e-6,
     max_iterations: int | None = None,
     columns_at_once: int = 16,
     seed: int = 0,
     progress: bool = False,
-    **options: Any,
+    process_group: ProcessGroup | None = None,
+    check_deterministic: bool = True,
 ) -> Influence:
     """The influence of each row of ``train_data`` on the loss on ``test_data``, in the parameters that are trained.
 
@@ -94,27 +116,31 @@ def influence(
         features: a module that maps a batch ``x`` to ``e (..., d)``, in its present mode; ``nn.Identity()`` for none.
         head: an ``nn.Linear`` from ``d`` to the classes.
         train_data: batches ``(x, target)`` or ``(x, target, sample_weight)``, in the same order each time: they are
-            walked for each product, and once more for each ``columns_at_once`` test rows.
-        test_data: the same; walked once.
+            read for each product, and once more for each ``columns_at_once`` test rows. A shuffled loader is refused.
+        test_data: the same; read once. With ``rows="each"`` it must not be shuffled either.
         damping: of the Gauss-Newton matrix of the reduced training loss; the weight decay ``λ`` of ``λ/2 ‖θ‖²``, where
             there is one.
         rows: ``"mean"``: on the mean test loss; ``"each"``: on the loss of each test row, times its weight. So the sum
             of the latter over their weights' sum is the former.
+        loss, beta, ..., memory_budget: the training loss and its options, see
+            :class:`~softcurve.curvature.Hessian`; a test loss is a mean whatever the ``reduction``.
         test_options: the options of the test loss; those of the training loss by default.
         preconditioned: solve with :meth:`softcurve.curvature.GGN.preconditioner`.
         form, rank: of the class factor, see :meth:`softcurve.curvature.GGN.preconditioner`.
-        tol, max_iterations: of the solution, see :meth:`softcurve.curvature.GGN.solve`. It is returned all the same
-            where it has not converged.
+        tol, max_iterations: of the solution, see :meth:`softcurve.curvature.GGN.solve`. Where it has not converged, it
+            is returned with a ``UserWarning``.
         columns_at_once: test rows that share the passes over the training data.
         seed: of dropout and of the preconditioner.
         progress: a bar over the batches of each pass.
-        options: the loss and its options, see :class:`~softcurve.curvature.Hessian`; ``reduction`` is the training
-            loss's, a test loss is a mean. With a ``process_group`` each process has values of its own training rows.
+        process_group: of processes that have training rows of their own; each gets the values of its rows.
+        check_deterministic: compare two passes over features and data at the start, rows in their order, and raise
+            where they differ, or where a loader has a random sampler.
 
     The training loss should be near its minimum, where a row's weight moves the parameters as said above.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch.
+        TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch; passes
+            that differ, or come in a random order.
     """
     checks.require_choice("rows", rows, ("mean", "each"))
     checks.require_positive("damping", damping)
@@ -122,32 +148,63 @@ def influence(
     require_count("columns_at_once", columns_at_once, 1)
     require_walkable("train_data", train_data)
     require_walkable("test_data", test_data)
-    train = GGN(features, head, train_data, seed=seed, progress=progress, **options)
-    if train.process_group is not None and rows == "each":
+    options: LossOptions = {
+        "loss": loss, "beta": beta, "weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing,
+        "temperature": temperature, "softcap": softcap, "z_loss": z_loss, "shift": shift, "base": base,
+        "memory_budget": memory_budget,
+    }  # fmt: skip
+
+    def network(data: Iterable[Batch], of_loss: LossOptions) -> GGN:
+        return GGN(
+            features, head, data, seed=seed, progress=progress, process_group=process_group, check_deterministic=False,
+            **of_loss,
+        )  # fmt: skip
+
+    train = network(train_data, {**options, "reduction": reduction})
+    if process_group is not None and rows == "each":
         raise ValueError("rows must be 'mean' with a process_group, whose processes have test rows of their own")
-    of_test = {**(options if test_options is None else test_options), "reduction": "mean"}
-    of_test["process_group"] = train.process_group
-    test = GGN(features, head, test_data, seed=seed, progress=progress, **of_test)
+    test = network(test_data, {**(options if test_options is None else test_options), "reduction": "mean"})
+    if check_deterministic:
+        _require_order("train_data", train)
+        if rows == "each":
+            _require_order("test_data", test)
     preconditioner = train.preconditioner(damping, form=form, rank=rank, seed=seed) if preconditioned else None
 
     found: list[Tensor] = []
-    residuals, converged, products, divisor = [], [], 0, 1.0
+    solutions: list[Solution] = []
+    divisor = 1.0
     gradients = iter([_mean_gradient(test)]) if rows == "mean" else _row_gradients(test)
     for columns in _groups(gradients, columns_at_once):
-        solution = train.solve(
-            columns, damping=damping, preconditioner=preconditioner, tol=tol, max_iterations=max_iterations
+        solution = solve_columns(
+            train, columns, damping=damping, preconditioner=preconditioner, tol=tol, max_iterations=max_iterations
         )
         changes, divisor = _changes(train, solution.x)
         found.append(changes.neg_())
-        residuals.append(solution.residuals)
-        converged.append(solution.converged)
-        products += solution.products
+        solutions.append(replace(solution, x=solution.x[:0]))
     if not found:
         raise ValueError("test_data must hold a row, got none")
-    values, measured, done = torch.cat(found, -1), torch.cat(residuals), torch.cat(converged)
+    values, (residuals, converged, indefinite) = torch.cat(found, -1), _joined(solutions)
     if rows == "mean":
-        values, measured, done = values.squeeze(-1), measured.squeeze(-1), done.squeeze(-1)
-    return Influence(values, divisor, measured, done, products)
+        values, residuals, converged, indefinite = (
+            each.squeeze(-1) for each in (values, residuals, converged, indefinite)
+        )
+    warn_unless_converged("influence", residuals, indefinite, tol, max(each.iterations for each in solutions))
+    return Influence(values, divisor, residuals, converged, sum(each.products for each in solutions))
+
+
+def _joined(solutions: list[Solution]) -> tuple[Tensor, Tensor, Tensor]:
+    """Residuals, and what became of the columns."""
+    return (
+        torch.cat([each.residuals for each in solutions]),
+        torch.cat([each.converged for each in solutions]),
+        torch.cat([each.indefinite for each in solutions]),
+    )
+
+
+def _require_order(name: str, network: GGN) -> None:
+    """The same rows in the same order in each pass: a value belongs to a row by its place."""
+    require_fixed_order(name, network.data)
+    require_deterministic(network, name, ordered=True)
 
 
 # --- gradients of the test loss --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +26,11 @@ from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
 from softcurve.head.row_forms import row_masses
 from softcurve.processes import sum_over
+from softcurve.records import dataclass_repr
 
 Summed = Callable[[Tensor], Tensor]
+
+Form = Literal["auto", "dense", "low_rank"]
 
 DENSE_CLASSES = 2048  # up to here the form "auto" holds all of B
 
@@ -163,6 +167,8 @@ class KroneckerFactors:
     form: ClassForm
     has_bias: bool
 
+    __repr__ = dataclass_repr
+
     @staticmethod
     def of(
         batches: Callable[[], Iterable[RowLosses]],
@@ -172,7 +178,7 @@ class KroneckerFactors:
         *,
         width: int,
         has_bias: bool,
-        form: str,
+        form: Form,
         rank: int,
         seed: int,
         summed: Summed,
@@ -181,7 +187,7 @@ class KroneckerFactors:
 
         ``like`` is of one entry a class; ``summed`` is over the processes that have other rows.
         """
-        checks.require_choice("form", form, ("auto", "dense", "low_rank"))
+        checks.require_choice("form", form, get_args(Form))
         require_count("rank", rank, 1)
         require_count("seed", seed, 0)
         size = width + has_bias

@@ -20,17 +20,20 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
 from softcurve.curvature.class_forms import ClassForm
 from softcurve.curvature.ggn import GGN
+from softcurve.curvature.kfac import Form
+from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.network import Batch
 from softcurve.curvature.operator import require_count
 from softcurve.extras import needed
@@ -39,28 +42,9 @@ from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
 from softcurve.objective import GAUSS_NEWTON, LogitMap
+from softcurve.records import dataclass_repr
 
 __all__ = ["LastLayerLaplace"]
-
-OPTIONS = (
-    "weight",
-    "ignore_index",
-    "label_smoothing",
-    "temperature",
-    "softcap",
-    "shift",
-    "memory_budget",
-    "process_group",
-)
-
-# Options of the losses that leave no likelihood of the target, or another one than the sum over rows in nats.
-REFUSED = {
-    "loss": ("cross_entropy", "the posterior needs a likelihood; soft labels are a target of the cross-entropy"),
-    "beta": (0.5, "the posterior needs a likelihood, and the cross-entropy has no beta"),
-    "z_loss": (0.0, "it is no likelihood of the target"),
-    "reduction": ("sum", "the posterior is that of the sum over rows"),
-    "base": (math.e, "the evidence is in nats"),
-}
 
 
 class LastLayerLaplace:
@@ -74,11 +58,13 @@ class LastLayerLaplace:
         features: maps a batch ``x`` to ``e (..., d)``, in its present mode; ``None`` where ``x`` is ``e`` itself.
         structure: ``"kronecker"`` or ``"diagonal"``.
         prior_precision: ``δ``, of each weight and bias.
-        form, rank, seed: how the Kronecker class factor is held: ``"dense"`` ``(C, C)``, ``"low_rank"`` ``(C, rank)``
+        form, rank: how the Kronecker class factor is held: ``"dense"`` ``(C, C)``, ``"low_rank"`` ``(C, rank)``
             or ``"auto"``, dense up to 2,048 classes. A form of low rank is above ``B``: what it leaves out makes
             variances smaller.
-        options: ``weight``, ``ignore_index``, ``label_smoothing``, ``temperature``, ``softcap``, ``shift`` and
-            ``memory_budget`` of :func:`softcurve.linear_cross_entropy`.
+        weight, ignore_index, label_smoothing, temperature, softcap, shift, memory_budget: as in
+            :func:`softcurve.linear_cross_entropy`, the negative logarithm of the likelihood, summed over rows, in nats.
+        seed: of dropout, and of a class factor of low rank.
+        progress, process_group, check_deterministic: as in :class:`~softcurve.curvature.Hessian`.
 
     Nothing here records a graph. An instance does not change: what gives another prior gives another instance.
 
@@ -92,19 +78,32 @@ class LastLayerLaplace:
         data: Iterable[Batch],
         *,
         features: nn.Module | None = None,
-        structure: str = "kronecker",
+        structure: Literal["kronecker", "diagonal"] = "kronecker",
         prior_precision: float = 1.0,
-        form: str = "auto",
+        form: Form = "auto",
         rank: int = 128,
+        weight: Float[Tensor, " classes"] | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        shift: int = 0,
+        memory_budget: int | None = None,
         seed: int = 0,
-        **options: Any,
+        progress: bool = False,
+        process_group: ProcessGroup | None = None,
+        check_deterministic: bool = True,
     ) -> None:
         checks.require_choice("structure", structure, ("kronecker", "diagonal"))
         checks.require_positive("prior_precision", prior_precision)
-        _require_likelihood(options)
         self.features = nn.Identity() if features is None else features
         self.head = _copied(head)
-        rows = GGN(self.features, self.head, data, seed=seed, **{**options, "reduction": "sum"})
+        rows = GGN(
+            self.features, self.head, data, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            temperature=temperature, softcap=softcap, shift=shift, reduction="sum", memory_budget=memory_budget,
+            seed=seed, progress=progress, process_group=process_group, check_deterministic=check_deterministic,
+        )  # fmt: skip
+        self._map, self._seed = rows.map, rows.seed_of("features", 0)
         self.logit_map = LogitMap(rows.losses.temperature, rows.losses.softcap)
         self.log_likelihood = _log_likelihood(rows)
         budget = rows.losses.memory_budget
@@ -117,6 +116,12 @@ class LastLayerLaplace:
             factors = rows.kfac(form=form, rank=rank, seed=seed)
             values, vectors = factors.feature_spectrum()
             self.structure = Kronecker(float(prior_precision), budget, values.double(), vectors, factors.form.double())
+
+    def __repr__(self) -> str:
+        """One line."""
+        shape = f"classes={self.head.out_features}, features={self.head.in_features}"
+        kind = type(self.structure).__name__.lower()
+        return f"LastLayerLaplace(structure={kind!r}, prior_precision={self.prior_precision:.6g}, {shape})"
 
     @property
     def prior_precision(self) -> float:
@@ -191,7 +196,7 @@ class LastLayerLaplace:
 
     @torch.no_grad()
     def predict_proba(
-        self, x: Any, *, correction: str = "probit", samples: int = 256, seed: int = 0
+        self, x: Any, *, correction: Literal["probit", "mc", "none"] = "probit", samples: int = 256, seed: int = 0
     ) -> Float[Tensor, "*rows classes"]:
         """The probabilities of the classes, averaged over the posterior as ``correction`` says.
 
@@ -237,9 +242,9 @@ class LastLayerLaplace:
         return None if bias is None else bias.detach()
 
     def _features_of(self, x: Any) -> Tensor:
-        """In the dtype of the computation."""
-        e = self.features(**x) if isinstance(x, Mapping) else self.features(x)
+        """In the dtype of the computation; dropout in training mode is drawn as for the first batch of the data."""
         wanted, weight = self.head.in_features, self.head.weight
+        e = self._map(x, self._seed, device=weight.device, graph=False)
         if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != wanted:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(f"x must have floating-point features of shape (..., {wanted}), as head takes, got {came}")
@@ -278,6 +283,8 @@ class Diagonal(Structure):
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, " classes"] | None
 
+    __repr__ = dataclass_repr
+
     def log_ratio(self) -> float:
         """``Σ log1p(h / prior)``."""
         found = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
@@ -307,6 +314,8 @@ class Kronecker(Structure):
     values: Float64[Tensor, " d"]
     vectors: Float[Tensor, "d d"]
     form: ClassForm
+
+    __repr__ = dataclass_repr
 
     def log_ratio(self) -> float:
         """``Σ_j log det(a_j / prior B + I)``."""
@@ -354,23 +363,9 @@ class Kronecker(Structure):
 # --- from the data ---------------------------------------------------------------------------------------------------
 
 
-def _require_likelihood(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if name in REFUSED:
-            neutral, reason = REFUSED[name]
-            if value != neutral:
-                raise ValueError(f"{name} must be left at {neutral!r}, got {value!r}: {reason}")
-        elif name not in OPTIONS:
-            raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {name!r}")
-
-
 def _copied(head: nn.Linear) -> nn.Linear:
     """The parameters alone, free of ties, hooks and freezing: later training does not move the posterior."""
-    if not isinstance(head, nn.Linear):
-        raise TypeError(
-            f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it in a "
-            "model"
-        )
+    require_head(head)
     if lies_over_processes(head.weight):
         raise TypeError("head must hold plain tensors, got a DTensor; gather it by head.weight.full_tensor() first")
     own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
 
 from torch import Tensor
 
 from softcurve import checks
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.objective import LogitMap, Reduction
+from softcurve.objective import LogitMap
+from softcurve.objective import Reduction as Reducer
 from softcurve.posed import Head, Posed, cross_entropy_from, divergence_from, require_budget, require_no_shift
+from softcurve.records import dataclass_repr
 from softcurve.targets import Target
 
-LOSSES = ("cross_entropy", "forward_kl", "reverse_kl", "js")
+Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+Reduction = Literal["mean", "sum", "batchmean"]
+
+
+class LossOptions(TypedDict, total=False):
+    """The options of a loss by name; their meaning and defaults are those of :class:`HeadLosses`."""
+
+    loss: Loss
+    beta: float
+    weight: Tensor | None
+    ignore_index: int | None
+    label_smoothing: float
+    temperature: float
+    softcap: float | None
+    z_loss: float
+    shift: int
+    reduction: Reduction
+    base: float
+    memory_budget: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLosses:
     """The loss of a batch of features and a head, as :func:`softcurve.linear_cross_entropy` and its kin name it."""
 
-    loss: str = "cross_entropy"
+    loss: Loss = "cross_entropy"
     beta: float = 0.5
     weight: Tensor | None = None
     ignore_index: int | None = None
@@ -31,27 +50,20 @@ class HeadLosses:
     softcap: float | None = None
     z_loss: float = 0.0
     shift: int = 0
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     base: float = math.e
     memory_budget: int | None = None
 
-    @staticmethod
-    def of(options: Mapping[str, Any]) -> HeadLosses:
-        """Of options by name."""
-        known = [each.name for each in fields(HeadLosses)]
-        for name in options:
-            if name not in known:
-                raise TypeError(f"options must be among {', '.join(known)}, got {name!r}")
-        return HeadLosses(**options)
+    __repr__ = dataclass_repr
 
     def __post_init__(self) -> None:
-        checks.require_choice("loss", self.loss, LOSSES)
-        checks.require_choice("reduction", self.reduction, ("mean", "sum", "batchmean"))
+        checks.require_choice("loss", self.loss, get_args(Loss))
+        checks.require_choice("reduction", self.reduction, get_args(Reduction))
         checks.require_between("beta", self.beta, 0.0, 1.0)
         checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
         LogitMap(self.temperature, self.softcap)
-        Reduction(self.reduction, self.base)
+        Reducer(self.reduction, self.base)
         if self.loss != "js" and self.beta != 0.5:
             raise ValueError(f"beta must not be given for loss={self.loss!r}, got {self.beta}")
         require_budget(self.memory_budget)
@@ -62,9 +74,9 @@ class HeadLosses:
             require_no_shift(self.shift)
 
     @property
-    def reducer(self) -> Reduction:
+    def reducer(self) -> Reducer:
         """How rows become one number."""
-        return Reduction(self.reduction, self.base)
+        return Reducer(self.reduction, self.base)
 
     def pose(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None

@@ -3,26 +3,31 @@
 The head is streamed (:mod:`softcurve.head.curvature`); the features are autograd's. One graph of a batch serves all
 columns: with ``e = f(θ)`` and ``h(u) = Jᵀu``, the derivative of ``v·h`` is ``J v`` in ``u`` and, at ``u = ∂L/∂e``, the
 second-order term ``(Σ u ∂²e) v`` in ``θ``. So there is no finite difference and no forward mode, which many kernels
-lack, and all columns see the same dropout.
+lack, and all columns see the same dropout. Features and data are checked to be the same in each pass.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from softcurve import checks
-from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.determinism import require_deterministic, require_fixed_order
+from softcurve.curvature.features import FeatureMap
+from softcurve.curvature.linear_head import require_head
+from softcurve.curvature.losses import HeadLosses, Loss, Reduction
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
+from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
@@ -53,20 +58,33 @@ class NetworkOperator(SymmetricOperator):
         head: nn.Linear,
         data: Iterable[Batch],
         *,
+        loss: Loss = "cross_entropy",
+        beta: float = 0.5,
+        weight: Float[Tensor, " classes"] | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        reduction: Reduction = "mean",
+        base: float = math.e,
+        memory_budget: int | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,
-        **options: Any,
+        check_deterministic: bool = True,
     ) -> None:
-        if not isinstance(features, nn.Module):
-            raise TypeError(
-                f"features must be a torch.nn.Module, got {type(features).__name__}; for no features at all use "
-                "torch.nn.Identity()"
-            )
+        self.map = FeatureMap(features)
         require_head(head)
         require_walkable("data", data)
         require_count("seed", seed, 0)
-        self.features, self.head, self.data, self.losses = features, head, data, HeadLosses.of(options)
+        self.losses = HeadLosses(
+            loss=loss, beta=beta, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            temperature=temperature, softcap=softcap, z_loss=z_loss, shift=shift, reduction=reduction, base=base,
+            memory_budget=memory_budget,
+        )  # fmt: skip
+        self.features, self.head, self.data = features, head, data
         self.seed, self.progress, self.process_group = seed, progress, process_group
         self.layout = Layout.of(features, head)
         for name, parameter in features.named_parameters():
@@ -74,6 +92,16 @@ class NetworkOperator(SymmetricOperator):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )
+        require_same_logits(features, temperature, softcap)
+        if check_deterministic:
+            if self.by_order:
+                require_fixed_order("data", data)
+            require_deterministic(self, "data", ordered=self.by_order)
+
+    @property
+    def by_order(self) -> bool:
+        """Whether the matrix depends on the order of the rows, though features do not."""
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,10 +130,8 @@ class NetworkOperator(SymmetricOperator):
         """The batches, with the features' ``graph``; dropout is drawn from the seed and the batch's number."""
         batches = _with_progress(self.data, description) if self.progress else self.data
         for number, batch in enumerate(batches):
-            x, target, sample_weight = _unpacked(batch, number)
-            e = self._features_of(x, number, graph)
-            if lies_over_processes(e):
-                raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")
+            _, target, sample_weight = _unpacked(batch, number)
+            e = self.features_of(batch, number, graph=graph)
             posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 flat = e.reshape(-1, e.shape[-1])
@@ -118,25 +144,10 @@ class NetworkOperator(SymmetricOperator):
         mixed = hashlib.blake2b(f"{process}{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
         return int.from_bytes(mixed.digest(), "little")
 
-    def _features_of(self, x: Any, number: int, graph: bool) -> Tensor:
-        # A copy of the buffers, which batch normalisation writes to.
-        buffers = {name: buffer.clone() for name, buffer in self.features.named_buffers()}
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(graph),
-            torch.random.fork_rng(devices),
-            sdpa_kernel(SDPBackend.MATH),  # the one that has second derivatives
-        ):
-            torch.default_generator.manual_seed(self.seed_of("features", number))
-            if devices:
-                torch.cuda.manual_seed(self.seed_of("features", number))
-            arguments: tuple[tuple[Any, ...], dict[str, Any]] = (
-                ((), {name: _recordable(part) for name, part in x.items()})
-                if isinstance(x, Mapping)
-                else ((_recordable(x),), {})
-            )
-            e = torch.func.functional_call(self.features, buffers, *arguments)
+    def features_of(self, batch: Any, number: int, *, graph: bool) -> Tensor:
+        """The features of a batch, of which the head takes the last dimension."""
+        x = _unpacked(batch, number)[0]
+        e = self.map(x, self.seed_of("features", number), device=self.device, graph=graph)
         wanted = self.head.in_features
         if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != wanted:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
@@ -144,8 +155,8 @@ class NetworkOperator(SymmetricOperator):
                 f"features must map x to a tensor of shape (..., {wanted}), as wide as head, "
                 f"got {came} in batch {number}"
             )
-        if graph:
-            _refuse_reentrant(e)
+        if lies_over_processes(e):
+            raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")
         return e
 
     # --- products ----------------------------------------------------------------------------------------------------
@@ -185,6 +196,13 @@ class NetworkOperator(SymmetricOperator):
     def over_rows(self, total: float) -> float:
         """As :meth:`summed`, of a number."""
         return float(self.summed(torch.tensor(total, dtype=torch.float64, device=self.device)))
+
+    def over_everyone(self, count: float) -> float:
+        """The sum of a number over all processes that have a part in the products."""
+        if self.process_group is None and class_group(self.head.weight) is None:
+            return count
+        total = torch.tensor(count, dtype=torch.float64, device=self.device)
+        return float(self.summed(self.over_classes(total)))
 
     def _divisor(self, total: float) -> float:
         if self.losses.reduction == "sum":
@@ -226,9 +244,10 @@ class NetworkOperator(SymmetricOperator):
         """``into += (∂e/∂θ)ᵀ`` of each column's gradient in the features."""
         for j, cotangent in enumerate(in_features):
             if cotangent is not None and rows.e.requires_grad:
-                found = torch.autograd.grad(
-                    rows.e, self.moving, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
-                )
+                with self.map.conditions():
+                    found = torch.autograd.grad(
+                        rows.e, self.moving, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
+                    )
                 self.add_parts(found, into[j])
 
     def add_parts(self, parts: Sequence[Tensor | None], flat: Tensor) -> None:
@@ -245,7 +264,7 @@ class NetworkOperator(SymmetricOperator):
     def linearized(self, rows: Rows, cotangent: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """``u``, a leaf that holds ``cotangent``, and ``h = Jᵀu`` with its graph."""
         u = cotangent.detach().to(rows.e.dtype).requires_grad_()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), self.map.conditions():
             h = torch.autograd.grad(rows.e, self.moving, u, create_graph=True, allow_unused=True)
         return u, h
 
@@ -262,27 +281,11 @@ class NetworkOperator(SymmetricOperator):
         if not pairs:
             return torch.zeros_like(u), (None,) * len(moving)
         outputs, directions = zip(*pairs, strict=True)
-        change, *terms = torch.autograd.grad(outputs, [u, *moving], directions, retain_graph=True, allow_unused=True)
+        with self.map.conditions():
+            change, *terms = torch.autograd.grad(
+                outputs, [u, *moving], directions, retain_graph=True, allow_unused=True
+            )
         return torch.zeros_like(u) if change is None else change, tuple(terms)
-
-
-def require_head(head: object) -> None:
-    """A plain ``nn.Linear``: of another one the weight is not what is trained, or the logits are not ``W e + b``."""
-    if not isinstance(head, nn.Linear):
-        raise TypeError(
-            f"head must be a torch.nn.Linear, got {type(head).__name__}; softcurve.curvature.split_head finds it in a "
-            "model"
-        )
-    if not {"weight", "bias"} <= head._parameters.keys():
-        raise TypeError(
-            "head must hold its weight and bias as parameters, got one that computes them (weight_norm, a "
-            "parametrization); take that off first, as with torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    if type(head).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"head must compute W e + b as torch.nn.Linear does, got a {type(head).__name__} with its own forward; put "
-            "what that adds into features"
-        )
 
 
 def require_walkable(name: str, data: object) -> None:
@@ -300,27 +303,6 @@ def length_of(data: Iterable[Any]) -> int | None:
         return len(data) if isinstance(data, Sized) else None
     except TypeError:
         return None
-
-
-def _recordable(value: Any) -> Any:
-    """Not a tensor of the inference mode, which no graph can hold."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _refuse_reentrant(e: Tensor) -> None:
-    """The graph of a reentrant checkpoint ends at its input: the parameters within would count as unused."""
-    seen, open_ = set(), [e.grad_fn]
-    while open_:
-        node = open_.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "features must not use reentrant checkpoints, whose parameters torch.autograd.grad does not reach; "
-                "give torch.utils.checkpoint.checkpoint use_reentrant=False"
-            )
-        open_.extend(before for before, _ in node.next_functions)
 
 
 def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:

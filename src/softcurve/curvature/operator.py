@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 
 Floats = npt.NDArray[np.floating]
+
+Distribution = Literal["rademacher", "normal"]
+TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
+DiagonalMethod = Literal["xdiag", "hutchinson"]
+EigenMethod = Literal["lanczos", "lobpcg"]
+End = Literal["LA", "SA", "LM", "BE"]
 
 
 class SymmetricOperator(ABC):
@@ -54,6 +60,11 @@ class SymmetricOperator(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where the products are computed and where vectors must be."""
+
+    def __repr__(self) -> str:
+        """One line."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}(shape={self.shape}, dtype={dtype}, device={self.device})"
 
     @abstractmethod
     def _columns(self, vectors: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -139,9 +150,9 @@ class SymmetricOperator(ABC):
     def trace(
         self,
         *,
-        method: str = "xtrace",
+        method: TraceMethod = "xtrace",
         products: int = 64,
-        distribution: str = "rademacher",
+        distribution: Distribution = "rademacher",
         seed: int = 0,
         columns_at_once: int = 16,
     ) -> Estimate:
@@ -158,7 +169,7 @@ class SymmetricOperator(ABC):
         )
 
     def diagonal(
-        self, *, method: str = "xdiag", products: int = 64, seed: int = 0, columns_at_once: int = 16
+        self, *, method: DiagonalMethod = "xdiag", products: int = 64, seed: int = 0, columns_at_once: int = 16
     ) -> DiagonalEstimate:
         """An estimate of the diagonal with standard errors: :func:`softcurve.curvature.estimates.diagonal`."""
         from softcurve.curvature import estimates
@@ -169,11 +180,11 @@ class SymmetricOperator(ABC):
         self,
         k: int = 6,
         *,
-        which: str = "LA",
+        which: End = "LA",
         tol: float = 0.0,
         max_products: int | None = None,
         seed: int = 0,
-        method: str = "lanczos",
+        method: EigenMethod = "lanczos",
     ) -> Eigenpairs:
         """``k`` eigenpairs from an end of the spectrum: :func:`softcurve.curvature.spectrum.eigsh`."""
         from softcurve.curvature import spectrum

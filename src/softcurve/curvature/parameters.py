@@ -43,6 +43,10 @@ class Layout:
             tuple(names), tuple(tensors), tuple(slices), tuple(sorted(used)), places.get(id(head.weight)), bias
         )
 
+    def __repr__(self) -> str:
+        """One line; the names are in :attr:`names`."""
+        return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
+
     @property
     def size(self) -> int:
         """Entries of the flat vector."""

@@ -12,7 +12,7 @@ import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 import torch
@@ -21,18 +21,24 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float, Float64
 from softcurve.curvature.estimates import Draws, Estimate
-from softcurve.curvature.operator import SymmetricOperator, require_count, require_finite, working_dtype
+from softcurve.curvature.operator import (
+    EigenMethod,
+    End,
+    SymmetricOperator,
+    require_count,
+    require_finite,
+    working_dtype,
+)
 from softcurve.extras import needed
+from softcurve.records import dataclass_repr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Eigenpairs", "SpectralDensity", "eigsh", "spectral_density"]
 
-ENDS = ("LA", "SA", "LM", "BE")
 POWERS = 3  # products that measure the size of a matrix
 STAGE = 20  # steps of LOBPCG between looks at the residuals
-End = Literal["LA", "SA", "LM", "BE"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +55,18 @@ class Eigenpairs:
     products: int
     method: str
 
+    __repr__ = dataclass_repr
+
 
 def eigsh(
     operator: SymmetricOperator,
     k: int = 6,
     *,
-    which: str = "LA",
+    which: End = "LA",
     tol: float = 0.0,
     max_products: int | None = None,
     seed: int = 0,
-    method: str = "lanczos",
+    method: EigenMethod = "lanczos",
 ) -> Eigenpairs:
     """The ``k`` largest (``"LA"``), smallest (``"SA"``) or absolutely largest (``"LM"``) eigenvalues, or both ends.
 
@@ -78,8 +86,8 @@ def eigsh(
             products of LOBPCG); the message names what did converge.
     """
     n = operator.shape[0]
-    checks.require_choice("which", which, ENDS)
-    checks.require_choice("method", method, ("lanczos", "lobpcg"))
+    checks.require_choice("which", which, get_args(End))
+    checks.require_choice("method", method, get_args(EigenMethod))
     checks.require_between("tol", tol, 0.0, 1.0)
     require_count("k", k, 1)
     require_count("seed", seed, 0)
@@ -254,6 +262,8 @@ class SpectralDensity:
     weights: Float64[Tensor, "probes steps"]
     n: int
     products: int
+
+    __repr__ = dataclass_repr
 
     @property
     def trace(self) -> Estimate:

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+
+from softcurve.curvature.behind_head import adapter_parts, require_nothing_beside, warn_of_logit_maps, warn_of_wrapper
+from softcurve.curvature.features import eager, parallel_wrapper
+from softcurve.curvature.linear_head import class_name, require_head
+from softcurve.objective import LogitMap
+
+__all__ = ["HeadInput", "require_same_logits", "split_head"]
+
+COMPILED = "_orig_mod"  # what torch.compile calls the module that it wraps
 
 
 class HeadInput(nn.Module):
     """What a model gives its head. The model stops there: nothing of the head or behind it is computed."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Linear,
+        ancestors: tuple[nn.Module, ...] = (),
+        *,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._head = (head,)  # a tuple, so that it is no submodule twice
+        self.softcap, self.temperature = softcap, temperature
+        # In tuples, so that they are no submodules twice.
+        self._head, self._ancestors = (head,), ancestors
+        self._is_compiled, self._was_called = compiled, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The head's input when the model is called with these arguments."""
-        handle = self._head[0].register_forward_pre_hook(_stop, with_kwargs=True)
-        try:
-            self.model(*args, **kwargs)
-        except _Reached as reached:
-            return reached.features
-        finally:
-            handle.remove()
-        raise ValueError("model must call its head, got a model that returned without; name another module")
+        entered: list[tuple[nn.Module, Tensor]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.extend((module, value) for value in (*args, *kwargs.values())[:1] if isinstance(value, Tensor))
+
+        with ExitStack() as stack:
+            watched = () if self._was_called else self._ancestors
+            for module, hook in (*((each, enter) for each in watched), (self._head[0], _stop)):
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if self._is_compiled:
+                stack.enter_context(eager())  # a compiled graph would hold the head
+            try:
+                self.model(*args, **kwargs)
+            except _Reached as reached:
+                features = reached.features
+            else:
+                raise ValueError("model must call its head, got a model that returned without; name another module")
+        if not self._was_called:
+            self._was_called = True
+            if entered and entered[-1][1] is features:
+                warn_of_wrapper(entered[-1][0], self._head[0], features)
+        return features
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -53,24 +89,105 @@ def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     raise _Reached(args[0] if args else kwargs["input"])
 
 
-def split_head(model: nn.Module, head: str) -> tuple[HeadInput, nn.Linear]:
+def split_head(
+    model: nn.Module, head: str, *, softcap: float | None = None, temperature: float = 1.0
+) -> tuple[HeadInput, nn.Linear]:
     """``features, head`` of a model: ``head(features(x))`` is what ``model(x)`` makes of its logits.
 
     Args:
         model: any module that calls its head once, and what precedes it with autograd. At a second call it does not
-            arrive; parameters that are used behind the head alone count, with zeros in every matrix.
+            arrive; parameters that are used behind the head alone count, with zeros in every matrix. What
+            ``torch.compile`` has made of it, or of a part around the head, runs as it was written.
         head: the dotted name of an ``nn.Linear`` in it, such as ``"lm_head"`` or ``"decoder.output"``.
+        softcap, temperature: what the model does to its logits, which ``features`` and ``head`` leave out; the losses
+            and operators need the same options, and operators refuse others.
 
     A weight that is tied to an embedding stays tied: it is a parameter of the features too.
 
+    Warns (``UserWarning``) where the logits seem to be more than the head's output: a soft cap or a scale in the
+    model's ``config`` that differs from the arguments, an adapter beside the head, a module around it.
+
     Raises:
-        ValueError: there is no such module. TypeError: it is no ``nn.Linear``.
+        ValueError: there is no such module, or it has one class. TypeError: it is no ``nn.Linear``, computes something
+            else than ``W e + b``, or stands in a wrapper for several processes (``DistributedDataParallel``, FSDP),
+            whose forward, which would synchronise the training, does not end.
     """
-    modules = dict(model.named_modules())
-    if head not in modules:
-        known = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(f"head must be the name of a Linear of the model, one of {known}, got {head!r}")
-    found = modules[head]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    LogitMap(temperature, softcap)
+    path, compiled = _path_to(model, head)
+    *ancestors, found = path
     if not isinstance(found, nn.Linear):
-        raise TypeError(f"head must name a torch.nn.Linear, got {type(found).__name__} at {head!r}")
-    return HeadInput(model, found), found
+        raise TypeError(_not_linear(found, head))
+    require_head(found)
+    watched = tuple(ancestors)
+    if ancestors and not require_nothing_beside(path, head):
+        watched = ()
+    warn_of_logit_maps(ancestors, softcap, temperature)
+    cut = HeadInput(path[0], found, watched, softcap=softcap, temperature=temperature, compiled=compiled)
+    return cut, found
+
+
+def require_same_logits(features: nn.Module, temperature: float, softcap: float | None) -> None:
+    """The options of the logits that ``split_head`` was given, if it was given any and made ``features``."""
+    if not isinstance(features, HeadInput):
+        return
+    for name, wanted, found, neutral in (
+        ("softcap", features.softcap, softcap, None),
+        ("temperature", features.temperature, temperature, 1.0),
+    ):
+        if wanted not in (neutral, found):
+            raise ValueError(f"{name} must be {wanted} as split_head was told of the model, got {found}")
+
+
+def _path_to(model: nn.Module, head: str) -> tuple[tuple[nn.Module, ...], bool]:
+    """The modules from the model down to its head, as they were written, and whether one of them is compiled."""
+    module, compiled = model, False
+    place: list[str] = []
+    path: list[nn.Module] = []
+    for part in ["", *(part for part in head.split(".") if part not in ("", COMPILED))]:
+        if part:
+            inner = module._modules.get(part)
+            if inner is None:
+                raise ValueError(
+                    f"head must be the name of a Linear of the model, one of {_linear_names(model)}, got {head!r}"
+                )
+            module, place = inner, [*place, part]
+        while COMPILED in module._modules and isinstance(written := module._modules[COMPILED], nn.Module):
+            # The whole model is run as it was written; within it, the compiled part is still what is called.
+            module, compiled = written, compiled or bool(part)
+        compiled = compiled or module._compiled_call_impl is not None
+        _require_one_process(module, ".".join(place))
+        path.append(module)
+    return tuple(path), compiled
+
+
+def _require_one_process(module: nn.Module, place: str) -> None:
+    wrapper = parallel_wrapper(module)
+    if wrapper is None:
+        return
+    remedy = "split the model inside it (model.module), and wrap the module that calls features and the loss"
+    if wrapper.startswith(("FSDP", "Fully")):
+        remedy = "split the model before it is sharded, and shard the module that calls features and the loss"
+    raise TypeError(
+        f"model must not stand in a {wrapper}, got one{f' at {place!r}' if place else ''}: its forward does not end "
+        f"where the head is cut off, and gradients would not be synchronised; {remedy}"
+    )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [".".join(part for part in name.split(".") if part != COMPILED) for name in names]
+
+
+def _not_linear(found: nn.Module, head: str) -> str:
+    """Why the module is none, and what to do about it."""
+    said = f"head must name a torch.nn.Linear, got {class_name(found)} at {head!r}"
+    if adapter_parts(found):
+        return (
+            f"{said}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into the "
+            "weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
+        )
+    if inside := _linear_names(found):
+        return f"{said}; inside it are {inside}, of which one may be named if nothing is done to its output"
+    return said

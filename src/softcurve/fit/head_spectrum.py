@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.losses import Loss
 from softcurve.fit.together import Together
 from softcurve.records import ShortRepr
 from softcurve.targets import TopK
@@ -105,7 +106,7 @@ def curvature_spectrum(
     if isinstance(target, TopK) and target.coarsens and method == "dense":
         method = "products"  # its outcomes are not the classes
     weight, bias = weight.double(), None if bias is None else bias.double()
-    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=loss)
+    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("Loss", loss))
     if method == "products":
         largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
     else:
@@ -160,7 +161,7 @@ def _by_products(
     head.weight = nn.Parameter(weight)
     if bias is not None:
         head.bias = nn.Parameter(bias)
-    operator = GGN(nn.Identity(), head, [(features, target)], loss=loss)
+    operator = GGN(nn.Identity(), head, [(features, target)], loss=cast("Loss", loss))
     size = operator.shape[0]
     density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)
     try:
