@@ -28,8 +28,8 @@ class Blocked:
 
 
 def expression(code: str) -> None:
-    data = [(torch.eye(3)[:2], torch.tensor([0, 1]))]
-    matrix = softcurve.curvature.GGN(torch.nn.Identity(), torch.nn.Linear(3, 4), data)
+    data = [(torch.eye(20)[:2], torch.tensor([0, 1]))]
+    matrix = softcurve.curvature.GGN(torch.nn.Identity(), torch.nn.Linear(20, 30), data)
     try:
         eval(code, {"softcurve": softcurve, "matrix": matrix})
     except ImportError as error:
