@@ -42,6 +42,7 @@ from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
 from softcurve.objective import GAUSS_NEWTON, LogitMap
+from softcurve.posed import require_budget
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 
