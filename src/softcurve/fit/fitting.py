@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.fit import DataError
-from softcurve.fit.checkpoint import Checkpoint, digest, state_of_first
+from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.losses import check_loss
@@ -23,7 +23,7 @@ from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
-from softcurve.fit.together import LostProcess, Processes, Together
+from softcurve.fit.together import Processes, Together
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
@@ -142,45 +142,18 @@ def fit_head(
                 rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
             )  # fmt: skip
 
-        saved = state = None
+        keeper, state = Keeper(together, on_step), None
         if checkpoint is not None:
-            settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(*together.in_order(weights))}"
-            rows = source.fingerprint
-            with together.agreed():
-                if together.first:
-                    saved = Checkpoint(checkpoint, coordinates, rows, settings, every=checkpoint_every)
-                    state = saved.load(classes)
-            state = state_of_first(state, (classes, coordinates.size), together)
+            options = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision, "classes": classes}
+            identity = {name: str(value) for name, value in options.items()} | _digests(source, weights)
+            state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
         if state is None:
             state = _first_state(objective, start, total, double=double)
-
-        latest = state
-
-        def noted(state: State) -> None:
-            nonlocal latest
-            latest = state
-            with together.agreed():
-                if saved is not None:
-                    saved.save(state)
-                on_step(state.history[-1])
-
-        try:
+        with keeper.running():
             outcome = minimise(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=noted,
+                on_step=keeper.note,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            if saved is not None:
-                saved.save(latest, now=True)
-            raise
-        except LostProcess:
-            if saved is not None:
-                with suppress(OSError, DataError):  # what is lost is to be said
-                    saved.save(latest, now=True)
-            raise
-        with together.agreed():
-            if saved is not None:
-                saved.save(outcome.state, now=True)
         return _fit_of(outcome, objective)
 
 
@@ -252,6 +225,11 @@ def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
     of_label = logits.gather(1, label[:, None])
     others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
     return certain & (of_label > others)[:, 0]
+
+
+def _digests(source: Source, weights: Tensor) -> dict[str, str]:
+    """Of the rows of all processes, and of their weights."""
+    return {"rows": source.fingerprint, "weights": digest(*share_of(source).together.in_order(weights))}
 
 
 def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
