@@ -1,4 +1,4 @@
-"""The commands ``softcurve fit``, ``predict``, ``spectrum`` and ``explain``: their options; errors as exit code 2."""
+"""The commands ``softcurve fit``, ``predict``, ``spectrum`` and ``explain``: their options, and their exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from softcurve.app.interrupt import remember_interrupts
+from softcurve.app.interrupt import exit_code, how_to_go_on, ignore_interrupts, remember_interrupts
 
 INSTALL = "pip install 'softcurve[all]'"
 
@@ -104,16 +104,16 @@ def fit(
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
-    with _refusals():
+    with _refusals(), how_to_go_on(checkpoint) as on_step:
         from softcurve.app.fitting import FitOptions, fit_command
         from softcurve.app.processes import processes
 
         options = FitOptions(
             data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
-            dtype, memory, checkpoint, checkpoint_every, out, record, report,
+            dtype, memory, checkpoint, checkpoint_every, out, record, report, timeout,
         )  # fmt: skip
         with processes(timeout, checkpoint) as together:
-            fit_command(options, together, progress=progress)
+            fit_command(options, together, progress=progress, on_step=on_step)
 
 
 @app.command()
@@ -237,6 +237,11 @@ def _refusals() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt as error:
+        ignore_interrupts()
+        # Its notes say how to go on.
+        print("softcurve:", "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        raise typer.Exit(exit_code(error)) from error
     except ImportError as error:
         _refuse(f"this needs {error.name or error}, which cannot be imported; {INSTALL}", error)
     except (ValueError, OSError) as error:
