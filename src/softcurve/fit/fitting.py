@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -23,7 +23,7 @@ from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
-from softcurve.fit.together import Processes, Together
+from softcurve.fit.together import Processes, Together, require_same
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
@@ -40,6 +40,7 @@ OF_LOGIT = 36
 ONE_THREAD_BELOW = 3_000_000
 # And those below which float32 saves nothing.
 DOUBLE_BELOW = 1_000_000
+SAME = "give all of them the same arguments"
 # From zero, and from the head of a similar problem.
 FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
 
@@ -115,7 +116,10 @@ def fit_head(
     :class:`~softcurve.fit.together.LostProcess` where one of them ends or does not answer within the group's timeout.
     """
     if group is not None:
-        source, sample_weight = own_part(source, sample_weight, group)
+        source, sample_weight = own_part(source, sample_weight, group, start=start, coordinates=coordinates)
+    given = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "tol": tol, "max_iter": max_iter}
+    given |= {"precision": precision, "memory_budget": memory_budget, "checkpoint": checkpoint}
+    require_same(share_of(source).together, given, SAME)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
@@ -295,16 +299,34 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
 
 
 def own_part(
-    source: Source, sample_weight: Tensor | None, group: ProcessGroup
+    source: Source,
+    sample_weight: Tensor | None,
+    group: ProcessGroup,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    coordinates: Coordinates | None = None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:
-    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError."""
+    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError.
+
+    The other arguments are only compared with those of the other processes.
+    """
     own = shared(source, Processes(group))
-    if sample_weight is None:
+    weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
+    axes = () if coordinates is None else (coordinates.mean, coordinates.basis)
+    compared = {"sample_weight": (weights,), "start": start or (), "coordinates": axes}
+    require_same(share_of(own).together, {name: _of_tensors(each) for name, each in compared.items()}, SAME)
+    if weights is None:
         return own, None
-    share, given = share_of(own), torch.as_tensor(sample_weight).double()
-    if given.shape != (share.total,):
-        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(given.shape)}")
-    return own, given[share.first : share.first + own.rows]
+    share = share_of(own)
+    if weights.shape != (share.total,):
+        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(weights.shape)}")
+    return own, weights[share.first : share.first + own.rows]
+
+
+def _of_tensors(tensors: Sequence[Tensor | None]) -> str | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in there)
+    return f"a tensor of shape {shapes} with digest {digest(*there)}" if there else None
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
