@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from softcurve.fit import DataError, fitting
 from softcurve.fit.checkpoint import digest_of_all
+from softcurve.fit.data.column_source import ColumnSource
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.fitting import fit_head
 
@@ -80,6 +82,50 @@ def test_a_fit_interrupted_at_every_step_ends_where_it_would_have(tmp_path):
         with pytest.raises(Interrupted):
             fit(path, on_step=stop_at(number))
     torch.testing.assert_close(fit(path).weight, whole.weight, atol=1e-8, rtol=0)
+
+
+def interrupted_fit(monkeypatch, owner, name, numbers, path, **options):
+    """A fit in which a function is interrupted at calls with these numbers; how often it was called."""
+    calls, whole = [], getattr(owner, name)
+
+    def called(*arguments, **given):
+        calls.append(len(calls))
+        if calls[-1] in numbers:
+            raise KeyboardInterrupt
+        return whole(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, called)
+        with pytest.raises(KeyboardInterrupt) if numbers else nullcontext():
+            fit(path, **options)
+    return len(calls)
+
+
+def test_a_fit_interrupted_in_any_walk_over_the_rows_goes_on(tmp_path, monkeypatch):
+    # In the mean and the covariance, before and in the first point, in steps, in backtracking.
+    options = {"checkpoint_every": 1e6, "precision": "float64"}
+    whole = fit(None, **options)
+    count = interrupted_fit(monkeypatch, ColumnSource, "blocks", (), None, **options)
+    assert count > 20
+    written = []
+    for number in range(count):
+        path = tmp_path / str(number)
+        interrupted_fit(monkeypatch, ColumnSource, "blocks", (number,), path, **options)
+        written.append(path.exists())
+        torch.testing.assert_close(fit(path, **options).weight, whole.weight, atol=1e-8, rtol=0)
+    assert not written[0]
+    assert written[-1]
+
+
+def test_an_interrupt_while_the_state_is_written_leaves_one_that_is_whole(tmp_path, monkeypatch):
+    path, whole = tmp_path / "state", fit(None)
+    for interrupts in ((3,), (3, 4)):  # the second one while the first one's state is written
+        path.unlink(missing_ok=True)
+        interrupted_fit(monkeypatch, os, "fsync", interrupts, path)
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+        resumed = fit(path)
+        assert resumed.iterations == whole.iterations
+        torch.testing.assert_close(resumed.weight, whole.weight, atol=1e-8, rtol=0)
 
 
 def test_a_checkpoint_does_not_depend_on_the_axes(tmp_path, monkeypatch):
