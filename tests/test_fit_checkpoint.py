@@ -235,9 +235,9 @@ OTHER_SOFT = SOFT[:, [1, 0, 2, 3]]
 @pytest.mark.parametrize(
     ("options", "differs"),
     [
-        ({"rows": OTHER_ROWS}, "digest of the rows"),
-        ({"target": OTHER_SOFT}, "digest of the rows"),
-        ({"target": SOFT.argmax(1)}, "digest of the rows"),
+        ({"rows": OTHER_ROWS}, "digest of the rows to fit"),
+        ({"target": OTHER_SOFT}, "digest of the rows to fit"),
+        ({"target": SOFT.argmax(1)}, "digest of the rows to fit"),
         ({"C": 99.0}, "C"),
         ({"loss": "js"}, "loss"),
         ({"fit_intercept": False}, "fit_intercept"),

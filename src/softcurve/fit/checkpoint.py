@@ -31,7 +31,7 @@ __all__ = ["Checkpoint", "Keeper", "digest", "digest_of_all"]
 FORMAT = "softcurve.fit"
 VERSION = "3"
 ANOTHER = "give another file, or the rows and options that it was written with"
-CALLED = {name: f"digest of the {name}" for name in ("rows", "weights")}
+CALLED = {"rows": "digest of the rows to fit", "weights": "digest of the weights"}
 
 
 def digest(*pieces: Tensor) -> str:
