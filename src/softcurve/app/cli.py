@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from softcurve.app.interrupt import exit_code, how_to_go_on, ignore_interrupts, remember_interrupts
+from softcurve.app.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
 
 INSTALL = "pip install 'softcurve[all]'"
 
@@ -104,7 +104,7 @@ def fit(
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
-    with _refusals(), how_to_go_on(checkpoint) as on_step:
+    with ended_by_signals(), _refusals(), how_to_go_on(checkpoint) as on_step:
         from softcurve.app.fitting import FitOptions, fit_command
         from softcurve.app.processes import processes
 
@@ -127,7 +127,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.predicting import predict_command
 
         predict_command(head, data, target, out)
@@ -187,7 +187,7 @@ def spectrum(
     progress: Progress = None,
 ) -> None:
     """Largest eigenvalues, trace and spectral density of a model's curvature."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.spectrum import SpectrumOptions, spectrum_command
 
         spectrum_command(
@@ -205,7 +205,7 @@ def explain(
     seed: Seed = 0,
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.explain import write_explanation
         from softcurve.app.printing import console, print_record
 
@@ -237,11 +237,6 @@ def _refusals() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt as error:
-        ignore_interrupts()
-        # Its notes say how to go on.
-        print("softcurve:", "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        raise typer.Exit(exit_code(error)) from error
     except ImportError as error:
         _refuse(f"this needs {error.name or error}, which cannot be imported; {INSTALL}", error)
     except (ValueError, OSError) as error:

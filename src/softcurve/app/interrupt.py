@@ -6,6 +6,7 @@ A KeyboardInterrupt that is raised in a destructor or a callback Python prints a
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 __all__ = [
-    "exit_code",
+    "ended_by_signals",
     "how_to_go_on",
-    "ignore_interrupts",
     "interrupted",
     "postpone_interrupts",
     "remember_interrupts",
@@ -60,16 +60,20 @@ def interrupted() -> int:
     return _asked
 
 
-def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """The one that a shell gives a command that the signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
-    return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """End the command after an interrupt with one line, in which the notes of the interrupt stand too.
 
-
-def ignore_interrupts() -> None:
-    """From here on, where the command only has to end, the signals that are handled here do nothing."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (_interrupted, _noted):
-            signal.signal(number, signal.SIG_IGN)
+    The exit code is that which a shell gives a command that the signal has ended: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to end
+            if signal.getsignal(number) in (_interrupted, _noted):
+                signal.signal(number, signal.SIG_IGN)
+        print("softcurve:", "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
 
 
 @contextmanager

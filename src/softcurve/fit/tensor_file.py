@@ -35,5 +35,4 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own type, OSError or ValueError, by the damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"it is no safetensors file ({reason})") from error
+        raise ValueError(f"it is no safetensors file ({str(error).splitlines()[0]})") from error
