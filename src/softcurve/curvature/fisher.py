@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from softcurve.array_types import Float
 from softcurve.curvature.ggn import JacobianSandwich
 from softcurve.curvature.losses import Loss, Reduction
 from softcurve.curvature.network import Batch, NetworkOperator, Rows

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.curvature.determinism import require_deterministic, require_fixed_order
 from softcurve.curvature.features import FeatureMap
 from softcurve.curvature.linear_head import require_head

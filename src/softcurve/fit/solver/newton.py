@@ -22,7 +22,7 @@ from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
 
-__all__ = ["Outcome", "State", "Step", "minimise"]
+__all__ = ["OtherRows", "Outcome", "State", "Step", "minimise"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 # Undamped from here on.
@@ -36,8 +36,14 @@ ROUNDING = 1e-14  # of the objective
 # A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
 MOST_FAILURES = 8
+# How far, in nats, or relative to it, rounding and other axes may move the objective of a state.
+SAME_OBJECTIVE = 1e-9
 # The slope at a step's end, relative to its beginning, from which on it may pay to go on; how far at least, at most.
 STILL_FALLING, WORTH_GOING_ON, FARTHEST = 0.1, 1.5, 8.0
+
+
+class OtherRows(ValueError):
+    """The objective at the parameters of a state is not the one that the state says."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,10 @@ class Newton:
         self.curvature = curvature_in(_dtype(state))
         self.point = objective.at(state.parameters, self.curvature.keep)
         self.curvature.move_to(self.point.parameters)
-        if not state.history:
+        if last is None:
             self._note()
+        elif not math.isclose(self.point.value, last.objective, rel_tol=SAME_OBJECTIVE, abs_tol=SAME_OBJECTIVE):
+            raise OtherRows(f"the objective is {self.point.value!r} there, and {last.objective!r} here")
 
     def step(self) -> None:
         """One step of Newton's method, or a higher damping where it did not lead downwards."""
@@ -203,7 +211,10 @@ def minimise(
     memory_of_blocks: int,
     on_step: Callable[[State], None],
 ) -> Outcome:
-    """Go on from ``state`` until no entry of the gradient exceeds ``tol``, ``max_iter`` steps, or no progress."""
+    """Go on from ``state`` until no entry of the gradient exceeds ``tol``, ``max_iter`` steps, or no progress.
+
+    Raises OtherRows for a state that other rows have led to.
+    """
     newton = Newton(objective, curvature_in, state, tol=tol, memory_of_blocks=memory_of_blocks)
     while True:
         on_step(newton.state)
