@@ -151,8 +151,11 @@ def fit_head(
                     saved = Checkpoint(checkpoint, coordinates, rows, settings, every=checkpoint_every)
                     state = saved.load(classes)
             state = state_of_first(state, (classes, coordinates.size), together)
+        def cold() -> State:
+            return _cold_state(objective, total, double=double)
+
         if state is None:
-            state = _first_state(objective, start, total, double=double)
+            state = cold() if start is None else _warm_state(objective, *start, double=double)
 
         latest = state
 
@@ -167,7 +170,7 @@ def fit_head(
         try:
             outcome = minimise(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=noted,
+                on_step=noted, cold=cold if start is not None else None,
             )  # fmt: skip
         except KeyboardInterrupt:
             if saved is not None:
@@ -254,11 +257,13 @@ def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
     return certain & (of_label > others)[:, 0]
 
 
-def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
+def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
+    parameters = objective.coordinates.parameters(weight.double(), bias.double())
+    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
+
+
+def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     coordinates = objective.coordinates
-    if start is not None:
-        weight, bias = (tensor.double() for tensor in start)
-        return State(coordinates.parameters(weight, bias), WARM_DAMPING, math.inf, 0, double, False, ())
     parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
     if coordinates.intercept:
         shares = _class_shares(objective)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from softcurve.fit import DataError
@@ -29,12 +29,14 @@ def check_loss(loss: str, kind: TargetKind) -> None:
         )
 
 
-def refuse_zeros(loss: str, block: Block) -> None:
-    """Raise DataError where the reverse KL is infinite: Σ p log(p/y), and p is positive everywhere."""
+def refuse_zeros(loss: str, block: Block, weights: Float64[Tensor, " rows"] | None = None) -> None:
+    """Raise DataError where a row, of a positive weight, has an infinite reverse KL: Σ p log(p/y), and p is positive everywhere."""
     target = block.target
     if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
         return
     zero = (target == 0).any(1)
+    if weights is not None:
+        zero &= weights > 0
     if zero.any():
         raise DataError(
             f"loss reverse_kl is infinite where a target is zero; the first such row is row "
