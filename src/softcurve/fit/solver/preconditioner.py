@@ -25,8 +25,8 @@ MOST_CLASSES = 512
 # Of an axis's largest curvature: a direction without any, such as the same change in all classes, is left to the
 # gradient, which is zero there.
 FLOOR = 1e-10
-# Of the features' largest curvature: what an axis has by rounding alone, such as the difference of a column and its copy.
-OF_ROUNDING = 1e-26
+# Of the curvature that its features would have if they varied, what a redundant axis may have of the penalty.
+UNSEEN = 1e-14
 # Rows of a class's block: for narrow features, and for each of many.
 FEWEST_ROWS = 256
 ROWS_A_FEATURE = 2
@@ -45,7 +45,7 @@ class Eigenbasis:
             basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
             self.basis = curvature.together.from_first(basis)  # another machine's may have other signs
         diagonal = curvature.diagonal(None if self.basis is None else self.basis.to(curvature.dtype))
-        self.inverse = _reciprocal(diagonal, curvature.coordinates.width)
+        self.inverse = _reciprocal(diagonal, curvature)
 
     def __call__(self, gradient: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
         """Apply the inverse."""
@@ -54,14 +54,18 @@ class Eigenbasis:
         return self.basis @ ((self.basis.T @ gradient) * self.inverse)
 
 
-def _reciprocal(diagonal: Float64[Tensor, "classes size"], width: int) -> Float64[Tensor, "classes size"]:
-    """The diagonal's inverse, in its place; zero on axes of the features, the first ``width``, that are but rounding.
+def _reciprocal(diagonal: Float64[Tensor, "classes size"], curvature: Curvature) -> Float64[Tensor, "classes size"]:
+    """The diagonal's inverse, in its place; zero on redundant axes, as far as no penalty gives them a curvature.
 
-    Axes are compared only for that: by the units of the features, their curvatures may differ as much as they like.
+    No axis is compared with another but for that, and then in units of its own features: by theirs, curvatures may
+    differ as much as they like.
     """
-    largest = diagonal.amax(0)
+    coordinates, largest = curvature.coordinates, diagonal.amax(0)
     inverse = diagonal.clamp_(min=FLOOR * largest).reciprocal_()
-    inverse[:, :width][:, largest[:width] <= OF_ROUNDING * largest[:width].max()] = 0.0
+    if (redundant := coordinates.redundant) is not None and redundant.any():
+        assert coordinates.moments is not None
+        of_unit = ((largest - curvature.penalties) / coordinates.moments).nan_to_num_(nan=0.0, posinf=0.0).max()
+        inverse[:, redundant & (largest <= UNSEEN * of_unit * coordinates.moments)] = 0.0
     return inverse.nan_to_num_(nan=0.0, posinf=0.0)
 
 
@@ -87,7 +91,7 @@ class ClassBlocks:
         top = _Top(min(count, curvature.source.rows), curvature)
         diagonal = curvature.diagonal(None, top.see)
         weights, rows = _of_all(*top.found(), count, curvature.together)
-        self.scale = _reciprocal(diagonal, curvature.coordinates.width).sqrt_()
+        self.scale = _reciprocal(diagonal, curvature).sqrt_()
         classes, size = self.scale.shape
         self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
         step = max(1, GATHERED // (count * size * curvature.dtype.itemsize))
