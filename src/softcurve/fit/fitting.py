@@ -152,12 +152,16 @@ def fit_head(
             options = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision, "classes": classes}
             identity = {name: str(value) for name, value in options.items()} | _digests(source, weights)
             state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
+
+        def cold() -> State:
+            return _cold_state(objective, total, double=double)
+
         if state is None:
-            state = _first_state(objective, start, total, double=double)
+            state = cold() if start is None else _warm_state(objective, *start, double=double)
         with keeper.running():
             outcome = minimise(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=keeper.note,
+                on_step=keeper.note, cold=cold if start is not None else None,
             )  # fmt: skip
         return _fit_of(outcome, objective)
 
@@ -237,11 +241,13 @@ def _digests(source: Source, weights: Tensor) -> dict[str, str]:
     return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).together.in_order(weights))}
 
 
-def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
+def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
+    parameters = objective.coordinates.parameters(weight.double(), bias.double())
+    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
+
+
+def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     coordinates = objective.coordinates
-    if start is not None:
-        weight, bias = (tensor.double() for tensor in start)
-        return State(coordinates.parameters(weight, bias), WARM_DAMPING, math.inf, 0, double, False, ())
     parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
     if coordinates.intercept:
         shares = _class_shares(objective)
