@@ -89,8 +89,10 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
 def layout_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
     """Return what to do if ``logits`` have torch's layout ``(N, C, d_1, …)`` or more classes than ``target``."""
     logits, target = tuple(logits), tuple(target)
-    if len(logits) > 2 and target == (logits[0], *logits[2:]):
+    if len(logits) > 2 and target in ((logits[0], *logits[2:]), (logits[0], *logits[2:], logits[1])):
         return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
+    if len(target) > 2 and logits == (target[0], *target[2:], target[1]):
+        return "; for torch's layout (N, C, d_1, ...) pass target.movedim(1, -1), which has the classes last"
     if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
         larger = name if logits[-1] > target[-1] else "the target"
         return f"; if one vocabulary is padded, cut {larger} to {min(logits[-1], target[-1])} classes ([..., :C])"
