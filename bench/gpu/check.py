@@ -118,7 +118,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for name in options.job or FILES:
         file, shares = FILES[name]
-        if name == "kernels" and not has_kernels:
+        if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):  # its arrays would count
             continue
         few = () if options.device == "cuda" else ("-m", "not slow")
         if interpreted and name == "exactness":
