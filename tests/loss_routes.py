@@ -63,6 +63,7 @@ class Route:
 
 
 ROUTES = tuple(map(Route, ("logits", "module", "head", "tiles", "head module", "sharded")))
+FUNCTIONS = tuple(route for route in ROUTES if "module" not in route.name)
 HEADS = ROUTES[2:]
 PLAIN = ROUTES[:-1]  # those that need no group of processes
 
