@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
 
 import softcurve
 from softcurve import nn
@@ -62,6 +63,7 @@ class Route:
 
 
 ROUTES = tuple(map(Route, ("logits", "module", "head", "tiles", "head module", "sharded")))
+FUNCTIONS = tuple(route for route in ROUTES if "module" not in route.name)
 HEADS = ROUTES[2:]
 PLAIN = ROUTES[:-1]  # those that need no group of processes
 
@@ -69,7 +71,9 @@ PLAIN = ROUTES[:-1]  # those that need no group of processes
 def head_of(z: Tensor) -> tuple[Tensor, Tensor]:
     """Features and weight of a head whose logits are ``z``."""
     rows = math.prod(z.shape[:-1])
-    return torch.eye(rows, dtype=z.dtype).reshape(*z.shape[:-1], rows), z.reshape(rows, z.shape[-1]).mT
+    width = max(rows, 1)
+    weight = z.reshape(rows, z.shape[-1]) if rows else F.pad(z.reshape(0, z.shape[-1]), (0, 0, 0, 1))
+    return torch.eye(rows, width, dtype=z.dtype).reshape(*z.shape[:-1], width), weight.mT
 
 
 def _head_function(loss: str) -> Callable[..., Tensor]:
@@ -95,19 +99,19 @@ def _module_of_head(
 
 
 def _least_budget(loss: str, x: Tensor, weight: Tensor, target: Any, options: dict[str, Any]) -> int | None:
-    """The least that works, which cuts classes; the default where the call is refused for another reason."""
+    """The least that works, which cuts classes; the default where the call is refused for another reason, or has no rows."""
     try:
         _head_function(loss)(x, weight, target, **options, memory_budget=1)
     except ValueError as refused:
         return least_of(str(refused)) if "memory_budget" in str(refused) else None
     except TypeError:
         return None
-    raise AssertionError("a budget of one byte was enough")
+    return None
 
 
 def _sharded(tensor: Tensor) -> DTensor:
     """On a mesh of this process alone: the passes are those of many."""
-    return distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
+    return DTensor.from_local(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
 
 
 @contextmanager

@@ -12,10 +12,22 @@ from torch import Tensor
 
 import softcurve
 
-KL, JS = softcurve.kl_divergence, softcurve.js_divergence
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 few = settings(max_examples=40)  # of the dearer ones
 BETAS = st.sampled_from([0.0, 1e-3, 0.25, 0.5, 0.8, 1.0])
+
+
+def as_logits(*sides: Tensor | softcurve.TopK) -> list[softcurve.Logits | softcurve.TopK]:
+    """Said outright: rows such as (0, 1) are drawn too, and look like probabilities."""
+    return [softcurve.Logits(side) if isinstance(side, Tensor) else side for side in sides]
+
+
+def KL(p: Tensor | softcurve.TopK, q: Tensor | softcurve.TopK) -> Tensor:
+    return softcurve.kl_divergence(*as_logits(p, q))
+
+
+def JS(p: Tensor | softcurve.TopK, q: Tensor | softcurve.TopK, **options: float) -> Tensor:
+    return softcurve.js_divergence(*as_logits(p, q), **options)
 
 
 @st.composite
