@@ -18,6 +18,8 @@ from .differential import CROSS_ENTROPY, FEATURES, LISTS, Call, Problem, live_cl
 
 # A tail is what its list leaves of 1: so much larger than the tail itself are the terms that it is rounded like.
 TAIL = 0.1
+# A loss near its minimum is as unsure as logits that move by so many roundings of a unit make it.
+PERTURBED = 0.2
 
 
 @dataclass(frozen=True)
@@ -233,15 +235,18 @@ def truth(call: Call, cotangent: Tensor) -> Truth:
         size[:, -1] += TAIL
     gradient, size = outcomes.back(gradient) + pull, outcomes.back(size) + pull.abs()
     gradient, size = (torch.where(live, part * slope, 0.0) for part in (gradient, size))
+    unsure = PERTURBED * gradient.abs().sum(-1).nan_to_num(0.0)
     rows = _times(weight.flatten(), rows + p.z_loss * lse.square())
+    unsure = _times(weight.flatten(), unsure)
     scale = torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor)).reshape(count, 1)
     if p.reduction == "none":
-        value, scale = rows.reshape(p.rows), scale * cotangent.double().reshape(count, 1)
+        value, unsure = rows.reshape(p.rows), unsure.reshape(p.rows)
+        scale = scale * cotangent.double().reshape(count, 1)
     else:
-        value = rows.sum() / divisor
+        value, unsure = rows.sum() / divisor, unsure.sum() / divisor.clamp(min=1e-3)
     gradient, size = _times(scale, gradient), _times(scale, size)
     gradients, sizes = _through_head(call, gradient), _through_head(call, size, absolute=True)
-    return Truth(value, value.abs(), gradients, sizes, *_statistics(call))
+    return Truth(value, value.abs() + unsure, gradients, sizes, *_statistics(call))
 
 
 def _statistics(call: Call) -> tuple[Tensor, Tensor]:

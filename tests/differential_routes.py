@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -335,7 +336,7 @@ def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kep
         return f"of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
     exact, narrower = got.double(), kept.itemsize < computed.itemsize
     wanted = torch.where(wanted.abs() > torch.finfo(kept).max, wanted.sign() * math.inf, wanted)
-    rounding = torch.finfo(kept).eps * wanted.abs() / 2 if narrower else torch.zeros_like(wanted)
+    rounding = torch.finfo(kept).eps * wanted.abs() if narrower else torch.zeros_like(wanted)
     tiny = torch.finfo(kept).smallest_normal * torch.finfo(kept).eps
     bound = RELATIVE[computed] * size + rounding + FLOOR[computed] + tiny
     same = (exact == wanted) | (exact.isnan() & wanted.isnan())
@@ -349,5 +350,30 @@ def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kep
 
 
 def summary(wrong: Sequence[str]) -> str:
-    """What kinds of thing are wrong, without numbers: for grouping."""
+    """What kinds of thing are wrong, without numbers."""
     return "; ".join(sorted({re.sub(r"[-+]?\d[\d.e+-]*|nan|inf", "#", line)[:70] for line in wrong}))
+
+
+def simplest(p: Problem, routes: Mapping[str, Route] = ROUTES) -> Problem:
+    """The problem with every option at its default, or its least size, that is not needed for what is wrong."""
+    kind = summary(disagreements(p, routes))
+    small = {"leading": ((1,), (2,)), "classes": (1, 2, 3)}
+    settled = False
+    while not settled:
+        settled = True
+        for f in dataclasses.fields(p):
+            for value in (*small.get(f.name, ()), f.default):
+                simpler = dataclasses.replace(p, **{f.name: value})
+                if simpler == p or (f.name == "fault"):
+                    break
+                if sensible(simpler) and summary(disagreements(simpler, routes)) == kind:
+                    p, settled = simpler, False
+                    break
+    return p
+
+
+def sensible(p: Problem) -> bool:
+    """Whether the loss knows the target, and the fault applies."""
+    known = p.loss == CROSS_ENTROPY or p.kind not in ("indices", "float")
+    shaped = not p.positions or (len(p.leading) == 1 and p.kind in ("indices", "float"))
+    return known and shaped and (p.fault is None or FAULTS[p.fault].applies(p))
