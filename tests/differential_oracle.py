@@ -243,7 +243,8 @@ def truth(call: Call, cotangent: Tensor) -> Truth:
         value, unsure = rows.reshape(p.rows), unsure.reshape(p.rows)
         scale = scale * cotangent.double().reshape(count, 1)
     else:
-        value, unsure = rows.sum() / divisor, unsure.sum() / divisor.clamp(min=1e-3)
+        value = torch.where(divisor == 0, math.nan, rows.sum() / divisor)
+        unsure = unsure.sum() / divisor.clamp(min=1e-3)
     gradient, size = _times(scale, gradient), _times(scale, size)
     gradients, sizes = _through_head(call, gradient), _through_head(call, size, absolute=True)
     return Truth(value, value.abs() + unsure, gradients, sizes, *_statistics(call))

@@ -115,8 +115,9 @@ def _on_logits(call: Call, loss: Callable[..., Any]) -> tuple[Any, Mapping[str, 
         return loss(z, target, weight=call.weight, sample_weight=sample_weight, **options), leaves
     cap = options.pop("softcap", None)
     if cap is not None and z.is_floating_point():  # of the model alone, which is one of two distributions here
-        finite = torch.where(z.isfinite(), z, 0.0).double()
-        z = torch.where(z.isfinite(), float(cap) * torch.tanh(finite / float(cap)), z.double()).to(p.wide)
+        above = z > -math.inf  # and no NaN
+        capped = float(cap) * torch.tanh(torch.where(above, z, 0.0).double() / float(cap))
+        z = torch.where(above, capped, z.double()).to(p.wide)
     z = z if bool((z < 0).any()) else softcurve.Logits(z)  # lest a plain tensor be taken for probabilities
     first, second = (z, target) if p.loss == "reverse" else (target, z)
     return loss(first, second, sample_weight=sample_weight, **options), leaves
