@@ -19,7 +19,7 @@ from .differential import CROSS_ENTROPY, FEATURES, LISTS, Call, Problem, live_cl
 # A tail is what its list leaves of 1: so much larger than the tail itself are the terms that it is rounded like.
 TAIL = 0.1
 # A loss near its minimum is as unsure as logits that move by so many roundings of a unit make it.
-PERTURBED = 0.2
+PERTURBED = 0.4
 
 
 @dataclass(frozen=True)

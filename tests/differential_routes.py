@@ -306,14 +306,14 @@ def _wrong(name: str, p: Problem, got: Outcome, expected: Truth) -> list[str]:
     apart = _apart(got.value, expected.value, expected.size, p.wide, p.result)
     if apart:
         wrong.append(f"{name}: value {apart}")
-    if not expected.value.isinf().any():
-        for leaf, gradient in got.gradients.items():
-            if leaf not in expected.gradients:
-                continue
-            wanted = expected.gradients[leaf]
-            apart = _apart(gradient, wanted, expected.sizes[leaf], p.wide, gradient.dtype)
-            if apart:
-                wrong.append(f"{name}: gradient of {leaf} {apart}")
+    for leaf, gradient in got.gradients.items():
+        wanted = expected.gradients.get(leaf)
+        if wanted is None or not wanted.isfinite().all():  # of another kind, or of an infinite reverse divergence
+            continue
+        size = expected.sizes[leaf] * max(1.0, math.prod(p.rows) ** 0.5 / 10)  # of a long sum
+        apart = _apart(gradient, wanted, size, p.wide, gradient.dtype)
+        if apart:
+            wrong.append(f"{name}: gradient of {leaf} {apart}")
     if got.stats is not None:
         wrong += _wrong_stats(name, p, got.stats, expected)
     return wrong
@@ -326,7 +326,8 @@ def _wrong_stats(name: str, p: Problem, stats: Any, expected: Truth) -> list[str
         if got.dtype not in (p.wide, p.result):
             wrong.append(f"{name}: {column} dtype {got.dtype}, not {p.wide}")
         if not p.dead_features:
-            apart = _apart(got, wanted, 4 * (1 + wanted.abs()), p.wide, p.wide)
+            size = 4 * (1 + wanted.abs()) * (4 if p.confident else 1)  # of lse − Σ p z
+            apart = _apart(got, wanted, size, p.wide, p.wide)
             wrong += [f"{name}: {column} {apart}"] if apart else []
     return wrong
 
