@@ -352,6 +352,41 @@ def asked_to_stop(folder, group):
     return told(fit_head(to_source(X, LABELS), C=50.0, tol=1e-9, checkpoint=file, group=group))
 
 
+def unlike(folder, group):
+    """What all say where the last process alone has other rows, or another argument."""
+    rows, labels, soft = X.copy(), LABELS.copy(), SOFT.copy()
+    rows[170, 3] += 1e-6
+    labels[3] = (labels[3] + 1) % CLASSES
+    soft[50] = soft[51]
+    start = torch.zeros(CLASSES, 6), torch.zeros(CLASSES)
+    cases: dict[str, tuple[tuple[np.ndarray, ...], dict[str, object], str]] = {
+        "features": ((rows, LABELS), {}, "data: features in process 0 and features in process LAST have other entries"),
+        "labels": ((X, labels), {}, "data: target in process 0 and target in process LAST have other entries"),
+        "distributions": ((X, soft), {}, "data: target in process 0 and target in process LAST have other entries"),
+        "fewer": ((X[1:], LABELS[1:]), {}, "data: process 0 has 331 rows of 6 features with labels, and process LAST"),
+        "C": ((X, LABELS), {"C": 2.0}, "C must be the same in all processes; process 0 has 1.0, and process LAST has 2.0"),
+        "loss": ((X, LABELS), {"loss": "hinge"}, "loss must be the same in all processes; process 0 has cross_entropy"),
+        "intercept": ((X, LABELS), {"fit_intercept": False}, "fit_intercept must be the same in all processes"),
+        "memory": ((X, LABELS), {"memory_budget": 2**24}, "memory_budget must be the same in all processes; process 0 has"),
+        "weights": ((X, LABELS), {"sample_weight": WEIGHTS}, "sample_weight must be the same in all processes; process 0"),
+        "start": ((X, LABELS), {"start": start}, "start must be the same in all processes; process 0 has nothing, and"),
+        "checkpoint": ((X, LABELS), {"checkpoint": folder / "one"}, "checkpoint must be the same in all processes"),
+    }  # fmt: skip
+    if group is None:
+        return {name: expected for name, (_, _, expected) in cases.items()}
+    found = {}
+    last = dist.get_world_size(group) - 1
+    for name, (arrays, options, expected) in cases.items():
+        usual = (X, SOFT if name == "distributions" else LABELS)
+        mine = dist.get_rank(group) == last
+        try:
+            fit_head(to_source(*(arrays if mine else usual)), group=group, **(options if mine else {}))
+        except DataError as error:
+            said = str(error).replace(f"process {last}", "process LAST")
+            found[name] = expected if said.startswith(expected) else said
+    return found
+
+
 CASES: dict[str, Case] = {
     "labels": plain(X, LABELS),
     "labels, mixed": mixed(X, LABELS, C=30.0),
@@ -386,6 +421,7 @@ CASES: dict[str, Case] = {
     "bytes": bytes_sent,
     "gone on with": gone_on_with,
     "asked to stop": asked_to_stop,
+    "refused: unlike": unlike,
     "refused: not finite": refused("not finite", not_finite),
     "refused: full disk": refused("full disk", full_disk),
     "refused: zero": refused("zero", zero_in_target),

@@ -28,14 +28,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(size: int, *arguments: str, errors: Sequence[str] = ("-W", "error")) -> list[subprocess.Popen[str]]:
-    """``python arguments``, ``size`` times."""
+def start(
+    size: int, *arguments: str, errors: Sequence[str] = ("-W", "error"), last: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """``python arguments``, ``size`` times; the last process has some more arguments."""
     common = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, *errors, *arguments], cwd=ROOT, env=common | {"RANK": str(rank)}, text=True,
+            [sys.executable, *errors, *arguments, *(last if rank == size - 1 else ())], cwd=ROOT, env=common | {"RANK": str(rank)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(size)

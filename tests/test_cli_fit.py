@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from softcurve.app.cli import app
+from softcurve.app.fitting import FitOptions, fit_command
+from softcurve.fit import DataError
 from softcurve.fit.saved_head import SavedHead
+from softcurve.fit.together import Together
 
 from .gathered import load_rows, make_rows, split
 
@@ -275,10 +279,16 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(words, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("softcurve.app.fitting.fit_head", interrupt)
-    done = CliRunner().invoke(app, ["fit", words])
-    assert done.exit_code == 130
-    assert "Traceback" not in done.output
-    assert os.listdir() == [words]
+    for options in ([], ["--checkpoint", "state"]):
+        done = CliRunner().invoke(app, ["fit", words, *options])
+        assert done.exit_code == 130
+        assert re.fullmatch("softcurve: interrupted; the same command starts anew[^\n]*\n", done.stderr)
+        assert os.listdir() == [words]
+    Path("state").write_text("of another run, for all that is known before a step")
+    done = CliRunner().invoke(app, ["fit", words, "--checkpoint", "state"])
+    assert (
+        done.stderr == "softcurve: interrupted; state was not yet read, and is as it was: give the same command again\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -311,6 +321,30 @@ def test_explain_prints_the_record_last(monkeypatch):
     assert output.startswith("a table\n")
 
 
+class Unlike(Together):
+    """A process beside another one that says something else."""
+
+    size = 2
+
+    def __init__(self, **said):
+        self.said = said
+
+    def texts(self, text):
+        return [text, json.dumps(json.loads(text) | self.said)]
+
+
+def test_an_option_that_another_process_was_not_given_is_named():
+    options = FitOptions(
+        "digits", None, "cross_entropy", 1.0, None, True, None, 0.2, 0, 9, 1e-5, "auto", "float64", None, None, 30.0,
+        Path("head.safetensors"), None, None, 600.0,
+    )  # fmt: skip
+    names = [each.name for each in fields(FitOptions) if each.name != "data"]
+    for option in (f"--{name.replace('_', '-').replace('fit-intercept', 'intercept')}" for name in names):
+        says = f"^{option} must be the same in all processes; process 0 has .*, and process 1 has other: start all with"
+        with pytest.raises(DataError, match=says):
+            fit_command(options, Unlike(**{option: "other"}), progress=False)
+
+
 def python(*arguments, **options):
     command = [sys.executable, "-W", "error", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
@@ -328,8 +362,10 @@ def test_as_a_process_of_its_own(words):
     assert done.stderr == "softcurve: data: there is no file none.npz; check the path\n"
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_an_interrupted_process_ends_with_130_and_leaves_no_half_of_a_file(checkpoint):
+@pytest.mark.parametrize(
+    ("sent", "code", "checkpoint"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)], ids=["INT", "TERM"]
+)
+def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(sent, code, checkpoint):
     np.savez("wide.npz", X=np.random.default_rng(0).normal(size=(20000, 300)), y=np.arange(20000) % 200)
     options = ["--tol", "1e-300", "--C", "1e9", "--max-iter", "1000000", "--progress"]
     options += ["--checkpoint", "state", "--checkpoint-every", "0"] if checkpoint else []
@@ -344,13 +380,16 @@ def test_an_interrupted_process_ends_with_130_and_leaves_no_half_of_a_file(check
     while checkpoint and not os.path.exists("state") and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
+    process.send_signal(sent)  # as of a terminal and of a program that passes it on
     out, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in shown + rest
     assert out == ""
     assert sorted(os.listdir()) == [*(["state"] if checkpoint else []), "wide.npz"]
-    assert ("state has the state, and the same command goes on" in rest) == checkpoint
+    how = "the same command starts anew; --checkpoint FILE keeps the state of a fit"
+    how = "state has the state, and the same command goes on" if checkpoint else how
+    assert rest.splitlines()[-1].endswith(f"softcurve: interrupted; {how}")  # after what clears the progress bar
 
 
 def test_an_interrupt_that_python_forgets_is_remembered():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError, fitting
+from softcurve.fit.checkpoint import digest_of_all
+from softcurve.fit.data.column_source import ColumnSource
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.fitting import fit_head
 
@@ -78,6 +82,50 @@ def test_a_fit_interrupted_at_every_step_ends_where_it_would_have(tmp_path):
         with pytest.raises(Interrupted):
             fit(path, on_step=stop_at(number))
     torch.testing.assert_close(fit(path).weight, whole.weight, atol=1e-8, rtol=0)
+
+
+def interrupted_fit(monkeypatch, owner, name, numbers, path, **options):
+    """A fit in which a function is interrupted at calls with these numbers; how often it was called."""
+    calls, whole = [], getattr(owner, name)
+
+    def called(*arguments, **given):
+        calls.append(len(calls))
+        if calls[-1] in numbers:
+            raise KeyboardInterrupt
+        return whole(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, called)
+        with pytest.raises(KeyboardInterrupt) if numbers else nullcontext():
+            fit(path, **options)
+    return len(calls)
+
+
+def test_a_fit_interrupted_in_any_walk_over_the_rows_goes_on(tmp_path, monkeypatch):
+    # In the mean and the covariance, before and in the first point, in steps, in backtracking.
+    options = {"checkpoint_every": 1e6, "precision": "float64"}
+    whole = fit(None, **options)
+    count = interrupted_fit(monkeypatch, ColumnSource, "blocks", (), None, **options)
+    assert count > 20
+    written = []
+    for number in range(count):
+        path = tmp_path / str(number)
+        interrupted_fit(monkeypatch, ColumnSource, "blocks", (number,), path, **options)
+        written.append(path.exists())
+        torch.testing.assert_close(fit(path, **options).weight, whole.weight, atol=1e-8, rtol=0)
+    assert not written[0]
+    assert written[-1]
+
+
+def test_an_interrupt_while_the_state_is_written_leaves_one_that_is_whole(tmp_path, monkeypatch):
+    path, whole = tmp_path / "state", fit(None)
+    for interrupts in ((3,), (3, 4)):  # the second one while the first one's state is written
+        path.unlink(missing_ok=True)
+        interrupted_fit(monkeypatch, os, "fsync", interrupts, path)
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+        resumed = fit(path)
+        assert resumed.iterations == whole.iterations
+        torch.testing.assert_close(resumed.weight, whole.weight, atol=1e-8, rtol=0)
 
 
 def test_a_checkpoint_does_not_depend_on_the_axes(tmp_path, monkeypatch):
@@ -180,21 +228,21 @@ def refused(path, message, **options):
 
 
 OTHER_ROWS = X.copy()
-OTHER_ROWS[0, 0] += 1.0
+OTHER_ROWS[101, 4] += 1.0
 OTHER_SOFT = SOFT[:, [1, 0, 2, 3]]
 
 
 @pytest.mark.parametrize(
     ("options", "differs"),
     [
-        ({"rows": OTHER_ROWS}, "rows"),
-        ({"target": OTHER_SOFT}, "rows"),
-        ({"target": SOFT.argmax(1)}, "rows"),
-        ({"C": 99.0}, "settings"),
-        ({"loss": "js"}, "settings"),
-        ({"fit_intercept": False}, "settings"),
-        ({"precision": "mixed"}, "settings"),
-        ({"sample_weight": torch.arange(150, dtype=torch.float64)}, "settings"),
+        ({"rows": OTHER_ROWS}, "digest of the rows to fit"),
+        ({"target": OTHER_SOFT}, "digest of the rows to fit"),
+        ({"target": SOFT.argmax(1)}, "digest of the rows to fit"),
+        ({"C": 99.0}, "C"),
+        ({"loss": "js"}, "loss"),
+        ({"fit_intercept": False}, "fit_intercept"),
+        ({"precision": "mixed"}, "precision"),
+        ({"sample_weight": torch.arange(150, dtype=torch.float64)}, "digest of the weights"),
     ],
     ids=["rows", "distributions", "labels", "C", "loss", "intercept", "precision", "weights"],
 )
@@ -202,11 +250,32 @@ def test_a_checkpoint_of_another_run_is_named(written, options, differs):
     refused(written, f"is of another run: its {differs} is", **options)
 
 
+def test_other_rows_are_named_where_the_digest_has_missed_what_differs(written, monkeypatch):
+    # As it may where the rows are many: what is stored of them is then read in some places alone.
+    monkeypatch.setattr(fitting, "_digests", lambda source, weights: {"rows": "", "weights": ""})
+    written.unlink()
+    fit(written, max_iter=3)
+    refused(written, "is of other rows: the objective is", rows=OTHER_ROWS)
+    assert fit(written).converged
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_named(written, share):
     whole = written.read_bytes()
     written.write_bytes(whole[: int(share * len(whole))])
     refused(written, "is damaged: it is no safetensors file")
+
+
+def test_a_flipped_bit_is_named_wherever_it_is(written):
+    whole = written.read_bytes()
+    random_places = np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [*random_places.integers(0, header, 30), *random_places.integers(header, len(whole), 90)]
+    for place, bit in zip(places, random_places.integers(0, 8, len(places)), strict=True):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        written.write_bytes(flipped)
+        refused(written, "is damaged|is of another run: its format")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 500, b"PK\x03\x04 not this", b"\xff" * 64])
@@ -218,8 +287,21 @@ def test_a_file_of_another_kind_is_named(written, content):
 def rewritten(path, change):
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    del metadata["digest"]
     change(tensors, metadata)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"digest": digest_of_all(tensors, metadata)})
+
+
+def of_state(**changes):
+    """A change of the state, and of its last step under the names that a step has."""
+
+    def change(tensors, metadata):
+        state = json.loads(metadata["state"])
+        for name, value in changes.items():
+            (state if name in state else state["history"][-1])[name] = value
+        metadata["state"] = json.dumps(state)
+
+    return change
 
 
 def without_history(tensors, metadata):
@@ -238,6 +320,18 @@ def without_history(tensors, metadata):
         (lambda tensors, metadata: metadata.update(state="[]"), "'state' cannot be read"),
         (lambda tensors, metadata: metadata.pop("state"), "'state' cannot be read"),
         (without_history, "'state' cannot be read"),
+        (lambda tensors, metadata: metadata.update(state="[" * 100_000), "'state' cannot be read"),
+        (of_state(history=[]), "'state' cannot be read"),
+        (of_state(damping=math.inf), "'state' cannot be read"),
+        (of_state(damping=-1.0), "'state' cannot be read"),
+        (of_state(model_error=math.nan), "'state' cannot be read"),
+        (of_state(double=1), "'state' cannot be read"),
+        (of_state(objective=math.nan), "'state' cannot be read"),
+        (of_state(gradient_max=-math.inf), "'state' cannot be read"),
+        (of_state(products=10**400), "'state' cannot be read"),
+        (of_state(seconds=10**400), "'state' cannot be read"),
+        (of_state(iteration=math.inf), "'state' cannot be read"),
+        (of_state(iteration=7), "'state' cannot be read"),
         (lambda tensors, metadata: tensors["weight"][1].fill_(torch.nan), "'weight' has entries that are not finite"),
         (lambda tensors, metadata: tensors["parameters"][1].fill_(torch.nan), "'parameters' has entries that are not"),
         (lambda tensors, metadata: tensors["bias"][1].fill_(torch.inf), "'bias' has entries that are not finite"),

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 # Three take every case; more and fewer those in which the number counts.
 OF_SIZE = {
     3: tuple(CASES),
-    2: ("labels", "weights", "held out", "gone on with"),
+    2: ("labels", "weights", "held out", "gone on with", "refused: unlike"),
     4: ("two rows", "three rows, streamed", "wide", "parquet shards", "gone on with", "refused: not finite"),
 }
 

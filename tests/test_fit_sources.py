@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError
-from softcurve.fit.data.columns import ArrayColumn, MappedColumn, SparseColumn
+from softcurve.fit.data.columns import ArrayColumn, MappedColumn, SparseColumn, places
 from softcurve.fit.data.files.raw import RawColumn
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
@@ -546,6 +546,56 @@ def test_a_fingerprint_follows_the_rows_and_not_the_path(tmp_path):
         assert first == again
         assert first not in seen
         seen.add(first)
+
+
+def mapped(path, rows):
+    np.save(path, rows)
+    return np.load(path, mmap_mode="r")
+
+
+def in_a_file(write):
+    def held(path, rows):
+        file = path.with_suffix(f".{WRITERS[write]}")
+        write(file, {"features": rows})
+        return open_source_for(str(file), (0, 1), rows.shape[1])
+
+    return held
+
+
+HOLDERS = {
+    "array": lambda path, rows: to_source(rows),
+    "Fortran order": lambda path, rows: to_source(np.asfortranarray(rows)),
+    "sparse": lambda path, rows: to_source(scipy.sparse.csr_matrix(rows)),
+    "map": lambda path, rows: to_source(mapped(path.with_suffix(".npy"), rows)),
+    "columns of a map": lambda path, rows: to_source(mapped(path.with_suffix(".npy"), rows)[:, ::3]),
+    **{write.__name__: in_a_file(write) for write in WRITERS},
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_fingerprint_changes_with_every_entry(tmp_path, holder):
+    rows = np.random.default_rng(0).normal(size=(700, 30 if holder == "parquet_columns" else 300))
+    altered = [None, (5, 0), (349, 12), (694, 27)]
+    seen = {
+        HOLDERS[holder](tmp_path / str(number), rows if place is None else changed(rows, *place, 7.0)).fingerprint
+        for number, place in enumerate(altered)
+    }
+    assert len(seen) == len(altered)
+    assert HOLDERS[holder](tmp_path / "again", rows.copy()).fingerprint in seen
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "piece"), [(0, 9, 4), (9, 9, 4), (100, 100, 7), (101, 100, 7), (10**6, 50, 80)]
+)
+def test_a_digest_is_of_all_or_of_a_bounded_part_with_both_ends(length, most, piece):
+    covered = [place for start, count in places(length, most, piece) for place in range(start, start + count)]
+    if length <= most:
+        assert covered == list(range(length))
+    else:
+        assert most / 2 < len(covered) <= most
+        assert max(np.diff(sorted(set(covered)))) <= 2 * length / (most / piece)
+        assert covered[0] == 0
+        assert covered[-1] == length - 1
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -156,12 +158,39 @@ def test_what_one_process_cannot_read_all_refuse_once(data, tmp_path):
     assert ended.outputs == ["", ""]
 
 
+def test_a_process_that_is_killed_before_the_first_step_leaves_no_state(data, tmp_path, monkeypatch):
+    first, checkpoint = tmp_path / "first", tmp_path / "state"
+    monkeypatch.setenv("FIRST", str(first))
+    arguments = ("fit", str(data / "npz"), *LONG, "--checkpoint", str(checkpoint), "--timeout", "60")
+    processes = start(2, "-m", "tests.slow_fit", *arguments, "--out", str(tmp_path / "head.safetensors"))
+    until_written(first)
+    processes[1].kill()
+    ended = wait(processes)
+    assert ended.codes == [1, -signal.SIGKILL]
+    says = f"softcurve: process 1 .* has ended or hangs, .*; start again; {checkpoint} was not yet written\n"
+    assert re.fullmatch(says, ended.errors[0])
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_processes_that_see_other_files_of_one_shape_are_refused(data, tmp_path):
+    np.save(data / "other.npy", np.roll(np.load(data / "target.npy"), 1))
+    arguments = ("fit", str(data / "npy"), "--out", str(tmp_path / "head.safetensors"), "--target")
+    last = ("--target", str(data / "other.npy"))
+    ended = wait(start(2, "-m", "softcurve", *arguments, str(data / "target.npy"), last=last))
+    assert ended.codes == [2, 2]
+    says = "softcurve: data: target .*/target.npy in process 0 and target .*/other.npy in process 1 have other entries"
+    assert re.match(says, ended.errors[0])
+    assert len(ended.errors[0].splitlines()) == 1
+    assert ended.errors[1] == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupt_is_heard_by_all_and_said_once(data, tmp_path):
     checkpoint = tmp_path / "state"
     arguments = ("fit", str(data / "npz"), *LONG, "--checkpoint", str(checkpoint), "--timeout", "60")
     processes = start(2, "-m", "tests.slow_fit", *arguments, "--out", str(tmp_path / "head.safetensors"))
     until_written(checkpoint)
-    processes[1].send_signal(signal.SIGINT)
+    processes[1].send_signal(signal.SIGTERM)
     ended = wait(processes)
-    assert ended.codes == [130, 130]
+    assert ended.codes == [143, 143]
     assert ended.errors == [f"softcurve: interrupted; {checkpoint} has the state, and the same command goes on\n", ""]

@@ -1,4 +1,4 @@
-"""The commands ``softcurve fit``, ``predict``, ``spectrum`` and ``explain``: their options; errors as exit code 2."""
+"""The commands ``softcurve fit``, ``predict``, ``spectrum`` and ``explain``: their options, and their exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from softcurve.app.interrupt import remember_interrupts
+from softcurve.app.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
 from softcurve.extras import needed
 
 try:
@@ -104,16 +104,16 @@ def fit(
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
-    with _refusals():
+    with ended_by_signals(), _refusals(), how_to_go_on(checkpoint) as on_step:
         from softcurve.app.fitting import FitOptions, fit_command
         from softcurve.app.processes import processes
 
         options = FitOptions(
             data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
-            dtype, memory, checkpoint, checkpoint_every, out, record, report,
+            dtype, memory, checkpoint, checkpoint_every, out, record, report, timeout,
         )  # fmt: skip
         with processes(timeout, checkpoint) as together:
-            fit_command(options, together, progress=progress)
+            fit_command(options, together, progress=progress, on_step=on_step)
 
 
 @app.command()
@@ -127,7 +127,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.predicting import predict_command
 
         predict_command(head, data, target, out)
@@ -187,7 +187,7 @@ def spectrum(
     progress: Progress = None,
 ) -> None:
     """Largest eigenvalues, trace and spectral density of a model's curvature."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.spectrum import SpectrumOptions, spectrum_command
 
         spectrum_command(
@@ -205,7 +205,7 @@ def explain(
     seed: Seed = 0,
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
-    with _refusals():
+    with ended_by_signals(), _refusals():
         from softcurve.app.explain import write_explanation
         from softcurve.app.printing import console, print_record
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
 from softcurve.fit.losses import check_loss
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.together import ALONE, Together
+from softcurve.fit.solver.newton import Step
+from softcurve.fit.together import ALONE, Together, require_same
 
 __all__ = ["FitOptions", "fit_command"]
 
@@ -55,6 +54,7 @@ class FitOptions:
     out: Path
     record: Path | None
     report: Path | None
+    timeout: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,18 @@ class Work:
     spectrum: CurvatureSpectrum | str
 
 
-def fit_command(options: FitOptions, together: Together = ALONE, *, progress: bool | None) -> None:
+def fit_command(
+    options: FitOptions,
+    together: Together = ALONE,
+    *,
+    progress: bool | None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> None:
     """Fit, save the head, its record and its report, print the table and the JSON line. Raises DataError.
 
-    Of several processes the first one writes and prints.
+    Of several processes the first one writes and prints. ``on_step`` is called with every step of a fit.
     """
+    _require_same_options(options, together)
     outputs: dict[str, Path] = {}
     with together.agreed():
         if together.first:
@@ -85,7 +92,7 @@ def fit_command(options: FitOptions, together: Together = ALONE, *, progress: bo
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    work = _work(options, train, held, Cs, progress=progress if together.first else False)
+    work = _work(options, train, held, Cs, on_step, progress=progress if together.first else False)
     with together.agreed():
         if together.first:
             _write(options, source, work, outputs)
@@ -105,6 +112,18 @@ def _write(options: FitOptions, source: Source, work: Work, outputs: dict[str, P
         file.write(page.encode())
     print_table("softcurve fit", _lines(record))
     print_record(record)
+
+
+def _require_same_options(options: FitOptions, together: Together) -> None:
+    """Raise DataError where a process was given another option than the first.
+
+    The path of the data may be another on another machine: what the files hold is compared when they are opened.
+    """
+    given = asdict(options) | {"target": "a file" if options.target else None}
+    del given["data"]
+    named = {"fit_intercept": "intercept"}
+    said = {f"--{named.get(name, name).replace('_', '-')}": value for name, value in given.items()}
+    require_same(together, said, "start all with the same options")
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
@@ -139,7 +158,13 @@ def _strengths(path: str | None) -> tuple[float, ...]:
 
 
 def _work(
-    options: FitOptions, train: Source, held: Source | None, Cs: Sequence[float], *, progress: bool | None
+    options: FitOptions,
+    train: Source,
+    held: Source | None,
+    Cs: Sequence[float],
+    on_step: Callable[[Step], None],
+    *,
+    progress: bool | None,
 ) -> Work:
     started = time.perf_counter()
     common: dict[str, Any] = {
@@ -150,12 +175,16 @@ def _work(
         "precision": options.precision,
         "memory_budget": None if options.memory is None else options.memory * 2**20,
     }
-    with fit_progress(options.tol, show=progress) as (on_step, on_product):
-        common |= {"on_step": on_step, "on_product": on_product}
-        with _said_where_it_goes_on(options.checkpoint):
-            fit = fit_head(
-                train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
-            )
+    with fit_progress(options.tol, show=progress) as (show_step, show_product):
+
+        def noted(step: Step) -> None:
+            on_step(step)
+            show_step(step)
+
+        common |= {"on_step": noted, "on_product": show_product}
+        fit = fit_head(
+            train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
+        )
         seconds = time.perf_counter() - started
         path = _path(train, held, Cs, options, common)
     return Work(
@@ -170,16 +199,6 @@ def _work(
             train, fit.weight, fit.bias if options.fit_intercept else None, loss=options.loss, seed=options.seed
         ),
     )
-
-
-@contextmanager
-def _said_where_it_goes_on(checkpoint: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if checkpoint is not None and checkpoint.exists():
-            print(f"softcurve: interrupted; {checkpoint} has the state, and the same command goes on", file=sys.stderr)
-        raise
 
 
 def _diagnosed(options: FitOptions, source: Source, fit: Fit, **wanted: Any) -> Diagnostics:

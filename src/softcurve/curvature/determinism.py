@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from softcurve.array_types import Float64
 from softcurve.curvature.kfac import pieces_of
 from softcurve.head.curvature_tiles import RowLosses
 

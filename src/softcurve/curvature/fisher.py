@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from softcurve.array_types import Float
 from softcurve.curvature.ggn import JacobianSandwich
 from softcurve.curvature.losses import Loss, Reduction
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
@@ -18,6 +18,7 @@ from softcurve.head.curvature import add_outer_products
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.row_forms import row_masses, sample_classes
 from softcurve.objective import FISHER
+from softcurve.typing import Integer, Number
 
 
 class Fisher(JacobianSandwich):
@@ -44,17 +45,17 @@ class Fisher(JacobianSandwich):
         *,
         samples: int | None = None,
         loss: Loss = "cross_entropy",
-        beta: float = 0.5,
+        beta: Number = 0.5,
         weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
+        ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        shift: Integer = 0,
         reduction: Reduction = "mean",
-        base: float = math.e,
-        memory_budget: int | None = None,
+        base: Number = math.e,
+        memory_budget: Integer | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,

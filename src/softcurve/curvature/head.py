@@ -18,6 +18,7 @@ from softcurve.head import curvature, passes, row_forms
 from softcurve.head.products import Direction
 from softcurve.objective import GAUSS_NEWTON, HESSIAN
 from softcurve.targets import Target
+from softcurve.typing import Integer, Number
 
 Matrix = Literal["hessian", "gauss_newton", "fisher"]
 PositiveMatrix = Literal["gauss_newton", "fisher"]
@@ -52,18 +53,18 @@ class HeadCurvature:
         *,
         linear_bias: Float[Tensor, " classes"] | None = None,
         loss: Loss = "cross_entropy",
-        beta: float = 0.5,
+        beta: Number = 0.5,
         weight: Float[Tensor, " classes"] | None = None,
         sample_weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
+        ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        shift: Integer = 0,
         reduction: Reduction = "mean",
-        base: float = math.e,
-        memory_budget: int | None = None,
+        base: Number = math.e,
+        memory_budget: Integer | None = None,
     ) -> None:
         if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])

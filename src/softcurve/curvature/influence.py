@@ -36,6 +36,7 @@ from softcurve.curvature.operator import require_count
 from softcurve.head import passes
 from softcurve.head.problem import NOTHING
 from softcurve.records import dataclass_repr
+from softcurve.typing import Integer, Number
 
 __all__ = ["Influence", "influence"]
 
@@ -87,17 +88,17 @@ def influence(
     damping: float,
     rows: Literal["mean", "each"] = "mean",
     loss: Loss = "cross_entropy",
-    beta: float = 0.5,
+    beta: Number = 0.5,
     weight: Float[Tensor, " classes"] | None = None,
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    shift: int = 0,
+    ignore_index: Integer | None = None,
+    label_smoothing: Number = 0.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    z_loss: Number = 0.0,
+    shift: Integer = 0,
     reduction: Reduction = "mean",
-    base: float = math.e,
-    memory_budget: int | None = None,
+    base: Number = math.e,
+    memory_budget: Integer | None = None,
     test_options: LossOptions | None = None,
     preconditioned: bool = True,
     form: Form = "auto",

@@ -42,7 +42,9 @@ from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
 from softcurve.objective import GAUSS_NEWTON, LogitMap
+from softcurve.posed import require_budget
 from softcurve.records import dataclass_repr
+from softcurve.typing import Integer, Number
 
 __all__ = ["LastLayerLaplace"]
 
@@ -83,12 +85,12 @@ class LastLayerLaplace:
         form: Form = "auto",
         rank: int = 128,
         weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        shift: int = 0,
-        memory_budget: int | None = None,
+        ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        shift: Integer = 0,
+        memory_budget: Integer | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,
@@ -104,9 +106,9 @@ class LastLayerLaplace:
             seed=seed, progress=progress, process_group=process_group, check_deterministic=check_deterministic,
         )  # fmt: skip
         self._map, self._seed = rows.map, rows.seed_of("features", 0)
-        self.logit_map = LogitMap(rows.losses.temperature, rows.losses.softcap)
+        self.logit_map = LogitMap.of(rows.losses.temperature, rows.losses.softcap)
         self.log_likelihood = _log_likelihood(rows)
-        budget = rows.losses.memory_budget
+        budget = require_budget(rows.losses.memory_budget)
         if budget is None:
             budget = DEFAULT_BUDGET.get(self.head.weight.device.type, 2**28)
         self.structure: Structure

@@ -12,9 +12,18 @@ from softcurve import checks
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.objective import LogitMap
 from softcurve.objective import Reduction as Reducer
-from softcurve.posed import Head, Posed, cross_entropy_from, divergence_from, require_budget, require_no_shift
+from softcurve.posed import (
+    Head,
+    Posed,
+    cross_entropy_from,
+    divergence_from,
+    require_budget,
+    require_no_shift,
+    require_shift,
+)
 from softcurve.records import dataclass_repr
 from softcurve.targets import Target
+from softcurve.typing import Integer, Number
 
 Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
 Reduction = Literal["mean", "sum", "batchmean"]
@@ -24,17 +33,17 @@ class LossOptions(TypedDict, total=False):
     """The options of a loss by name; their meaning and defaults are those of :class:`HeadLosses`."""
 
     loss: Loss
-    beta: float
+    beta: Number
     weight: Tensor | None
-    ignore_index: int | None
-    label_smoothing: float
-    temperature: float
-    softcap: float | None
-    z_loss: float
-    shift: int
+    ignore_index: Integer | None
+    label_smoothing: Number
+    temperature: Number
+    softcap: Number | None
+    z_loss: Number
+    shift: Integer
     reduction: Reduction
-    base: float
-    memory_budget: int | None
+    base: Number
+    memory_budget: Integer | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,31 +51,32 @@ class HeadLosses:
     """The loss of a batch of features and a head, as :func:`softcurve.linear_cross_entropy` and its kin name it."""
 
     loss: Loss = "cross_entropy"
-    beta: float = 0.5
+    beta: Number = 0.5
     weight: Tensor | None = None
-    ignore_index: int | None = None
-    label_smoothing: float = 0.0
-    temperature: float = 1.0
-    softcap: float | None = None
-    z_loss: float = 0.0
-    shift: int = 0
+    ignore_index: Integer | None = None
+    label_smoothing: Number = 0.0
+    temperature: Number = 1.0
+    softcap: Number | None = None
+    z_loss: Number = 0.0
+    shift: Integer = 0
     reduction: Reduction = "mean"
-    base: float = math.e
-    memory_budget: int | None = None
+    base: Number = math.e
+    memory_budget: Integer | None = None
 
     __repr__ = dataclass_repr
 
     def __post_init__(self) -> None:
         checks.require_choice("loss", self.loss, get_args(Loss))
         checks.require_choice("reduction", self.reduction, get_args(Reduction))
-        checks.require_between("beta", self.beta, 0.0, 1.0)
+        beta = checks.require_between("beta", self.beta, 0.0, 1.0)
         checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
-        LogitMap(self.temperature, self.softcap)
-        Reducer(self.reduction, self.base)
-        if self.loss != "js" and self.beta != 0.5:
+        LogitMap.of(self.temperature, self.softcap)
+        Reducer.of(self.reduction, self.base)
+        if self.loss != "js" and beta != 0.5:
             raise ValueError(f"beta must not be given for loss={self.loss!r}, got {self.beta}")
         require_budget(self.memory_budget)
+        require_shift(self.shift)
         if self.loss != "cross_entropy":
             for name, neutral in {"weight": None, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}.items():
                 if (value := getattr(self, name)) is not neutral and value != neutral:
@@ -76,13 +86,14 @@ class HeadLosses:
     @property
     def reducer(self) -> Reducer:
         """How rows become one number."""
-        return Reducer(self.reduction, self.base)
+        return Reducer.of(self.reduction, self.base)
 
     def pose(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
     ) -> Posed:
         """The loss of a batch, not reduced yet. Raises what the public loss raises."""
         head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach(), target)
+        logit_map = LogitMap.of(self.temperature, self.softcap)
         if self.loss == "cross_entropy":
             return cross_entropy_from(
                 head,
@@ -90,25 +101,26 @@ class HeadLosses:
                 weight=self.weight,
                 sample_weight=sample_weight,
                 ignore_index=self.ignore_index,
-                smoothing=self.label_smoothing,
-                shift=self.shift,
+                smoothing=checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0),
+                shift=require_shift(self.shift),
                 options={
-                    "temperature": self.temperature,
-                    "softcap": self.softcap,
-                    "z_loss": self.z_loss * self.reducer.nats,
+                    "temperature": logit_map.temperature,
+                    "softcap": logit_map.softcap,
+                    "z_loss": checks.require_between("z_loss", self.z_loss, 0.0, math.inf) * self.reducer.nats,
                 },
             )
+        beta = checks.require_between("beta", self.beta, 0.0, 1.0)
         family = {"forward_kl": "forward", "reverse_kl": "reverse"}.get(self.loss, "js")
         if self.loss == "js":
-            family = {0.0: "forward", 1.0: "reverse"}.get(float(self.beta), "js")
+            family = {0.0: "forward", 1.0: "reverse"}.get(float(beta), "js")
         return divergence_from(
             head,
             target,
             family=family,
-            beta=self.beta,
+            beta=beta,
             sample_weight=sample_weight,
-            temperature=self.temperature,
-            softcap=self.softcap,
+            temperature=logit_map.temperature,
+            softcap=logit_map.softcap,
         )
 
     def rows(self, posed: Posed) -> RowLosses:
@@ -117,4 +129,4 @@ class HeadLosses:
         tensors = tensors._replace(
             **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
         )
-        return RowLosses(posed.loss, tensors, posed.coarsens, self.memory_budget)
+        return RowLosses(posed.loss, tensors, posed.coarsens, require_budget(self.memory_budget))

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
+from softcurve.array_types import Float
 from softcurve.curvature.determinism import require_deterministic, require_fixed_order
 from softcurve.curvature.features import FeatureMap
 from softcurve.curvature.linear_head import require_head
@@ -32,9 +32,11 @@ from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
+from softcurve.objective import LogitMap
 from softcurve.posed import Posed
 from softcurve.processes import sum_over
 from softcurve.targets import Target
+from softcurve.typing import Integer, Number
 
 Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
 
@@ -59,17 +61,17 @@ class NetworkOperator(SymmetricOperator):
         data: Iterable[Batch],
         *,
         loss: Loss = "cross_entropy",
-        beta: float = 0.5,
+        beta: Number = 0.5,
         weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        z_loss: float = 0.0,
-        shift: int = 0,
+        ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0,
+        temperature: Number = 1.0,
+        softcap: Number | None = None,
+        z_loss: Number = 0.0,
+        shift: Integer = 0,
         reduction: Reduction = "mean",
-        base: float = math.e,
-        memory_budget: int | None = None,
+        base: Number = math.e,
+        memory_budget: Integer | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,
@@ -92,7 +94,8 @@ class NetworkOperator(SymmetricOperator):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )
-        require_same_logits(features, temperature, softcap)
+        logit_map = LogitMap.of(temperature, softcap)
+        require_same_logits(features, logit_map.temperature, logit_map.softcap)
         if check_deterministic:
             if self.by_order:
                 require_fixed_order("data", data)

@@ -12,6 +12,7 @@ from softcurve.curvature.behind_head import adapter_parts, require_nothing_besid
 from softcurve.curvature.features import eager, parallel_wrapper
 from softcurve.curvature.linear_head import class_name, require_head
 from softcurve.objective import LogitMap
+from softcurve.typing import Number
 
 __all__ = ["HeadInput", "require_same_logits", "split_head"]
 
@@ -27,8 +28,8 @@ class HeadInput(nn.Module):
         head: nn.Linear,
         ancestors: tuple[nn.Module, ...] = (),
         *,
-        softcap: float | None = None,
-        temperature: float = 1.0,
+        softcap: Number | None = None,
+        temperature: Number = 1.0,
         compiled: bool = False,
     ) -> None:
         super().__init__()

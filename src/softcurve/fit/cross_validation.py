@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from softcurve.fit.data.source import Source, rows_within
@@ -47,7 +49,8 @@ class SoftmaxRegressionCV(SoftmaxRegression):
             stratified.
         scoring: By default minus the mean loss of the rows held out, in nats, weighted by ``sample_weight`` but not by
             ``class_weight``; for cross-entropy that is the mean log-likelihood. Or a scorer of scikit-learn, or its
-            name; it is given labels, of a distribution or a list the most probable class.
+            name, which ``score`` then uses too; it is given labels, of a distribution or a list the most probable
+            class, and told all classes, as a fold may lack one. Where a score is NaN its fold is left out of the mean.
         refit: Whether the head is fitted again with the best C to all rows. Otherwise C and head are the means of
             those that were the best on each fold.
         loss: As of :class:`SoftmaxRegression`, and so are all other arguments.
@@ -92,17 +95,64 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         self.memory_budget = memory_budget
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegressionCV:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> SoftmaxRegressionCV:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
+        ``groups`` ``(n,)`` are given to the splitter, which keeps rows of one group together (``GroupKFold``).
+
         Raises ``ValueError`` for anything that cannot be used, and warns (``ConvergenceWarning``) of fits that have not
-        converged.
+        converged, and of scores that are NaN.
         """
         self._require("tol")
         Cs = self._grid()
         problem = posed(self, X, y, sample_weight)
         source, weights = class_weighted(self, problem)
-        options: dict[str, Any] = {
+        options = self._options(source, weights)
+        score = self._measure(problem, y, weighted=sample_weight is not None)
+        scores: list[list[float]] = []
+        heads: list[tuple[Tensor, Tensor]] = []  # of each C, or the best one; summed over the folds
+        steps = late = 0
+        for train, test in self._folds(problem, groups):
+            rows, of_rows = _taken(source, weights, train)
+            fits = regularisation_path(rows, Cs, sample_weight=of_rows, **options)
+            scores.append([score(fit, test) for fit in fits])
+            steps += sum(fit.iterations for fit in fits)
+            late += sum(not fit.converged and not fit.separated for fit in fits)
+            kept = fits if self.refit else [fits[_best(scores[-1])]]
+            found = [(fit.weight, fit.bias) for fit in kept]
+            heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, found, strict=True)] if heads else found
+        self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), problem.classes
+        self._warn_of_folds(late)
+        self.mean_scores_ = _mean_over_folds(self.scores_)
+        means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
+        if self.refit:
+            best = _best(self.mean_scores_)
+            self.C_ = Cs[best]
+            fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
+            warn_of(fit, self)
+            self._keep(fit, like=X)
+            steps += fit.iterations
+        else:
+            self.C_ = float(np.mean([Cs[_best(of_fold)] for of_fold in self.scores_]))
+            self._keep_head(*means[0], like=X)
+        self.n_iter_ = np.array([steps], dtype=np.int32)
+        return self
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """What ``scoring`` says of the head on these rows; without one, the share of rows whose label is predicted.
+
+        A scorer is given labels, of a distribution or a list the most probable class.
+        """
+        if self.scoring is None or y is None:
+            return super().score(X, y, sample_weight)
+        check_is_fitted(self)
+        rows, weight = (given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+                        for given in (X, sample_weight))  # fmt: skip
+        return _Scoring(self.scoring, self.classes_)(self, rows, self._labels(y), weight)
+
+    def _options(self, source: Source, weights: Tensor) -> dict[str, Any]:
+        """Those of every fit."""
+        return {
             "loss": self.loss,
             "fit_intercept": self.fit_intercept,
             "tol": float(self.tol),
@@ -114,41 +164,23 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
             ),
         }
-        score = self._measure(problem, y, weighted=sample_weight is not None)
-        scores: list[list[float]] = []
-        heads: list[tuple[Tensor, Tensor]] = []  # of each C, or the best one; summed over the folds
-        steps = late = 0
-        for train, test in self._folds(problem):
-            rows, of_rows = _taken(source, weights, train)
-            fits = regularisation_path(rows, Cs, sample_weight=of_rows, **options)
-            scores.append([score(fit, test) for fit in fits])
-            kept = fits if self.refit else [fits[int(np.argmax(scores[-1]))]]
-            found = [(fit.weight, fit.bias) for fit in kept]
-            heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, found, strict=True)] if heads else found
-            steps += sum(fit.iterations for fit in fits)
-            late += sum(not fit.converged and not fit.separated for fit in fits)
-        self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), problem.classes
-        self.mean_scores_ = self.scores_.mean(0)
+
+    def _warn_of_folds(self, late: int) -> None:
         if late:
             warnings.warn(
                 f"{late} of the {self.scores_.size} fits to the folds have not converged to tol {self.tol:.1e}. Raise "
                 "max_iter or tol, or scale the features to the order of 1",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
-        if self.refit:
-            best = int(self.mean_scores_.argmax())
-            self.C_ = Cs[best]
-            fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
-            warn_of(fit, self)
-            self._keep(fit, like=X)
-            steps += fit.iterations
-        else:
-            self.C_ = float(self.Cs_[self.scores_.argmax(1)].mean())
-            self._keep_head(*means[0], like=X)
-        self.n_iter_ = np.array([steps], dtype=np.int32)
-        return self
+        if undefined := int(np.isnan(self.scores_).sum()):
+            warnings.warn(
+                f"scoring {self.scoring!r} is NaN for {undefined} of the {self.scores_.size} fits to the folds, as "
+                "where a fold lacks a class: the means are over the others, and without any the first C is taken. Give folds "
+                "that have every class, or another scorer",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _grid(self) -> list[float]:
         if isinstance(self.Cs, int | np.integer) and not isinstance(self.Cs, bool) and self.Cs > 0:
@@ -159,13 +191,17 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 return [float(C) for C in given]
         raise ValueError(f"Cs must be a list of positive numbers, or how many to try; got {self.Cs!r}")
 
-    def _folds(self, problem: Posed) -> Iterator[tuple[Array, Array]]:
+    def _folds(self, problem: Posed, groups: Any) -> Iterator[tuple[Array, Array]]:
         """The numbers of the rows to fit and of those to score; one may be there several times."""
         numbers = np.arange(problem.source.rows)
+        if groups is not None:
+            groups = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+            if groups.shape != numbers.shape:
+                raise ValueError(f"groups must have one entry for each of {len(numbers)} rows; got {groups.shape}")
         y = np.zeros(len(numbers)) if problem.labels is None else problem.labels
         splitter = check_cv(5 if self.cv is None else self.cv, y, classifier=problem.labels is not None)
         folds = 0
-        for fold, (train, test) in enumerate(splitter.split(np.zeros(len(numbers)), y)):
+        for fold, (train, test) in enumerate(splitter.split(np.zeros(len(numbers)), y, groups)):
             folds += 1
             for rows, use in ((train, "fit"), (test, "score")):
                 if not (problem.weights.numpy()[rows] > 0).any():
@@ -178,22 +214,56 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         """The score of a fit on some rows."""
         if self.scoring is None:
             return lambda fit, test: -_mean_loss(self.loss, fit, *_taken(problem.source, problem.weights, test))
-        scorer = get_scorer(self.scoring) if isinstance(self.scoring, str) else self.scoring
-        if not callable(scorer):
-            raise ValueError(
-                f"scoring must be None, the name of a scorer, or a function of (estimator, X, y); got {self.scoring!r}"
-            )
-        weighted = weighted and "sample_weight" in inspect.signature(scorer).parameters
+        scoring = _Scoring(self.scoring, problem.classes)
         labels = target_labels(y) if problem.labels is None else problem.labels
 
         def score(fit: Fit, test: Array) -> float:
             head = SoftmaxRegression(loss=self.loss, fit_intercept=self.fit_intercept)
             head.classes_, head.n_features_in_ = problem.classes, problem.source.width
             head._keep_head(fit.weight, fit.bias, like=problem.rows)
-            given = {"sample_weight": problem.weights.numpy()[test]} if weighted else {}
-            return float(scorer(head, problem.rows[test], labels[test], **given))
+            weight = problem.weights.numpy()[test] if weighted else None
+            return scoring(head, problem.rows[test], labels[test], weight)
 
         return score
+
+
+class _Scoring:
+    """A scorer that knows all classes, also those of which the rows that it is given have none."""
+
+    def __init__(self, scoring: Any, classes: Array) -> None:
+        scorer = get_scorer(scoring) if isinstance(scoring, str) else scoring
+        if not callable(scorer):
+            raise ValueError(
+                f"scoring must be None, the name of a scorer, or a function of (estimator, X, y); got {scoring!r}"
+            )
+        function = getattr(scorer, "_score_func", scorer)
+        accepted = inspect.signature(function).parameters
+        if function is not scorer:  # of make_scorer: log_loss and others take the classes for those of the rows
+            options = dict(scorer._kwargs)
+            if "labels" in accepted:
+                options.setdefault("labels", classes)
+            if len(classes) == 2 and "pos_label" in accepted and options.get("average", "binary") == "binary":
+                options.setdefault("pos_label", classes[-1])
+            scorer = copy.copy(scorer)
+            scorer._kwargs = options
+        self.scorer, self.takes_weights = scorer, "sample_weight" in accepted
+
+    def __call__(self, head: Any, rows: Any, labels: Array, weight: Any) -> float:
+        given = {"sample_weight": weight} if weight is not None and self.takes_weights else {}
+        return float(self.scorer(head, rows, labels, **given))
+
+
+def _best(scores: Any) -> int:
+    """The place of the largest score; a NaN is the worst."""
+    return int(np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.finfo(np.float64).max).argmax())
+
+
+def _mean_over_folds(scores: Array) -> Array:
+    """Of each C, over the folds where the score is no NaN; NaN where there is none."""
+    known = ~np.isnan(scores)
+    with np.errstate(invalid="ignore"):
+        means: Array = np.where(known, scores, 0.0).sum(0) / known.sum(0)
+    return means
 
 
 def _taken(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:

@@ -14,7 +14,7 @@ from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
 from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within, share_of
 from softcurve.fit.losses import row_losses
-from softcurve.fit.scores import target_labels
+from softcurve.fit.scores import target_labels, target_mass
 from softcurve.fit.together import Together
 from softcurve.functional import entropy
 from softcurve.records import ShortRepr
@@ -30,8 +30,10 @@ MOST_CONFUSED = 30
 class Calibration(ShortRepr):
     """Rows by the probability of the class that is predicted, in bins of equal width; a bin holds its upper edge.
 
-    ``confidence`` is the mean of that probability and ``accuracy`` the share of rows predicted rightly, NaN in an
-    empty bin. ``error`` is the mean over rows of ``|accuracy − confidence|`` of their bin (the ECE of Guo et al. 2017).
+    ``confidence`` is the mean of that probability and ``accuracy`` the mean of the target's own probability of the
+    predicted class, NaN in an empty bin. For labels it is the share of rows predicted rightly; for a distribution it is
+    that share's expected value, were labels drawn from it. ``error`` is the mean over rows of ``|accuracy −
+    confidence|`` of their bin (the ECE of Guo et al. 2017).
     """
 
     counts: Int64[Tensor, " bins"]
@@ -148,6 +150,7 @@ class _Rows(NamedTuple):
     probability: Float64[Tensor, " rows"]
     label: Int64[Tensor, " rows"]
     predicted: Int64[Tensor, " rows"]
+    right: Float64[Tensor, " rows"]  # the target's probability of the predicted class
 
 
 def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarget) -> _Rows:
@@ -159,6 +162,7 @@ def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarge
     p = logits.softmax(-1)
     confidence, predicted = p.max(-1)
     probability = p.gather(-1, label[:, None]).squeeze(-1)
+    right = target_mass(target, predicted, logits.shape[-1])
     if isinstance(target, TopK):
         model, teacher = target.against(logits)
         residual = model.softmax(-1).sub_(teacher.double().softmax(-1))
@@ -167,7 +171,7 @@ def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarge
     else:
         residual = p.scatter_add_(-1, label[:, None], torch.full_like(probability, -1.0)[:, None])
     squared = residual.square_().sum(-1)
-    return _Rows(losses, kl, entropy(logits), squared, confidence, probability, label, predicted)
+    return _Rows(losses, kl, entropy(logits), squared, confidence, probability, label, predicted, right)
 
 
 class _Sums:
@@ -178,7 +182,7 @@ class _Sums:
         self.totals = dict.fromkeys(("loss", "kl", "entropy", "brier"), 0.0)
         self.edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
         self.counts = torch.zeros(bins, dtype=torch.int64)
-        self.confidence, self.correct = torch.zeros(2, bins, dtype=torch.float64)
+        self.confidence, self.right = torch.zeros(2, bins, dtype=torch.float64)
 
     def add(self, rows: _Rows) -> None:
         columns = {"loss": rows.loss, "kl": rows.kl, "entropy": rows.entropy, "brier": rows.squared_el2n}
@@ -189,20 +193,20 @@ class _Sums:
         places = torch.bucketize(rows.confidence, self.edges)  # an edge belongs to the bin below
         self.counts += torch.bincount(places, minlength=len(self.counts))
         self.confidence.index_add_(0, places, rows.confidence)
-        self.correct.index_add_(0, places, (rows.label == rows.predicted).double())
+        self.right.index_add_(0, places, rows.right)
 
     def add_others(self, together: Together) -> None:
         """The sums over the rows of all processes."""
         totals = torch.tensor([self.rows, *self.totals.values()], dtype=torch.float64)
         counts = self.counts.double()
-        with together.summed(totals, counts, self.confidence, self.correct):
+        with together.summed(totals, counts, self.confidence, self.right):
             pass
         self.counts, self.rows = counts.long(), int(totals[0])
         self.totals = dict(zip(self.totals, totals[1:].tolist(), strict=True))
 
     def calibration(self) -> Calibration:
-        confidence, accuracy = self.confidence / self.counts, self.correct / self.counts  # 0/0 is NaN
-        error = (self.correct - self.confidence).abs().sum().item() / self.rows
+        confidence, accuracy = self.confidence / self.counts, self.right / self.counts  # 0/0 is NaN
+        error = (self.right - self.confidence).abs().sum().item() / self.rows
         return Calibration(self.counts, confidence, accuracy, error)
 
 

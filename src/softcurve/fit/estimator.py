@@ -10,9 +10,10 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Tags, check_consistent_length, column_or_1d, compute_class_weight
+from sklearn.utils import Tags, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
@@ -139,18 +140,19 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.coef_, self.intercept_ = as_given(weight, like), as_given(bias, like)
 
     def _start(self, classes: Array) -> tuple[Tensor, Tensor] | None:
-        """The last fit's head, if it has the shape of this one."""
+        """The last fit's head, if it has the shape of this one and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(self._fitted_classes(), classes):
             return None
         weight, bias = self._head()
-        return (weight, bias) if weight.shape[1] == self.n_features_in_ else None
+        finite = bool(weight.isfinite().all() and bias.isfinite().all())
+        return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
 
     def _fitted_classes(self) -> Array:
         return np.asarray(self.classes_)
 
     def _head(self) -> tuple[Tensor, Tensor]:
         """Weight and bias in float64, a row for each class."""
-        weight, bias = torch.as_tensor(self.coef_).double(), torch.as_tensor(self.intercept_).double()
+        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
         if len(self.classes_) == 2:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         return weight, bias
@@ -163,7 +165,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Logits ``(n, C)``; of two classes ``(n,)``, the second's minus the first's."""
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
-        coef, intercept = torch.as_tensor(self.coef_), torch.as_tensor(self.intercept_)
+        coef, intercept = to_tensor(self.coef_), to_tensor(self.intercept_)
         parts = [torch.addmm(intercept.to(x.dtype), x, coef.to(x.dtype).T) for x in _blocks(rows, len(coef))]
         logits = torch.cat(parts)
         return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
@@ -198,8 +200,14 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """The share of rows whose label is predicted; the label of a distribution is its most probable class."""
         if y is None:
             raise ValueError("y must be labels or distributions to score against; got None")
-        labels = np.asarray(self.classes_)[target_labels(y)] if is_soft(y) else np.asarray(y)
-        return float(super().score(X, labels, sample_weight))
+        return float(super().score(X, self._labels(y), sample_weight))
+
+    def _labels(self, y: Any) -> Array:
+        """Labels as they are given, or those of distributions and lists."""
+        require_dense(y)
+        if is_soft(y):
+            return np.asarray(np.asarray(self.classes_)[target_labels(y)])
+        return y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
 
     def _require(self, *positive: str) -> None:
         for name in positive:
@@ -239,7 +247,8 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
     rows = features_of(estimator, X, reset=True)
-    weights = torch.as_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+    weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+    require_dense(y)
     if is_soft(y):
         target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
@@ -253,7 +262,7 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
     if len(classes) < 2:
         raise ValueError(
             f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
-            f"one class: {classes[0]!r}"
+            f"one class: {classes.tolist()[0]!r}"
         )
     source = to_source(
         rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
@@ -268,8 +277,9 @@ def class_weighted(estimator: Any, problem: Posed) -> tuple[Source, Tensor]:
         return problem.source, weights
     if labels is None:
         return _reweighted(estimator, problem.rows, problem.source, classes, weights)
-    of_classes = compute_class_weight(estimator.class_weight, classes=classes, y=labels, sample_weight=weights.numpy())
-    return problem.source, weights * torch.as_tensor(of_classes)[np.searchsorted(classes, labels)]
+    index = torch.as_tensor(np.searchsorted(classes, labels))
+    mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
+    return problem.source, weights * _weights_of_classes(estimator.class_weight, classes, mass)[index]
 
 
 def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weights: Tensor) -> tuple[Source, Tensor]:
@@ -280,20 +290,43 @@ def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weigh
             f"TopK; got loss {estimator.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
         )
     target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
-    if estimator.class_weight == "balanced":
-        mass = weights @ target
-        of_classes = torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
-    else:
-        if unknown := [label for label in estimator.class_weight if label not in classes]:
-            raise ValueError(
-                f"class_weight names {unknown[0]!r}; the classes of these distributions are 0…{len(classes) - 1}"
-            )
-        of_classes = torch.as_tensor([float(estimator.class_weight.get(k, 1.0)) for k in classes.tolist()])
-    target *= of_classes
+    target *= _weights_of_classes(estimator.class_weight, classes, weights @ target)
     mass = target.sum(1)
     target /= torch.where(mass > 0, mass, 1.0)[:, None]
     target[mass == 0] = 1.0 / len(classes)
     return to_source(rows, target, features_name="X", target_name="y"), weights * mass
+
+
+def _weights_of_classes(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
+    """The weight of each class, of which the rows have ``mass``; a class without any has no weight to be balanced by.
+
+    scikit-learn's ``compute_class_weight`` reads text such as "01" as the number 1, and divides by a mass of zero. A
+    number names a label that is its text here too.
+    """
+    if isinstance(class_weight, str):
+        return torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
+    known, named, unknown = set(classes.tolist()), {}, []
+    for name, weight in class_weight.items():
+        if name in known:
+            named[name] = float(weight)
+        elif str(name) in known:
+            named.setdefault(str(name), float(weight))
+        else:
+            unknown.append(name)
+    if unknown and len(named) < len(known):  # with a weight for every class, others may be named
+        shown = ", ".join(map(repr, classes[:8].tolist())) + (", …" if len(classes) > 8 else "")
+        raise ValueError(f"class_weight names {unknown[0]!r}, which is none of the {len(classes)} classes ({shown})")
+    return torch.tensor([named.get(label, 1.0) for label in classes.tolist()], dtype=torch.float64)
+
+
+def require_dense(y: Any) -> None:
+    """Raise ValueError for a sparse target: its zeros are read as often as its entries."""
+    if issparse(y) or (isinstance(y, Tensor) and y.layout != torch.strided):
+        what = "y.toarray()" if issparse(y) else "y.to_dense()"
+        raise ValueError(
+            f"y must be dense, labels (n,) or distributions (n, C); got a sparse {type(y).__name__} of shape "
+            f"{tuple(y.shape)}: give {what}, or a softcurve.TopK of the largest entries of each row"
+        )
 
 
 def is_soft(y: Any) -> bool:
@@ -329,17 +362,20 @@ def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
             raise ValueError(f"X must be a dense tensor; got layout {X.layout}: convert it to scipy's CSR")
         X = X.detach().cpu()
         X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-    return validate_data(
-        estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32], accept_large_sparse=False
-    )
+    return validate_data(estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
 
 def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
-    if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
+    if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap) and rows.flags.writeable:
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
     for block in to_source(rows, features_name="X").blocks(rows_within(classes, rows.shape[1])):
         yield block.features.clone()
+
+
+def to_tensor(array: Any) -> Tensor:
+    """The array's tensor; a copy where it cannot be written to, as torch would warn of it."""
+    return torch.as_tensor(np.require(array, requirements="CW") if isinstance(array, np.ndarray) else array)
 
 
 # --- what goes out ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
-from softcurve.fit.checkpoint import Checkpoint, digest, state_of_first
+from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.losses import check_loss
@@ -23,7 +23,7 @@ from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
-from softcurve.fit.together import LostProcess, Processes, Together
+from softcurve.fit.together import Processes, Together, require_same
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
@@ -41,6 +41,7 @@ OF_LOGIT = 36
 ONE_THREAD_BELOW = 3_000_000
 # And those below which float32 saves nothing.
 DOUBLE_BELOW = 1_000_000
+SAME = "give all of them the same arguments"
 # From zero, and from the head of a similar problem.
 FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
 
@@ -116,7 +117,10 @@ def fit_head(
     :class:`~softcurve.fit.together.LostProcess` where one of them ends or does not answer within the group's timeout.
     """
     if group is not None:
-        source, sample_weight = own_part(source, sample_weight, group)
+        source, sample_weight = own_part(source, sample_weight, group, start=start, coordinates=coordinates)
+    given = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "tol": tol, "max_iter": max_iter}
+    given |= {"precision": precision, "memory_budget": memory_budget, "checkpoint": checkpoint}
+    require_same(share_of(source).together, given, SAME)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
@@ -143,45 +147,22 @@ def fit_head(
                 rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
             )  # fmt: skip
 
-        saved = state = None
+        keeper, state = Keeper(together, on_step), None
         if checkpoint is not None:
-            settings = f"{loss} {C!r} {fit_intercept} {precision} {classes} {digest(*together.in_order(weights))}"
-            rows = source.fingerprint
-            with together.agreed():
-                if together.first:
-                    saved = Checkpoint(checkpoint, coordinates, rows, settings, every=checkpoint_every)
-                    state = saved.load(classes)
-            state = state_of_first(state, (classes, coordinates.size), together)
+            options = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision, "classes": classes}
+            identity = {name: str(value) for name, value in options.items()} | _digests(source, weights)
+            state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
+
+        def cold() -> State:
+            return _cold_state(objective, total, double=double)
+
         if state is None:
-            state = _first_state(objective, start, total, double=double)
-
-        latest = state
-
-        def noted(state: State) -> None:
-            nonlocal latest
-            latest = state
-            with together.agreed():
-                if saved is not None:
-                    saved.save(state)
-                on_step(state.history[-1])
-
-        try:
+            state = cold() if start is None else _warm_state(objective, *start, double=double)
+        with keeper.running():
             outcome = minimise(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=noted,
+                on_step=keeper.note, cold=cold if start is not None else None,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            if saved is not None:
-                saved.save(latest, now=True)
-            raise
-        except LostProcess:
-            if saved is not None:
-                with suppress(OSError, DataError):  # what is lost is to be said
-                    saved.save(latest, now=True)
-            raise
-        with together.agreed():
-            if saved is not None:
-                saved.save(outcome.state, now=True)
         return _fit_of(outcome, objective)
 
 
@@ -255,11 +236,18 @@ def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
     return certain & (of_label > others)[:, 0]
 
 
-def _first_state(objective: Objective, start: tuple[Tensor, Tensor] | None, total: float, *, double: bool) -> State:
+def _digests(source: Source, weights: Tensor) -> dict[str, str]:
+    """Of the rows of all processes, and of their weights, as long as tells them apart."""
+    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).together.in_order(weights))}
+
+
+def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
+    parameters = objective.coordinates.parameters(weight.double(), bias.double())
+    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
+
+
+def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     coordinates = objective.coordinates
-    if start is not None:
-        weight, bias = (tensor.double() for tensor in start)
-        return State(coordinates.parameters(weight, bias), WARM_DAMPING, math.inf, 0, double, False, ())
     parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
     if coordinates.intercept:
         shares = _class_shares(objective)
@@ -318,16 +306,34 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
 
 
 def own_part(
-    source: Source, sample_weight: Tensor | None, group: ProcessGroup
+    source: Source,
+    sample_weight: Tensor | None,
+    group: ProcessGroup,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    coordinates: Coordinates | None = None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:
-    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError."""
+    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError.
+
+    The other arguments are only compared with those of the other processes.
+    """
     own = shared(source, Processes(group))
-    if sample_weight is None:
+    weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
+    axes = () if coordinates is None else (coordinates.mean, coordinates.basis)
+    compared = {"sample_weight": (weights,), "start": start or (), "coordinates": axes}
+    require_same(share_of(own).together, {name: _of_tensors(each) for name, each in compared.items()}, SAME)
+    if weights is None:
         return own, None
-    share, given = share_of(own), torch.as_tensor(sample_weight).double()
-    if given.shape != (share.total,):
-        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(given.shape)}")
-    return own, given[share.first : share.first + own.rows]
+    share = share_of(own)
+    if weights.shape != (share.total,):
+        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(weights.shape)}")
+    return own, weights[share.first : share.first + own.rows]
+
+
+def _of_tensors(tensors: Sequence[Tensor | None]) -> str | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in there)
+    return f"a tensor of shape {shapes} with digest {digest(*there)}" if there else None
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Block, BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence
@@ -29,12 +29,14 @@ def check_loss(loss: str, kind: TargetKind) -> None:
         )
 
 
-def refuse_zeros(loss: str, block: Block) -> None:
-    """Raise DataError where the reverse KL is infinite: Σ p log(p/y), and p is positive everywhere."""
+def refuse_zeros(loss: str, block: Block, weights: Float64[Tensor, " rows"] | None = None) -> None:
+    """Raise DataError where a row of positive weight has a target of 0: its Σ p log(p/y) is infinite, as p > 0."""
     target = block.target
     if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
         return
     zero = (target == 0).any(1)
+    if weights is not None:
+        zero &= weights > 0
     if zero.any():
         raise DataError(
             f"loss reverse_kl is infinite where a target is zero; the first such row is row "

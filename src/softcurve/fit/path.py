@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Source
-from softcurve.fit.fitting import Fit, coordinates_of, fit_head, is_number, own_part
+from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.fitting import SAME, Fit, coordinates_of, fit_head, is_number, own_part
+from softcurve.fit.together import require_same
 
 __all__ = ["regularisation_path"]
 
@@ -24,9 +25,12 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
         raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")
     group = options.pop("group", None)
     if group is not None:
-        source, options["sample_weight"] = own_part(source, options.get("sample_weight"), group)
+        compared = {name: options.get(name) for name in ("start", "coordinates")}
+        source, options["sample_weight"] = own_part(source, options.get("sample_weight"), group, **compared)
+    shared = ("fit_intercept", "sample_weight", "memory_budget")
+    given = {"Cs": list(Cs)} | {name: options[name] for name in ("fit_intercept", "memory_budget") if name in options}
+    require_same(share_of(source).together, given, SAME)
     if options.get("coordinates") is None:
-        shared = ("fit_intercept", "sample_weight", "memory_budget")
         options["coordinates"] = coordinates_of(source, **{name: options[name] for name in shared if name in options})
     fits: dict[int, Fit] = {}
     for index in sorted(range(len(Cs)), key=lambda index: Cs[index]):

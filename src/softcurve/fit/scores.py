@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Int64
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget
 from softcurve.fit.losses import row_losses
 from softcurve.targets import TopK
 
-__all__ = ["ScoreSums", "Scores", "target_labels"]
+__all__ = ["ScoreSums", "Scores", "target_labels", "target_mass"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,22 @@ def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
     if isinstance(target, TopK):
         return target.indices.gather(-1, target.log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
     return target.argmax(dim=-1) if target.is_floating_point() else target
+
+
+def target_mass(target: BlockTarget, index: Int64[Tensor, " rows"], classes: int) -> Float64[Tensor, " rows"]:
+    """The probability that each row's target gives the class ``index``: of labels, one or zero.
+
+    The mass that a list leaves over belongs to the unlisted classes together; each is given an equal part of it.
+    """
+    if isinstance(target, TopK):
+        probs = target.log_probs.double().exp()
+        mass = probs.sum(-1)
+        if target.tail == "renormalize":
+            probs, over = probs / mass[:, None], torch.zeros_like(mass)
+        else:
+            over = (1.0 - mass).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
+        here = target.indices == index[:, None]
+        return torch.where(here.any(-1), (probs * here).sum(-1), over)
+    if target.is_floating_point():
+        return target.gather(-1, index[:, None]).squeeze(-1).double()
+    return (target == index).double()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 
@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from softcurve.fit import DataError
 from softcurve.processes import max_over, sum_over
 
-__all__ = ["ALONE", "LostProcess", "Processes", "Together"]
+__all__ = ["ALONE", "LostProcess", "Processes", "Together", "require_same"]
 
 PIECE = 2**20  # entries of a row-wise tensor that are sent at a time
 LEAVING = 2**20  # the tag of what is never sent
@@ -79,9 +79,12 @@ ALONE = Together()
 
 
 class Processes(Together):
-    """The processes of a group. Where one is ``asked_to_stop``, all are interrupted at the next sum."""
+    """The processes of a group. Where one is ``asked_to_stop``, all are interrupted at the next sum.
 
-    def __init__(self, group: ProcessGroup, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+    It returns the number of the signal that asks, or 0; the KeyboardInterrupt that all raise has that number.
+    """
+
+    def __init__(self, group: ProcessGroup, asked_to_stop: Callable[[], int] = lambda: 0) -> None:
         self.group, self.asked_to_stop = group, asked_to_stop
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.in_block = False
@@ -100,11 +103,11 @@ class Processes(Together):
         finally:
             self.in_block = False
         status = tensors[0].new_zeros(2) if tensors else torch.zeros(2)
-        status[0], status[1] = float(error is not None), float(self.asked_to_stop())
+        status[0], status[1] = float(error is not None), float(self.asked_to_stop() > 0)
         with _sending():
             sum_over([*tensors, status], self.group)
         if status.any():
-            self.agreed_error = self._common(error) if status[0] else KeyboardInterrupt()
+            self.agreed_error = self._common(error) if status[0] else self._stop()
             raise self.agreed_error
 
     def largest(self, *numbers: int | float) -> tuple[int | float, ...]:
@@ -162,6 +165,10 @@ class Processes(Together):
                 if work is not None:
                     work.wait(timedelta(milliseconds=1))
 
+    def _stop(self) -> KeyboardInterrupt:
+        """The signal that has asked, the one with the largest number where there were several."""
+        return KeyboardInterrupt(int(self.largest(self.asked_to_stop())[0]))
+
     def _common(self, error: BaseException | None) -> BaseException:
         """What the lowest process that failed has raised."""
         said = self.texts("" if error is None else _told(error))
@@ -171,17 +178,33 @@ class Processes(Together):
         kind, text = json.loads(said[rank])
         found: BaseException = RuntimeError(f"process {rank} of {self.size} failed:\n{text}")
         if kind == "interrupt":
-            found = KeyboardInterrupt()
+            found = KeyboardInterrupt(*text)
         elif kind == "data":
             found = DataError(text)
         found.__cause__ = error
         return found
 
 
+def require_same(together: Together, options: Mapping[str, object], remedy: str) -> None:
+    """Raise DataError, in all processes, that names the first of these options that is not the same in all of them."""
+    if together.size == 1:
+        return
+    own = {name: "nothing" if option is None else str(option) for name, option in options.items()}
+    said = [json.loads(text) for text in together.texts(json.dumps(own))]
+    for name in own:
+        other = next((rank for rank, of_process in enumerate(said) if of_process[name] != said[0][name]), None)
+        if other is not None:
+            with together.agreed():
+                raise DataError(
+                    f"{name} must be the same in all processes; process 0 has {said[0][name]}, and process {other} "
+                    f"has {said[other][name]}: {remedy}"
+                )
+
+
 def _told(error: BaseException) -> str:
     """What the others need to know of an error."""
     if isinstance(error, KeyboardInterrupt):
-        return json.dumps(("interrupt", ""))
+        return json.dumps(("interrupt", error.args))
     if isinstance(error, ValueError | OSError):
         return json.dumps(("data", str(error)))
     return json.dumps(("other", "".join(traceback.format_exception(error))))

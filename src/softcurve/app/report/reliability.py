@@ -15,21 +15,24 @@ WIDTH, HEIGHT, BELOW = 4.6, 4.5, 1.0  # inches; below is the histogram
 def show_calibration(report: FitReport) -> Section:
     """The reliability curve with the histogram of the confidence under it."""
     name, judged = report.judged
+    labelled = report.kind == "labels"
     return Section(
         "calibration",
         "Calibration",
         {
             "name": name,
             "error": judged.calibration.error,
+            "labelled": labelled,
             "picture": picture(
-                lambda theme: _draw(theme, judged.calibration),
-                f"Accuracy against confidence of the {name} rows, and below it how many rows have that confidence",
+                lambda theme: _draw(theme, judged.calibration, labelled=labelled),
+                f"{'Accuracy' if labelled else 'Probability by the target'} against confidence of the {name} rows, and "
+                "below it how many rows have that confidence",
             ),
         },
     )
 
 
-def _draw(theme: Theme, found: Calibration) -> Figure:
+def _draw(theme: Theme, found: Calibration, *, labelled: bool) -> Figure:
     bins = len(found.counts)
     edges = [k / bins for k in range(bins)]
     figure, axes = canvas(WIDTH, HEIGHT, bottom=0.46 + BELOW + 0.2)
@@ -41,7 +44,8 @@ def _draw(theme: Theme, found: Calibration) -> Figure:
     axes.annotate(
         f"ECE {100 * found.error:.2f} %", (0.04, 0.94), xycoords="axes fraction", va="top", fontsize=10, color=theme.ink
     )
-    axes.set(xlim=(0, 1.01), ylim=(0, 1.02), ylabel="share predicted rightly")
+    height = "share predicted correctly" if labelled else "target's probability of that class"
+    axes.set(xlim=(0, 1.01), ylim=(0, 1.02), ylabel=height)
     axes.tick_params(labelbottom=False)
     left, _, width, _ = axes.get_position().bounds
     below = figure.add_axes((left, 0.46 / HEIGHT, width, BELOW / HEIGHT), sharex=axes)

@@ -17,6 +17,7 @@ from softcurve.array_types import Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import ArrayColumn, Column, Fill, Part
 from softcurve.fit.data.features import check_features, double_needed, refuse_not_finite
+from softcurve.fit.data.identity import column_digests, require_same_rows
 from softcurve.fit.data.labels import index_labels
 from softcurve.fit.data.read_ahead import read_ahead
 from softcurve.fit.data.soft_targets import check_distributions, check_lists, rescale, to_top_k
@@ -72,7 +73,7 @@ class ColumnSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the labels, and of what is stored of everything else in some places.
+        """Of the labels, and of what is stored of everything else; see :func:`column_digests`.
 
         It is that of the rows of all processes, which must ask for it at the same time.
         """
@@ -80,13 +81,9 @@ class ColumnSource:
         if self.index is not None:
             for piece in self.together.in_order(torch.from_numpy(self.index)):
                 state.update(piece.numpy().tobytes())
-        streamed = [part.features for part in self.parts]
-        streamed += [column for part in self.parts for column in part.lists or ()]
-        if self.kind == "distributions":
-            streamed += [part.target for part in self.parts if part.target is not None]
         with self.together.agreed():
-            for column in streamed:
-                state.update(column.digest())
+            for _, each in column_digests(self.parts, labels=False):
+                state.update(each)
         return state.hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[Block]:
@@ -196,7 +193,7 @@ def assemble(
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
     rows = sum(part.rows for part in parts)
-    _require_same_rows(rows, parts[0].features, kind, together)
+    require_same_rows(parts, kind, together)
     first, end = own_span(rows, together)
     index = None
     if kind == "labels":
@@ -219,16 +216,6 @@ def assemble(
 def own_span(rows: int, together: Together) -> tuple[int, int]:
     """From which of so many rows to which are this process's."""
     return rows * together.rank // together.size, rows * (together.rank + 1) // together.size
-
-
-def _require_same_rows(rows: int, features: Column, kind: TargetKind | None, together: Together) -> None:
-    """Raise DataError where the processes do not look at the same data, as on machines with other files."""
-    seen = together.texts(f"{rows} rows of {features.shape[1]} features with {kind or 'no targets'}")
-    if len(set(seen)) > 1:
-        other = next(rank for rank, text in enumerate(seen) if text != seen[0])
-        raise DataError(
-            f"data: process 0 has {seen[0]}, and process {other} has {seen[other]}; give all of them the same files"
-        )
 
 
 def _within(parts: Sequence[Part], first: int, end: int) -> Iterator[tuple[Part, int, int, int]]:

@@ -12,12 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ArrayColumn", "Column", "Fill", "MappedColumn", "Part", "SparseColumn", "sampled_digest"]
+__all__ = ["ArrayColumn", "Column", "Fill", "MappedColumn", "Part", "SparseColumn", "array_digest", "places"]
 
 # Fills all of an array with the rows from a given one on, in the array's dtype.
 Fill = Callable[[int, NDArray[Any]], None]
 
-SAMPLES = 64
+PIECE = 2**20  # bytes that are hashed at a time
 
 
 @runtime_checkable
@@ -42,8 +42,11 @@ class Column(Protocol):
     def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """The entries from one row to another of a column ``(n,)``, in pieces, with no change of dtype."""
 
-    def digest(self) -> bytes:
-        """What changes when the entries do; cheap."""
+    def digest(self, most: int) -> bytes:
+        """What changes when the entries do.
+
+        It is of all that is stored, or where that is more than ``most`` bytes, of as many in pieces spread over it.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +98,9 @@ class ArrayColumn:
         """Of the array, in one piece."""
         yield self.array[start:stop]
 
-    def digest(self) -> bytes:
-        """Of some rows."""
-        return sampled_digest(self.array)
+    def digest(self, most: int) -> bytes:
+        """Of the array."""
+        return array_digest(self.array, most)
 
     def _fill(self, start: int, out: NDArray[Any]) -> None:
         out[...] = self.array[start : start + len(out)]
@@ -119,6 +122,15 @@ class MappedColumn(ArrayColumn):
 
     def _fill(self, start: int, out: NDArray[Any]) -> None:
         super()._fill(start, out)
+        self._drop()
+
+    def digest(self, most: int) -> bytes:
+        """Of the array."""
+        found = super().digest(most)
+        self._drop()
+        return found
+
+    def _drop(self) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
@@ -149,10 +161,10 @@ class SparseColumn:
         """Nothing: a matrix has no labels."""
         return iter(())
 
-    def digest(self) -> bytes:
-        """Of some entries and their places."""
+    def digest(self, most: int) -> bytes:
+        """Of the entries and their places."""
         parts = (self.matrix.indptr, self.matrix.indices, self.matrix.data)
-        return b"".join(sampled_digest(part) for part in parts)
+        return str(self.shape).encode() + b"".join(array_digest(part, most // len(parts)) for part in parts)
 
     def _fill(self, start: int, out: NDArray[Any]) -> None:
         rows = self.matrix[start : start + len(out)]
@@ -162,9 +174,24 @@ class SparseColumn:
             out[...] = rows.toarray()
 
 
-def sampled_digest(array: NDArray[Any]) -> bytes:
-    """Of shape, dtype, and rows that are spread over all."""
-    rows = np.unique(np.linspace(0, max(len(array) - 1, 0), min(SAMPLES, len(array)), dtype=np.int64))
+def array_digest(array: NDArray[Any], most: int) -> bytes:
+    """Of shape, dtype and entries: of all rows, or where they take more than ``most`` bytes, of some of them."""
     state = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
-    state.update(np.ascontiguousarray(array[rows]).tobytes())
+    if array.dtype.hasobject:  # whose bytes are addresses
+        return state.digest()
+    of_row = max(array.nbytes // max(len(array), 1), 1)
+    for start, count in places(len(array), max(most // of_row, 1), max(PIECE // of_row, 1)):
+        state.update(np.ascontiguousarray(array[start : start + count]).tobytes())
     return state.digest()
+
+
+def places(length: int, most: int, piece: int) -> Iterator[tuple[int, int]]:
+    """``(start, count)`` of pieces that are all of a length, or ``most`` of it, with the first and the last."""
+    if length <= most:
+        for start in range(0, length, piece):
+            yield start, min(piece, length - start)
+        return
+    piece = max(min(piece, most // 2), 1)
+    pieces = max(most // piece, 2)
+    for number in range(pieces):
+        yield (length - piece) * number // (pieces - 1), piece

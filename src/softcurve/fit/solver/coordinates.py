@@ -7,13 +7,14 @@ near the diagonal in every class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64
+from softcurve.array_types import Bool, Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.together import Together
@@ -28,13 +29,26 @@ WORTH_PRODUCTS = 60
 SPAN_BYTES = 2**30
 
 
+# The largest spread that a column or an axis has by rounding alone, relative to its entries.
+SPREAD = 4e-15
+# The largest eigenvalue, a feature, of a singular correlation matrix: by the rounding of its sums, or of the features.
+SINGULAR = {True: 4e-15, False: (16.0 * 2.0**-23) ** 2}
+
+
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """``mean`` is zero without an intercept; ``basis`` is ``None`` for the features' own axes."""
+    """``mean`` is zero without an intercept; ``basis`` is ``None`` for the features' own axes.
+
+    ``moments`` are the squares, about zero, of the columns that an axis is made of, each by its part in it.
+    ``redundant`` are the axes along which rows differ by rounding alone: a constant column, or the difference of a
+    column and its copy.
+    """
 
     mean: Float64[Tensor, " d"]
     basis: Float64[Tensor, "d r"] | None
     intercept: bool
+    moments: Float64[Tensor, " size"] | None = None
+    redundant: Bool[Tensor, " size"] | None = None
 
     @property
     def width(self) -> int:
@@ -96,31 +110,61 @@ def find_coordinates(
     pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * rows * classes and axes <= WIDEST
     if source.in_memory and rows < width and 8 * rows * width <= SPAN_BYTES:
         return _span(source, weights, intercept, rows_at_once, turned=pays)
-    moments = _Moments(width, second=pays)
-    mean = torch.zeros(width, dtype=torch.float64)
-    with together.summed(mean):
+    moments = _Moments(width, pairs=pays)
+    first = torch.zeros(2, width, dtype=torch.float64)
+    with together.summed(first):
         for features, weight in _weighted(source, weights, rows_at_once):
             moments.add(features, weight)
-        mean += moments.mean()
+        first += torch.stack([moments.mean(), moments.squares])
+    mean, squares = first[0].clone(), first[1]
     if not intercept:
         mean.zero_()
-    if not pays:
-        return Coordinates(mean, None, intercept)
-    covariance = torch.zeros(width, width, dtype=torch.float64)
+    covariance = torch.zeros(width, width, dtype=torch.float64) if pays else torch.zeros(width, dtype=torch.float64)
     with together.summed(covariance):
         covariance += moments.about(mean)
+    if not pays:
+        return _coordinates(mean, None, intercept, squares, covariance <= SPREAD**2 * squares)
     if not covariance.isfinite().all():
         raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
-    return Coordinates(mean, _eigenvectors(covariance, together), intercept)
+    basis, null = _axes(covariance, covariance.diagonal() <= SPREAD**2 * squares, source)
+    return _coordinates(mean, basis, intercept, squares, torch.arange(width) < null)
 
 
-def _eigenvectors(matrix: Tensor, together: Together) -> Tensor:
+def _coordinates(
+    mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor
+) -> Coordinates:  # fmt: skip
+    moments = squares if basis is None else basis.square().T @ squares
+    if intercept:
+        moments, redundant = torch.cat([moments, moments.new_ones(1)]), torch.cat([redundant, redundant.new_zeros(1)])
+    return Coordinates(mean, basis, intercept, moments, redundant)
+
+
+def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor, int]:
+    """The eigenvectors, first those of the null space, and how many these are.
+
+    The null space is that of the correlations: between columns of very different units, the rounding of the
+    covariance's largest entries hides which of the small ones is zero. Columns that are ``constant`` belong to it.
+    """
+    together = share_of(source).together
+    scale = torch.where(constant, math.inf, covariance.diagonal().clamp(min=0.0).sqrt())
+    values, vectors = _eigh(covariance / scale / scale[:, None], together)
+    null = int((values <= SINGULAR[source.double] * len(values)).sum())
+    if not null:
+        return _eigh(covariance, together)[1], 0
+    # Features D x̂ that do not vary along n in x̂ do not along D⁻¹ n.
+    scale = torch.where(constant, 1.0, scale)
+    turned = together.from_first(torch.linalg.qr(vectors[:, :null] / scale[:, None], mode="complete").Q)
+    rest = turned[:, null:]
+    return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, together)[1]], 1), null
+
+
+def _eigh(matrix: Tensor, together: Together) -> tuple[Tensor, Tensor]:
     """The first process's: another machine's may have other signs."""
-    axes = torch.zeros_like(matrix)
+    values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
     with together.agreed():
         if together.first:
-            axes = torch.linalg.eigh(matrix).eigenvectors
-    return together.from_first(axes)
+            values, vectors = torch.linalg.eigh(matrix)
+    return together.from_first(values), together.from_first(vectors)
 
 
 def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,41 +180,52 @@ def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *
         features = torch.cat([features, *(block.features.double() for block in source.blocks(rows_at_once))])
     features, weights = torch.cat(together.gathered(features)), torch.cat(together.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
+    squares = weights @ features.square()
     features -= mean
     basis, triangle = torch.linalg.qr(features.T)
     basis, triangle = together.from_first(basis), together.from_first(triangle)
+    gram = (triangle * weights) @ triangle.T
+    constant = gram.diagonal() <= SPREAD**2 * (basis.square().T @ squares)
     if not turned:
-        return Coordinates(mean, basis, intercept)
-    return Coordinates(mean, basis @ _eigenvectors((triangle * weights) @ triangle.T, together), intercept)
+        return _coordinates(mean, basis, intercept, squares, constant)
+    axes, null = _axes(gram, constant, source)
+    return _coordinates(mean, basis @ axes, intercept, squares, torch.arange(len(gram)) < null)
 
 
 class _Moments:
-    """Mass, first and second moments about the first rows' mean: far from zero nothing cancels."""
+    """Mass, first and second moments about the first rows' mean: far from zero nothing cancels. And squares about zero.
 
-    def __init__(self, width: int, *, second: bool) -> None:
+    The second moments are those of all pairs of features, or of each.
+    """
+
+    def __init__(self, width: int, *, pairs: bool) -> None:
         self.origin: Tensor | None = None
         self.mass = 0.0
-        self.first = torch.zeros(width, dtype=torch.float64)
-        self.second = torch.zeros(width, width, dtype=torch.float64) if second else None
+        self.first, self.squares = torch.zeros(2, width, dtype=torch.float64)
+        self.second = torch.zeros((width, width) if pairs else (width,), dtype=torch.float64)
 
     def add(self, features: Tensor, weights: Tensor) -> None:
         if self.origin is None:
             self.origin = features.mean(0)
+        self.squares += weights @ features.square()
         features = features - self.origin
         self.mass += float(weights.sum())
         self.first += weights @ features
-        if self.second is not None:
+        if self.second.ndim == 2:
             self.second.addmm_(features.T * weights, features)
+        else:
+            self.second += weights @ features.square()
 
     def mean(self) -> Tensor:
         """``Σ w x``, the mean's part that these rows have."""
         return self.first if self.origin is None else self.origin * self.mass + self.first
 
     def about(self, point: Tensor) -> Tensor:
-        assert self.second is not None
         if self.origin is None:
             return self.second
         # Σ w (x − c)(x − c)ᵀ with δ = c − origin is S − m δᵀ − δ mᵀ + Σw δ δᵀ, m being the first moment.
         delta = point - self.origin
+        if self.second.ndim == 1:
+            return self.second - 2.0 * self.first * delta + self.mass * delta.square()
         cross = torch.outer(self.first, delta)
         return self.second - cross - cross.T + self.mass * torch.outer(delta, delta)

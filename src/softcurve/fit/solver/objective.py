@@ -30,6 +30,11 @@ class Point(ShortRepr):
     gradient: Float64[Tensor, "classes size"]
     gradient_max: float
 
+    @property
+    def finite(self) -> bool:
+        """Whether the objective and all of its gradient are finite: a step that is too long may leave their range."""
+        return math.isfinite(self.value) and bool(self.gradient.isfinite().all()) and math.isfinite(self.gradient_max)
+
 
 class Objective:
     """``Σ_i w_i loss_i + ½ penalty ‖W‖²`` with weights that sum to one."""
@@ -69,10 +74,7 @@ class Objective:
                 losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
                 of_rows = self.weights[block.start : block.start + count]
                 # A row without weight counts for nothing, also where its loss is infinite.
-                of_block = (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
-                if not of_block.isfinite():
-                    refuse_zeros(self.loss, block)
-                total += of_block
+                total += (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
                 residual *= of_rows[:, None]
                 if not (of_rows > 0).all():
                     residual[of_rows == 0] = 0.0
@@ -81,13 +83,18 @@ class Objective:
                     bias_out += residual.sum(0)
         value = float(total) + 0.5 * self.penalty * float(weight.square().sum())
         weight_out.add_(weight, alpha=self.penalty)
-        if not (math.isfinite(value) and weight_out.isfinite().all()):
-            raise DataError(
-                f"data: the {self.loss} of some row, or its gradient, is not finite; scale the features to the order "
-                "of 1, and give targets for which this loss is finite"
-            )
         gradient = self.coordinates.from_mean(weight_out, bias_out)
         return Point(parameters, value, gradient, self.coordinates.largest_gradient(weight_out, bias_out))
+
+    def refuse_rows(self) -> None:
+        """Raise DataError for rows whose loss or gradient is not finite at zero, where no step has led yet."""
+        with share_of(self.source).together.agreed():
+            for block in self.source.blocks(self.rows_at_once):
+                refuse_zeros(self.loss, block, self.weights[block.start : block.start + len(block)])
+        raise DataError(
+            f"data: the {self.loss} of some row, or its gradient, is not finite; scale the features to the order of 1, "
+            "and give targets for which this loss is finite"
+        )
 
 
 def _cross_entropy(

@@ -22,8 +22,11 @@ __all__ = ["ClassBlocks", "Eigenbasis", "blocks_pay"]
 
 # Above it, eigenvectors over the classes take longer than the products that they save.
 MOST_CLASSES = 512
-# A direction without curvature, such as the same change in all classes, is left to the gradient, which is zero there.
+# Of an axis's largest curvature: a direction without any, such as the same change in all classes, is left to the
+# gradient, which is zero there.
 FLOOR = 1e-10
+# Of the curvature that its features would have if they varied, what a redundant axis may have of the penalty.
+UNSEEN = 1e-14
 # Rows of a class's block: for narrow features, and for each of many.
 FEWEST_ROWS = 256
 ROWS_A_FEATURE = 2
@@ -42,13 +45,28 @@ class Eigenbasis:
             basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
             self.basis = curvature.together.from_first(basis)  # another machine's may have other signs
         diagonal = curvature.diagonal(None if self.basis is None else self.basis.to(curvature.dtype))
-        self.diagonal = diagonal.clamp_(min=FLOOR * float(diagonal.max()))
+        self.inverse = _reciprocal(diagonal, curvature)
 
     def __call__(self, gradient: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
         """Apply the inverse."""
         if self.basis is None:
-            return gradient / self.diagonal
-        return self.basis @ ((self.basis.T @ gradient) / self.diagonal)
+            return gradient * self.inverse
+        return self.basis @ ((self.basis.T @ gradient) * self.inverse)
+
+
+def _reciprocal(diagonal: Float64[Tensor, "classes size"], curvature: Curvature) -> Float64[Tensor, "classes size"]:
+    """The diagonal's inverse, in its place; zero on redundant axes, as far as no penalty gives them a curvature.
+
+    No axis is compared with another but for that, and then in units of its own features: by theirs, curvatures may
+    differ as much as they like.
+    """
+    coordinates, largest = curvature.coordinates, diagonal.amax(0)
+    inverse = diagonal.clamp_(min=FLOOR * largest).reciprocal_()
+    if (redundant := coordinates.redundant) is not None and redundant.any():
+        assert coordinates.moments is not None
+        of_unit = ((largest - curvature.penalties) / coordinates.moments).nan_to_num_(nan=0.0, posinf=0.0).max()
+        inverse[:, redundant & (largest <= UNSEEN * of_unit * coordinates.moments)] = 0.0
+    return inverse.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 def blocks_pay(curvature: Curvature, products: int, memory: int) -> bool:
@@ -73,7 +91,7 @@ class ClassBlocks:
         top = _Top(min(count, curvature.source.rows), curvature)
         diagonal = curvature.diagonal(None, top.see)
         weights, rows = _of_all(*top.found(), count, curvature.together)
-        self.scale = diagonal.clamp_(min=FLOOR * float(diagonal.max())).rsqrt_()
+        self.scale = _reciprocal(diagonal, curvature).sqrt_()
         classes, size = self.scale.shape
         self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
         step = max(1, GATHERED // (count * size * curvature.dtype.itemsize))

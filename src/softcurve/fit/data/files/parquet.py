@@ -91,9 +91,9 @@ class ParquetColumn:
                 yield values[max(start - first, 0) : stop - first]
                 first += len(batch)
 
-    def digest(self) -> bytes:
-        """Of bytes that are spread over the file."""
-        return self.stamp.digest() + repr(self.columns).encode()
+    def digest(self, most: int) -> bytes:
+        """Of the bytes of the file, whichever columns they are of."""
+        return self.stamp.digest(most) + repr(self.columns).encode()
 
 
 class _Sequence:

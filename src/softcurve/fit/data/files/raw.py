@@ -67,10 +67,10 @@ class RawColumn:
                 fill(first, piece)
                 yield piece
 
-    def digest(self) -> bytes:
-        """Of shape, dtype, and bytes that are spread over all."""
+    def digest(self, most: int) -> bytes:
+        """Of shape, dtype and bytes."""
         form = f"{self.shape} {self.stored.str} {self.as_torch} {self.fortran}".encode()
-        return hashlib.sha256(form + self.stamp.digest(self.offset, self.nbytes)).digest()
+        return hashlib.sha256(form + self.stamp.digest(most, self.offset, self.nbytes)).digest()
 
     def _fill(self, file: BinaryIO, start: int, out: NDArray[Any]) -> None:
         if self.fortran and len(self.shape) == 2:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from softcurve.fit import DataError
+from softcurve.fit.data.columns import PIECE, places
 
 __all__ = ["Stamp"]
-
-PIECE, PIECES = 65536, 16
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,12 @@ class Stamp:
             yield file
         self.check()
 
-    def digest(self, offset: int = 0, length: int | None = None) -> bytes:
-        """Of the length and of pieces that are spread over the bytes from ``offset`` on."""
+    def digest(self, most: int, offset: int = 0, length: int | None = None) -> bytes:
+        """Of the length and of the bytes from ``offset`` on: of all, or of ``most`` of them, spread over all."""
         length = self.size - offset if length is None else length
         state = hashlib.sha256(str(length).encode())
-        last = max(length - PIECE, 0)
         with self.opened() as file:
-            for place in sorted({last * i // (PIECES - 1) for i in range(PIECES)}):
+            for place, count in places(length, most, PIECE):
                 file.seek(offset + place, os.SEEK_SET)
-                state.update(file.read(min(PIECE, length)))
+                state.update(file.read(count))
         return state.digest()
