@@ -1,4 +1,4 @@
-"""The routes to one loss, what each makes of a call, and where they disagree with the truth or with each other."""
+"""The routes to one loss, the outcome of each, and how outcomes are compared with the truth and with each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL_OPTIONS = ("shift", "memory_budget", "direction", "return_stats")  # no lo
 
 @dataclass
 class Outcome:
-    """An error's type and text, or a value and gradients."""
+    """What a route returns: the type and text of an error, or a value and gradients."""
 
     error: str | None = None
     message: str = ""
@@ -40,7 +40,7 @@ Route = Callable[[Call], Outcome]
 
 
 def outcome(make: Callable[[], tuple[Any, Mapping[str, Tensor]]], cotangent: Tensor) -> Outcome:
-    """The value that ``make`` returns, and its gradients in the leaves that it names."""
+    """Return the value that ``make`` returns and its gradients with respect to the leaves that it names."""
     try:
         value, leaves = make()
         value, stats = value if isinstance(value, tuple) else (value, None)
@@ -55,7 +55,7 @@ def outcome(make: Callable[[], tuple[Any, Mapping[str, Tensor]]], cotangent: Ten
 
 
 def cotangent_of(p: Problem) -> Tensor:
-    """Of losses that are not reduced: 1, 2, 3, 1, …"""
+    """Return the factors 1, 2, 3, 1, … by which losses that are not reduced are summed."""
     count = math.prod(p.rows)
     return (1 + torch.arange(count, dtype=torch.float64) % 3).reshape(p.rows)
 
@@ -64,7 +64,7 @@ def cotangent_of(p: Problem) -> Tensor:
 
 
 def exact_in(p: Problem, logits: Tensor) -> Tensor:
-    """In the model's own dtype where that holds them exactly, and in float32 where half precision does not."""
+    """Return logits in the model's dtype where that holds them exactly, otherwise in float32."""
     narrow = logits.to(p.model_dtype)
     same = (narrow.double() == logits) | logits.isnan()
     return narrow if bool(same.all()) else logits.to(p.wide)
@@ -77,7 +77,7 @@ def _logits_of(call: Call) -> Tensor:
 
 
 def row_leaves(call: Call) -> dict[str, Tensor]:
-    """The tensors of the target and the sample weights, where gradients in them are wanted."""
+    """Return the tensors of the target and the sample weights as leaves, where their gradients are wanted."""
     if call.problem.wanted != "target":
         return {}
     named = {f"target {name}": tensor for name, tensor in call.target.items()}
@@ -93,7 +93,7 @@ def row_leaves(call: Call) -> dict[str, Tensor]:
 
 
 def _row_arguments(call: Call, target: Any) -> tuple[Any, Any]:
-    """Target and sample weight moved by hand, where the head's loss has ``shift``."""
+    """Return target and sample weight, moved by hand where the head's loss is given ``shift``."""
     p = call.problem
     if not p.shift:
         return target, call.sample_weight
@@ -130,7 +130,7 @@ def logits_route(call: Call) -> Outcome:
 
 
 def logits_module(call: Call) -> Outcome:
-    """The options at the construction, tensors of rows at the call."""
+    """Pass the options to the constructor and the tensors of the rows to the call."""
     modules = {CROSS_ENTROPY: softcurve.nn.CrossEntropyLoss, "js": softcurve.nn.JSDivergenceLoss}
     module = modules.get(call.problem.loss, softcurve.nn.KLDivergenceLoss)
 
@@ -150,7 +150,7 @@ def head_loss(p: Problem) -> Callable[..., Any]:
 
 
 def leaves_of(call: Call) -> dict[str, Tensor]:
-    """Features and head, those that are wanted with a gradient."""
+    """Return features and head as leaves; those whose gradient is wanted require it."""
     wanted = {"all": ("input", "linear_weight", "linear_bias"), "features": ("input",), "none": (), "target": ()}
     names = wanted.get(call.problem.wanted, ("linear_weight", "linear_bias"))
     given = {name: getattr(call, name) for name in ("input", "linear_weight", "linear_bias")}
@@ -169,7 +169,7 @@ def budget_option(call: Call, least: int | None) -> dict[str, Any]:
 
 
 def least_budget(call: Call) -> int | None:
-    """What the error of too small a budget says; ``None`` where there is another error."""
+    """Return the least budget, which the error of a smaller one names; ``None`` where there is another error."""
     if call.problem.budget == "default":
         return None
     try:
@@ -242,7 +242,7 @@ ROUTES: dict[str, Route] = {
 
 
 def prepared(p: Problem) -> Call:
-    """The call with its fault."""
+    """Return the call of a problem, with its fault."""
     call = build(p)
     if p.fault is not None:
         FAULTS[p.fault].change(call)
@@ -250,7 +250,7 @@ def prepared(p: Problem) -> Call:
 
 
 def routes_of(p: Problem, routes: Mapping[str, Route]) -> dict[str, Route]:
-    """Those that have the arguments of the fault, or such logits."""
+    """Return the routes that have the arguments of the problem."""
     if p.row_masks:
         return {name: route for name, route in routes.items() if "logits" in name}
     if p.fault is None or not FAULTS[p.fault].head_only:
@@ -259,7 +259,7 @@ def routes_of(p: Problem, routes: Mapping[str, Route]) -> dict[str, Route]:
 
 
 def disagreements(p: Problem, routes: Mapping[str, Route] = ROUTES) -> list[str]:
-    """What is wrong with each route, nothing where all agree with the contract."""
+    """Return what is wrong with each route; the list is empty where all agree with the contract."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = {name: route(prepared(p)) for name, route in routes_of(p, routes).items()}
@@ -272,7 +272,7 @@ def disagreements(p: Problem, routes: Mapping[str, Route] = ROUTES) -> list[str]
 
 
 def _gradients_apart(found: Mapping[str, Outcome], p: Problem, expected: Truth) -> list[str]:
-    """Gradients in target and sample weights, for which there is no closed form here: those of the first route."""
+    """Compare gradients in target and sample weights, for which there is no closed form here, with the first route's."""
     first, *others = found
     wrong = []
     for other in others:
@@ -287,7 +287,7 @@ def _gradients_apart(found: Mapping[str, Outcome], p: Problem, expected: Truth) 
 
 
 def _errors_apart(found: Mapping[str, Outcome], *, either: bool) -> list[str]:
-    """A refused argument is refused everywhere by an error of one type, which says what is wrong."""
+    """Require that all routes refuse the call by an error of the same type that has a message."""
     kinds = {name: got.error or "no error" for name, got in found.items()}
     allowed = {"TypeError", "ValueError"} | ({"no error"} if either else set())
     if len(set(kinds.values())) == 1 and set(kinds.values()) <= allowed:
@@ -333,7 +333,7 @@ def _wrong_stats(name: str, p: Problem, stats: Any, expected: Truth) -> list[str
 
 
 def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kept: torch.dtype) -> str:
-    """Beyond the rounding of the computation and of the dtype in which the result is kept; empty if within."""
+    """Return how a result differs by more than rounding in the dtypes of computation and result, or an empty string."""
     if got.shape != wanted.shape:
         return f"of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
     exact, narrower = got.double(), kept.itemsize < computed.itemsize
@@ -352,12 +352,12 @@ def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kep
 
 
 def summary(wrong: Sequence[str]) -> str:
-    """What kinds of thing are wrong, without numbers."""
+    """Return what is wrong without the numbers, by which failures are grouped."""
     return "; ".join(sorted({re.sub(r"[-+]?\d[\d.e+-]*|nan|inf", "#", line)[:70] for line in wrong}))
 
 
 def simplest(p: Problem, routes: Mapping[str, Route] = ROUTES) -> Problem:
-    """The problem with every option at its default, or its least size, that is not needed for what is wrong."""
+    """Return the problem with every option reset that the failure does not need."""
     kind = summary(disagreements(p, routes))
     small = {"leading": ((1,), (2,)), "classes": (1, 2, 3)}
     settled = False
@@ -375,7 +375,7 @@ def simplest(p: Problem, routes: Mapping[str, Route] = ROUTES) -> Problem:
 
 
 def sensible(p: Problem) -> bool:
-    """Whether the loss knows the target, and the fault applies."""
+    """Return whether the loss accepts the kind of target, and the fault applies."""
     known = p.loss == CROSS_ENTROPY or p.kind not in ("indices", "float")
     shaped = not p.positions or (len(p.leading) == 1 and p.kind in ("indices", "float"))
     return known and shaped and (p.fault is None or FAULTS[p.fault].applies(p))

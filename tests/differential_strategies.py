@@ -27,12 +27,12 @@ FEW = 2  # classes beside them
 
 
 def _mostly(draw: Random, plain: Any, *others: Any) -> Any:
-    """The plain value in two draws of three."""
+    """Return the plain value in two draws of three."""
     return draw.choice(others) if draw.random() < 1 / 3 else plain
 
 
 def sound(draw: Random) -> Problem:
-    """Without a fault."""
+    """Draw a problem without a fault."""
     chosen: dict[str, Any] = {}
     loss = chosen["loss"] = draw.choice([CROSS_ENTROPY] * 3 + list(DIVERGENCES))
     kinds = KINDS if loss == CROSS_ENTROPY else KINDS[2:]
@@ -119,7 +119,7 @@ def _draw_options(draw: Random, chosen: dict[str, Any]) -> None:
 
 
 def faulty(draw: Random) -> Problem:
-    """With one fault that the contract refuses."""
+    """Draw a problem with one fault."""
     p = sound(draw)
     calm = dataclasses.replace(
         p, padding="none", dead_features=False, anywhere=False, budget="default", stats=False, row_masks=False
@@ -128,5 +128,5 @@ def faulty(draw: Random) -> Problem:
 
 
 def seeded(make: Callable[[Random], Problem]) -> st.SearchStrategy[Problem]:
-    """As a strategy."""
+    """Return a strategy that draws the seed of ``make``."""
     return st.integers(0, 2**32 - 1).map(lambda seed: make(Random(seed)))
