@@ -60,7 +60,10 @@ def test_many_classes_of_few_rows_are_learned(kind, fit_intercept):
     random = np.random.default_rng(0)
     classes, unit = 400, 0.1
     centres = random.standard_normal((classes, 64))
-    rows, labels = np.repeat(centres, 3, 0) + 0.2 * random.standard_normal((3 * classes, 64)), np.arange(classes).repeat(3)
+    rows, labels = (
+        np.repeat(centres, 3, 0) + 0.2 * random.standard_normal((3 * classes, 64)),
+        np.arange(classes).repeat(3),
+    )
     rows *= unit / np.linalg.norm(rows, axis=1, keepdims=True)
     target = {
         "labels": labels,
@@ -99,7 +102,7 @@ def test_a_fit_ends_where_gradient_and_decrement_are_small(unit, C):
 
 def test_what_is_lacking_is_said():
     with pytest.warns(ConvergenceWarning, match="1 steps were not enough .the gradient is within tol, but a step may"):
-        SoftmaxRegression(C=np.inf, max_iter=1).fit(X * 1e-6, Y)
+        SoftmaxRegression(C=np.inf, max_iter=1, fit_intercept=False).fit(X * 1e-6, Y)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_the_scale_of_the_weights_changes_nothing():
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "js"])
-@pytest.mark.parametrize("unit", [1e-4, 1e5, 1e12])
+@pytest.mark.parametrize("unit", [1e-4, 1e5, 1e8])
 def test_a_warm_start_from_afar_is_as_good_as_none(unit, loss):
     target = Y if loss == "cross_entropy" else SOFT
     warm = SoftmaxRegression(warm_start=True, loss=loss, max_iter=200).fit(X, target).fit(X * unit, target)

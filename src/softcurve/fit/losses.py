@@ -30,7 +30,7 @@ def check_loss(loss: str, kind: TargetKind) -> None:
 
 
 def refuse_zeros(loss: str, block: Block, weights: Float64[Tensor, " rows"] | None = None) -> None:
-    """Raise DataError where a row, of a positive weight, has an infinite reverse KL: Σ p log(p/y), and p is positive everywhere."""
+    """Raise DataError where a row of positive weight has an infinite reverse KL: Σ p log(p/y), p being positive."""
     target = block.target
     if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
         return

@@ -41,6 +41,7 @@ MOST_FAILURES = 8
 # The slope at a step's end, relative to its beginning, from which on it may pay to go on; how far at least, at most.
 STILL_FALLING, WORTH_GOING_ON, FARTHEST = 0.1, 1.5, 8.0
 
+
 @dataclass(frozen=True)
 class Step:
     """Where the fit stands after a step: nats, the largest entry of the gradient, products so far, seconds."""
@@ -110,7 +111,7 @@ class Newton:
         return point
 
     def converged(self) -> bool:
-        """Whether the gradient is within the tolerance, and what Newton's step promises at most a tenth of it, in nats.
+        """Whether the gradient is within the tolerance, and what Newton's step promises at most a share of it, in nats.
 
         The gradient's size depends on the units of the features, and on how many classes share the rows. Half the
         squared Newton decrement, ``½ gᵀ H⁻¹ g``, does not: it is what the undamped step would gain. At least one step
@@ -137,7 +138,7 @@ class Newton:
     def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
         """The approximate inverse of the curvature with this damping, which products have from now on.
 
-        Of the changes that are the same in all classes, gradients have none but by rounding, and the inverse gives none.
+        A change that is the same in all classes is in a gradient by rounding alone, and the inverse gives none.
         """
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
@@ -268,7 +269,9 @@ def minimise(
     while True:
         on_step(newton.state)
         if newton.converged():
-            return Outcome(newton.state, newton.point, True, "the gradient and the Newton decrement are within the tolerance")
+            return Outcome(
+                newton.state, newton.point, True, "the gradient and the Newton decrement are within the tolerance"
+            )
         if newton.state.failures >= MOST_FAILURES:
             reason = f"rounding hides any further decrease{newton.lacks()}; {REMEDY}"
             return Outcome(newton.state, newton.point, False, reason)
