@@ -49,8 +49,8 @@ class Fit:
     """A fitted head: ``weight`` (C, d), ``bias`` (C,), the objective in nats, and how it was reached.
 
     ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it and the
-    Newton decrement are within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was penalised
-    and every row is on the right side: the loss then has no minimum, and falls forever as the weights grow.
+    Newton decrement are within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was
+    penalised and every row is on the right side: the loss then has no minimum, and falls forever as the weights grow.
     """
 
     weight: Float64[Tensor, "classes d"]
