@@ -122,13 +122,17 @@ def test_sparse_targets_are_refused_by_name(use, form):
 ROWS, LABELS = X[30:], Y[30:]
 FOLDS = [(np.arange(10, 120), np.arange(0, 40)), (np.arange(0, 100), np.arange(70, 120))]
 BY_NAME = ["neg_log_loss", "neg_brier_score", "top_k_accuracy", "f1_macro", "balanced_accuracy", "matthews_corrcoef"]
-SCORERS = [*BY_NAME, make_scorer(log_loss, greater_is_better=False, response_method="predict_proba"), make_scorer(f1_score, average="macro"), lambda head, X, y: float(np.mean(head.predict(X) == y))]  # fmt: skip
+SCORERS = {name: name for name in BY_NAME} | {
+    "log_loss": make_scorer(log_loss, greater_is_better=False, response_method="predict_proba"),
+    "f1_score": make_scorer(f1_score, average="macro"),
+    "a function": lambda head, X, y: float(np.mean(head.predict(X) == y)),
+}
 
 
 @pytest.mark.parametrize("labels", [LABELS, NAMES[30:]], ids=["numbers", "names"])
-@pytest.mark.parametrize("scoring", SCORERS, ids=str)
-def test_scores_are_scikit_learns_where_a_fold_lacks_a_class(scoring, labels):
-    options = {"Cs": [0.1, 1.0], "cv": FOLDS, "scoring": scoring, "tol": 1e-8}
+@pytest.mark.parametrize("name", SCORERS)
+def test_scores_are_scikit_learns_where_a_fold_lacks_a_class(name, labels):
+    options = {"Cs": [0.1, 1.0], "cv": FOLDS, "scoring": SCORERS[name], "tol": 1e-8}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = LogisticRegressionCV(**options, use_legacy_attributes=False, solver="newton-cholesky").fit(
