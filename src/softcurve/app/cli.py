@@ -69,7 +69,7 @@ def fit(
     seed: Seed = 0,
     max_iter: Annotated[int, typer.Option(min=1, help="Newton steps at most.")] = 100,
     tol: Annotated[
-        float, typer.Option(help="Converged when no entry of the mean objective's gradient exceeds this.")
+        float, typer.Option(help="Largest entry of the mean objective's gradient at which the fit has converged.")
     ] = 1e-5,
     precision: Annotated[
         Literal["auto", "mixed", "float64"],
