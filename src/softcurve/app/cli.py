@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 from softcurve.app.interrupt import remember_interrupts
+from softcurve.app.refusals import INSTALL, refusals
+from softcurve.app.streams import use_standard_streams
 
-INSTALL = "pip install 'softcurve[all]'"
+BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
 
 try:
     import typer
@@ -104,7 +103,7 @@ def fit(
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
-    with _refusals():
+    with refusals(f"fit {data}", f"give a smaller --memory, fewer rows or classes, or {BY_BLOCKS}"):
         from softcurve.app.fitting import FitOptions, fit_command
         from softcurve.app.processes import processes
 
@@ -127,7 +126,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
-    with _refusals():
+    with refusals(f"predict {data}", BY_BLOCKS):
         from softcurve.app.predicting import predict_command
 
         predict_command(head, data, target, out)
@@ -187,7 +186,7 @@ def spectrum(
     progress: Progress = None,
 ) -> None:
     """Largest eigenvalues, trace and spectral density of a model's curvature."""
-    with _refusals():
+    with refusals(f"spectrum {model}", "give a smaller --batch-size, --products, --probes, --steps or --top"):
         from softcurve.app.spectrum import SpectrumOptions, spectrum_command
 
         spectrum_command(
@@ -205,7 +204,7 @@ def explain(
     seed: Seed = 0,
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
-    with _refusals():
+    with refusals(f"explain {out}"):
         from softcurve.app.explain import write_explanation
         from softcurve.app.printing import console, print_record
 
@@ -214,13 +213,12 @@ def explain(
 
 def main() -> None:
     """Run the command line; the console script starts here."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A class name must not end the run on a terminal whose encoding lacks a letter of it.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    use_standard_streams()
     remember_interrupts()
     if sys.argv[1:2] == ["fit"]:
         _let_one_speak()
-    app()
+    with refusals():
+        app()
 
 
 def _let_one_speak() -> None:
@@ -229,20 +227,3 @@ def _let_one_speak() -> None:
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as anything may be said)
         atexit.register(nowhere.close)
         sys.stdout = sys.stderr = nowhere
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except ImportError as error:
-        _refuse(f"this needs {error.name or error}, which cannot be imported; {INSTALL}", error)
-    except (ValueError, OSError) as error:
-        _refuse(str(error), error)
-
-
-def _refuse(message: str, error: Exception) -> NoReturn:
-    print(f"softcurve: {message}", file=sys.stderr)
-    raise typer.Exit(2) from error
