@@ -150,7 +150,7 @@ def _saved(options: SpectrumOptions) -> Problem:
     refuse_zeros(loss, Block(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
-    batch = options.batch_size or len(rows)
+    batch = min(options.batch_size or len(rows), len(rows))
     data = list(zip(features.split(batch), target.split(batch), strict=True))
     return Problem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
 

@@ -52,7 +52,7 @@ def require_head(classes: int, width: int, origin: str) -> None:
     if memory is not None and needed > memory:
         raise DataError(
             f"{origin} makes {classes} classes; with {width} features a fit to them takes {_size(needed)} or more, and "
-            f"there are {_size(memory)} of memory: correct the largest index, or give fewer classes"
+            f"there are {_size(memory)} of memory: correct the largest class or the shape, or give fewer classes"
         )
 
 
