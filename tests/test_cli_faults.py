@@ -414,7 +414,7 @@ def test_streams_that_cannot_be_written():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(["bash", "-c", case], **pipes) for case in cases]
     for process, (case, (code, out, message)) in zip(started, cases.items(), strict=True):
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=300)
         assert (process.returncode, stdout) == (code, out), (case, stderr)
         assert stderr.startswith(message), case
         assert stderr.count("\n") == bool(message), (case, stderr)

@@ -38,9 +38,9 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
+    check_writable(out, "--out")
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out: {out} must end in .html")
-    check_writable(out, "--out")
     with _one_thread():
         network = train(seed)
         sections = _sections(network, seed)
