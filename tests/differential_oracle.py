@@ -19,7 +19,7 @@ from .differential import CROSS_ENTROPY, FEATURES, LISTS, Call, Problem, live_cl
 # A tail is computed as 1 minus the mass of its list, so its rounding error is that of 1. In units of RELATIVE.
 TAIL = 0.1
 # The loss changes by Σ |gradient| ε when logits of unit size are rounded, however small it is. In units of RELATIVE.
-PERTURBED = 0.4
+PERTURBED = 0.6
 
 
 @dataclass(frozen=True)

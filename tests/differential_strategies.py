@@ -52,7 +52,7 @@ def sound(draw: Random) -> Problem:
     _draw_head(draw, chosen)
     _draw_target(draw, chosen)
     _draw_options(draw, chosen)
-    if kind in ("indices", "renormalize") and not chosen.get("dead_features"):
+    if kind in ("indices", "renormalize") and not (chosen.get("dead_features") or chosen.get("anywhere")):
         chosen["row_masks"] = _mostly(draw, False, False, False, True)
     chosen["budget"] = _mostly(draw, "default", "least", "tiles")
     if chosen["classes"] <= FEW and chosen["leading"] == (9,):  # more rows than half precision counts to
@@ -91,7 +91,8 @@ def _draw_target(draw: Random, chosen: dict[str, Any]) -> None:
     chosen["target_dtype"] = _mostly(draw, None, "float32", "bfloat16", "float64")
     if chosen["bias"] in ("masked", "last", "one"):
         chosen["anywhere"] = _mostly(draw, False, True)
-    if (kind, chosen["loss"]) != ("bucket", "reverse"):  # there a tail of rounding errors would be divided by
+    reverse = chosen["loss"] == "reverse" or chosen.get("beta") == 1
+    if not (kind == "bucket" and reverse):  # where a tail of rounding errors would be divided by
         chosen["target_zeros"] = _mostly(draw, False, True)
     if kind in LISTS:
         chosen["listed"] = draw.choice(["few", "live", "all"])
