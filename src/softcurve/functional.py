@@ -289,7 +289,7 @@ def _divergence(
         if target.shape != model.shape:
             raise ValueError(
                 f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
-                + (checks.layout_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
+                + (checks.shape_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
             )
     if not logit_map.is_identity:
         target, _ = logit_map.shifted_value(target.to(wide))

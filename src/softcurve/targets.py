@@ -99,7 +99,7 @@ class Target(ShortRepr, ABC):
         if tuple(shape) != tuple(z.shape):
             raise ValueError(
                 f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it "
-                f"is compared with, got {tuple(shape)}{checks.layout_remedy(z.shape, shape)}"
+                f"is compared with, got {tuple(shape)}{checks.shape_remedy(z.shape, shape)}"
             )
 
 
