@@ -22,7 +22,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # on the rooms that it re-exports, and below those that use the library as anybody would.
 FLOORS = (
     {"array_types"},
-    {"checks", "extras", "reference", "processes", "records", "typing"},
+    {"checks", "extras", "reference", "processes", "records", "typing", "warn"},
     {"divergences"},
     {"softmax"},
     {"targets"},

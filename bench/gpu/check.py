@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__)
     folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
-    parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu: to try the command itself")
+    device = os.environ.get("SOFTCURVE_TEST_DEVICE", "cuda")
+    parser.add_argument("--device", choices=tuple(DEVICES), default=device, help="cpu: to try the command itself")
     parser.add_argument("--out", type=Path, default=folder, metavar="FOLDER", help="$OUT, or build/gpu, by default")
     seconds = "seconds for all tests, by default %(default)g; 0 leaves them out"
     parser.add_argument("--tests", type=float, default=SECONDS_OF_TESTS, metavar="SECONDS", help=seconds)

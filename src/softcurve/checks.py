@@ -88,24 +88,34 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
         )
 
 
-def layout_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
-    """Return what to do if ``logits``, or a distribution ``target``, have torch's layout ``(N, C, d_1, …)``."""
-    logits, target = tuple(logits), tuple(target)
-    if len(logits) > 2 and target in ((logits[0], *logits[2:]), (logits[0], *logits[2:], logits[1])):
+def _in_torch_layout(tensor: Sequence[int], classes_last: Sequence[int]) -> bool:
+    """Whether a shape is ``classes_last`` with the classes second."""
+    tensor, moved = tuple(tensor), tuple(classes_last)
+    return len(moved) > 2 and tensor == (moved[0], moved[-1], *moved[1:-1])
+
+
+def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
+    """Return what to do if ``logits``, which other ``rows`` are compared with, have torch's layout ``(N, C, …)``."""
+    if len(logits) > 2 and _in_torch_layout(logits, (*rows, logits[1])):
         return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
-    if len(target) > 2 and logits == (target[0], *target[2:], target[1]):
-        return "; for torch's layout (N, C, d_1, ...) pass target.movedim(1, -1), which has the classes last"
     return ""
 
 
-def shape_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
-    """Return what to do if ``logits`` and a distribution differ in layout, or in the number of their classes."""
-    if remedy := layout_remedy(logits, target, name):
-        return remedy
+def shape_remedy(logits: Sequence[int], target: Sequence[int], larger: str) -> str:
+    """Return what to do if a distribution differs from ``logits`` in its layout or in the number of its classes.
+
+    ``larger`` is an expression of ``{classes}`` that cuts the vocabulary of the logits.
+    """
     logits, target = tuple(logits), tuple(target)
+    if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
+        return (
+            "; the one that is in torch's layout (N, C, d_1, ...) has its classes last after .movedim(1, -1), as is "
+            "wanted here"
+        )
     if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
-        larger = name if logits[-1] > target[-1] else "the target"
-        return f"; if one vocabulary is padded, cut {larger} to {min(logits[-1], target[-1])} classes ([..., :C])"
+        least = min(logits[-1], target[-1])
+        cut = larger.format(classes=least) if logits[-1] > least else f"target[..., :{least}]"
+        return f"; if one vocabulary is padded, cut it: {cut}"
     return ""
 
 
@@ -218,11 +228,15 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
         )
 
 
-def look_like_probabilities(rows: Tensor) -> bool:
-    """Return whether all rows of two or more classes are ≥ 0 and sum to 1, where that can be seen."""
+def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool:
+    """Return whether the rows of two or more classes that are ``counted`` are ≥ 0 and sum to 1, if that can be seen."""
     if not values_visible(rows) or rows.shape[-1] < 2 or rows.numel() == 0:
         return False
     rows = rows.detach()
+    if counted is not None and values_visible(counted) and not counted.all():
+        rows = rows[counted]
+        if rows.numel() == 0:
+            return False
 
     def are_probabilities(some: Tensor) -> bool:
         near_one = (row_sums(some) - 1).abs() <= sum_tolerance(rows.dtype)

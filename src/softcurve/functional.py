@@ -8,7 +8,6 @@ for confident rows, nearly equal distributions, masked classes (−inf) and offs
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +36,7 @@ from softcurve.targets import (
     uniform_over_unmasked,
 )
 from softcurve.typing import Integer, Number, ReductionKind
+from softcurve.warn import warn_caller
 
 __all__ = [
     "cross_entropy",
@@ -271,6 +271,7 @@ def _divergence(
     reducer: Reduction,
 ) -> Tensor:
     """``divergence`` of target ``p`` and model ``q``; a top-k list cannot be the model, so there they change places."""
+    plain = {name: side for name, side in {"p": p, "q": q}.items() if isinstance(side, Tensor)}
     p, q = _by_logits("p", p), _by_logits("q", q)
     dtype = torch.promote_types(p.dtype, q.dtype)
     if isinstance(q, TopK):
@@ -278,6 +279,8 @@ def _divergence(
     if isinstance(p, TopK):
         require_finite_against(divergence, p, logit_map.temperature)
     sample_weight = _row_weight(sample_weight, q.leading, "q")
+    for name, side in plain.items():
+        _warn_of_probabilities(name, side, sample_weight)
     wide = torch.promote_types(dtype, torch.float32)
     model = _logits_of(q, sample_weight, wide)
     if isinstance(p, TopK):
@@ -289,7 +292,7 @@ def _divergence(
         if target.shape != model.shape:
             raise ValueError(
                 f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
-                + (checks.shape_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
+                + (checks.shape_remedy(target.shape, model.shape, "p[..., :{classes}]") or "; expand the smaller one")
             )
     if not logit_map.is_identity:
         target, _ = logit_map.shifted_value(target.to(wide))
@@ -319,13 +322,17 @@ def _by_logits(name: str, side: Tensor | Target) -> Target:
             "for class indices use softcurve.cross_entropy, which is D(target‖model) there"
         )
     checks.require_floating(name, side)
-    if checks.look_like_probabilities(side):
-        warnings.warn(
-            f"{name} is read as logits, but its rows look like probabilities (entries in [0, 1] that sum to 1); wrap "
-            f"them as softcurve.Probabilities({name}), or as softcurve.Logits({name}) if they are logits",
-            stacklevel=4,
-        )
     return Logits(side)
+
+
+def _warn_of_probabilities(name: str, side: Tensor, sample_weight: Tensor | None) -> None:
+    """Warn if the rows of plain logits that count look like probabilities."""
+    counted = None if sample_weight is None or sample_weight.shape != side.shape[:-1] else sample_weight != 0
+    if checks.look_like_probabilities(side, counted):
+        warn_caller(
+            f"{name} is read as logits, but its rows look like probabilities (entries in [0, 1] that sum to 1); wrap "
+            f"them as softcurve.Probabilities({name}), or as softcurve.Logits({name}) if they are logits"
+        )
 
 
 def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:

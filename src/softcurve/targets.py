@@ -59,6 +59,11 @@ class Target(ShortRepr, ABC):
         return uniform_over_unmasked(z)
 
     @property
+    def kind(self) -> str:
+        """What a message calls it."""
+        return type(self).__name__
+
+    @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The common dtype of the target's tensors."""
@@ -97,9 +102,10 @@ class Target(ShortRepr, ABC):
 
     def _require_shape(self, shape: torch.Size, z: Tensor) -> None:
         if tuple(shape) != tuple(z.shape):
+            remedy = checks.shape_remedy(z.shape, shape, "logits[..., :{classes}]")
             raise ValueError(
-                f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it "
-                f"is compared with, got {tuple(shape)}{checks.shape_remedy(z.shape, shape)}"
+                f"target ({self.kind}) must have the shape {tuple(z.shape)} of the logits that it is compared with, "
+                f"got {tuple(shape)}{remedy}"
             )
 
 
@@ -147,6 +153,11 @@ class Probabilities(Target):
 
 class Masses(Probabilities):
     """A plain floating-point target of a cross-entropy: entries ≥ 0, each row of any mass, as in torch."""
+
+    @property
+    def kind(self) -> str:
+        """Not this class, which nobody has named."""
+        return "probabilities"
 
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         checks.require_nonnegative("target", self.values, counted)
@@ -371,6 +382,7 @@ class TopK(Target):
             raise ValueError(
                 f"TopK indices must be of shape {tuple(shape[:-1])} + (k,) with k <= {shape[-1]}, as the "
                 f"logits that they are compared with, got {checks.describe(self.indices)}"
+                + checks.layout_remedy(shape, self.indices.shape[:-1], "logits")
             )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softcurve.curvature.linear_head import class_name
-from softcurve.curvature.warn import warn_caller
+from softcurve.warn import warn_caller
 
 __all__ = ["adapter_parts", "require_nothing_beside", "warn_of_logit_maps", "warn_of_wrapper"]
 
@@ -33,8 +33,12 @@ PROBES = 4  # rows on which a module around the head is compared with it
 
 
 def adapter_parts(module: nn.Module) -> list[str]:
-    """Names of children, parameters and attributes that adapters have."""
-    return [name for name in (*module._modules, *module._parameters, *vars(module)) if ADAPTER.match(name)]
+    """Names of children that hold parameters, and of parameters, that adapters have."""
+    children = [
+        name for name, child in module._modules.items() if child is not None and any(True for _ in child.parameters())
+    ]
+    parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return [name for name in (*children, *parameters) if ADAPTER.match(name)]
 
 
 def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
@@ -81,7 +85,7 @@ def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None
     down: dict[int, str] = {}
     up: dict[int, str] = {}
     for place, module in parent.named_modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or getattr(module, "bias", None) is not None:  # layers of a network
             continue
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in own or parameter.ndim != 2:

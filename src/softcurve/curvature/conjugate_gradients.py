@@ -18,8 +18,8 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Float64
 from softcurve.curvature.operator import SymmetricOperator, require_count, working_dtype
-from softcurve.curvature.warn import warn_caller
 from softcurve.records import dataclass_repr
+from softcurve.warn import warn_caller
 
 __all__ = ["Solution", "conjugate_gradients", "solve_columns", "warn_unless_converged"]
 

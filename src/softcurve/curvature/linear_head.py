@@ -30,7 +30,9 @@ def require_head(head: object, name: str = "head") -> None:
         )
     if isinstance(head.weight, nn.UninitializedParameter):
         raise TypeError(f"{name} must be initialised, got a LazyLinear; call the model once before")
-    if type(head).forward is not nn.Linear.forward:
+    kind = type(head)
+    own_call = kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl
+    if kind.forward is not nn.Linear.forward or own_call:
         raise TypeError(
             f"{name} must compute W e + b as torch.nn.Linear does, got a {class_name(head)} with its own forward; copy "
             "its weight and bias into a torch.nn.Linear, and put what its forward adds into features, or into "
