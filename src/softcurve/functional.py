@@ -82,9 +82,9 @@ def cross_entropy(
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
         z_loss: ``λ`` in ``λ lse²``, on the log-sum-exp that the softmax sees; stays in squared nats.
-        reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i L_i / Σ_i w_i``, where ``w_i`` is the row's
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, the sum over ``Σ_i w_i``, where ``w_i`` is the row's
             ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
-            row; or ``"batchmean"``, ``Σ_i w_i L_i / logits.shape[0]``. Both are torch's. A divisor of 0 gives NaN with
+            row; or ``"batchmean"``, the sum over ``logits.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
             gradient 0.
         base: of the logarithm; 2 for bits.
 
@@ -222,9 +222,9 @@ def kl_divergence(
         sample_weight: ``(...)``; a factor of each row. A row of weight 0 may hold anything.
         temperature: ``T``; both sides become ``softmax(z / T)``.
         reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i D_i / Σ_i w_i`` over all rows, where ``w_i`` is the
-            row's ``sample_weight`` (default 1); or ``"batchmean"``, ``Σ_i w_i D_i / q.shape[0]``, as in
-            ``torch.nn.functional.kl_div``, whose own ``"mean"`` divides by the number of entries. A divisor of 0 gives
-            NaN with gradient 0.
+            row's ``sample_weight`` (default 1); or ``"batchmean"``, ``Σ_i w_i D_i / q.shape[0]`` (1 for a single row),
+            as in ``torch.nn.functional.kl_div``, whose own ``"mean"`` divides by the number of entries. A divisor of 0
+            gives NaN with gradient 0.
         base: of the logarithm; 2 for bits.
 
     ``+inf`` where ``P`` has mass on a class that ``Q`` excludes; ``0 log 0 = 0``. The result is float32, or float64 if

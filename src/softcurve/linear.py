@@ -100,9 +100,9 @@ def linear_cross_entropy(
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
         z_loss: ``λ`` in ``λ lse²``; stays in squared nats.
-        reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i L_i / Σ_i w_i``, where ``w_i`` is the row's
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, the sum over ``Σ_i w_i``, where ``w_i`` is the row's
             ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
-            row; or ``"batchmean"``, ``Σ_i w_i L_i / input.shape[0]``. Both are torch's. A divisor of 0 gives NaN with
+            row; or ``"batchmean"``, the sum over ``input.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
             gradient 0. ``"none"`` computes the logits once more in the backward pass.
         base: of the logarithm; 2 for bits.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a

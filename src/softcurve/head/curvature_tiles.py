@@ -70,8 +70,12 @@ class CurvaturePass:
                 assert t.target is not None
                 assert t.target_weight is not None
                 target = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
+                target = target.with_reference(loss.target_scale, self.group)
+            model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype)
+            if not loss.z_loss:
+                model = model.with_reference(loss.scale, self.group)
             weight = t.row_weight[rows].to(self.dtype).unsqueeze(-1)
-            yield CurvatureTile(self, rows, LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype), target, weight)
+            yield CurvatureTile(self, rows, model, target, weight)
 
     def _plan(self, count: int) -> Plan:
         loss, t, budget = self.given.loss, self.given.tensors, self.given.memory_budget
@@ -203,15 +207,13 @@ class CurvatureTile:
             whole = run.rooms.room(name, run.plan.entries)
             return whole[: len(self.weight) * width].view(len(self.weight), width)
 
-        reference = self.map.reference(loss.scale) if loss.ignores_offsets else None
-        block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale, reference))
+        block = CurvatureBlock(classes, self.map.logits_into(room("z"), classes, loss.scale))
         block.raw = room("raw") if loss.softcap is not None else None
         block.v = room("v") if run.directed else None
         block.q = room("q") if run.wants_q else None
         block.residual = room("residual") if run.wants_residual else None
         if self.target is not None:
-            reference = self.target.reference(loss.target_scale) if loss.ignores_offsets else None
-            block.target = self.target.logits_into(room("target"), classes, loss.target_scale, reference)
+            block.target = self.target.logits_into(room("target"), classes, loss.target_scale)
         elif run.dense:
             given = run.given.tensors.target
             assert given is not None

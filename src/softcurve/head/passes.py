@@ -238,14 +238,16 @@ class _Pass:
         moved = direction or (None,) * 6
         along = Direction(self._take(moved[0], rows), moved[1], moved[2])
         model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype)
-        side = _Side(model, along, model.reference(loss.scale) if loss.ignores_offsets else None)
+        if not loss.z_loss:  # which sees what a softmax does not
+            model = model.with_reference(loss.scale, self.group)
+        side = _Side(model, along)
         target = None
         if teacher:
             assert t.target is not None
             assert t.target_weight is not None
             others = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
-            reference = others.reference(loss.target_scale) if loss.ignores_offsets else None
-            target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]), reference)
+            others = others.with_reference(loss.target_scale, self.group)
+            target = _Side(others, Direction(self._take(moved[3], rows), moved[4], moved[5]))
         tile = _Tile(self, rows, data, side, target)
         kernel = tile.kernel()
         block = None
@@ -271,8 +273,8 @@ class _Pass:
             for name, column in vars(kernel.statistics).items():
                 whole = getattr(self.statistics, name)
                 if column is not None:
-                    if name == "lse" and side.reference is not None:
-                        column = column + loss.scale * side.reference.squeeze(-1)
+                    if name == "lse" and model.reference is not None:
+                        column = column + loss.scale * model.reference.squeeze(-1)
                     whole[rows] = column.to(whole.dtype)
         gradient = self.gradients[3]
         if listed and gradient is not None and isinstance(kernel, ListKernel):
@@ -314,7 +316,6 @@ class _Side(NamedTuple):
 
     map: LinearMap
     along: Direction
-    reference: Tensor | None  # see LinearMap.reference
 
 
 @dataclass
@@ -352,7 +353,7 @@ class _Tile:
             return None if dtype is None else run.narrow_buffer(f"{name}, narrow", dtype, count, width)
 
         in_triton = fused.serves(run.rows.device, run.dtype)
-        block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale, self.model.reference))
+        block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
         block.out = residual_room("z", self.model.map)
         block.v_out = None if run.directions is None else residual_room("v", self.model.map)
         by_closed_forms = run.loss.target != "list" and not run.plan.cuts_classes and run.group is None
@@ -363,7 +364,7 @@ class _Tile:
         wants_target = self.data.wants_target
         if self.target is not None:
             scale = run.loss.target_scale
-            block.target = self.target.map.logits_into(room("target"), classes, scale, self.target.reference)
+            block.target = self.target.map.logits_into(room("target"), classes, scale)
             narrow = residual_room("target", self.target.map) if wants_target else None
             block.target_out = (block.target if narrow is None else narrow) if wants_target else None
             if run.directions is not None:
@@ -388,10 +389,9 @@ class _Tile:
         run, everything = self.run, slice(0, self.data.class_count)
 
         def product(side: _Side, scale: float) -> Tensor:
-            some = side.map._replace(input=side.map.input[rows])
-            reference = None if side.reference is None else side.reference[rows]
-            out = some.input.new_empty(len(rows), self.data.class_count)
-            return some.logits_into(out, everything, scale, reference)
+            reference = None if side.map.reference is None else side.map.reference[rows]
+            some = side.map._replace(input=side.map.input[rows], reference=reference)
+            return some.logits_into(some.input.new_empty(len(rows), self.data.class_count), everything, scale)
 
         block = Block(everything, product(self.model, run.loss.scale))
         if self.target is not None:

@@ -61,11 +61,6 @@ class HeadLoss:
         return 1.0 if self.family == "cross_entropy" else 1 / self.temperature
 
     @property
-    def ignores_offsets(self) -> bool:
-        """Whether a constant may be taken off the logits of a row: no z-loss sees it, nor another process."""
-        return self.group is None and not self.z_loss
-
-    @property
     def processes(self) -> ProcessGroup | None:
         """Those that share the classes."""
         return None if self.group is None else named_group(self.group)

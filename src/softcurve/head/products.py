@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from softcurve.processes import max_over
+from softcurve.records import short_repr
 
 # Entries of a half-precision weight that are widened at a time.
 WIDENED_ENTRIES = 2**20
@@ -147,14 +151,22 @@ class Direction(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
+    def __repr__(self) -> str:
+        return short_repr(self, self._asdict())
+
 
 class LinearMap(NamedTuple):
-    """``W e + b`` on a tile of rows; ``narrow`` is the input before it was widened, where products take it so."""
+    """``W e + b`` on a tile of rows.
+
+    ``narrow`` is the input before it was widened, where products take it so; for ``reference`` see
+    :meth:`with_reference`.
+    """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     narrow: Tensor | None = None
+    reference: Tensor | None = None  # (rows, 1)
 
     @staticmethod
     def of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
@@ -162,29 +174,34 @@ class LinearMap(NamedTuple):
         half = shared_half(input, weight)
         return LinearMap(input.to(dtype), weight, bias, None if half is None else input)
 
-    def logits_into(self, out: Tensor, classes: slice, scale: float, reference: Tensor | None = None) -> Tensor:
-        """``scale (e Wᵀ + b − reference)`` of some classes; the ``reference`` of each row is 0 by default."""
+    def logits_into(self, out: Tensor, classes: slice, scale: float) -> Tensor:
+        """``scale (e Wᵀ + b − reference)`` of some classes."""
         bias = None if self.bias is None else self.bias[classes]
-        if reference is None:
+        if self.reference is None:
             return linear_into(out, self._factor, self.weight[classes], bias, scale=scale)
-        return linear_into(out, self._factor, self.weight[classes], bias, scale=1.0).sub_(reference).mul_(scale)
+        return linear_into(out, self._factor, self.weight[classes], bias, scale=1.0).sub_(self.reference).mul_(scale)
 
-    def reference(self, scale: float) -> Tensor | None:
-        """A constant of each row, ``(rows, 1)``, to be taken off its logits before they are scaled.
+    def with_reference(self, scale: float, group: ProcessGroup | None) -> LinearMap:
+        """The map with a constant of each row that is taken off its logits before they are scaled.
 
-        Without it a common offset of the logits is rounded once more as it is scaled; ``None`` where scaling is exact.
-        It is the largest logit of some classes, which is near the largest of all beside the offset that it stands for.
+        Without it a common offset of the logits is rounded once more as it is scaled; where scaling is exact there is
+        none. It is the largest logit of some classes of all processes, which is near the largest of all beside the
+        offset that it stands for.
         """
         if math.frexp(scale)[0] == 0.5:
-            return None
-        some = torch.arange(0, len(self.weight), max(1, len(self.weight) // REFERENCES), device=self.weight.device)
-        if self.bias is not None:
+            return self
+        step = max(1, len(self.weight) // REFERENCES)
+        some = torch.arange(0, len(self.weight), step, device=self.weight.device)
+        if self.bias is not None and len(self.bias):
             some = torch.cat([some, self.bias.argmax(keepdim=True)])
         logits = self.input @ self.weight[some].to(self.input.dtype).T
         if self.bias is not None:
             logits = logits + self.bias[some].to(logits.dtype)
-        top = logits.amax(-1, keepdim=True)
-        return torch.where(top.isfinite(), top, 0.0)
+        none = logits.new_full((len(logits), 1), -math.inf)
+        top = torch.cat([logits, none], -1).amax(-1, keepdim=True)  # there may be no class here
+        if group is not None:
+            max_over([top], group)
+        return self._replace(reference=torch.where(top.isfinite(), top, 0.0))
 
     @property
     def _factor(self) -> Tensor:

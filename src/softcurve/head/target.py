@@ -11,16 +11,19 @@ from torch import Tensor
 from softcurve import softmax
 from softcurve.head.kernel import RowData, class_factors
 from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.processes import max_over
 
 
 def target_tops(loss: HeadLoss, tensors: HeadTensors) -> Tensor | None:
     """The largest logit of each row of the target, ``(n, 1)``, where a temperature would round at its size."""
     given = tensors.target
-    if loss.target != "logits" or given is None or loss.group is not None or given.numel() == 0:
+    if loss.target != "logits" or given is None or math.frexp(loss.target_scale)[0] == 0.5:
         return None
-    if math.frexp(loss.target_scale)[0] == 0.5:
-        return None
-    top = given.amax(-1, keepdim=True)
+    top = given.new_full((len(given), 1), -math.inf)
+    if given.numel():  # of a sharded head there may be no class here
+        top = given.amax(-1, keepdim=True)
+    if loss.processes is not None and len(given):
+        max_over([top], loss.processes)
     return torch.where(top.isfinite(), top, 0.0)
 
 
