@@ -1,4 +1,7 @@
-"""Every way to compute one loss of given logits: functions, modules, a head whole or in tiles, a head of sharded classes."""
+"""Every way to compute one loss of given logits: functions, modules, a head whole or in tiles, a head of sharded classes.
+
+The tiles are the smallest there are, which cut 200 classes in two.
+"""
 
 from __future__ import annotations
 
