@@ -51,6 +51,9 @@ class Route:
         value = _head_function(loss)(x, weight, target, **options)
         return value.full_tensor() if isinstance(value, DTensor) else value
 
+    def __str__(self) -> str:
+        return self.name
+
     def _on_logits(self, loss: str, z: Tensor, target: Any, options: dict[str, Any]) -> Tensor:
         of_call = {name: options.pop(name) for name in ("sample_weight",) if name in options}
         if loss == "cross_entropy":
