@@ -27,7 +27,7 @@ FAR_OUTSIDE = 7  # so far above the last class a padding index lies
 
 @dataclass(frozen=True, repr=False)
 class Problem:
-    """What is asked; ``build`` makes the tensors. The defaults are the plainest call there is."""
+    """A description of one call, from which ``build`` makes the tensors. The defaults describe the plainest call."""
 
     loss: str = CROSS_ENTROPY  # or forward, reverse, js
     kind: str = "indices"  # or float, probabilities, logits, bucket, renormalize, teacher
@@ -74,12 +74,12 @@ class Problem:
         return f"Problem({', '.join(changed)})"
 
     def changes(self, f: dataclasses.Field[Any]) -> bool:
-        """Whether a field differs from the plainest call's."""
+        """Return whether a field differs from its default."""
         return bool(getattr(self, f.name) != f.default)
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """One loss each."""
+        """The shape of the losses before they are reduced."""
         return (*self.leading, *self.positions)
 
     @property
@@ -88,18 +88,18 @@ class Problem:
 
     @property
     def wide(self) -> torch.dtype:
-        """In which a loss is computed at least."""
+        """The dtype in which the loss is computed, at least float32."""
         return torch.float64 if "float64" in (self.dtype, self.head_dtype) else torch.float32
 
     @property
     def result(self) -> torch.dtype:
-        """A wider target widens the loss."""
+        """The dtype of the returned loss: a wider target widens it."""
         of_target = getattr(torch, self.target_dtype or self.dtype)
         return self.wide if self.by_indices else torch.promote_types(self.wide, of_target)
 
     @property
     def model_dtype(self) -> torch.dtype:
-        """Of dense logits."""
+        """The dtype that the logits of these features and this head have."""
         return torch.promote_types(getattr(torch, self.dtype), getattr(torch, self.head_dtype or self.dtype))
 
     @property
@@ -107,7 +107,7 @@ class Problem:
         return self.kind == "indices"
 
     def number(self, value: Any) -> Any:
-        """An option in the form that is asked for."""
+        """Return an option as a Python number, a numpy scalar or a 0-d tensor."""
         if value is None or isinstance(value, str) or self.numbers == "python":
             return value
         if self.numbers == "numpy":
@@ -116,14 +116,14 @@ class Problem:
 
 
 def problem_of(described: Mapping[str, Any]) -> Problem:
-    """From JSON, which knows no tuples."""
+    """Read a problem from JSON, which turns tuples into lists."""
     tuples = {name: tuple(described[name]) for name in ("leading", "positions")}
     return Problem(**{**described, **tuples})
 
 
 @dataclass
 class Call:
-    """The arguments of a problem. Faults change what is here; the oracle sees it before that."""
+    """The arguments of one call. A fault changes them; the oracle never sees a changed call."""
 
     problem: Problem
     input: Tensor
@@ -138,11 +138,11 @@ class Call:
     logits: Tensor | None = None  # in place of those of the head; by faults not even floating point
 
     def made_target(self) -> Any:
-        """Made in each route, so that an error of the target's type is one of the route."""
+        """Return the target. Each route makes its own, so that an error of the target's type counts as the route's."""
         return wrapped(self.problem.kind, self.target) if self.make_target is None else self.make_target()
 
     def exact_logits(self) -> Tensor:
-        """``(*rows, C)``, float64."""
+        """Return the logits in float64, ``(*rows, C)``."""
         if self.logits is not None:
             return self.logits
         e, w = self.input.double(), self.linear_weight.double()
@@ -154,7 +154,7 @@ class Call:
 
 
 def wrapped(kind: str, tensors: Mapping[str, Any]) -> Any:
-    """A target in its type."""
+    """Return tensors wrapped in the type of target that they stand for."""
     if kind in ("indices", "float"):
         return tensors["values"]
     if kind in LISTS:
@@ -168,13 +168,13 @@ def wrapped(kind: str, tensors: Mapping[str, Any]) -> Any:
 
 
 class _Numbers:
-    """Random numbers of one seed, on grids."""
+    """A source of random numbers on grids, determined by its seed."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """``low … high``, both included."""
+        """Return integers from ``low`` to ``high``, both included."""
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def grid(self, largest: float, step: float, *shape: int) -> Tensor:
@@ -186,7 +186,7 @@ class _Numbers:
 
 
 def live_classes(p: Problem) -> Tensor:
-    """``(C,)``: which classes the head does not mask."""
+    """Return which classes the head does not mask, ``(C,)``."""
     at = torch.arange(p.classes)
     return {
         "masked": (at % 3 != 1) | (p.classes == 1),
@@ -196,7 +196,7 @@ def live_classes(p: Problem) -> Tensor:
 
 
 def build(p: Problem) -> Call:
-    """The tensors of a problem, the same ones at each call."""
+    """Return the tensors of a problem; they are the same at each call."""
     numbers = _Numbers(p.seed)
     dtype, of_head = getattr(torch, p.dtype), getattr(torch, p.head_dtype or p.dtype)
     scale = 4.0 if p.confident else 1.0
@@ -227,7 +227,7 @@ def build(p: Problem) -> Call:
 
 
 def _mask_logits(call: Call, numbers: _Numbers) -> None:
-    """The class of an index, or all listed ones, stay."""
+    """Mask random logits of each row, but not those of the target's class or list."""
     z = call.exact_logits()
     named = call.clean["values" if call.problem.by_indices else "indices"].long()
     named = moved(call.problem, named, 0).clamp(0, z.shape[-1] - 1)
@@ -238,7 +238,7 @@ def _mask_logits(call: Call, numbers: _Numbers) -> None:
 
 
 def _strided(call: Call) -> Call:
-    """Every second entry of a wider memory."""
+    """Return the call with tensors that are not contiguous."""
 
     def spread(value: Any) -> Any:
         return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
@@ -267,7 +267,7 @@ def _weights(kind: str, numbers: _Numbers, p: Problem, *shape: int) -> Tensor | 
 
 
 def _options(p: Problem) -> dict[str, Any]:
-    """Those that are on, as keyword arguments of the head's losses."""
+    """Return the options that differ from their defaults, as keyword arguments of the head's losses."""
     given: dict[str, Any] = {} if p.reduction == "mean" else {"reduction": p.reduction}  # mean is the default
     names = ["temperature", "softcap", "base"]
     if p.loss == CROSS_ENTROPY:
@@ -286,7 +286,7 @@ def _options(p: Problem) -> dict[str, Any]:
 
 
 def _target(p: Problem, numbers: _Numbers) -> dict[str, Any]:
-    """As it is where every row counts."""
+    """Return the tensors of the target as they are where every row counts."""
     live = live_classes(p)
     support = torch.ones_like(live) if p.anywhere else live
     if p.target_zeros:
@@ -324,7 +324,7 @@ def _indices(p: Problem, numbers: _Numbers, support: Tensor) -> Tensor:
 
 
 def _list(p: Problem, numbers: _Numbers, t: Tensor, support: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Supported classes first; the list of few leaves a class out where there are more than one."""
+    """Return a list of each row: supported classes come first, and a list of few leaves at least one of them out."""
     count = int(support.sum())
     k = {"few": max(1, min(4, count - 1)), "live": count, "all": p.classes}[p.listed]
     order = numbers.order(*p.rows, p.classes) + p.classes * (~support).long()
@@ -333,7 +333,7 @@ def _list(p: Problem, numbers: _Numbers, t: Tensor, support: Tensor, dtype: torc
 
 
 def _padded(p: Problem, clean: Mapping[str, Any], sample_weight: Tensor | None) -> dict[str, Any]:
-    """Rows of weight 0 hold what is no distribution and no class."""
+    """Return the target with padding, which is neither a class nor a distribution, in rows of weight 0."""
     if p.padding == "none" or sample_weight is None:
         return dict(clean)
     padded, rows = dict(clean), sample_weight == 0
@@ -349,7 +349,7 @@ def _padded(p: Problem, clean: Mapping[str, Any], sample_weight: Tensor | None) 
 
 
 def moved(p: Problem, tensor: Tensor, fill: float) -> Tensor:
-    """What belongs to position ``i + shift``, at ``i``."""
+    """Return the tensor with the entry of position ``i + shift`` at ``i``."""
     s = min(p.shift, p.leading[-1]) if p.shift else 0
     return torch.cat([tensor[..., s:], torch.full_like(tensor[..., :s], fill)], -1) if s else tensor
 

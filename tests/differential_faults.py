@@ -43,7 +43,7 @@ def _attribute(name: str, make: Callable[[Call], Any]) -> Callable[[Call], None]
 
 
 def _tensors(make: Callable[[Call], dict[str, Any]]) -> Callable[[Call], None]:
-    """Other tensors of the target."""
+    """Replace tensors of the target."""
 
     def change(call: Call) -> None:
         call.target = call.target | make(call)
@@ -52,7 +52,7 @@ def _tensors(make: Callable[[Call], dict[str, Any]]) -> Callable[[Call], None]:
 
 
 def _replaced(make: Callable[[Call], Any]) -> Callable[[Call], None]:
-    """Another target."""
+    """Replace the whole target."""
 
     def change(call: Call) -> None:
         call.make_target = lambda: make(call)
@@ -61,7 +61,7 @@ def _replaced(make: Callable[[Call], Any]) -> Callable[[Call], None]:
 
 
 def _first(call: Call, name: str, value: float) -> torch.Tensor:
-    """The first row's first entry, or the only one."""
+    """Return a tensor of the target whose first entry is replaced."""
     changed = call.target[name].clone(memory_format=torch.contiguous_format)
     changed.view(-1)[0] = value
     return changed
@@ -86,7 +86,7 @@ def _integers(call: Call) -> None:
 
 
 def _some(p: Problem) -> bool:
-    """Rows, each of which counts."""
+    """Return whether there are rows, and each of them counts."""
     plain = p.sample_weight == "none" and p.ignored == "none" and p.class_weight == "none"
     return plain and 0 not in p.rows and not p.shift and not p.dead_features
 
@@ -259,5 +259,5 @@ FAULTS: dict[str, Fault] = {
 
 
 def faults_of(p: Problem) -> list[str]:
-    """The names of all that apply."""
+    """Return the names of all faults that apply to a problem."""
     return [name for name, fault in FAULTS.items() if fault.applies(p)]

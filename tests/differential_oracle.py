@@ -16,13 +16,15 @@ from torch import Tensor
 
 from .differential import CROSS_ENTROPY, FEATURES, LISTS, Call, Problem, live_classes, moved
 
-# A tail is what its list leaves of 1: so much larger than the tail itself are the terms that it is rounded like.
+# A tail is computed as 1 minus the mass of its list, so its rounding error is that of 1. In units of RELATIVE.
 TAIL = 0.1
+# The loss changes by Σ |gradient| ε when logits of unit size are rounded, however small it is. In units of RELATIVE.
+PERTURBED = 0.6
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Value and gradients of a call; ``sizes`` bound the terms that each gradient sums."""
+    """The value and gradients of a call; ``sizes`` hold the sum of the absolute terms of each gradient."""
 
     value: Tensor
     size: Tensor  # of the terms of the value
@@ -33,7 +35,7 @@ class Truth:
 
 
 def log_softmax(z: Tensor) -> Tensor:
-    """Right relatively, the largest entry's too."""
+    """Return ``log softmax(z)``, accurate relative to each entry, also for the largest."""
     if z.shape[-1] == 1:
         return torch.zeros_like(z)
     top = z.argmax(-1, keepdim=True)
@@ -42,7 +44,7 @@ def log_softmax(z: Tensor) -> Tensor:
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``q − p + p log(p/q)``: 0 where both are 0, infinite where only ``q`` is."""
+    """Return ``q − p + p log(p/q)``, which is 0 where both are 0 and infinite where only ``q`` is 0."""
     p, q = log_p.exp(), log_q.exp()
     apart = torch.where(p == 0, 0.0, log_q) - torch.where(p == 0, 0.0, log_p)
     near = apart.abs() < 1e-3
@@ -53,12 +55,12 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """``0 · ∞ = 0``."""
+    """Return the product with ``0 · ∞ = 0``."""
     return torch.where(a == 0, 0.0, a * b)
 
 
 def _residual(y: Tensor, p: Tensor) -> Tensor:
-    """``Σ_j (y_j p_k − y_k p_j) = (Σy) p − y``."""
+    """Return ``(Σy) p − y`` as ``Σ_j (y_j p_k − y_k p_j)``, whose terms do not cancel for one-hot ``y``."""
     return y.sum(-1, keepdim=True) * p - y if y.shape[-1] > 400 else _exact_residual(y, p)
 
 
@@ -72,7 +74,7 @@ def _exact_residual(y: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Outcomes:
-    """The classes, or the listed ones and one outcome for all others."""
+    """The outcomes that a loss compares: the classes, or the listed ones and one outcome for all others."""
 
     z: Tensor  # (R, M)
     indices: Tensor | None  # (R, k), of a bucket
@@ -89,7 +91,7 @@ class _Outcomes:
         return _Outcomes(torch.cat([z.gather(-1, indices), rest], -1), indices, share.scatter(-1, indices, 1.0))
 
     def coarse(self, of_classes: Tensor) -> Tensor:
-        """A quantity that sums over classes."""
+        """Sum a quantity of the classes over each outcome."""
         if self.indices is None:
             return of_classes
         listed = of_classes.gather(-1, self.indices)
@@ -98,7 +100,7 @@ class _Outcomes:
         return torch.cat([listed, of_classes.scatter(-1, self.indices, 0.0).sum(-1, keepdim=True)], -1)
 
     def back(self, gradient: Tensor) -> Tensor:
-        """From the outcomes to the classes."""
+        """Pull a gradient with respect to the outcomes back to the classes."""
         if self.indices is None:
             return gradient
         k = self.indices.shape[-1]
@@ -107,7 +109,7 @@ class _Outcomes:
 
 
 def _target_log_probs(p: Problem, clean: dict[str, Any], outcomes: _Outcomes, rows: int) -> Tensor:
-    """``log y`` over the outcomes, tempered for the divergences."""
+    """Return ``log y`` over the outcomes; the divergences divide the target's logits by the temperature."""
     temperature = 1.0 if p.loss == CROSS_ENTROPY else p.temperature
     values = clean["values"].double().reshape(rows, clean["values"].shape[-1])
     if p.kind == "teacher":
@@ -133,7 +135,7 @@ def _list_log_probs(p: Problem, clean: dict[str, Any], listed: Tensor, outcomes:
 
 
 def _mixture(p: Problem, call: Call, outcomes: _Outcomes, rows: int, live: Tensor) -> Tensor:
-    """What a cross-entropy weighs ``−log p`` by: smoothed over the live classes, times the class weights."""
+    """Return the factors of ``−log p``: the target, smoothed over the live classes, times the class weights."""
     values = call.clean["values"]
     if p.by_indices:
         index = values.long().reshape(rows)
@@ -185,7 +187,7 @@ def _divergence(p: Problem, call: Call, outcomes: _Outcomes, rows: int) -> tuple
 
 
 def _mapped(p: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft cap, then temperature; and the slope."""
+    """Return the logits after soft cap and temperature, and the derivative of that map."""
     if p.softcap is None:
         return z / p.temperature, torch.full_like(z, 1 / p.temperature)
     finite = torch.where(z == -math.inf, 0.0, z)
@@ -194,7 +196,7 @@ def _mapped(p: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_weights(p: Problem, call: Call) -> tuple[Tensor, Tensor]:
-    """What each row's loss is multiplied by, and what a mean divides by."""
+    """Return the factor of each row's loss, and the divisor of the reduction."""
     ones = torch.ones(p.rows, dtype=torch.float64)
     kept, of_class = ones.bool(), ones
     if p.by_indices:
@@ -210,7 +212,7 @@ def _row_weights(p: Problem, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def truth(call: Call, cotangent: Tensor) -> Truth:
-    """Of a call without a fault. ``cotangent`` weighs the rows where they are not reduced."""
+    """Return the truth of a call without a fault; ``cotangent`` weighs the rows where they are not reduced."""
     p, count = call.problem, math.prod(call.problem.rows)
     weight, divisor = _row_weights(p, call)
     alive = weight != 0
@@ -233,19 +235,23 @@ def truth(call: Call, cotangent: Tensor) -> Truth:
         size[:, -1] += TAIL
     gradient, size = outcomes.back(gradient) + pull, outcomes.back(size) + pull.abs()
     gradient, size = (torch.where(live, part * slope, 0.0) for part in (gradient, size))
+    unsure = PERTURBED * gradient.abs().sum(-1).nan_to_num(0.0)
     rows = _times(weight.flatten(), rows + p.z_loss * lse.square())
+    unsure = _times(weight.flatten(), unsure)
     scale = torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor)).reshape(count, 1)
     if p.reduction == "none":
-        value, scale = rows.reshape(p.rows), scale * cotangent.double().reshape(count, 1)
+        value, unsure = rows.reshape(p.rows), unsure.reshape(p.rows)
+        scale = scale * cotangent.double().reshape(count, 1)
     else:
-        value = rows.sum() / divisor
+        value = torch.where(divisor == 0, math.nan, rows.sum() / divisor)
+        unsure = unsure.sum() / divisor.clamp(min=1e-3)
     gradient, size = _times(scale, gradient), _times(scale, size)
     gradients, sizes = _through_head(call, gradient), _through_head(call, size, absolute=True)
-    return Truth(value, value.abs(), gradients, sizes, *_statistics(call))
+    return Truth(value, value.abs() + unsure, gradients, sizes, *_statistics(call))
 
 
 def _statistics(call: Call) -> tuple[Tensor, Tensor]:
-    """Of every row, whether it counts or not."""
+    """Return log-sum-exp and entropy of every row, whether it counts or not."""
     mapped, _ = _mapped(call.problem, call.exact_logits())
     log_p = log_softmax(mapped)
     return torch.logsumexp(mapped, -1), _times(log_p.exp(), -log_p).sum(-1) / math.log(call.problem.base)
@@ -259,7 +265,7 @@ def _shifted_target(p: Problem, call: Call) -> Call:
 
 
 def _through_head(call: Call, gradient: Tensor, *, absolute: bool = False) -> dict[str, Tensor]:
-    """``∂L/∂e = g W``, ``∂L/∂W = gᵀ e``, ``∂L/∂b = Σ g``; or the same of absolute values."""
+    """Return ``∂L/∂e = g W``, ``∂L/∂W = gᵀ e`` and ``∂L/∂b = Σ g``, or the same sums of absolute values."""
     p = call.problem
     count = math.prod(p.positions)
     e = call.input.double().reshape(math.prod(p.leading), FEATURES).nan_to_num(0.0)

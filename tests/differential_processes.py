@@ -36,7 +36,7 @@ from .differential_routes import (
 )
 from .spawned import start, wait
 
-PATIENCE = datetime.timedelta(seconds=60)  # with a process that left the others alone
+PATIENCE = datetime.timedelta(seconds=60)  # before a process that waits for another one fails
 
 
 def whole(tensor: Any) -> Any:
@@ -44,12 +44,12 @@ def whole(tensor: Any) -> Any:
 
 
 def rows_lie_apart(p: Problem) -> bool:
-    """Every third problem has the rows of ``input`` over the same processes."""
+    """Return whether ``input`` is sharded on rows over the same processes, as it is in every third problem."""
     return p.seed % 3 == 1 and bool(p.leading) and not p.positions
 
 
 def _placed(call: Call, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Features and head as leaves, sharded where they are."""
+    """Return features and head as leaves, the head sharded on classes."""
     apart = ("linear_weight", "linear_bias", *(("input",) if rows_lie_apart(call.problem) else ()))
     placed = {}
     for name, leaf in leaves_of(call).items():
@@ -60,7 +60,7 @@ def _placed(call: Call, mesh: DeviceMesh) -> dict[str, Tensor]:
 
 
 def _share_teacher(call: Call, mesh: DeviceMesh) -> None:
-    """A teacher's classes lie where the student's do."""
+    """Shard a teacher's classes as the student's."""
     if call.problem.kind == "teacher":
         for name in ("weight", "bias"):
             call.target[name] = distribute_tensor(call.target[name], mesh, [Shard(0)])
@@ -90,14 +90,14 @@ def sharded_route(mesh: DeviceMesh) -> Any:
 
 
 def _agreed(error: str | None) -> bool:
-    """Whether all processes have an error, or none has."""
+    """Return whether all processes have an error, or none has."""
     count = torch.tensor([float(error is not None)])
     dist.all_reduce(count)
     return count.item() in (0.0, float(dist.get_world_size()))
 
 
 def run(drawn: Sequence[Problem], count: int = 2) -> list[tuple[Problem, list[str]]]:
-    """The problems on which a sharded head is wrong in one process or another."""
+    """Return the problems on which a sharded head is wrong in some process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "problems.json").write_text(json.dumps([dataclasses.asdict(p) for p in drawn]))

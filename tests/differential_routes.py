@@ -1,7 +1,8 @@
-"""The routes to one loss, what each makes of a call, and where they disagree with the truth or with each other."""
+"""The routes to one loss, the outcome of each, and how outcomes are compared with the truth and with each other."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -26,7 +27,7 @@ MODEL_OPTIONS = ("shift", "memory_budget", "direction", "return_stats")  # no lo
 
 @dataclass
 class Outcome:
-    """An error's type and text, or a value and gradients."""
+    """What a route returns: the type and text of an error, or a value and gradients."""
 
     error: str | None = None
     message: str = ""
@@ -39,7 +40,7 @@ Route = Callable[[Call], Outcome]
 
 
 def outcome(make: Callable[[], tuple[Any, Mapping[str, Tensor]]], cotangent: Tensor) -> Outcome:
-    """The value that ``make`` returns, and its gradients in the leaves that it names."""
+    """Return the value that ``make`` returns and its gradients with respect to the leaves that it names."""
     try:
         value, leaves = make()
         value, stats = value if isinstance(value, tuple) else (value, None)
@@ -54,7 +55,7 @@ def outcome(make: Callable[[], tuple[Any, Mapping[str, Tensor]]], cotangent: Ten
 
 
 def cotangent_of(p: Problem) -> Tensor:
-    """Of losses that are not reduced: 1, 2, 3, 1, …"""
+    """Return the factors 1, 2, 3, 1, … by which losses that are not reduced are summed."""
     count = math.prod(p.rows)
     return (1 + torch.arange(count, dtype=torch.float64) % 3).reshape(p.rows)
 
@@ -63,7 +64,7 @@ def cotangent_of(p: Problem) -> Tensor:
 
 
 def exact_in(p: Problem, logits: Tensor) -> Tensor:
-    """In the model's own dtype where that holds them exactly, and in float32 where half precision does not."""
+    """Return logits in the model's dtype where that holds them exactly, otherwise in float32."""
     narrow = logits.to(p.model_dtype)
     same = (narrow.double() == logits) | logits.isnan()
     return narrow if bool(same.all()) else logits.to(p.wide)
@@ -76,7 +77,7 @@ def _logits_of(call: Call) -> Tensor:
 
 
 def row_leaves(call: Call) -> dict[str, Tensor]:
-    """The tensors of the target and the sample weights, where gradients in them are wanted."""
+    """Return the tensors of the target and the sample weights as leaves, where their gradients are wanted."""
     if call.problem.wanted != "target":
         return {}
     named = {f"target {name}": tensor for name, tensor in call.target.items()}
@@ -92,7 +93,7 @@ def row_leaves(call: Call) -> dict[str, Tensor]:
 
 
 def _row_arguments(call: Call, target: Any) -> tuple[Any, Any]:
-    """Target and sample weight moved by hand, where the head's loss has ``shift``."""
+    """Return target and sample weight, moved by hand where the head's loss is given ``shift``."""
     p = call.problem
     if not p.shift:
         return target, call.sample_weight
@@ -114,8 +115,9 @@ def _on_logits(call: Call, loss: Callable[..., Any]) -> tuple[Any, Mapping[str, 
         return loss(z, target, weight=call.weight, sample_weight=sample_weight, **options), leaves
     cap = options.pop("softcap", None)
     if cap is not None and z.is_floating_point():  # of the model alone, which is one of two distributions here
-        finite = torch.where(z.isfinite(), z, 0.0).double()
-        z = torch.where(z.isfinite(), float(cap) * torch.tanh(finite / float(cap)), z.double()).to(p.wide)
+        above = z > -math.inf  # and no NaN
+        capped = float(cap) * torch.tanh(torch.where(above, z, 0.0).double() / float(cap))
+        z = torch.where(above, capped, z.double()).to(p.wide)
     z = z if bool((z < 0).any()) else softcurve.Logits(z)  # lest a plain tensor be taken for probabilities
     first, second = (z, target) if p.loss == "reverse" else (target, z)
     return loss(first, second, sample_weight=sample_weight, **options), leaves
@@ -128,7 +130,7 @@ def logits_route(call: Call) -> Outcome:
 
 
 def logits_module(call: Call) -> Outcome:
-    """The options at the construction, tensors of rows at the call."""
+    """Pass the options to the constructor and the tensors of the rows to the call."""
     modules = {CROSS_ENTROPY: softcurve.nn.CrossEntropyLoss, "js": softcurve.nn.JSDivergenceLoss}
     module = modules.get(call.problem.loss, softcurve.nn.KLDivergenceLoss)
 
@@ -148,7 +150,7 @@ def head_loss(p: Problem) -> Callable[..., Any]:
 
 
 def leaves_of(call: Call) -> dict[str, Tensor]:
-    """Features and head, those that are wanted with a gradient."""
+    """Return features and head as leaves; those whose gradient is wanted require it."""
     wanted = {"all": ("input", "linear_weight", "linear_bias"), "features": ("input",), "none": (), "target": ()}
     names = wanted.get(call.problem.wanted, ("linear_weight", "linear_bias"))
     given = {name: getattr(call, name) for name in ("input", "linear_weight", "linear_bias")}
@@ -167,7 +169,7 @@ def budget_option(call: Call, least: int | None) -> dict[str, Any]:
 
 
 def least_budget(call: Call) -> int | None:
-    """What the error of too small a budget says; ``None`` where there is another error."""
+    """Return the least budget, which the error of a smaller one names; ``None`` where there is another error."""
     if call.problem.budget == "default":
         return None
     try:
@@ -240,7 +242,7 @@ ROUTES: dict[str, Route] = {
 
 
 def prepared(p: Problem) -> Call:
-    """The call with its fault."""
+    """Return the call of a problem, with its fault."""
     call = build(p)
     if p.fault is not None:
         FAULTS[p.fault].change(call)
@@ -248,7 +250,7 @@ def prepared(p: Problem) -> Call:
 
 
 def routes_of(p: Problem, routes: Mapping[str, Route]) -> dict[str, Route]:
-    """Those that have the arguments of the fault, or such logits."""
+    """Return the routes that have the arguments of the problem."""
     if p.row_masks:
         return {name: route for name, route in routes.items() if "logits" in name}
     if p.fault is None or not FAULTS[p.fault].head_only:
@@ -257,7 +259,7 @@ def routes_of(p: Problem, routes: Mapping[str, Route]) -> dict[str, Route]:
 
 
 def disagreements(p: Problem, routes: Mapping[str, Route] = ROUTES) -> list[str]:
-    """What is wrong with each route, nothing where all agree with the contract."""
+    """Return what is wrong with each route; the list is empty where all agree with the contract."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = {name: route(prepared(p)) for name, route in routes_of(p, routes).items()}
@@ -270,7 +272,7 @@ def disagreements(p: Problem, routes: Mapping[str, Route] = ROUTES) -> list[str]
 
 
 def _gradients_apart(found: Mapping[str, Outcome], p: Problem, expected: Truth) -> list[str]:
-    """Gradients in target and sample weights, for which there is no closed form here: those of the first route."""
+    """Compare gradients in target and sample weights, for which there is no closed form here, with the first route's."""
     first, *others = found
     wrong = []
     for other in others:
@@ -285,7 +287,7 @@ def _gradients_apart(found: Mapping[str, Outcome], p: Problem, expected: Truth) 
 
 
 def _errors_apart(found: Mapping[str, Outcome], *, either: bool) -> list[str]:
-    """A refused argument is refused everywhere by an error of one type, which says what is wrong."""
+    """Require that all routes refuse the call by an error of the same type that has a message."""
     kinds = {name: got.error or "no error" for name, got in found.items()}
     allowed = {"TypeError", "ValueError"} | ({"no error"} if either else set())
     if len(set(kinds.values())) == 1 and set(kinds.values()) <= allowed:
@@ -304,14 +306,14 @@ def _wrong(name: str, p: Problem, got: Outcome, expected: Truth) -> list[str]:
     apart = _apart(got.value, expected.value, expected.size, p.wide, p.result)
     if apart:
         wrong.append(f"{name}: value {apart}")
-    if not expected.value.isinf().any():
-        for leaf, gradient in got.gradients.items():
-            if leaf not in expected.gradients:
-                continue
-            wanted = expected.gradients[leaf]
-            apart = _apart(gradient, wanted, expected.sizes[leaf], p.wide, gradient.dtype)
-            if apart:
-                wrong.append(f"{name}: gradient of {leaf} {apart}")
+    for leaf, gradient in got.gradients.items():
+        wanted = expected.gradients.get(leaf)
+        if wanted is None or not wanted.isfinite().all():  # of another kind, or of an infinite reverse divergence
+            continue
+        size = expected.sizes[leaf] * max(1.0, math.prod(p.rows) ** 0.5 / 10)  # of a long sum
+        apart = _apart(gradient, wanted, size, p.wide, gradient.dtype)
+        if apart:
+            wrong.append(f"{name}: gradient of {leaf} {apart}")
     if got.stats is not None:
         wrong += _wrong_stats(name, p, got.stats, expected)
     return wrong
@@ -324,18 +326,19 @@ def _wrong_stats(name: str, p: Problem, stats: Any, expected: Truth) -> list[str
         if got.dtype not in (p.wide, p.result):
             wrong.append(f"{name}: {column} dtype {got.dtype}, not {p.wide}")
         if not p.dead_features:
-            apart = _apart(got, wanted, 4 * (1 + wanted.abs()), p.wide, p.wide)
+            size = 4 * (1 + wanted.abs()) * (4 if p.confident else 1)  # of lse − Σ p z
+            apart = _apart(got, wanted, size, p.wide, p.wide)
             wrong += [f"{name}: {column} {apart}"] if apart else []
     return wrong
 
 
 def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kept: torch.dtype) -> str:
-    """Beyond the rounding of the computation and of the dtype in which the result is kept; empty if within."""
+    """Return how a result differs by more than rounding in the dtypes of computation and result, or an empty string."""
     if got.shape != wanted.shape:
         return f"of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
     exact, narrower = got.double(), kept.itemsize < computed.itemsize
     wanted = torch.where(wanted.abs() > torch.finfo(kept).max, wanted.sign() * math.inf, wanted)
-    rounding = torch.finfo(kept).eps * wanted.abs() / 2 if narrower else torch.zeros_like(wanted)
+    rounding = torch.finfo(kept).eps * wanted.abs() if narrower else torch.zeros_like(wanted)
     tiny = torch.finfo(kept).smallest_normal * torch.finfo(kept).eps
     bound = RELATIVE[computed] * size + rounding + FLOOR[computed] + tiny
     same = (exact == wanted) | (exact.isnan() & wanted.isnan())
@@ -349,5 +352,30 @@ def _apart(got: Tensor, wanted: Tensor, size: Tensor, computed: torch.dtype, kep
 
 
 def summary(wrong: Sequence[str]) -> str:
-    """What kinds of thing are wrong, without numbers: for grouping."""
+    """Return what is wrong without the numbers, by which failures are grouped."""
     return "; ".join(sorted({re.sub(r"[-+]?\d[\d.e+-]*|nan|inf", "#", line)[:70] for line in wrong}))
+
+
+def simplest(p: Problem, routes: Mapping[str, Route] = ROUTES) -> Problem:
+    """Return the problem with every option reset that the failure does not need."""
+    kind = summary(disagreements(p, routes))
+    small = {"leading": ((1,), (2,)), "classes": (1, 2, 3)}
+    settled = False
+    while not settled:
+        settled = True
+        for f in dataclasses.fields(p):
+            for value in (*small.get(f.name, ()), f.default):
+                simpler = dataclasses.replace(p, **{f.name: value})
+                if simpler == p or (f.name == "fault"):
+                    break
+                if sensible(simpler) and summary(disagreements(simpler, routes)) == kind:
+                    p, settled = simpler, False
+                    break
+    return p
+
+
+def sensible(p: Problem) -> bool:
+    """Return whether the loss accepts the kind of target, and the fault applies."""
+    known = p.loss == CROSS_ENTROPY or p.kind not in ("indices", "float")
+    shaped = not p.positions or (len(p.leading) == 1 and p.kind in ("indices", "float"))
+    return known and shaped and (p.fault is None or FAULTS[p.fault].applies(p))

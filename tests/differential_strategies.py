@@ -1,9 +1,15 @@
-"""Hypothesis strategies for problems whose options make sense together, and for those with one fault."""
+"""Problems whose options make sense together, and those with one fault, drawn from a seed.
+
+Hypothesis draws the seed. Were it to draw each option, five of six examples would be mutations of another one: it copies
+what it drew for one option into all others of the same strategy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -20,47 +26,46 @@ MANY_ROWS = 2500  # too many for a sum of weights in half precision
 FEW = 2  # classes beside them
 
 
-def _mostly(draw: st.DrawFn, plain: Any, *others: Any) -> Any:
-    """The plain value in about two draws of three."""
-    return draw(st.sampled_from([plain] * (2 * len(others)) + list(others)))
+def _mostly(draw: Random, plain: Any, *others: Any) -> Any:
+    """Return the plain value in two draws of three."""
+    return draw.choice(others) if draw.random() < 1 / 3 else plain
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    """Without a fault."""
+def sound(draw: Random) -> Problem:
+    """Draw a problem without a fault."""
     chosen: dict[str, Any] = {}
-    loss = chosen["loss"] = draw(st.sampled_from([CROSS_ENTROPY] * 3 + list(DIVERGENCES)))
+    loss = chosen["loss"] = draw.choice([CROSS_ENTROPY] * 3 + list(DIVERGENCES))
     kinds = KINDS if loss == CROSS_ENTROPY else KINDS[2:]
-    kind = chosen["kind"] = draw(st.sampled_from([k for k in kinds if (loss, k) != ("reverse", "renormalize")]))
+    kind = chosen["kind"] = draw.choice([k for k in kinds if (loss, k) != ("reverse", "renormalize")])
     if loss == "js":
         betas = [0.5, 0.25, 0.0, 0.9] + ([1.0] if kind != "renormalize" else [])
-        chosen["beta"] = draw(st.sampled_from(betas))
-    chosen["reduction"] = draw(st.sampled_from(["mean", "none", "sum", "batchmean"]))
-    chosen["dtype"] = draw(st.sampled_from(["float64", "float32", "bfloat16", "float16"]))
+        chosen["beta"] = draw.choice(betas)
+    chosen["reduction"] = draw.choice(["mean", "none", "sum", "batchmean"])
+    chosen["dtype"] = draw.choice(["float64", "float32", "bfloat16", "float16"])
     chosen["head_dtype"] = _mostly(draw, None, "float32", "bfloat16")
-    chosen["leading"] = draw(st.sampled_from(LEADING))
-    chosen["classes"] = _mostly(draw, draw(st.sampled_from(CLASSES)), MANY)
+    chosen["leading"] = draw.choice(LEADING)
+    chosen["classes"] = _mostly(draw, draw.choice(CLASSES), MANY)
     if loss == CROSS_ENTROPY and kind in ("indices", "float"):
         chosen["positions"] = _mostly(draw, (), (2,), (2, 1), (1,), (33,))
         if chosen["positions"]:
-            chosen["leading"] = draw(st.sampled_from([(4,), (1,), (0,)]))
-    if chosen["classes"] <= FEW and not chosen.get("positions") and chosen["leading"] == (9,):
-        chosen["leading"] = (MANY_ROWS,)
+            chosen["leading"] = draw.choice([(4,), (1,), (0,)])
     _draw_head(draw, chosen)
     _draw_target(draw, chosen)
     _draw_options(draw, chosen)
-    if kind in ("indices", "renormalize") and not chosen.get("dead_features"):
+    if kind in ("indices", "renormalize") and not (chosen.get("dead_features") or chosen.get("anywhere")):
         chosen["row_masks"] = _mostly(draw, False, False, False, True)
     chosen["budget"] = _mostly(draw, "default", "least", "tiles")
+    if chosen["classes"] <= FEW and chosen["leading"] == (9,):  # more rows than half precision counts to
+        chosen |= {"leading": (MANY_ROWS,), "budget": "default"}
     chosen["numbers"] = _mostly(draw, "python", "numpy", "tensor")
     chosen["wanted"] = _mostly(draw, "all", "features", "head", "target", "none")
     chosen["strided"] = _mostly(draw, False, True)
     chosen["stats"] = _mostly(draw, False, True)
-    chosen["seed"] = draw(st.integers(0, 50))
+    chosen["seed"] = draw.randrange(2**16)
     return Problem(**chosen)
 
 
-def _draw_head(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+def _draw_head(draw: Random, chosen: dict[str, Any]) -> None:
     chosen["confident"] = _mostly(draw, False, True)
     chosen["bias"] = _mostly(draw, "none", "plain", "masked", "last", "one")
     if chosen["loss"] == CROSS_ENTROPY:
@@ -76,7 +81,7 @@ def _draw_head(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
         chosen["weight_dtype"] = _mostly(draw, None, "float16", "float32", "float64")
 
 
-def _draw_target(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+def _draw_target(draw: Random, chosen: dict[str, Any]) -> None:
     kind = chosen["kind"]
     if kind == "indices":
         chosen["ignored"] = _mostly(draw, "none", "some", "some", "all")
@@ -86,16 +91,18 @@ def _draw_target(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
     chosen["target_dtype"] = _mostly(draw, None, "float32", "bfloat16", "float64")
     if chosen["bias"] in ("masked", "last", "one"):
         chosen["anywhere"] = _mostly(draw, False, True)
-    chosen["target_zeros"] = _mostly(draw, False, True)
+    reverse = chosen["loss"] == "reverse" or chosen.get("beta") == 1
+    if not (kind == "bucket" and reverse):  # where a tail of rounding errors would be divided by
+        chosen["target_zeros"] = _mostly(draw, False, True)
     if kind in LISTS:
-        chosen["listed"] = draw(st.sampled_from(["few", "live", "all"]))
+        chosen["listed"] = draw.choice(["few", "live", "all"])
     if kind in ("logits", "teacher"):
         chosen["target_offset"] = _mostly(draw, 0.0, 8192.0, -1e4)
         if chosen["target_offset"] and kind == "logits":
             chosen["target_dtype"] = "float64" if chosen["dtype"] == "float64" else "float32"
 
 
-def _draw_options(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
+def _draw_options(draw: Random, chosen: dict[str, Any]) -> None:
     bucket = chosen["kind"] == "bucket"
     chosen["base"] = _mostly(draw, math.e, 2.0)
     if chosen["loss"] != CROSS_ENTROPY:
@@ -112,11 +119,15 @@ def _draw_options(draw: st.DrawFn, chosen: dict[str, Any]) -> None:
         chosen["shift"] = _mostly(draw, 0, 1, 2, 20)
 
 
-@st.composite
-def faulty(draw: st.DrawFn) -> Problem:
-    """With one fault that the contract refuses."""
-    p = draw(problems())
+def faulty(draw: Random) -> Problem:
+    """Draw a problem with one fault."""
+    p = sound(draw)
     calm = dataclasses.replace(
         p, padding="none", dead_features=False, anywhere=False, budget="default", stats=False, row_masks=False
     )
-    return dataclasses.replace(calm, fault=draw(st.sampled_from(faults_of(calm))))
+    return dataclasses.replace(calm, fault=draw.choice(faults_of(calm)))
+
+
+def seeded(make: Callable[[Random], Problem]) -> st.SearchStrategy[Problem]:
+    """Return a strategy that draws the seed of ``make``."""
+    return st.integers(0, 2**32 - 1).map(lambda seed: make(Random(seed)))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import softcurve
-from softcurve.head import curvature, fused, products, row_forms
+from softcurve import checks
+from softcurve.head import curvature, fused, passes, products, row_forms
 from softcurve.head.products import Direction
 
 from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
@@ -142,6 +143,25 @@ def test_nothing_is_launched_for_float64_or_for_no_rows() -> None:
         softcurve.linear_cross_entropy(x, w, torch.zeros(rows, dtype=torch.int64), reduction="sum")
     assert not RAN
     RAN.update(before)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence", "js_divergence"])
+def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody looks at values, or leaves out rows by them."""
+    monkeypatch.setattr(checks, "values_visible", lambda *_: False)
+    monkeypatch.setattr(passes, "kept_rows", lambda weight: slice(0, len(weight)))
+    z, t, w = torch.randn(4, 9), torch.randn(4, 9), torch.eye(9).requires_grad_()
+    t[1] = -torch.inf
+    function = getattr(softcurve, f"linear_{loss}")
+    rows = function(z, w, softcurve.Logits(t), reduction="none")
+    assert rows[1].isnan()
+    assert rows[[0, 2, 3]].isfinite().all()
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    value = function(z, w, softcurve.Logits(t), reduction="sum", sample_weight=weight)
+    assert_same(value.detach(), rows[[0, 2, 3]].detach().sum(), "value", 1e-6)
+    assert torch.autograd.grad(value, w)[0].isfinite().all()
 
 
 # --- half-precision products ---------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class _Moving(TorchFunctionMode):
 
 
 def on_device(tensor: Tensor) -> Tensor:
-    """A tensor without history, and as much a leaf as it was."""
-    return tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad)
+    """As much a leaf as it was; inside a transform of functions nothing can become one, and nothing that is made is one."""
+    return tensor.detach().to(DEVICE).requires_grad_() if tensor.requires_grad else tensor.to(DEVICE)
 
 
 def place_tensors() -> None:

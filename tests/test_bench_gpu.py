@@ -179,10 +179,8 @@ def test_whoever_cannot_do_it_has_a_row_that_says_so(
         slow=sleeps,
         right=right,
     )
-    begun = time.monotonic()
     names = ("softcurve", "full", "broken", "slow", "right")
     code, report = run(tmp_path, "--case", "cross-entropy", "--limit", "1", *among(*names))
-    assert time.monotonic() - begun < 15
     assert code == 0
     records = by_name(report["cases"][0])
     assert records["full"]["note"] == "out of memory"

@@ -111,6 +111,14 @@ def test_distributions_with_every_loss(soft, loss):
         "forward_kl": forward,
         "reverse_kl": (np.exp(log_p) * (log_p - log_y)).sum(axis=1).mean(),
     }[loss]
+    confidence, right = np.exp(log_p).max(axis=1), held.target[np.arange(len(held)), log_p.argmax(axis=1)]
+    bins = np.ceil(15 * confidence).astype(int)
+    error = sum(abs((right - confidence)[bins == place].sum()) for place in set(bins)) / len(held)
+    assert record["calibration_error"] == pytest.approx(error, rel=1e-9)
+    assert re.search(rf"calibration error\W+{error:.4f}", table)
+    page = Path("h.html").read_text(encoding="utf-8")
+    assert f"here {100 * error:.2f}&nbsp;%" in page
+    assert "The targets are distributions" in page
     assert record["targets"] == "distributions"
     assert record["loss"] == SavedHead.load("h.safetensors").loss == loss
     assert record["held_out_loss_nats"] == pytest.approx(expected, rel=1e-12)

@@ -175,7 +175,6 @@ def test_the_full_run_learns_digits(run):
     fixed = figures["descent"]["fixed"]
     assert fixed["kl"][1] < 0.01 < fixed["kl"][0]
     assert fixed["q_moved"][1] > 0.2
-    assert figures["seconds"] < 120
 
 
 # --- Laplace and influence ---------------------------------------------------------------------------------------------

@@ -142,6 +142,36 @@ def test_calibration_against_sklearn(bins: int) -> None:
     assert found.error == pytest.approx((weights * abs(shares - means)).sum(), rel=1e-12)
 
 
+def calibration_error(p: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """The mean over rows of ``|mean of right − mean of confidence|`` of their bin."""
+    confidence = p.max(1)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return sum(abs((right - confidence)[place == bin_].sum()) for bin_ in range(bins)) / len(p)
+
+
+@pytest.mark.parametrize("kind", ["distributions", "bucket", "renormalize"])
+def test_calibration_of_soft_targets_is_measured_by_their_own_mass(kind: str) -> None:
+    at = problem(400, 8, scale=0.5)
+    y = torch.softmax(torch.tensor(at.z) + 0.7 * torch.randn(400, 8, dtype=torch.float64), 1)
+    target: Tensor | TopK = y
+    mass = y.numpy()
+    if kind != "distributions":
+        probs, indices = y.topk(3)
+        target = TopK(indices, probs.log(), kind)
+        left_over = (1.0 - probs.sum(1, keepdim=True)) / 5 if kind == "bucket" else torch.zeros(400, 1).double()
+        listed = probs if kind == "bucket" else probs / probs.sum(1, keepdim=True)
+        mass = left_over.expand(400, 8).scatter(1, indices, listed).numpy()
+    source = Held(at.features, target, tuple(range(8)), "distributions" if kind == "distributions" else "top_k")
+    found = diagnose(source, at.weight, at.bias, "cross_entropy", rows_at_once=37).calibration
+    predicted = at.p.argmax(1)
+    assert found.error == pytest.approx(calibration_error(at.p, mass[np.arange(400), predicted]), rel=1e-10)
+    by_labels = calibration_error(at.p, (y.numpy().argmax(1) == predicted).astype(float))
+    assert found.error < 0.5 * by_labels
+    # The targets of a teacher are right as often as they say: labels drawn from them have that error in expectation.
+    exact = diagnose(Held(at.features, torch.tensor(at.p), tuple(range(8)), "distributions"), at.weight, at.bias, "cross_entropy")  # fmt: skip
+    assert exact.calibration.error == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl", "js"])
 def test_distributions_against_scipy(loss: str) -> None:
     at = problem(61, 6)

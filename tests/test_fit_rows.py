@@ -297,7 +297,7 @@ def table(**columns):
         (
             "alone.npz",
             lambda path: np.savez(path, X=FEATURES),
-            r"has no targets \(no array named target or y\)",
+            r"has no targets \(no array named target, y or labels\)",
         ),
         (
             "alone.npy",
@@ -321,7 +321,7 @@ def table(**columns):
         ("nulls.parquet", table(a=[1.0, None], target=[0, 1]), "column 'a' .* has 1 nulls"),
         ("nulls.parquet", table(X=[[1.0], [None]], target=[0, 1]), "the lists in column 'X' .* has 1 nulls"),
         ("ragged.parquet", table(X=[[1.0], [2.0, 3.0]], target=[0, 1]), "lists of 1 to 2 entries"),
-        ("alone.parquet", table(a=[1.0, 2.0]), r"has no targets \(no column named target or y\)"),
+        ("alone.parquet", table(a=[1.0, 2.0]), r"has no targets \(no column named target, y or labels\)"),
         ("targets.parquet", table(target=[0, 1]), "has no feature columns; its columns are 'target'"),
         (
             "none.parquet",

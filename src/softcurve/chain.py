@@ -12,7 +12,7 @@ from softcurve import checks, reference, softmax
 from softcurve.array_types import Float
 from softcurve.divergences import ForwardKL, ReverseKL
 from softcurve.records import ShortRepr
-from softcurve.targets import Target, as_target
+from softcurve.targets import Probabilities, Target, TopK, as_target
 from softcurve.typing import ChainLoss
 
 LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")
@@ -120,11 +120,15 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
     """The target of each row as probabilities."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        target = Probabilities(target)
     target = as_target(target)
     if isinstance(target, Target):
         if target.coarsens:
             raise ValueError("target must be a distribution over all classes, got a TopK with tail='bucket'")
-        return target.distribution_against(z)[1].detach().to(z.dtype)
+        if isinstance(target, TopK):
+            target.require_fit(z.shape)
+        return target.checked(None, z.shape[-1]).distribution_against(z)[1].detach().to(z.dtype)
     checks.require_rows("target", target, z.shape[:-1], "the head's logits")
     checks.require_class_indices("target", target, z.shape[-1])
     return nn.functional.one_hot(target, z.shape[-1]).to(z.dtype)

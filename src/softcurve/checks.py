@@ -80,6 +80,8 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
     assert isinstance(tensor, Tensor)
     if tuple(tensor.shape) != tuple(rows):
         remedy = "" if classes is None else layout_remedy((*rows, classes), tensor.shape, against)
+        if tuple(tensor.shape) == (*rows, 1):
+            remedy = f"; drop the last dimension with {name}.squeeze(-1)"
         raise ValueError(
             f"{name} must have one entry per row, shape {tuple(rows)} (the leading dimensions of {against}), "
             f"got {describe(tensor)}{remedy}"
@@ -87,10 +89,20 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
 
 
 def layout_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
-    """Return what to do if ``logits`` have torch's layout ``(N, C, d_1, …)`` or more classes than ``target``."""
+    """Return what to do if ``logits``, or a distribution ``target``, have torch's layout ``(N, C, d_1, …)``."""
     logits, target = tuple(logits), tuple(target)
-    if len(logits) > 2 and target == (logits[0], *logits[2:]):
+    if len(logits) > 2 and target in ((logits[0], *logits[2:]), (logits[0], *logits[2:], logits[1])):
         return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
+    if len(target) > 2 and logits == (target[0], *target[2:], target[1]):
+        return "; for torch's layout (N, C, d_1, ...) pass target.movedim(1, -1), which has the classes last"
+    return ""
+
+
+def shape_remedy(logits: Sequence[int], target: Sequence[int], name: str = "logits") -> str:
+    """Return what to do if ``logits`` and a distribution differ in layout, or in the number of their classes."""
+    if remedy := layout_remedy(logits, target, name):
+        return remedy
+    logits, target = tuple(logits), tuple(target)
     if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
         larger = name if logits[-1] > target[-1] else "the target"
         return f"; if one vocabulary is padded, cut {larger} to {min(logits[-1], target[-1])} classes ([..., :C])"

@@ -162,7 +162,8 @@ class _CrossEntropy:
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
                 "use tail='renormalize' or sample_weight"
             )
-        z, _ = self.logit_map.shifted_value(_widened(logits))
+        logits = _widened(logits)  # once for both parts, so that the sum of their gradients is rounded once
+        z, _ = self.logit_map.shifted_value(logits)
         model, y = target.distribution_against(z)
         rows = row_losses(DenseCrossEntropy(LogitMap()), model, self._shaped(y, target, z))
         if self.z_loss:  # which is the loss of a target without mass
@@ -172,8 +173,10 @@ class _CrossEntropy:
 
     def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
         """Label smoothing and class weights act on the target."""
+        if self.smoothing or self.weight is not None:
+            y = y.to(torch.promote_types(torch.promote_types(y.dtype, logits.dtype), torch.float32))
         if self.smoothing:
-            y = (1 - self.smoothing) * _widened(y) + self.smoothing * target.uniform_over(logits)
+            y = (1 - self.smoothing) * y + self.smoothing * target.uniform_over(logits)
         return y if self.weight is None else y * self.weight
 
     def against_indices(self, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -286,9 +289,10 @@ def _divergence(
         if target.shape != model.shape:
             raise ValueError(
                 f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
-                + (checks.layout_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
+                + (checks.shape_remedy(target.shape, model.shape, "p") or "; expand the smaller one")
             )
-    target, _ = logit_map.shifted_value(_widened(target))
+    if not logit_map.is_identity:
+        target, _ = logit_map.shifted_value(target.to(wide))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
     return _reduced(rows, None, sample_weight, reducer, dtype, p=target, q=model)
 

@@ -392,5 +392,5 @@ def _mean_weights(
     kept = target != resolve_ignore_index(ignore_index, target)
     own = kept.to(torch.float32)
     if weight is not None:
-        own = own * weight[torch.where(kept, target, 0).long()]
+        own = own * weight[torch.where(kept & ~checks.outside_classes(target, len(weight)), target, 0).long()]
     return own if wide is None else torch.where(kept, own * wide, 0.0)

@@ -546,7 +546,7 @@ def _dense_target(
     if tuple(target.values.shape) != shape:
         raise ValueError(
             f"target ({kind}) must have the shape {shape} of the logits, got {checks.describe(target.values)}"
-            + checks.layout_remedy(shape, target.values.shape, "the model's classes or the target")
+            + checks.shape_remedy(shape, target.values.shape, "the model's classes or the target")
         )
     values = target.values
     if not any(map(lies_over_processes, (values, sample_weight))):

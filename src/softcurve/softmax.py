@@ -101,7 +101,7 @@ def unless_masked(z: Float[Tensor, "*rows classes"], values: Tensor) -> Float[Te
 
 def may_be_masked(z: Tensor) -> bool:
     """Whether a logit of −inf has to be reckoned with: ``where`` costs as much as several exponentials on the CPU."""
-    return not values_visible(z) or z.numel() == 0 or bool(z.amin() == -math.inf)
+    return not values_visible(z) or z.numel() == 0 or not z.amin() > -math.inf  # beside NaN too
 
 
 # --- cross-entropy against one class ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Target(ShortRepr, ABC):
         if tuple(shape) != tuple(z.shape):
             raise ValueError(
                 f"target ({type(self).__name__}) must have the shape {tuple(z.shape)} of the logits that it "
-                f"is compared with, got {tuple(shape)}{checks.layout_remedy(z.shape, shape)}"
+                f"is compared with, got {tuple(shape)}{checks.shape_remedy(z.shape, shape)}"
             )
 
 
@@ -340,7 +340,7 @@ class TopK(Target):
             return each if each.ndim == 0 or self.tail == "renormalize" else each.gather(-1, self.indices)
         return self.uniform_over_outcomes(each.expand(z.shape))
 
-    def uniform_over_outcomes(self, each: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows outcomes"]:
+    def uniform_over_outcomes(self, each: Float[Tensor, "*any classes"]) -> Float[Tensor, "*rows outcomes"]:
         """Return a distribution over the classes as one over the listed classes and the bucket, ``(..., k + 1)``."""
         each = each.expand(*self.leading, each.shape[-1])
         others = each.scatter(-1, self.indices, 0.0).sum(-1, keepdim=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 from softcurve.app.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
+from softcurve.app.refusals import refusals
+from softcurve.app.streams import use_standard_streams
 from softcurve.extras import needed
+
+BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
 
 try:
     with needed("the command line", "app"):
@@ -69,7 +70,7 @@ def fit(
     seed: Seed = 0,
     max_iter: Annotated[int, typer.Option(min=1, help="Newton steps at most.")] = 100,
     tol: Annotated[
-        float, typer.Option(help="Converged when no entry of the mean objective's gradient exceeds this.")
+        float, typer.Option(help="Largest entry of the mean objective's gradient at which the fit has converged.")
     ] = 1e-5,
     precision: Annotated[
         Literal["auto", "mixed", "float64"],
@@ -104,7 +105,8 @@ def fit(
     progress: Progress = None,
 ) -> None:
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
-    with ended_by_signals(), _refusals(), how_to_go_on(checkpoint) as on_step:
+    less = f"give a smaller --memory, fewer rows or classes, or {BY_BLOCKS}"
+    with ended_by_signals(), refusals(f"fit {data}", less), how_to_go_on(checkpoint) as on_step:
         from softcurve.app.fitting import FitOptions, fit_command
         from softcurve.app.processes import processes
 
@@ -127,7 +129,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
-    with ended_by_signals(), _refusals():
+    with ended_by_signals(), refusals(f"predict {data}", BY_BLOCKS):
         from softcurve.app.predicting import predict_command
 
         predict_command(head, data, target, out)
@@ -187,7 +189,8 @@ def spectrum(
     progress: Progress = None,
 ) -> None:
     """Largest eigenvalues, trace and spectral density of a model's curvature."""
-    with ended_by_signals(), _refusals():
+    less = "give a smaller --batch-size, --products, --probes, --steps or --top"
+    with ended_by_signals(), refusals(f"spectrum {model}", less):
         from softcurve.app.spectrum import SpectrumOptions, spectrum_command
 
         spectrum_command(
@@ -205,7 +208,7 @@ def explain(
     seed: Seed = 0,
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
-    with ended_by_signals(), _refusals():
+    with ended_by_signals(), refusals(f"explain {out}"):
         from softcurve.app.explain import write_explanation
         from softcurve.app.printing import console, print_record
 
@@ -214,18 +217,12 @@ def explain(
 
 def main() -> None:
     """Run the command line; the console script starts here."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A class name must not end the run on a terminal whose encoding lacks a letter of it.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    use_standard_streams()
     remember_interrupts()
     if sys.argv[1:2] == ["fit"]:
         _let_one_speak()
-    try:
-        with needed("the command line"):  # typer itself imports what it prints with when it prints
-            app()
-    except ImportError as error:
-        print(f"softcurve: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with refusals(), needed("the command line"):  # typer itself imports what it prints with when it prints
+        app()
 
 
 def _let_one_speak() -> None:
@@ -234,19 +231,3 @@ def _let_one_speak() -> None:
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as anything may be said)
         atexit.register(nowhere.close)
         sys.stdout = sys.stderr = nowhere
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        with needed("this command"):
-            yield
-    except BrokenPipeError:
-        raise
-    except (ImportError, ValueError, OSError) as error:
-        _refuse(str(error), error)
-
-
-def _refuse(message: str, error: Exception) -> NoReturn:
-    print(f"softcurve: {message}", file=sys.stderr)
-    raise typer.Exit(2) from error

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 import softcurve
+from softcurve.app.encoding import encoded
 from softcurve.app.figures import figure_lines, figures
+from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.app.printing import as_json, fit_progress, print_record, print_table
 from softcurve.app.report.record import FitReport, PathPoint
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_output, replacing
+from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
@@ -29,6 +31,8 @@ from softcurve.fit.solver.newton import Step
 from softcurve.fit.together import ALONE, Together, require_same
 
 __all__ = ["FitOptions", "fit_command"]
+
+OPTIONS = {"head": "--out", "record": "--record", "report": "--report"}  # what each output is called
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,12 @@ def _write(options: FitOptions, source: Source, work: Work, outputs: dict[str, P
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
         raise DataError(f"--dtype: the head goes beyond the range of {options.dtype}; take float64, or scale the data")
     page = _report(options, source, work)  # drawn before anything is written
-    head.save(outputs["head"])
-    with replacing(outputs["record"]) as file:
-        file.write((as_json(record | {"history": [asdict(step) for step in work.fit.history]}) + "\n").encode())
-    with replacing(outputs["report"]) as file:
-        file.write(page.encode())
+    with replacing_all({OPTIONS[name]: path for name, path in outputs.items()}) as files:
+        head.write(files["--out"])
+        history = [asdict(step) for step in work.fit.history]
+        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
+        files["--report"].write(encoded(page))
+        stop_if_interrupted()
     print_table("softcurve fit", _lines(record))
     print_record(record)
 
@@ -136,14 +141,11 @@ def _outputs(options: FitOptions) -> dict[str, Path]:
         "report": options.report or options.out.with_suffix(".html"),
     }
     for (name, path), suffix in zip(outputs.items(), (".safetensors", ".json", ".html"), strict=True):
-        option = "--out" if name == "head" else f"--{name}"
         if path.suffix.lower() != suffix:
-            raise DataError(f"{option}: {path} must end in {suffix}")
-        check_output(path, options.data, options.target, option=option)
-    if options.checkpoint is not None:
-        if options.checkpoint.resolve() in {path.resolve() for path in outputs.values()}:
-            raise DataError(f"--checkpoint: {options.checkpoint} is also an output; give another name")
-        check_output(options.checkpoint, options.data, options.target, option="--checkpoint")
+            raise DataError(f"{OPTIONS[name]}: {path} must end in {suffix}")
+    written = {OPTIONS[name]: path for name, path in outputs.items()}
+    written |= {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
+    check_outputs(written, {"DATA": options.data, "--target": options.target})
     return outputs
 
 

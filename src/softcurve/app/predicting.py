@@ -19,7 +19,7 @@ from softcurve.app.predictions import Write, check_predictions_path, writing_pre
 from softcurve.app.printing import print_record, print_table
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_output
+from softcurve.fit.atomic import check_outputs
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import Label, Source, rows_within
 from softcurve.fit.saved_head import SavedHead
@@ -34,7 +34,7 @@ def predict_command(head_path: Path, data: str, target: Path | None, out: Path |
     """Predict, write the predictions, print the table and the JSON line. Raises DataError."""
     if out is not None:
         check_predictions_path(out)
-        check_output(out, data, target, head_path)
+        check_outputs({"--out": out}, {"HEAD": head_path, "DATA": data, "--target": target})
     head = SavedHead.load(head_path)
     source = open_source_for(data, head.classes, head.weight.shape[1], target)
     # The reverse KL of a label is infinite, its cross-entropy is not.

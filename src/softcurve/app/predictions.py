@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from softcurve.app.encoding import encodable
 from softcurve.array_types import Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
@@ -41,7 +42,7 @@ def writing_predictions(path: Path, rows: int, classes: tuple[Label, ...]) -> It
 
     What stood at ``path`` before stays there unless all is written.
     """
-    with replacing(path) as file, WRITERS[path.suffix.lower()](file, rows, classes) as write:
+    with replacing(path, "--out") as file, WRITERS[path.suffix.lower()](file, rows, classes) as write:
         yield write
 
 
@@ -82,7 +83,7 @@ def _entries(file: Any, probabilities: NDArray[np.float64]) -> None:
 
 @contextmanager
 def _csv(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
     writer = csv.writer(text)
     writer.writerow(["label", *(f"p({label})" for label in classes)])
 
@@ -102,10 +103,10 @@ def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = _array(classes)
+    labels = _array(tuple(encodable(name) if isinstance(name, str) else name for name in classes))
     fields = {"label": pa.array(labels).type, "probabilities": pa.list_(pa.float64(), len(classes))}
     schema = pa.schema(fields, metadata={"classes": json.dumps(classes)})
-    with pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
 
         def write(probabilities: NDArray[np.float64], predicted: NDArray[np.int64]) -> None:
             lists = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), len(classes))

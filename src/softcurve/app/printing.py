@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from softcurve.app.encoding import encodable
 from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.fit.solver.newton import Step
 
@@ -29,13 +30,16 @@ def print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, figure in lines:
-        table.add_row(Text(name), Text(figure))
+        table.add_row(Text(name), Text(encodable(figure)))
     console().print(table)
 
 
 def print_record(record: Mapping[str, object]) -> None:
-    """Print the record as one line of JSON; a number that is not finite becomes null."""
-    print(as_json(record))
+    """Print the record as one line of JSON; a number that is not finite becomes null.
+
+    It is plain ASCII. A file name that is not UTF-8 has lone surrogates in it, as ``os.fsencode`` takes them.
+    """
+    print(as_json(record), flush=True)
 
 
 def as_json(record: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,12 +26,13 @@ from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.rows import gather
 from softcurve.fit.data.source import Block
 from softcurve.fit.losses import Loss, check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
+from softcurve.fit.system_errors import out_of_memory
 
 __all__ = ["SpectrumOptions", "spectrum_command"]
 
@@ -99,6 +101,8 @@ def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None
     try:
         findings = _findings(options, problem, progress)
     except Exception as error:
+        if out_of_memory(error) is not None:
+            raise
         place = place_in(problem.file, error)
         # Whatever else comes from beyond the model's own code is a fault of this program: let it be seen.
         if not place and not isinstance(error, TypeError | ValueError | RuntimeError):
@@ -123,7 +127,8 @@ def _check(options: SpectrumOptions) -> None:
         raise DataError(f"--out: {options.out} must end in {', '.join(PICTURES)}")
     if options.probes == 0:
         raise DataError(f"--out: without probes there is no density to draw in {options.out}; give --probes 1 or more")
-    check_writable(options.out, "--out")
+    model = options.model.rpartition(":")[0] or options.model
+    check_outputs({"--out": options.out}, {"MODEL": model, "DATA": options.data, "--target": options.target})
     import matplotlib.figure  # noqa: F401
 
 
@@ -145,7 +150,7 @@ def _saved(options: SpectrumOptions) -> Problem:
     refuse_zeros(loss, Block(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
-    batch = options.batch_size or len(rows)
+    batch = min(options.batch_size or len(rows), len(rows))
     data = list(zip(features.split(batch), target.split(batch), strict=True))
     return Problem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
 
@@ -290,8 +295,11 @@ def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> N
     axes.set_xlim(low, max(high, values[0] + 0.02 * (values[0] - low)))
     axes.set_title(title, fontsize=9)
     axes.legend(frameon=False, fontsize=9)
-    with replacing(out) as file:
-        figure.savefig(file, format=out.suffix[1:].lower(), dpi=150)
+    picture = io.BytesIO()  # by way of memory: the encoders do not say why a file could not be written
+    figure.savefig(picture, format=out.suffix[1:].lower(), dpi=150)
+    stop_if_interrupted()
+    with replacing(out, "--out") as file:
+        file.write(picture.getbuffer())
 
 
 def _record(options: SpectrumOptions, problem: Problem, findings: Findings) -> dict[str, Any]:

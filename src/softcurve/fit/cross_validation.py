@@ -176,8 +176,8 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         if undefined := int(np.isnan(self.scores_).sum()):
             warnings.warn(
                 f"scoring {self.scoring!r} is NaN for {undefined} of the {self.scores_.size} fits to the folds, as "
-                "where a fold lacks a class: the means are over the others, and without any the first C is taken. Give folds "
-                "that have every class, or another scorer",
+                "where one lacks a class: the means are over the others, and without any the first C is taken. "
+                "Give folds that have every class, or another scorer",
                 UserWarning,
                 stacklevel=3,
             )

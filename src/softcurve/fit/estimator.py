@@ -48,11 +48,14 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         loss: ``cross_entropy``, ``forward_kl``: D(target‖model), ``reverse_kl``: D(model‖target), or ``js`` (β = ½).
         fit_intercept: Whether there is a bias. It is not penalised.
         tol: The fit has converged when no entry of the gradient of the mean objective, ``½ ‖W‖² / (C Σ w) + Σ w loss /
-            Σ w``, exceeds this. It is checked in float64.
+            Σ w``, exceeds this, in float64, and an undamped Newton step would gain at most ``tol / 50`` nats, which
+            depends neither on the units of the features nor on the number of classes. At least one step is made.
         max_iter: Newton steps at most.
         class_weight: A dict of labels and weights, or ``"balanced"``: they multiply the weights of the rows; of a
-            distribution (cross-entropy and forward KL alone) those of the row's copies.
-        warm_start: Whether a second fit starts from the last one's coefficients.
+            distribution (cross-entropy and forward KL alone) those of the row's copies. A label that is not named has
+            weight 1.
+        warm_start: Whether a second fit starts from the last one's coefficients, where the objective is lower there
+            than without.
         precision: ``mixed``: products in float32, the objective and its gradient in float64; ``float64``; or ``auto``:
             ``mixed``, but where float32 would save nothing.
         memory_budget: Bytes beyond the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
@@ -320,12 +323,13 @@ def _weights_of_classes(class_weight: Any, classes: Array, mass: Tensor) -> Tens
 
 
 def require_dense(y: Any) -> None:
-    """Raise ValueError for a sparse target: its zeros are read as often as its entries."""
-    if issparse(y) or (isinstance(y, Tensor) and y.layout != torch.strided):
-        what = "y.toarray()" if issparse(y) else "y.to_dense()"
+    """Raise ValueError for a sparse target."""
+    sparse = issparse(y)
+    if sparse or (isinstance(y, Tensor) and y.layout != torch.strided):
+        what = "y.toarray()" if sparse else "y.to_dense()"
         raise ValueError(
             f"y must be dense, labels (n,) or distributions (n, C); got a sparse {type(y).__name__} of shape "
-            f"{tuple(y.shape)}: give {what}, or a softcurve.TopK of the largest entries of each row"
+            f"{tuple(getattr(y, 'shape', ()))}: give {what}, or a softcurve.TopK of the largest entries of each row"
         )
 
 
@@ -375,7 +379,7 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
 
 def to_tensor(array: Any) -> Tensor:
     """The array's tensor; a copy where it cannot be written to, as torch would warn of it."""
-    return torch.as_tensor(np.require(array, requirements="CW") if isinstance(array, np.ndarray) else array)
+    return torch.as_tensor(np.require(array, requirements=["C", "W"]) if isinstance(array, np.ndarray) else array)
 
 
 # --- what goes out ------------------------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
 class Fit(ShortRepr):
     """A fitted head: ``weight`` (C, d), ``bias`` (C,), the objective in nats, and how it was reached.
 
-    ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it is
-    within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was penalised and every row is
-    on the right side: the loss then has no minimum, and falls forever as the weights grow.
+    ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it and the
+    Newton decrement are within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was
+    penalised and every row is on the right side: the loss then has no minimum, and falls forever as the weights grow.
     """
 
     weight: Float64[Tensor, "classes d"]
@@ -89,7 +89,8 @@ def fit_head(
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
     The bias is not penalised. Two classes are penalised by their one difference, as there: by ``½ ‖w_1 − w_0‖²``. It
-    has converged when no entry of this mean's gradient exceeds ``tol``.
+    has converged when no entry of this mean's gradient exceeds ``tol``, and a Newton step would gain at most
+    ``tol / 50``.
 
     Args:
         source: Rows and their targets.
@@ -102,7 +103,8 @@ def fit_head(
         precision: ``mixed`` multiplies in float32 and takes the objective and its gradient in float64; ``float64`` is
             float64 throughout; ``auto`` is ``mixed``, but where float32 would save nothing. All end at the same head.
         memory_budget: Bytes beyond the rows of the source. By default 1 GiB where they are in memory, or else 256 MiB.
-        start: Weight and bias to start from; by default zeros and the classes' shares.
+        start: Weight and bias to start from, where the objective is lower there than at the default: zeros and the
+            classes' shares.
         coordinates: Those of :func:`coordinates_of`, for several fits to the same rows, or to some of them.
         checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
             on from it; it must belong to the same rows and options.

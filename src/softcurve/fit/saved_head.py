@@ -7,15 +7,19 @@ import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from softcurve.array_types import Float
 from softcurve.fit import DataError
+from softcurve.fit.atomic import replacing
+from softcurve.fit.data.files.decoding import check_file
 from softcurve.fit.data.source import Label
 from softcurve.fit.losses import LOSSES
-from softcurve.fit.tensor_file import read_tensors, write_tensors
+from softcurve.fit.system_errors import unusable
+from softcurve.fit.tensor_file import encode_tensors, read_tensors
 from softcurve.records import ShortRepr
 
 __all__ = ["SavedHead"]
@@ -45,6 +49,11 @@ class SavedHead(ShortRepr):
 
     def save(self, path: Path | str) -> None:
         """Write the head; what stood at ``path`` before stays there unless all is written."""
+        with replacing(Path(path)) as file:
+            self.write(file)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the head to a file that is open."""
         metadata = {
             "format": FORMAT,
             "format_version": VERSION,
@@ -53,7 +62,7 @@ class SavedHead(ShortRepr):
             "C": repr(self.C),
             "softcurve_version": version("softcurve"),
         }
-        write_tensors(Path(path), {"weight": self.weight, "bias": self.bias}, metadata)
+        file.writelines(encode_tensors({"weight": self.weight, "bias": self.bias}, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> SavedHead:
@@ -74,10 +83,11 @@ class SavedHead(ShortRepr):
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise DataError(f"head: there is no file {path}; give a head that softcurve fit has saved")
+    check_file(path, "head")
     try:
         return read_tensors(path)
+    except OSError as error:
+        raise unusable("head", path, "read", error) from error
     except ValueError as error:
         raise _damaged(path, str(error)) from error
 

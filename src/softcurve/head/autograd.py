@@ -96,7 +96,7 @@ class _Losses(Function):
             else:
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
         if ctx.needs_input_grad[7] and v_total is not None:
-            in_weight = v_total * rows
+            in_weight = v_total * _finite_where_left_out(rows, tensors.row_weight)
         return *gradients, None, in_weight, *(None,) * 17
 
     @staticmethod
@@ -114,12 +114,17 @@ class _Losses(Function):
                 found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
                 total = total + _inner(found, directions)
             if v_weight is not None:
-                total = total + (v_weight * rows).sum()
+                total = total + (v_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()
             return total, change, *(None,) * 10
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(_Losses, info, in_dims, inputs)
+
+
+def _finite_where_left_out(rows: Tensor, weight: Tensor) -> Tensor:
+    """The losses of rows; 0 for an infinite one of weight 0, which has no part."""
+    return torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
 
 
 def _may_hand_over(scale: Tensor) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import softcurve
+from softcurve.app.encoding import encoded
 from softcurve.app.explain.chain_section import explain_chain
 from softcurve.app.explain.directions_section import explain_directions
 from softcurve.app.explain.jacobian_section import explain_jacobian
@@ -20,6 +21,7 @@ from softcurve.app.explain.page import render
 from softcurve.app.explain.section import Check, Section, plain
 from softcurve.app.explain.targets_section import explain_targets
 from softcurve.app.explain.vae_section import explain_vae
+from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.fit.atomic import check_writable, replacing
 
 __all__ = ["write_explanation"]
@@ -55,8 +57,10 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
             "version": softcurve.__version__,
             "torch": torch.__version__,
         }
-        with replacing(out) as file:
-            file.write(render(sections, facts).encode())
+        page = encoded(render(sections, facts))
+        stop_if_interrupted()
+        with replacing(out, "--out") as file:
+            file.write(page)
     console.print(_table(checks))
     figures = {section.key: section.figures for section in sections}
     return {

@@ -17,6 +17,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from softcurve.app.interrupt import stop_if_interrupted
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -89,6 +91,7 @@ def picture(draw: Callable[[Theme], Figure], alt: str) -> Picture:
 def _uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
     buffer = io.BytesIO()
     with theme.applied():
+        stop_if_interrupted()  # matplotlib's callbacks lose what is raised in them
         draw(theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from softcurve.app.encoding import encoded
 from softcurve.app.page.render import render_page
 from softcurve.app.report.classes import show_classes, show_confusion
 from softcurve.app.report.convergence import show_convergence, show_path
@@ -34,6 +35,6 @@ def render_report(report: FitReport) -> str:
 
 def write_report(path: Path, report: FitReport) -> None:
     """Write the page; what stood at ``path`` before stays there unless all is written."""
-    page = render_report(report)
+    page = encoded(render_report(report))
     with replacing(path) as file:
-        file.write(page.encode())
+        file.write(page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from softcurve.app.encoding import encodable
 from softcurve.fit.data.source import Label
 
 LONGEST_NAME = 48
@@ -21,5 +22,5 @@ class Section:
 
 def class_name(label: Label) -> str:
     """A class on one line, short enough for a table."""
-    name = " ".join(str(label).split()) or "(no name)"
+    name = encodable(" ".join(str(label).split())) or "(no name)"
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

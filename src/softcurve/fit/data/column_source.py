@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
+from softcurve.fit.data.capacity import require_head, require_rows
 from softcurve.fit.data.columns import ArrayColumn, Column, Fill, Part
 from softcurve.fit.data.features import check_features, double_needed, refuse_not_finite
 from softcurve.fit.data.identity import column_digests, require_same_rows
@@ -192,19 +193,27 @@ def assemble(
         if class_count is not None and (class_count < 2 or kind == "labels"):
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
-    rows = sum(part.rows for part in parts)
+        rows = sum(part.rows for part in parts)
+        if kind is not None:
+            require_rows(rows, parts[0].features.name)
     require_same_rows(parts, kind, together)
     first, end = own_span(rows, together)
     index = None
     if kind == "labels":
+        fitted = classes is None
         classes, index = index_labels(_label_spans(parts, first, end), classes, together)
+        if fitted:
+            _require_head(parts, len(classes), None, together)
     elif kind is not None:
         given = class_count if classes is None else len(classes)
         said = "the head has" if classes is not None else "class_count is"
         found = 0
         with together.agreed():
             found = _class_count(parts, kind, given, said, first, end)
-        classes = tuple(range(int(together.largest(found)[0]))) if classes is None else classes
+        if classes is None:
+            count = int(together.largest(found)[0])
+            _require_head(parts, count, class_count, together)
+            classes = tuple(range(count))
     named = classes if classes is not None and kind else ()
     source = ColumnSource(tuple(parts), kind, named, index, in_memory, (first, end), together)
     if in_memory:
@@ -285,6 +294,12 @@ def _refuse_other(first: Part, first_kind: TargetKind | None, part: Part, kind: 
             f"{ours.name} must have {theirs.shape[1]} columns, as {theirs.name}; got {ours.shape[1]}: all shards need "
             "targets over the same classes"
         )
+
+
+def _require_head(parts: Sequence[Part], classes: int, class_count: int | None, together: Together) -> None:
+    targets = [column for column in (parts[0].target, *(parts[0].lists or ())) if column is not None]
+    with together.agreed():
+        require_head(classes, parts[0].features.shape[1], targets[0].name if class_count is None else "class_count")
 
 
 def _class_count(parts: Sequence[Part], kind: TargetKind, given: int | None, says: str, first: int, end: int) -> int:

@@ -1,7 +1,8 @@
-"""The door for the command line: a word, a file or a directory becomes a source."""
+"""What the command line opens: a word, a file or a directory becomes a source."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -54,7 +55,7 @@ def _parts(data: str, target: Path | None) -> tuple[list[Part], bool]:
     path = Path(data)
     if data == "digits":
         parts = [_digits()]
-    elif path.is_dir() and path.suffix.lower() not in SUFFIXES:
+    elif os.path.isdir(path) and path.suffix.lower() not in SUFFIXES:
         parts = directory_parts(path, with_target=target is None, without=target)
     else:
         parts = [file_part(path, with_target=target is None)]

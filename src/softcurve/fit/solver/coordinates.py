@@ -201,7 +201,8 @@ class _Moments:
     def __init__(self, width: int, *, pairs: bool) -> None:
         self.origin: Tensor | None = None
         self.mass = 0.0
-        self.first, self.squares = torch.zeros(2, width, dtype=torch.float64)
+        self.first = torch.zeros(width, dtype=torch.float64)
+        self.squares = torch.zeros(width, dtype=torch.float64)
         self.second = torch.zeros((width, width) if pairs else (width,), dtype=torch.float64)
 
     def add(self, features: Tensor, weights: Tensor) -> None:

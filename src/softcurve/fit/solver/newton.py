@@ -120,7 +120,7 @@ class Newton:
         return point
 
     def converged(self) -> bool:
-        """Whether the gradient is within the tolerance, and what Newton's step promises at most a tenth of it, in nats.
+        """Whether the gradient is within the tolerance, and what Newton's step promises at most a share of it, in nats.
 
         The gradient's size depends on the units of the features, and on how many classes share the rows. Half the
         squared Newton decrement, ``½ gᵀ H⁻¹ g``, does not: it is what the undamped step would gain. At least one step

@@ -8,10 +8,11 @@ from pathlib import Path
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column, Part
 
-__all__ = ["FEATURES", "LISTS", "TARGET", "listed", "named_part", "pick", "target_of"]
+__all__ = ["FEATURES", "LISTS", "listed", "named_part", "pick", "target_names", "target_of"]
 
 FEATURES = ("features", "X")
 TARGET = ("target", "y")
+OTHER_TARGET = ("labels",)  # where neither of those is there
 LISTS = ("indices", "log_probs")
 
 
@@ -28,7 +29,7 @@ def target_of(
     path: Path, what: str, names: Sequence[str], column: Callable[[str], Column], with_target: bool
 ) -> tuple[Column | None, tuple[Column, Column] | None, str]:
     """The target or the two of a teacher's lists, or why there is neither."""
-    target = pick(path, what, names, TARGET)
+    target = pick(path, what, names, target_names(names))
     found = [name for name in LISTS if name in names]
     if not with_target:
         return None, None, "another is given"
@@ -38,11 +39,16 @@ def target_of(
         return column(target), None, ""
     if len(found) == len(LISTS):
         return None, (column(LISTS[0]), column(LISTS[1])), ""
-    absent = f"no {what} named {' or '.join(TARGET)}"
+    absent = f"no {what} named {', '.join(TARGET)} or {', '.join(OTHER_TARGET)}"
     if found:
         other = LISTS[1 - LISTS.index(found[0])]
         absent += f", and {found[0]} without {other}"
     return None, None, absent
+
+
+def target_names(names: Sequence[str]) -> tuple[str, ...]:
+    """What the target may be called in a file that holds these names."""
+    return TARGET if any(name in names for name in TARGET) else OTHER_TARGET
 
 
 def pick(path: Path, what: str, names: Sequence[str], wanted: tuple[str, ...]) -> str | None:

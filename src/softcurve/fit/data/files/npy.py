@@ -28,7 +28,7 @@ def npy_column(path: Path, argument: str, name: str) -> RawColumn:
             raise DataError(f"{argument}: {path} is an archive of several arrays; rename it to .npz")
         file.seek(0)
         shape, fortran, dtype = read_header(file)
-        column = RawColumn(name, KIND, Stamp.of(path), file.tell(), shape, dtype, fortran=fortran)
+        column = RawColumn(name, KIND, Stamp.of(path, argument), file.tell(), shape, dtype, fortran=fortran)
         if column.stamp.size != column.offset + column.nbytes:
             raise ValueError(
                 f"its header says {shape} of {dtype}, which are {column.nbytes} bytes, and "
@@ -51,4 +51,6 @@ def read_header(file: BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[A
         raise ValueError(f"its format is version {version[0]}.{version[1]}, which plain numbers never have")
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its header says {shape}")
     return shape, fortran, dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +38,30 @@ def npz_part(path: Path, with_target: bool, *, held: bool) -> Part:
 
         def column(name: str) -> Column:
             named = f"array {name!r} of {path}"
+            shape, dtype, checksum = _member_header(members, name)
             if held:
                 return ArrayColumn(archive[name], named)
-            member = name if name in members.namelist() else f"{name}.npy"
-            with members.open(member) as entry:
-                shape, _, dtype = read_header(entry)  # type: ignore[arg-type]
-            return NpzColumn(named, stamp, name, shape, dtype, members.getinfo(member).CRC)
+            return NpzColumn(named, stamp, name, shape, dtype, checksum)
 
         return named_part(path, "array", archive.files, column, with_target)
+
+
+def _member_header(members: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, dtype and checksum of an array. Raises ValueError for a member that is no array, or is of another size.
+
+    The size is compared before memory is taken for the array: a header may claim any.
+    """
+    member = name if name in members.namelist() else f"{name}.npy"
+    info = members.getinfo(member)
+    with members.open(info) as entry:
+        try:
+            shape, _, dtype = read_header(entry)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"its member {member!r} is no array ({error})") from error
+        nbytes, left = math.prod(shape) * dtype.itemsize, info.file_size - entry.tell()
+    if nbytes != left:
+        raise ValueError(f"its member {member!r} says {shape} of {dtype}, which are {nbytes} bytes, and has {left}")
+    return shape, dtype, info.CRC
 
 
 @dataclass(frozen=True, eq=False)

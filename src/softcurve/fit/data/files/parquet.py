@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column, Fill, Part
 from softcurve.fit.data.files.decoding import check_file, decoding
-from softcurve.fit.data.files.naming import FEATURES, LISTS, TARGET, listed, named_part, target_of
+from softcurve.fit.data.files.naming import FEATURES, LISTS, listed, named_part, target_names, target_of
 from softcurve.fit.data.files.stamp import Stamp
 
 __all__ = ["parquet_part"]
@@ -27,10 +28,10 @@ BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that
 
 def parquet_part(path: Path, with_target: bool) -> Part:
     """The rows of a table: a list column ``features`` or ``X``, or else every column that is no target."""
-    import pyarrow.parquet as pq
+    import pyarrow.parquet  # noqa: F401  (a missing package is no damage of the file)
 
     check_file(path, "data")
-    with decoding(path, "data", KIND), pq.ParquetFile(path, pre_buffer=False) as table:
+    with decoding(path, "data", KIND), _table(path) as table:
         stamp, rows, kinds = Stamp.of(path), table.metadata.num_rows, table.schema_arrow
         names = list(kinds.names)
         if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -45,14 +46,14 @@ def parquet_part(path: Path, with_target: bool) -> Part:
         if any(name in names for name in FEATURES):
             return named_part(path, "column", names, column, with_target)
         lists = tuple(name for name in LISTS if name in names and _is_list(kinds.field(name).type))
-        plain = [name for name in names if name not in (*TARGET, *lists)]
+        targets = [name for name in names if name in (*target_names(names), *lists)]
+        plain = [name for name in names if name not in targets]
         if not plain:
             raise DataError(f"data: {path} has no feature columns; its columns are {listed(names)}")
         columns = [_numeric(column(name), name, path) for name in plain]
         features = ParquetColumn(
             f"columns of {path}", stamp, tuple(plain), (rows, len(plain)), np.result_type(*(c.dtype for c in columns))
         )
-        targets = [name for name in names if name in (*TARGET, *lists)]
         return Part(features, *target_of(path, "column", targets, column, with_target))
 
 
@@ -69,22 +70,18 @@ class ParquetColumn:
     @contextmanager
     def opened(self) -> Iterator[Fill]:
         """Rows in their order, from any one on: the row groups before it are not read."""
-        import pyarrow.parquet as pq
-
         self.stamp.check()
         with decoding(self.stamp.path, "data", KIND):
-            table = pq.ParquetFile(self.stamp.path, pre_buffer=False, buffer_size=BUFFER)
+            table = _table(self.stamp.path, BUFFER)
         with table:
             yield _Sequence(self, table)
         self.stamp.check()
 
     def labels(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """The entries, some at a time."""
-        import pyarrow.parquet as pq
-
         path = self.stamp.path
         self.stamp.check()
-        with decoding(path, "data", KIND), pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as table:
+        with decoding(path, "data", KIND), _table(path, BUFFER) as table:
             groups, first = _groups(table, start, stop)
             for batch in table.iter_batches(LABELS, row_groups=groups, columns=list(self.columns)):
                 values = _values(batch.column(batch.schema.get_field_index(self.columns[0])), self.name, first)
@@ -137,6 +134,15 @@ class _Sequence:
             for place, (values, name) in enumerate(zip(found, column.columns, strict=True)):
                 side_by_side[:, place] = _values(values, f"column {name!r} of {path}", first)
             return side_by_side
+
+
+def _table(path: Path, buffer: int = 0) -> Any:
+    """The table, opened; the checksums of its pages, where they were written, are verified as they are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pa.OSFile(os.fsencode(path))  # a name that is not UTF-8 can only be given as bytes
+    return pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer, page_checksum_verification=True)
 
 
 def _groups(table: Any, start: int, stop: int) -> tuple[list[int], int]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Fill
 from softcurve.fit.data.files.stamp import Stamp
+from softcurve.fit.system_errors import unusable
 
 __all__ = ["RawColumn"]
 
@@ -103,11 +104,9 @@ class RawColumn:
                     break
                 left = left[count:]
         except OSError as error:
-            raise DataError(
-                f"data: {self.stamp.path} cannot be read at byte {place} ({error.strerror}); check its disk"
-            ) from error
+            raise unusable(self.stamp.argument, self.stamp.path, f"read at byte {place}", error) from error
         if left:
             raise DataError(
-                f"data: {self.stamp.path} ends before the entries of {self.name} do ({len(left)} bytes are missing "
-                f"at byte {place}): it is no whole {self.format}; write it again"
+                f"{self.stamp.argument}: {self.stamp.path} ends before the entries of {self.name} do "
+                f"({len(left)} bytes are missing at byte {place}): it is no whole {self.format}; write it again"
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from softcurve.fit.data.files.naming import named_part
 from softcurve.fit.data.files.raw import RawColumn
 from softcurve.fit.data.files.stamp import Stamp
 
-__all__ = ["safetensors_part"]
+__all__ = ["opened_tensors", "safetensors_part"]
 
 KIND = "a .safetensors file"
 STORED = {
@@ -29,11 +31,9 @@ MEANT = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torc
 
 def safetensors_part(path: Path, with_target: bool) -> Part:
     """The rows of a file, which safetensors itself has found whole by its header."""
-    from safetensors import safe_open
-
     check_file(path, "data")
     with decoding(path, "data", KIND):
-        with safe_open(path, framework="np") as opened:  # checks the header against the size of the file
+        with opened_tensors(path, "np") as opened:  # checks the header against the size of the file
             names = list(opened.keys())
         stamp = Stamp.of(path)
         start, header = _header(path)
@@ -47,6 +47,25 @@ def safetensors_part(path: Path, with_target: bool) -> Part:
             return RawColumn(f"tensor {name!r} of {path}", KIND, stamp, first, tuple(entry["shape"]), stored, meant)
 
         return named_part(path, "tensor", names, column, with_target)
+
+
+@contextmanager
+def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
+    """Give what ``safetensors.safe_open`` gives.
+
+    That calls a file absent which may not be read, and cannot open a name that is not UTF-8. Here the first raises
+    PermissionError, and the number of the open file stands for the second.
+    """
+    from safetensors import safe_open
+
+    with path.open("rb") as file:
+        try:
+            name = str(path)
+            name.encode()
+        except UnicodeEncodeError:
+            name = f"/dev/fd/{file.fileno()}"
+        with safe_open(name, framework=framework) as opened:
+            yield opened
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

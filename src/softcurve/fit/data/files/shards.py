@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +14,9 @@ from softcurve.fit.data.files.npy import npy_column
 from softcurve.fit.data.files.npz import npz_part
 from softcurve.fit.data.files.parquet import parquet_part
 from softcurve.fit.data.files.safetensors import safetensors_part
+from softcurve.fit.system_errors import unusable
 
-__all__ = ["SUFFIXES", "directory_parts", "file_part", "is_shard_of"]
+__all__ = ["SUFFIXES", "directory_parts", "file_part", "is_shard_of", "shards_in"]
 
 SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")
 
@@ -40,13 +42,10 @@ def file_part(path: Path, *, with_target: bool, held: bool = True) -> Part:
 def directory_parts(directory: Path, *, with_target: bool, without: Path | None = None) -> list[Part]:
     """The rows of all files of one format in a directory, by name, ``shard-2`` before ``shard-10``.
 
-    Hidden files, files of other suffixes and the file ``without`` are no shards. Raises DataError.
+    Hidden files, folders, files of other suffixes and the file ``without`` are no shards. Raises DataError.
     """
-    found = [
-        path
-        for path in directory.iterdir()
-        if is_shard_of(path, directory) and path.is_file() and (without is None or path.resolve() != without.resolve())
-    ]
+    target = None if without is None else os.path.realpath(without)
+    found = [path for path in shards_in(directory) if os.path.realpath(path) != target]
     if not found:
         raise DataError(f"data: the directory {directory} has no files that end in {', '.join(SUFFIXES)}")
     formats = sorted({path.suffix.lower() for path in found})
@@ -57,14 +56,27 @@ def directory_parts(directory: Path, *, with_target: bool, without: Path | None 
     return [file_part(path, with_target=with_target, held=False) for path in sorted(found, key=_natural)]
 
 
+def shards_in(directory: Path) -> list[Path]:
+    """The shards of a directory, links to files elsewhere among them, in any order. Raises DataError."""
+    try:
+        found = list(directory.iterdir())
+    except OSError as error:
+        raise unusable("data", directory, "read", error) from error
+    # A link that leads nowhere stays, to be refused: rows must not be left out in silence.
+    return [path for path in found if _is_shard_name(path) and not os.path.isdir(path)]
+
+
 def is_shard_of(path: Path, directory: Path) -> bool:
-    """Whether a file at ``path`` is, or would be, one of the shards in a directory."""
-    return (
-        path.suffix.lower() in SUFFIXES
-        and not path.name.startswith(".")
-        and directory.is_dir()
-        and path.resolve().parent == directory.resolve()
+    """Whether a file at ``path``, or where a link at ``path`` leads, would be one of the shards in a directory."""
+    folder = os.path.realpath(directory)
+    places = path, Path(os.path.realpath(path))
+    return os.path.isdir(folder) and any(
+        _is_shard_name(place) and os.path.realpath(place.parent) == folder for place in places
     )
+
+
+def _is_shard_name(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

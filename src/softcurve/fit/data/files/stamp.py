@@ -12,34 +12,37 @@ from typing import BinaryIO
 
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import PIECE, places
+from softcurve.fit.system_errors import unusable
 
 __all__ = ["Stamp"]
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Path, size and time of the last change."""
+    """Path, size and time of the last change; ``argument`` is what errors call the file."""
 
     path: Path
     size: int
     changed: int
+    argument: str = "data"
 
     @classmethod
-    def of(cls, path: Path) -> Stamp:
+    def of(cls, path: Path, argument: str = "data") -> Stamp:
         """The file as it is now. Raises DataError where there is none."""
         try:
             found = path.stat()
         except OSError as error:
-            raise DataError(f"data: {path} cannot be opened ({error.strerror}); check the path") from error
-        return cls(path, found.st_size, found.st_mtime_ns)
+            raise unusable(argument, path, "opened", error) from error
+        return cls(path, found.st_size, found.st_mtime_ns, argument)
 
     def check(self) -> None:
         """Raise DataError where the file is no longer as it was."""
-        now = Stamp.of(self.path)
+        now = Stamp.of(self.path, self.argument)
         if now != self:
             size = f"{now.size} bytes, {self.size} before" if now.size != self.size else f"still {now.size} bytes"
             raise DataError(
-                f"data: {self.path} has changed since it was opened ({size}); leave it as it is and start again"
+                f"{self.argument}: {self.path} has changed since it was opened ({size}); leave it as it is and "
+                "start again"
             )
 
     @contextmanager
@@ -49,7 +52,7 @@ class Stamp:
         try:
             file = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise DataError(f"data: {self.path} cannot be opened ({error.strerror}); check the path") from error
+            raise unusable(self.argument, self.path, "opened", error) from error
         with file:
             yield file
         self.check()

@@ -1,0 +1,42 @@
+"""How a command ends that cannot go on: one line on stderr and exit code 2; after an interrupt, exit code 130."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from softcurve.app.interrupt import interrupted
+from softcurve.extras import needed
+from softcurve.fit.system_errors import out_of_memory, remedy_for
+
+__all__ = ["refusals"]
+
+
+@contextmanager
+def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> Iterator[None]:
+    """End the command where what is raised within can be mended by its user; anything else is a fault and is raised.
+
+    Where memory runs out, the message names the ``work`` and ``less_memory``, what would take less.
+    """
+    try:
+        with needed("this command"):
+            yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if interrupted():  # in the midst of an import, for one, an interrupt becomes an ImportError
+            raise KeyboardInterrupt(interrupted()) from error
+        message = _explained(error, work, less_memory)
+        if message is None:
+            raise
+        print("softcurve:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def _explained(error: Exception, work: str, less_memory: str) -> str | None:
+    if (missing := out_of_memory(error)) is not None:
+        return f"{work}: {missing}; {less_memory}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or work}: {error.strerror}; {remedy_for(error)}"
+    return str(error) if isinstance(error, ImportError | ValueError | OSError) else None

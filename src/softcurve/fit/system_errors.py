@@ -1,0 +1,50 @@
+"""Errors of the operating system, told as one message: the argument, the path, the reason and a remedy."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+from softcurve.fit import DataError
+
+__all__ = ["out_of_memory", "remedy_for", "unusable"]
+
+FULL = "free some space there, or give a path on another disk"
+DENIED = "change its permissions or those of its folder, or give another path"
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or give a path on another file system",
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EROFS: "its file system is read-only: give a path on another",
+    errno.ELOOP: "its symbolic links lead back to themselves: mend them, or give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "check its disk",
+}
+# Torch and the libraries in C++ have no type of error for it.
+NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|MemoryError", re.IGNORECASE)
+ASKED_FOR = re.compile(r"(you tried|Unable) to allocate (.+?)(?=\.? Error code|$)", re.MULTILINE)
+
+
+def unusable(argument: str, path: str | Path, action: str, error: OSError) -> DataError:
+    """The error to raise where ``path`` cannot be ``action``, as in "read" or "written"."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return DataError(f"{argument}: {path} cannot be {action} ({reason}); {remedy_for(error)}")
+
+
+def remedy_for(error: OSError) -> str:
+    """What would help against an error of the operating system."""
+    return REMEDIES.get(error.errno or 0, "check the path and its disk")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Say what could not be allocated if the error is of memory that has run out; otherwise return None."""
+    text = str(error)
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not no_memory and not (isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(text)):
+        return None
+    asked = ASKED_FOR.search(text)
+    return f"out of memory: {asked[2]} could not be allocated" if asked else "out of memory"
