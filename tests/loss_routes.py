@@ -1,4 +1,7 @@
-"""Every way to compute one loss of given logits: functions, modules, a head whole or in tiles, a head of sharded classes."""
+"""Every way to compute one loss of given logits: functions, modules, a head whole or in tiles, a head of sharded classes.
+
+The tiles are the smallest there are, which cut 200 classes in two.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,9 @@ class Route:
             options["memory_budget"] = _least_budget(loss, x, weight, target, options)
         value = _head_function(loss)(x, weight, target, **options)
         return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def __str__(self) -> str:
+        return self.name
 
     def _on_logits(self, loss: str, z: Tensor, target: Any, options: dict[str, Any]) -> Tensor:
         of_call = {name: options.pop(name) for name in ("sample_weight",) if name in options}
