@@ -243,7 +243,9 @@ class _Scoring:
             if "labels" in accepted:
                 options.setdefault("labels", classes)
             if len(classes) == 2 and "pos_label" in accepted and options.get("average", "binary") == "binary":
-                options.setdefault("pos_label", classes[-1])
+                # scikit-learn's own default is the label 1; where there is none it raises.
+                if 1 not in classes:
+                    options.setdefault("pos_label", classes[-1])
             scorer = copy.copy(scorer)
             scorer._kwargs = options
         self.scorer, self.takes_weights = scorer, "sample_weight" in accepted
