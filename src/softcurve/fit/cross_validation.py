@@ -242,10 +242,9 @@ class _Scoring:
             options = dict(scorer._kwargs)
             if "labels" in accepted:
                 options.setdefault("labels", classes)
-            if len(classes) == 2 and "pos_label" in accepted and options.get("average", "binary") == "binary":
-                # scikit-learn's own default is the label 1; where there is none it raises.
-                if 1 not in classes:
-                    options.setdefault("pos_label", classes[-1])
+            binary = len(classes) == 2 and options.get("average", "binary") == "binary"
+            if binary and "pos_label" in accepted and 1 not in classes:  # 1 is scikit-learn's own default
+                options.setdefault("pos_label", classes[-1])
             scorer = copy.copy(scorer)
             scorer._kwargs = options
         self.scorer, self.takes_weights = scorer, "sample_weight" in accepted
