@@ -17,7 +17,7 @@ from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import Loss
 from softcurve.fit.together import Together
 from softcurve.records import ShortRepr
-from softcurve.targets import Probabilities, Target, TopK
+from softcurve.targets import TopK
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
 
@@ -106,12 +106,9 @@ def curvature_spectrum(
     if isinstance(target, TopK) and target.coarsens and method == "dense":
         method = "products"  # its outcomes are not the classes
     weight, bias = weight.double(), None if bias is None else bias.double()
-    wrapped: Tensor | Target = target
-    if isinstance(target, Tensor) and target.is_floating_point() and loss != "cross_entropy":
-        wrapped = Probabilities(target)
-    here = HeadCurvature(features, weight, wrapped, linear_bias=bias, loss=cast("Loss", loss))
+    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("Loss", loss))
     if method == "products":
-        largest, nodes, shares = _by_products(features, wrapped, weight, bias, loss, k, seed)
+        largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
     else:
         values = _of_factors(here) if method == "kronecker" else _of_matrix(features, target, weight, bias, loss)
         places = torch.linspace(0, size - 1, min(QUANTILES, size)).round().long()
@@ -153,7 +150,7 @@ def _of_matrix(
 
 def _by_products(
     features: Float64[Tensor, "rows d"],
-    target: Tensor | Target,
+    target: BlockTarget,
     weight: Float64[Tensor, "classes d"],
     bias: Float64[Tensor, " classes"] | None,
     loss: str,
