@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -409,9 +410,12 @@ def test_lower_precisions(structure, dtype):
 
 def test_many_rows_in_float32_and_a_class_factor_of_low_rank():
     """``B`` has the eigenvalue 0 and entries of 1e3 times the prior, rounded to 1e-7."""
-    head = a_head(3, 20, dtype=torch.float32)
-    data = [(torch.randn(20_000, 3), torch.randint(20, (20_000,)))]
-    e = torch.randn(4, 3)
+    head, numbers = a_head(3, 20, dtype=torch.float32), np.random.default_rng(0)  # the same on every machine
+    for parameter in head.parameters():
+        parameter.data = torch.from_numpy(numbers.uniform(-0.5, 0.5, tuple(parameter.shape))).float()
+    x, y = numbers.standard_normal((20_000, 3)), numbers.integers(20, size=20_000)
+    data = [(torch.from_numpy(x).float(), torch.from_numpy(y))]
+    e = torch.from_numpy(numbers.standard_normal((4, 3))).float()
     low, dense = (LastLayerLaplace(head, data, form=form, rank=20) for form in ("low_rank", "dense"))
     close(low.predictive_variance(e), dense.predictive_variance(e).double(), rtol=1e-3)
     close(low.log_marginal_likelihood(), dense.log_marginal_likelihood(), rtol=1e-7)

@@ -61,7 +61,7 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
         if isinstance(outer, nn.Sequential):
             modules = list(outer)
             place = next(i for i, each in enumerate(modules) if each is inner or inner in each.children())
-            behind = [each for each in modules[place + 1 :] if not isinstance(each, KEEPS_LOGITS)]
+            behind = [each for each in modules[place + 1 :] if not _keeps_logits(each)]
             if behind:
                 raise TypeError(
                     f"head must be the last Linear of the model, got {name!r} in front of a {class_name(behind[0])}, "
@@ -75,6 +75,11 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
             "an adapter of low rank; features and head leave it out: merge it into the head's weight, if it is one"
         )
     return pair is None
+
+
+def _keeps_logits(module: nn.Module) -> bool:
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.training
+    return isinstance(module, (*KEEPS_LOGITS, nn.modules.dropout._DropoutNd)) and not drops
 
 
 def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None:

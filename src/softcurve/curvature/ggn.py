@@ -116,5 +116,5 @@ class GGN(JacobianSandwich):
     bucket being one of them; of a z-loss ``2 λ (p pᵀ + max(lse, 0) J_p)`` is kept. So it is positive semidefinite for
     every loss, and equals the Hessian of the loss in the logits at ``p = y``.
 
-    Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002; DESIGN §3.
+    Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002.
     """

@@ -42,7 +42,7 @@ class HeadCurvature:
     Raises:
         TypeError, ValueError: what the loss raises.
 
-    Source: DESIGN §3; ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ`` for every loss of the family.
+    Source: ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ`` for every loss of the family.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Hessian(NetworkOperator):
         TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch; passes
             that differ.
 
-    Source: the chain rule, DESIGN §3: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
+    Source: the chain rule: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
     """
 
     def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
