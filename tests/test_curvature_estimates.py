@@ -362,6 +362,7 @@ def test_too_few_products_are_refused_and_the_least_suffice(method, least):
         ({"columns_at_once": 0}, "columns_at_once must be a whole number >= 1, got 0"),
     ],
 )
+@pytest.mark.usefixtures("without_shape_checks")
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         trace(Matrix(torch.eye(9)), **options)

@@ -176,7 +176,7 @@ def test_divergences_by_their_own_gauss_newton_matrix(loss):
     of = {"reverse_kl": softcurve.linear_kl_divergence, "js": softcurve.linear_js_divergence}[loss]
     direction = {"direction": "reverse"} if loss == "reverse_kl" else {}
     x, y = train[0]
-    losses = of(x, head.weight, y, linear_bias=head.bias, reduction="none", **direction)
+    losses = of(x, head.weight, softcurve.Probabilities(y), linear_bias=head.bias, reduction="none", **direction)
     gradients = torch.stack([Dense.flat(one, list(head.parameters())) for one in losses])
     right = -gradients @ torch.linalg.inv(matrix + DAMPING * torch.eye(len(matrix)).double()) @ gradients.T
     each = influence(features, head, train, train, damping=DAMPING, tol=TIGHT, rows="each", loss=loss)

@@ -131,6 +131,8 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 def _run_tests(options: argparse.Namespace, report: Report) -> None:
+    if options.device == "cuda" and importlib.util.find_spec("triton") is None:
+        report.add_note("triton is not installed, so no kernel was run: install it with pip install triton")
     passed_on = [*PYTEST, *(["--every"] if options.every else [])]
     passed_on += ["--at-most", str(options.at_most)] if options.at_most else []
     deadline, log = Deadline(options.tests), options.out / "tests.log"
@@ -208,9 +210,14 @@ class Report:
 
     def all_well(self) -> bool:
         """Whether nothing is left to look at."""
-        outcomes = [outcome for outcomes in self.outcomes.values() for outcome in outcomes]
-        measured = all(map(ours_measured, (self.figures["bench"] or {"cases": []})["cases"]))
-        return not self.figures["notes"] and all(outcome.complete for outcome in outcomes) and measured
+        tested = all(
+            all(outcome.complete for outcome in outcomes) and any(outcome.counts()["passed"] for outcome in outcomes)
+            for outcomes in self.outcomes.values()
+        )
+        bench = self.figures["bench"]
+        measured = bench is None or (bool(bench["cases"]) and all(map(ours_measured, bench["cases"])))
+        nothing = not self.outcomes and bench is None
+        return not self.figures["notes"] and tested and measured and not nothing
 
     def print_tables(self) -> None:
         """Tests by file, failures, and ours in each case of the benchmark."""

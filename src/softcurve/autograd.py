@@ -148,10 +148,12 @@ class _TransformableGradient(_Gradient):
                 changes.append(_row_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
             if v_z is not None or v_target is not None:
                 changes.append(ctx.loss.hessian_product(scale, z, target, v_z, v_target))
-            in_z, in_target = (
-                total_of([change[i] for change in changes]) if wanted else None for i, wanted in enumerate(ctx.wanted)
-            )
-        return in_z, in_target
+            found: list[Tensor | None] = []
+            for i, (wanted, tensor) in enumerate(zip(ctx.wanted, (z, target), strict=True)):
+                total = total_of([change[i] for change in changes]) if wanted else None
+                # A gradient that does not change has a tangent of zeros: torch wants one for each output.
+                found.append(torch.zeros_like(tensor) if wanted and total is None else total)
+        return found[0], found[1]
 
     @staticmethod
     def vmap(

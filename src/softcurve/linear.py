@@ -20,7 +20,6 @@ from softcurve.posed import (
     LossStats,
     cross_entropy_from,
     divergence_from,
-    require_budget,
     require_no_shift,
     require_shift,
 )
@@ -124,7 +123,7 @@ def linear_cross_entropy(
     smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
     z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
-    shift, memory_budget = require_shift(shift), require_budget(memory_budget)
+    shift = require_shift(shift)
     options = {"temperature": logit_map.temperature, "softcap": logit_map.softcap, "z_loss": z_loss * reducer.nats}
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
@@ -217,7 +216,6 @@ def linear_kl_divergence(
     checks.require_choice("direction", direction, ("forward", "reverse"))
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     require_no_shift(shift)
-    memory_budget = require_budget(memory_budget)
     posed = divergence_from(
         Head.of(input, linear_weight, linear_bias, target),
         target,
@@ -285,7 +283,6 @@ def linear_js_divergence(
     beta = checks.require_between("beta", beta, 0.0, 1.0)
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     require_no_shift(shift)
-    memory_budget = require_budget(memory_budget)
     posed = divergence_from(
         Head.of(input, linear_weight, linear_bias, target),
         target,
@@ -312,14 +309,15 @@ def _by_positions(
     shift: int,
     return_stats: bool,
     reducer: Reduction,
-    memory_budget: int | None,
+    memory_budget: Integer | None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """A head of its own for each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
     classes, *positions, _ = linear_weight.shape
     if not isinstance(target, Tensor):
         raise TypeError(
-            f"target must be a tensor for a linear_weight of more than two dimensions, got {type(target).__name__}"
+            "target must be a plain tensor for a linear_weight of more than two dimensions, class indices or "
+            f"probabilities with the classes second, got {type(target).__name__}; pass its values"
         )
     checks.require_features("input", input)
     if input.ndim != 2:

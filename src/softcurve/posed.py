@@ -179,7 +179,7 @@ class Posed:
         )
 
     def reduced(
-        self, reducer: Reduction, memory_budget: int | None, return_stats: bool
+        self, reducer: Reduction, memory_budget: Integer | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
         """What the public call returns."""
         head, per_row = self.head, reducer.kind == "none"
@@ -195,11 +195,10 @@ class Posed:
             some = torch.where(divisor == 0, 1.0, divisor)
             row_weight = torch.where(divisor == 0, 0.0, self.weight / (some * reducer.nats))
         spread = head.spread
-        memory_budget = require_budget(memory_budget)
         outcome = head_outcome(
             self.loss,
             self.tensors(row_weight),
-            memory_budget,
+            require_budget(memory_budget),
             per_row=per_row,
             weighs=self.weighs,
             stats=return_stats,
@@ -289,10 +288,6 @@ def _cross_entropy_from(
     if weight is not None:
         weight = weight if head.spread is None else head.spread.whole(weight)
         require_class_weight(weight, head.classes)
-        if weight.requires_grad:
-            raise ValueError(
-                "weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight"
-            )
     target = as_target(target)
     ignore_index = resolve_ignore_index(ignore_index, target)
     if isinstance(target, Tensor):

@@ -364,7 +364,8 @@ class TopK(Target):
 
         The last is what the list leaves over, or −inf if it is renormalised or names every class. Where the model
         masks every class that is not listed (``rest_is_masked``), a remainder that is within the rounding of
-        ``log_probs`` is no mass: it would make the loss infinite.
+        ``log_probs`` is no mass: it would make the loss infinite. Half an ulp of each ``log p`` moves the mass by
+        ``½ eps Σ p |log p|``, and its sum over ``k`` classes, in float32 or wider, by up to ``k`` ulps.
         """
         listed = self.log_probs.to(dtype)
         k = listed.shape[-1]
@@ -372,8 +373,11 @@ class TopK(Target):
             return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
         tail = log_complement(listed)
         if rest_is_masked is not None:
-            rounding = math.log(k * torch.finfo(self.dtype).eps)
-            tail = torch.where(rest_is_masked & (tail < rounding), -math.inf, tail)
+            p = listed.exp()
+            spread = torch.where(p > 0, -p * listed, 0.0).sum(-1, keepdim=True)
+            eps = torch.finfo(self.dtype).eps
+            rounding = 0.5 * eps * spread + k * min(eps, torch.finfo(torch.float32).eps)
+            tail = torch.where(rest_is_masked & (tail.exp() < rounding), -math.inf, tail)
         return torch.cat([listed, tail], -1)
 
     def require_fit(self, shape: Sequence[int]) -> None:

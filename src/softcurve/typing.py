@@ -10,7 +10,10 @@ from torch import Tensor
 __all__ = ["ChainLoss", "FitLoss", "FitPrecision", "Integer", "KLDirection", "Number", "ReductionKind", "TopKTail"]
 
 Number: TypeAlias = int | float | np.integer[Any] | np.floating[Any] | Tensor
-"""A real number: Python's, numpy's, or a 0-d tensor that requires no gradient."""
+"""A real number: Python's, numpy's, or a 0-d tensor that requires no gradient, which is read at once.
+
+``torch.compile`` traces Python's numbers alone without a break.
+"""
 
 Integer: TypeAlias = int | np.integer[Any] | Tensor
 """A whole number: Python's, numpy's, or a 0-d integer tensor."""

@@ -22,7 +22,7 @@ from softcurve.posed import (
     require_shift,
 )
 from softcurve.records import dataclass_repr
-from softcurve.targets import Target
+from softcurve.targets import Probabilities, Target
 from softcurve.typing import Integer, Number
 
 Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
@@ -91,7 +91,12 @@ class HeadLosses:
     def pose(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
     ) -> Posed:
-        """The loss of a batch, not reduced yet. Raises what the public loss raises."""
+        """The loss of a batch, not reduced yet. Raises what the public loss raises.
+
+        A plain floating-point target is probabilities for every loss: a data loader can give no others.
+        """
+        if self.loss != "cross_entropy" and isinstance(target, Tensor) and target.is_floating_point():
+            target = Probabilities(target)
         head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach(), target)
         logit_map = LogitMap.of(self.temperature, self.softcap)
         if self.loss == "cross_entropy":

@@ -242,7 +242,8 @@ class _Scoring:
             options = dict(scorer._kwargs)
             if "labels" in accepted:
                 options.setdefault("labels", classes)
-            if len(classes) == 2 and "pos_label" in accepted and options.get("average", "binary") == "binary":
+            binary = len(classes) == 2 and options.get("average", "binary") == "binary"
+            if binary and "pos_label" in accepted and 1 not in classes:  # 1 is scikit-learn's own default
                 options.setdefault("pos_label", classes[-1])
             scorer = copy.copy(scorer)
             scorer._kwargs = options
