@@ -290,6 +290,7 @@ def test_half_precision_is_computed_in_float32():
     assert half.trace() == pytest.approx(wide.trace(), rel=1e-5)
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # which know the words too
 def test_bad_arguments_are_named():
     e, w, y = torch.randn(5, 3), torch.randn(4, 3), torch.randint(4, (5,))
     of_head = HeadCurvature(e, w, y)
