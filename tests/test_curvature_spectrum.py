@@ -169,6 +169,7 @@ def test_of_a_multiple_of_the_identity_the_density_is_one_hump():
         ({"k": 97, "max_products": 96}, "max_products must be at least 97 for a dense matrix of 97 columns, got 96"),
     ],
 )
+@pytest.mark.usefixtures("without_shape_checks")
 def test_bad_options_of_eigsh_are_refused(options, message):
     operator = Matrix(with_spectrum(ENDS))
     with pytest.raises(ValueError, match=message):

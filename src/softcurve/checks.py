@@ -199,7 +199,7 @@ def outside_classes(indices: Tensor, classes: int) -> Tensor:
 
 def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
     """Require finite entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
-    if not values_visible(rows) or rows.numel() == 0:
+    if not _rows_visible(rows, counted):
         return
     least, most = _extremes(rows.detach(), counted)
     if math.isnan(least):
@@ -215,7 +215,7 @@ def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) 
 
 def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
     """Require entries ≥ 0 that sum to 1 in the rows ``(..., C)`` that are ``counted``, by default all."""
-    if not values_visible(rows) or rows.numel() == 0:
+    if not _rows_visible(rows, counted):
         return
     require_nonnegative(name, rows, counted)
     distance = (row_sums(rows) - 1).abs()
@@ -244,6 +244,11 @@ def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool
 
     # Of most logits the first rows tell, without a pass over all.
     return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
+
+
+def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
+    """Whether there are rows, and their values and which of them count can be looked at."""
+    return rows.numel() > 0 and values_visible(rows) and (counted is None or values_visible(counted))
 
 
 def _extremes(rows: Tensor, counted: Tensor | None) -> tuple[float, float]:

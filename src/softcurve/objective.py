@@ -306,7 +306,7 @@ class Entropy(RowLoss):
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:
     """``q`` of a divergence's matrix on classes of a row, all of them unless the row's ``score`` ``S`` is given."""
-    if matrix == FISHER or isinstance(divergence, ForwardKL):
+    if matrix == FISHER or type(divergence) is ForwardKL:
         return pair.p
     if matrix == GAUSS_NEWTON:
         return divergence.curve(pair) - divergence.score(pair)

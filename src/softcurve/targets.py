@@ -287,6 +287,8 @@ class TopK(Target):
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         if not checks.values_visible(self.indices, self.log_probs) or not self.indices.numel():
             return
+        if counted is not None and not checks.values_visible(counted):
+            return
         if counted is None:
             counted = torch.ones(self.leading, dtype=torch.bool)
         checks.require_class_indices("TopK indices", self.indices[counted], classes)

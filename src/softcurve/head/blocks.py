@@ -39,6 +39,7 @@ class _Softmax:
         top, at = z.max(-1, keepdim=True)
         finite = torch.where(top == -math.inf, 0.0, top)
         rest = (z - finite).exp_().scatter_(-1, at, 0.0).sum(-1, keepdim=True).double()
+        rest = torch.where(top == math.inf, math.nan, rest)  # also of one class alone
         top = top.double()
         old = self.offset[rows]
         higher = top > old
@@ -162,6 +163,11 @@ class BlockKernel(Kernel):
         self.label = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.predicted: Tensor | None = None  # the largest class of all processes
 
+    def log_sum_exp(self, rows: slice | None = None) -> Tensor:
+        """The model's, ``(r, 1)``, with what was taken off its logits."""
+        lse, offset = self.model.softmax.log_sum_exp(rows), self.data.offset
+        return lse if offset is None else lse + offset[slice(None) if rows is None else rows]
+
     def rows(self) -> Tensor:  # noqa: D102
         values = self.values
         if self.loss.family != "cross_entropy":
@@ -169,7 +175,7 @@ class BlockKernel(Kernel):
             share = self.loss.beta * (1 - self.loss.beta) if self.loss.family == "js" else 1.0
             values = (values - share * self.surplus.square() / 2).clamp(min=0)
         if self.loss.z_loss:
-            values = values + self.loss.z_loss * self.model.softmax.log_sum_exp().square()
+            values = values + self.loss.z_loss * self.log_sum_exp().square()
         return values.squeeze(-1)
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
@@ -196,7 +202,7 @@ class BlockKernel(Kernel):
     def close(self, number: int) -> None:  # noqa: D102
         if number == 1 and self.data.wants_stats:
             predicted = self.model.softmax.top if self.predicted is None else self.predicted
-            columns = self.model.softmax.log_sum_exp(), self.information, predicted, self.label
+            columns = self.log_sum_exp(), self.information, predicted, self.label
             self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
 
     def sweep(self, number: int, block: Block) -> None:  # noqa: D102
@@ -320,7 +326,7 @@ class BlockKernel(Kernel):
         weight = self.data.weight[rows].to(z.dtype).unsqueeze(-1)
         gradient = self.model.gradient(rows, block.classes, model)
         in_target = self.target.gradient(rows, block.classes, target) if self.by_logits else target.score
-        lse = self.model.softmax.log_sum_exp(rows).to(z.dtype)
+        lse = self.log_sum_exp(rows).to(z.dtype)
         if self.loss.z_loss:
             gradient = gradient + 2 * self.loss.z_loss * lse * model.p
         masked = z == -math.inf

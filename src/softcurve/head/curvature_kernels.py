@@ -146,7 +146,7 @@ class ListCurvature(ListKernel, CurvatureKernel):
             return gradient[:, -1:]
         spread = torch.zeros_like(others)
         divergence = None if self.loss.family == "cross_entropy" else self.loss.divergence
-        if self.matrix == FISHER or (not self.coarsens and (divergence is None or isinstance(divergence, ForwardKL))):
+        if self.matrix == FISHER or (not self.coarsens and (divergence is None or type(divergence) is ForwardKL)):
             mass = self.data.target
             whole = divergence is not None or mass is None
             spread = others if whole or mass is None else mass.double().sum(-1, keepdim=True) * others
@@ -349,7 +349,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
             self.coefficient = -self.model.score
             self.total = self.coefficient
             if self.loss.z_loss and self.matrix != FISHER:
-                lse = self.model.softmax.log_sum_exp()
+                lse = self.log_sum_exp()
                 lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)
                 self.coefficient = self.coefficient + 2 * self.loss.z_loss * lse
                 self.total = self.total + 2 * self.loss.z_loss * (lse + 1)
@@ -367,7 +367,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
             if block.residual is not None:
                 gradient = self.model.gradient(rows, block.classes, model)
                 if self.loss.z_loss:
-                    lse = self.model.softmax.log_sum_exp(rows).to(z.dtype)
+                    lse = self.log_sum_exp(rows).to(z.dtype)
                     gradient = gradient + 2 * self.loss.z_loss * lse * model.p
                 gradient = torch.where(z == -torch.inf, 0.0, gradient)
                 slope = self.slope(block, rows)

@@ -71,9 +71,7 @@ class CurvaturePass:
                 assert t.target_weight is not None
                 target = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, self.dtype)
                 target = target.with_reference(loss.target_scale, self.group)
-            model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype)
-            if not loss.z_loss:
-                model = model.with_reference(loss.scale, self.group)
+            model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype).with_reference(loss.scale, self.group)
             weight = t.row_weight[rows].to(self.dtype).unsqueeze(-1)
             yield CurvatureTile(self, rows, model, target, weight)
 
@@ -126,7 +124,9 @@ class CurvatureTile:
     def data(self) -> RowData:
         """Rows of weight 1: the passes weigh what comes back."""
         given, ones = self.run.given, torch.ones_like(self.weight).squeeze(-1)
-        return RowData.of(given.loss, given.tensors, self.rows, self.run.plan, weight=ones, wants_gradient=True)
+        return RowData.of(
+            given.loss, given.tensors, self.rows, self.run.plan, self.map.reference, weight=ones, wants_gradient=True
+        )
 
     def kernel(self) -> Kernel:
         """For residuals."""

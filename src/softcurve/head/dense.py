@@ -141,7 +141,9 @@ class DenseKernel(Kernel):
         z = self.loss.logit_map.value(block.z[rows])
         softmaxed = softmax.softmax_rows(z)
         found = {
-            "lse": softmaxed.log_sum_exp,
+            "lse": softmaxed.log_sum_exp
+            if self.data.offset is None
+            else softmaxed.log_sum_exp + self.data.offset[rows, 0],
             "entropy": softmax.entropy_rows(z),
             "top": z.argmax(-1),
             "label": block.target_of(rows).argmax(-1),

@@ -385,8 +385,8 @@ class FusedBlocks(BlockKernel):
         for running, used in ((model.softmax, True), (target.softmax, self.by_logits)):
             offset = torch.where(running.offset == NO_MASS, no_class if used else 0.0, running.offset)
             rows += [offset, torch.log1p(running.rest), 1 / (1 + running.rest)]
-        lse = model.softmax.log_sum_exp()
-        constant = lse - target.softmax.log_sum_exp()
+        lse = self.log_sum_exp()
+        constant = model.softmax.log_sum_exp() - target.softmax.log_sum_exp()
         rows += [constant]
         for side in (model, target):
             # At a class above one half s − p S is minus the sum of all others.

@@ -74,13 +74,14 @@ class RowData:
     held: int = 0
     cuts_classes: bool = False  # whether a row's classes come in several blocks, anew for every sweep
     cached: int = 0
+    offset: Tensor | None = None  # (r, 1), float64: what was taken off the logits, which a z-loss and the lse see
 
     @staticmethod
     def of(
-        loss: HeadLoss, tensors: HeadTensors, rows: slice | Tensor, plan: Plan, *, weight: Tensor | None = None,
-        target_v: Tensor | None = None, **wants: bool,
+        loss: HeadLoss, tensors: HeadTensors, rows: slice | Tensor, plan: Plan, reference: Tensor | None, *,
+        weight: Tensor | None = None, target_v: Tensor | None = None, **wants: bool,
     ) -> RowData:  # fmt: skip
-        """Of the rows of a tile; ``weight`` in place of the rows' own."""
+        """Of the rows of a tile; ``weight`` in place of the rows' own, ``reference`` of the logits before scaling."""
         t, dtype, listed = tensors, tensors.dtype, loss.target == "list"
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
@@ -93,6 +94,7 @@ class RowData:
             held=len(t.weight),
             cuts_classes=plan.cuts_classes,
             cached=plan.cached,
+            offset=None if reference is None else loss.scale * reference.double(),
             **wants,
         )
 

@@ -196,7 +196,8 @@ class ListKernel(Kernel):
         self.shift = _or_zero(self.shift)
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
-        offset = self.shift if self.loss.z_loss else torch.zeros_like(self.shift)
+        whole = self.shift if self.data.offset is None else self.shift + self.data.offset
+        offset = whole if self.loss.z_loss else torch.zeros_like(self.shift)
         others = torch.where(self.others > 0, torch.log(self.others), self.others + NO_MASS)
         self.coarse = torch.cat([self.own - self.shift, others], -1) + offset
         others = others + offset
@@ -206,7 +207,7 @@ class ListKernel(Kernel):
             within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)
             share = torch.softmax(self.coarse, -1)[:, -1:]
             entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
-            self.statistics = Statistics(self.lse + self.shift.squeeze(-1), entropy, self.predicted)
+            self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted)
 
     def _coarse_loss(self) -> tuple[RowLoss, Tensor]:
         target = self.data.target

@@ -223,11 +223,13 @@ class _Pass:
         t, loss = self.tensors, self.loss
         listed, teacher = loss.target == "list", loss.target == "teacher"
         direction = self.directions
+        model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype).with_reference(loss.scale, self.group)
         data = RowData.of(
             loss,
             t,
             rows,
             self.plan,
+            model.reference,
             target_v=None if direction is None else direction[3],
             wants_target=any(self.wanted[3:]),
             wants_gradient=any(self.wanted),
@@ -237,9 +239,6 @@ class _Pass:
         )
         moved = direction or (None,) * 6
         along = Direction(self._take(moved[0], rows), moved[1], moved[2])
-        model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype)
-        if not loss.z_loss:  # which sees what a softmax does not
-            model = model.with_reference(loss.scale, self.group)
         side = _Side(model, along)
         target = None
         if teacher:
@@ -273,8 +272,6 @@ class _Pass:
             for name, column in vars(kernel.statistics).items():
                 whole = getattr(self.statistics, name)
                 if column is not None:
-                    if name == "lse" and model.reference is not None:
-                        column = column + loss.scale * model.reference.squeeze(-1)
                     whole[rows] = column.to(whole.dtype)
         gradient = self.gradients[3]
         if listed and gradient is not None and isinstance(kernel, ListKernel):
@@ -336,7 +333,8 @@ class _Tile:
             return fused.FusedBlocks(run.loss, self.data)
         if run.loss.target == "list":
             return ListKernel(run.loss, self.data)
-        if run.plan.cuts_classes or run.group is not None:
+        sees_offset = run.loss.z_loss != 0 and self.data.offset is not None  # which closed forms do not know
+        if run.plan.cuts_classes or run.group is not None or sees_offset:
             return BlockKernel(run.loss, self.data)
         return DenseKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
 
