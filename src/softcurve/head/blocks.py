@@ -39,7 +39,7 @@ class _Softmax:
         top, at = z.max(-1, keepdim=True)
         finite = torch.where(top == -math.inf, 0.0, top)
         rest = (z - finite).exp_().scatter_(-1, at, 0.0).sum(-1, keepdim=True).double()
-        rest = torch.where(top == math.inf, math.nan, rest)  # also of one class alone
+        rest = torch.where(top < math.inf, rest, math.nan)  # also of one class alone, and where a maximum loses NaN
         top = top.double()
         old = self.offset[rows]
         higher = top > old
