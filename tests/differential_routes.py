@@ -20,7 +20,7 @@ from .differential_faults import FAULTS
 from .differential_oracle import Truth, truth
 
 # Relative to the size of the terms: of the computation, by its dtype.
-RELATIVE = {torch.float64: 1e-10, torch.float32: 2e-6}
+RELATIVE = {torch.float64: 1e-10, torch.float32: 2.5e-6}
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-10}
 MODEL_OPTIONS = ("shift", "memory_budget", "direction", "return_stats")  # no logits route has them
 

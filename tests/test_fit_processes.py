@@ -60,7 +60,10 @@ def assert_same(found, expected, place):
         scale = max(abs(entry) for entry in expected)
         assert len(found) == len(expected), place
         worst = max(abs(one - other) for one, other in zip(found, expected, strict=True))
-        assert worst <= 1e-8 * scale, f"{place}: {worst / scale:.1e}"
+        # The products of a step are summed in float32, whose rounding depends on how the rows are divided: the points on
+        # the way differ by it, and the minimum, found by gradients in float64, does not.
+        bound = 1e-5 if place.endswith(": objectives") else 1e-8
+        assert worst <= bound * scale, f"{place}: {worst / scale:.1e}"
     elif isinstance(expected, list):
         assert len(found) == len(expected), f"{place}: {found} and {expected}"
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
