@@ -200,6 +200,10 @@ class BlockKernel(Kernel):
         pass  # the sweeps have all of it
 
     def close(self, number: int) -> None:  # noqa: D102
+        if number == 0:  # a row without a class has no softmax
+            for side in (self.model, self.target) if self.by_logits else (self.model,):
+                masked = side.softmax.offset == -math.inf
+                side.softmax.rest = torch.where(masked, math.nan, side.softmax.rest)
         if number == 1 and self.data.wants_stats:
             predicted = self.model.softmax.top if self.predicted is None else self.predicted
             columns = self.log_sum_exp(), self.information, predicted, self.label

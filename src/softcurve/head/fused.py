@@ -380,10 +380,8 @@ class FusedBlocks(BlockKernel):
         """The numbers of each row that the kernels want, float32, in the order they know."""
         model, target = self.model, self.target
         rows: list[Tensor] = []
-        # A row of weight without any class is no distribution, as in ATen; one without weight has no part.
-        no_class = torch.where(self.data.weight.unsqueeze(-1) == 0, 0.0, torch.nan)
-        for running, used in ((model.softmax, True), (target.softmax, self.by_logits)):
-            offset = torch.where(running.offset == NO_MASS, no_class if used else 0.0, running.offset)
+        for running in (model.softmax, target.softmax):
+            offset = torch.where(running.offset == NO_MASS, 0.0, running.offset)
             rows += [offset, torch.log1p(running.rest), 1 / (1 + running.rest)]
         lse = self.log_sum_exp()
         constant = model.softmax.log_sum_exp() - target.softmax.log_sum_exp()
