@@ -1,4 +1,4 @@
-"""What the public doors check, and in which words.
+"""Checks of the arguments of public functions, and the wording of their errors.
 
 Shapes and dtypes are always checked. Values are checked where looking costs no synchronisation and breaks no graph: on
 the CPU, outside ``torch.compile`` and ``torch.func`` transforms (:func:`values_visible`). Elsewhere a bad value ends as
