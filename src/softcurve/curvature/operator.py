@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.floating]
 
 Distribution = Literal["rademacher", "normal"]
-TraceMethod = Literal["xtrace", "hutch++", "hutchinson"]
+TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 DiagonalMethod = Literal["xdiag", "hutchinson"]
 EigenMethod = Literal["lanczos", "lobpcg"]
 End = Literal["LA", "SA", "LM", "BE"]
