@@ -60,7 +60,8 @@ def check_writable(path: Path, argument: str) -> None:
     if not stat.S_ISREG(mode):
         raise DataError(f"{argument}: {path} is not a regular file; give another name")
     if not os.path.isdir(place.parent):
-        raise DataError(f"{argument}: there is no folder {place.parent}; create it first or give another path")
+        folder = place.parent if os.path.islink(path) else path.parent
+        raise DataError(f"{argument}: there is no folder {folder}; create it first or give another path")
     part = _beside(place)
     try:
         part.touch(exist_ok=False)
