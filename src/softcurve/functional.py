@@ -194,10 +194,11 @@ class _CrossEntropy:
 
     def _densified(self, logits: Tensor, classes: Tensor) -> Tensor:
         """``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
-        everywhere = self.smoothing * uniform_over_unmasked(logits).expand(logits.shape)
+        everywhere = self.smoothing * uniform_over_unmasked(logits)
         own = torch.full_like(classes, 1 - self.smoothing, dtype=everywhere.dtype)
         if self.weight is not None:
             everywhere, own = everywhere * self.weight, own * self.weight[classes]
+        everywhere = everywhere.expand(logits.shape)
         return everywhere.scatter_add(-1, classes.unsqueeze(-1), own.to(everywhere.dtype).unsqueeze(-1))
 
 

@@ -68,9 +68,10 @@ class LogitMap:
     ) -> tuple[Float[Tensor, "*rows classes"], Float[Tensor, "*rows"] | float]:
         """``m(z)`` less a constant of each row, which no softmax sees, and the constant.
 
-        The largest logit is taken off before the division by ``T``, which would round at the size of a common offset.
+        The largest logit is taken off before the division by ``T``, which would round at the size of a common offset,
+        unless ``T`` is a power of two.
         """
-        if self.softcap is not None or self.temperature == 1:
+        if self.softcap is not None or math.frexp(self.temperature)[0] == 0.5:
             return self.value(z), 0.0
         top = z.detach().amax(-1, keepdim=True)
         top = torch.where(top == -math.inf, 0.0, top)

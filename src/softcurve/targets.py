@@ -395,7 +395,7 @@ class TopK(Target):
 def uniform_over_unmasked(z: Float[Tensor, "*rows classes"]) -> Tensor:
     """Return the uniform distribution over the classes that are not masked: 1/C, ``()``, where none is."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    if checks.values_visible(z) and not (z == -math.inf).any():
+    if checks.values_visible(z) and (z.numel() == 0 or z.amin() > -math.inf):
         return z.new_tensor(1 / z.shape[-1], dtype=dtype)
     unmasked = (z != -math.inf).to(dtype)
     return unmasked / unmasked.sum(-1, keepdim=True)
