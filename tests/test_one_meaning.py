@@ -256,8 +256,8 @@ def test_a_wider_side_widens_the_loss() -> None:
 
 
 def test_many_positions_add_up_in_float32() -> None:
-    """The gradient of bfloat16 features is the sum over 256 positions, rounded once."""
-    positions = 256
+    """The gradient of bfloat16 features is the sum over 1,024 positions, rounded once."""
+    positions = 1024
     x, w = torch.randn(4, 8).bfloat16(), (torch.randn(3, positions, 8) / 4).bfloat16()
     target = torch.randint(3, (4, positions))
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
