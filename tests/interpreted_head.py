@@ -145,6 +145,28 @@ def test_nothing_is_launched_for_float64_or_for_no_rows() -> None:
     RAN.update(before)
 
 
+@pytest.mark.parametrize("kind", ["indices", "Probabilities", "Logits"])
+def test_masked_classes_have_no_share_of_label_smoothing(kind: str) -> None:
+    """A vocabulary padded with masked classes has torch's loss and gradients of the vocabulary without padding."""
+    live = torch.tensor([c for c in range(37) if c not in (2, 5, 30)])
+    e, w, bias = torch.randn(4, 6), torch.randn(37, 6), torch.full((37,), -torch.inf)
+    bias[live] = torch.randn(len(live))
+    y, p = torch.tensor([0, 7, 30, 33]), torch.randn(4, len(live)).softmax(-1)
+    padded = torch.zeros(4, 37).index_copy(1, live, p)
+    target = {
+        "indices": live[y],
+        "Probabilities": softcurve.Probabilities(padded),
+        "Logits": softcurve.Logits(padded.log()),
+    }
+    leaves, exact = (tuple(t.to(d).requires_grad_() for t in (e, w)) for d in (torch.float32, torch.float64))
+    loss = softcurve.linear_cross_entropy(*leaves, target[kind], linear_bias=bias, label_smoothing=0.2)
+    z = exact[0] @ exact[1][live].T + bias[live]
+    right = torch.nn.functional.cross_entropy(z, y if kind == "indices" else p.double(), label_smoothing=0.2)
+    found, wanted = (torch.autograd.grad(value, tensors) for value, tensors in ((loss, leaves), (right, exact)))
+    for got, true in zip((loss.detach(), *found), (right.detach(), *wanted), strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence", "js_divergence"])
 def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
     loss: str, monkeypatch: pytest.MonkeyPatch
