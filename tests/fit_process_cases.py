@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from softcurve.fit.path import regularisation_path
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.preconditioner import ClassBlocks
 from softcurve.fit.solver.settled import settled_rows
-from softcurve.fit.together import ALONE, Processes
+from softcurve.fit.together import ALONE, Processes, raised_by_all
 
 RNG = np.random.default_rng(0)
 ROWS, CLASSES = 331, 4
@@ -343,8 +344,8 @@ def asked_to_stop(folder, group):
                 checkpoint=file,
                 on_step=lambda s: asked.append(1) if s.iteration == 2 else None,
             )
-        except KeyboardInterrupt:
-            assert isinstance(together.agreed_error, KeyboardInterrupt)
+        except KeyboardInterrupt as error:
+            assert raised_by_all(error)
         else:
             return {"stopped": False}
         dist.barrier(group)
@@ -442,7 +443,15 @@ def main() -> None:
     group = dist.group.WORLD
     found = {name: CASES[name](folder, group) for name in sys.argv[2:]}
     (folder / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(found))
+    del group
     dist.destroy_process_group()
+    # A group that something still refers to ends with the interpreter, and its threads may abort the process then.
+    left = sorted(name for name in map(thread_name, os.listdir("/proc/self/task")) if "gloo" in name)
+    assert not left, f"the group is still alive: {left}"
+
+
+def thread_name(thread: str) -> str:
+    return Path(f"/proc/self/task/{thread}/comm").read_text()
 
 
 if __name__ == "__main__":

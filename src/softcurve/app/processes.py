@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store
 
 from softcurve.app.interrupt import interrupted, postpone_interrupts
 from softcurve.fit import DataError
-from softcurve.fit.together import ALONE, LostProcess, Processes, Together
+from softcurve.fit.together import ALONE, LostProcess, Processes, Together, raised_by_all
 
 __all__ = ["processes"]
 
@@ -51,7 +51,7 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Together]:
         who = together.texts(f"pid {os.getpid()} on {socket.gethostname().encode('ascii', 'replace').decode()}")
         yield together
     except BaseException as error:
-        if error is not together.agreed_error:  # those that are, all processes leave with
+        if not raised_by_all(error):  # with those that are, all processes leave
             _leave(store, together, error, lambda missing: _lost(missing, who, timeout, checkpoint))
         raise
     finally:

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from softcurve.fit import DataError
 from softcurve.processes import max_over, sum_over
 
-__all__ = ["ALONE", "LostProcess", "Processes", "Together", "require_same"]
+__all__ = ["ALONE", "LostProcess", "Processes", "Together", "raised_by_all", "require_same"]
 
 PIECE = 2**20  # entries of a row-wise tensor that are sent at a time
 LEAVING = 2**20  # the tag of what is never sent
@@ -88,7 +88,6 @@ class Processes(Together):
         self.group, self.asked_to_stop = group, asked_to_stop
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.in_block = False
-        self.agreed_error: BaseException | None = None  # what all have raised
 
     @contextmanager
     def summed(self, *tensors: Tensor) -> Iterator[None]:
@@ -107,8 +106,14 @@ class Processes(Together):
         with _sending():
             sum_over([*tensors, status], self.group)
         if status.any():
-            self.agreed_error = self._common(error) if status[0] else self._stop()
-            raise self.agreed_error
+            agreed = self._common(error) if status[0] else self._stop()
+            agreed.raised_by_all = True  # type: ignore[attr-defined]
+            try:
+                raise agreed
+            finally:
+                # The traceback refers to this frame. If the frame referred to the error, the cycle would keep the group
+                # alive until the interpreter ends, and the threads of a group that ends then may abort the process.
+                del agreed, error
 
     def largest(self, *numbers: int | float) -> tuple[int | float, ...]:
         """As of one process; one message."""
@@ -183,6 +188,11 @@ class Processes(Together):
             found = DataError(text)
         found.__cause__ = error
         return found
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether all processes have raised this error, at the end of a block of :meth:`Together.summed`."""
+    return getattr(error, "raised_by_all", False)
 
 
 def require_same(together: Together, options: Mapping[str, object], remedy: str) -> None:

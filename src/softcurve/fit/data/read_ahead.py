@@ -27,7 +27,10 @@ def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
     try:
         while (found := ready.get()) is not None:
             if isinstance(found, BaseException):
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # the traceback refers to this frame: no cycle
             wanted.release()
             yield found[0]
             del found  # or the item would live on while the next is waited for
