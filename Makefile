@@ -33,10 +33,11 @@ demo: $(INSTALLED) ## fit a head to the digits, then write the page that explain
 test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-lint: $(INSTALLED) ## check style, formatting and types
+lint: $(INSTALLED) ## check style, formatting, types and the order of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(INSTALLED) ## measure speed and memory
 	$(BIN)/python -m bench $(ARGS)

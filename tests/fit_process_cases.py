@@ -345,10 +345,11 @@ def asked_to_stop(folder, group):
                 on_step=lambda s: asked.append(1) if s.iteration == 2 else None,
             )
         except KeyboardInterrupt as error:
-            assert raised_by_all(error)
+            agreed = raised_by_all(error)
         else:
             return {"stopped": False}
         dist.barrier(group)
+        assert agreed
         assert file.exists()
     return told(fit_head(to_source(X, LABELS), C=50.0, tol=1e-9, checkpoint=file, group=group))
 

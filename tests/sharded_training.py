@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import softcurve
 from softcurve.head import curvature, passes
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction
+from softcurve.head.tensors import HeadLoss, HeadTensors
 
 from .process_cases import Cases, begin, distance
 from .sharded_heads import whole

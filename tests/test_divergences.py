@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from softcurve.divergences import (
+from softcurve.losses.divergences import (
     Divergence,
     ForwardKL,
     JensenShannon,

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 from softcurve.curvature import HeadCurvature
-from softcurve.divergences import Divergence, JensenShannon
 from softcurve.head import fused
-from softcurve.head.problem import HeadLoss
 from softcurve.head.products import Direction
+from softcurve.head.tensors import HeadLoss
+from softcurve.losses.divergences import Divergence, JensenShannon
 
 from . import oracle
 from .head_cases import assert_same, least_of

@@ -17,7 +17,7 @@ from softcurve.fit.solver.curvature import AT_AGREEMENT, OF_CURVATURE, Curvature
 from softcurve.fit.solver.newton import conjugate_gradients
 from softcurve.fit.solver.objective import Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 ROWS, WIDTH, CLASSES, AT_ONCE = 41, 5, 4, 7
 KINDS = ["labels", "distributions", "top_k"]

@@ -233,14 +233,14 @@ def everything_of(case: Case) -> list[Tensor]:
 def test_tiles_change_nothing(case: Case, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However ragged: a row's arithmetic is its own, up to how exp rounds at the end of a vector register."""
     whole = everything_of(case)
-    monkeypatch.setitem(softcurve.autograd.TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(softcurve.losses.autograd.TILE_ELEMENTS, "cpu", elements)
     for got, expected in zip(everything_of(case), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
 
 def test_more_than_a_tile() -> None:
     """A batch of several real tiles, the last ragged, against torch."""
-    limit = softcurve.autograd.TILE_ELEMENTS["cpu"]
+    limit = softcurve.losses.autograd.TILE_ELEMENTS["cpu"]
     classes = 1 << 12
     z = torch.randn(2 * limit // classes + 13, classes, dtype=torch.float64, requires_grad=True)
     target = torch.arange(z.shape[0]) * 31 % classes

@@ -17,7 +17,7 @@ import pytest
 import softcurve
 from softcurve import chain, curvature, functional, nn, reference, typing
 from softcurve.fit.losses import LOSSES as FIT_LOSSES
-from softcurve.objective import REDUCTIONS
+from softcurve.losses.reduction import REDUCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "typed_user_script.py"

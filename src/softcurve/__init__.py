@@ -15,9 +15,9 @@ from softcurve.functional import (
     softmax_jacobian,
     softmax_jacobian_product,
 )
+from softcurve.head.problem import LossStats
 from softcurve.linear import linear_cross_entropy, linear_js_divergence, linear_kl_divergence
-from softcurve.posed import LossStats
-from softcurve.targets import LinearTeacher, Logits, Probabilities, TopK
+from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, TopK
 
 if TYPE_CHECKING:
     from softcurve.fit.cross_validation import SoftmaxRegressionCV

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softcurve import checks, reference, softmax
+from softcurve import checks, reference
 from softcurve.array_types import Float
-from softcurve.divergences import ForwardKL, ReverseKL
+from softcurve.losses import softmax
+from softcurve.losses.divergences import ForwardKL, ReverseKL
+from softcurve.losses.targets import Probabilities, Target, TopK, as_target
 from softcurve.records import ShortRepr
-from softcurve.targets import Probabilities, Target, TopK, as_target
 from softcurve.typing import ChainLoss
 
 LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")

@@ -317,3 +317,17 @@ def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) ->
                 "unmask a class or drop the row"
             )
     raise ValueError("target must give every row numbers and a class with mass, got a row whose loss is NaN; mask it")
+
+
+def require_class_weight(weight: Tensor, classes: int) -> None:
+    """One factor >= 0 per class."""
+    require_tensor("weight", weight)
+    if not weight.is_floating_point() or tuple(weight.shape) != (classes,):
+        raise ValueError(
+            f"weight must be a floating-point tensor of one factor per class, shape ({classes},), "
+            f"got {describe(weight)}"
+        )
+    if weight.requires_grad:
+        raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
+    if values_visible(weight) and not (weight >= 0).all():
+        raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")

@@ -14,24 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcurve import checks, softmax
+from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.autograd import row_losses
-from softcurve.divergences import Divergence, ForwardKL, ReverseKL, jensen_shannon
-from softcurve.objective import (
-    DenseCrossEntropy,
-    Entropy,
-    IndexCrossEntropy,
-    LogitDivergence,
-    LogitMap,
-    Reduction,
-)
-from softcurve.targets import (
+from softcurve.losses import softmax
+from softcurve.losses.autograd import row_losses
+from softcurve.losses.divergences import Divergence, ForwardKL, jensen_shannon
+from softcurve.losses.reduction import Reduction, weighted
+from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence, LogitMap
+from softcurve.losses.targets import (
     Logits,
     Target,
     TopK,
     as_target,
     clear_class_indices,
+    require_finite_against,
     resolve_ignore_index,
     uniform_over_unmasked,
 )
@@ -104,7 +100,7 @@ def cross_entropy(
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     classes = logits.shape[-1]
     if weight is not None:
-        require_class_weight(weight, classes)
+        checks.require_class_weight(weight, classes)
         weight = _widened(weight)
     sample_weight = _row_weight(sample_weight, logits.shape[:-1], "logits")
     options = _CrossEntropy(weight, smoothing, z_loss * reducer.nats, logit_map)
@@ -124,20 +120,6 @@ def cross_entropy(
         checks.require_class_indices("target", target, classes, ignore_index)
         rows, mean_weight = options.against_indices(logits, target, ignore_index)
     return _reduced(rows, mean_weight, sample_weight, reducer, dtype, logits=logits)
-
-
-def require_class_weight(weight: Tensor, classes: int) -> None:
-    """One factor >= 0 per class."""
-    checks.require_tensor("weight", weight)
-    if not weight.is_floating_point() or tuple(weight.shape) != (classes,):
-        raise ValueError(
-            f"weight must be a floating-point tensor of one factor per class, shape ({classes},), "
-            f"got {checks.describe(weight)}"
-        )
-    if weight.requires_grad:
-        raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
-    if checks.values_visible(weight) and not (weight >= 0).all():
-        raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
 
 
 @dataclass(frozen=True)
@@ -336,20 +318,6 @@ def _warn_of_probabilities(name: str, side: Tensor, sample_weight: Tensor | None
         )
 
 
-def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
-    """A divergence that a list can be compared by, at a temperature that it can have."""
-    if listed.tail == "renormalize" and isinstance(divergence, ReverseKL):
-        raise ValueError(
-            "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "
-            "the forward direction, or a Jensen-Shannon divergence between the ends"
-        )
-    if listed.tail == "bucket" and temperature != 1:
-        raise ValueError(
-            f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
-            "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
-        )
-
-
 def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) -> Float[Tensor, "*rows"]:
     """``−(softmax(logits) * log_softmax(logits)).sum(-1)``: ``H(p)`` of each row, ``(...)``, in nats or of ``base``.
 
@@ -399,11 +367,6 @@ def softmax_jacobian_product(
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def weighted(weight: Tensor, rows: Tensor) -> Tensor:
-    """``weight ⊙ rows``; 0 in a row of weight 0 that is infinite or no number."""
-    return weight * torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
 
 
 def _row_weight(sample_weight: Tensor | None, rows: Sequence[int], against: str) -> Tensor | None:

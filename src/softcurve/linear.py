@@ -14,8 +14,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.objective import LogitMap, Reduction, quotient
-from softcurve.posed import (
+from softcurve.head.problem import (
     Head,
     LossStats,
     cross_entropy_from,
@@ -23,7 +22,9 @@ from softcurve.posed import (
     require_no_shift,
     require_shift,
 )
-from softcurve.targets import Target, resolve_ignore_index
+from softcurve.losses.reduction import Reduction, quotient
+from softcurve.losses.rows import LogitMap
+from softcurve.losses.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from softcurve import checks, functional, linear
 from softcurve.array_types import Float
-from softcurve.objective import LogitMap, Reduction
-from softcurve.posed import LossStats, require_budget, require_shift
-from softcurve.targets import Target, resolve_ignore_index
+from softcurve.head.problem import LossStats, require_budget, require_shift
+from softcurve.losses.reduction import Reduction
+from softcurve.losses.rows import LogitMap
+from softcurve.losses.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
@@ -229,7 +230,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         memory_budget: Integer | None = None,
     ) -> None:
         if weight is not None:
-            functional.require_class_weight(weight, num_classes)
+            checks.require_class_weight(weight, num_classes)
         super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
         self.num_classes, self.out_features = num_classes, out_features
         self.register_buffer("weight", weight)

@@ -17,7 +17,7 @@ from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.row_forms import row_masses, sample_classes
-from softcurve.objective import FISHER
+from softcurve.losses.rows import FISHER
 from softcurve.typing import Integer, Number
 
 

@@ -15,7 +15,7 @@ from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
 from softcurve.head.curvature import add_products
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.objective import GAUSS_NEWTON
+from softcurve.losses.rows import GAUSS_NEWTON
 
 
 class JacobianSandwich(NetworkOperator):

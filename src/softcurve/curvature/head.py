@@ -16,8 +16,8 @@ from softcurve.curvature.linear_head import require_classes
 from softcurve.curvature.losses import HeadLosses, Loss, Reduction
 from softcurve.head import curvature, passes, row_forms
 from softcurve.head.products import Direction
-from softcurve.objective import GAUSS_NEWTON, HESSIAN
-from softcurve.targets import Target
+from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
+from softcurve.losses.targets import Target
 from softcurve.typing import Integer, Number
 
 Matrix = Literal["hessian", "gauss_newton", "fisher"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.head import passes
 from softcurve.head.curvature import add_products
-from softcurve.objective import HESSIAN
+from softcurve.losses.rows import HESSIAN
 
 
 class Hessian(NetworkOperator):

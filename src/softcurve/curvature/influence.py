@@ -34,7 +34,7 @@ from softcurve.curvature.losses import Loss, LossOptions, Reduction
 from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count
 from softcurve.head import passes
-from softcurve.head.problem import NOTHING
+from softcurve.head.tensors import NOTHING
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 

@@ -39,10 +39,10 @@ from softcurve.curvature.operator import require_count
 from softcurve.extras import needed
 from softcurve.head import curvature, passes
 from softcurve.head.plan import DEFAULT_BUDGET
+from softcurve.head.problem import require_budget
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
-from softcurve.objective import GAUSS_NEWTON, LogitMap
-from softcurve.posed import require_budget
+from softcurve.losses.rows import GAUSS_NEWTON, LogitMap
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 

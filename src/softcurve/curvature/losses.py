@@ -10,9 +10,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.objective import LogitMap
-from softcurve.objective import Reduction as Reducer
-from softcurve.posed import (
+from softcurve.head.problem import (
     Head,
     Posed,
     cross_entropy_from,
@@ -21,8 +19,10 @@ from softcurve.posed import (
     require_no_shift,
     require_shift,
 )
+from softcurve.losses.reduction import Reduction as Reducer
+from softcurve.losses.rows import LogitMap
+from softcurve.losses.targets import Probabilities, Target
 from softcurve.records import dataclass_repr
-from softcurve.targets import Probabilities, Target
 from softcurve.typing import Integer, Number
 
 Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]

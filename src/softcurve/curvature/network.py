@@ -30,12 +30,12 @@ from softcurve.curvature.parameters import Layout
 from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head.problem import Posed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
-from softcurve.objective import LogitMap
-from softcurve.posed import Posed
+from softcurve.losses.rows import LogitMap
+from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
-from softcurve.targets import Target
 from softcurve.typing import Integer, Number
 
 Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]

@@ -17,8 +17,8 @@ from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels, target_mass
 from softcurve.fit.together import Together
 from softcurve.functional import entropy
+from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
-from softcurve.targets import TopK
 
 __all__ = ["Calibration", "Diagnostics", "HardRow", "diagnose"]
 

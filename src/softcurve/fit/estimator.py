@@ -22,7 +22,7 @@ from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
 from softcurve.fit.solver.newton import Step
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
 
 __all__ = ["SoftmaxRegression"]

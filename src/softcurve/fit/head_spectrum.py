@@ -16,8 +16,8 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import Loss
 from softcurve.fit.together import Together
+from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
-from softcurve.targets import TopK
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
 

@@ -10,7 +10,7 @@ from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Block, BlockTarget, TargetKind
 from softcurve.functional import cross_entropy, js_divergence, kl_divergence
-from softcurve.targets import Probabilities, Target
+from softcurve.losses.targets import Probabilities, Target
 
 __all__ = ["LOSSES", "Loss", "check_loss", "refuse_zeros", "row_losses"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget
 from softcurve.fit.losses import row_losses
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["ScoreSums", "Scores", "target_labels", "target_mass"]
 

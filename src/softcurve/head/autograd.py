@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import Function, forward_ad
 
-from softcurve.autograd import outer_tangents, total_of
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.kernel import Statistics
-from softcurve.head.problem import NOTHING, HeadLoss, HeadTensors, Wanted
+from softcurve.head.tensors import NOTHING, HeadLoss, HeadTensors, Wanted
+from softcurve.losses.autograd import outer_tangents, total_of
 
 Optional6 = Sequence[Tensor | None]
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.divergences import Divergence, Pair
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
 from softcurve.head.target import DenseTarget
+from softcurve.losses.divergences import Divergence, Pair
 from softcurve.processes import max_over, sum_over
 
 

@@ -16,7 +16,7 @@ from softcurve.head import products
 from softcurve.head.curvature_kernels import CurvatureBlock, DenseCurvature
 from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
 from softcurve.head.products import Direction
-from softcurve.objective import FISHER, HESSIAN
+from softcurve.losses.rows import FISHER, HESSIAN
 
 
 def add_products(

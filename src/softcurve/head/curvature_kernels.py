@@ -1,7 +1,8 @@
 """The second-order matrix of a tile's rows in the logits, for many columns that share the tile's softmax.
 
-With ``m`` the map before the softmax (the soft cap) and ``B`` the matrix of :class:`softcurve.softmax.RowCurvature`, a
-row's matrix is ``m′ B m′``, and the Hessian adds ``diag(m″ ⊙ g′)``. A target that is a list sees ``z`` through the
+With ``m`` the map before the softmax (the soft cap) and ``B`` the matrix of
+:class:`softcurve.losses.softmax.RowCurvature`, a row's matrix is ``m′ B m′``, and the Hessian adds ``diag(m″ ⊙ g′)``.
+A target that is a list sees ``z`` through the
 coarse logits ``c = (z_listed, o)`` of :mod:`softcurve.head.lists`: with ``q = e^{z − o}`` its matrix is
 
     (∂c/∂z)ᵀ M (∂c/∂z) + κ (diag(q) − q qᵀ),
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve import softmax
-from softcurve.divergences import ForwardKL
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Kernel
 from softcurve.head.lists import ListKernel
-from softcurve.objective import FISHER, GAUSS_NEWTON, HESSIAN, divergence_second_order
+from softcurve.losses import softmax
+from softcurve.losses.divergences import ForwardKL
+from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN, divergence_second_order
 from softcurve.processes import sum_over
 
 
@@ -88,7 +89,7 @@ class CurvatureKernel(Kernel, ABC):
 
     @abstractmethod
     def sum_of_q(self) -> Tensor:
-        """``total`` of :class:`softcurve.softmax.RowCurvature`, ``(rows, 1)``."""
+        """``total`` of :class:`softcurve.losses.softmax.RowCurvature`, ``(rows, 1)``."""
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of a matrix ``a diag(p) − b p pᵀ``: with ``q = a p``, ``b = 2a − total``."""

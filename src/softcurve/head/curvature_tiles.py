@@ -18,10 +18,10 @@ from softcurve.head.kernel import Kernel, RowData
 from softcurve.head.lists import ListKernel
 from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
-from softcurve.head.problem import HeadLoss, HeadTensors
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.target import target_block, target_tops
-from softcurve.objective import HESSIAN
+from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.losses.rows import HESSIAN
 from softcurve.processes import sum_over
 
 

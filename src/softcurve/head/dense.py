@@ -1,6 +1,6 @@
 """Targets that speak of every class, on tiles of whole rows: probabilities, logits, a linear teacher's logits.
 
-Every row can be had from the closed forms of :mod:`softcurve.objective`. On the CPU most rows take the short path of
+Every row can be had from the closed forms of :mod:`softcurve.losses.rows`. On the CPU most rows take the short path of
 :mod:`softcurve.head.short` instead; a row whose statistics do not vouch for it is then computed again here.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve import softmax
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics
 from softcurve.head.short import ShortPath
 from softcurve.head.target import DenseTarget
-from softcurve.objective import DenseCrossEntropy, LogitDivergence, RowLoss
+from softcurve.losses import softmax
+from softcurve.losses.rows import DenseCrossEntropy, LogitDivergence, RowLoss
 
 
 @dataclass

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.head import products
 from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Residuals
 from softcurve.head.lists import NO_MASS, ListKernel
+from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
 
 
 @functools.cache

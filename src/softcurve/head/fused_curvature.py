@@ -15,7 +15,7 @@ from torch import Tensor
 from softcurve.head.curvature_kernels import CurvatureBlock, DenseCurvature, ListCurvature
 from softcurve.head.fused import FusedBlocks, FusedList, kernels, with_strides
 from softcurve.head.kernel import Block
-from softcurve.objective import GAUSS_NEWTON, HESSIAN
+from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
 
 
 @dataclass

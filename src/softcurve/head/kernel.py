@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float
 from softcurve.head.plan import Plan
-from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadLoss, HeadTensors
 from softcurve.processes import max_over
 
 

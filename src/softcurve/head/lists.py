@@ -1,8 +1,8 @@
 """Targets that name few classes: an index, or a list with all other classes as one outcome.
 
 With ``o = log Σ_{unlisted} e^z`` the loss is a loss of the ``k + 1`` logits ``c = (z_listed, o)``, which
-:mod:`softcurve.objective` has in closed form. It is computed there in float64, which costs nothing beside ``C`` classes
-and leaves the rounding of the tile's one sum. With ``q = e^{z − o}``, the softmax over the unlisted,
+:mod:`softcurve.losses.rows` has in closed form. It is computed there in float64, which costs nothing beside ``C``
+classes and leaves the rounding of the tile's one sum. With ``q = e^{z − o}``, the softmax over the unlisted,
 
     ∂L/∂z = G_o q,   its change along ż:  Ġ_o q + G_o q (ż − ȯ),   ȯ = q·ż,
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve import softmax
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
-from softcurve.objective import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, LogitMap, RowLoss
+from softcurve.losses import softmax
+from softcurve.losses.rows import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, LogitMap, RowLoss
 from softcurve.processes import max_over, sum_over
 
 # Where a row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import passes
-from softcurve.head.problem import Directions, HeadLoss, HeadTensors, Wanted
+from softcurve.head.tensors import Directions, HeadLoss, HeadTensors, Wanted
 
 # The fields of HeadTensors, and those of HeadLoss.
 TENSORS = (

@@ -19,9 +19,9 @@ from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
 from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
-from softcurve.head.problem import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.target import target_block, target_tops
+from softcurve.head.tensors import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
 from softcurve.processes import sum_over
 
 

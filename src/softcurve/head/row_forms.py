@@ -10,7 +10,7 @@ from softcurve.head.blocks import BlockKernel
 from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
 from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
-from softcurve.objective import HESSIAN
+from softcurve.losses.rows import HESSIAN
 from softcurve.processes import max_over, sum_over
 
 

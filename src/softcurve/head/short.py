@@ -1,7 +1,7 @@
 """The losses against a target that speaks of every class, in few passes over a tile of whole rows on the CPU.
 
-The formulas are those of :mod:`softcurve.divergences` without the branches that only masked, nearly equal or extremely
-confident rows need; rows whose statistics do not vouch for four digits are named, to be computed again. With
+The formulas are those of :mod:`softcurve.losses.divergences` without the branches that only masked, nearly equal or
+extremely confident rows need; rows whose statistics do not vouch for four digits are named, to be computed again. With
 ``E = e^{z − max z}`` and ``S = ΣE``, so ``p = E / S``, a residual is left as a multiple of ``E`` and ``1 / S`` goes
 with the row's weight into ``factor``, for the products' small operands.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcurve.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.head.kernel import Block, RowData
-from softcurve.head.problem import HeadLoss
+from softcurve.head.tensors import HeadLoss
+from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
 
 # At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
 # logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows (see

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcurve import softmax
 from softcurve.head.kernel import RowData, class_factors
-from softcurve.head.problem import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.losses import softmax
 from softcurve.processes import max_over
 
 

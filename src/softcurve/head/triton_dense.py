@@ -1,6 +1,6 @@
 """The tiles of :mod:`softcurve.head.blocks` in Triton: each kernel reads logits and target once.
 
-The formulas are those of :mod:`softcurve.divergences`, elementwise, in float32; ``FAMILY`` names them.
+The formulas are those of :mod:`softcurve.losses.divergences`, elementwise, in float32; ``FAMILY`` names them.
 """
 
 from __future__ import annotations

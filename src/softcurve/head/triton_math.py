@@ -133,7 +133,7 @@ def clamp_half(t):
 @jit
 @no_type_check
 def log_mixture(t, weight, other):
-    """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.divergences.log_mixture`."""
+    """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.losses.divergences.log_mixture`."""
     small = clamp_half(t)
     low = tl.minimum(t, 80.0)
     grown = tl.exp(low)

@@ -18,7 +18,7 @@ from softcurve.fit.data.columns import ArrayColumn, Column, MappedColumn, Part, 
 from softcurve.fit.data.files.raw import RawColumn
 from softcurve.fit.data.files.stamp import Stamp
 from softcurve.fit.data.source import Label
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["to_source"]
 

@@ -9,7 +9,7 @@ from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column
 from softcurve.fit.data.features import refuse_not_finite
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["check_distributions", "check_lists", "rescale", "to_top_k"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Int, Int64
 from softcurve.fit.together import ALONE, Together
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["Block", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Block, Label, Share, Source, TargetKind, share_of
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["Subset", "holdout_mask", "split_source"]
 

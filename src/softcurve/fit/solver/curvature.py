@@ -19,7 +19,7 @@ from softcurve.array_types import Float, Float64
 from softcurve.fit.data.source import Block, BlockTarget, Source, share_of
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.settled import settled_rows
-from softcurve.targets import TopK
+from softcurve.losses.targets import TopK
 
 __all__ = ["AT_AGREEMENT", "Curvature", "Tile"]
 

@@ -1,7 +1,7 @@
 """What is minimised, as frozen descriptions: the loss of a row of logits in closed form, and how rows are reduced.
 
 A :class:`RowLoss` knows its value, its gradient and its Hessian product, in the logits and in the target, in ``O(C)`` a
-row; it holds no tensors and records nothing. :mod:`softcurve.autograd` makes it differentiable.
+row; it holds no tensors and records nothing. :mod:`softcurve.losses.autograd` makes it differentiable.
 
 The logits pass through a :class:`LogitMap` (soft cap, then temperature) first; the z-loss is on the log-sum-exp of what
 the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g = m′ ⊙ g′`` and
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from softcurve import checks, softmax
+from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.divergences import Divergence, ForwardKL, Pair
-from softcurve.softmax import RowCurvature
+from softcurve.losses import softmax
+from softcurve.losses.divergences import Divergence, ForwardKL, Pair
+from softcurve.losses.softmax import RowCurvature
 from softcurve.typing import Number
-
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 # The matrices of second order of a row's loss in what the softmax sees.
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
@@ -109,7 +107,7 @@ class RowLoss(ABC):
         """``scale ⊙ ∂loss/∂z`` and ``scale ⊙ ∂loss/∂target`` where wanted."""
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``p`` and ``q`` of the matrix of each row, as in :class:`softcurve.softmax.RowCurvature`."""
+        """``p`` and ``q`` of the matrix of each row, as in :class:`softcurve.losses.softmax.RowCurvature`."""
         raise NotImplementedError(f"{type(self).__name__} has no {matrix} matrix by these means")
 
     @abstractmethod
@@ -337,46 +335,3 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How the losses of rows become one number, and in which unit."""
-
-    kind: str = "mean"
-    base: float = math.e
-
-    def __post_init__(self) -> None:
-        checks.require_choice("reduction", self.kind, REDUCTIONS)
-        checks.require_base(self.base)
-
-    @staticmethod
-    def of(kind: str, base: Number) -> Reduction:
-        """Make the reduction from the arguments of a public call."""
-        return Reduction(kind, checks.require_base(base))
-
-    @property
-    def nats(self) -> float:
-        """``ln base``: nats in one unit."""
-        return 1.0 if self.base == math.e else math.log(self.base)
-
-    def apply(self, rows: Float[Tensor, "*rows"], weight: Float[Tensor, "*rows"] | None = None) -> Tensor:
-        """Reduce ``rows``, which are already weighted; ``weight`` is the weight of each row in a mean (default 1)."""
-        if self.kind == "none":
-            return rows
-        total = rows.sum()
-        return total if self.kind == "sum" else quotient(total, self.divisor(rows.shape, rows, weight))
-
-    def divisor(self, leading: Sequence[int], like: Tensor, weight: Tensor | None) -> Tensor:
-        """What the sum over rows of shape ``leading`` is divided by, ``()``, in the dtype of ``like``."""
-        if self.kind == "sum":
-            return like.new_ones(())
-        if self.kind == "batchmean":
-            return like.new_full((), leading[0] if len(leading) else 1)
-        return like.new_full((), math.prod(leading)) if weight is None else weight.to(like.dtype).sum()
-
-
-def quotient(total: Tensor, divisor: Tensor) -> Tensor:
-    """``total / divisor``; a divisor of 0 gives NaN, whose derivatives are 0."""
-    empty = divisor == 0
-    return torch.where(empty, math.nan, total / torch.where(empty, 1.0, divisor))

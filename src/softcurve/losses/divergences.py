@@ -3,8 +3,8 @@
     score  s = p ∂φ/∂p        curve  c = p ∂φ/∂p + p² ∂²φ/∂p²        cross  x = p y ∂²φ/∂p∂y
 
 are all that a softmax needs to pull ``D`` back to its logits, in first and second order and in both arguments
-(:mod:`softcurve.softmax`). Exchanging the arguments of a member gives a member, so the target's side needs no formulas
-of its own.
+(:mod:`softcurve.losses.softmax`). Exchanging the arguments of a member gives a member, so the target's side
+needs no formulas of its own.
 
 Each ``φ`` is taken in the gauge ``φ(p, y) ≥ 0``, zero only at ``p = y``. A multiple of ``p`` or ``y`` added to ``φ``
 adds a constant to ``D`` and nothing to a derivative in logits, so this is the textbook's value, but as a sum of terms

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Int
 from softcurve.checks import values_visible
-from softcurve.divergences import Divergence, Pair
+from softcurve.losses.divergences import Divergence, Pair
 
 
 class SoftmaxRows(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
+from softcurve.losses.divergences import Divergence, ReverseKL
 from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
 
@@ -459,3 +460,17 @@ def resolve_ignore_index(ignore_index: object, target: Tensor | Target | None = 
             "use sample_weight to leave out rows"
         )
     return index
+
+
+def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
+    """A divergence that a list can be compared by, at a temperature that it can have."""
+    if listed.tail == "renormalize" and isinstance(divergence, ReverseKL):
+        raise ValueError(
+            "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "
+            "the forward direction, or a Jensen-Shannon divergence between the ends"
+        )
+    if listed.tail == "bucket" and temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
+            "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
+        )

@@ -1,4 +1,4 @@
-"""Makes a :class:`~softcurve.objective.RowLoss` differentiable, from its closed forms alone.
+"""Makes a :class:`~softcurve.losses.rows.RowLoss` differentiable, from its closed forms alone.
 
 ``_Value`` is the loss of each row; its backward applies ``_Gradient``, whose own backward and jvp are the closed-form
 Hessian product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing
@@ -23,7 +23,7 @@ from torch.autograd import Function, forward_ad
 
 from softcurve.array_types import Float
 from softcurve.checks import values_visible
-from softcurve.objective import Pulled, RowLoss
+from softcurve.losses.rows import Pulled, RowLoss
 
 # Logits a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in cache, and
 # enough for two threads to be worth starting.

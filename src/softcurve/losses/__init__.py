@@ -1,0 +1,1 @@
+"""The mathematics: what is minimised, in closed form, on dense logits."""
