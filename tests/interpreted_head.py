@@ -19,6 +19,8 @@ import softcurve
 from softcurve import checks
 from softcurve.head import curvature, fused, passes, products, row_forms
 from softcurve.head.products import Direction
+from softcurve.losses.divergences import CrossEntropy
+from softcurve.losses.spec import LossSpec
 
 from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
 from .placement import DEVICE, ON_CPU
@@ -44,8 +46,8 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_are_on() -> None:
-    assert fused.serves(DEVICE, torch.float32)
-    assert not fused.serves(DEVICE, torch.float64)
+    assert fused.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float32)
+    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float64)
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------

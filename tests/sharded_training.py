@@ -23,7 +23,9 @@ import softcurve
 from softcurve.head import curvature, passes
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
-from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadTensors
+from softcurve.losses.divergences import CrossEntropy
+from softcurve.losses.spec import LossSpec
 
 from .process_cases import Cases, begin, distance
 from .sharded_heads import whole
@@ -248,7 +250,7 @@ def operations(mesh: DeviceMesh) -> Cases:
     step = scaling.Step(rows, d, classes, by_classes=mesh.size())
     own = distribute_tensor(torch.randn(classes, d), mesh, [Shard(0)]).to_local()
     first = min(step.own_classes * mesh.get_local_rank(), classes)
-    loss = HeadLoss("cross_entropy", "list", group=mesh.get_group().group_name, first=first, classes=classes)
+    loss = LossSpec(CrossEntropy(), "sparse", group=mesh.get_group().group_name, first=first, classes=classes)
     x, indices = torch.randn(rows, d), (torch.arange(rows) % classes).unsqueeze(-1)
     tensors = HeadTensors(x, own, None, None, None, None, indices, torch.ones(rows), None)
     both = (True, True, False, False, False, False)

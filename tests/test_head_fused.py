@@ -20,6 +20,8 @@ import torch
 
 from softcurve import checks
 from softcurve.head import curvature, fused, products
+from softcurve.losses.divergences import CrossEntropy
+from softcurve.losses.spec import LossSpec
 
 from .head_cases import BY_NAME, along, everything, problem
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
@@ -61,9 +63,9 @@ def test_triton_is_imported_only_when_wanted(run_python: Any) -> None:
 
 def test_the_cpu_is_served_by_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not fused.serves(torch.device("cpu"), torch.float32)
-    assert fused.serves(torch.device("cuda"), torch.float32)
-    assert not fused.serves(torch.device("cuda"), torch.float64)
+    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cpu"), torch.float32)
+    assert fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float32)
+    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float64)
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(0.0, 1.0), (0.0, 0.5), (1.0, 1.0), (1.0, 0.5)])

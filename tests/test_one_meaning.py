@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,8 @@ from softcurve import LinearTeacher, Logits, Probabilities, TopK
 from softcurve.curvature import HeadCurvature
 from softcurve.head import fused
 from softcurve.head.products import Direction
-from softcurve.head.tensors import HeadLoss
 from softcurve.losses.divergences import Divergence, JensenShannon
+from softcurve.losses.spec import LossSpec
 
 from . import oracle
 from .head_cases import assert_same, least_of
@@ -570,10 +571,15 @@ def test_common_offsets_change_nothing(route: Route, temperature: float) -> None
 # --- 10. members that are not known ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Halved(Divergence):
     """A member of one's own: half of the Jensen-Shannon divergence."""
 
-    whole = JensenShannon(BETA)
+    beta: float = BETA
+
+    @property
+    def whole(self) -> Divergence:
+        return JensenShannon(self.beta)
 
     def value(self, pair: Any) -> Tensor:
         return self.whole.value(pair) / 2
@@ -588,46 +594,38 @@ class Halved(Divergence):
         return self.whole.cross(pair) / 2
 
     def exchanged(self) -> Divergence:
-        made = Halved()
-        made.whole = self.whole.exchanged()
-        return made
+        return Halved(1 - self.beta)
 
 
-def test_a_family_that_is_not_known_is_refused() -> None:
-    for target in ("logits", "probabilities", "list", "teacher"):
-        with pytest.raises(ValueError, match="family"):
-            HeadLoss("alpha", target)
+def test_what_is_no_member_is_refused() -> None:
+    for target in ("logits", "probabilities", "sparse", "teacher"):
+        with pytest.raises(TypeError, match="divergence"):
+            LossSpec("alpha", target)
 
 
-def test_a_member_that_is_not_known_is_refused_or_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By each kernel of the head: an error that names it, or half of what the Jensen-Shannon divergence gives."""
+def test_a_member_of_ones_own_is_right() -> None:
+    """On each route of the head: half of what the Jensen-Shannon divergence gives."""
     z, t = torch.randn(2, 3, 200)
     x, w = head_of(z)
-    leaf = w.clone().requires_grad_()
 
-    def outcome(name: str) -> Tensor:
-        if name in ("hvp", "ggnvp"):
-            head = HeadCurvature(x, w, Logits(t), loss="js", beta=BETA)
-            return getattr(head, name)(Direction(None, torch.ones_like(w).cumsum(0).sin(), None)).weight
-        value = Route(name)("js", leaf.mT, Logits(t))
-        return torch.cat([value.detach().reshape(1), *gradients(value, leaf)[0]])
+    def outcomes(member: Divergence) -> dict[str, Tensor]:
+        leaf = w.clone().requires_grad_()
+        found = {}
+        for name, budget in {"head": None, "tiles": 40_000}.items():
+            value = softcurve.linear_divergence(x, leaf, Logits(t), divergence=member, memory_budget=budget)
+            found[name] = torch.cat([value.detach().reshape(1), gradients(value, leaf)[0].flatten()])
+        head = HeadCurvature(x, w, Logits(t), loss=member)
+        direction = Direction(None, torch.ones_like(w).cumsum(0).sin(), None)
+        return found | {name: getattr(head, name)(direction).weight for name in ("hvp", "ggnvp")}
 
-    names = ("head", "tiles", "sharded", "hvp", "ggnvp")
-    known = {name: outcome(name) for name in names}
-    monkeypatch.setattr(HeadLoss, "divergence", property(lambda _: Halved()))
-    refused = []
-    for name in names:
-        try:
-            assert_same(outcome(name), known[name] / 2, name, 1e-5)
-        except (TypeError, ValueError) as error:
-            assert "Halved" in str(error)  # noqa: PT017
-            refused.append(name)
-    assert "head" in refused
+    known = outcomes(JensenShannon(BETA))
+    for name, found in outcomes(Halved()).items():
+        assert_same(found, known[name] / 2, name, 1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_member_that_is_not_known_is_refused_by_triton() -> None:
-    kernel = SimpleNamespace(loss=SimpleNamespace(family="own", divergence=Halved()), by_logits=True)
+    kernel = SimpleNamespace(loss=SimpleNamespace(is_cross_entropy=False, divergence=Halved()), by_logits=True)
     terms = SimpleNamespace(SOFTMAX=0, PROBABILITIES=1, FORWARD=2, REVERSE=3, JENSEN_SHANNON=4)
     with pytest.raises(TypeError, match=r"divergence.*Halved"):
         fused.FusedBlocks._family(kernel, terms)

@@ -9,6 +9,7 @@ from softcurve.extras import installed as _installed
 from softcurve.extras import needed as _needed
 from softcurve.functional import (
     cross_entropy,
+    divergence,
     entropy,
     js_divergence,
     kl_divergence,
@@ -16,7 +17,17 @@ from softcurve.functional import (
     softmax_jacobian_product,
 )
 from softcurve.head.problem import LossStats
-from softcurve.linear import linear_cross_entropy, linear_js_divergence, linear_kl_divergence
+from softcurve.linear import linear_cross_entropy, linear_divergence, linear_js_divergence, linear_kl_divergence
+from softcurve.losses.divergences import (
+    AlphaDivergence,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Pair,
+    ReverseKL,
+    SkewKL,
+)
 from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, TopK
 
 if TYPE_CHECKING:
@@ -32,22 +43,32 @@ _LAZY = {
 }
 
 __all__ = [
+    "AlphaDivergence",
     "ChainRule",
+    "CrossEntropy",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
     "LinearTeacher",
     "Logits",
     "LossStats",
+    "Pair",
     "Probabilities",
+    "ReverseKL",
+    "SkewKL",
     "SoftmaxRegression",
     "SoftmaxRegressionCV",
     "TopK",
     "chain_rule",
     "cross_entropy",
     "curvature",
+    "divergence",
     "entropy",
     "functional",
     "js_divergence",
     "kl_divergence",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_js_divergence",
     "linear_kl_divergence",
     "nn",

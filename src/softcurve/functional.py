@@ -18,9 +18,10 @@ from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
-from softcurve.losses.divergences import Divergence, ForwardKL, jensen_shannon
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of, jensen_shannon
 from softcurve.losses.reduction import Reduction, weighted
-from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence, LogitMap
+from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import (
     Logits,
     Target,
@@ -36,6 +37,7 @@ from softcurve.warn import warn_caller
 
 __all__ = [
     "cross_entropy",
+    "divergence",
     "entropy",
     "js_divergence",
     "kl_divergence",
@@ -245,6 +247,44 @@ def js_divergence(
     return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
+def divergence(
+    target: Tensor | Target,
+    logits: Tensor | Target,
+    *,
+    divergence: Divergence,
+    sample_weight: Float[Tensor, "*rows"] | None = None,
+    temperature: Number = 1.0,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:
+    """Any member ``D(y, p) = Σ_k φ(p_k, y_k)`` of the family between a target ``y`` and ``p = softmax(logits)``.
+
+    Args:
+        target: as ``p`` of :func:`kl_divergence`: logits, or a wrapped distribution; for ``CrossEntropy()`` as the
+            target of :func:`cross_entropy`.
+        logits: as ``q`` of :func:`kl_divergence`, ``(..., C)``.
+        divergence: a member such as :class:`~softcurve.AlphaDivergence`, :class:`~softcurve.SkewKL` or
+            ``JensenShannon``, or an instance of your own subclass of :class:`~softcurve.Divergence`.
+
+    The other arguments, errors and units are those of :func:`kl_divergence`.
+
+    Example:
+        >>> y, z = torch.tensor([[0.7, 0.3]]), torch.zeros(1, 2)
+        >>> value = softcurve.divergence(softcurve.Probabilities(y), z, divergence=softcurve.AlphaDivergence(0.5))
+
+    Source: ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``; Csiszár (1967) for the family.
+    """
+    divergence = divergence_of(divergence)
+    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature)
+    if isinstance(divergence, CrossEntropy):
+        if isinstance(logits, Target):
+            raise TypeError(f"logits must be a tensor for a cross-entropy, got {type(logits).__name__}")
+        return cross_entropy(
+            logits, target, sample_weight=sample_weight, temperature=temperature, reduction=reduction, base=base
+        )
+    return _divergence(divergence, target, logits, sample_weight, logit_map, reducer, names=("target", "logits"))
+
+
 def _divergence(
     divergence: Divergence,
     p: Tensor | Target,
@@ -252,16 +292,17 @@ def _divergence(
     sample_weight: Tensor | None,
     logit_map: LogitMap,
     reducer: Reduction,
+    names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:
     """``divergence`` of target ``p`` and model ``q``; a top-k list cannot be the model, so there they change places."""
-    plain = {name: side for name, side in {"p": p, "q": q}.items() if isinstance(side, Tensor)}
-    p, q = _by_logits("p", p), _by_logits("q", q)
+    plain = {name: side for name, side in zip(names, (p, q), strict=True) if isinstance(side, Tensor)}
+    p, q = _by_logits(names[0], p), _by_logits(names[1], q)
     dtype = torch.promote_types(p.dtype, q.dtype)
     if isinstance(q, TopK):
         divergence, p, q = divergence.exchanged(), q, p
     if isinstance(p, TopK):
         require_finite_against(divergence, p, logit_map.temperature)
-    sample_weight = _row_weight(sample_weight, q.leading, "q")
+    sample_weight = _row_weight(sample_weight, q.leading, names[1])
     for name, side in plain.items():
         _warn_of_probabilities(name, side, sample_weight)
     wide = torch.promote_types(dtype, torch.float32)
@@ -274,13 +315,17 @@ def _divergence(
         target = _logits_of(p, sample_weight, wide)
         if target.shape != model.shape:
             raise ValueError(
-                f"p and q must have one shape (..., C), got {tuple(target.shape)} and {tuple(model.shape)}"
-                + (checks.shape_remedy(target.shape, model.shape, "p[..., :{classes}]") or "; expand the smaller one")
+                f"{names[0]} and {names[1]} must have one shape (..., C), "
+                f"got {tuple(target.shape)} and {tuple(model.shape)}"
+                + (
+                    checks.shape_remedy(target.shape, model.shape, f"{names[0]}[..., :{{classes}}]")
+                    or "; expand the smaller one"
+                )
             )
     if not logit_map.is_identity:
         target, _ = logit_map.shifted_value(target.to(wide))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
-    return _reduced(rows, None, sample_weight, reducer, dtype, p=target, q=model)
+    return _reduced(rows, None, sample_weight, reducer, dtype, **{names[0]: target, names[1]: model})
 
 
 def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:

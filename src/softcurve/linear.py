@@ -7,7 +7,7 @@ value, gradients and second derivatives. What they need beyond inputs and gradie
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -22,43 +22,57 @@ from softcurve.head.problem import (
     require_no_shift,
     require_shift,
 )
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, divergence_of, jensen_shannon
 from softcurve.losses.reduction import Reduction, quotient
-from softcurve.losses.rows import LogitMap
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
+
+
+class LinearDivergenceOptions(TypedDict, total=False):
+    """The options that every loss on features and a head has; see :func:`linear_cross_entropy`."""
+
+    linear_bias: Float[Tensor, " classes *positions"] | None
+    sample_weight: Tensor | None
+    temperature: Number
+    softcap: Number | None
+    reduction: ReductionKind
+    base: Number
+    shift: Integer
+    memory_budget: Integer | None
+
+
+class LinearCrossEntropyOptions(LinearDivergenceOptions, total=False):
+    """The options of :func:`linear_cross_entropy`."""
+
+    weight: Float[Tensor, " classes"] | None
+    ignore_index: Integer | None
+    label_smoothing: Number
+    z_loss: Number
 
 
 # fmt: off
 @overload
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
-    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
-    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+    target: Tensor | Target, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearCrossEntropyOptions],
 ) -> Float[Tensor, "*reduced"]: ...
 
 
 @overload
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
-    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
-    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: Literal[True],
+    target: Tensor | Target, *,
+    return_stats: Literal[True], **options: Unpack[LinearCrossEntropyOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
 
 
 @overload
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
-    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
-    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool,
+    target: Tensor | Target, *,
+    return_stats: bool, **options: Unpack[LinearCrossEntropyOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
 # fmt: on
 def linear_cross_entropy(
@@ -149,34 +163,25 @@ def linear_cross_entropy(
 # fmt: off
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+    return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"]: ...
 
 
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: Literal[True],
+    return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
 
 
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-    temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: bool,
+    return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
 # fmt: on
 def linear_kl_divergence(
@@ -215,48 +220,35 @@ def linear_kl_divergence(
     Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
-    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
-    require_no_shift(shift)
-    posed = divergence_from(
-        Head.of(input, linear_weight, linear_bias, target),
-        target,
-        family=direction,
-        beta=0.5,
-        sample_weight=sample_weight,
-        temperature=logit_map.temperature,
-        softcap=logit_map.softcap,
-    )
-    return posed.reduced(reducer, memory_budget, return_stats)
+    return linear_divergence(
+        input, linear_weight, target, divergence=ForwardKL() if direction == "forward" else ReverseKL(),
+        linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
+        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+    )  # fmt: skip
 
 
 # fmt: off
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: Literal[False] = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, beta: Number = 0.5,
+    return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"]: ...
 
 
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: Literal[True],
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, beta: Number = 0.5,
+    return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
 
 
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, beta: Number = 0.5, linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None, temperature: Number = 1.0, softcap: Number | None = None,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-    memory_budget: Integer | None = None, return_stats: bool,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, beta: Number = 0.5,
+    return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
 # fmt: on
 def linear_js_divergence(
@@ -281,19 +273,87 @@ def linear_js_divergence(
     the forward and ``beta = 1`` the reverse KL, exactly. Arguments and errors are those of
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
-    beta = checks.require_between("beta", beta, 0.0, 1.0)
+    return linear_divergence(
+        input, linear_weight, target, divergence=jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0)),
+        linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
+        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+    )  # fmt: skip
+
+
+# fmt: off
+@overload
+def linear_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, divergence: Divergence,
+    return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
+) -> Float[Tensor, "*reduced"]: ...
+
+
+@overload
+def linear_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, divergence: Divergence,
+    return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
+) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+
+
+@overload
+def linear_divergence(
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, divergence: Divergence,
+    return_stats: bool, **options: Unpack[LinearDivergenceOptions],
+) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+# fmt: on
+def linear_divergence(
+    input: Float[Tensor, "*rows features"],
+    linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target,
+    *,
+    divergence: Divergence,
+    linear_bias: Float[Tensor, " classes"] | None = None,
+    sample_weight: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    reduction: ReductionKind = "mean",
+    base: Number = math.e,
+    shift: Integer = 0,
+    memory_budget: Integer | None = None,
+    return_stats: bool = False,
+) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
+
+    Args:
+        divergence: a member of the family, such as :class:`~softcurve.AlphaDivergence` or an instance of your own
+            subclass of :class:`~softcurve.Divergence`. For ``CrossEntropy()`` this is :func:`linear_cross_entropy`.
+
+    The other arguments and errors are those of :func:`linear_kl_divergence`, values and units those of
+    :func:`softcurve.divergence`.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> teacher = softcurve.Logits(torch.randn(3, 5))
+        >>> loss = softcurve.linear_divergence(x, w, teacher, divergence=softcurve.SkewKL(0.1))
+
+    Source: ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
+    """
+    divergence = divergence_of(divergence)
+    if isinstance(divergence, CrossEntropy):
+        return linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight,
+            temperature=temperature, softcap=softcap, reduction=reduction, base=base, shift=shift,
+            memory_budget=memory_budget, return_stats=return_stats,
+        )  # fmt: skip
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
     require_no_shift(shift)
-    posed = divergence_from(
+    problem = divergence_from(
         Head.of(input, linear_weight, linear_bias, target),
         target,
-        family={0.0: "forward", 1.0: "reverse"}.get(float(beta), "js"),
-        beta=beta,
+        divergence=divergence,
         sample_weight=sample_weight,
         temperature=logit_map.temperature,
         softcap=logit_map.softcap,
     )
-    return posed.reduced(reducer, memory_budget, return_stats)
+    return problem.reduced(reducer, memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------

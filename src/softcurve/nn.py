@@ -12,7 +12,7 @@ from softcurve import checks, functional, linear
 from softcurve.array_types import Float
 from softcurve.head.problem import LossStats, require_budget, require_shift
 from softcurve.losses.reduction import Reduction
-from softcurve.losses.rows import LogitMap
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target, resolve_ignore_index
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 

@@ -17,6 +17,7 @@ from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.row_forms import row_masses, sample_classes
+from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.rows import FISHER
 from softcurve.typing import Integer, Number
 
@@ -84,7 +85,7 @@ class Fisher(JacobianSandwich):
         generator = torch.Generator().manual_seed(self.seed_of("classes", rows.number))
         uniforms = torch.rand(len(t.input), self.samples, generator=generator, dtype=torch.float64)
         classes = sample_classes(rows.losses, uniforms.to(t.input.device))
-        loss = replace(rows.losses.loss, family="cross_entropy", target="list", z_loss=0.0, smoothing=0.0)
+        loss = replace(rows.losses.loss, divergence=CrossEntropy(), target="sparse", z_loss=0.0, smoothing=0.0)
         mass = t.row_weight * row_masses(rows.losses) / self.samples
         bare = t._replace(target=None, target_weight=None, target_bias=None, class_weight=None)
         draws = [

@@ -196,7 +196,7 @@ class HeadCurvature:
         checks.require_choice("kind", kind, ("grand", "el2n"))
         norms = row_forms.gradient_norms(self.rows) / self.losses.reducer.nats
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
-        if weight is not None and loss.target == "list" and t.target is None and t.indices is not None:
+        if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # Of a class index the class's weight is in the row's, which is not in its own loss.
             weight = weight if self.spread is None else self.spread.whole(weight)
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
@@ -236,8 +236,12 @@ class HeadCurvature:
         """
         loss, t = self.rows.loss, self.rows.tensors
         mass = row_forms.row_masses(self.rows).double() / 2
-        if loss.family == "js":
-            mass *= 1 - loss.beta
+        if loss.divergence.gauss_newton_bound == math.inf:
+            raise ValueError(
+                f"loss must have a bounded Gauss-Newton matrix for an eigenvalue bound, got {loss.divergence}; "
+                "use largest_eigenvalues"
+            )
+        mass *= loss.divergence.gauss_newton_bound
         if loss.z_loss:
             lse = passes.evaluate(loss, t, self.rows.memory_budget, stats=True).statistics.lse
             assert lse is not None

@@ -42,7 +42,8 @@ from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.problem import require_budget
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
-from softcurve.losses.rows import GAUSS_NEWTON, LogitMap
+from softcurve.losses.rows import GAUSS_NEWTON
+from softcurve.losses.spec import LogitMap
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 

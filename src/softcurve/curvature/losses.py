@@ -19,13 +19,15 @@ from softcurve.head.problem import (
     require_no_shift,
     require_shift,
 )
+from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction as Reducer
-from softcurve.losses.rows import LogitMap
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Probabilities, Target
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 
-Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+LossName = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+Loss = LossName | Divergence
 Reduction = Literal["mean", "sum", "batchmean"]
 
 
@@ -66,7 +68,7 @@ class HeadLosses:
     __repr__ = dataclass_repr
 
     def __post_init__(self) -> None:
-        checks.require_choice("loss", self.loss, get_args(Loss))
+        divergence_of(self.loss, argument="loss")
         checks.require_choice("reduction", self.reduction, get_args(Reduction))
         beta = checks.require_between("beta", self.beta, 0.0, 1.0)
         checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
@@ -77,11 +79,16 @@ class HeadLosses:
             raise ValueError(f"beta must not be given for loss={self.loss!r}, got {self.beta}")
         require_budget(self.memory_budget)
         require_shift(self.shift)
-        if self.loss != "cross_entropy":
+        if not self.is_cross_entropy:
             for name, neutral in {"weight": None, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}.items():
                 if (value := getattr(self, name)) is not neutral and value != neutral:
                     raise ValueError(f"{name} must not be given for loss={self.loss!r}, got {value}")
             require_no_shift(self.shift)
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the options of a cross-entropy apply."""
+        return self.loss == "cross_entropy" or isinstance(self.loss, CrossEntropy)
 
     @property
     def reducer(self) -> Reducer:
@@ -95,11 +102,11 @@ class HeadLosses:
 
         A plain floating-point target is probabilities for every loss: a data loader can give no others.
         """
-        if self.loss != "cross_entropy" and isinstance(target, Tensor) and target.is_floating_point():
+        if not self.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
             target = Probabilities(target)
         head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach(), target)
         logit_map = LogitMap.of(self.temperature, self.softcap)
-        if self.loss == "cross_entropy":
+        if self.is_cross_entropy:
             return cross_entropy_from(
                 head,
                 target,
@@ -114,15 +121,10 @@ class HeadLosses:
                     "z_loss": checks.require_between("z_loss", self.z_loss, 0.0, math.inf) * self.reducer.nats,
                 },
             )
-        beta = checks.require_between("beta", self.beta, 0.0, 1.0)
-        family = {"forward_kl": "forward", "reverse_kl": "reverse"}.get(self.loss, "js")
-        if self.loss == "js":
-            family = {0.0: "forward", 1.0: "reverse"}.get(float(beta), "js")
         return divergence_from(
             head,
             target,
-            family=family,
-            beta=beta,
+            divergence=divergence_of(self.loss, checks.require_between("beta", self.beta, 0.0, 1.0)),
             sample_weight=sample_weight,
             temperature=logit_map.temperature,
             softcap=logit_map.softcap,

@@ -33,7 +33,7 @@ from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.problem import Posed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
-from softcurve.losses.rows import LogitMap
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
 from softcurve.typing import Integer, Number

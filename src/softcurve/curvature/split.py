@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softcurve.curvature.behind_head import adapter_parts, require_nothing_beside, warn_of_logit_maps, warn_of_wrapper
 from softcurve.curvature.features import eager, parallel_wrapper
 from softcurve.curvature.linear_head import class_name, require_head
-from softcurve.losses.rows import LogitMap
+from softcurve.losses.spec import LogitMap
 from softcurve.typing import Number
 
 __all__ = ["HeadInput", "require_same_logits", "split_head"]

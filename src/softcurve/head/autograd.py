@@ -22,8 +22,9 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.kernel import Statistics
-from softcurve.head.tensors import NOTHING, HeadLoss, HeadTensors, Wanted
+from softcurve.head.tensors import NOTHING, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents, total_of
+from softcurve.losses.spec import LossSpec
 
 Optional6 = Sequence[Tensor | None]
 
@@ -37,7 +38,7 @@ class HeadOutcome(NamedTuple):
 
 
 def head_outcome(
-    loss: HeadLoss, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
+    loss: LossSpec, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
 ) -> HeadOutcome:
     """The losses of a head, differentiable; of its two forms of result that one which ``per_row`` says is used.
 
@@ -54,7 +55,7 @@ def head_outcome(
     all_rows = tensors.row_weight.requires_grad or (transformed and not compiling)
     function = torch.ops.softcurve.head_losses if compiling else _Losses.apply
     outputs = function(  # type: ignore[no-untyped-call]
-        *tensors, *operators.described(loss), memory_budget,
+        *tensors, loss.encode(), memory_budget,
         stats, all_rows, per_row, weight_moves, list(wanted),
     )  # fmt: skip
     total, rows, lse, entropy, predicted, label = outputs[:6]
@@ -70,8 +71,8 @@ class _Losses(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.loss, ctx.memory_budget = inputs[:9], HeadLoss(*inputs[9:19]), inputs[19]
-        ctx.per_row, ctx.weight_moves, ctx.made = inputs[22:25]
+        *tensors, loss, ctx.memory_budget, _, _, ctx.per_row, ctx.weight_moves, ctx.made = inputs
+        ctx.loss = LossSpec.decode(loss)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1], *output[6:])
@@ -97,7 +98,7 @@ class _Losses(Function):
                 gradients = _gradients(ctx, tensors, needs, v_total, ready)
         if ctx.needs_input_grad[7] and v_total is not None:
             in_weight = v_total * _finite_where_left_out(rows, tensors.row_weight)
-        return *gradients, None, in_weight, *(None,) * 17
+        return *gradients, None, in_weight, *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -150,7 +151,7 @@ def _gradients(
 class _Gradients(Function):
     @staticmethod
     def forward(
-        loss: HeadLoss,
+        loss: LossSpec,
         memory_budget: int | None,
         wanted: Wanted,
         scale: Tensor,
@@ -178,7 +179,7 @@ class _Gradients(Function):
         found = operators.batched(
             torch.ops.softcurve.head_losses,
             input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
-            *operators.described(loss), memory_budget, False, False, False, False, list(wanted),
+            loss.encode(), memory_budget, False, False, False, False, list(wanted),
         )  # fmt: skip
         tensors = (input, weight, bias, target, target_weight, target_bias)
         return tuple(_in_own_dtypes(found[6:], tensors))  # type: ignore[arg-type]
@@ -233,7 +234,7 @@ def _products(
     if not (tangents or any(wanted)):
         return [None] * 7
     change, *products = _Products.apply(  # type: ignore[no-untyped-call]
-        *tensors, *directions, *operators.described(ctx.loss), ctx.memory_budget, tangents, list(wanted)
+        *tensors, *directions, ctx.loss.encode(), ctx.memory_budget, tangents, list(wanted)
     )
     return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
 
@@ -276,11 +277,11 @@ def _tangents(ctx: Any, tensors: HeadTensors, directions: Optional6) -> Tensor:
 
 class _Tangents(Function):
     @staticmethod
-    def forward(loss: HeadLoss, memory_budget: int | None, *rest: Tensor | None) -> tuple[Tensor]:
+    def forward(loss: LossSpec, memory_budget: int | None, *rest: Tensor | None) -> tuple[Tensor]:
         directions, tensors = rest[:6], rest[6:]
         change, *_ = operators.batched(
             torch.ops.softcurve.head_hessian_product,
-            *tensors, *directions, *operators.described(loss), memory_budget, True, list(NOTHING),
+            *tensors, *directions, loss.encode(), memory_budget, True, list(NOTHING),
         )  # fmt: skip
         return (change,)
 

@@ -155,7 +155,7 @@ class BlockKernel(Kernel):
         self.sweeps = 3 if self.data.has_direction else 2
         self.map = DenseTarget(self.loss, self.data)
         self.model, self.target = _Side(rows, device), _Side(rows, device)
-        self.by_logits = self.loss.target != "probabilities" or self.loss.family != "cross_entropy"
+        self.by_logits = self.loss.target != "probabilities" or not self.loss.is_cross_entropy
         zeros = torch.zeros((rows, 1), dtype=torch.float64, device=device)
         self.values, self.information, self.tangent = zeros.clone(), zeros.clone(), zeros.clone()
         self.surplus = zeros.clone()  # Σ (p − y)
@@ -170,9 +170,9 @@ class BlockKernel(Kernel):
 
     def rows(self) -> Tensor:  # noqa: D102
         values = self.values
-        if self.loss.family != "cross_entropy":
+        if not self.loss.is_cross_entropy:
             # The rounding of both log-sum-exps leaves Σ p − Σ y = σ, which shifts every log-ratio: σ²/2 of the value.
-            share = self.loss.beta * (1 - self.loss.beta) if self.loss.family == "js" else 1.0
+            share = self.loss.divergence.curvature_at_agreement
             values = (values - share * self.surplus.square() / 2).clamp(min=0)
         if self.loss.z_loss:
             values = values + self.loss.z_loss * self.log_sum_exp().square()
@@ -238,14 +238,14 @@ class BlockKernel(Kernel):
     # --- one group of rows -------------------------------------------------------------------------------------------
 
     def _target_logits(self, given: Tensor) -> Tensor:
-        return given if self.loss.family == "cross_entropy" else self.map.forward(given)
+        return given if self.loss.is_cross_entropy else self.map.forward(given)
 
     def _directions(self, block: Block, rows: slice, given: Tensor) -> tuple[Tensor | None, Tensor | None]:
         v = None if block.v is None else block.v[rows]
         if block.target_v is None:
             return v, None
         target_v = block.target_v[rows]
-        return v, target_v if self.loss.family == "cross_entropy" else self.map.direction(given, target_v)
+        return v, target_v if self.loss.is_cross_entropy else self.map.direction(given, target_v)
 
     def _target_centred(self, rows: slice, v: Tensor | None, like: Tensor) -> Tensor:
         if v is not None and not self.by_logits:
@@ -255,7 +255,7 @@ class BlockKernel(Kernel):
     def _terms(self, rows: slice, block: Block, z: Tensor, given: Tensor) -> tuple[Pair, _Terms, _Terms]:
         log_p = self.model.softmax.log_probabilities(rows, z)
         p = log_p.exp()
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             return self._cross_entropy_terms(rows, block.classes, p, log_p, given)
         logits = self._target_logits(given)
         log_y = self.target.softmax.log_probabilities(rows, logits)
@@ -309,7 +309,7 @@ class BlockKernel(Kernel):
         self.model.gather(rows, classes, model, v)
         if self.by_logits:
             self.target.gather(rows, classes, target, target_v)
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             value = torch.where(pair.y == 0, 0.0, pair.y * -pair.log_ratio).sum(-1)
         else:
             value = self.loss.divergence.value(pair)
@@ -347,14 +347,14 @@ class BlockKernel(Kernel):
             mapped_v = block.v[rows].clone() if block.raw is not None else None
             block.v[rows].copy_(weight * torch.where(masked, 0.0, product))
             if block.target_v_out is not None and block.target_v is not None:
-                if self.loss.family != "cross_entropy":
+                if not self.loss.is_cross_entropy:
                     in_target_v = self.map.product(given, in_target, in_target_v, block.target_v[rows])
                 block.target_v_out[rows] = weight * in_target_v
         else:
             mapped_v = None
         z.copy_(weight * gradient)
         if block.target_out is not None:
-            if self.loss.family != "cross_entropy":
+            if not self.loss.is_cross_entropy:
                 in_target = self.map.gradient(given, in_target)
             block.target_out[rows] = weight * in_target
         self.unmap_residuals(block, rows, mapped_v)

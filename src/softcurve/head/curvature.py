@@ -97,7 +97,7 @@ def class_coefficients(rows: RowLosses, matrix: str) -> bool:
     """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
     bucket = rows.coarsens and matrix != FISHER
     plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
-    return plain and not DenseCurvature.needs_q(rows.loss.family, matrix)
+    return plain and not DenseCurvature.needs_q(rows.loss.divergence, matrix)
 
 
 def add_class_products(

@@ -24,7 +24,7 @@ from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Kernel
 from softcurve.head.lists import ListKernel
 from softcurve.losses import softmax
-from softcurve.losses.divergences import ForwardKL
+from softcurve.losses.divergences import Divergence
 from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN, divergence_second_order
 from softcurve.processes import sum_over
 
@@ -146,10 +146,9 @@ class ListCurvature(ListKernel, CurvatureKernel):
             gradient, _ = self.coarse_gradient(torch.ones_like(others).squeeze(-1))
             return gradient[:, -1:]
         spread = torch.zeros_like(others)
-        divergence = None if self.loss.family == "cross_entropy" else self.loss.divergence
-        if self.matrix == FISHER or (not self.coarsens and (divergence is None or type(divergence) is ForwardKL)):
+        if self.matrix == FISHER or (not self.coarsens and self.loss.divergence.hessian_is_fisher):
             mass = self.data.target
-            whole = divergence is not None or mass is None
+            whole = not self.loss.is_cross_entropy or mass is None
             spread = others if whole or mass is None else mass.double().sum(-1, keepdim=True) * others
         if self.matrix == GAUSS_NEWTON and self.loss.z_loss:
             spread = spread + 2 * self.loss.z_loss * self._lse().clamp(min=0) * others
@@ -308,11 +307,11 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
     """``z`` holds ``p``; ``q`` is a multiple of it, or has a buffer of its own."""
 
     @staticmethod
-    def needs_q(family: str, matrix: str) -> bool:
+    def needs_q(divergence: Divergence, matrix: str) -> bool:
         """Whether ``q`` is no multiple of ``p``."""
-        if family in ("cross_entropy", "forward") or matrix == FISHER:
+        if divergence.hessian_is_fisher or matrix == FISHER:
             return False
-        return matrix == HESSIAN or family != "reverse"
+        return matrix == HESSIAN or not divergence.gauss_newton_is_fisher
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -328,13 +327,13 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
                 self.map_logits(block, rows)
             pair, model, _ = self._terms(rows, block, block.z[rows], block.target_of(rows))
             self.model.gather(rows, block.classes, model, None)
-            if self.loss.family != "cross_entropy":
+            if not self.loss.is_cross_entropy:
                 q = divergence_second_order(self.loss.divergence, self.matrix, pair, pair.p.new_zeros(1))
                 self.total[rows] += q.sum(-1, keepdim=True).double()
 
     def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
         super().merge(number, group)
-        if number == 1 and self.loss.family != "cross_entropy":
+        if number == 1 and not self.loss.is_cross_entropy:
             sum_over([self.total], group)
 
     def merge_prepared(self, group: ProcessGroup) -> None:
@@ -346,7 +345,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
     def settle(self) -> None:
         """``q`` as a multiple of ``p``, and its sum."""
         self.coefficient = torch.ones_like(self.total)
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             self.coefficient = -self.model.score
             self.total = self.coefficient
             if self.loss.z_loss and self.matrix != FISHER:
@@ -354,7 +353,7 @@ class DenseCurvature(BlockKernel, CurvatureKernel):
                 lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)
                 self.coefficient = self.coefficient + 2 * self.loss.z_loss * lse
                 self.total = self.total + 2 * self.loss.z_loss * (lse + 1)
-        elif not self.needs_q(self.loss.family, self.matrix):
+        elif not self.needs_q(self.loss.divergence, self.matrix):
             self.total = self.coefficient
         elif self.matrix == HESSIAN:
             self.total = self.total - self.model.score

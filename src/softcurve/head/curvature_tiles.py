@@ -20,15 +20,16 @@ from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.target import target_block, target_tops
-from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadTensors
 from softcurve.losses.rows import HESSIAN
+from softcurve.losses.spec import LossSpec
 from softcurve.processes import sum_over
 
 
 class RowLosses(NamedTuple):
     """The losses of a head's rows; ``coarsens`` says whether a list's other classes are one outcome."""
 
-    loss: HeadLoss
+    loss: LossSpec
     tensors: HeadTensors
     coarsens: bool
     memory_budget: int | None
@@ -48,9 +49,9 @@ class CurvaturePass:
         self.group = loss.processes
         self.dtype = t.dtype
         self.rooms = workspace.Rooms(t.dtype, t.input.device)
-        self.dense = loss.target != "list"
+        self.dense = loss.target != "sparse"
         self.target_tops = target_tops(loss, t)
-        self.wants_q = self.dense and self.directed and DenseCurvature.needs_q(loss.family, self.matrix)
+        self.wants_q = self.dense and self.directed and DenseCurvature.needs_q(loss.divergence, self.matrix)
         self.wants_residual = self.directed and self.matrix == HESSIAN
 
     def tiles(self) -> Iterator[CurvatureTile]:
@@ -131,14 +132,14 @@ class CurvatureTile:
     def kernel(self) -> Kernel:
         """For residuals."""
         kind: type[Kernel] = BlockKernel if self.run.dense else ListKernel
-        if fused.serves(self.map.input.device, self.run.dtype):
+        if fused.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
             kind = fused.FusedBlocks if self.run.dense else fused.FusedList
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
         kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else ListCurvature
-        if fused.serves(self.map.input.device, self.run.dtype):
+        if fused.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
             kind = FusedDenseCurvature if self.run.dense else FusedListCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)

@@ -31,7 +31,7 @@ class DenseKernel(Kernel):
         self.target = DenseTarget(self.loss, self.data)
         self.row_loss: RowLoss = (
             DenseCrossEntropy(self.loss.logit_map, self.loss.z_loss)
-            if self.loss.family == "cross_entropy"
+            if self.loss.is_cross_entropy
             else LogitDivergence(self.loss.logit_map, divergence=self.loss.divergence)
         )
         self.parts: dict[str, list[Tensor]] = {}

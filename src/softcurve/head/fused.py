@@ -29,6 +29,7 @@ from softcurve.head.blocks import BlockKernel
 from softcurve.head.kernel import Block, Residuals
 from softcurve.head.lists import NO_MASS, ListKernel
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
+from softcurve.losses.spec import LossSpec
 
 
 @functools.cache
@@ -36,19 +37,28 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tiles of this dtype on this device have Triton kernels; on the CPU only in Triton's interpreter.
+MEMBERS = {ForwardKL: "FORWARD", ReverseKL: "REVERSE", JensenShannon: "JENSEN_SHANNON"}
 
-    float64 stays with ATen: who asks for it wants its digits, not the hardware's single-precision exponentials.
+
+def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tiles of this loss have Triton kernels on this device; on the CPU only in Triton's interpreter.
+
+    float64 stays with ATen: who asks for it wants its digits, not the hardware's single-precision exponentials. So
+    does a divergence whose terms are not written in Triton, unless the target is sparse: then the divergence is
+    evaluated on the few listed classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`.
     """
     if dtype != torch.float32 or not _has_triton():
+        return False
+    if not (loss.is_cross_entropy or loss.target == "sparse" or type(loss.divergence) in MEMBERS):
         return False
     return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def residual_dtype(input: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> torch.dtype | None:
+def residual_dtype(
+    loss: LossSpec, input: Tensor | None, weight: Tensor | None, dtype: torch.dtype
+) -> torch.dtype | None:
     """The half precision that residuals are left in for the products with these; ``None``: in the logits' place."""
-    if input is None or weight is None or not serves(weight.device, dtype):
+    if input is None or weight is None or not serves(loss, weight.device, dtype):
         return None
     return products.narrow_residuals(products.shared_half(input, weight))
 
@@ -245,11 +255,11 @@ class FusedBlocks(BlockKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         dense, loss = kernels("dense"), self.loss
-        cross_entropy = loss.family == "cross_entropy"
+        cross_entropy = loss.is_cross_entropy
         self.by_class_weight = cross_entropy and self.data.class_weight is not None
         self.description = dense.Description(
             family=self._family(dense),
-            beta=loss.beta,
+            beta=getattr(loss.divergence, "beta", 0.5),
             softcap=loss.softcap,
             temperature=loss.temperature,
             logarithm=not cross_entropy and loss.target == "probabilities",
@@ -303,16 +313,15 @@ class FusedBlocks(BlockKernel):
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _family(self, dense: Any) -> int:
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             return int(dense.SOFTMAX if self.by_logits else dense.PROBABILITIES)
         divergence = self.loss.divergence
-        members = {ForwardKL: dense.FORWARD, ReverseKL: dense.REVERSE, JensenShannon: dense.JENSEN_SHANNON}
-        if type(divergence) not in members:
+        if type(divergence) not in MEMBERS:
             raise TypeError(
-                f"divergence must be one of {', '.join(member.__name__ for member in members)} for the Triton kernels, "
-                f"got {type(divergence).__name__}; use the divergence on logits"
+                f"divergence must be one of {', '.join(member.__name__ for member in MEMBERS)} for the Triton kernels, "
+                f"got {type(divergence).__name__}"
             )
-        return int(members[type(divergence)])
+        return int(getattr(dense, MEMBERS[type(divergence)]))
 
     @staticmethod
     def _absorb(running: Any, found: tuple[Tensor, Tensor, Tensor], first: int) -> None:
@@ -345,7 +354,7 @@ class FusedBlocks(BlockKernel):
                 side.score_rest += rest
                 side.mean_v += mean
         self.values += wide.value
-        if self.loss.family != "cross_entropy":
+        if not self.loss.is_cross_entropy:
             self.surplus += wide.surplus
         if self.data.wants_stats:
             self.information += wide.information

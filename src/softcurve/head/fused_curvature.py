@@ -108,9 +108,9 @@ class FusedDenseCurvature(FusedBlocks, DenseCurvature):
             super().sweep(number, block)
             return
         found = self._gather_sums(block)
-        if self.loss.family != "cross_entropy":
+        if not self.loss.is_cross_entropy:
             curve = found.curve - found.score if self.matrix == GAUSS_NEWTON else found.curve
-            self.total += curve if self.needs_q(self.loss.family, self.matrix) else 1.0
+            self.total += curve if self.needs_q(self.loss.divergence, self.matrix) else 1.0
 
     def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         forms = kernels("dense_curvature")

@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float
 from softcurve.head.plan import Plan
-from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadTensors
+from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over
 
 
@@ -78,11 +79,11 @@ class RowData:
 
     @staticmethod
     def of(
-        loss: HeadLoss, tensors: HeadTensors, rows: slice | Tensor, plan: Plan, reference: Tensor | None, *,
+        loss: LossSpec, tensors: HeadTensors, rows: slice | Tensor, plan: Plan, reference: Tensor | None, *,
         weight: Tensor | None = None, target_v: Tensor | None = None, **wants: bool,
     ) -> RowData:  # fmt: skip
         """Of the rows of a tile; ``weight`` in place of the rows' own, ``reference`` of the logits before scaling."""
-        t, dtype, listed = tensors, tensors.dtype, loss.target == "list"
+        t, dtype, listed = tensors, tensors.dtype, loss.target == "sparse"
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
             indices=None if t.indices is None else t.indices[rows] - loss.first,
@@ -123,7 +124,7 @@ class Statistics:
 class Kernel(ABC):
     """One tile of rows: sweeps over its blocks gather what rows must know; then residuals, block by block, in place."""
 
-    loss: HeadLoss
+    loss: LossSpec
     data: RowData
     sweeps: int = field(default=1, init=False)
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.

@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
 from softcurve.losses import softmax
-from softcurve.losses.rows import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, LogitMap, RowLoss
+from softcurve.losses.rows import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, RowLoss
+from softcurve.losses.spec import LogitMap
 from softcurve.processes import max_over, sum_over
 
 # Where a row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
@@ -214,7 +215,7 @@ class ListKernel(Kernel):
         if target is None:
             assert self.data.indices is not None
             return IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.data.indices[:, 0])
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             return DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
         return LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
 

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from softcurve.head import passes
-from softcurve.head.tensors import Directions, HeadLoss, HeadTensors, Wanted
+from softcurve.head.tensors import Directions, HeadTensors, Wanted
+from softcurve.losses.spec import LossSpec
 
-# The fields of HeadTensors, and those of HeadLoss.
+# The fields of HeadTensors. The loss is passed as the string that LossSpec.encode returns.
 TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
     "Tensor? indices, Tensor row_weight, Tensor? class_weight"
-)
-LOSS = (
-    "str family, str kind, float beta, float temperature, float? softcap, float z_loss, float smoothing, "
-    "str? group, int first, int classes"
 )
 DIRECTIONS = (
     "Tensor? input_v, Tensor? weight_v, Tensor? bias_v, Tensor? target_v, Tensor? target_weight_v, "
@@ -30,20 +27,15 @@ DIRECTIONS = (
 )
 
 
-def described(loss: HeadLoss) -> tuple[str | float | int | None, ...]:
-    """The description as an operator takes it: its fields in their order."""
-    return tuple(vars(loss).values())
-
-
 LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
 # ``per_row``, ``weight_moves``: whether derivatives of the rows will be wanted, and in the rows' weights.
 LIBRARY.define(
-    f"head_losses({TENSORS}, {LOSS}, int? memory_budget, bool stats, bool all_rows, bool per_row, bool weight_moves, "
+    f"head_losses({TENSORS}, str loss, int? memory_budget, bool stats, bool all_rows, bool per_row, bool weight_moves, "
     "bool[] wanted) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    f"head_hessian_product({TENSORS}, {DIRECTIONS}, {LOSS}, int? memory_budget, bool tangents, bool[] wanted) "
+    f"head_hessian_product({TENSORS}, {DIRECTIONS}, str loss, int? memory_budget, bool tangents, bool[] wanted) "
     "-> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -52,8 +44,8 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
 def _head_losses(*arguments: Any) -> list[Tensor]:
     """``Σ weight · loss``, each row's loss; lse, entropy, predicted class and label if ``stats``; the six gradients."""
-    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[9:19])
-    memory_budget, stats, all_rows, _, _, wanted = arguments[19:]
+    *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
+    tensors, loss = HeadTensors(*given), LossSpec.decode(loss)
     with _no_autocast(tensors.input):
         outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
@@ -61,7 +53,8 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
 
 
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:
-    tensors, stats, wanted = HeadTensors(*arguments[:9]), arguments[20], arguments[24]
+    *given, loss, _, stats, _, _, _, wanted = arguments
+    tensors = HeadTensors(*given)
     rows = _rows_like(tensors)
     total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
     columns: list[Tensor | None] = [None] * 4
@@ -70,7 +63,7 @@ def _fake_head_losses(*arguments: Any) -> list[Tensor]:
         columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
     # Not rounded yet, but for a target that is written once, tile by tile.
     wide = [rows.dtype] * 6
-    if arguments[10] != "teacher" and tensors.target is not None:
+    if LossSpec.decode(loss).target != "teacher" and tensors.target is not None:
         wide[3] = tensors.target.dtype
     return [total, rows, *_present(rows, *columns, *_gradients_like(tensors, wanted, wide))]
 
@@ -78,20 +71,22 @@ def _fake_head_losses(*arguments: Any) -> list[Tensor]:
 @torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
 def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
-    tensors, loss = HeadTensors(*arguments[:9]), HeadLoss(*arguments[15:25])
-    memory_budget, tangents, wanted = arguments[25:]
+    *given, loss, memory_budget, tangents, wanted = arguments
+    tensors, directions = HeadTensors.split(given)
+    loss = LossSpec.decode(loss)
     with _no_autocast(tensors.input):
         outcome = passes.hessian_product(
-            loss, tensors, arguments[9:15], memory_budget, wanted=_six(wanted), wants_tangents=tangents
+            loss, tensors, directions, memory_budget, wanted=_six(wanted), wants_tangents=tangents
         )
     return [outcome.rows, *_present(outcome.rows, *outcome.gradients)]
 
 
 def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
-    tensors = HeadTensors(*arguments[:9])
+    *given, _, _, _, wanted = arguments
+    tensors, _ = HeadTensors.split(given)
     rows = _rows_like(tensors)
     own = [rows.dtype if tensor is None else tensor.dtype for tensor in tensors[:6]]
-    return [rows, *_present(rows, *_gradients_like(tensors, arguments[27], own))]
+    return [rows, *_present(rows, *_gradients_like(tensors, wanted, own))]
 
 
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)

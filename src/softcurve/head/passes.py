@@ -21,7 +21,8 @@ from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.target import target_block, target_tops
-from softcurve.head.tensors import NOTHING, Directions, HeadLoss, HeadTensors, Wanted
+from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
+from softcurve.losses.spec import LossSpec
 from softcurve.processes import sum_over
 
 
@@ -33,12 +34,12 @@ class Outcome(NamedTuple):
     gradients: Directions  # of Σ weight · loss, or their changes along a direction
 
 
-def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
+def plan_of(loss: LossSpec, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
     """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
-    teacher, listed = loss.target == "teacher", loss.target == "list"
-    in_triton = fused.serves(tensors.input.device, tensors.dtype)
-    halves = [fused.residual_dtype(tensors.input, tensors.weight, tensors.dtype)]
-    halves += [fused.residual_dtype(tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
+    teacher, listed = loss.target == "teacher", loss.target == "sparse"
+    in_triton = fused.serves(loss, tensors.input.device, tensors.dtype)
+    halves = [fused.residual_dtype(loss, tensors.input, tensors.weight, tensors.dtype)]
+    halves += [fused.residual_dtype(loss, tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
 
     def needs(directed: bool) -> tuple[int | float, int, int]:
         """Tiles, cache-sized temporaries, and numbers for each row of a tile, that are alive at a time."""
@@ -71,7 +72,7 @@ def plan_of(loss: HeadLoss, tensors: HeadTensors, rows: int, directed: bool, bud
 
 
 def evaluate(
-    loss: HeadLoss,
+    loss: LossSpec,
     tensors: HeadTensors,
     budget: int | None,
     *,
@@ -96,7 +97,7 @@ def evaluate(
 
 
 def hessian_product(
-    loss: HeadLoss,
+    loss: LossSpec,
     tensors: HeadTensors,
     directions: Directions,
     budget: int | None,
@@ -124,7 +125,7 @@ def kept_rows(weight: Tensor) -> slice | Tensor:
     return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
 
 
-def require_classes(loss: HeadLoss, tensors: HeadTensors) -> None:
+def require_classes(loss: LossSpec, tensors: HeadTensors) -> None:
     """Where a graph or a transform hid the indices from the public door. Looking would make a device wait."""
     indices, classes = tensors.indices, loss.class_count(len(tensors.weight))
     if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
@@ -136,7 +137,7 @@ def require_classes(loss: HeadLoss, tensors: HeadTensors) -> None:
 
 @dataclass
 class _Pass:
-    loss: HeadLoss
+    loss: LossSpec
     tensors: HeadTensors
     budget: int | None
     wanted: Wanted
@@ -221,7 +222,7 @@ class _Pass:
 
     def _tile(self, rows: slice | Tensor) -> None:
         t, loss = self.tensors, self.loss
-        listed, teacher = loss.target == "list", loss.target == "teacher"
+        listed, teacher = loss.target == "sparse", loss.target == "teacher"
         direction = self.directions
         model = LinearMap.of(t.input[rows], t.weight, t.bias, self.dtype).with_reference(loss.scale, self.group)
         data = RowData.of(
@@ -326,12 +327,12 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
-        if fused.serves(run.rows.device, run.dtype):
+        if fused.serves(run.loss, run.rows.device, run.dtype):
             single = not run.plan.cuts_classes
-            if run.loss.target == "list":
+            if run.loss.target == "sparse":
                 return fused.FusedList(run.loss, self.data, single=single)
             return fused.FusedBlocks(run.loss, self.data)
-        if run.loss.target == "list":
+        if run.loss.target == "sparse":
             return ListKernel(run.loss, self.data)
         sees_offset = run.loss.z_loss != 0 and self.data.offset is not None  # which closed forms do not know
         if run.plan.cuts_classes or run.group is not None or sees_offset:
@@ -347,14 +348,14 @@ class _Tile:
             return run.buffer(name, count, width)
 
         def residual_room(name: str, map: LinearMap) -> Tensor | None:
-            dtype = fused.residual_dtype(map.narrow, map.weight, run.dtype) if any(run.wanted) else None
+            dtype = fused.residual_dtype(run.loss, map.narrow, map.weight, run.dtype) if any(run.wanted) else None
             return None if dtype is None else run.narrow_buffer(f"{name}, narrow", dtype, count, width)
 
-        in_triton = fused.serves(run.rows.device, run.dtype)
+        in_triton = fused.serves(run.loss, run.rows.device, run.dtype)
         block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
         block.out = residual_room("z", self.model.map)
         block.v_out = None if run.directions is None else residual_room("v", self.model.map)
-        by_closed_forms = run.loss.target != "list" and not run.plan.cuts_classes and run.group is None
+        by_closed_forms = run.loss.target != "sparse" and not run.plan.cuts_classes and run.group is None
         if run.loss.softcap is not None and not in_triton and not by_closed_forms:
             block.raw = room("raw")
         if run.directions is not None:
@@ -369,7 +370,7 @@ class _Tile:
                 block.target_v = self.target.map.change_into(room("target_v"), self.target.along, classes, scale)
                 narrow = residual_room("target_v", self.target.map) if wants_target else None
                 block.target_v_out = (block.target_v if narrow is None else narrow) if wants_target else None
-        elif run.loss.target != "list":
+        elif run.loss.target != "sparse":
             assert run.tensors.target is not None
             block.target = run.given_target(self.rows, classes)
             direction = None if run.directions is None else run.directions[3]

@@ -1,7 +1,7 @@
 """A public call on features and a head, made into the passes' own terms, and their outcome into what the call returns.
 
 Rows are flattened; weights of rows and classes, the reduction and the base become one weight a row; each kind of target
-becomes the tensors that a :class:`~softcurve.head.tensors.HeadLoss` of that kind names.
+becomes the tensors that a :class:`~softcurve.losses.spec.LossSpec` of that kind names.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import head_outcome
 from softcurve.head.sharded import Spread, lies_over_processes
-from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadTensors
+from softcurve.losses.divergences import CrossEntropy, Divergence
 from softcurve.losses.reduction import Reduction, weighted
+from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import (
     LinearTeacher,
     Logits,
@@ -121,7 +123,7 @@ class Head:
 
     @property
     def shard(self) -> dict[str, Any]:
-        """Of a :class:`HeadLoss`: which classes these are."""
+        """Of a :class:`LossSpec`: which classes these are."""
         spread = self.spread
         return {} if spread is None else {"group": spread.group, "first": spread.first, "classes": spread.classes}
 
@@ -160,7 +162,7 @@ class Posed:
     """A loss of a head's rows, in the passes' own terms, before it is reduced."""
 
     head: Head
-    loss: HeadLoss
+    loss: LossSpec
     weight: Tensor  # (n,), of the rows
     mean_weight: Tensor | None  # (n,), of which the sum divides a mean; None: one each
     counted: Tensor  # (n,): which rows have a part
@@ -328,7 +330,7 @@ def _against_indices(
         row_weight = counted
     return Posed(
         head,
-        HeadLoss("cross_entropy", "list", smoothing=smoothing, **options, **head.shard),  # type: ignore[arg-type]
+        LossSpec(CrossEntropy(), "sparse", smoothing=smoothing, **options, **head.shard),  # type: ignore[arg-type]
         row_weight,
         mean_weight,
         kept,
@@ -415,7 +417,7 @@ def _against_distribution(
         if weight is not None:
             own = weight.to(y.dtype)[indices]
             y = torch.cat([y[:, :-1] * own, y[:, -1:]], -1)
-        loss = HeadLoss("cross_entropy", "list", smoothing=everywhere, **options, **head.shard)  # type: ignore[arg-type]
+        loss = LossSpec(CrossEntropy(), "sparse", smoothing=everywhere, **options, **head.shard)  # type: ignore[arg-type]
         return Posed(
             head,
             loss,
@@ -427,7 +429,7 @@ def _against_distribution(
             coarsens=target.coarsens,
         )
     kind, tensors = _dense_target(head, target, sample_weight)
-    loss = HeadLoss("cross_entropy", kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
+    loss = LossSpec(CrossEntropy(), kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
     share = head.share_of_smoothing(weight) if smoothing else weight
     if share is not None and share is not weight:
         # Masked classes have no share of the smoothing, but their class weight still acts on the target's own mass.
@@ -439,22 +441,20 @@ def divergence_from(
     head: Head,
     target: Tensor | Target,
     *,
-    family: str,
-    beta: float,
+    divergence: Divergence,
     sample_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
 ) -> Posed:
     """The divergence between a distribution and the head's."""
     head.require_plain(target=target, sample_weight=sample_weight)
-    return head.agreed(lambda: _divergence_from(head, target, family, beta, sample_weight, temperature, softcap))
+    return head.agreed(lambda: _divergence_from(head, target, divergence, sample_weight, temperature, softcap))
 
 
 def _divergence_from(
     head: Head,
     target: Tensor | Target,
-    family: str,
-    beta: float,
+    divergence: Divergence,
     sample_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -463,17 +463,17 @@ def _divergence_from(
     sampled = _row_weight(head, sample_weight)
     rows = _rows_of_distributions(head, sampled)
 
-    def loss(kind: str) -> HeadLoss:
-        return HeadLoss(family, kind, beta, temperature, softcap, **head.shard)
+    def loss(kind: str) -> LossSpec:
+        return LossSpec(divergence, kind, temperature, softcap, **head.shard)  # type: ignore[arg-type]
 
     if isinstance(target, TopK):
         target = _fitting(head, target, sampled)
-        require_finite_against(loss("list").divergence, target, temperature)
+        require_finite_against(divergence, target, temperature)
         logits = _outcomes(head, target)
         logits = logits if temperature == 1 else logits / temperature
         return Posed(
             head,
-            loss("list"),
+            loss("sparse"),
             *rows,
             target=(_flat(logits), None, None),
             indices=_flat(target.indices),

@@ -35,12 +35,12 @@ def row_masses(rows: RowLosses) -> Tensor:
     """``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence."""
     loss, t = rows.loss, rows.tensors
     ones = torch.ones_like(t.row_weight)
-    if loss.family != "cross_entropy" or (loss.target == "list" and t.target is None):
+    if not loss.is_cross_entropy or (loss.target == "sparse" and t.target is None):
         return ones
     weights, shares = (None if factors is None else factors.to(ones.dtype) for factors in class_factors(t.class_weight))
     smoothed = loss.smoothing * (1.0 if shares is None else shares.mean())
     group = loss.processes
-    if loss.target == "list":
+    if loss.target == "sparse":
         assert t.target is not None
         return t.target.to(ones.dtype).sum(-1) + smoothed
     if loss.target == "probabilities":

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from softcurve.head.kernel import Block, RowData
-from softcurve.head.tensors import HeadLoss
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
+from softcurve.losses.spec import LossSpec
 
 # At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
 # logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows (see
@@ -33,7 +33,7 @@ class ShortPath:
     target's logits.
     """
 
-    loss: HeadLoss
+    loss: LossSpec
     data: RowData
     target_scale: float
     scratch: Callable[[int], Tensor]
@@ -42,21 +42,20 @@ class ShortPath:
         weight = self.data.weight
         self.values, self.factor = torch.empty_like(weight), weight.unsqueeze(-1).clone()
         self.rest, self.target_rest = torch.empty_like(self.factor), torch.ones_like(self.factor)
-        self.least = 0.0
-        if self.loss.family in ("forward", "reverse"):
-            self.least = LEAST_VALUE
-        elif self.loss.family == "js":
-            self.least = LEAST_VALUE * self.loss.beta * (1 - self.loss.beta)
+        self.least = 0.0 if self.loss.is_cross_entropy else LEAST_VALUE * self.loss.divergence.curvature_at_agreement
 
     @staticmethod
-    def serves(loss: HeadLoss, data: RowData, block: Block) -> bool:
+    def serves(loss: LossSpec, data: RowData, block: Block) -> bool:
         """Whether there is a short path."""
         if block.z.device.type != "cpu" or block.v is not None or loss.softcap is not None or loss.z_loss:
             return False
-        if loss.family == "cross_entropy":
+        if loss.is_cross_entropy:
             plain = not loss.smoothing and data.class_weight is None
             return plain and not (loss.target == "probabilities" and block.target_out is not None)
-        return loss.target != "probabilities" and (loss.family != "js" or 0.01 <= loss.beta <= 0.99)
+        divergence = loss.divergence
+        known = isinstance(divergence, ForwardKL | ReverseKL)
+        known |= isinstance(divergence, JensenShannon) and 0.01 <= divergence.beta <= 0.99
+        return known and loss.target != "probabilities"
 
     @property
     def sure(self) -> Tensor:
@@ -103,7 +102,7 @@ class ShortPath:
         weight = self.data.weight[rows].unsqueeze(-1)
         wants_gradient = self.data.wants_gradient
         self.factor[rows] = weight / total
-        divergence = None if self.loss.family == "cross_entropy" else self.loss.divergence
+        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         out_factor = weight * self.target_scale / target_total
         if divergence is None or isinstance(divergence, ForwardKL):
             # s = −log p or log y/p

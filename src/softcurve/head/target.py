@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from softcurve.head.kernel import RowData, class_factors
-from softcurve.head.tensors import HeadLoss, HeadTensors
+from softcurve.head.tensors import HeadTensors
 from softcurve.losses import softmax
+from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over
 
 
-def target_tops(loss: HeadLoss, tensors: HeadTensors) -> Tensor | None:
+def target_tops(loss: LossSpec, tensors: HeadTensors) -> Tensor | None:
     """The largest logit of each row of the target, ``(n, 1)``, where a temperature would round at its size."""
     given = tensors.target
     if loss.target != "logits" or given is None or math.frexp(loss.target_scale)[0] == 0.5:
@@ -28,7 +29,7 @@ def target_tops(loss: HeadLoss, tensors: HeadTensors) -> Tensor | None:
 
 
 def target_block(
-    loss: HeadLoss, given: Tensor, tops: Tensor | None, rows: slice | Tensor, classes: slice, dtype: torch.dtype
+    loss: LossSpec, given: Tensor, tops: Tensor | None, rows: slice | Tensor, classes: slice, dtype: torch.dtype
 ) -> Tensor:
     """The target of some rows and classes as it is given; its logits less ``tops``, where these are not ``None``."""
     block = given[rows, classes]
@@ -39,7 +40,7 @@ def target_block(
 class DenseTarget:
     """From what is given to what is compared: ``w ⊙ ((1 − ε) y + ε / C)`` for a cross-entropy, else logits."""
 
-    loss: HeadLoss
+    loss: LossSpec
     data: RowData
 
     @property
@@ -65,7 +66,7 @@ class DenseTarget:
 
     def forward(self, given: Tensor) -> Tensor:
         """What the row loss is given."""
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             y = torch.softmax(given, -1) if self._by_logits else given
             y, uniform = self._chain(y), self.uniform(slice(0, given.shape[-1]))
             return y if uniform is None else y + uniform
@@ -80,7 +81,7 @@ class DenseTarget:
 
     def direction(self, given: Tensor, v: Tensor) -> Tensor:
         """The change of :meth:`forward`."""
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             return self._chain(softmax.jacobian_product(given, v) if self._by_logits else v)
         if self._by_logits:
             return v * self.scale_left
@@ -88,7 +89,7 @@ class DenseTarget:
 
     def gradient(self, given: Tensor, gradient: Tensor) -> Tensor:
         """In what is given, from the gradient in :meth:`forward`'s."""
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             gradient = self._chain(gradient)
             return softmax.jacobian_product(given, gradient) if self._by_logits else gradient
         if self._by_logits:
@@ -100,7 +101,7 @@ class DenseTarget:
         total = torch.zeros_like(given) if change is None else self.gradient(given, change)
         if v is None:
             return total
-        if self.loss.family == "cross_entropy":
+        if self.loss.is_cross_entropy:
             if not self._by_logits:
                 return total
             gradient = self._chain(gradient)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from ast import literal_eval
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,32 +78,124 @@ def _times_finite(p: Tensor, factor: Tensor) -> Tensor:
 
 
 class Divergence(ABC):
-    """One member of the family, as the functions of DESIGN's table. Stateless but for its parameters."""
+    """A member of the family: a separable ``D(y, p) = Σ_k φ(p_k, y_k)``, given by its derivatives in ``log p``.
+
+    Subclass it as a frozen dataclass whose fields are numbers, and implement the five methods below in the gauge
+    ``φ ≥ 0``. Every route of the library (logits, streamed heads, curvature, fits) then works with the member. See
+    :class:`Pair` for what the methods receive.
+    """
+
+    hessian_is_fisher: ClassVar[bool] = False
+    """Whether ``H_z = J``, as for the forward KL. Gauss-Newton is the Hessian then."""
+
+    gauss_newton_is_fisher: ClassVar[bool] = False
+    """Whether ``p² ∂²φ/∂p² = p``, as for the reverse KL, so that the Gauss-Newton matrix is ``J``."""
+
+    _key: ClassVar[str]
+    _members: ClassVar[dict[str, type[Divergence]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Register the class, so that :meth:`decode` finds it by a key that no other class has."""
+        cls._key = f"{cls.__module__}:{cls.__qualname__}#{len(Divergence._members)}"
+        Divergence._members[cls._key] = cls
 
     @abstractmethod
     def value(self, pair: Pair) -> Float[Tensor, "*rows"]:
-        """``D(y, p) = Σ_k φ(p_k, y_k) ≥ 0``, in nats."""
+        """Return ``D(y, p) = Σ_k φ(p_k, y_k) ≥ 0`` of each row, in nats."""
 
     @abstractmethod
     def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        """``s = p ∂φ/∂p``."""
+        """Return ``s = p ∂φ/∂p``."""
 
     @abstractmethod
     def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        """``c = p ∂φ/∂p + p² ∂²φ/∂p²``."""
+        """Return ``c = p ∂φ/∂p + p² ∂²φ/∂p²``."""
 
     @abstractmethod
     def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        """``x = p y ∂²φ/∂p∂y``, symmetric under exchange."""
+        """Return ``x = p y ∂²φ/∂p∂y``, which is symmetric under exchange."""
 
     @abstractmethod
     def exchanged(self) -> Divergence:
-        """The member ``D′`` with ``D′(p, y) = D(y, p)``."""
+        """Return the member ``D′`` with ``D′(p, y) = D(y, p)``."""
+
+    def encode(self) -> str:
+        """Return a string from which :meth:`decode` makes an equal member: the operators of ``torch`` take no objects.
+
+        Raises ``TypeError`` unless the member is a frozen dataclass of numbers, or has no attributes.
+        """
+        fields = getattr(self, "__dataclass_fields__", {})
+        values = [(name, getattr(self, name)) for name in fields]
+        if len(self.__dict__) != len(fields) or not all(isinstance(v, bool | int | float | str) for _, v in values):
+            raise TypeError(
+                f"divergence must be a frozen dataclass whose fields are numbers or strings, got {self!r}; "
+                "keep other state out of the instance"
+            )
+        text = ";".join([self._key, *(f"{name}={value!r}" for name, value in values)])
+        if text.count(";") != len(values):
+            raise TypeError(f"divergence must not have a string with a semicolon among its fields, got {self!r}")
+        return text
+
+    @staticmethod
+    def decode(text: str) -> Divergence:
+        """Return the member that :meth:`encode` described."""
+        key, *fields = text.split(";")
+        values = (field.partition("=") for field in fields)
+        return Divergence._members[key](
+            **{name: float(value) if value in ("inf", "-inf") else literal_eval(value) for name, _, value in values}
+        )
+
+    @property
+    def gauss_newton_bound(self) -> float:
+        """``sup p ∂²φ/∂p²``, by which the Gauss-Newton matrix is bounded against ``J``; infinite if there is none."""
+        return 1.0 if self.hessian_is_fisher or self.gauss_newton_is_fisher else math.inf
+
+    @property
+    def curvature_at_agreement(self) -> float:
+        """``p φ″`` at ``p = y``: near there ``D ≈ ½ Σ_k p_k r_k²`` times this, with ``r = log p − log y``."""
+        one = torch.ones(1, dtype=torch.float64)
+        agreeing = Pair(one, one, 0 * one, 0 * one)
+        return float(self.curve(agreeing) - self.score(agreeing))
+
+    @property
+    def is_infinite_off_target(self) -> bool:
+        """Whether ``D`` is infinite where the model has mass on a class that the target excludes."""
+        one = torch.ones(1, dtype=torch.float64)
+        return not bool(self.value(Pair(one, 0 * one, math.inf * one, one)).isfinite())
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Divergence):
+    """``−Σ_k y_k log p_k`` of a target of any mass: ``φ = −y log p``, ``s = −y``, ``c = 0``, ``x = −y``.
+
+    It is not zero at ``p = y``. The library evaluates it by :func:`softcurve.losses.softmax.dense_loss`, which is
+    exact for confident rows.
+    """
+
+    hessian_is_fisher = True
+
+    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+        return -torch.xlogy(pair.y, pair.p).sum(-1)
+
+    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return -pair.y
+
+    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return torch.zeros_like(pair.p)
+
+    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return -pair.y
+
+    def exchanged(self) -> Divergence:
+        """Raise ``TypeError``: a model's cross-entropy against a target is not one of the family's members."""
+        raise TypeError("a cross-entropy has a target and a model; use softcurve.cross_entropy(logits, target)")
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """``D(y‖p)``: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``. Mode-covering."""
+    """``D(y‖p)``: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``."""
+
+    hessian_is_fisher = True
 
     def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
         return excess(pair.y, pair.difference, pair.log_ratio).sum(-1)
@@ -122,7 +215,9 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """``D(p‖y)``, ``r = log(p/y)``: ``φ = p r − p + y``, ``s = p r``, ``c = p (r + 1)``. Mode-seeking."""
+    """``D(p‖y)``, ``r = log(p/y)``: ``φ = p r − p + y``, ``s = p r``, ``c = p (r + 1)``."""
+
+    gauss_newton_is_fisher = True
 
     def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
         return ForwardKL().value(pair.exchanged())
@@ -148,6 +243,10 @@ class JensenShannon(Divergence):
     """
 
     beta: float
+
+    @property
+    def gauss_newton_bound(self) -> float:  # noqa: D102
+        return 1 - self.beta
 
     def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
         to_mixture = excess(pair.p, -self.beta * pair.difference, self._log_mixture_over_p(pair))
@@ -175,8 +274,145 @@ class JensenShannon(Divergence):
         return JensenShannon(1 - self.beta)
 
 
+@dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """The α-divergence ``Σ_k [α y + (1−α) p − w] / (α(1−α))``, ``w = y^α p^{1−α}``, for ``α`` other than 0 and 1.
+
+    ``α = ½`` is four times the squared Hellinger distance; ``α → 1`` is the forward and ``α → 0`` the reverse KL.
+    With ``r = log(p/y)``: ``s = (p − w)/α``, ``c = s + w``, ``x = −w``.
+
+    Source: Amari (2016), "Information Geometry and Its Applications", section 3.5.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha) or self.alpha in (0, 1):
+            raise ValueError(
+                f"alpha must be a finite number other than 0 and 1, got {self.alpha}; "
+                "use ReverseKL() for the limit at 0 and ForwardKL() for the limit at 1"
+            )
+
+    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:
+        """Return ``Σ p [α h(−r) − h(−αr)] / (α(1−α))`` with ``h(t) = e^t − 1 − t``: nothing cancels for ``α ≤ ½``."""
+        a = self.alpha
+        if a > 0.5:
+            return self.exchanged().value(pair.exchanged())
+        of_target = excess(pair.p, -pair.difference, -pair.log_ratio)
+        of_mean = excess(pair.p, -a * self.score(pair), -a * pair.log_ratio)
+        excluded = pair.p / a if a > 0 else torch.where(pair.p > 0, math.inf, pair.p)
+        terms = (a * of_target - of_mean) / (a * (1 - a))
+        return torch.where(pair.y == 0, excluded, terms).sum(-1)
+
+    def _geometric_mean(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
+        """``w``, as ``p e^{−αr}`` or ``y e^{(1−α)r}``, whichever exponential does not overflow where ``w`` does not."""
+        r = pair.log_ratio
+        exponent = torch.where(r < 0, (1 - self.alpha) * r, -self.alpha * r)
+        return _times_finite(torch.where(r < 0, pair.y, pair.p), torch.exp(exponent))
+
+    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        exponent = -self.alpha * pair.log_ratio
+        near = -pair.p * torch.expm1(exponent.clamp(-1, 1))
+        return torch.where(exponent.abs() < 1, near, pair.p - self._geometric_mean(pair)) / self.alpha
+
+    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return self.score(pair) + self._geometric_mean(pair)
+
+    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return -self._geometric_mean(pair)
+
+    def exchanged(self) -> AlphaDivergence:  # noqa: D102
+        return AlphaDivergence(1 - self.alpha)
+
+
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    """The skewed KL: ``D(y ‖ w y + (1−w) p)``, or ``D(p ‖ w p + (1−w) y)`` with ``direction="reverse"``.
+
+    ``w = weight`` lies in [0, 1); 0 is the KL itself. With the mixture ``m`` and ``x = −(c − s)`` in both directions,
+    forward: ``s = (1−w)² p (p−y)/m``, ``c = s + (1−w)² y (p/m)²``;
+    reverse: ``s = (1−w)² p (p−y)/m − p h(log(p/m))``, ``c = s + (1−w)² p (y/m)²``, ``h(t) = e^t − 1 − t``.
+
+    Source: Lee (1999), "Measures of distributional similarity"; Ko et al. (2024), "DistiLLM".
+    """
+
+    weight: float
+    direction: str = "forward"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < 1:
+            raise ValueError(f"weight must be at least 0 and below 1, got {self.weight}")
+        if self.direction not in ("forward", "reverse"):
+            raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
+
+    @property
+    def gauss_newton_bound(self) -> float:
+        """``(1−w)/(4w)`` forward, at ``(1−w) p = w y``; 1 reverse, at ``p = 0``."""
+        return 1.0 if self.weight == 0 or self.direction == "reverse" else (1 - self.weight) / (4 * self.weight)
+
+    @property
+    def _limit(self) -> Divergence | None:
+        """The KL that the member is at weight 0, where its mixture has only one side."""
+        if self.weight:
+            return None
+        return ForwardKL() if self.direction == "forward" else ReverseKL()
+
+    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+        if self.direction == "reverse":
+            return self.exchanged().value(pair.exchanged())
+        log_ratio = log_mixture(pair.log_ratio, 1 - self.weight)  # log m/y
+        return excess(pair.y, (1 - self.weight) * pair.difference, log_ratio).sum(-1)
+
+    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        if self._limit is not None:
+            return self._limit.score(pair)
+        change = (1 - self.weight) * pair.difference
+        if self.direction == "forward":
+            return (1 - self.weight) * change * torch.exp(-log_mixture(-pair.log_ratio, self.weight))
+        log_ratio = -log_mixture(-pair.log_ratio, 1 - self.weight)  # log p/m
+        change = _times_finite(change, torch.exp(log_ratio))
+        return (1 - self.weight) * change - excess(pair.p, change, log_ratio)
+
+    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        return self.score(pair) - self.cross(pair) if self._limit is None else self._limit.curve(pair)
+
+    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+        if self._limit is not None:
+            return self._limit.cross(pair)
+        if self.direction == "reverse":
+            return self.exchanged().cross(pair.exchanged())
+        over_mixture = torch.exp(-log_mixture(-pair.log_ratio, self.weight))  # p/m
+        return -((1 - self.weight) ** 2) * pair.y * over_mixture.square()
+
+    def exchanged(self) -> SkewKL:  # noqa: D102
+        return SkewKL(self.weight, "reverse" if self.direction == "forward" else "forward")
+
+
 def jensen_shannon(beta: float) -> Divergence:
     """``JS_β`` with the ecosystem's ends: β = 0 is the forward, β = 1 the reverse KL, exactly."""
     if beta == 0:
         return ForwardKL()
     return ReverseKL() if beta == 1 else JensenShannon(beta)
+
+
+LOSS_NAMES = ("cross_entropy", "forward_kl", "reverse_kl", "js")
+
+
+def divergence_of(loss: str | Divergence, beta: float = 0.5, *, argument: str = "divergence") -> Divergence:
+    """Return the member of the family that a public argument names, or is; ``beta`` is that of ``"js"``.
+
+    Raises ``TypeError`` or ``ValueError``, which name the ``argument``, for anything else.
+    """
+    if isinstance(loss, Divergence):
+        loss.encode()
+        return loss
+    if not isinstance(loss, str):
+        raise TypeError(
+            f"{argument} must be an instance of softcurve.Divergence, such as softcurve.AlphaDivergence(0.5), "
+            f"got {loss!r}"
+        )
+    if loss not in LOSS_NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, LOSS_NAMES))} or a Divergence, got {loss!r}")
+    if loss == "js":
+        return jensen_shannon(beta)
+    return {"cross_entropy": CrossEntropy(), "forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}[loss]

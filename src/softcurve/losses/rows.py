@@ -10,7 +10,6 @@ the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g =
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -20,73 +19,14 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses import softmax
-from softcurve.losses.divergences import Divergence, ForwardKL, Pair
+from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import RowCurvature
-from softcurve.typing import Number
+from softcurve.losses.spec import LogitMap
 
 # The matrices of second order of a row's loss in what the softmax sees.
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
 
 Pulled = tuple[Tensor | None, Tensor | None]  # in the logits, in the target
-
-
-@dataclass(frozen=True)
-class LogitMap:
-    """``κ tanh(z/κ) / T``, elementwise; a masked class (−inf) stays masked. ``softcap=None`` leaves out the cap."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.require_positive("temperature", self.temperature)
-        if self.softcap is not None:
-            checks.require_positive("softcap", self.softcap)
-
-    @staticmethod
-    def of(temperature: Number = 1.0, softcap: Number | None = None) -> LogitMap:
-        """Make the map from the numbers of a public call."""
-        return LogitMap(
-            checks.require_positive("temperature", temperature),
-            None if softcap is None else checks.require_positive("softcap", softcap),
-        )
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the map changes nothing."""
-        return self.softcap is None and self.temperature == 1
-
-    def value(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m(z)``."""
-        if self.softcap is not None:
-            z = torch.where(z == -math.inf, z, self.softcap * torch.tanh(z / self.softcap))
-        return z if self.temperature == 1 else z / self.temperature
-
-    def shifted_value(
-        self, z: Float[Tensor, "*rows classes"]
-    ) -> tuple[Float[Tensor, "*rows classes"], Float[Tensor, "*rows"] | float]:
-        """``m(z)`` less a constant of each row, which no softmax sees, and the constant.
-
-        The largest logit is taken off before the division by ``T``, which would round at the size of a common offset,
-        unless ``T`` is a power of two.
-        """
-        if self.softcap is not None or math.frexp(self.temperature)[0] == 0.5:
-            return self.value(z), 0.0
-        top = z.detach().amax(-1, keepdim=True)
-        top = torch.where(top == -math.inf, 0.0, top)
-        return (z - top) / self.temperature, top.squeeze(-1) / self.temperature
-
-    def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m′(z) = (1 − tanh²(z/κ)) / T = 4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: no cancellation near the cap."""
-        if self.softcap is None:
-            return torch.full_like(z, 1 / self.temperature)
-        e = torch.exp(-2 * (z / self.softcap).abs())
-        return 4 * e / ((1 + e).square() * self.temperature)
-
-    def bend(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m″(z) = −(2/κ) tanh(z/κ) m′(z)``."""
-        if self.softcap is None:
-            return torch.zeros_like(z)
-        return (-2 / self.softcap) * torch.tanh(z / self.softcap) * self.slope(z)
 
 
 @dataclass(frozen=True)
@@ -305,7 +245,7 @@ class Entropy(RowLoss):
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:
     """``q`` of a divergence's matrix on classes of a row, all of them unless the row's ``score`` ``S`` is given."""
-    if matrix == FISHER or type(divergence) is ForwardKL:
+    if matrix == FISHER or divergence.hessian_is_fisher:
         return pair.p
     if matrix == GAUSS_NEWTON:
         return divergence.curve(pair) - divergence.score(pair)

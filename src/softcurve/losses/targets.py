@@ -21,7 +21,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
-from softcurve.losses.divergences import Divergence, ReverseKL
+from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
 
@@ -464,7 +464,7 @@ def resolve_ignore_index(ignore_index: object, target: Tensor | Target | None = 
 
 def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
     """A divergence that a list can be compared by, at a temperature that it can have."""
-    if listed.tail == "renormalize" and isinstance(divergence, ReverseKL):
+    if listed.tail == "renormalize" and divergence.is_infinite_off_target:
         raise ValueError(
             "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "
             "the forward direction, or a Jensen-Shannon divergence between the ends"
