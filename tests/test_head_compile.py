@@ -82,7 +82,7 @@ def test_opcheck_with_gradients(case: Case) -> None:
     learned = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args[:8]]
     wanted = [t is not None and t.requires_grad for t in learned[:6]]
     for saved in (wanted, [False] * 6):
-        torch.library.opcheck(func, (*learned, *args[8:21], True, False, True, saved))
+        torch.library.opcheck(func, (*learned, *args[8:12], True, False, True, saved))
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------------------
@@ -128,6 +128,7 @@ LOSSES = {
     "teacher": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2], bias), temperature=2.0),
     "reverse": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2]), direction="reverse", reduction="none").sum(),
     "js": lambda x, w, t: JS(x, w, Logits(t), beta=0.3),
+    "alpha": lambda x, w, t: softcurve.linear_divergence(x, w, Logits(t), divergence=softcurve.AlphaDivergence(0.5)),
     "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
     "module": lambda x, w, t: module(x @ w.T @ w, index(x)) + 0 * t.sum(),
 }

@@ -16,7 +16,7 @@ import pytest
 
 import softcurve
 from softcurve import chain, curvature, functional, nn, reference, typing
-from softcurve.fit.losses import LOSSES as FIT_LOSSES
+from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.losses.reduction import REDUCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def test_overloads_repeat_the_signature(name):
 def test_literals_are_what_is_accepted():
     assert get_args(typing.ReductionKind) == REDUCTIONS
     assert get_args(typing.ChainLoss) == chain.LOSSES
-    assert get_args(typing.FitLoss) == tuple(FIT_LOSSES)
+    assert get_args(typing.FitLoss) == LOSS_NAMES
 
 
 def test_completion_offers_the_public_names():

@@ -30,9 +30,10 @@ from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.rows import gather
 from softcurve.fit.data.source import Block
-from softcurve.fit.losses import Loss, check_loss, refuse_zeros
+from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
+from softcurve.typing import FitLoss
 
 __all__ = ["SpectrumOptions", "spectrum_command"]
 
@@ -57,7 +58,7 @@ class SpectrumOptions:
     data: str | None
     target: Path | None
     matrix: str
-    loss: Loss | None
+    loss: FitLoss | None
     top: int
     method: Literal["auto", "lobpcg", "lanczos"]
     tol: float
@@ -77,7 +78,7 @@ class Problem:
     features: nn.Module
     head: nn.Linear
     data: Iterable[Any]  # of somebody's code; the operator checks each batch
-    loss: Loss
+    loss: FitLoss
     rows: int | None = None
     file: str | None = None
 
@@ -143,7 +144,7 @@ def _saved(options: SpectrumOptions) -> Problem:
     saved = SavedHead.load(options.model)
     rows = gather(open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target), options.data)
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
-    loss = options.loss or cast("Loss", saved.loss if rows.soft else "cross_entropy")
+    loss = options.loss or cast("FitLoss", saved.loss if rows.soft else "cross_entropy")
     check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
     features, target = rows.tensors(dtype)

@@ -32,6 +32,7 @@ from softcurve.fit.estimator import (
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head
 from softcurve.fit.losses import row_losses
 from softcurve.fit.path import regularisation_path
+from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
 
 __all__ = ["SoftmaxRegressionCV"]
@@ -73,7 +74,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         cv: Any = None,
         scoring: str | Callable[..., Any] | None = None,
         refit: bool = True,
-        loss: FitLoss = "cross_entropy",
+        loss: FitLoss | Divergence = "cross_entropy",
         fit_intercept: bool = True,
         tol: Real = 1e-4,
         max_iter: Whole = 100,
@@ -273,7 +274,7 @@ def _taken(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Ten
     return Subset(source, (times > 0).numpy()), (weights * times)[times > 0]
 
 
-def _mean_loss(loss: str, fit: Fit, rows: Source, weights: Tensor) -> float:
+def _mean_loss(loss: str | Divergence, fit: Fit, rows: Source, weights: Tensor) -> float:
     total = 0.0
     for block in rows.blocks(rows_within(len(rows.classes), rows.width)):
         assert block.target is not None

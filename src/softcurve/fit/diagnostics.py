@@ -17,6 +17,7 @@ from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels, target_mass
 from softcurve.fit.together import Together
 from softcurve.functional import entropy
+from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
@@ -89,7 +90,7 @@ def diagnose(
     source: Source,
     weight: Float[Tensor, "classes d"],
     bias: Float[Tensor, " classes"],
-    loss: str,
+    loss: str | Divergence,
     *,
     hardest: int = 24,
     bins: int = 15,
@@ -153,7 +154,7 @@ class _Rows(NamedTuple):
     right: Float64[Tensor, " rows"]  # the target's probability of the predicted class
 
 
-def _rows(loss: str, logits: Float64[Tensor, "rows classes"], target: BlockTarget) -> _Rows:
+def _rows(loss: str | Divergence, logits: Float64[Tensor, "rows classes"], target: BlockTarget) -> _Rows:
     losses = row_losses(loss, logits, target).double()
     label = target_labels(target)
     kl = None

@@ -22,6 +22,7 @@ from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
 from softcurve.fit.solver.newton import Step
+from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
 
@@ -79,7 +80,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         *,
         C: Real = 1.0,
-        loss: FitLoss = "cross_entropy",
+        loss: FitLoss | Divergence = "cross_entropy",
         fit_intercept: bool = True,
         tol: Real = 1e-4,
         max_iter: Whole = 100,

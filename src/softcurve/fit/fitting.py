@@ -20,10 +20,11 @@ from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
-from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
+from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
 from softcurve.fit.together import Processes, Together, require_same
+from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
@@ -70,7 +71,7 @@ class Fit(ShortRepr):
 def fit_head(
     source: Source,
     *,
-    loss: str = "cross_entropy",
+    loss: str | Divergence = "cross_entropy",
     C: float = 1.0,
     fit_intercept: bool = True,
     sample_weight: Tensor | None = None,
@@ -120,12 +121,13 @@ def fit_head(
     """
     if group is not None:
         source, sample_weight = own_part(source, sample_weight, group, start=start, coordinates=coordinates)
-    given = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "tol": tol, "max_iter": max_iter}
+    given: dict[str, object] = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "tol": tol, "max_iter": max_iter}
     given |= {"precision": precision, "memory_budget": memory_budget, "checkpoint": checkpoint}
     require_same(share_of(source).together, given, SAME)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
+    member = divergence_of(loss)
     _check_options(C, tol, max_iter, precision, memory_budget)
     classes = len(source.classes)
     _check_start(start, classes, source.width)
@@ -145,8 +147,8 @@ def fit_head(
 
         def curvature_in(dtype: torch.dtype) -> Curvature:
             return Curvature(
-                source, coordinates, weights, classes, scale=AT_AGREEMENT[loss], penalty=penalty, dtype=dtype,
-                rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
+                source, coordinates, weights, classes, scale=member.curvature_at_agreement, penalty=penalty,
+                dtype=dtype, rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
             )  # fmt: skip
 
         keeper, state = Keeper(together, on_step), None

@@ -14,10 +14,13 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
-from softcurve.fit.losses import Loss
 from softcurve.fit.together import Together
+from softcurve.losses import softmax
+from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
+from softcurve.typing import FitLoss
 
 __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
 
@@ -62,7 +65,7 @@ def curvature_spectrum(
     weight: Float[Tensor, "classes d"],
     bias: Float[Tensor, " classes"] | None,
     *,
-    loss: str = "cross_entropy",
+    loss: str | Divergence = "cross_entropy",
     k: int = 20,
     rows: int = ROWS,
     seed: int = 0,
@@ -106,7 +109,7 @@ def curvature_spectrum(
     if isinstance(target, TopK) and target.coarsens and method == "dense":
         method = "products"  # its outcomes are not the classes
     weight, bias = weight.double(), None if bias is None else bias.double()
-    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("Loss", loss))
+    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("FitLoss", loss))
     if method == "products":
         largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
     else:
@@ -122,18 +125,18 @@ def _of_matrix(
     target: BlockTarget,
     weight: Float64[Tensor, "classes d"],
     bias: Float64[Tensor, " classes"] | None,
-    loss: str,
+    loss: str | Divergence,
 ) -> Float64[Tensor, " size"]:
     """All eigenvalues of the mean of ``B ⊗ ẽẽᵀ``, ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ``, ``ẽ = [e; 1]``.
 
-    Of JS at β = ½ it is ``q = ¼ p y / m``, ``m = ½ (p + y)``; of the other losses ``q = p``.
+    ``q`` is ``p² φ″``, or ``p`` where the Hessian of the loss is ``J``.
     """
     z = nn.functional.linear(features, weight, bias)
     p = z.softmax(-1)
-    q = p
-    if loss == "js":
+    q, member = p, divergence_of(loss)
+    if not member.hessian_is_fisher:
         y = target.distribution_against(z)[1] if isinstance(target, TopK) else target.double()
-        q = (p * y / (2 * (p + y))).nan_to_num(0.0)
+        q = divergence_second_order(member, GAUSS_NEWTON, softmax.pair(z, y.log())).nan_to_num(0.0)
     wide = features if bias is None else torch.cat([features, torch.ones_like(features[:, :1])], 1)
     classes, width = len(weight), wide.shape[1]
     matrix = p.new_zeros(classes, width, classes, width)
@@ -153,7 +156,7 @@ def _by_products(
     target: BlockTarget,
     weight: Float64[Tensor, "classes d"],
     bias: Float64[Tensor, " classes"] | None,
-    loss: str,
+    loss: str | Divergence,
     k: int,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +164,7 @@ def _by_products(
     head.weight = nn.Parameter(weight)
     if bias is not None:
         head.bias = nn.Parameter(bias)
-    operator = GGN(nn.Identity(), head, [(features, target)], loss=cast("Loss", loss))
+    operator = GGN(nn.Identity(), head, [(features, target)], loss=cast("FitLoss", loss))
     size = operator.shape[0]
     density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)
     try:

@@ -17,9 +17,9 @@ from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
 from softcurve.fit.data.files.decoding import check_file
 from softcurve.fit.data.source import Label
-from softcurve.fit.losses import LOSSES
 from softcurve.fit.system_errors import unusable
 from softcurve.fit.tensor_file import encode_tensors, read_tensors
+from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.records import ShortRepr
 
 __all__ = ["SavedHead"]
@@ -77,8 +77,8 @@ class SavedHead(ShortRepr):
             )
         weight, bias = _checked_tensors(path, tensors)
         classes = _checked_classes(path, metadata.get("classes", ""), len(bias))
-        if (loss := metadata.get("loss", "")) not in LOSSES:
-            raise _damaged(path, f"its metadata 'loss' must be one of {', '.join(LOSSES)}, and is {loss!r}")
+        if (loss := metadata.get("loss", "")) not in LOSS_NAMES:
+            raise _damaged(path, f"its metadata 'loss' must be one of {', '.join(LOSS_NAMES)}, and is {loss!r}")
         return cls(weight, bias, classes, loss, _checked_strength(path, metadata.get("C", "")))
 
 

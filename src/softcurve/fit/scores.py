@@ -10,6 +10,7 @@ from torch import Tensor
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget
 from softcurve.fit.losses import row_losses
+from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 
 __all__ = ["ScoreSums", "Scores", "target_labels", "target_mass"]
@@ -27,7 +28,7 @@ class Scores:
 class ScoreSums:
     """Sums over the rows of all blocks so far."""
 
-    def __init__(self, loss: str) -> None:
+    def __init__(self, loss: str | Divergence) -> None:
         self.name = loss
         self.rows = self.correct = 0
         self.loss = 0.0

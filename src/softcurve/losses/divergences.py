@@ -371,7 +371,7 @@ class SkewKL(Divergence):
             return (1 - self.weight) * change * torch.exp(-log_mixture(-pair.log_ratio, self.weight))
         log_ratio = -log_mixture(-pair.log_ratio, 1 - self.weight)  # log p/m
         change = _times_finite(change, torch.exp(log_ratio))
-        return (1 - self.weight) * change - excess(pair.p, change, log_ratio)
+        return (1 - self.weight) * change - excess(pair.p, change, torch.where(pair.p > 0, log_ratio, 0.0))
 
     def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
         return self.score(pair) - self.cross(pair) if self._limit is None else self._limit.curve(pair)

@@ -21,10 +21,8 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.settled import settled_rows
 from softcurve.losses.targets import TopK
 
-__all__ = ["AT_AGREEMENT", "Curvature", "Tile"]
+__all__ = ["Curvature", "Tile"]
 
-# κ: of JS at β = ½, β(1 − β).
-AT_AGREEMENT = {"cross_entropy": 1.0, "forward_kl": 1.0, "reverse_kl": 1.0, "js": 0.25}
 # τ: with it a long step is also held back where p = y.
 OF_CURVATURE = 0.1
 # Of the penalty's curvature, and of all rows', that rows without much of it may have together to be left out.

@@ -14,6 +14,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.records import ShortRepr
 
 __all__ = ["Objective", "Point"]
@@ -42,7 +43,7 @@ class Objective:
     def __init__(
         self,
         source: Source,
-        loss: str,
+        loss: str | Divergence,
         penalty: float,
         weights: Float64[Tensor, " rows"],
         coordinates: Coordinates,
@@ -50,6 +51,8 @@ class Objective:
         rows_at_once: int,
     ) -> None:
         self.source, self.loss, self.penalty, self.weights = source, loss, penalty, weights
+        known = isinstance(divergence_of(loss), CrossEntropy | ForwardKL)
+        self._evaluate = _cross_entropy if known else _any_loss
         self.coordinates, self.classes, self.rows_at_once = coordinates, classes, rows_at_once
         # Fresh memory for every block would cost more than what is computed in it.
         most = min(rows_at_once, source.rows)
@@ -71,7 +74,7 @@ class Objective:
                 if bias is not None:
                     logits += bias
                 assert block.target is not None
-                losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
+                losses, residual = self._evaluate(self.loss, logits, block.target, keep, block.start)
                 of_rows = self.weights[block.start : block.start + count]
                 # A row without weight counts for nothing, also where its loss is infinite.
                 total += (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
@@ -98,7 +101,7 @@ class Objective:
 
 
 def _cross_entropy(
-    loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
+    loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
 ) -> tuple[Tensor, Tensor]:
     """Losses and residuals ``p − y``, these in the place of the logits."""
     if not isinstance(target, Tensor):
@@ -107,7 +110,7 @@ def _cross_entropy(
     if target.is_floating_point():
         y = target.double()
         at_target = (y * logits).sum(1)
-        losses = -at_target if loss == "cross_entropy" else torch.xlogy(y, y).sum(1) - at_target
+        losses = -at_target if isinstance(divergence_of(loss), CrossEntropy) else torch.xlogy(y, y).sum(1) - at_target
         mass = y.sum(1)
     else:
         losses, mass = -logits.gather(1, target[:, None])[:, 0], None
@@ -123,7 +126,9 @@ def _cross_entropy(
     return losses, logits.mul_(mass[:, None]).sub_(y)
 
 
-def _any_loss(loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int) -> tuple[Tensor, Tensor]:
+def _any_loss(
+    loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         losses = row_losses(loss, leaf, target)
@@ -131,6 +136,3 @@ def _any_loss(loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None,
     if keep is not None:
         keep(start, torch.softmax(logits.detach(), 1))
     return losses.detach(), residual
-
-
-_LOSSES = {"cross_entropy": _cross_entropy, "forward_kl": _cross_entropy}
