@@ -17,7 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import curvature, fused, passes, products, row_forms
+from softcurve.head import backends, curvature, passes, per_row, products
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
@@ -28,7 +28,9 @@ from .test_curvature_head import Dense, directions, flat, posed, random_columns,
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
-math, lists, dense, dense_curvature = (fused.kernels(name) for name in ("math", "lists", "dense", "dense_curvature"))
+math, lists, dense, dense_curvature = (
+    backends.kernels(name) for name in ("math", "sparse", "dense", "dense_curvature")
+)
 SMALL = (4, 16)  # so that few rows and classes are several programs, and several steps of each
 RAN: set[Any] = set()
 
@@ -46,8 +48,8 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_are_on() -> None:
-    assert fused.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float32)
-    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float64)
+    assert backends.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float32)
+    assert not backends.serves(LossSpec(CrossEntropy(), "sparse"), DEVICE, torch.float64)
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ def test_curvature_products(name: str, budget: str, matrix: str) -> None:
     rows = whole(ours, memory_budget=least)
     curvature.add_products(rows, matrix, directions(narrow), directions(into))
     assert_same(torch.stack(list(map(flat, into))).double(), expected, "products", 5e-6)
-    norms = rows.tensors.row_weight * row_forms.gradient_norms(rows)
+    norms = rows.tensors.row_weight * per_row.gradient_norms(rows)
     assert_same(norms.double(), torch.linalg.vector_norm(right.gradients(), dim=-1), "norms", 5e-6)
 
 

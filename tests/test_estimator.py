@@ -311,7 +311,10 @@ def test_too_few_steps_are_warned_of():
         ({"C": "1"}, "C must be a positive number; got '1'"),
         ({"tol": 0.0}, "tol must be a positive number"),
         ({"max_iter": 1.5}, "max_iter must be an integer"),
-        ({"loss": "hinge"}, "loss must be one of cross_entropy, forward_kl, reverse_kl, js; got 'hinge'"),
+        (
+            {"loss": "hinge"},
+            "loss must be one of cross_entropy, forward_kl, reverse_kl, js, or a Divergence; got 'hinge'",
+        ),
         ({"loss": "reverse_kl"}, "reverse_kl is infinite for labels"),
         ({"precision": "half"}, "precision must be auto, mixed or float64"),
         ({"memory_budget": 1000}, "memory_budget must be at least"),

@@ -164,7 +164,10 @@ def test_scores_are_the_formulas(loss):
     ("options", "message"),
     [
         ({"loss": "reverse_kl"}, "loss reverse_kl is infinite for labels"),
-        ({"loss": "hinge"}, "loss must be one of cross_entropy, forward_kl, reverse_kl, js; got 'hinge'"),
+        (
+            {"loss": "hinge"},
+            "loss must be one of cross_entropy, forward_kl, reverse_kl, js, or a Divergence; got 'hinge'",
+        ),
         ({"C": 0.0}, "C must be a positive number; got 0.0"),
         ({"C": math.nan}, "C must be a positive number"),
         ({"tol": math.nan}, "tol must be a positive number; got nan"),

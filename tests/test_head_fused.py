@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from softcurve import checks
-from softcurve.head import curvature, fused, products
+from softcurve.head import backends, curvature, products
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
@@ -63,9 +63,9 @@ def test_triton_is_imported_only_when_wanted(run_python: Any) -> None:
 
 def test_the_cpu_is_served_by_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cpu"), torch.float32)
-    assert fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float32)
-    assert not fused.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float64)
+    assert not backends.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cpu"), torch.float32)
+    assert backends.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float32)
+    assert not backends.serves(LossSpec(CrossEntropy(), "sparse"), torch.device("cuda"), torch.float64)
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(0.0, 1.0), (0.0, 0.5), (1.0, 1.0), (1.0, 0.5)])
@@ -128,8 +128,8 @@ SIZES = ("ROWS", "BLOCK")
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Of losses, gradients and products of every family, with all options; nothing runs, so their numbers are anything."""
     seen = Launches()
-    monkeypatch.setattr(fused, "serves", lambda device, dtype: dtype == torch.float32)
-    monkeypatch.setattr(fused.kernels("math"), "run", seen.record)
+    monkeypatch.setattr(backends, "serves", lambda loss, device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(backends.kernels("math"), "run", seen.record)
     monkeypatch.setattr(checks, "explain_head_nan", lambda *_: None)
     # Nothing runs, so a product may be given what it cannot multiply here.
     monkeypatch.setattr(products, "shared_half", lambda *_: None)
@@ -137,7 +137,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(products, "back_to_weight", lambda *_, **__: None)
     monkeypatch.setattr(products, "back_to_bias", lambda *_, **__: None)
     for name, narrow in itertools.product(COMPILED, (None, torch.bfloat16)):
-        monkeypatch.setattr(fused, "residual_dtype", lambda *_, narrow=narrow: narrow)
+        monkeypatch.setattr(backends, "residual_dtype", lambda *_, narrow=narrow: narrow)
         options = everything(BY_NAME[name])
         given = problem(BY_NAME[name], options, "sum", (5,), 3, 37)
         given = replace(
@@ -161,7 +161,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         ]
         into = zeros_like([tuple(head)])
         curvature.add_products(whole(of_curvature), "hessian", directions([tuple(head)]), directions(into))
-    lists = fused.kernels("lists")
+    lists = backends.kernels("sparse")
     z, out = torch.randn(5, 37), torch.empty(5, 37, dtype=torch.bfloat16)
     for cap in (None, 3.0):
         lists.exponentials(z, out, cap, 1.0)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 from softcurve.curvature import HeadCurvature
-from softcurve.head import fused
+from softcurve.head.dense_triton import TritonDenseKernel
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import Divergence, JensenShannon
 from softcurve.losses.spec import LossSpec
@@ -628,7 +628,7 @@ def test_a_member_that_is_not_known_is_refused_by_triton() -> None:
     kernel = SimpleNamespace(loss=SimpleNamespace(is_cross_entropy=False, divergence=Halved()), by_logits=True)
     terms = SimpleNamespace(SOFTMAX=0, PROBABILITIES=1, FORWARD=2, REVERSE=3, JENSEN_SHANNON=4)
     with pytest.raises(TypeError, match=r"divergence.*Halved"):
-        fused.FusedBlocks._family(kernel, terms)
+        TritonDenseKernel._family(kernel, terms)
 
 
 # --- 11. numbers, vocabularies, layouts --------------------------------------------------------------------------------

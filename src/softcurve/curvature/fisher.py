@@ -16,7 +16,7 @@ from softcurve.curvature.losses import Loss, Reduction
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.head.row_forms import row_masses, sample_classes
+from softcurve.head.per_row import row_masses, sample_classes
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.rows import FISHER
 from softcurve.typing import Integer, Number

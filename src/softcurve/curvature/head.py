@@ -14,7 +14,7 @@ from softcurve.array_types import Float
 from softcurve.curvature.kfac import Form, KroneckerFactors, moment_of, one_a_class, pieces_of
 from softcurve.curvature.linear_head import require_classes
 from softcurve.curvature.losses import HeadLosses, Loss, Reduction
-from softcurve.head import curvature, passes, row_forms
+from softcurve.head import curvature, passes, per_row
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
 from softcurve.losses.targets import Target
@@ -194,7 +194,7 @@ class HeadCurvature:
         ``‖∂ℓ/∂z‖ ‖[e; 1]‖``, the 1 with a bias. Source: Paul, Ganguli, Dziugaite 2021, "Deep learning on a data diet".
         """
         checks.require_choice("kind", kind, ("grand", "el2n"))
-        norms = row_forms.gradient_norms(self.rows) / self.losses.reducer.nats
+        norms = per_row.gradient_norms(self.rows) / self.losses.reducer.nats
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
         if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # Of a class index the class's weight is in the row's, which is not in its own loss.
@@ -235,7 +235,7 @@ class HeadCurvature:
         a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992.
         """
         loss, t = self.rows.loss, self.rows.tensors
-        mass = row_forms.row_masses(self.rows).double() / 2
+        mass = per_row.row_masses(self.rows).double() / 2
         if loss.divergence.gauss_newton_bound == math.inf:
             raise ValueError(
                 f"loss must have a bounded Gauss-Newton matrix for an eigenvalue bound, got {loss.divergence}; "

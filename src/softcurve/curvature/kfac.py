@@ -23,8 +23,8 @@ from softcurve.curvature.nystrom import low_rank
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.head.curvature import add_class_products, add_products, class_coefficients
 from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head.per_row import row_masses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
-from softcurve.head.row_forms import row_masses
 from softcurve.processes import sum_over
 from softcurve.records import dataclass_repr
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from softcurve.head import products
-from softcurve.head.curvature_kernels import CurvatureBlock, DenseCurvature
 from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
+from softcurve.head.dense import DenseCurvature
+from softcurve.head.kernel import CurvatureBlock
 from softcurve.head.products import Direction
 from softcurve.losses.rows import FISHER, HESSIAN
 

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import fused, products, workspace
-from softcurve.head.blocks import BlockKernel
-from softcurve.head.curvature_kernels import CurvatureBlock, CurvatureKernel, DenseCurvature, ListCurvature
-from softcurve.head.fused_curvature import FusedDenseCurvature, FusedListCurvature
-from softcurve.head.kernel import Kernel, RowData
-from softcurve.head.lists import ListKernel
+from softcurve.head import backends, products, workspace
+from softcurve.head.dense import DenseCurvature, DenseKernel
+from softcurve.head.dense_triton import TritonDenseCurvature, TritonDenseKernel
+from softcurve.head.kernel import CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.products import Direction, LinearMap
+from softcurve.head.sparse import SparseKernel
+from softcurve.head.sparse_curvature import SparseCurvature
+from softcurve.head.sparse_triton import TritonSparseCurvature, TritonSparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.rows import HESSIAN
@@ -131,16 +132,16 @@ class CurvatureTile:
 
     def kernel(self) -> Kernel:
         """For residuals."""
-        kind: type[Kernel] = BlockKernel if self.run.dense else ListKernel
-        if fused.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = fused.FusedBlocks if self.run.dense else fused.FusedList
+        kind: type[Kernel] = DenseKernel if self.run.dense else SparseKernel
+        if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
+            kind = TritonDenseKernel if self.run.dense else TritonSparseKernel
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
-        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else ListCurvature
-        if fused.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = FusedDenseCurvature if self.run.dense else FusedListCurvature
+        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else SparseCurvature
+        if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
+            kind = TritonDenseCurvature if self.run.dense else TritonSparseCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)
 

@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float
 from softcurve.head.plan import Plan
 from softcurve.head.tensors import HeadTensors
+from softcurve.losses.rows import FISHER
 from softcurve.losses.spec import LossSpec
-from softcurve.processes import max_over
+from softcurve.processes import max_over, sum_over
 
 
 @dataclass
@@ -196,3 +197,83 @@ def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowDa
     found = torch.where(value == best, -(at + data.first), -data.class_count)
     max_over([found], group)
     return -found
+
+
+@dataclass
+class CurvatureBlock(Block):
+    """A block, and room for what columns share besides ``z``: ``q`` and, for the Hessian, the residual."""
+
+    q: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass
+class CurvatureKernel(Kernel, ABC):
+    """After the sweeps :meth:`settle`; a block is made ready for all columns by one :meth:`prepare`.
+
+    A column's change of the logits stands in ``block.v``. It is gathered over every block of a row before any of them
+    is multiplied. ``factor`` is what all products are still to be multiplied by, row by row.
+    """
+
+    matrix: str = field(kw_only=True)
+    coarsens: bool = field(kw_only=True, default=False)
+    sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Every sweep is closed."""
+
+    @abstractmethod
+    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:
+        """Logits become what columns need; ``fresh`` if computed anew since the sweeps, ``again`` if not for once."""
+
+    @abstractmethod
+    def merge_prepared(self, group: ProcessGroup) -> None:
+        """Sum up what the first :meth:`prepare` of every block has gathered over the processes of a sharded head."""
+
+    @abstractmethod
+    def gather(self, block: CurvatureBlock, number: int) -> None:
+        """What a column sums over a row."""
+
+    def merge_column(self, number: int, group: ProcessGroup) -> None:
+        """As :meth:`merge_prepared`, of what a column has gathered."""
+        sums = [part.clone() for part in self.sums.get(number, self.no_sums())]
+        sum_over(sums, group)
+        self.sums[number] = tuple(sums)
+
+    @abstractmethod
+    def no_sums(self) -> tuple[Tensor, ...]:
+        """What a column has gathered where it has seen no block."""
+
+    @abstractmethod
+    def multiply(self, block: CurvatureBlock, number: int) -> None:
+        """``v ← matrix · v``, but for ``factor``."""
+
+    @abstractmethod
+    def diagonal(self, block: CurvatureBlock) -> None:
+        """``v ←`` the matrix's diagonal, but for ``factor``."""
+
+    @abstractmethod
+    def normalize(self, block: CurvatureBlock) -> None:
+        """``z`` of a block that is ready becomes ``p``."""
+
+    @abstractmethod
+    def sum_of_q(self) -> Tensor:
+        """``total`` of :class:`softcurve.losses.softmax.RowCurvature`, ``(rows, 1)``."""
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of a matrix ``a diag(p) − b p pᵀ``: with ``q = a p``, ``b = 2a − total``."""
+        total = self.sum_of_q()
+        surplus = 2 * self.loss.z_loss if self.matrix != FISHER else 0.0
+        return total - surplus, total - 2 * surplus
+
+    def slope(self, block: CurvatureBlock, rows: slice) -> Tensor | None:
+        """``m′``, where the map is not the identity."""
+        return None if block.raw is None else self.loss.logit_map.slope(block.raw[rows])
+
+    def bent(self, block: CurvatureBlock, rows: slice, v: Tensor | None) -> Tensor | None:
+        """``m″ g′ v`` of a Hessian, from the residual ``g = m′ g′`` and ``m″/m′ = −(2/κ) tanh(z/κ)``."""
+        if block.raw is None or block.residual is None or self.loss.softcap is None:
+            return None
+        bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap).mul_(block.residual[rows])
+        return bend if v is None else bend.mul_(v)

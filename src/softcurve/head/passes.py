@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import fused, products, workspace
-from softcurve.head.blocks import BlockKernel
+from softcurve.head import backends, products, workspace
+from softcurve.head.closed_form import ClosedFormKernel
 from softcurve.head.dense import DenseKernel
+from softcurve.head.dense_triton import TritonDenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
-from softcurve.head.lists import ListKernel
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction, LinearMap
+from softcurve.head.sparse import SparseKernel
+from softcurve.head.sparse_triton import TritonSparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.spec import LossSpec
@@ -37,9 +39,9 @@ class Outcome(NamedTuple):
 def plan_of(loss: LossSpec, tensors: HeadTensors, rows: int, directed: bool, budget: int | None) -> Plan:
     """The tiles of a pass over ``rows`` rows; a Hessian product wants the changes beside the logits."""
     teacher, listed = loss.target == "teacher", loss.target == "sparse"
-    in_triton = fused.serves(loss, tensors.input.device, tensors.dtype)
-    halves = [fused.residual_dtype(loss, tensors.input, tensors.weight, tensors.dtype)]
-    halves += [fused.residual_dtype(loss, tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
+    in_triton = backends.serves(loss, tensors.input.device, tensors.dtype)
+    halves = [backends.residual_dtype(loss, tensors.input, tensors.weight, tensors.dtype)]
+    halves += [backends.residual_dtype(loss, tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
 
     def needs(directed: bool) -> tuple[int | float, int, int]:
         """Tiles, cache-sized temporaries, and numbers for each row of a tile, that are alive at a time."""
@@ -275,7 +277,7 @@ class _Pass:
                 if column is not None:
                     whole[rows] = column.to(whole.dtype)
         gradient = self.gradients[3]
-        if listed and gradient is not None and isinstance(kernel, ListKernel):
+        if listed and gradient is not None and isinstance(kernel, SparseKernel):
             found = kernel.target_gradient if direction is None else kernel.target_product
             assert found is not None
             gradient[rows] = found.to(gradient.dtype)
@@ -327,17 +329,17 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
-        if fused.serves(run.loss, run.rows.device, run.dtype):
+        if backends.serves(run.loss, run.rows.device, run.dtype):
             single = not run.plan.cuts_classes
             if run.loss.target == "sparse":
-                return fused.FusedList(run.loss, self.data, single=single)
-            return fused.FusedBlocks(run.loss, self.data)
+                return TritonSparseKernel(run.loss, self.data, single=single)
+            return TritonDenseKernel(run.loss, self.data)
         if run.loss.target == "sparse":
-            return ListKernel(run.loss, self.data)
+            return SparseKernel(run.loss, self.data)
         sees_offset = run.loss.z_loss != 0 and self.data.offset is not None  # which closed forms do not know
         if run.plan.cuts_classes or run.group is not None or sees_offset:
-            return BlockKernel(run.loss, self.data)
-        return DenseKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
+            return DenseKernel(run.loss, self.data)
+        return ClosedFormKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
 
     def load(self, classes: slice) -> Block:
         """The logits of a block, and what belongs to them."""
@@ -348,10 +350,10 @@ class _Tile:
             return run.buffer(name, count, width)
 
         def residual_room(name: str, map: LinearMap) -> Tensor | None:
-            dtype = fused.residual_dtype(run.loss, map.narrow, map.weight, run.dtype) if any(run.wanted) else None
+            dtype = backends.residual_dtype(run.loss, map.narrow, map.weight, run.dtype) if any(run.wanted) else None
             return None if dtype is None else run.narrow_buffer(f"{name}, narrow", dtype, count, width)
 
-        in_triton = fused.serves(run.loss, run.rows.device, run.dtype)
+        in_triton = backends.serves(run.loss, run.rows.device, run.dtype)
         block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
         block.out = residual_room("z", self.model.map)
         block.v_out = None if run.directions is None else residual_room("v", self.model.map)

@@ -1,6 +1,6 @@
 """Elementary functions of Triton kernels, in float32, right relatively where the hardware's are not.
 
-``import triton`` stands only in the modules of this name, which :mod:`softcurve.head.fused` imports when wanted.
+``import triton`` stands only in the modules of this name, which :mod:`softcurve.head.dense_triton` imports when wanted.
 """
 
 from __future__ import annotations

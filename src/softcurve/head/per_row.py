@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.blocks import BlockKernel
 from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
+from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
 from softcurve.losses.rows import HESSIAN
@@ -60,7 +60,7 @@ def row_masses(rows: RowLosses) -> Tensor:
         return ones
     run = CurvaturePass(rows, HESSIAN, directed=False)
     for tile in run.tiles():
-        kernel = BlockKernel(loss, tile.data())
+        kernel = DenseKernel(loss, tile.data())
         tile.sweep(kernel)
         ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
     run.release()

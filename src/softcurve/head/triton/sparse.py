@@ -1,4 +1,4 @@
-"""The tiles of :mod:`softcurve.head.lists` in Triton: each kernel is the line of its docstring, and reads a tile once.
+"""The tiles of :mod:`softcurve.head.sparse` in Triton: each kernel is the line of its docstring, and reads a tile once.
 
 The listed classes of a tile are masked with −inf beforehand (:func:`put`) and set afterwards, so no kernel compares
 its classes with a list. ``classes`` are those of the block.
@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.triton_math import (
+from softcurve.head.triton.math import (
     cap_slope,
     capped,
     column,

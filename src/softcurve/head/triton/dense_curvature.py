@@ -1,4 +1,4 @@
-"""The second order of the tiles of :mod:`softcurve.head.triton_dense`, for many columns that share a softmax."""
+"""The second order of the tiles of :mod:`softcurve.head.triton.dense`, for many columns that share a softmax."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.triton_dense import (
+from softcurve.head.triton.dense import (
     ENTRIES,
     Description,
     class_factors,
@@ -18,7 +18,7 @@ from softcurve.head.triton_dense import (
     pulled_back,
     row_entry,
 )
-from softcurve.head.triton_math import cap_slope, column, here, jit, launch, own_row, stride, tanh
+from softcurve.head.triton.math import cap_slope, column, here, jit, launch, own_row, stride, tanh
 
 HESSIAN, GAUSS_NEWTON = range(2)
 _HESSIAN: tl.constexpr = tl.constexpr(HESSIAN)

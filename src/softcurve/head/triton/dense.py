@@ -1,4 +1,4 @@
-"""The tiles of :mod:`softcurve.head.blocks` in Triton: each kernel reads logits and target once.
+"""The tiles of :mod:`softcurve.head.dense` in Triton: each kernel reads logits and target once.
 
 The formulas are those of :mod:`softcurve.losses.divergences`, elementwise, in float32; ``FAMILY`` names them.
 """
@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.triton_math import (
+from softcurve.head.triton.math import (
     cap_slope,
     capped,
     clamp_half,
@@ -351,7 +351,7 @@ def _sums(
 
 
 class DenseSums(NamedTuple):
-    """What :func:`sums` finds of each row, ``(rows,)``; the first four as :class:`softcurve.head.blocks._Side`."""
+    """What :func:`sums` finds of each row, ``(rows,)``; the first four as :class:`softcurve.head.dense._Side`."""
 
     score: Tensor
     score_rest: Tensor

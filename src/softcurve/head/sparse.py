@@ -30,7 +30,7 @@ NO_MASS = -math.inf
 
 
 @dataclass
-class ListKernel(Kernel):
+class SparseKernel(Kernel):
     """Sweep 0: the listed logits and ``o``. Then the residual is a multiple of ``e^z``, but for the listed classes."""
 
     def __post_init__(self) -> None:
