@@ -125,7 +125,7 @@ def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
         target = Probabilities(target)
     target = as_target(target)
     if isinstance(target, Target):
-        if target.coarsens:
+        if target.merges_tail:
             raise ValueError("target must be a distribution over all classes, got a TopK with tail='bucket'")
         if isinstance(target, TopK):
             target.require_fit(z.shape)

@@ -134,7 +134,7 @@ class _CrossEntropy:
     logit_map: LogitMap
 
     def against_distribution(self, logits: Tensor, target: Target) -> Tensor:
-        if target.coarsens:
+        if target.merges_tail:
             return self._against_coarse(logits, target)
         model, y = target.distribution_against(logits)
         return row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), model, self._shaped(y, target, logits))

@@ -136,4 +136,4 @@ class HeadLosses:
         tensors = tensors._replace(
             **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
         )
-        return RowLosses(posed.loss, tensors, posed.coarsens, require_budget(self.memory_budget))
+        return RowLosses(posed.loss, tensors, posed.merges_tail, require_budget(self.memory_budget))

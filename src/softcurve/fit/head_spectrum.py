@@ -106,7 +106,7 @@ def curvature_spectrum(
         loss = "cross_entropy"  # H(y) = 0 for a label
     if isinstance(target, Tensor) and not target.is_floating_point() and loss != "cross_entropy":
         target = nn.functional.one_hot(target, classes).double()
-    if isinstance(target, TopK) and target.coarsens and method == "dense":
+    if isinstance(target, TopK) and target.merges_tail and method == "dense":
         method = "products"  # its outcomes are not the classes
     weight, bias = weight.double(), None if bias is None else bias.double()
     here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("FitLoss", loss))

@@ -36,17 +36,17 @@ class ClosedFormKernel(Kernel):
         )
         self.parts: dict[str, list[Tensor]] = {}
 
-    def rows(self) -> Tensor:  # noqa: D102
+    def losses(self) -> Tensor:  # noqa: D102
         return torch.cat(self.parts["rows"])
 
-    def close(self, number: int) -> None:  # noqa: D102
+    def finish(self, number: int) -> None:  # noqa: D102
         if self.data.wants_stats:
             self.statistics = Statistics(*(torch.cat(self.parts[name]) for name in ("lse", "entropy", "top", "label")))
 
-    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
         raise NotImplementedError("a tile of whole rows has nothing to sum up")
 
-    def form(self) -> None:  # noqa: D102
+    def prepare_residuals(self) -> None:  # noqa: D102
         pass  # the sweep has left the residuals
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
@@ -55,7 +55,7 @@ class ClosedFormKernel(Kernel):
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         return Residuals(block.z, block.target_out, block.v, block.target_v_out)
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         if self.data.wants_stats:
             for rows in self.groups(block):
                 self._observe(block, rows)
@@ -73,11 +73,11 @@ class ClosedFormKernel(Kernel):
         short = ShortPath(self.loss, self.data, self.target.scale_left, self.scratch)
         for rows in self.groups(block):
             short.group(block, rows)
-        self.factor, values, sure = short.factor, short.values, short.sure
+        self.row_factor, values, sure = short.factor, short.values, short.sure
         if not sure.all():
             doubtful = (~sure).nonzero().squeeze(-1)
             self._redo(block, values, doubtful)
-            self.factor[doubtful] = 1.0
+            self.row_factor[doubtful] = 1.0
         self.parts["rows"] = [values]
 
     # --- by the closed forms -----------------------------------------------------------------------------------------

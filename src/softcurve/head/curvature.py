@@ -36,23 +36,23 @@ def add_products(
         for block in tile.prepared(kernel):
             for j, column in enumerate(columns if cut else ()):
                 tile.change(block, column)
-                kernel.gather(block, j)
+                kernel.accumulate_column(block, j)
             if not cut:
                 kept.append(block)
         for j, column in enumerate(columns):
             for block in kept:
                 tile.change(block, column)
-                kernel.gather(block, j)
+                kernel.accumulate_column(block, j)
             if run.group is not None:
-                kernel.merge_column(j, run.group)
+                kernel.reduce_column(j, run.group)
             for block in kept:
-                kernel.multiply(block, j)
-                tile.take_back(block, kernel.factor, column, into[j], scale)
+                kernel.multiply_column(block, j)
+                tile.take_back(block, kernel.row_factor, column, into[j], scale)
         for block in tile.prepared(kernel, swept=True) if cut else ():
             for j, column in enumerate(columns):
                 tile.change(block, column)
-                kernel.multiply(block, j)
-                tile.take_back(block, kernel.factor, column, into[j], scale)
+                kernel.multiply_column(block, j)
+                tile.take_back(block, kernel.row_factor, column, into[j], scale)
     run.release()
 
 
@@ -82,7 +82,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
         for block in blocks:
             assert block.v is not None
             kernel.diagonal(block)
-            here = factor if kernel.factor is None else factor * kernel.factor.to(run.dtype)
+            here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(run.dtype)
             traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
             if in_weight is not None and in_bias is not None:
                 products.back_to_weight(
@@ -96,7 +96,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
 
 def class_coefficients(rows: RowLosses, matrix: str) -> bool:
     """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
-    bucket = rows.coarsens and matrix != FISHER
+    bucket = rows.merges_tail and matrix != FISHER
     plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
     return plain and not DenseCurvature.needs_q(rows.loss.divergence, matrix)
 

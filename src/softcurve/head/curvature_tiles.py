@@ -28,11 +28,11 @@ from softcurve.processes import sum_over
 
 
 class RowLosses(NamedTuple):
-    """The losses of a head's rows; ``coarsens`` says whether a list's other classes are one outcome."""
+    """The losses of a head's rows; ``merges_tail`` says whether a list's other classes are one outcome."""
 
     loss: LossSpec
     tensors: HeadTensors
-    coarsens: bool
+    merges_tail: bool
     memory_budget: int | None
 
 
@@ -143,7 +143,7 @@ class CurvatureTile:
         if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
             kind = TritonDenseCurvature if self.run.dense else TritonSparseCurvature
         given = self.run.given
-        return kind(given.loss, self.data(), matrix=self.run.matrix, coarsens=given.coarsens)
+        return kind(given.loss, self.data(), matrix=self.run.matrix, merges_tail=given.merges_tail)
 
     # --- blocks
 
@@ -160,21 +160,21 @@ class CurvatureTile:
         single = not self.run.plan.cuts_classes
         block = None if swept else self.sweep(kernel)
         if not swept:
-            kernel.settle()
+            kernel.prepare_columns()
         held = list(self._class_blocks())
         for i, classes in enumerate(held):
             ready = block if single and block is not None else self._load(classes)
-            kernel.prepare(ready, fresh=not single, again=swept)
+            kernel.prepare_block(ready, fresh=not single, again=swept)
             if self.run.group is not None and not swept and i == len(held) - 1:
-                kernel.merge_prepared(self.run.group)
+                kernel.reduce_prepared(self.run.group)
             yield ready
         if self.run.group is not None and not swept and not held:
-            kernel.merge_prepared(self.run.group)
+            kernel.reduce_prepared(self.run.group)
 
     def probabilities(self, kernel: CurvatureKernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
         """The blocks with the model's probabilities in place of logits."""
         for block in self.prepared(kernel, swept=swept):
-            kernel.normalize(block)
+            kernel.to_probabilities(block)
             yield block
 
     def residuals(self, kernel: Kernel, *, swept: bool = False) -> Iterator[CurvatureBlock]:
@@ -182,7 +182,7 @@ class CurvatureTile:
         single = not self.run.plan.cuts_classes
         block = None if swept else self.sweep(kernel)
         if not swept:
-            kernel.form()
+            kernel.prepare_residuals()
         for classes in self._class_blocks():
             ready = block if single and block is not None else self._load(classes)
             kernel.residuals(ready, not single)
@@ -193,13 +193,13 @@ class CurvatureTile:
         block = None
         for number in range(kernel.sweeps):
             if block is not None and not self.run.plan.cuts_classes:
-                kernel.sweep(number, block)
+                kernel.accumulate(number, block)
             else:
                 for block in self.logits():
-                    kernel.sweep(number, block)
+                    kernel.accumulate(number, block)
             if self.run.group is not None:
-                kernel.merge(number, self.run.group)
-            kernel.close(number)
+                kernel.reduce_over(number, self.run.group)
+            kernel.finish(number)
         return block
 
     def _load(self, classes: slice) -> CurvatureBlock:
@@ -260,4 +260,4 @@ class CurvatureTile:
     def own_factor(self, kernel: Kernel) -> Tensor:
         """What residuals are to be multiplied by, ``(r, 1)``; the rows' weights are not in it."""
         ones = torch.full_like(self.weight, self.run.given.loss.scale)
-        return ones if kernel.factor is None else ones * kernel.factor.to(ones.dtype)
+        return ones if kernel.row_factor is None else ones * kernel.row_factor.to(ones.dtype)

@@ -181,7 +181,7 @@ class DenseKernel(Kernel):
         lse, offset = self.model.softmax.log_sum_exp(rows), self.data.offset
         return lse if offset is None else lse + offset[slice(None) if rows is None else rows]
 
-    def rows(self) -> Tensor:  # noqa: D102
+    def losses(self) -> Tensor:  # noqa: D102
         values = self.values
         if not self.loss.is_cross_entropy:
             # The rounding of both log-sum-exps leaves Σ p − Σ y = σ, which shifts every log-ratio: σ²/2 of the value.
@@ -196,7 +196,7 @@ class DenseKernel(Kernel):
             sum_over([self.tangent], group)
         return self.tangent.squeeze(-1)
 
-    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
         sides = [self.model, self.target] if self.by_logits else [self.model]
         if number == 0:
             if self.data.wants_stats:
@@ -209,10 +209,10 @@ class DenseKernel(Kernel):
         else:
             sum_over([self.model.change, self.target.change], group)
 
-    def form(self) -> None:  # noqa: D102
+    def prepare_residuals(self) -> None:  # noqa: D102
         pass  # the sweeps have all of it
 
-    def close(self, number: int) -> None:  # noqa: D102
+    def finish(self, number: int) -> None:  # noqa: D102
         if number == 0:  # a row without a class has no softmax
             for side in (self.model, self.target) if self.by_logits else (self.model,):
                 masked = side.softmax.offset == -math.inf
@@ -222,7 +222,7 @@ class DenseKernel(Kernel):
             columns = self.log_sum_exp(), self.information, predicted, self.label
             self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         for rows in self.groups(block):
             if number == 0 or self.data.cuts_classes:
                 self.map_logits(block, rows)
@@ -400,10 +400,10 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
         super().__post_init__()
         self.total = torch.zeros_like(self.values)  # Σ q
 
-    def sweep(self, number: int, block: Block) -> None:
+    def accumulate(self, number: int, block: Block) -> None:
         """Sweep 1: the sums of score and curve."""
         if number == 0:
-            super().sweep(0, block)
+            super().accumulate(0, block)
             return
         for rows in self.groups(block):
             if self.data.cuts_classes:
@@ -414,18 +414,18 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
                 q = divergence_second_order(self.loss.divergence, self.matrix, pair, pair.p.new_zeros(1))
                 self.total[rows] += q.sum(-1, keepdim=True).double()
 
-    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
-        super().merge(number, group)
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        super().reduce_over(number, group)
         if number == 1 and not self.loss.is_cross_entropy:
             sum_over([self.total], group)
 
-    def merge_prepared(self, group: ProcessGroup) -> None:
+    def reduce_prepared(self, group: ProcessGroup) -> None:
         """Nothing: the sweeps know what is kept apart."""
 
     def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
         return tuple(torch.zeros_like(self.total) for _ in range(3))
 
-    def settle(self) -> None:
+    def prepare_columns(self) -> None:
         """``q`` as a multiple of ``p``, and its sum."""
         self.coefficient = torch.ones_like(self.total)
         if self.loss.is_cross_entropy:
@@ -441,7 +441,7 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
         elif self.matrix == HESSIAN:
             self.total = self.total - self.model.score
 
-    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         for rows in self.groups(block):
             if fresh:
                 self.map_logits(block, rows)
@@ -461,7 +461,7 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
                 block.q[rows] = torch.where(pair.p == 0, 0.0, q)
             z.copy_(pair.p)
 
-    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         mean, moment, top = (torch.zeros_like(self.total) for _ in range(3))
         for rows in self.groups(block):
@@ -479,7 +479,7 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
             found = tuple(before + here for before, here in zip(self.sums[number], found, strict=True))
         self.sums[number] = found
 
-    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         others, moment, top = self.sums[number]  # Σ_{k≠top} p v, Σ q v, v_top
         complement = self.model.softmax.complement(slice(None))
@@ -519,7 +519,7 @@ class DenseCurvature(DenseKernel, CurvatureKernel):
                 v.mul_(slope)
             self._finish(v, slope, self.bent(block, rows, None))
 
-    def normalize(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
         pass  # it is there
 
     def sum_of_q(self) -> Tensor:  # noqa: D102

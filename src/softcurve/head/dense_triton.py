@@ -54,7 +54,7 @@ class TritonDenseKernel(DenseKernel):
             z_loss=loss.z_loss,
         )
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         dense = kernels("dense")
         if number == 0:
             cap, logarithm = self.loss.softcap, self.description.logarithm
@@ -201,18 +201,18 @@ def with_strides(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
 
 @dataclass
 class TritonDenseCurvature(TritonDenseKernel, DenseCurvature):
-    """Sweeps leave logits; :meth:`prepare` makes probabilities of them."""
+    """Sweeps leave logits; :meth:`prepare_block` makes probabilities of them."""
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         if number == 0:
-            super().sweep(number, block)
+            super().accumulate(number, block)
             return
         found = self._gather_sums(block)
         if not self.loss.is_cross_entropy:
             curve = found.curve - found.score if self.matrix == GAUSS_NEWTON else found.curve
             self.total += curve if self.needs_q(self.loss.divergence, self.matrix) else 1.0
 
-    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         forms = kernels("dense_curvature")
         self.places = self._places()
         forms.prepare(
@@ -225,7 +225,7 @@ class TritonDenseCurvature(TritonDenseKernel, DenseCurvature):
             forms.HESSIAN if self.matrix == HESSIAN else forms.GAUSS_NEWTON,
         )
 
-    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         loss = self.loss
         found = kernels("dense_curvature").gather(
             self._column(block), self.places, block.classes.start, loss.softcap, loss.temperature
@@ -235,7 +235,7 @@ class TritonDenseCurvature(TritonDenseKernel, DenseCurvature):
             sums = tuple(before + here for before, here in zip(self.sums[number], sums, strict=True))
         self.sums[number] = sums
 
-    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         others, moment, top = self.sums[number]  # Σ_{k≠top} p v, Σ q v, v_top
         complement = self.model.softmax.complement(slice(None))
         mean = others + (1 - complement) * top

@@ -129,27 +129,27 @@ class Kernel(ABC):
     data: RowData
     sweeps: int = field(default=1, init=False)
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
-    factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
+    row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
     statistics: Statistics = field(default_factory=Statistics, init=False)
 
     @abstractmethod
-    def sweep(self, number: int, block: Block) -> None:
+    def accumulate(self, number: int, block: Block) -> None:
         """Look at a block. May overwrite it; with more than one block it is computed anew for the next sweep."""
 
     @abstractmethod
-    def merge(self, number: int, group: ProcessGroup) -> None:
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:
         """The sweep has seen every block here; sum up what it has gathered over the processes of a sharded head."""
 
     @abstractmethod
-    def close(self, number: int) -> None:
+    def finish(self, number: int) -> None:
         """The sweep has seen every block."""
 
     @abstractmethod
-    def rows(self) -> Float[Tensor, " rows"]:
+    def losses(self) -> Float[Tensor, " rows"]:
         """The loss of each row, not weighted, once every sweep is closed."""
 
     @abstractmethod
-    def form(self) -> None:
+    def prepare_residuals(self) -> None:
         """Make ready for residuals."""
 
     @abstractmethod
@@ -209,34 +209,34 @@ class CurvatureBlock(Block):
 
 @dataclass
 class CurvatureKernel(Kernel, ABC):
-    """After the sweeps :meth:`settle`; a block is made ready for all columns by one :meth:`prepare`.
+    """After the sweeps :meth:`prepare_columns`; a block is made ready for all columns by one :meth:`prepare_block`.
 
     A column's change of the logits stands in ``block.v``. It is gathered over every block of a row before any of them
-    is multiplied. ``factor`` is what all products are still to be multiplied by, row by row.
+    is multiplied. ``row_factor`` is what all products are still to be multiplied by, row by row.
     """
 
     matrix: str = field(kw_only=True)
-    coarsens: bool = field(kw_only=True, default=False)
+    merges_tail: bool = field(kw_only=True, default=False)
     sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
     @abstractmethod
-    def settle(self) -> None:
+    def prepare_columns(self) -> None:
         """Every sweep is closed."""
 
     @abstractmethod
-    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:
         """Logits become what columns need; ``fresh`` if computed anew since the sweeps, ``again`` if not for once."""
 
     @abstractmethod
-    def merge_prepared(self, group: ProcessGroup) -> None:
-        """Sum up what the first :meth:`prepare` of every block has gathered over the processes of a sharded head."""
+    def reduce_prepared(self, group: ProcessGroup) -> None:
+        """Sum what the first :meth:`prepare_block` of every block has accumulated over the processes of a sharded head."""
 
     @abstractmethod
-    def gather(self, block: CurvatureBlock, number: int) -> None:
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
         """What a column sums over a row."""
 
-    def merge_column(self, number: int, group: ProcessGroup) -> None:
-        """As :meth:`merge_prepared`, of what a column has gathered."""
+    def reduce_column(self, number: int, group: ProcessGroup) -> None:
+        """As :meth:`reduce_prepared`, of what a column has gathered."""
         sums = [part.clone() for part in self.sums.get(number, self.no_sums())]
         sum_over(sums, group)
         self.sums[number] = tuple(sums)
@@ -246,15 +246,15 @@ class CurvatureKernel(Kernel, ABC):
         """What a column has gathered where it has seen no block."""
 
     @abstractmethod
-    def multiply(self, block: CurvatureBlock, number: int) -> None:
-        """``v ← matrix · v``, but for ``factor``."""
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:
+        """``v ← matrix · v``, but for ``row_factor``."""
 
     @abstractmethod
     def diagonal(self, block: CurvatureBlock) -> None:
-        """``v ←`` the matrix's diagonal, but for ``factor``."""
+        """``v ←`` the matrix's diagonal, but for ``row_factor``."""
 
     @abstractmethod
-    def normalize(self, block: CurvatureBlock) -> None:
+    def to_probabilities(self, block: CurvatureBlock) -> None:
         """``z`` of a block that is ready becomes ``p``."""
 
     @abstractmethod

@@ -257,20 +257,20 @@ class _Pass:
             for classes in self.plan.class_blocks(data.held):
                 if block is None or self.plan.cuts_classes:
                     block = tile.load(classes)
-                kernel.sweep(number, block)
+                kernel.accumulate(number, block)
             if self.group is not None:
-                kernel.merge(number, self.group)
-            kernel.close(number)
+                kernel.reduce_over(number, self.group)
+            kernel.finish(number)
         if any(self.wanted) or self.wants_tangents:
-            kernel.form()
+            kernel.prepare_residuals()
             for classes in self.plan.class_blocks(data.held):
                 if block is None or self.plan.cuts_classes:
                     block = tile.load(classes)
-                tile.take_back(kernel.residuals(block, self.plan.cuts_classes), kernel.factor, block)
+                tile.take_back(kernel.residuals(block, self.plan.cuts_classes), kernel.row_factor, block)
         if self.wants_tangents:
             self.rows[rows] = kernel.tangents(self.group).to(self.dtype)
         elif direction is None:
-            self.rows[rows] = kernel.rows().to(self.dtype)
+            self.rows[rows] = kernel.losses().to(self.dtype)
         if self.stats:
             for name, column in vars(kernel.statistics).items():
                 whole = getattr(self.statistics, name)

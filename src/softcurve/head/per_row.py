@@ -22,7 +22,7 @@ def gradient_norms(rows: RowLosses) -> Tensor:
     for tile in run.tiles():
         kernel = tile.kernel()
         for block in tile.residuals(kernel):
-            factor = 1.0 if kernel.factor is None else kernel.factor.double().squeeze(-1)
+            factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
             # In float64: the square of a small residual is below float32's range.
             squares = [block.z[rows].double().square_().sum(-1) for rows in kernel.groups(block)]
             norms[tile.rows] += torch.cat(squares) * factor**2

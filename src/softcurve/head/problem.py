@@ -171,7 +171,7 @@ class Posed:
     indices: Tensor | None = None
     label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
     class_weight: Tensor | None = None
-    coarsens: bool = False  # whether the outcomes are a list and one bucket
+    merges_tail: bool = False  # whether the outcomes are a list and one bucket
 
     def tensors(self, row_weight: Tensor) -> HeadTensors:
         """What the passes are given."""
@@ -400,7 +400,7 @@ def _against_distribution(
     rows = _rows_of_distributions(head, sampled)
     if isinstance(target, TopK):
         target = _fitting(head, target, sampled)
-        if target.coarsens and weight is not None:
+        if target.merges_tail and weight is not None:
             raise ValueError(
                 "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
                 "use tail='renormalize' or sample_weight"
@@ -408,7 +408,7 @@ def _against_distribution(
         y = _flat(torch.softmax(_outcomes(head, target), -1))
         indices = _flat(target.indices)
         everywhere: float = 0.0
-        if target.coarsens and smoothing:
+        if target.merges_tail and smoothing:
             each = head.uniform()
             each = y.new_full((head.classes,), 1 / head.classes) if each is None else each
             y = (1 - smoothing) * y + smoothing * _flat(target.uniform_over_outcomes(each))
@@ -426,7 +426,7 @@ def _against_distribution(
             indices=indices,
             label=_most_probable(target),
             class_weight=head.share_of_smoothing(weight) if everywhere else None,
-            coarsens=target.coarsens,
+            merges_tail=target.merges_tail,
         )
     kind, tensors = _dense_target(head, target, sample_weight)
     loss = LossSpec(CrossEntropy(), kind, smoothing=smoothing, **options, **head.shard)  # type: ignore[arg-type]
@@ -478,7 +478,7 @@ def _divergence_from(
             target=(_flat(logits), None, None),
             indices=_flat(target.indices),
             label=_most_probable(target),
-            coarsens=target.coarsens,
+            merges_tail=target.merges_tail,
         )
     kind, tensors = _dense_target(head, target, sample_weight)
     return Posed(head, loss(kind), *rows, target=tensors)
@@ -565,7 +565,7 @@ def _fitting(head: Head, target: TopK, sampled: Tensor | None) -> TopK:
 
 def _outcomes(head: Head, target: TopK) -> Tensor:
     """The log-probabilities of a list over the listed classes and all others, ``(..., k + 1)``."""
-    uniform = head.uniform() if target.coarsens else None
+    uniform = head.uniform() if target.merges_tail else None
     if uniform is None:
         return target.outcome_log_probs(head.classes, head.dtype)
     rest_is_masked = target.uniform_over_outcomes(uniform)[..., -1:] == 0

@@ -52,7 +52,7 @@ class SparseKernel(Kernel):
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
-    def sweep(self, number: int, block: Block) -> None:
+    def accumulate(self, number: int, block: Block) -> None:
         """Few operations look at the whole tile; what reads and writes each entry goes group by group."""
         z, v = block.z, block.v
         for rows in self.groups(block):
@@ -108,7 +108,7 @@ class SparseKernel(Kernel):
             self.uniform += self.uniform_mass * (_or_zero(self.shift) - _or_zero(shift)).squeeze(-1)
         self.shift = shift
 
-    def merge(self, number: int, group: ProcessGroup) -> None:
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:
         """The largest shift, then the sums, of which a listed logit has one term."""
         shift = self.shift.clone()
         max_over([shift], group)
@@ -188,7 +188,7 @@ class SparseKernel(Kernel):
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
-    def close(self, number: int) -> None:
+    def finish(self, number: int) -> None:
         """The loss of the coarse rows."""
         if self.loss.smoothing and self.loss.group is None:
             # A list of all classes has a common offset too, which u·z and U lse would each round in their own way.
@@ -219,7 +219,7 @@ class SparseKernel(Kernel):
             return DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
         return LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
 
-    def rows(self) -> Tensor:  # noqa: D102
+    def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
         if self.loss.smoothing:
             rows = rows + self._smoothing_mass() * self.lse - self.uniform
@@ -236,7 +236,7 @@ class SparseKernel(Kernel):
 
     # --- the residual ------------------------------------------------------------------------------------------------
 
-    def form(self) -> None:
+    def prepare_residuals(self) -> None:
         """The gradient of the coarse rows."""
         self.gradient, self.target_gradient = self.coarse_gradient(self.data.weight.double())
         self.beta = self._of_others(self.gradient[:, -1:])
@@ -267,7 +267,7 @@ class SparseKernel(Kernel):
         listed = self.gradient[:, :-1] / self.beta
         self.folded = bool((listed.abs() < 1e30).all()) and bool((self.beta.abs() > 1e-25).all())
         if self.folded:
-            self.factor = self.beta
+            self.row_factor = self.beta
 
     def _differentiate(self) -> None:
         """The change of the coarse gradient."""

@@ -40,7 +40,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
     The latter's entry ``q (v − q·v)`` is a small difference that float32 does not hold: from ``Σ_{k≠top}`` it is right.
     """
 
-    def settle(self) -> None:
+    def prepare_columns(self) -> None:
         """The coarse matrix ``M``, ``κ`` and, for a Hessian, the coarse residual."""
         self.curvature = self.row_loss.curvature(self.matrix, self.coarse, self.target)
         p = self.curvature.p
@@ -56,7 +56,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
         # Products are left as multiples of κ e^z / Σ e^z, unless that is too small to divide by.
         scale = self.kappa * self.inverse
         self.unit = scale if scale.numel() and bool((scale > 1e-25).all()) else torch.ones_like(scale)
-        self.factor = self.unit
+        self.row_factor = self.unit
         self.top = torch.full_like(self.others, -1, dtype=torch.int64)
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
 
@@ -67,7 +67,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
             gradient, _ = self.coarse_gradient(torch.ones_like(others).squeeze(-1))
             return gradient[:, -1:]
         spread = torch.zeros_like(others)
-        if self.matrix == FISHER or (not self.coarsens and self.loss.divergence.hessian_is_fisher):
+        if self.matrix == FISHER or (not self.merges_tail and self.loss.divergence.hessian_is_fisher):
             mass = self.data.target
             whole = not self.loss.is_cross_entropy or mass is None
             spread = others if whole or mass is None else mass.double().sum(-1, keepdim=True) * others
@@ -78,7 +78,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
     def _lse(self) -> Tensor:
         return softmax.softmax_rows(self.coarse).log_sum_exp.unsqueeze(-1)
 
-    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         for rows in self.groups(block):
             if fresh:
                 self._renew(block, rows)
@@ -90,7 +90,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
             if block.residual is not None:
                 self._put_residual(block, rows, block.residual[rows])
 
-    def merge_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
+    def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
 
     def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
@@ -135,7 +135,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
         if slope is not None:
             out.mul_(slope)
 
-    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         present, where, at = self._listed(block.classes)
         own = block.v.gather(-1, at).double()
@@ -156,7 +156,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
             found = tuple(before + here for before, here in zip(self.sums[number], found, strict=True))
         self.sums[number] = found
 
-    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         own, others, top = self.sums[number]
         mean = (others + self.top_mass * top) * self.inverse
@@ -168,7 +168,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
         # q_top (M_o + κ (v_top − q·v)), with v_top − q·v from the others' sums
         apart = (top * self.rest - others) * self.inverse
         at_top = self.top_mass * self.inverse / self.unit * (product[:, -1:] + self.kappa * apart)
-        whole = self.unit is self.factor and bool((beta == 1).all())
+        whole = self.unit is self.row_factor and bool((beta == 1).all())
         for rows in self.groups(block):
             v = block.v[rows]
             bent, slope = self.bent(block, rows, v), self.slope(block, rows)
@@ -202,7 +202,7 @@ class SparseCurvature(SparseKernel, CurvatureKernel):
                 v.mul_(slope)
             self._finish(rows, v, slope, self.bent(block, rows, None))
 
-    def normalize(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
         p = self.curvature.p
         for rows in self.groups(block):
             block.z[rows] *= (p[rows, -1:] * self.inverse[rows]).to(block.z.dtype)

@@ -31,7 +31,7 @@ class TritonSparseKernel(SparseKernel):
         self.v_raw = torch.zeros_like(self.own)
         self.written: Tensor | None = None  # the shift of what a sweep has left in a block's ``out``
 
-    def sweep(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         lists, loss = kernels("sparse"), self.loss
         z, v, cap = block.z, block.v, loss.softcap
         present, at, places = self._places(block.classes)
@@ -70,11 +70,11 @@ class TritonSparseKernel(SparseKernel):
         if loss.smoothing:
             self._absorb_uniform(block, sums, own, present, at)
 
-    def merge(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
-        super().merge(number, group)
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        super().reduce_over(number, group)
         self.lowered = None  # a tile holds logits, and ``written`` says what stands in its ``out``
 
-    def form(self) -> None:  # noqa: D102
+    def prepare_residuals(self) -> None:  # noqa: D102
         self.gradient, self.target_gradient = self.coarse_gradient(self.data.weight.double())
         self.beta = self._of_others(self.gradient[:, -1:])
         if self.data.has_direction:
@@ -94,8 +94,8 @@ class TritonSparseKernel(SparseKernel):
             factor = self.beta * torch.exp(self.written - self.shift)
             safe = (factor.abs() > 1e-25) & ((listed / factor).abs() < 1e25).all(-1, keepdim=True)
             lists.rescale(out, torch.where(safe, 1.0, factor))
-            self.factor = torch.where(safe, factor, 1.0)
-            lists.put(out, places, torch.where(masked, 0.0, listed / self.factor * slope))
+            self.row_factor = torch.where(safe, factor, 1.0)
+            lists.put(out, places, torch.where(masked, 0.0, listed / self.row_factor * slope))
             return Residuals(out)
         if fresh:
             lists.put(z, places, None)
@@ -195,9 +195,9 @@ class TritonSparseKernel(SparseKernel):
 
 @dataclass
 class TritonSparseCurvature(TritonSparseKernel, SparseCurvature):
-    """Sweeps leave logits; :meth:`prepare` makes exponentials of them."""
+    """Sweeps leave logits; :meth:`prepare_block` makes exponentials of them."""
 
-    def prepare(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         lists, loss = kernels("sparse"), self.loss
         _, _, places = self._places(block.classes)
         if fresh:
@@ -215,7 +215,7 @@ class TritonSparseCurvature(TritonSparseKernel, SparseCurvature):
         if block.residual is not None:
             self._leave_residual(block)
 
-    def gather(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         loss = self.loss
         present, at, _ = self._places(block.classes)
@@ -229,7 +229,7 @@ class TritonSparseCurvature(TritonSparseKernel, SparseCurvature):
             found = tuple(before + here for before, here in zip(self.sums[number], found, strict=True))
         self.sums[number] = found
 
-    def multiply(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
         lists, loss = kernels("sparse"), self.loss
         own, others, top = self.sums[number]

@@ -31,7 +31,7 @@ DEFAULT_IGNORE_INDEX = -100  # torch's own default
 class Target(ShortRepr, ABC):
     """A distribution over the classes for each row."""
 
-    coarsens = False  # whether its outcomes are coarser than the classes
+    merges_tail = False  # whether its outcomes are coarser than the classes
 
     @abstractmethod
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
@@ -322,7 +322,7 @@ class TopK(Target):
         return _widened(self.log_probs.detach()).exp().sum(-1)
 
     @property
-    def coarsens(self) -> bool:  # type: ignore[override]
+    def merges_tail(self) -> bool:  # type: ignore[override]
         """A bucket makes one outcome of all classes that are not listed."""
         return self.tail == "bucket"
 
@@ -372,7 +372,7 @@ class TopK(Target):
         """
         listed = self.log_probs.to(dtype)
         k = listed.shape[-1]
-        if not self.coarsens or k == classes:
+        if not self.merges_tail or k == classes:
             return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1)
         tail = log_complement(listed)
         if rest_is_masked is not None:
