@@ -229,7 +229,7 @@ class CurvatureKernel(Kernel, ABC):
 
     @abstractmethod
     def reduce_prepared(self, group: ProcessGroup) -> None:
-        """Sum what the first :meth:`prepare_block` of every block has accumulated over the processes of a sharded head."""
+        """Sum over the processes of a sharded head what the first :meth:`prepare_block` of every block has found."""
 
     @abstractmethod
     def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
