@@ -323,7 +323,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=80, help="passes over the 1437 training digits (80)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for weights, batches and samples (0)")
     parser.add_argument("--learned-prior", action="store_true", help="also train the prior, which starts uniform")
-    parser.add_argument("--out", type=Path, default=Path("build/categorical_vae.png"), help="output file of the figure")
+    parser.add_argument("--out", type=Path, default=Path("build/categorical_vae.png"), help="output file")
     chosen = parser.parse_args()
     if chosen.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {chosen.epochs}")

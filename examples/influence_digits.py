@@ -3,8 +3,8 @@
 The data are scikit-learn's embedded digits. Many training digits are mislabelled: 1 as 7, 3 as 8 and 4 as 9. A head on
 fixed random features is fitted to its minimum under weight decay. It also fits the wrong labels, so a high loss of a
 digit is weak evidence that its label is wrong. One linear system with the Gauss-Newton matrix gives the influence of
-every training digit on the loss of a few clean digits, and the most harmful digits are examined first. Finally, the head
-is fitted again without some of the digits to compare the predicted with the actual change of the loss.
+every training digit on the loss of a few clean digits, and the most harmful digits are examined first. Finally, the
+head is fitted again without some of the digits to compare the predicted with the actual change of the loss.
 
     python examples/influence_digits.py [--rows 1000] [--refits 30] [--seed 0] [--out build/influence_digits.png]
 
@@ -203,7 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1000, help="number of training digits, 100 to 1400 (1000)")
     parser.add_argument("--refits", type=int, default=30, help="number of fits that leave out one digit (30)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for digits, wrong labels and features (0)")
-    parser.add_argument("--out", type=Path, default=Path("build/influence_digits.png"), help="output file of the figure")
+    parser.add_argument("--out", type=Path, default=Path("build/influence_digits.png"), help="output file")
     chosen = parser.parse_args()
     if not 100 <= chosen.rows <= 1400:
         parser.error(f"argument --rows: must be from 100 to 1400, got {chosen.rows}")

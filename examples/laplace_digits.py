@@ -216,7 +216,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare confidence on rotated digits with and without Laplace.")
     parser.add_argument("--steps", type=int, default=300, help="number of training batches (300)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for the split, weights and batches (0)")
-    parser.add_argument("--out", type=Path, default=Path("build/laplace_digits.png"), help="output file of the figure")
+    parser.add_argument("--out", type=Path, default=Path("build/laplace_digits.png"), help="output file")
     chosen = parser.parse_args()
     if chosen.steps < 1:
         parser.error(f"argument --steps: must be at least 1, got {chosen.steps}")

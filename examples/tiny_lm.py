@@ -1,12 +1,13 @@
 """Train a small language model with tied embeddings, and distil it into a smaller one, without storing logits.
 
 The text is included in every Python installation: the topics of ``help()`` and the docstrings and comments of the
-standard library. A byte-level BPE tokenizer with a vocabulary of 16,384 is trained on it, so the head takes most of the
-time and memory of a model of this size. A teacher is trained by
-``linear_cross_entropy(features, embedding.weight, tokens, shift=1)``. Four students then start from the same weights and
-use the same batches. The first is trained on the next tokens, like the teacher. The second and third are trained on the
-teacher's distributions by forward and by reverse KL, where the teacher is given by its features and head. The fourth is
-trained on cached lists of the teacher's most probable tokens. Finally, each loss is compared with its dense counterpart.
+standard library. A byte-level BPE tokenizer with a vocabulary of 16,384 is trained on it, so the head takes most of
+the time and memory of a model of this size. A teacher is trained by
+``linear_cross_entropy(features, embedding.weight, tokens, shift=1)``. Four students then start from the same weights
+and use the same batches. The first is trained on the next tokens, like the teacher. The second and third are trained on
+the teacher's distributions by forward and by reverse KL, where the teacher is given by its features and head. The
+fourth is trained on cached lists of the teacher's most probable tokens. Finally, each loss is compared with its dense
+counterpart.
 
 A list contains the total probability of all unlisted tokens, but not how it is distributed among them. After this short
 training, the teacher assigns half of its probability to unlisted tokens. The fourth student therefore reaches about the

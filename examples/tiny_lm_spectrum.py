@@ -2,8 +2,8 @@
 
 The example uses only products with the Gauss-Newton matrix of the mean loss over a thousand next tokens, from a
 vocabulary of 16,384. Autograd differentiates the features, and the head is processed tile by tile. Lanczos iteration
-finds the leading eigenvalues, stochastic Lanczos quadrature the spectral density, and XTrace the trace. A few directions
-account for a large part of the trace. During training they separate from the bulk of the spectrum near zero.
+finds the leading eigenvalues, stochastic Lanczos quadrature the spectral density, and XTrace the trace. A few
+directions account for a large part of the trace. During training they separate from the bulk of the spectrum near zero.
 
     python examples/tiny_lm_spectrum.py [--steps 60] [--windows 8] [--seed 0] [--out build/tiny_lm_spectrum.png]
 
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The spectrum of a small language model's Gauss-Newton matrix.")
     for name, default, _, meaning in OPTIONS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
-    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm_spectrum.png"), help="output file of the figure")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm_spectrum.png"), help="output file")
     chosen = parser.parse_args()
     for name, _, least, _ in OPTIONS:
         if (value := getattr(chosen, name)) < least:
