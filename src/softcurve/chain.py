@@ -24,9 +24,8 @@ class ChainRule(ShortRepr):
     """The stages ``x → e → z → p → L`` of a model and the gradient at each of them.
 
     The following fields belong to the loss of each row: ``loss (...)``; ``e, dL_de (..., d)``;
-    ``z, p, dL_dp, dL_dz (..., C)``; ``dL_dx``, with the shape of ``x``, or ``None`` for integer inputs such as tokens.
-    The gradients with respect to parameters belong to the mean loss: ``dL_dW (C, d)``; ``dL_db (C,)``, or ``None`` for
-    a head without bias; ``dL_dtheta``, by parameter name of the features.
+    ``z, p, dL_dp, dL_dz (..., C)``; ``dL_dx``, with the shape of ``x``, or ``None`` for integers such as tokens. These
+    belong to the mean loss: ``dL_dW (C, d)``; ``dL_db (C,)``, or ``None`` without bias; ``dL_dtheta``, by name.
     """
 
     e: Float[Tensor, "*rows features"]
@@ -59,8 +58,8 @@ def chain_rule(
     the gradient of the sum of the losses otherwise (for example with batch normalisation).
 
     Raises:
-        TypeError, ValueError: If the head is not an ``nn.Linear`` or has the wrong width, if the target does not match
-            it, or for ``reverse_kl`` with a target that contains zeros, which makes the loss infinite.
+        TypeError, ValueError: If ``head`` is not an ``nn.Linear`` of the right width, if the target does not match it,
+            or if the target of ``reverse_kl`` contains a zero, which makes the loss infinite.
 
     Source: ``∂L/∂z = p − y`` (Bishop 2006, eq. 4.109) and the chain rule: ``∂L/∂e = Wᵀ(p − y)``,
     ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``, ``∂L/∂W = (p − y)eᵀ``.

@@ -82,7 +82,6 @@ class CrossEntropyLoss(torch.nn.Module):
             sample_weight: Float[Tensor, "*rows"] | None = None,
         ) -> Float[Tensor, "*reduced"]:
             """See :meth:`forward`."""
-            ...
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -108,7 +107,6 @@ class KLDivergenceLoss(torch.nn.Module):
             self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
         ) -> Float[Tensor, "*reduced"]:
             """See :meth:`forward`."""
-            ...
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -141,7 +139,6 @@ class JSDivergenceLoss(torch.nn.Module):
             self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
         ) -> Float[Tensor, "*reduced"]:
             """See :meth:`forward`."""
-            ...
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -204,8 +201,7 @@ class _LinearLoss(torch.nn.Module):
 class LinearCrossEntropyLoss(_LinearLoss):
     """:func:`softcurve.linear_cross_entropy` with a head ``linear``; replaces ``torch.nn.LinearCrossEntropyLoss``.
 
-    Names, defaults and state-dict keys are torch's. To tie an embedding, set
-    ``module.linear.weight = embedding.weight``.
+    Names, defaults and state-dict keys are torch's. Tie an embedding by ``module.linear.weight = embedding.weight``.
     """
 
     weight: Tensor | None

@@ -1,10 +1,8 @@
 """Dense implementations of the formulas, a few lines each, which the tests use as an oracle.
 
-The functions are neither optimised nor protected against overflow or bad input. The classes are the last dimension, any
-number of leading dimensions is allowed, and results are in nats unless ``base`` is given. The names are ``x`` for the
-input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` target and ``W`` the weight of the head (C×d).
-
-Source: Bishop (2006), Pattern Recognition and Machine Learning, section 4.3.4; Kullback and Leibler (1951).
+The functions are neither optimised nor protected against overflow. The classes are the last dimension, and results are
+in nats unless ``base`` is given. ``x`` is the input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` the
+target and ``W`` (C×d) the weight of the head. Source: Bishop (2006), section 4.3.4; Kullback and Leibler (1951).
 """
 
 from __future__ import annotations
