@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
+from softcurve.cli.main import app
 from softcurve.fit.saved_head import SavedHead
 
 from .gathered import load_rows

@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from softcurve.app import explain
-from softcurve.app.explain.network import train
-from softcurve.app.explain.page import render
-from softcurve.app.explain.section import Check, plain
-from softcurve.app.explain.targets_section import explain_targets
-from softcurve.app.page.render import figure, fixed
+from softcurve.cli import explain
+from softcurve.cli.explain.network import train
+from softcurve.cli.explain.page import render
+from softcurve.cli.explain.section import Check, plain
+from softcurve.cli.explain.targets_section import explain_targets
+from softcurve.cli.page.render import figure, fixed
 
 SEED = 3
 SECTIONS = ("chain", "jacobian", "targets", "directions", "minimum", "vae")

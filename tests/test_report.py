@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcurve.app.page.picture import decades, picture
-from softcurve.app.page.render import count, figure, seconds
-from softcurve.app.report import FitReport, PathPoint, write_report
-from softcurve.app.report.classes import IN_A_TABLE
+from softcurve.cli.page.picture import decades, picture
+from softcurve.cli.page.render import count, figure, seconds
+from softcurve.cli.report import FitReport, PathPoint, write_report
+from softcurve.cli.report.classes import IN_A_TABLE
 from softcurve.fit.data.source import Block
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.head_spectrum import curvature_spectrum

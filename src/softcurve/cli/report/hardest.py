@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imsave
 from torch import Tensor
 
-from softcurve.app.page.picture import DARK, LIGHT, Picture, Theme
-from softcurve.app.report.record import FitReport
-from softcurve.app.report.section import Section, class_name
 from softcurve.array_types import Float64
+from softcurve.cli.page.picture import DARK, LIGHT, Picture, Theme
+from softcurve.cli.report.record import FitReport
+from softcurve.cli.report.section import Section, class_name
 from softcurve.fit.diagnostics import Diagnostics
 
 SMALLEST_SIDE = 4

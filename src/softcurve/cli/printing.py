@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from softcurve.app.encoding import encodable
-from softcurve.app.interrupt import stop_if_interrupted
+from softcurve.cli.encoding import encodable
+from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.fit.solver.newton import Step
 
 __all__ = ["as_json", "console", "fit_progress", "print_record", "print_table"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from softcurve.app.encoding import encoded
-from softcurve.app.page.render import render_page
-from softcurve.app.report.classes import show_classes, show_confusion
-from softcurve.app.report.convergence import show_convergence, show_path
-from softcurve.app.report.curvature import show_curvature
-from softcurve.app.report.hardest import show_hardest
-from softcurve.app.report.record import FitReport, PathPoint, Step
-from softcurve.app.report.reliability import show_calibration
+from softcurve.cli.encoding import encoded
+from softcurve.cli.page.render import render_page
+from softcurve.cli.report.classes import show_classes, show_confusion
+from softcurve.cli.report.convergence import show_convergence, show_path
+from softcurve.cli.report.curvature import show_curvature
+from softcurve.cli.report.hardest import show_hardest
+from softcurve.cli.report.record import FitReport, PathPoint, Step
+from softcurve.cli.report.reliability import show_calibration
 from softcurve.fit.atomic import replacing
 
 __all__ = ["FitReport", "PathPoint", "Step", "render_report", "write_report"]
@@ -30,7 +30,7 @@ SECTIONS = (
 def render_report(report: FitReport) -> str:
     """The page."""
     sections = [show(report) for show in SECTIONS]
-    return render_page("softcurve.app.report", "report.html.j2", {"sections": sections, "report": report})
+    return render_page("softcurve.cli.report", "report.html.j2", {"sections": sections, "report": report})
 
 
 def write_report(path: Path, report: FitReport) -> None:

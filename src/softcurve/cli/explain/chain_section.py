@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import softcurve
-from softcurve.app.explain.network import CLASSES, Network
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Picture, bars, cells, picture
 from softcurve.array_types import Float
+from softcurve.cli.explain.network import CLASSES, Network
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Picture, bars, cells, picture
 from softcurve.typing import ChainLoss
 
 BOUND = 1e-12

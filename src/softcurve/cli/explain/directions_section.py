@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Theme, canvas, picture
 from softcurve.array_types import Float
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Theme, canvas, picture
 
 GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
 HUMPS = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, width

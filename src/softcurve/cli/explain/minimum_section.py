@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.network import Network
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Theme, canvas, picture, powers
 from softcurve.array_types import Float
+from softcurve.cli.explain.network import Network
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Theme, canvas, picture, powers
 
 ROWS = 200
 SCALES = tuple(10 ** (k / 4) for k in range(-16, 1))

@@ -6,10 +6,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from softcurve.app.page.picture import Theme, canvas, decades, picture
-from softcurve.app.report.record import FitReport
-from softcurve.app.report.section import Section, class_name
 from softcurve.array_types import Int64
+from softcurve.cli.page.picture import Theme, canvas, decades, picture
+from softcurve.cli.report.record import FitReport
+from softcurve.cli.report.section import Section, class_name
 from softcurve.fit.diagnostics import Diagnostics
 
 IN_A_TABLE = 25  # classes, up to which the matrix is a table and each class has a row of its own

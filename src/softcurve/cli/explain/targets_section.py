@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.network import Network
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Theme, canvas, picture
+from softcurve.cli.explain.network import Network
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Theme, canvas, picture
 
 
 def explain_targets(network: Network) -> Section:

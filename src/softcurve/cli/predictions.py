@@ -15,8 +15,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from softcurve.app.encoding import encodable
 from softcurve.array_types import Float64, Int64
+from softcurve.cli.encoding import encodable
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
 from softcurve.fit.data.source import Label

@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from softcurve.app.interrupt import stop_if_interrupted
+from softcurve.cli.interrupt import stop_if_interrupted
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from softcurve.app.encoding import encodable
+from softcurve.cli.encoding import encodable
 from softcurve.fit.data.source import Label
 
 LONGEST_NAME = 48

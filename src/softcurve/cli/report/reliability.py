@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from softcurve.app.page.picture import Theme, canvas, picture
-from softcurve.app.report.record import FitReport
-from softcurve.app.report.section import Section
+from softcurve.cli.page.picture import Theme, canvas, picture
+from softcurve.cli.report.record import FitReport
+from softcurve.cli.report.section import Section
 from softcurve.fit.diagnostics import Calibration
 
 WIDTH, HEIGHT, BELOW = 4.6, 4.5, 1.0  # inches; below is the histogram

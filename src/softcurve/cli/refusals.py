@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from softcurve.app.interrupt import interrupted
+from softcurve.cli.interrupt import interrupted
 from softcurve.extras import needed
 from softcurve.fit.system_errors import out_of_memory, remedy_for
 

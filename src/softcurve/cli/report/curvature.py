@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from softcurve.app.page.picture import Theme, canvas, decades, picture, powers
-from softcurve.app.report.record import FitReport
-from softcurve.app.report.section import Section
+from softcurve.cli.page.picture import Theme, canvas, decades, picture, powers
+from softcurve.cli.report.record import FitReport
+from softcurve.cli.report.section import Section
 from softcurve.fit.head_spectrum import CurvatureSpectrum
 
 BINS = 27

@@ -24,7 +24,7 @@ def render_page(package: str, template: str, values: Mapping[str, object], *, fo
     LaTeX; strings that come from somebody's data must not be.
     """
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.app.page")]),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

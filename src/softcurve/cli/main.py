@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from softcurve.app.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
-from softcurve.app.refusals import refusals
-from softcurve.app.streams import use_standard_streams
+from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
+from softcurve.cli.refusals import refusals
+from softcurve.cli.streams import use_standard_streams
 from softcurve.extras import needed
 
 BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
@@ -107,8 +107,8 @@ def fit(
     """Fit a linear softmax head to features by second order; save it, with a record and a report."""
     less = f"give a smaller --memory, fewer rows or classes, or {BY_BLOCKS}"
     with ended_by_signals(), refusals(f"fit {data}", less), how_to_go_on(checkpoint) as on_step:
-        from softcurve.app.fitting import FitOptions, fit_command
-        from softcurve.app.processes import processes
+        from softcurve.cli.fitting import FitOptions, fit_command
+        from softcurve.cli.processes import processes
 
         options = FitOptions(
             data, target, loss, strength, path, fit_intercept, class_count, holdout, seed, max_iter, tol, precision,
@@ -130,7 +130,7 @@ def predict(
 ) -> None:
     """Predict probabilities and labels with a saved head, in row order; score them where DATA has targets."""
     with ended_by_signals(), refusals(f"predict {data}", BY_BLOCKS):
-        from softcurve.app.predicting import predict_command
+        from softcurve.cli.predicting import predict_command
 
         predict_command(head, data, target, out)
 
@@ -191,7 +191,7 @@ def spectrum(
     """Largest eigenvalues, trace and spectral density of a model's curvature."""
     less = "give a smaller --batch-size, --products, --probes, --steps or --top"
     with ended_by_signals(), refusals(f"spectrum {model}", less):
-        from softcurve.app.spectrum import SpectrumOptions, spectrum_command
+        from softcurve.cli.spectrum import SpectrumOptions, spectrum_command
 
         spectrum_command(
             SpectrumOptions(
@@ -209,8 +209,8 @@ def explain(
 ) -> None:
     """Walk the chain from features to gradients on digits: figures here, and one HTML page."""
     with ended_by_signals(), refusals(f"explain {out}"):
-        from softcurve.app.explain import write_explanation
-        from softcurve.app.printing import console, print_record
+        from softcurve.cli.explain import write_explanation
+        from softcurve.cli.printing import console, print_record
 
         print_record(write_explanation(out, seed=seed, console=console()))
 

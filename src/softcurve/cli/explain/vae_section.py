@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Theme, canvas, picture
 from softcurve.array_types import Float
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Theme, canvas, picture
 
 POSTERIORS = ((0.90, 0.06, 0.04), (0.08, 0.86, 0.06), (0.05, 0.10, 0.85), (0.15, 0.05, 0.80))
 PRIOR = (0.2, 0.5, 0.3)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import softcurve
-from softcurve.app.encoding import encoded
-from softcurve.app.figures import figure_lines, figures
-from softcurve.app.interrupt import stop_if_interrupted
-from softcurve.app.printing import as_json, fit_progress, print_record, print_table
-from softcurve.app.report.record import FitReport, PathPoint
+from softcurve.cli.encoding import encoded
+from softcurve.cli.figures import figure_lines, figures
+from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.printing import as_json, fit_progress, print_record, print_table
+from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
@@ -300,7 +300,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _report(options: FitOptions, source: Source, work: Work) -> str:
-    from softcurve.app.report import render_report
+    from softcurve.cli.report import render_report
 
     fit = work.fit
     assert source.kind is not None

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 import softcurve
-from softcurve.app.encoding import encoded
-from softcurve.app.explain.chain_section import explain_chain
-from softcurve.app.explain.directions_section import explain_directions
-from softcurve.app.explain.jacobian_section import explain_jacobian
-from softcurve.app.explain.minimum_section import explain_minimum
-from softcurve.app.explain.network import HIDDEN, Network, train
-from softcurve.app.explain.page import render
-from softcurve.app.explain.section import Check, Section, plain
-from softcurve.app.explain.targets_section import explain_targets
-from softcurve.app.explain.vae_section import explain_vae
-from softcurve.app.interrupt import stop_if_interrupted
+from softcurve.cli.encoding import encoded
+from softcurve.cli.explain.chain_section import explain_chain
+from softcurve.cli.explain.directions_section import explain_directions
+from softcurve.cli.explain.jacobian_section import explain_jacobian
+from softcurve.cli.explain.minimum_section import explain_minimum
+from softcurve.cli.explain.network import HIDDEN, Network, train
+from softcurve.cli.explain.page import render
+from softcurve.cli.explain.section import Check, Section, plain
+from softcurve.cli.explain.targets_section import explain_targets
+from softcurve.cli.explain.vae_section import explain_vae
+from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.fit.atomic import check_writable, replacing
 
 __all__ = ["write_explanation"]

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from softcurve.app.interrupt import interrupted, postpone_interrupts
+from softcurve.cli.interrupt import interrupted, postpone_interrupts
 from softcurve.fit import DataError
 from softcurve.fit.together import ALONE, LostProcess, Processes, Together, raised_by_all
 

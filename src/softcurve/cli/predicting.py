@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import softcurve
-from softcurve.app.figures import figure_lines, figures
-from softcurve.app.interrupt import stop_if_interrupted
-from softcurve.app.predictions import Write, check_predictions_path, writing_predictions
-from softcurve.app.printing import print_record, print_table
 from softcurve.array_types import Int64
+from softcurve.cli.figures import figure_lines, figures
+from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.predictions import Write, check_predictions_path, writing_predictions
+from softcurve.cli.printing import print_record, print_table
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs
 from softcurve.fit.data.opening import open_source_for

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from softcurve.app.interrupt import stop_if_interrupted
-from softcurve.app.printing import console, print_record, print_table
-from softcurve.app.user_model import call_function, first_line, place_in, said
+from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.printing import console, print_record, print_table
+from softcurve.cli.user_model import call_function, first_line, place_in, said
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator

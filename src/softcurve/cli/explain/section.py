@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softcurve.app.page.picture import Picture
+from softcurve.cli.page.picture import Picture
 
 
 @dataclass(frozen=True)

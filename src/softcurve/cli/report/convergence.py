@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from softcurve.app.page.picture import Picture, Theme, canvas, decades, picture
-from softcurve.app.report.record import FitReport, PathPoint
-from softcurve.app.report.section import Section
+from softcurve.cli.page.picture import Picture, Theme, canvas, decades, picture
+from softcurve.cli.report.record import FitReport, PathPoint
+from softcurve.cli.report.section import Section
 
 MARKED = 60  # steps, up to which each has a mark
 WIDTH, HEIGHT = 4.4, 3.0

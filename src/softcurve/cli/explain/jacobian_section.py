@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import softcurve
-from softcurve.app.explain.network import CLASSES, Network
-from softcurve.app.explain.section import Check, Section
-from softcurve.app.page.picture import Picture, Theme, bars, canvas, cells, picture, powers
 from softcurve.array_types import Float
+from softcurve.cli.explain.network import CLASSES, Network
+from softcurve.cli.explain.section import Check, Section
+from softcurve.cli.page.picture import Picture, Theme, bars, canvas, cells, picture, powers
 
 ROUNDING = 1e-15
 
