@@ -426,7 +426,7 @@ def test_streams_that_cannot_be_written():
     [
         ("fitting.fit_head", ["fit", "d.npz", *FIT], "give a smaller --memory, fewer rows"),
         ("predicting._predict", ["predict", "h.safetensors", "d.npz", "--out", "p.npz"], "store DATA as .npy"),
-        ("spectrum._findings", ["spectrum", "h.safetensors", "d.npz", "--out", "s.png"], "a smaller --batch-size"),
+        ("spectrum._compute", ["spectrum", "h.safetensors", "d.npz", "--out", "s.png"], "a smaller --batch-size"),
     ],
 )
 def test_memory_that_runs_out(monkeypatch, place, arguments, remedy, allocate):

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from softcurve.cli.fitting import FitOptions, fit_command
+from softcurve.cli.fitting import fit_command
 from softcurve.cli.main import app
+from softcurve.cli.options import FitOptions
 from softcurve.fit import DataError
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.together import Together

@@ -1,21 +1,29 @@
-"""The work of ``softcurve fit``, from options to what is printed and written."""
+"""The command ``softcurve fit``: fit a head, write it with its record and its report, and print a summary."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import softcurve
-from softcurve.cli.encoding import encoded
-from softcurve.cli.figures import figure_lines, figures
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.printing import as_json, fit_progress, print_record, print_table
+from softcurve.cli.options import FitOptions
+from softcurve.cli.printing import (
+    Rows,
+    as_json,
+    fit_progress,
+    print_record,
+    print_table,
+    score_figures,
+    score_rows,
+)
 from softcurve.cli.report.record import FitReport, PathPoint
+from softcurve.cli.streams import encoded
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
@@ -23,129 +31,69 @@ from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head
-from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
+from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 from softcurve.fit.together import ALONE, Together, require_same
 
-__all__ = ["FitOptions", "fit_command"]
+__all__ = ["fit_command"]
 
-OPTIONS = {"head": "--out", "record": "--record", "report": "--report"}  # what each output is called
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """The options of ``softcurve fit``."""
-
-    data: str
-    target: Path | None
-    loss: str
-    C: float
-    path: str | None
-    fit_intercept: bool
-    class_count: int | None
-    holdout: float
-    seed: int
-    max_iter: int
-    tol: float
-    precision: str
-    dtype: str
-    memory: int | None
-    checkpoint: Path | None
-    checkpoint_every: float
-    out: Path
-    record: Path | None
-    report: Path | None
-    timeout: float
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What came of a fit."""
-
-    train: Source
-    held: Source | None
-    fit: Fit
-    path: tuple[PathPoint, ...]
-    seconds: float
-    on_train: Diagnostics
-    on_held: Diagnostics | None
-    spectrum: CurvatureSpectrum | str
+SUFFIXES = {"--out": ".safetensors", "--record": ".json", "--report": ".html"}
 
 
 def fit_command(
     options: FitOptions,
-    together: Together = ALONE,
+    group: Together = ALONE,
     *,
     progress: bool | None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
-    """Fit, save the head, its record and its report, print the table and the JSON line. Raises DataError.
+    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError.
 
-    Of several processes the first one writes and prints. ``on_step`` is called with every step of a fit.
+    The first process of a group writes and prints. ``on_step`` is called with every step of a fit.
     """
-    _require_same_options(options, together)
+    _require_same_options(options, group)
     outputs: dict[str, Path] = {}
-    with together.agreed():
-        if together.first:
+    with group.agreed():
+        if group.first:
             outputs = _outputs(options)
     Cs = _strengths(options.path)
-    source = open_source(options.data, options.target, class_count=options.class_count, together=together)
+    source = open_source(options.data, options.target, class_count=options.class_count, together=group)
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    work = _work(options, train, held, Cs, on_step, progress=progress if together.first else False)
-    with together.agreed():
-        if together.first:
-            _write(options, source, work, outputs)
+    fit, report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
+    with group.agreed():
+        if group.first:
+            _write(options, fit, report, outputs)
 
 
-def _write(options: FitOptions, source: Source, work: Work, outputs: dict[str, Path]) -> None:
-    record = _record(options, work) | {name: str(path) for name, path in outputs.items()}
-    dtype = getattr(torch, options.dtype)
-    head = SavedHead(work.fit.weight.to(dtype), work.fit.bias.to(dtype), source.classes, options.loss, options.C)
-    if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
-        raise DataError(f"--dtype: the head goes beyond the range of {options.dtype}; take float64, or scale the data")
-    page = _report(options, source, work)  # drawn before anything is written
-    with replacing_all({OPTIONS[name]: path for name, path in outputs.items()}) as files:
-        head.write(files["--out"])
-        history = [asdict(step) for step in work.fit.history]
-        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
-        files["--report"].write(encoded(page))
-        stop_if_interrupted()
-    print_table("softcurve fit", _lines(record))
-    print_record(record)
+def _require_same_options(options: FitOptions, group: Together) -> None:
+    """Raise DataError if a process has another option than the first.
 
-
-def _require_same_options(options: FitOptions, together: Together) -> None:
-    """Raise DataError where a process was given another option than the first.
-
-    The path of the data may be another on another machine: what the files hold is compared when they are opened.
+    The path of the data may differ between machines: the contents of the files are compared when they are opened.
     """
-    given = asdict(options) | {"target": "a file" if options.target else None}
-    del given["data"]
-    named = {"fit_intercept": "intercept"}
-    said = {f"--{named.get(name, name).replace('_', '-')}": value for name, value in given.items()}
-    require_same(together, said, "start all with the same options")
+    values = asdict(options) | {"target": "a file" if options.target else None}
+    values["intercept"] = values.pop("fit_intercept")
+    del values["data"]
+    named = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    require_same(group, named, "start all with the same options")
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
-    """Where the files go, by name; all of them can be written."""
-    if options.out.suffix.lower() != ".safetensors":
-        raise DataError(f"--out: {options.out} must end in .safetensors")
+    """The paths of the outputs by their options, all of which can be written."""
     outputs = {
-        "head": options.out,
-        "record": options.record or options.out.with_suffix(".json"),
-        "report": options.report or options.out.with_suffix(".html"),
+        "--out": options.out,
+        "--record": options.record or options.out.with_suffix(".json"),
+        "--report": options.report or options.out.with_suffix(".html"),
     }
-    for (name, path), suffix in zip(outputs.items(), (".safetensors", ".json", ".html"), strict=True):
-        if path.suffix.lower() != suffix:
-            raise DataError(f"{OPTIONS[name]}: {path} must end in {suffix}")
-    written = {OPTIONS[name]: path for name, path in outputs.items()}
-    written |= {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
-    check_outputs(written, {"DATA": options.data, "--target": options.target})
+    for option, path in outputs.items():
+        if path.suffix.lower() != SUFFIXES[option]:
+            raise DataError(f"{option}: {path} must end in {SUFFIXES[option]}")
+    checkpoint = {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
+    check_outputs(outputs | checkpoint, {"DATA": options.data, "--target": options.target})
     return outputs
 
 
@@ -159,7 +107,7 @@ def _strengths(path: str | None) -> tuple[float, ...]:
     return Cs
 
 
-def _work(
+def _fit(
     options: FitOptions,
     train: Source,
     held: Source | None,
@@ -167,89 +115,102 @@ def _work(
     on_step: Callable[[Step], None],
     *,
     progress: bool | None,
-) -> Work:
+) -> tuple[Fit, FitReport]:
     started = time.perf_counter()
-    common: dict[str, Any] = {
-        "loss": options.loss,
-        "fit_intercept": options.fit_intercept,
-        "tol": options.tol,
-        "max_iter": options.max_iter,
-        "precision": options.precision,
-        "memory_budget": None if options.memory is None else options.memory * 2**20,
-    }
+    budget = None if options.memory is None else options.memory * 2**20
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter")}
+    common |= {"precision": options.precision, "memory_budget": budget}
     with fit_progress(options.tol, show=progress) as (show_step, show_product):
 
-        def noted(step: Step) -> None:
+        def step_taken(step: Step) -> None:
             on_step(step)
             show_step(step)
 
-        common |= {"on_step": noted, "on_product": show_product}
+        common |= {"on_step": step_taken, "on_product": show_product}
         fit = fit_head(
             train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
         )
         seconds = time.perf_counter() - started
-        path = _path(train, held, Cs, options, common)
-    return Work(
-        train=train,
-        held=held,
-        fit=fit,
-        path=path,
+        fits = regularisation_path(train, Cs, **common) if Cs else ()
+        path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
+    on_train = _diagnose(options, train, fit)
+    bias = fit.bias if options.fit_intercept else None
+    assert train.kind is not None
+    return fit, FitReport(
+        data=options.data,
+        rows=on_train.rows,
+        features=train.width,
+        classes=train.classes,
+        kind=train.kind,
+        loss=options.loss,
+        C=options.C,
+        version=softcurve.__version__,
         seconds=seconds,
-        on_train=_diagnosed(options, train, fit),
-        on_held=None if held is None else _diagnosed(options, held, fit),
-        spectrum=curvature_spectrum(
-            train, fit.weight, fit.bias if options.fit_intercept else None, loss=options.loss, seed=options.seed
-        ),
+        converged=fit.converged,
+        gradient_max=fit.gradient_max,
+        history=fit.history,
+        train=on_train,
+        held=None if held is None else _diagnose(options, held, fit),
+        spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed),
+        path=path,
+        options={
+            "intercept": "yes" if options.fit_intercept else "no",
+            "precision": options.precision,
+            "held out": f"{options.holdout:g} of the rows, seed {options.seed}",
+        },
+        tol=options.tol,
     )
 
 
-def _diagnosed(options: FitOptions, source: Source, fit: Fit, **wanted: Any) -> Diagnostics:
+def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
     classes, width = fit.weight.shape
     rows = None if options.memory is None else rows_within(classes, width, options.memory * 2**20)
-    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **wanted)
+    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **how)
 
 
-def _path(
-    train: Source, held: Source | None, Cs: Sequence[float], options: FitOptions, common: dict[str, Any]
-) -> tuple[PathPoint, ...]:
-    if not Cs:
-        return ()
-    points = []
-    for C, fit in zip(Cs, regularisation_path(train, Cs, **common), strict=True):
-        on_train = _diagnosed(options, train, fit, hardest=0)
-        on_held = None if held is None else _diagnosed(options, held, fit, hardest=0)
-        points.append(
-            PathPoint(
-                C=C,
-                train_loss=on_train.loss,
-                held_loss=None if on_held is None else on_held.loss,
-                held_accuracy=None if on_held is None else on_held.accuracy,
-                weight_norm=float(fit.weight.norm()),
-                converged=fit.converged,
-            )
-        )
-    return tuple(points)
+def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: Source | None) -> PathPoint:
+    train_loss = _diagnose(options, train, fit, hardest=0).loss
+    on_held = None if held is None else _diagnose(options, held, fit, hardest=0)
+    held_loss, held_accuracy = (None, None) if on_held is None else (on_held.loss, on_held.accuracy)
+    return PathPoint(C, train_loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
 
 
-def _record(options: FitOptions, work: Work) -> dict[str, Any]:
-    fit, train = work.fit, work.train
+def _write(options: FitOptions, fit: Fit, report: FitReport, outputs: dict[str, Path]) -> None:
+    from softcurve.cli.report import render_report
+
+    record = _record(options, fit, report)
+    record |= dict(zip(("head", "record", "report"), map(str, outputs.values()), strict=True))
+    dtype = getattr(torch, options.dtype)
+    head = SavedHead(fit.weight.to(dtype), fit.bias.to(dtype), tuple(report.classes), options.loss, options.C)
+    if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
+        raise DataError(f"--dtype: the head is beyond the range of {options.dtype}; use float64, or scale the features")
+    page = encoded(render_report(report))  # may fail, so it comes before anything is written
+    with replacing_all(outputs) as files:
+        head.write(files["--out"])
+        history = [asdict(step) for step in fit.history]
+        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
+        files["--report"].write(page)
+        stop_if_interrupted()
+    print_table("softcurve fit", _rows(record))
+    print_record(record)
+
+
+def _record(options: FitOptions, fit: Fit, report: FitReport) -> dict[str, Any]:
+    train, held = report.train, report.held
+    rows_held = 0 if held is None else held.rows
+    # Absent classes are those without a label: a distribution may give a class probability that is never the largest.
+    absent = int((train.support == 0).sum()) if report.kind == "labels" else 0
     return {
         "command": "fit",
         "data": options.data,
-        "rows": work.on_train.rows + (0 if work.on_held is None else work.on_held.rows),
-        "rows_train": work.on_train.rows,
-        "rows_held_out": 0 if work.on_held is None else work.on_held.rows,
-        "features": train.width,
-        "classes": len(train.classes),
-        # A distribution may have mass where it is not largest.
-        "classes_without_training_rows": int((work.on_train.support == 0).sum()) if train.kind == "labels" else 0,
-        "targets": train.kind,
-        "loss": options.loss,
-        "C": options.C,
-        "fit_intercept": options.fit_intercept,
-        "seed": options.seed,
-        "precision": options.precision,
-        "dtype": options.dtype,
+        "rows": train.rows + rows_held,
+        "rows_train": train.rows,
+        "rows_held_out": rows_held,
+        "features": report.features,
+        "classes": len(report.classes),
+        "classes_without_training_rows": absent,
+        "targets": report.kind,
+        **{name: getattr(options, name) for name in ("loss", "C", "fit_intercept", "seed", "precision", "dtype")},
         "iterations": fit.iterations,
         "products": fit.products,
         "converged": fit.converged,
@@ -258,75 +219,41 @@ def _record(options: FitOptions, work: Work) -> dict[str, Any]:
         "objective": fit.objective,
         "gradient_max": fit.gradient_max,
         "tol": options.tol,
-        "train_loss_nats": work.on_train.loss,
-        "train_accuracy": work.on_train.accuracy,
-        **({} if work.on_held is None else figures("held_out_", work.on_held)),
-        "calibration_error": (work.on_held or work.on_train).calibration.error,
-        "path": [asdict(point) for point in work.path],
-        "seconds": work.seconds,
+        "train_loss_nats": train.loss,
+        "train_accuracy": train.accuracy,
+        **({} if held is None else score_figures("held_out_", held)),
+        "calibration_error": (held or train).calibration.error,
+        "path": [asdict(point) for point in report.path],
+        "seconds": report.seconds,
     }
 
 
-def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(record: dict[str, Any]) -> Rows:
     converged = "yes" if record["converged"] else "NO"
-    gradient = f"gradient maximum {record['gradient_max']:.1e}, tolerance {record['tol']:.1e}"
-    lines = [
-        ("rows", f"{record['rows']} ({record['rows_train']} to fit, {record['rows_held_out']} held out)"),
+    return [
+        ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
         ("features", str(record["features"])),
         ("classes", str(record["classes"])),
         ("targets", record["targets"]),
         ("loss", f"{record['loss']}, C = {record['C']:g}"),
-        ("Newton steps", f"{record['iterations']} ({record['products']} products with the curvature)"),
-        ("converged", f"{converged} ({gradient})"),
-    ]
-    if not record["converged"]:
-        lines.append(("warning", record["ended"]))
-    if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
-        lines.append(("warning", f"of the path, C = {', '.join(late)} did not converge; raise max_iter or tol"))
-    if record["separated"]:
-        lines.append(("warning", "the classes can be separated: without a penalty the loss has no minimum; give a --C"))
-    if absent := record["classes_without_training_rows"]:
-        who = "1 class has" if absent == 1 else f"{absent} classes have"
-        lines.append(("warning", f"{who} no training row; the probability tends to zero"))
-    lines.append(("train loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"))
-    if record["rows_held_out"]:
-        lines += figure_lines("held-out ", "held_out_", record)
-    lines += [
+        ("Newton steps", f"{record['iterations']} ({record['products']} Hessian–vector products)"),
+        ("converged", f"{converged} (gradient maximum {record['gradient_max']:.1e}, tolerance {record['tol']:.1e})"),
+        *(("warning", warning) for warning in _warnings(record)),
+        ("training loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"),
+        *(score_rows("held-out ", "held_out_", record) if record["rows_held_out"] else ()),
         ("calibration error", f"{record['calibration_error']:.4f}"),
         ("seconds", f"{record['seconds']:.2f}"),
         *((name, record[name]) for name in ("head", "record", "report")),
     ]
-    return lines
 
 
-def _report(options: FitOptions, source: Source, work: Work) -> str:
-    from softcurve.cli.report import render_report
-
-    fit = work.fit
-    assert source.kind is not None
-    shown = {
-        "intercept": "yes" if options.fit_intercept else "no",
-        "precision": options.precision,
-        "held out": f"{options.holdout:g} of the rows, seed {options.seed}",
-    }
-    report = FitReport(
-        data=options.data,
-        rows=work.on_train.rows,
-        features=source.width,
-        classes=source.classes,
-        kind=source.kind,
-        loss=options.loss,
-        C=options.C,
-        version=softcurve.__version__,
-        seconds=work.seconds,
-        converged=fit.converged,
-        gradient_max=fit.gradient_max,
-        history=fit.history,
-        train=work.on_train,
-        held=work.on_held,
-        spectrum=work.spectrum,
-        path=work.path,
-        options=shown,
-        tol=options.tol,
-    )
-    return render_report(report)
+def _warnings(record: dict[str, Any]) -> list[str]:
+    warnings = [] if record["converged"] else [record["ended"]]
+    if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
+        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise max_iter or tol")
+    if record["separated"]:
+        warnings.append("the classes are separable: without a penalty the loss has no minimum; give a finite --C")
+    if absent := record["classes_without_training_rows"]:
+        classes = "1 class has" if absent == 1 else f"{absent} classes have"
+        warnings.append(f"{classes} no training row; the probability tends to zero")
+    return warnings

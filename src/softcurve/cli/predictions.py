@@ -1,4 +1,4 @@
-"""Predictions as a file, written block by block: .npz, .npy, .csv or .parquet."""
+"""Files of predictions, written block by block: .npz, .npy, .csv or .parquet."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from softcurve.array_types import Float64, Int64
-from softcurve.cli.encoding import encodable
+from softcurve.cli.streams import encodable
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
 from softcurve.fit.data.source import Label
 
 __all__ = ["Write", "check_predictions_path", "writing_predictions"]
 
-# Takes the probabilities of the next rows, and which classes are predicted.
+# Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 
 
 def check_predictions_path(path: Path) -> None:
-    """Raise DataError for a suffix that is not known, ImportError where its package is missing."""
+    """Raise DataError for an unknown suffix, and ImportError if its package is missing."""
     if path.suffix.lower() not in WRITERS:
         kind = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise DataError(f"--out: {path} has {kind}; it must end in {', '.join(WRITERS)}")
@@ -38,9 +38,9 @@ def check_predictions_path(path: Path) -> None:
 
 @contextmanager
 def writing_predictions(path: Path, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    """Give a function that writes the label and the probabilities of each of the next of all ``rows``, in their order.
+    """Give a function that writes the labels and probabilities of the next rows, in the order of all ``rows``.
 
-    What stood at ``path`` before stays there unless all is written.
+    On an error the file that was at ``path`` remains.
     """
     with replacing(path, "--out") as file, WRITERS[path.suffix.lower()](file, rows, classes) as write:
         yield write
@@ -48,37 +48,30 @@ def writing_predictions(path: Path, rows: int, classes: tuple[Label, ...]) -> It
 
 @contextmanager
 def _npz(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    """As ``numpy.savez``; the labels, which come last, are held as indices."""
+    """Write what ``numpy.savez`` would; the labels come last and are kept as indices until then."""
     labels = _array(classes)
     indices: list[NDArray[np.int64]] = []
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("probabilities.npy", "w", force_zip64=True) as member:
-            _npy_header(member, (rows, len(classes)))
+        with archive.open("probabilities.npy", "w", force_zip64=True) as member, _npy(member, rows, classes) as add:
 
             def write(probabilities: NDArray[np.float64], predicted: NDArray[np.int64]) -> None:
-                _entries(member, probabilities)
+                add(probabilities, predicted)
                 indices.append(predicted.copy())
 
             yield write
-        predicted = np.concatenate(indices)
-        for name, array in {"label": labels[predicted], "classes": labels}.items():
+        for name, array in {"label": labels[np.concatenate(indices)], "classes": labels}.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 npy_format.write_array(member, array, allow_pickle=False)
 
 
 @contextmanager
-def _npy(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    _npy_header(file, (rows, len(classes)))
-    yield lambda probabilities, predicted: _entries(file, probabilities)
-
-
-def _npy_header(file: Any, shape: tuple[int, int]) -> None:
+def _npy(file: Any, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
     descr = npy_format.dtype_to_descr(np.dtype(np.float64))
-    npy_format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-
-
-def _entries(file: Any, probabilities: NDArray[np.float64]) -> None:
-    file.write(np.ascontiguousarray(probabilities).view(np.uint8).reshape(-1).data)
+    header = {"descr": descr, "fortran_order": False, "shape": (rows, len(classes))}
+    npy_format.write_array_header_1_0(file, header)
+    yield lambda probabilities, predicted: file.write(
+        np.ascontiguousarray(probabilities).view(np.uint8).reshape(-1).data
+    )
 
 
 @contextmanager
@@ -99,7 +92,7 @@ def _csv(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Writ
 
 @contextmanager
 def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    """A row group for each block."""
+    """Write one row group for each block."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -116,7 +109,7 @@ def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[
 
 
 def _array(classes: tuple[Label, ...]) -> NDArray[Any]:
-    """The names of the classes; numpy would make floats of integers from 2**63 on beside smaller ones."""
+    """The names of the classes; numpy alone would turn integers from 2**63 on into floats beside smaller ones."""
     array = np.array(classes)
     if array.dtype.kind != "f":
         return array

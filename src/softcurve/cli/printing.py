@@ -1,4 +1,4 @@
-"""What the commands print: a table for people, one JSON line for programs, progress on stderr."""
+"""What the commands print: a table for people, one JSON line for programs, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from softcurve.cli.encoding import encodable
 from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.streams import encodable
+from softcurve.fit.diagnostics import Diagnostics
+from softcurve.fit.scores import Scores
 from softcurve.fit.solver.newton import Step
 
-__all__ = ["as_json", "console", "fit_progress", "print_record", "print_table"]
+__all__ = [
+    "as_json", "console", "finite", "fit_progress", "print_record", "print_table", "progress_bar", "rich_table",
+    "score_figures", "score_rows",
+]  # fmt: skip
+
+Rows = list[tuple[str, str]]
 
 
 def console() -> Console:
@@ -24,55 +32,89 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def print_table(title: str, lines: Sequence[tuple[str, str]]) -> None:
-    """Print names and figures in two columns; text is shown as it is, without markup."""
-    table = Table(title=Text(title), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, figure in lines:
-        table.add_row(Text(name), Text(encodable(figure)))
-    console().print(table)
+def rich_table(
+    title: str, rows: Sequence[Sequence[str]], columns: Mapping[str, Literal["left", "right"]] | None = None
+) -> Table:
+    """Make a table of plain text, with headings and the alignments of their columns, or of names and values."""
+    table = Table(title=Text(title), show_header=columns is not None, title_justify="left")
+    if columns is None:
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+    for heading, justify in (columns or {}).items():
+        table.add_column(heading, justify=justify, no_wrap=justify == "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(encodable(cell)) for cell in row))
+    return table
+
+
+def print_table(title: str, rows: Rows) -> None:
+    """Print names and values in two columns."""
+    console().print(rich_table(title, rows))
 
 
 def print_record(record: Mapping[str, object]) -> None:
-    """Print the record as one line of JSON; a number that is not finite becomes null.
+    """Print the record as one line of JSON in ASCII.
 
-    It is plain ASCII. A file name that is not UTF-8 has lone surrogates in it, as ``os.fsencode`` takes them.
+    A file name that is not UTF-8 holds lone surrogates, which ``os.fsencode`` turns back into its bytes.
     """
     print(as_json(record), flush=True)
 
 
 def as_json(record: object) -> str:
     """JSON with null for a number that is not finite."""
-    return json.dumps(_finite(record), allow_nan=False)
+    return json.dumps(finite(record, lambda number: None), allow_nan=False)
 
 
-def _finite(value: object) -> object:
+def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
+    """Replace every infinity and NaN, which JSON lacks, in nested mappings and sequences."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {str(key): finite(entry, otherwise) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [finite(entry, otherwise) for entry in value]
+    return otherwise(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
+    """The entries of a record for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
+    return {
+        f"{prefix}loss_nats": scores.loss,
+        f"{prefix}loss_bits": scores.loss / math.log(2.0),
+        f"{prefix}accuracy": scores.accuracy,
+        f"{prefix}kl_nats": scores.kl,
+    }
+
+
+def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> Rows:
+    """The rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
+    loss, bits, accuracy, kl = (record[prefix + name] for name in ("loss_nats", "loss_bits", "accuracy", "kl_nats"))
+    rows = [(f"{label}loss", f"{loss:.6f} nats = {bits:.6f} bits"), (f"{label}accuracy", f"{accuracy:.4f}")]
+    return rows if kl is None else [*rows, (f"{label}KL(target||model)", f"{kl:.6f} nats")]
+
+
+@contextmanager
+def progress_bar(show: bool | None, *columns: ProgressColumn) -> Iterator[Progress]:
+    """Show progress on stderr, with a bar after the description; None shows it on a terminal only."""
+    stderr = Console(stderr=True)
+    disable = not (stderr.is_terminal if show is None else show)
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
+        yield progress
 
 
 @contextmanager
 def fit_progress(tol: float, *, show: bool | None) -> Iterator[tuple[Callable[[Step], None], Callable[[int], None]]]:
-    """Give functions that show a step, and how many products there were, on stderr.
+    """Give two functions that show a step, and the number of Hessian–vector products so far.
 
-    The bar is the share of the decades that the gradient has to fall. ``show=None`` shows it on a terminal alone.
+    The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
     """
-    stderr = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
         TextColumn("objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"),
-        TextColumn("{task.fields[products]} products"),
+        TextColumn("{task.fields[products]} HVPs"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    disable = not (stderr.is_terminal if show is None else show)
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
+    with progress_bar(show, *columns) as progress:
         task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
         first = math.nan
 
@@ -95,7 +137,7 @@ def fit_progress(tol: float, *, show: bool | None) -> Iterator[tuple[Callable[[S
 
 
 def _share(first: float, now: float, tol: float) -> float:
-    """Of the way from ``first`` to ``tol``, on a logarithmic scale."""
+    """The share of the way from ``first`` down to ``tol`` on a logarithmic scale."""
     if now <= tol:
         return 1.0
     return max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol else 0.0

@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one line on stderr and exit code 2; after an interrupt, exit code 130."""
+"""The end of a command that cannot continue: one line on stderr and exit code 2; after an interrupt, exit code 130."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["refusals"]
 
 @contextmanager
 def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> Iterator[None]:
-    """End the command where what is raised within can be mended by its user; anything else is a fault and is raised.
+    """End the command at an error that its user can correct; any other error is a defect and is raised.
 
-    Where memory runs out, the message names the ``work`` and ``less_memory``, what would take less.
+    If memory runs out, the message names the ``work`` and the remedy ``less_memory``.
     """
     try:
         with needed("this command"):
@@ -25,16 +25,16 @@ def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> 
     except BrokenPipeError:
         raise
     except Exception as error:
-        if interrupted():  # in the midst of an import, for one, an interrupt becomes an ImportError
+        if interrupted():  # during an import, for example, an interrupt becomes an ImportError
             raise KeyboardInterrupt(interrupted()) from error
-        message = _explained(error, work, less_memory)
+        message = _message(error, work, less_memory)
         if message is None:
             raise
         print("softcurve:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 
-def _explained(error: Exception, work: str, less_memory: str) -> str | None:
+def _message(error: Exception, work: str, less_memory: str) -> str | None:
     if (missing := out_of_memory(error)) is not None:
         return f"{work}: {missing}; {less_memory}"
     if isinstance(error, OSError) and error.strerror:

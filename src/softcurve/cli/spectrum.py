@@ -1,4 +1,4 @@
-"""The work of ``softcurve spectrum``, from options to what is printed and drawn."""
+"""The command ``softcurve spectrum``: eigenvalues, trace and spectral density of a model's curvature."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.printing import console, print_record, print_table
-from softcurve.cli.user_model import call_function, first_line, place_in, said
+from softcurve.cli.options import SpectrumOptions
+from softcurve.cli.printing import Rows, console, print_record, print_table, progress_bar, rich_table
+from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator
@@ -34,7 +31,7 @@ from softcurve.fit.losses import Loss, check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
 
-__all__ = ["SpectrumOptions", "spectrum_command"]
+__all__ = ["spectrum_command"]
 
 MATRICES: dict[str, type[GGN | Hessian | Fisher | EmpiricalFisher]] = {
     "ggn": GGN,
@@ -42,49 +39,28 @@ MATRICES: dict[str, type[GGN | Hessian | Fisher | EmpiricalFisher]] = {
     "fisher": Fisher,
     "empirical-fisher": EmpiricalFisher,
 }
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, None: None}
 PICTURES = (".png", ".svg", ".pdf")
 QUANTILES = (0.5, 0.9, 0.99)
-LOBPCG_PRODUCTS = 100  # an eigenvalue, beyond which Lanczos is tried
-BASES_BYTES = 1 << 30  # of the probes that take their Lanczos steps together
-
-
-@dataclass(frozen=True)
-class SpectrumOptions:
-    """The options of ``softcurve spectrum``; None where the model decides."""
-
-    model: str
-    data: str | None
-    target: Path | None
-    matrix: str
-    loss: Loss | None
-    top: int
-    method: Literal["auto", "lobpcg", "lanczos"]
-    tol: float
-    products: int
-    probes: int
-    steps: int
-    batch_size: int | None
-    seed: int
-    dtype: str | None
-    out: Path | None
+LOBPCG_PRODUCTS = 100  # the largest number for each eigenvalue, before Lanczos is tried
+BASES_BYTES = 1 << 30  # memory for the Lanczos bases of the probes that share their products
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A model over its data; ``rows`` where they are known, ``file`` where the model is somebody's code."""
+    """A model and its data; ``rows`` is their number if it is known, ``file`` defines a user's model."""
 
     features: nn.Module
     head: nn.Linear
-    data: Iterable[Any]  # of somebody's code; the operator checks each batch
+    data: Iterable[Any]
     loss: Loss
     rows: int | None = None
     file: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
-    """What was computed of the matrix."""
+class Spectrum:
+    """The results for the matrix of order ``size``."""
 
     size: int
     trace: Estimate
@@ -95,23 +71,23 @@ class Findings:
 
 
 def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None:
-    """Compute the spectrum, draw it where that is asked for, print the tables and the JSON line. Raises DataError."""
+    """Compute the spectrum, draw it on request, and print the tables and the JSON line. Raises DataError."""
     _check(options)
-    problem = _saved(options) if options.model.lower().endswith(".safetensors") else _made(options)
+    problem = _saved_head(options) if options.model.lower().endswith(".safetensors") else _user_model(options)
     try:
-        findings = _findings(options, problem, progress)
+        spectrum = _compute(options, problem, progress)
     except Exception as error:
         if out_of_memory(error) is not None:
             raise
-        place = place_in(problem.file, error)
-        # Whatever else comes from beyond the model's own code is a fault of this program: let it be seen.
-        if not place and not isinstance(error, TypeError | ValueError | RuntimeError):
+        line = line_in(problem.file, error)
+        # Any other error that does not come from the user's code is a defect of this program.
+        if not line and not isinstance(error, TypeError | ValueError | RuntimeError):
             raise
-        raise DataError(f"model: {options.model}: {said(error) if place else first_line(error)}{place}") from error
-    if options.out is not None and findings.density is not None:
-        _draw(options.out, f"{MATRICES[options.matrix].__name__} of {problem.loss}", findings.density, findings.top)
-    record = _record(options, problem, findings)
-    print_table("softcurve spectrum", _lines(record, findings.trace))
+        raise DataError(f"model: {options.model}: {describe(error) if line else first_line(error)}{line}") from error
+    if options.out is not None and spectrum.density is not None:
+        _draw(options.out, f"{MATRICES[options.matrix].__name__} of {problem.loss}", spectrum.density, spectrum.top)
+    record = _record(options, problem, spectrum)
+    print_table("softcurve spectrum", _rows(record, spectrum.trace))
     _print_eigenvalues(record)
     print_record(record)
 
@@ -132,10 +108,7 @@ def _check(options: SpectrumOptions) -> None:
     import matplotlib.figure  # noqa: F401
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
-
-
-def _saved(options: SpectrumOptions) -> Problem:
+def _saved_head(options: SpectrumOptions) -> Problem:
     if options.data is None:
         raise DataError(
             f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
@@ -145,7 +118,7 @@ def _saved(options: SpectrumOptions) -> Problem:
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
     loss = options.loss or cast("Loss", saved.loss if rows.soft else "cross_entropy")
     check_loss(loss, "distributions" if rows.soft else "labels")
-    dtype = DTYPES[options.dtype] if options.dtype else saved.weight.dtype
+    dtype = DTYPES[options.dtype] or saved.weight.dtype
     features, target = rows.tensors(dtype)
     refuse_zeros(loss, Block(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
@@ -155,26 +128,20 @@ def _saved(options: SpectrumOptions) -> Problem:
     return Problem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
 
 
-def _made(options: SpectrumOptions) -> Problem:
-    for argument, given in {
-        "data": options.data,
-        "--target": options.target,
-        "--batch-size": options.batch_size,
-    }.items():
-        if given is not None:
-            raise DataError(f"{argument}: {options.model} brings data of its own; leave {given} out")
+def _user_model(options: SpectrumOptions) -> Problem:
+    excluded = {"data": options.data, "--target": options.target, "--batch-size": options.batch_size}
+    for argument, value in excluded.items():
+        if value is not None:
+            raise DataError(f"{argument}: {options.model} brings data of its own; leave {value} out")
     features, head, data, file = call_function(options.model, options.seed)
-    if options.dtype:
-        features, head = features.to(DTYPES[options.dtype]), head.to(DTYPES[options.dtype])
+    if dtype := DTYPES[options.dtype]:
+        features, head = features.to(dtype), head.to(dtype)
     return Problem(features, head, data, options.loss or "cross_entropy", file=file)
 
 
-# --- the matrix --------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
-class Walked:
-    """The batches of a model, counted on the way, with inputs in the dtype that is asked for."""
+class CountedBatches:
+    """The batches of a model with their inputs in ``dtype``, if it is given; every pass over them is counted."""
 
     data: Iterable[Any]
     dtype: torch.dtype | None
@@ -193,90 +160,67 @@ class Walked:
 
 def _in_dtype(batch: Any, dtype: torch.dtype) -> Any:
     if not isinstance(batch, tuple | list) or not batch:
-        return batch  # the operator says what a batch must be
+        return batch  # the operator raises the error
+
+    def convert(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
     x, *rest = batch
-    if isinstance(x, Mapping):
-        return ({key: _floating_to(value, dtype) for key, value in x.items()}, *rest)
-    return (_floating_to(x, dtype), *rest)
+    x = {key: convert(value) for key, value in x.items()} if isinstance(x, Mapping) else convert(x)
+    return (x, *rest)
 
 
-def _floating_to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _findings(options: SpectrumOptions, problem: Problem, show: bool | None) -> Findings:
+def _compute(options: SpectrumOptions, problem: Problem, show: bool | None) -> Spectrum:
     start = time.perf_counter()
-    dtype = DTYPES[options.dtype] if options.dtype else None
-    with _progress(show) as progress:
+    with progress_bar(show, TextColumn("pass {task.fields[passes]} over the data"), TimeElapsedColumn()) as progress:
         task = progress.add_task("trace", total=length_of(problem.data), passes=0)
-        data = Walked(problem.data, dtype, progress, task)
-        make = MATRICES[options.matrix]
-        operator = make(
+        data = CountedBatches(problem.data, DTYPES[options.dtype], progress, task)
+        operator = MATRICES[options.matrix](
             problem.features,
             problem.head,
             data,
             loss=problem.loss,
             seed=options.seed,
-            check_deterministic=problem.file is not None,  # the rows of a saved head are at hand
+            check_deterministic=problem.file is not None,  # the rows of a saved head are in memory
         )
-        n = operator.shape[0]
-        # First of all the trace: its products are the cheapest that show that something is wrong.
+        # The trace comes first, because its products are the cheapest that reveal a NaN or an infinity.
         trace = operator.trace(products=options.products, seed=options.seed)
-        _refuse_not_finite("trace", torch.tensor(trace.value))
+        _require_finite("trace", torch.tensor(trace.value))
         progress.update(task, description="eigenvalues")
-        top = _top(operator, min(options.top, n), options)
-        _refuse_not_finite("eigenvalues", top.values, top.residuals)
+        top = _largest(operator, options)
+        _require_finite("eigenvalues", top.values, top.residuals)
         density = None
         if options.probes:
             progress.update(task, description="density")
-            steps = min(options.steps, n)
-            together = BASES_BYTES // (steps * n * operator.dtype.itemsize)
-            density = operator.spectral_density(
-                probes=options.probes,
-                steps=steps,
-                seed=options.seed,
-                columns_at_once=max(1, min(together, options.probes)),
-            )
-            _refuse_not_finite("density", density.nodes, density.weights)
-    return Findings(n, trace, top, density, data.passes, time.perf_counter() - start)
+            density = _density(operator, options)
+            _require_finite("density", density.nodes, density.weights)
+    return Spectrum(operator.shape[0], trace, top, density, data.passes, time.perf_counter() - start)
 
 
-def _top(operator: SymmetricOperator, k: int, options: SpectrumOptions) -> Eigenpairs:
+def _largest(operator: SymmetricOperator, options: SpectrumOptions) -> Eigenpairs:
     """The largest eigenvalues.
 
-    LOBPCG first, because Lanczos may miss copies of an eigenvalue; it breaks down where the rank is below ``k``.
+    LOBPCG comes first, because Lanczos may miss copies of an eigenvalue; it fails if the rank is below their number.
     """
-    tol, seed, method = options.tol, options.seed, options.method
+    k, tol, seed, method = min(options.top, operator.shape[0]), options.tol, options.seed, options.method
     if method != "auto":
         return operator.eigsh(k, tol=tol, seed=seed, method=method)
     try:
-        most = LOBPCG_PRODUCTS * (k + 5)
-        return operator.eigsh(k, tol=tol, seed=seed, method="lobpcg", max_products=most)
+        return operator.eigsh(k, tol=tol, seed=seed, method="lobpcg", max_products=LOBPCG_PRODUCTS * (k + 5))
     except RuntimeError:
         return operator.eigsh(k, tol=tol, seed=seed, method="lanczos")
 
 
-def _refuse_not_finite(name: str, *figures: torch.Tensor) -> None:
-    if not all(bool(figure.isfinite().all()) for figure in figures):
-        raise DataError(f"{name}: NaN or infinity came out; look for where it comes from, or scale the features")
+def _density(operator: SymmetricOperator, options: SpectrumOptions) -> SpectralDensity:
+    n, probes = operator.shape[0], options.probes
+    steps = min(options.steps, n)
+    at_once = max(1, min(BASES_BYTES // (steps * n * operator.dtype.itemsize), probes))
+    return operator.spectral_density(probes=probes, steps=steps, seed=options.seed, columns_at_once=at_once)
 
 
-@contextmanager
-def _progress(show: bool | None) -> Iterator[Progress]:
-    """A bar over the batches of a pass on stderr; ``show=None`` shows it on a terminal alone."""
-    stderr = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("pass {task.fields[passes]} over the data"),
-        TimeElapsedColumn(),
-    )
-    disable = not (stderr.is_terminal if show is None else show)
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
-        yield progress
-
-
-# --- what is shown -----------------------------------------------------------------------------------------------
+def _require_finite(name: str, *tensors: torch.Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DataError(f"{name}: the result is NaN or infinite; check the model's outputs, or scale the features")
 
 
 def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> None:
@@ -291,28 +235,28 @@ def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> N
     label = "largest eigenvalue" if len(values) == 1 else f"{len(values)} largest eigenvalues"
     axes.vlines(values, 0.0, 0.06, transform=mark, color="tab:red", linewidth=1.2, label=label)
     low, high = axes.get_xlim()
-    # Few Lanczos steps stay short of the largest eigenvalue.
+    # With few Lanczos steps the density ends below the largest eigenvalue.
     axes.set_xlim(low, max(high, values[0] + 0.02 * (values[0] - low)))
     axes.set_title(title, fontsize=9)
     axes.legend(frameon=False, fontsize=9)
-    picture = io.BytesIO()  # by way of memory: the encoders do not say why a file could not be written
+    picture = io.BytesIO()  # in memory first: the encoders do not report why a file cannot be written
     figure.savefig(picture, format=out.suffix[1:].lower(), dpi=150)
     stop_if_interrupted()
     with replacing(out, "--out") as file:
         file.write(picture.getbuffer())
 
 
-def _record(options: SpectrumOptions, problem: Problem, findings: Findings) -> dict[str, Any]:
-    trace, top, density = findings.trace, findings.top, findings.density
-    carried = float(top.values.double().sum())
-    share = carried / trace.value if trace.value > 0 else math.nan
-    record: dict[str, Any] = {
+def _record(options: SpectrumOptions, problem: Problem, spectrum: Spectrum) -> dict[str, Any]:
+    trace, top, density = spectrum.trace, spectrum.top, spectrum.density
+    scale = 1 / trace.value if trace.value > 0 else math.nan
+    share = float(top.values.double().sum()) * scale
+    return {
         "command": "spectrum",
         "model": options.model,
         "data": options.data,
         "rows": problem.rows,
         "classes": problem.head.out_features,
-        "parameters": findings.size,
+        "parameters": spectrum.size,
         "matrix": options.matrix,
         "loss": problem.loss,
         "dtype": str(top.values.dtype).removeprefix("torch."),
@@ -322,18 +266,15 @@ def _record(options: SpectrumOptions, problem: Problem, findings: Findings) -> d
         "eigenvalues_method": top.method,
         "eigenvalues_products": top.products,
         "share_of_trace": share,
-        "share_of_trace_standard_error": share * trace.standard_error / trace.value if trace.value > 0 else math.nan,
+        "share_of_trace_standard_error": share * trace.standard_error * scale,
         "trace": trace.value,
         "trace_standard_error": trace.standard_error,
         "trace_method": trace.method,
         "trace_products": trace.products,
         "density": None if density is None else _density_figures(density),
-    }
-    products = top.products + trace.products + (0 if density is None else density.products)
-    return record | {
-        "products": products,
-        "passes": findings.passes,
-        "seconds": findings.seconds,
+        "products": top.products + trace.products + (0 if density is None else density.products),
+        "passes": spectrum.passes,
+        "seconds": spectrum.seconds,
         "picture": None if options.out is None else str(options.out),
     }
 
@@ -353,44 +294,37 @@ def _density_figures(density: SpectralDensity) -> dict[str, Any]:
     }
 
 
-def _lines(record: Mapping[str, Any], trace: Estimate) -> list[tuple[str, str]]:
-    lines = [("matrix", f"{record['matrix']} of {record['loss']}, {record['dtype']}")]
-    if record["rows"] is not None:
-        lines.append(("rows", str(record["rows"])))
-    lines += [
+def _rows(record: Mapping[str, Any], trace: Estimate) -> Rows:
+    share = f"{100 * record['share_of_trace']:.2f} %" if record["trace"] > 0 else "none: the trace is not positive"
+    if (error := 100 * record["share_of_trace_standard_error"]) > 0:
+        share += f" ± {error:.2f} %"
+    rows = [
+        ("matrix", f"{record['matrix']} of {record['loss']}, {record['dtype']}"),
+        ("rows", record["rows"] and str(record["rows"])),
         ("classes", str(record["classes"])),
         ("parameters", str(record["parameters"])),
         ("trace", str(trace)),
-        (f"share of the {len(record['eigenvalues'])} largest", _share(record)),
+        (f"share of the {len(record['eigenvalues'])} largest", share),
     ]
     if (density := record["density"]) is not None:
         quantiles = ", ".join(f"{float(q):.0%}: {value:.3g}" for q, value in density["quantiles"].items())
-        lines += [
+        rows += [
             ("eigenvalues", f"{density['lowest']:.3g} to {density['highest']:.3g}"),
             ("quantiles", f"{quantiles} ({density['probes']} probes of {density['steps']} steps)"),
         ]
-    lines += [
-        ("products", f"{record['products']} in {record['passes']} passes over the data"),
+    rows += [
+        ("products", f"{record['products']} matrix–vector products in {record['passes']} passes over the data"),
         ("seconds", f"{record['seconds']:.2f}"),
+        ("picture", record["picture"]),
     ]
-    if record["picture"] is not None:
-        lines.append(("picture", record["picture"]))
-    return lines
-
-
-def _share(record: Mapping[str, Any]) -> str:
-    if record["trace"] <= 0:
-        return "none: the trace is not positive"
-    error = 100 * record["share_of_trace_standard_error"]
-    return f"{100 * record['share_of_trace']:.2f} %" + (f" ± {error:.2f} %" if error > 0 else "")
+    return [(name, text) for name, text in rows if text is not None]
 
 
 def _print_eigenvalues(record: Mapping[str, Any]) -> None:
-    table = Table(title=Text("largest eigenvalues"), title_justify="left")
-    for name in ("", "eigenvalue", "residual norm", "of the trace"):
-        table.add_column(name, justify="right", no_wrap=True)
     trace = record["trace"]
-    for number, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1):
-        share = f"{100 * value / trace:.2f} %" if trace > 0 else ""
-        table.add_row(str(number), f"{value:.8g}", f"{residual:.1e}", share)
-    console().print(table)
+    rows = [
+        (str(rank), f"{value:.8g}", f"{residual:.1e}", f"{100 * value / trace:.2f} %" if trace > 0 else "")
+        for rank, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1)
+    ]
+    headings = ("", "eigenvalue", "residual norm", "share of trace")
+    console().print(rich_table("largest eigenvalues", rows, dict.fromkeys(headings, "right")))

@@ -1,4 +1,4 @@
-"""The standard streams of a command, of which each may be closed, or lead to a disk that is full."""
+"""Standard streams that may be closed or full, and text that an encoding may lack."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from typing import Any
 
 from softcurve.fit import DataError
 
-__all__ = ["use_standard_streams"]
+__all__ = ["encodable", "encoded", "use_standard_streams"]
+
+
+def encoded(text: str) -> bytes:
+    r"""The text in UTF-8, with an escape such as ``\udcff`` for a lone surrogate.
+
+    Python decodes each byte of a file name that is not UTF-8 to a lone surrogate.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def encodable(text: str) -> str:
+    """The same text with escapes in place of lone surrogates."""
+    return encoded(text).decode()
 
 
 def use_standard_streams() -> None:
-    """Make an error of writing to standard output one that names it, and drop what standard error does not take."""
+    """Name standard output in the error when it cannot be written, and drop what standard error cannot take."""
     for number, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            # Or else the next file that is opened gets the number, and with it all that libraries print. Writing to
+            # Otherwise the next file that is opened gets this number, and with it whatever a library prints. Writing to
             # an output that is opened for reading fails.
             os.open(os.devnull, flags)
     sys.stdout = _text(_Output(1, "w", closefd=False), sys.stdout)
@@ -26,13 +39,13 @@ def use_standard_streams() -> None:
 
 
 def _text(raw: io.FileIO, replaced: Any) -> io.TextIOWrapper:
-    # A class name must not end the run on a terminal whose encoding lacks a letter of it.
+    # The run must not end at a class name with a letter that the encoding of the terminal lacks.
     encoding = getattr(replaced, "encoding", None) or "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
 
 
 class _Output(io.FileIO):
-    """Standard output. After one error nothing more is written: the error has been said."""
+    """Standard output. After the first error, which is reported, nothing more is written."""
 
     failed = False
 
@@ -51,7 +64,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error. That it cannot be written could only be said there, and is no reason to end a long fit."""
+    """Standard error. That it cannot be written is no reason to end a long fit."""
 
     def write(self, data: Any) -> int:
         try:

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 import softcurve
 from softcurve.array_types import Float, Int
 
-CLASSES = 10
-HIDDEN = 32
+CLASSES, HIDDEN = 10, 32
 TRAINING_ROWS = 1437
-STEPS = 240
-RECORD_EVERY = 4
+STEPS, RECORD_EVERY = 240, 4
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,23 @@ class Digits:
     labels: Int[Tensor, " n"]
     soft: Float[Tensor, "n 10"]
 
+    def one_hot(self) -> Float[Tensor, "n 10"]:
+        """The labels as distributions."""
+        return nn.functional.one_hot(self.labels, CLASSES).to(self.x)
+
 
 @dataclass(frozen=True)
 class History:
-    """Held-out losses in nats along the training."""
+    """Held-out losses during the training, in nats."""
 
-    steps: tuple[int, ...]
-    cross_entropy: tuple[float, ...]
-    divergence: tuple[float, ...]
+    steps: list[int]
+    cross_entropy: list[float]
+    divergence: list[float]
 
 
 @dataclass(frozen=True)
 class Network:
-    """The trained network and what it was trained and tried on."""
+    """The trained network, the digits that were held out, and the losses during the training."""
 
     features: nn.Sequential
     head: nn.Linear
@@ -47,23 +49,23 @@ class Network:
     history: History
 
     def logits(self, x: Float[Tensor, "n 64"]) -> Float[Tensor, "n 10"]:
-        """The chain up to z, without a graph."""
+        """The logits z, without a graph."""
         with torch.no_grad():
             return self.head(self.features(x))  # type: ignore[no-any-return]
 
     def accuracy(self) -> float:
-        """The part of the held-out digits that is read rightly."""
-        read = self.logits(self.held_out.x).argmax(-1)
-        return (read == self.held_out.labels).double().mean().item()
+        """The share of the held-out digits that is classified correctly."""
+        predicted = self.logits(self.held_out.x).argmax(-1)
+        return (predicted == self.held_out.labels).double().mean().item()
 
     def ambiguous(self) -> int:
-        """The held-out digit whose two most probable classes are nearest to each other."""
+        """The held-out digit whose two most probable classes have the closest probabilities."""
         two = self.logits(self.held_out.x).softmax(-1).topk(2).values
         return int((two[:, 0] - two[:, 1]).argmin())
 
 
 def train(seed: int) -> Network:
-    """Train on soft targets by gradient descent with momentum, and leave torch's own generator as it was."""
+    """Train on soft targets by gradient descent with momentum; torch's global generator keeps its state."""
     generator = torch.Generator().manual_seed(seed)
     training, held_out = _digits(generator)
     with torch.random.fork_rng(devices=[]):
@@ -71,15 +73,29 @@ def train(seed: int) -> Network:
         hidden = nn.Linear(64, HIDDEN, dtype=torch.float64)
         head = nn.Linear(HIDDEN, CLASSES, dtype=torch.float64)
     features = nn.Sequential(OrderedDict(hidden=hidden, tanh=nn.Tanh()))
-    history = _descend(features, head, training, held_out, generator)
-    return Network(features, head, held_out, history)
+    parameters = [*features.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    history = History([], [], [])
+    network = Network(features, head, held_out, history)
+    for step in range(STEPS + 1):
+        if step % RECORD_EVERY == 0:
+            z = network.logits(held_out.x)
+            history.steps.append(step)
+            history.cross_entropy.append(softcurve.cross_entropy(z, held_out.soft).item())
+            history.divergence.append(softcurve.kl_divergence(held_out.soft.log(), z).item())
+        rows = torch.randint(len(training.x), (128,), generator=generator)
+        optimizer.zero_grad()
+        softcurve.cross_entropy(head(features(training.x[rows])), training.soft[rows]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return network
 
 
 def _digits(generator: torch.Generator) -> tuple[Digits, Digits]:
-    """Split scikit-learn's digits and give every one a soft target.
+    """Split scikit-learn's digits and give each a soft target.
 
-    The target is half the label and half a softmax of minus the squared distance to the mean image of each
-    class: fixed before the training, positive everywhere, and undecided where the image is.
+    The target is the mean of the one-hot label and of a softmax of minus the squared distance to the mean image of
+    each class: it is fixed before the training and positive everywhere, and uncertain where the image is.
     """
     data = load_digits()
     order = torch.randperm(len(data.target), generator=generator)
@@ -88,31 +104,7 @@ def _digits(generator: torch.Generator) -> tuple[Digits, Digits]:
     one_hot = nn.functional.one_hot(labels, CLASSES).to(x)
     first = one_hot[:TRAINING_ROWS]
     means = first.T @ x[:TRAINING_ROWS] / first.sum(0)[:, None]
-    squared = (x[:, None, :] - means).square().sum(-1)
-    soft = (one_hot + (-squared).softmax(-1)) / 2
-    split = (slice(TRAINING_ROWS), slice(TRAINING_ROWS, None))
-    training, held_out = (Digits(x[part], labels[part], soft[part]) for part in split)
+    soft = (one_hot + (-(x[:, None, :] - means).square().sum(-1)).softmax(-1)) / 2
+    parts = slice(TRAINING_ROWS), slice(TRAINING_ROWS, None)
+    training, held_out = (Digits(x[part], labels[part], soft[part]) for part in parts)
     return training, held_out
-
-
-def _descend(
-    features: nn.Module, head: nn.Linear, training: Digits, held_out: Digits, generator: torch.Generator
-) -> History:
-    parameters = [*features.parameters(), *head.parameters()]
-    velocities = [torch.zeros_like(parameter) for parameter in parameters]
-    steps, cross_entropies, divergences = [], [], []
-    for step in range(STEPS + 1):
-        if step % RECORD_EVERY == 0:
-            with torch.no_grad():
-                z = head(features(held_out.x))
-                steps.append(step)
-                cross_entropies.append(softcurve.cross_entropy(z, held_out.soft).item())
-                divergences.append(softcurve.kl_divergence(held_out.soft.log(), z).item())
-        rows = torch.randint(len(training.x), (128,), generator=generator)
-        loss = softcurve.cross_entropy(head(features(training.x[rows])), training.soft[rows])
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
-                velocity.mul_(0.9).sub_(gradient, alpha=0.1)
-                parameter.add_(velocity)
-    return History(tuple(steps), tuple(cross_entropies), tuple(divergences))

@@ -1,4 +1,4 @@
-"""Which distribution a VAE's KL(q‖prior) moves: three descents on the simplex of three categories."""
+"""Which distribution the KL(q‖prior) of a VAE moves: three descents on the simplex of three categories."""
 
 from __future__ import annotations
 
@@ -12,84 +12,85 @@ from torch import Tensor
 
 import softcurve
 from softcurve.array_types import Float
-from softcurve.cli.explain.section import Check, Section
-from softcurve.cli.page.picture import Theme, canvas, picture
+from softcurve.cli.page.picture import FIRST, MUTED, SECOND, SURFACE, canvas, picture
+from softcurve.cli.page.section import Check, Section
 
 POSTERIORS = ((0.90, 0.06, 0.04), (0.08, 0.86, 0.06), (0.05, 0.10, 0.85), (0.15, 0.05, 0.80))
 PRIOR = (0.2, 0.5, 0.3)
-STEPS = 200
-RATE = 1.0
+STEPS, RATE = 200, 1.0
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
+NAMES = {"fixed": "KL, prior fixed", "learned": "KL, prior learned", "cross_entropy": "CE, prior fixed"}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where q(z|x) of each x and the prior were, step by step, and the first gradients in their logits."""
+    """The path of q(z|x) for each x and of the prior, and the norms of the first gradients w.r.t. their logits."""
 
     q: Float[Tensor, "steps n 3"]
     prior: Float[Tensor, "steps 3"]
     q_gradient: float
     prior_gradient: float | None
 
-    def distance(self) -> float:
-        """The largest total variation between an end of q and the end of the prior."""
-        return (self.q[-1] - self.prior[-1]).abs().sum(-1).max().item() / 2
-
-    def moved(self) -> tuple[float, float]:
-        """How far, in total variation, the furthest q and the prior have moved."""
+    def figures(self) -> dict[str, float | None]:
+        """The first gradients; in total variation how far each has moved, at most, and the distance at the end."""
         q, prior = ((path[-1] - path[0]).abs().sum(-1) / 2 for path in (self.q, self.prior))
-        return q.max().item(), prior.item()
+        return {
+            "first_gradient_in_q": self.q_gradient,
+            "first_gradient_in_prior": self.prior_gradient,
+            "q_moved": q.max().item(),
+            "prior_moved": prior.item(),
+            "distance_at_the_end": (self.q[-1] - self.prior[-1]).abs().sum(-1).max().item() / 2,
+        }
 
 
 def explain_vae() -> Section:
     """Descend KL(q‖prior) with the prior fixed and learned, and H(q, prior) in place of KL."""
-    fixed = _descend(_divergence, learned=False)
-    learned = _descend(_divergence, learned=True)
-    crossed = _descend(_cross_entropy, learned=False)
-    in_q, in_prior, closed = _gradients()
-    mode = max(range(3), key=PRIOR.__getitem__)
-    runs = {"fixed": fixed, "learned": learned, "cross_entropy": crossed}
+    runs = {
+        "fixed": _descend(_divergence, learned=False),
+        "learned": _descend(_divergence, learned=True),
+        "cross_entropy": _descend(_cross_entropy, learned=False),
+    }
+    figures = {name: run.figures() for name, run in runs.items()}
+    fixed, learned = figures["fixed"], figures["learned"]
+    wrt_q, wrt_prior, closed = _gradients()
+    in_corner = runs["cross_entropy"].q[-1, :, max(range(3), key=PRIOR.__getitem__)].min().item()
+    ends = {
+        "fixed": "Prior fixed: four paths of q end at the prior, which does not move",
+        "learned": "Prior learned: four paths of q and the path of the prior meet",
+        "cross_entropy": "Cross-entropy in place of KL: four paths of q end in the corner of the prior's mode",
+    }
     return Section(
         "vae",
-        "Which distribution a VAE's KL moves",
+        "Which distribution the KL of a VAE moves",
+        values={
+            "pictures": {name: picture(alt, _simplex, runs[name]) for name, alt in ends.items()},
+            "rows": [(NAMES[name], *figures[name].values()) for name in runs],
+        },
         figures={
-            "runs": {name: _record(run) for name, run in runs.items()},
-            "ce_against_kl_gradient_in_q": in_q,
-            "ce_against_kl_gradient_in_prior": in_prior,
+            "runs": {
+                name: figures[name]
+                | {"q_at_the_end": run.q[-1, 0].tolist(), "prior_at_the_end": run.prior[-1].tolist()}
+                for name, run in runs.items()
+            },
+            "ce_against_kl_gradient_in_q": wrt_q,
+            "ce_against_kl_gradient_in_prior": wrt_prior,
             "steps": STEPS,
         },
         checks=(
-            Check("prior fixed: gradients that reach it", float(fixed.prior_gradient is not None), "=", 0.0),
-            Check("prior fixed: how far it moves", fixed.moved()[1], "=", 0.0),
-            Check("prior fixed: distance of q from it at the end", fixed.distance(), "≤", 1e-6),
-            Check("prior learned: its first gradient", learned.prior_gradient or 0.0, "≥", 0.1),
-            Check("prior learned: how far it moves", learned.moved()[1], "≥", 0.02),
-            Check("gradients in both arguments against their closed forms", closed, "≤", 1e-14),
-            Check("gradients of CE and KL in the prior: largest difference", in_prior, "≤", 1e-14),
-            Check("gradients of CE and KL in q: largest difference (they are not the same)", in_q, "≥", 0.1),
             Check(
-                "CE descended in q: probability of the prior's mode",
-                crossed.q[-1, :, mode].min().item(),
-                "≥",
-                0.95,
+                "prior fixed: number of its gradients", float(fixed["first_gradient_in_prior"] is not None), "=", 0.0
             ),
+            Check("prior fixed: how far it moves", fixed["prior_moved"] or 0.0, "=", 0.0),
+            Check("prior fixed: distance of q from it at the end", fixed["distance_at_the_end"] or 0.0, "≤", 1e-6),
+            Check("prior learned: norm of its first gradient", learned["first_gradient_in_prior"] or 0.0, "≥", 0.1),
+            Check("prior learned: how far it moves", learned["prior_moved"] or 0.0, "≥", 0.02),
+            Check("gradients w.r.t. both arguments against their closed forms", closed, "≤", 1e-14),
+            Check("gradients of CE and KL w.r.t. the prior: largest difference", wrt_prior, "≤", 1e-14),
+            Check("gradients of CE and KL w.r.t. q: largest difference (they are not equal)", wrt_q, "≥", 0.1),
+            Check("minimising CE over q: probability of the prior's mode", in_corner, "≥", 0.95),
         ),
-        pictures={
-            "fixed": picture(
-                lambda theme: _simplex(theme, fixed),
-                "Prior fixed: four paths of q end at the prior, which stays",
-            ),
-            "learned": picture(
-                lambda theme: _simplex(theme, learned),
-                "Prior learned: four paths of q and the path of the prior meet",
-            ),
-            "crossed": picture(
-                lambda theme: _simplex(theme, crossed),
-                "Cross-entropy in place of KL: four paths of q end in the corner of the prior's mode",
-            ),
-        },
     )
 
 
@@ -107,80 +108,54 @@ def _start() -> tuple[Float[Tensor, "n 3"], Float[Tensor, " 3"]]:
 
 
 def _descend(loss: Loss, *, learned: bool) -> Descent:
-    """Gradient descent on the logits of q, and of the prior where it is learned; the prior takes the mean."""
+    """Gradient descent on the logits of q, and of the prior where it is learned, by its mean gradient over x."""
     q, prior = _start()
-    qs, priors = [q.softmax(-1)], [prior.softmax(-1)]
-    first = _backward(loss, q, prior, learned=learned)
+    q.requires_grad_()
+    prior.requires_grad_(learned)
+    optimizer = torch.optim.SGD([{"params": [q], "lr": RATE}, {"params": [prior], "lr": RATE / len(q)}])
+    qs, priors, norms = [q.detach().softmax(-1)], [prior.detach().softmax(-1)], []
     for _ in range(STEPS):
-        in_q, in_prior = _backward(loss, q, prior, learned=learned)
-        q = q - RATE * in_q
-        if in_prior is not None:
-            prior = prior - RATE * in_prior / len(q)
-        qs.append(q.softmax(-1))
-        priors.append(prior.softmax(-1))
-    in_prior_norm = None if first[1] is None else first[1].norm().item()
-    return Descent(torch.stack(qs), torch.stack(priors), first[0].norm().item(), in_prior_norm)
-
-
-def _backward(loss: Loss, q: Tensor, prior: Tensor, *, learned: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients that a backward pass leaves in q and in the prior: None in a fixed one."""
-    q, prior = q.detach().requires_grad_(), prior.detach().requires_grad_(learned)
-    loss(q, prior).backward()
-    assert q.grad is not None
-    return q.grad, prior.grad
+        optimizer.zero_grad()
+        loss(q, prior).backward()
+        norms.append([None if each.grad is None else each.grad.norm().item() for each in (q, prior)])
+        optimizer.step()
+        qs.append(q.detach().softmax(-1))
+        priors.append(prior.detach().softmax(-1))
+    q_norm, prior_norm = norms[0]
+    assert q_norm is not None
+    return Descent(torch.stack(qs), torch.stack(priors), q_norm, prior_norm)
 
 
 def _gradients() -> tuple[float, float, float]:
-    """CE against KL: the largest difference in q and in the prior; and KL against its closed forms."""
+    """The largest difference of CE and KL w.r.t. q and w.r.t. the prior, and that of KL from its closed forms."""
     q, prior = (logits.requires_grad_() for logits in _start())
     kl = torch.autograd.grad(_divergence(q, prior), (q, prior))
     ce = torch.autograd.grad(_cross_entropy(q, prior), (q, prior))
     with torch.no_grad():
-        probabilities, expected = q.softmax(-1), prior.softmax(-1)
-        # ∂KL/∂z_q = J_q (log q − log r), as of reverse KL; ∂KL/∂z_r = r − q, as of forward KL, summed over x.
-        in_q = softcurve.softmax_jacobian_product(q, q.log_softmax(-1) - prior.log_softmax(-1))
-        in_prior = (expected - probabilities).sum(0)
-        deviation = max((kl[0] - in_q).abs().max().item(), (kl[1] - in_prior).abs().max().item())
+        # ∂KL/∂z_q = J_q (log q − log r), as for reverse KL; ∂KL/∂z_r = r − q, as for forward KL, summed over x.
+        wrt_q = softcurve.softmax_jacobian_product(q, q.log_softmax(-1) - prior.log_softmax(-1))
+        wrt_prior = (prior.softmax(-1) - q.softmax(-1)).sum(0)
+        deviation = max((kl[0] - wrt_q).abs().max().item(), (kl[1] - wrt_prior).abs().max().item())
     return (ce[0] - kl[0]).abs().max().item(), (ce[1] - kl[1]).abs().max().item(), deviation
 
 
-def _record(run: Descent) -> dict[str, object]:
-    q, prior = run.moved()
-    return {
-        "first_gradient_in_q": run.q_gradient,
-        "first_gradient_in_prior": run.prior_gradient,
-        "q_moved": q,
-        "prior_moved": prior,
-        "distance_at_the_end": run.distance(),
-        "q_at_the_end": run.q[-1, 0].tolist(),
-        "prior_at_the_end": run.prior[-1].tolist(),
-    }
-
-
-def _simplex(theme: Theme, run: Descent) -> Figure:
+def _simplex(run: Descent) -> Figure:
     figure, axes = canvas(3.1, 2.8, left=0.05, bottom=0.05, rest=0.05)
-    corners = [*CORNERS.tolist(), CORNERS[0].tolist()]
-    axes.plot(*zip(*corners, strict=True), color=theme.muted, linewidth=0.8)
-    for k, (x, y) in enumerate(CORNERS.tolist()):
-        axes.text(
-            x,
-            y + (0.04 if k == 2 else -0.04),
-            f"k = {k + 1}",
-            ha="center",
-            color=theme.muted,
-            va="bottom" if k == 2 else "top",
-        )
+    corners = CORNERS.tolist()
+    axes.plot(*zip(*corners, corners[0], strict=True), color=MUTED, linewidth=0.8)
+    for k, (x, y) in enumerate(corners):
+        shift, side = (0.04, "bottom") if k == 2 else (-0.04, "top")
+        axes.text(x, y + shift, f"k = {k + 1}", ha="center", va=side, color=MUTED)
+
+    def draw(path: Float[Tensor, "steps 3"], color: str, width: float, marker: str, size: int) -> None:
+        points = (path @ CORNERS).tolist()
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=width)
+        axes.plot(*points[0], marker, color=SURFACE, markeredgecolor=color, markersize=size)
+        axes.plot(*points[-1], marker, color=color, markersize=size - 2)
+
     for row in range(len(POSTERIORS)):
-        path = (run.q[:, row] @ CORNERS).tolist()
-        axes.plot(*zip(*path, strict=True), color=theme.first, linewidth=1.4)
-        axes.plot(*path[0], "o", color=theme.surface, markeredgecolor=theme.first, markersize=6)
-        axes.plot(*path[-1], "o", color=theme.first, markersize=4)
-    path = (run.prior @ CORNERS).tolist()
-    axes.plot(*zip(*path, strict=True), color=theme.second, linewidth=2.4)
-    axes.plot(*path[0], "D", color=theme.surface, markeredgecolor=theme.second, markersize=7)
-    axes.plot(*path[-1], "D", color=theme.second, markersize=5)
-    axes.set_xlim(-0.08, 1.08)
-    axes.set_ylim(-0.12, 1.0)
-    axes.set_aspect("equal")
+        draw(run.q[:, row], FIRST, 1.4, "o", 6)
+    draw(run.prior, SECOND, 2.4, "D", 7)
+    axes.set(xlim=(-0.08, 1.08), ylim=(-0.12, 1.0), aspect="equal")
     axes.set_axis_off()
     return figure

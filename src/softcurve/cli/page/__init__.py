@@ -1,1 +1,1 @@
-"""What the HTML pages share: one style, charts for light and dark, formulas as MathML, nothing fetched."""
+"""HTML pages: sections, templates, charts for a light and a dark scheme, and formulas as MathML."""

@@ -1,170 +1,179 @@
-"""Pictures as `data:` URIs: every chart is drawn twice, for a light and for a dark page."""
+"""Charts as ``data:`` URIs, each drawn once for a light page and once for a dark one."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import NullLocator
 
 from softcurve.cli.interrupt import stop_if_interrupted
 
+P = ParamSpec("P")
 
-@dataclass(frozen=True)
-class Theme:
-    """The colours of one scheme; `first`, `second` and `third` tell series apart."""
-
-    surface: str
-    ink: str
-    muted: str
-    grid: str
-    first: str
-    second: str
-    third: str
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Set matplotlib to these colours for a while: quiet axes, and the same bytes for the same chart."""
-        return mpl.rc_context(
-            {
-                "svg.hashsalt": "softcurve",
-                "text.parse_math": False,
-                "figure.facecolor": "none",
-                "axes.facecolor": "none",
-                "savefig.facecolor": "none",
-                "font.size": 9,
-                "axes.titlesize": 9,
-                "text.color": self.ink,
-                "axes.labelcolor": self.ink,
-                "axes.titlecolor": self.ink,
-                "axes.edgecolor": self.muted,
-                "xtick.color": self.muted,
-                "ytick.color": self.muted,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "grid.color": self.grid,
-                "grid.linewidth": 0.6,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "legend.frameon": False,
-                "legend.fontsize": 8.5,
-                "lines.linewidth": 1.8,
-            }
-        )
-
-    def signed(self) -> LinearSegmentedColormap:
-        """Negative to positive through the colour of the page, so that zero is nothing."""
-        return LinearSegmentedColormap.from_list("signed", [self.second, self.surface, self.first])
-
-    def amount(self) -> LinearSegmentedColormap:
-        """From nothing, the colour of the page, to ink."""
-        return LinearSegmentedColormap.from_list("amount", [self.surface, self.ink])
+# The colours of a chart by their place in matplotlib's colour cycle, which each scheme fills with colours of its own.
+FIRST, SECOND, THIRD, INK, MUTED, GRID, SURFACE = (f"C{place}" for place in range(7))
+LIGHT = ("#1f62c4", "#c2500c", "#147a4a", "#1b1f24", "#59636e", "#dde2e8", "#ffffff")
+DARK = ("#6aa8ff", "#ff9a4a", "#57cf8d", "#e6e9ed", "#9aa4af", "#313943", "#171b21")
 
 
-LIGHT = Theme("#ffffff", "#1b1f24", "#59636e", "#dde2e8", "#1f62c4", "#c2500c", "#147a4a")
-DARK = Theme("#171b21", "#e6e9ed", "#9aa4af", "#313943", "#6aa8ff", "#ff9a4a", "#57cf8d")
+def _scheme(colours: Sequence[str]) -> AbstractContextManager[None]:
+    """Use these colours, quiet axes, and a fixed salt that gives the same bytes for the same chart."""
+    _, _, _, ink, muted, grid, _ = colours
+    parameters: Any = {
+        "axes.prop_cycle": cycler(color=colours),
+        "svg.hashsalt": "softcurve",
+        "text.parse_math": False,
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "lines.linewidth": 1.8,
+    }
+    parameters |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
+    parameters |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink)
+    parameters |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), muted)
+    return mpl.rc_context(parameters)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart for either scheme, and what it shows in words."""
+    """A chart as two URIs, for a light and for a dark page, and its description in words."""
 
     light: str
     dark: str
     alt: str
 
+    def __html__(self) -> Markup:
+        """The element that shows the chart of the page's scheme."""
+        dark = Markup('<source media="(prefers-color-scheme: dark)" srcset="{}">').format(self.dark)
+        return Markup('<picture>{}<img src="{}" alt="{}"></picture>').format(dark, self.light, self.alt)
 
-def picture(draw: Callable[[Theme], Figure], alt: str) -> Picture:
-    """Draw a chart in both schemes."""
-    return Picture(_uri(draw, LIGHT), _uri(draw, DARK), alt)
+
+def picture(alt: str, draw: Callable[P, Figure], *args: P.args, **kwargs: P.kwargs) -> Picture:
+    """Draw a chart in both schemes; ``draw`` takes the remaining arguments."""
+
+    def svg() -> bytes:
+        buffer = io.BytesIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw(*args, **kwargs).savefig(buffer, format="svg", metadata=metadata)
+        return buffer.getvalue()
+
+    return encoded_picture(alt, "svg+xml", svg)
 
 
-def _uri(draw: Callable[[Theme], Figure], theme: Theme) -> str:
-    buffer = io.BytesIO()
-    with theme.applied():
-        stop_if_interrupted()  # matplotlib's callbacks lose what is raised in them
-        draw(theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def encoded_picture(alt: str, kind: str, encode: Callable[[], bytes]) -> Picture:
+    """Make an image of the media type ``image/kind`` in both schemes."""
+    uris = []
+    for colours in (LIGHT, DARK):
+        stop_if_interrupted()  # an exception that is raised in a callback of matplotlib is lost
+        with _scheme(colours):
+            uris.append(f"data:image/{kind};base64,{base64.b64encode(encode()).decode('ascii')}")
+    light, dark = uris
+    return Picture(light, dark, alt)
 
 
 def canvas(
-    width: float, height: float, *, left: float = 0.62, bottom: float = 0.46, rest: float = 0.1
+    width: float = 4.4, height: float = 3.0, *, left: float = 0.62, bottom: float = 0.46, rest: float = 0.1
 ) -> tuple[Figure, Axes]:
-    """A figure of one panel, without pyplot and its global state; sizes and margins are in inches.
+    """Make a figure of one panel without pyplot's global state; sizes and margins are in inches.
 
-    The margins are given, because matplotlib's own layout would draw every chart three times to find them.
+    The margins are arguments because matplotlib's automatic layout draws every chart three times to find them.
     """
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    room = (1 - (left + rest) / width, 1 - (bottom + rest) / height)
-    return figure, figure.add_axes((left / width, bottom / height, *room))
+    inner = (1 - (left + rest) / width, 1 - (bottom + rest) / height)
+    return figure, figure.add_axes((left / width, bottom / height, *inner))
+
+
+Line = tuple[Sequence[int | float], Sequence[float], Mapping[str, Any]]
+
+
+def line_chart(*lines: Line, size: tuple[float, float] = (4.4, 3.0), **settings: Any) -> Figure:
+    """Plot lines, each given by x, y and its style; ``settings`` are those of ``Axes.set``."""
+    figure, axes = canvas(*size)
+    for x, y, style in lines:
+        axes.plot(x, y, **style)
+    axes.set(**settings)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            powers(axis)
+    if any("label" in style for *_, style in lines):
+        axes.legend()
+    return figure
 
 
 def powers(axis: Axis) -> None:
-    """Label a logarithmic axis with powers of ten in plain letters: mathtext takes a second to start."""
+    """Label a logarithmic axis with powers of ten in plain letters, because mathtext takes a second to start."""
     superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
     axis.set_major_formatter(lambda value, _: f"10{str(round(math.log10(value))).translate(superscript)}")
     axis.set_minor_locator(NullLocator())
 
 
 def decades(axis: Axis, values: Iterable[float], *, most: int = 6) -> None:
-    """A logarithmic axis over whole decades around positive values, so that even a short one has labels."""
+    """Span the whole decades around positive values on a logarithmic axis, at least one, so that it has labels."""
     exponents = [math.log10(value) for value in values]
     low, high = math.floor(min(exponents)), math.ceil(max(exponents))
     high = max(high, low + 1)
-    step = -(-(high - low) // most)
-    axes = axis.axes
-    if axis is axes.xaxis:
-        axes.set(xscale="log", xlim=(10.0**low, 10.0**high))
-    else:
-        axes.set(yscale="log", ylim=(10.0**low, 10.0**high))
-    axis.set_ticks([10.0**k for k in range(low, high + 1, step)])
+    name = "x" if axis is axis.axes.xaxis else "y"
+    axis.axes.set(**{f"{name}scale": "log", f"{name}lim": (10.0**low, 10.0**high)})
+    axis.set_ticks([10.0**k for k in range(low, high + 1, -(-(high - low) // most))])
     powers(axis)
 
 
-def cells(theme: Theme, values: Sequence[Sequence[float]], *, signed: bool, cell: float = 0.2) -> Figure:
-    """A matrix as coloured squares, the first row on top: vectors, so it stays crisp at any size."""
-    rows, columns = len(values), len(values[0])
-    figure, axes = canvas(columns * cell, rows * cell, left=0.01, bottom=0.01, rest=0.01)
+def cells(axes: Axes, values: Sequence[Sequence[float]], *, signed: bool) -> Any:
+    """Draw a matrix as coloured squares, the first row on top; zero has the colour of the page."""
     largest = max(abs(value) for row in values for value in row) or 1.0
-    axes.pcolormesh(
-        values,
-        cmap=theme.signed() if signed else theme.amount(),
-        vmin=-largest if signed else 0.0,
-        vmax=largest,
-        edgecolors=theme.grid,
-        linewidth=0.4,
-    )
+    mesh = axes.pcolormesh(
+        values, cmap=signed_colours() if signed else LinearSegmentedColormap.from_list("amount", [SURFACE, INK]),
+        vmin=-largest if signed else 0.0, vmax=largest, edgecolors=GRID, linewidth=0.4,
+    )  # fmt: skip
     axes.set_aspect("equal")
     axes.invert_yaxis()
+    return mesh
+
+
+def signed_colours() -> LinearSegmentedColormap:
+    """Map negative to positive numbers through the colour of the page."""
+    return LinearSegmentedColormap.from_list("signed", [SECOND, SURFACE, FIRST])
+
+
+def matrix_chart(values: Sequence[Sequence[float]], *, signed: bool = True, cell: float = 0.2) -> Figure:
+    """Draw a matrix alone, without axes."""
+    figure, axes = canvas(len(values[0]) * cell, len(values) * cell, left=0.01, bottom=0.01, rest=0.01)
+    cells(axes, values, signed=signed)
     axes.set_axis_off()
     return figure
 
 
-def bars(theme: Theme, values: Sequence[float], *, target: Sequence[float] | None = None, width: float = 2.4) -> Figure:
-    """One bar for each class, negative ones in the second colour; a target as short lines across."""
+def bars(values: Sequence[float], *, target: Sequence[float] | None = None, width: float = 2.4) -> Figure:
+    """Draw a bar for each class, negative ones in the second colour, and a target as short lines across."""
     figure, axes = canvas(width, width * 0.7, left=0.4, bottom=0.22, rest=0.05)
-    colours = [theme.first if value >= 0 else theme.second for value in values]
-    axes.bar(range(len(values)), values, color=colours, width=0.72)
+    places = range(len(values))
+    axes.bar(places, values, color=[FIRST if value >= 0 else SECOND for value in values], width=0.72)
     if target is not None:
-        axes.hlines(
-            target,
-            [k - 0.45 for k in range(len(target))],
-            [k + 0.45 for k in range(len(target))],
-            color=theme.third,
-            linewidth=1.8,
-        )
-    axes.axhline(0, color=theme.muted, linewidth=0.6)
-    axes.set_xticks(range(len(values)))
+        axes.hlines(target, [k - 0.45 for k in places], [k + 0.45 for k in places], color=THIRD, linewidth=1.8)
+    axes.axhline(0, color=MUTED, linewidth=0.6)
+    axes.set_xticks(places)
     axes.grid(axis="x", visible=False)
     axes.tick_params(length=0)
     return figure

@@ -1,27 +1,28 @@
-"""Templates filled in to one string of HTML, with formulas as MathML and nothing fetched from anywhere."""
+"""A page as one string of HTML that loads nothing: templates, numbers for people, and formulas as MathML."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import unescape
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
 
-__all__ = ["count", "figure", "fixed", "render_page", "seconds"]
+from softcurve.cli.page.section import Section
 
-# LaTeX stands in the templates as \( … \) in a line and as \[ … \] on its own.
+__all__ = ["render_page", "seconds", "show"]
+
+# Templates hold LaTeX between \( and \) within a line, and between \[ and \] as a block.
 FORMULA = re.compile(r"\\\((?P<inline>.+?)\\\)|\\\[(?P<block>.+?)\\\]", re.DOTALL)
 
 
-def render_page(package: str, template: str, values: Mapping[str, object], *, formulas_in_values: bool = False) -> str:
-    """The page of a package's template, which may build on ``base.html.j2`` and the macros of this one.
+def render_page(package: str, template: str, sections: Sequence[Section], **common: object) -> str:
+    """Fill the template of a package, which extends ``base.html.j2``, with sections; all of them see ``common``.
 
-    Formulas are those that stand in the templates. ``formulas_in_values`` also takes the values' backslashes for
-    LaTeX; strings that come from somebody's data must not be.
+    Only a template holds formulas: a backslash in a value, which may be a user's text, is shown as it is.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]),
@@ -29,14 +30,22 @@ def render_page(package: str, template: str, values: Mapping[str, object], *, fo
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=None if formulas_in_values else _literal,
+        finalize=_literal,
     )
-    environment.filters |= {"figure": figure, "fixed": fixed, "count": count, "seconds": seconds}
-    return FORMULA.sub(_mathml, environment.get_template(template).render(values))
+    environment.filters |= {"show": show, "seconds": seconds}
+    environment.globals["zip"] = zip
+    macros = environment.get_template("macros.html.j2").module
+    environment.globals |= {name: getattr(macros, name) for name in ("chart", "table")}
+    bodies = [
+        Markup(environment.get_template(f"{section.key}.html.j2").render(common, **section.figures, **section.values))
+        for section in sections
+    ]
+    page = environment.get_template(template).render(common, sections=sections, bodies=bodies)
+    return FORMULA.sub(_mathml, page)
 
 
 def _literal(value: object) -> object:
-    """The same text, which opens no formula."""
+    """Replace the backslashes of a plain string, so that it opens no formula."""
     if isinstance(value, str) and not isinstance(value, Markup) and "\\" in value:
         return Markup(str(escape(value)).replace("\\", "&#92;"))
     return value
@@ -50,17 +59,25 @@ def _mathml(found: re.Match[str]) -> str:
     return f'<div class="formula">{convert(latex, display="block")}</div>'
 
 
-def figure(value: float) -> Markup:
-    """A number in few digits: plain near one, with a power of ten elsewhere, and 0 only where it is zero."""
-    if value == 0 or not 1e-3 <= abs(value) < 1e4:
+def show(value: object, form: str = "") -> object:
+    """A number in the form of :func:`format`, by default in three digits; None as a dash, and text as it is.
+
+    Without a form a number near one is plain, any other has a power of ten, and only zero is shown as 0.
+    """
+    if value is None:
+        return "–"
+    if not isinstance(value, int | float) or form == "s":
+        return value
+    if math.isinf(value):
+        return Markup("+∞" if value > 0 else "−∞")
+    if not form and value and not 1e-3 <= abs(value) < 1e4:
         return _power(value)
-    digits = f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"  # the former would be 1e+03
-    return Markup(digits.replace("-", "−"))
+    form = form or (".3g" if abs(value) < 999.5 else ".0f")  # in three digits, 999.5 would be 1e+03
+    text = format(value, form).replace("-", "−").replace(",", "\u202f")
+    return Markup(text.replace("%", "&nbsp;%"))
 
 
 def _power(value: float) -> Markup:
-    if value == 0 or not math.isfinite(value):
-        return fixed(value, 0)
     digits, exponent = f"{value:.1e}".split("e")
     power = Markup("10<sup>{}</sup>").format(str(int(exponent)).replace("-", "−"))
     if abs(value) == float(f"1e{exponent}"):
@@ -68,23 +85,11 @@ def _power(value: float) -> Markup:
     return Markup("{}&nbsp;·&nbsp;{}").format(digits.replace("-", "−"), power)
 
 
-def fixed(value: float, decimals: int = 4) -> Markup:
-    """A number with so many decimals, infinities as ∞."""
-    if math.isinf(value):
-        return Markup("+∞" if value > 0 else "−∞")
-    return Markup(f"{value:.{decimals}f}".replace("-", "−"))
-
-
-def count(value: int) -> Markup:
-    """A whole number with thin spaces between thousands."""
-    return Markup(f"{value:,}".replace(",", "\u202f").replace("-", "−"))
-
-
-def seconds(value: float) -> Markup:
-    """A time for people."""
+def seconds(value: float) -> str:
+    """A time in the unit that people would use."""
     if value < 1:
-        return Markup("{} ms").format(f"{1000 * value:.0f}")
+        return f"{1000 * value:.0f} ms"
     if value < 120:
-        return Markup("{} s").format(f"{value:.1f}")
+        return f"{value:.1f} s"
     minutes = round(value / 60)
-    return Markup("{} min").format(minutes) if minutes < 120 else Markup("{} h").format(f"{value / 3600:.1f}")
+    return f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"

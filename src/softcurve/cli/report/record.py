@@ -1,46 +1,24 @@
-"""What a report tells of a fit."""
+"""What a report shows of a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
+from softcurve.cli.streams import encodable
 from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.head_spectrum import CurvatureSpectrum
+from softcurve.fit.solver.newton import Step
 
-__all__ = ["FitReport", "PathPoint", "Step"]
+__all__ = ["FitReport", "PathPoint"]
 
-
-@runtime_checkable
-class Step(Protocol):
-    """Where the solver stood: ``products`` with the curvature or passes over the data, ``seconds`` since it began."""
-
-    @property
-    def iteration(self) -> int:
-        """From 0 or 1 on."""
-
-    @property
-    def seconds(self) -> float:
-        """Since the fit began."""
-
-    @property
-    def objective(self) -> float:
-        """What is minimised, the penalty included."""
-
-    @property
-    def gradient_max(self) -> float:
-        """The largest absolute entry of its gradient."""
-
-    @property
-    def products(self) -> int:
-        """So far."""
+LONGEST_NAME = 48
 
 
 @dataclass(frozen=True)
 class PathPoint:
-    """A fit with another inverse strength ``C`` of the penalty; held-out figures where there are such rows."""
+    """A fit with another inverse strength ``C`` of the penalty; the held-out scores are None without such rows."""
 
     C: float
     train_loss: float
@@ -52,10 +30,10 @@ class PathPoint:
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """A fit, what it is worth, and how it came about.
+    """A fit, its scores, and the solver's steps.
 
-    ``rows`` are those that were fitted; ``options`` are shown as they are; ``tol`` is the bound on ``gradient_max``
-    that the solver had to keep, where it had one. ``spectrum`` may be the reason why there is none.
+    ``rows`` is the number of training rows. ``options`` are shown as they are. ``tol`` is the solver's bound on
+    ``gradient_max``. ``spectrum`` may be the reason why there is none.
     """
 
     data: str
@@ -72,18 +50,22 @@ class FitReport:
     history: Sequence[Step]
     train: Diagnostics
     held: Diagnostics | None = None
-    spectrum: CurvatureSpectrum | str = "it was not asked for"
+    spectrum: CurvatureSpectrum | str = "it was not requested"
     path: tuple[PathPoint, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     tol: float | None = None
 
     @property
     def sets(self) -> dict[str, Diagnostics]:
-        """The figures by the name of their rows, those that judge the head first."""
-        held = {} if self.held is None else {"held-out": self.held}
-        return held | {"training": self.train}
+        """The diagnostics by the name of their rows; the first ones judge the head."""
+        return ({} if self.held is None else {"held-out": self.held}) | {"training": self.train}
 
     @property
     def judged(self) -> tuple[str, Diagnostics]:
-        """The rows that judge the head: held-out ones where there are any."""
+        """The name and the diagnostics of the held-out rows, or without any of the training rows."""
         return next(iter(self.sets.items()))
+
+    def class_name(self, index: int) -> str:
+        """The name of a class on one line, short enough for a table."""
+        name = encodable(" ".join(str(self.classes[index]).split())) or "(no name)"
+        return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
