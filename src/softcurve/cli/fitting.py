@@ -10,18 +10,9 @@ from typing import Any
 
 import torch
 
-import softcurve
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.options import FitOptions
-from softcurve.cli.printing import (
-    Rows,
-    as_json,
-    fit_progress,
-    print_record,
-    print_table,
-    score_figures,
-    score_rows,
-)
+from softcurve.cli.printing import Rows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.fit import DataError
@@ -64,10 +55,10 @@ def fit_command(
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    fit, report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
+    report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
     with group.agreed():
         if group.first:
-            _write(options, fit, report, outputs)
+            _write(report, outputs)
 
 
 def _require_same_options(options: FitOptions, group: Together) -> None:
@@ -115,7 +106,7 @@ def _fit(
     on_step: Callable[[Step], None],
     *,
     progress: bool | None,
-) -> tuple[Fit, FitReport]:
+) -> FitReport:
     started = time.perf_counter()
     budget = None if options.memory is None else options.memory * 2**20
     common: dict[str, Any] = {name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter")}
@@ -133,32 +124,19 @@ def _fit(
         seconds = time.perf_counter() - started
         fits = regularisation_path(train, Cs, **common) if Cs else ()
         path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
-    on_train = _diagnose(options, train, fit)
     bias = fit.bias if options.fit_intercept else None
     assert train.kind is not None
-    return fit, FitReport(
-        data=options.data,
-        rows=on_train.rows,
+    return FitReport(
+        options=options,
+        fit=fit,
+        seconds=seconds,
         features=train.width,
         classes=train.classes,
         kind=train.kind,
-        loss=options.loss,
-        C=options.C,
-        version=softcurve.__version__,
-        seconds=seconds,
-        converged=fit.converged,
-        gradient_max=fit.gradient_max,
-        history=fit.history,
-        train=on_train,
+        train=_diagnose(options, train, fit),
         held=None if held is None else _diagnose(options, held, fit),
         spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed),
         path=path,
-        options={
-            "intercept": "yes" if options.fit_intercept else "no",
-            "precision": options.precision,
-            "held out": f"{options.holdout:g} of the rows, seed {options.seed}",
-        },
-        tol=options.tol,
     )
 
 
@@ -175,13 +153,14 @@ def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: So
     return PathPoint(C, train_loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
 
 
-def _write(options: FitOptions, fit: Fit, report: FitReport, outputs: dict[str, Path]) -> None:
+def _write(report: FitReport, outputs: dict[str, Path]) -> None:
     from softcurve.cli.report import render_report
 
-    record = _record(options, fit, report)
+    options, fit = report.options, report.fit
+    record = _record(report)
     record |= dict(zip(("head", "record", "report"), map(str, outputs.values()), strict=True))
     dtype = getattr(torch, options.dtype)
-    head = SavedHead(fit.weight.to(dtype), fit.bias.to(dtype), tuple(report.classes), options.loss, options.C)
+    head = SavedHead(fit.weight.to(dtype), fit.bias.to(dtype), report.classes, options.loss, options.C)
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
         raise DataError(f"--dtype: the head is beyond the range of {options.dtype}; use float64, or scale the features")
     page = encoded(render_report(report))  # may fail, so it comes before anything is written
@@ -195,8 +174,8 @@ def _write(options: FitOptions, fit: Fit, report: FitReport, outputs: dict[str, 
     print_record(record)
 
 
-def _record(options: FitOptions, fit: Fit, report: FitReport) -> dict[str, Any]:
-    train, held = report.train, report.held
+def _record(report: FitReport) -> dict[str, Any]:
+    options, fit, train, held = report.options, report.fit, report.train, report.held
     rows_held = 0 if held is None else held.rows
     # Absent classes are those without a label: a distribution may give a class probability that is never the largest.
     absent = int((train.support == 0).sum()) if report.kind == "labels" else 0
@@ -211,10 +190,7 @@ def _record(options: FitOptions, fit: Fit, report: FitReport) -> dict[str, Any]:
         "classes_without_training_rows": absent,
         "targets": report.kind,
         **{name: getattr(options, name) for name in ("loss", "C", "fit_intercept", "seed", "precision", "dtype")},
-        "iterations": fit.iterations,
-        "products": fit.products,
-        "converged": fit.converged,
-        "separated": fit.separated,
+        **{name: getattr(fit, name) for name in ("iterations", "products", "converged", "separated")},
         "ended": fit.reason,
         "objective": fit.objective,
         "gradient_max": fit.gradient_max,

@@ -11,9 +11,11 @@ import typer
 __all__ = ["Data", "FitOptions", "Progress", "Seed", "SpectrumOptions", "Target", "option"]
 
 
-def option(metavar: str | None, help: str, *flags: str, least: int | float | None = None) -> Any:
-    """An option of the command line; its flag is the name of the parameter unless ``flags`` are given."""
-    return typer.Option(*flags, metavar=metavar, help=help, min=least)
+def option(
+    metavar: str | None, help: str, *flags: str, least: int | float | None = None, default: str | None = None
+) -> Any:
+    """An option named like its parameter, unless ``flags`` are given; ``default`` describes a default of None."""
+    return typer.Option(*flags, metavar=metavar, help=help, min=least, show_default=default or True)
 
 
 def _argument(metavar: str, help: str) -> Any:
@@ -34,7 +36,7 @@ Target = Annotated[
     Path | None, option("FILE", "An .npy file of labels (n,) or distributions (n, C) instead of DATA's.")
 ]
 Seed = Annotated[int, option("N", "Seed of all random numbers.", least=0)]
-Progress = Annotated[bool | None, option(None, "Show progress on stderr [default: only on a terminal].")]
+Progress = Annotated[bool | None, option(None, "Show progress on stderr.", default="only on a terminal")]
 Loss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
 Dtype = Literal["float64", "float32"]
 
@@ -52,7 +54,7 @@ class FitOptions:
     path: Annotated[str | None, option("C,C,…", "Further values of C to fit, for the report.")] = None
     fit_intercept: Annotated[bool, option(None, "Whether the head has a bias.", "--intercept/--no-intercept")] = True
     class_count: Annotated[
-        int | None, option("N", "Number of classes for top-k targets [default: largest index + 1].", least=2)
+        int | None, option("N", "Number of classes for top-k targets.", least=2, default="largest index + 1")
     ] = None
     holdout: Annotated[float, option("X", "Fraction of the rows to hold out; 0: train on all rows.")] = 0.2
     seed: Seed = 0
@@ -62,15 +64,15 @@ class FitOptions:
     dtype: Annotated[Dtype, option("NAME", "Dtype of the saved head: float64 or float32.")] = "float64"
     memory: Annotated[
         int | None,
-        option("MIB", "Memory budget beyond the rows [default: 1024; 256 if they stay in files].", least=16),
+        option("MIB", "Memory budget beyond the rows.", least=16, default="1024; 256 if they stay in files"),
     ] = None
     checkpoint: Annotated[
         Path | None, option("FILE", "File for the state of the fit; if it exists, the fit resumes from it.")
     ] = None
     checkpoint_every: Annotated[float, option("S", "Seconds between two writes of the checkpoint.", least=0.0)] = 30.0
     out: Annotated[Path, option("FILE", "Output file of the head, .safetensors.")] = Path("head.safetensors")
-    record: Annotated[Path | None, option("FILE", "Output file of the record [default: the head's, .json].")] = None
-    report: Annotated[Path | None, option("FILE", "Output file of the report [default: the head's, .html].")] = None
+    record: Annotated[Path | None, option("FILE", "Output file of the JSON record.", default="beside the head")] = None
+    report: Annotated[Path | None, option("FILE", "Output file of the HTML report.", default="beside the head")] = None
     timeout: Annotated[float, option("S", "Seconds that one process of torchrun waits for another.")] = 600.0
 
 
@@ -86,7 +88,7 @@ class SpectrumOptions:
         option("NAME", "ggn (Gauss–Newton), hessian, fisher or empirical-fisher."),
     ] = "ggn"
     loss: Annotated[
-        Loss | None, option("NAME", f"{LOSSES} [default: the loss of the saved head, or cross_entropy].")
+        Loss | None, option("NAME", f"{LOSSES}.", default="the loss of the saved head, or cross_entropy")
     ] = None
     top: Annotated[int, option("N", "Number of largest eigenvalues to compute.", "-k", "--top", least=1)] = 10
     method: Annotated[Literal["auto", "lobpcg", "lanczos"], option("NAME", METHODS)] = "auto"
@@ -94,7 +96,7 @@ class SpectrumOptions:
     products: Annotated[int, option("N", "Number of matrix–vector products for the trace.", least=4)] = 64
     probes: Annotated[int, option("N", "Number of random vectors for the spectral density; 0: none.", least=0)] = 10
     steps: Annotated[int, option("N", "Number of Lanczos steps for each random vector.", least=1)] = 80
-    batch_size: Annotated[int | None, option("N", "Batch size for a saved head [default: all rows].", least=1)] = None
+    batch_size: Annotated[int | None, option("N", "Batch size for a saved head.", least=1, default="all rows")] = None
     seed: Seed = 0
-    dtype: Annotated[Dtype | None, option("NAME", "float64 or float32 [default: that of the model].")] = None
+    dtype: Annotated[Dtype | None, option("NAME", "float64 or float32.", default="that of the model")] = None
     out: Annotated[Path | None, option("FILE", "Output file of a chart of the density: .png, .svg or .pdf.")] = None

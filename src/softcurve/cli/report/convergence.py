@@ -21,13 +21,18 @@ Lines = Mapping[str, Sequence[float | None]]
 
 def show_convergence(report: FitReport) -> Section:
     """The largest entry of the gradient, and the distance of the objective from its lowest value."""
-    steps = report.history
+    steps = report.fit.history
     best = min((step.objective for step in steps), default=math.nan)
     gradient = [(step.seconds, step.gradient_max) for step in steps]
     gap = [(step.seconds, step.objective - best) for step in steps]
     charts = {
-        "gradient": (gradient, "largest entry of the gradient", report.tol, "The largest entry of the gradient"),
-        "gap": (gap, "objective above its lowest", None, "The objective minus its lowest value"),
+        "gradient": (
+            gradient,
+            "largest entry of the gradient",
+            report.options.tol,
+            "Largest entry of the gradient",
+        ),
+        "gap": (gap, "objective above its lowest", None, "Objective minus its lowest value"),
     }
     pictures = {}
     for name, (points, label, tol, alt) in charts.items():
@@ -65,7 +70,7 @@ def show_path(report: FitReport) -> Section:
         )
         for p in points
     ]  # fmt: skip
-    pictures = _path_pictures(points, report.C) if len(points) > 1 else []
+    pictures = _path_pictures(points, report.options.C) if len(points) > 1 else []
     values = {"rows": rows, "pictures": pictures, "late": not all(point.converged for point in points)}
     return Section("path", "Regularisation path", values)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from softcurve.cli.options import FitOptions
 from softcurve.cli.streams import encodable
 from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics
+from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import CurvatureSpectrum
-from softcurve.fit.solver.newton import Step
 
 __all__ = ["FitReport", "PathPoint"]
 
@@ -30,35 +30,34 @@ class PathPoint:
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """A fit, its scores, and the solver's steps.
+    """A fit with its options, its scores on the training rows and on any held-out rows, and its path.
 
-    ``rows`` is the number of training rows. ``options`` are shown as they are. ``tol`` is the solver's bound on
-    ``gradient_max``. ``spectrum`` may be the reason why there is none.
+    ``spectrum`` may be the reason why there is none.
     """
 
-    data: str
-    rows: int
-    features: int
-    classes: Sequence[Label]
-    kind: TargetKind
-    loss: str
-    C: float
-    version: str
+    options: FitOptions
+    fit: Fit
     seconds: float
-    converged: bool
-    gradient_max: float
-    history: Sequence[Step]
+    features: int
+    classes: tuple[Label, ...]
+    kind: TargetKind
     train: Diagnostics
     held: Diagnostics | None = None
     spectrum: CurvatureSpectrum | str = "it was not requested"
     path: tuple[PathPoint, ...] = ()
-    options: Mapping[str, object] = field(default_factory=dict)
-    tol: float | None = None
 
     @property
     def sets(self) -> dict[str, Diagnostics]:
         """The diagnostics by the name of their rows; the first ones judge the head."""
         return ({} if self.held is None else {"held-out": self.held}) | {"training": self.train}
+
+    @property
+    def scores(self) -> list[tuple[object, ...]]:
+        """The rows of a table: their name, loss, any D(target‖model), accuracy, entropy, Brier score and ECE."""
+        return [
+            (name, d.loss, *([] if d.kl is None else [d.kl]), d.accuracy, d.entropy, d.brier, d.calibration.error)
+            for name, d in self.sets.items()
+        ]
 
     @property
     def judged(self) -> tuple[str, Diagnostics]:
