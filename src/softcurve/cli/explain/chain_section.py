@@ -95,13 +95,9 @@ def _by_autograd(network: Network, x: Float[Tensor, "n 64"], y: Float[Tensor, "n
     e = network.features(x)
     z = network.head(e)
     p = z.softmax(-1)
-    match loss:
-        case "cross_entropy":
-            rows = -torch.xlogy(y, p).sum(-1)
-        case "forward_kl":
-            rows = (torch.xlogy(y, y) - torch.xlogy(y, p)).sum(-1)
-        case _:
-            rows = (p * (p.log() - y.log())).sum(-1)
+    rows = (p * (p.log() - y.log())).sum(-1) if loss == "reverse_kl" else -torch.xlogy(y, p).sum(-1)
+    if loss == "forward_kl":
+        rows = rows + torch.xlogy(y, y).sum(-1)
     by_row = torch.autograd.grad(rows.sum(), (p, z, e, x), retain_graph=True)
     theta = dict(network.features.named_parameters())
     shared = torch.autograd.grad(rows.mean(), (network.head.weight, network.head.bias, *theta.values()))
@@ -130,14 +126,15 @@ def _pictures(network: Network) -> dict[str, Picture]:
     def chart(values: Tensor, alt: str, target: list[float] | None = None) -> Picture:
         return picture(alt, bars, values[0].tolist(), target=target)
 
+    wrt = "The gradient with respect to"
     return {
         "x": grid(x, 8, f"The image of a handwritten {label.item()}, 8 by 8 pixels", signed=False),
         "e": grid(record.e, 8, "The 32 features as signed squares"),
         "z": chart(record.z, "The ten logits as bars"),
         "p": chart(record.p, "The ten probabilities as bars, with the one-hot target as lines", y),
-        "dL_dx": grid(record.dL_dx, 8, "The gradient with respect to the pixels as 8 by 8 signed squares"),
-        "dL_de": grid(record.dL_de, 8, "The gradient with respect to the 32 features as signed squares"),
-        "dL_dz": chart(record.dL_dz, "The gradient with respect to the ten logits, p minus y"),
-        "dL_dp": chart(record.dL_dp, "The gradient with respect to the ten probabilities: one negative bar"),
-        "dL_dW": grid(record.dL_dW, 32, "The gradient with respect to W, 10 by 32: a matrix of rank one"),
+        "dL_dx": grid(record.dL_dx, 8, f"{wrt} the pixels as 8 by 8 signed squares"),
+        "dL_de": grid(record.dL_de, 8, f"{wrt} the 32 features as signed squares"),
+        "dL_dz": chart(record.dL_dz, f"{wrt} the ten logits, p minus y"),
+        "dL_dp": chart(record.dL_dp, f"{wrt} the ten probabilities: one negative bar"),
+        "dL_dW": grid(record.dL_dW, 32, f"{wrt} W, 10 by 32: a matrix of rank one"),
     }

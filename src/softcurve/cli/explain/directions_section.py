@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -23,23 +22,10 @@ MIDDLE = 0.0  # a point between the modes
 STARTS = [(mean, log_width) for mean in (-3.0, 0.0, 3.0) for log_width in (0.0, 1.0)]
 
 
-@dataclass(frozen=True)
-class GaussianFit:
-    """A distribution over the bins: its moments, its probability on either side of the middle, both divergences."""
-
-    mean: float
-    deviation: float
-    left: float
-    right: float
-    forward: float
-    reverse: float
-
-
 def explain_directions() -> Section:
     """Fit a discretised Gaussian to a mixture of two in both directions, from several starts."""
-    target = torch.logsumexp(
-        torch.stack([math.log(w / s) - (GRID - m).square() / (2 * s * s) for w, m, s in MODES]), 0
-    ).log_softmax(-1)
+    densities = [math.log(w / s) - (GRID - m).square() / (2 * s * s) for w, m, s in MODES]
+    target = torch.stack(densities).logsumexp(0).log_softmax(-1)
     forward_minima = _minima(lambda q: softcurve.kl_divergence(target, q, reduction="sum"))
     reverse_minima = _minima(lambda q: softcurve.kl_divergence(q, target, reduction="sum"))
     names = ["target", "forward", "reverse", *(f"reverse, minimum {k}" for k in range(2, len(reverse_minima) + 1))]
@@ -48,30 +34,31 @@ def explain_directions() -> Section:
     truth, forward, reverse = (fits[name] for name in names[:3])
     edges = _towards_zero()
     _, at_zero, swapped_at_zero = edges[-1]
-    at_mode = abs(reverse.reverse + math.log(MODES[0][0]))
-    moments = max(abs(forward.mean - truth.mean), abs(forward.deviation - truth.deviation))
+    at_mode = abs(reverse["reverse"] + math.log(MODES[0][0]))
+    moments = max(abs(forward[name] - truth[name]) for name in ("mean", "deviation"))
+    gains = reverse["forward"] - forward["forward"], forward["reverse"] - reverse["reverse"]
     alt = "A target of two modes; the forward fit lies wide over both, the reverse fit sits on one"
     return Section(
         "directions",
         "KL has a direction",
         values={
             "picture": picture(alt, _draw, *(z.softmax(-1).tolist() for z in logits[:3])),
-            "rows": [(name, *asdict(fit).values()) for name, fit in fits.items()],
+            "rows": [(name, *fit.values()) for name, fit in fits.items()],
             "minima": len(reverse_minima),
             "towards_zero": edges,
         },
         figures={
-            "fits": {name: asdict(fit) for name, fit in fits.items()},
+            "fits": fits,
             "half_half_against_one_zero_bits": at_zero,
             "one_zero_against_half_half_bits": swapped_at_zero,
         },
         checks=(
             Check("forward fit: mean and width against those of the target", moments, "≤", 1e-6),
-            Check("forward fit covers: probability near the smaller mode", forward.right, "≥", 0.2),
-            Check("reverse fit seeks: probability near the other mode", reverse.right, "≤", 0.01),
+            Check("forward fit covers: probability near the smaller mode", forward["right"], "≥", 0.2),
+            Check("reverse fit seeks: probability near the other mode", reverse["right"], "≤", 0.01),
             Check("reverse fit: D(Q‖P) against −log of its mode's weight", at_mode, "≤", 1e-2),
-            Check("D(P‖Q): how much lower the forward fit is", reverse.forward - forward.forward, "≥", 0.1),
-            Check("D(Q‖P): how much lower the reverse fit is", forward.reverse - reverse.reverse, "≥", 0.1),
+            Check("D(P‖Q): how much lower the forward fit is", gains[0], "≥", 0.1),
+            Check("D(Q‖P): how much lower the reverse fit is", gains[1], "≥", 0.1),
             Check("D([½, ½] ‖ [1, 0])", at_zero, "=", math.inf),
             Check("D([1, 0] ‖ [½, ½]) in bits", swapped_at_zero, "=", 1.0),
         ),
@@ -101,29 +88,28 @@ def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins
     return [_gaussian(torch.from_numpy(at)) for at in minima]
 
 
-def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> GaussianFit:
+def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> dict[str, float]:
+    """The moments of a distribution, its probability on either side of the middle, and both divergences."""
     q = logits.softmax(-1)
     mean = (q * GRID).sum()
-    return GaussianFit(
-        mean=mean.item(),
-        deviation=(q * (GRID - mean).square()).sum().sqrt().item(),
-        left=q[GRID < MIDDLE].sum().item(),
-        right=q[GRID >= MIDDLE].sum().item(),
-        forward=softcurve.kl_divergence(target, logits, reduction="sum").item(),
-        reverse=softcurve.kl_divergence(logits, target, reduction="sum").item(),
-    )
+    return {
+        "mean": mean.item(),
+        "deviation": (q * (GRID - mean).square()).sum().sqrt().item(),
+        "left": q[GRID < MIDDLE].sum().item(),
+        "right": q[GRID >= MIDDLE].sum().item(),
+        "forward": softcurve.kl_divergence(target, logits, reduction="sum").item(),
+        "reverse": softcurve.kl_divergence(logits, target, reduction="sum").item(),
+    }
 
 
 def _towards_zero() -> list[tuple[float, float, float]]:
     """ε, D(P‖Q) and D(Q‖P) in bits for P = [½, ½] and Q = [1 − ε, ε], down to ε = 0."""
     half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    rows = []
-    for epsilon in (1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0):
-        small = torch.tensor(epsilon, dtype=torch.float64)
-        q = torch.stack([torch.log1p(-small), small.log()])
-        forward = softcurve.kl_divergence(half, q, reduction="sum", base=2.0).item()
-        rows.append((epsilon, forward, softcurve.kl_divergence(q, half, reduction="sum", base=2.0).item()))
-    return rows
+    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
+    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
+    half = half.expand_as(q)
+    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
+    return list(zip(epsilon.tolist(), *pairs, strict=True))
 
 
 def _draw(target: list[float], forward: list[float], reverse: list[float]) -> Figure:

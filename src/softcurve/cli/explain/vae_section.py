@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -24,8 +24,7 @@ NAMES = {"fixed": "KL, prior fixed", "learned": "KL, prior learned", "cross_entr
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Descent:
+class Descent(NamedTuple):
     """The path of q(z|x) for each x and of the prior, and the norms of the first gradients w.r.t. their logits."""
 
     q: Float[Tensor, "steps n 3"]
@@ -33,16 +32,20 @@ class Descent:
     q_gradient: float
     prior_gradient: float | None
 
-    def figures(self) -> dict[str, float | None]:
-        """The first gradients; in total variation how far each has moved, at most, and the distance at the end."""
-        q, prior = ((path[-1] - path[0]).abs().sum(-1) / 2 for path in (self.q, self.prior))
-        return {
-            "first_gradient_in_q": self.q_gradient,
-            "first_gradient_in_prior": self.prior_gradient,
-            "q_moved": q.max().item(),
-            "prior_moved": prior.item(),
-            "distance_at_the_end": (self.q[-1] - self.prior[-1]).abs().sum(-1).max().item() / 2,
-        }
+
+def _figures(run: Descent) -> dict[str, Any]:
+    """The first gradients; in total variation how far each has moved, at most, and the distance at the end."""
+    return {
+        "first_gradient_in_q": run.q_gradient,
+        "first_gradient_in_prior": run.prior_gradient,
+        "q_moved": _variation(run.q[-1], run.q[0]),
+        "prior_moved": _variation(run.prior[-1], run.prior[0]),
+        "distance_at_the_end": _variation(run.q[-1], run.prior[-1]),
+    }
+
+
+def _variation(p: Tensor, q: Tensor) -> float:
+    return ((p - q).abs().sum(-1) / 2).max().item()
 
 
 def explain_vae() -> Section:
@@ -52,7 +55,7 @@ def explain_vae() -> Section:
         "learned": _descend(_divergence, learned=True),
         "cross_entropy": _descend(_cross_entropy, learned=False),
     }
-    figures = {name: run.figures() for name, run in runs.items()}
+    figures = {name: _figures(run) for name, run in runs.items()}
     fixed, learned = figures["fixed"], figures["learned"]
     wrt_q, wrt_prior, closed = _gradients()
     in_corner = runs["cross_entropy"].q[-1, :, max(range(3), key=PRIOR.__getitem__)].min().item()
@@ -69,29 +72,27 @@ def explain_vae() -> Section:
             "rows": [(NAMES[name], *figures[name].values()) for name in runs],
         },
         figures={
-            "runs": {
-                name: figures[name]
-                | {"q_at_the_end": run.q[-1, 0].tolist(), "prior_at_the_end": run.prior[-1].tolist()}
-                for name, run in runs.items()
-            },
+            "runs": {name: figures[name] | _ends(run) for name, run in runs.items()},
             "ce_against_kl_gradient_in_q": wrt_q,
             "ce_against_kl_gradient_in_prior": wrt_prior,
             "steps": STEPS,
         },
         checks=(
-            Check(
-                "prior fixed: number of its gradients", float(fixed["first_gradient_in_prior"] is not None), "=", 0.0
-            ),
-            Check("prior fixed: how far it moves", fixed["prior_moved"] or 0.0, "=", 0.0),
-            Check("prior fixed: distance of q from it at the end", fixed["distance_at_the_end"] or 0.0, "≤", 1e-6),
+            Check("prior fixed: number of its gradients", float(runs["fixed"].prior_gradient is not None), "=", 0.0),
+            Check("prior fixed: how far it moves", fixed["prior_moved"], "=", 0.0),
+            Check("prior fixed: distance of q from it at the end", fixed["distance_at_the_end"], "≤", 1e-6),
             Check("prior learned: norm of its first gradient", learned["first_gradient_in_prior"] or 0.0, "≥", 0.1),
-            Check("prior learned: how far it moves", learned["prior_moved"] or 0.0, "≥", 0.02),
+            Check("prior learned: how far it moves", learned["prior_moved"], "≥", 0.02),
             Check("gradients w.r.t. both arguments against their closed forms", closed, "≤", 1e-14),
             Check("gradients of CE and KL w.r.t. the prior: largest difference", wrt_prior, "≤", 1e-14),
             Check("gradients of CE and KL w.r.t. q: largest difference (they are not equal)", wrt_q, "≥", 0.1),
             Check("minimising CE over q: probability of the prior's mode", in_corner, "≥", 0.95),
         ),
     )
+
+
+def _ends(run: Descent) -> dict[str, list[float]]:
+    return {"q_at_the_end": run.q[-1, 0].tolist(), "prior_at_the_end": run.prior[-1].tolist()}
 
 
 def _divergence(q: Tensor, prior: Tensor) -> Tensor:
@@ -113,17 +114,15 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
     q.requires_grad_()
     prior.requires_grad_(learned)
     optimizer = torch.optim.SGD([{"params": [q], "lr": RATE}, {"params": [prior], "lr": RATE / len(q)}])
-    qs, priors, norms = [q.detach().softmax(-1)], [prior.detach().softmax(-1)], []
+    path, norms = [(q.detach().softmax(-1), prior.detach().softmax(-1))], []
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss(q, prior).backward()
-        norms.append([None if each.grad is None else each.grad.norm().item() for each in (q, prior)])
+        norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
         optimizer.step()
-        qs.append(q.detach().softmax(-1))
-        priors.append(prior.detach().softmax(-1))
-    q_norm, prior_norm = norms[0]
-    assert q_norm is not None
-    return Descent(torch.stack(qs), torch.stack(priors), q_norm, prior_norm)
+        path.append((q.detach().softmax(-1), prior.detach().softmax(-1)))
+    qs, priors = (torch.stack(states) for states in zip(*path, strict=True))
+    return Descent(qs, priors, norms[0][0], norms[0][1] if learned else None)
 
 
 def _gradients() -> tuple[float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,13 +20,8 @@ class Check:
     @property
     def held(self) -> bool:
         """Whether the bound is kept; NaN keeps none."""
-        match self.relation:
-            case "≤":
-                return self.measured <= self.bound
-            case "≥":
-                return self.measured >= self.bound
-            case "=":
-                return self.measured == self.bound
+        compare = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}[self.relation]
+        return bool(compare(self.measured, self.bound))
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from softcurve.cli.page.picture import FIRST, MUTED, SECOND, SURFACE, THIRD, Line, Picture, decades, line_chart, picture
+from softcurve.cli.page.picture import FIRST, MUTED, SECOND, SURFACE, THIRD, Picture, decades, line_chart, picture
 from softcurve.cli.page.render import show
 from softcurve.cli.page.section import Section
 from softcurve.cli.report.record import FitReport, PathPoint
 
 MARKED = 60  # the largest number of steps that have a mark each
 Points = list[tuple[float, float]]
-Lines = Mapping[str, Sequence[float | None]]
+Style = dict[str, str]
 
 
 def show_convergence(report: FitReport) -> Section:
@@ -25,20 +25,15 @@ def show_convergence(report: FitReport) -> Section:
     best = min((step.objective for step in steps), default=math.nan)
     gradient = [(step.seconds, step.gradient_max) for step in steps]
     gap = [(step.seconds, step.objective - best) for step in steps]
-    charts = {
-        "gradient": (
-            gradient,
-            "largest entry of the gradient",
-            report.options.tol,
-            "Largest entry of the gradient",
-        ),
-        "gap": (gap, "objective above its lowest", None, "Objective minus its lowest value"),
-    }
     pictures = {}
-    for name, (points, label, tol, alt) in charts.items():
+    for name, points, label, tol in (
+        ("gradient", gradient, "largest entry of the gradient", report.options.tol),
+        ("gap", gap, "objective minus its lowest value", None),
+    ):
         shown = [(x, y) for x, y in points if 0 < y < math.inf]  # what a log scale can show
         if len(shown) > 1:
-            pictures[name] = picture(f"{alt} against seconds, on a log scale", _falling, shown, label, tol)
+            alt = f"{label.capitalize()} against seconds, on a log scale"
+            pictures[name] = picture(alt, _falling, shown, label, tol)
     return Section("convergence", "Convergence", {"pictures": pictures, "last": steps[-1] if steps else None})
 
 
@@ -63,57 +58,47 @@ def _falling(points: Points, label: str, tol: float | None) -> Figure:
 def show_path(report: FitReport) -> Section:
     """Losses, accuracy and the norm of the weights against C."""
     points = sorted(report.path, key=lambda point: point.C)
-    rows = [
-        (
-            show(p.C) if p.converged else Markup("{}&nbsp;*").format(show(p.C)), p.train_loss, p.held_loss,
-            p.held_accuracy, p.weight_norm,
-        )
-        for p in points
-    ]  # fmt: skip
+    rows = []
+    for p in points:
+        C = show(p.C) if p.converged else Markup("{}&nbsp;*").format(show(p.C))
+        rows.append((C, p.train_loss, p.held_loss, p.held_accuracy, p.weight_norm))
     pictures = _path_pictures(points, report.options.C) if len(points) > 1 else []
     values = {"rows": rows, "pictures": pictures, "late": not all(point.converged for point in points)}
     return Section("path", "Regularisation path", values)
 
 
 def _path_pictures(points: Sequence[PathPoint], chosen: float) -> list[Picture]:
-    accuracies = [None if point.held_accuracy is None else 100 * point.held_accuracy for point in points]
-    losses: Lines = {
-        "training": [point.train_loss for point in points],
-        "held-out": [point.held_loss for point in points],
-    }
-    charts: list[tuple[str, str, Lines]] = [
-        ("Training and held-out loss", "mean loss, nats", losses),
-        ("The norm of the weights", "‖W‖", {"": [point.weight_norm for point in points]}),
-        ("Held-out accuracy", "held-out accuracy, %", {"": accuracies}),
-    ]
+    dashed = {"color": SECOND, "linestyle": "--", "label": "training"}
+    charts: dict[str, tuple[str, dict[str, Style]]] = {
+        "Training and held-out loss": (
+            "mean loss, nats", {"train_loss": dashed, "held_loss": {"color": FIRST, "label": "held-out"}},
+        ),
+        "The norm of the weights": ("‖W‖", {"weight_norm": {"color": THIRD}}),
+        "Held-out accuracy": ("held-out accuracy", {"held_accuracy": {"color": FIRST}}),
+    }  # fmt: skip
     return [
-        picture(f"{alt} against C, on a log scale", _against_C, points, chosen, lines, ylabel)
-        for alt, ylabel, lines in charts
-        if any(value is not None for values in lines.values() for value in values)
+        picture(f"{alt} against C, on a log scale", _against_C, points, chosen, ylabel, styles)
+        for alt, (ylabel, styles) in charts.items()
+        if getattr(points[0], next(iter(styles))) is not None
     ]
 
 
-def _against_C(points: Sequence[PathPoint], chosen: float, lines: Lines, ylabel: str) -> Figure:
-    """Values against C, with a hollow mark where the fit did not converge, and a dotted line at the C of the head."""
-    drawn: list[Line] = []
-    for name, values in lines.items():
-        color = {"training": SECOND, "held-out": FIRST}.get(name, THIRD)
-        style = {"color": color, "clip_on": False}
-        known = [(point, value) for point, value in zip(points, values, strict=True) if value is not None]
-        if known:
-            line = style | {"linestyle": "--" if name == "training" else "-"} | ({"label": name} if name else {})
-            drawn.append(([point.C for point, _ in known], [value for _, value in known], line))
-        for converged, fill in ((True, color), (False, SURFACE)):
-            marked = [(point.C, value) for point, value in known if point.converged == converged]
-            mark = style | {"markerfacecolor": fill, "linestyle": "", "marker": "o", "markersize": 3.5}
-            drawn.append(([C for C, _ in marked], [value for _, value in marked], mark))
-    figure = line_chart(*drawn, ylabel=ylabel)
+def _against_C(points: Sequence[PathPoint], chosen: float, ylabel: str, styles: dict[str, Style]) -> Figure:
+    """Fields of the points against C, with a hollow mark where the fit did not converge; dotted, the C of the head."""
+    Cs = [point.C for point in points]
+    columns = {name: [getattr(point, name) for point in points] for name in styles}
+    columns = {name: values for name, values in columns.items() if values[0] is not None}
+    lines = [(Cs, values, {"clip_on": False} | styles[name]) for name, values in columns.items()]
+    figure = line_chart(*lines, ylabel=ylabel)
     axes = figure.axes[0]
-    if "%" not in ylabel:
+    for name, values in columns.items():
+        color = styles[name]["color"]
+        faces = [color if point.converged else SURFACE for point in points]
+        axes.scatter(Cs, values, s=12, facecolors=faces, edgecolors=color, clip_on=False, zorder=3)
+    if "held_accuracy" not in styles:
         axes.set_ylim(bottom=0)
-    # Without a penalty C is infinite, which has no place on the axis.
-    if math.isfinite(chosen):
+    if math.isfinite(chosen):  # an infinite C, no penalty, has no place on the axis
         axes.axvline(chosen, color=MUTED, linewidth=1, linestyle=":")
-    decades(axes.xaxis, [C for C in (*(point.C for point in points), chosen) if math.isfinite(C)])
+    decades(axes.xaxis, [C for C in (*Cs, chosen) if math.isfinite(C)])
     axes.set_xlabel("C; dotted: that of this head" if math.isfinite(chosen) else "C")
     return figure
