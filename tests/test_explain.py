@@ -17,11 +17,10 @@ import torch
 from rich.console import Console
 
 from softcurve.cli import explain
+from softcurve.cli.explain.divergences import explain_targets
 from softcurve.cli.explain.network import train
-from softcurve.cli.explain.targets_section import explain_targets
 from softcurve.cli.page.picture import Picture
-from softcurve.cli.page.render import render_page, show
-from softcurve.cli.page.section import Check
+from softcurve.cli.page.render import Check, render_page, show
 from softcurve.cli.printing import finite
 
 SEED = 3

@@ -29,8 +29,6 @@ from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 from softcurve.fit.together import ALONE, Together, require_same
 
-__all__ = ["fit_command"]
-
 SUFFIXES = {"--out": ".safetensors", "--record": ".json", "--report": ".html"}
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, remember_interrupts
-from softcurve.cli.refusals import refusals
+from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, interrupted, remember_interrupts
 from softcurve.cli.streams import use_standard_streams
 from softcurve.extras import needed
+from softcurve.fit.system_errors import out_of_memory, remedy_for
 
 try:
     with needed("the command line", "app"):
@@ -107,6 +108,35 @@ def explain(
         from softcurve.cli.printing import console, print_record
 
         print_record(write_explanation(out, seed=seed, console=console()))
+
+
+@contextmanager
+def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> Iterator[None]:
+    """End the command at an error that its user can correct; any other error is a defect and is raised.
+
+    If memory runs out, the message names the ``work`` and the remedy ``less_memory``.
+    """
+    try:
+        with needed("this command"):
+            yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if interrupted():  # during an import, for example, an interrupt becomes an ImportError
+            raise KeyboardInterrupt(interrupted()) from error
+        message = _message(error, work, less_memory)
+        if message is None:
+            raise
+        print("softcurve:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def _message(error: Exception, work: str, less_memory: str) -> str | None:
+    if (missing := out_of_memory(error)) is not None:
+        return f"{work}: {missing}; {less_memory}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or work}: {error.strerror}; {remedy_for(error)}"
+    return str(error) if isinstance(error, ImportError | ValueError | OSError) else None
 
 
 def main() -> None:

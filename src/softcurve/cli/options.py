@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["Data", "FitOptions", "Progress", "Seed", "SpectrumOptions", "Target", "option"]
-
 
 def option(
     metavar: str | None, help: str, *flags: str, least: int | float | None = None, default: str | None = None

@@ -19,11 +19,6 @@ from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.scores import Scores
 from softcurve.fit.solver.newton import Step
 
-__all__ = [
-    "as_json", "console", "finite", "fit_progress", "print_record", "print_table", "progress_bar", "rich_table",
-    "score_figures", "score_rows",
-]  # fmt: skip
-
 Rows = list[tuple[str, str]]
 
 

@@ -31,8 +31,6 @@ from softcurve.fit.losses import Loss, check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
 
-__all__ = ["spectrum_command"]
-
 MATRICES: dict[str, type[GGN | Hessian | Fisher | EmpiricalFisher]] = {
     "ggn": GGN,
     "hessian": Hessian,

@@ -9,8 +9,6 @@ from typing import Any
 
 from softcurve.fit import DataError
 
-__all__ = ["encodable", "encoded", "use_standard_streams"]
-
 
 def encoded(text: str) -> bytes:
     r"""The text in UTF-8, with an escape such as ``\udcff`` for a lone surrogate.

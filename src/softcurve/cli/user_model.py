@@ -16,8 +16,6 @@ from torch import nn
 
 from softcurve.fit import DataError
 
-__all__ = ["UserModel", "call_function", "describe", "first_line", "line_in"]
-
 
 class UserModel(NamedTuple):
     """The values that a function returned, and the file that defines it."""

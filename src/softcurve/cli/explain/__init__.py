@@ -10,16 +10,12 @@ import torch
 from rich.console import Console
 
 import softcurve
-from softcurve.cli.explain.chain_section import explain_chain
-from softcurve.cli.explain.directions_section import explain_directions
-from softcurve.cli.explain.jacobian_section import explain_jacobian
-from softcurve.cli.explain.minimum_section import explain_minimum
+from softcurve.cli.explain.chain import explain_chain, explain_jacobian
+from softcurve.cli.explain.divergences import explain_directions, explain_minimum, explain_targets
 from softcurve.cli.explain.network import HIDDEN, train
-from softcurve.cli.explain.targets_section import explain_targets
-from softcurve.cli.explain.vae_section import explain_vae
+from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.page.render import render_page
-from softcurve.cli.page.section import Section
+from softcurve.cli.page.render import Section, render_page
 from softcurve.cli.printing import finite, rich_table
 from softcurve.cli.streams import encoded
 from softcurve.fit.atomic import check_writable, replacing

@@ -1,19 +1,50 @@
-"""A page as one string of HTML that loads nothing: templates, numbers for people, and formulas as MathML."""
+"""Pages of sections as HTML that loads nothing: templates, numbers for people, and formulas as MathML."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import unescape
+from typing import Literal
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
 
-from softcurve.cli.page.section import Section
 
-__all__ = ["render_page", "seconds", "show"]
+@dataclass(frozen=True)
+class Check:
+    """A measured number and the bound that it must keep."""
+
+    name: str
+    measured: float
+    relation: Literal["≤", "≥", "="]
+    bound: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the bound is kept; NaN keeps none."""
+        compare = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}[self.relation]
+        return bool(compare(self.measured, self.bound))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page, filled into the template ``<key>.html.j2``.
+
+    The template sees the entries of ``values`` and of ``figures`` by their names. ``figures`` and ``checks`` are also
+    part of the JSON record.
+    """
+
+    key: str
+    title: str
+    values: Mapping[str, object] = field(default_factory=dict)
+    figures: Mapping[str, object] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+
 
 # Templates hold LaTeX between \( and \) within a line, and between \[ and \] as a block.
 FORMULA = re.compile(r"\\\((?P<inline>.+?)\\\)|\\\[(?P<block>.+?)\\\]", re.DOTALL)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import softcurve
 from softcurve.cli.page.render import render_page
-from softcurve.cli.report.classes import show_classes, show_confusion
 from softcurve.cli.report.convergence import show_convergence, show_path
 from softcurve.cli.report.curvature import show_curvature
 from softcurve.cli.report.record import FitReport, PathPoint
-from softcurve.cli.report.rows import show_calibration, show_hardest
+from softcurve.cli.report.scores import show_calibration, show_classes, show_confusion, show_hardest
 
 __all__ = ["FitReport", "PathPoint", "render_report"]
 

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from softcurve.cli.page.picture import FIRST, MUTED, SECOND, SURFACE, THIRD, Picture, decades, line_chart, picture
-from softcurve.cli.page.render import show
-from softcurve.cli.page.section import Section
+from softcurve.cli.page.render import Section, show
 from softcurve.cli.report.record import FitReport, PathPoint
 
 MARKED = 60  # the largest number of steps that have a mark each

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from softcurve.cli.page.picture import FIRST, MUTED, SURFACE, canvas, decades, line_chart, picture, powers
-from softcurve.cli.page.section import Section
+from softcurve.cli.page.render import Section
 from softcurve.cli.report.record import FitReport
 from softcurve.fit.head_spectrum import CurvatureSpectrum
 

@@ -11,8 +11,6 @@ from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import CurvatureSpectrum
 
-__all__ = ["FitReport", "PathPoint"]
-
 LONGEST_NAME = 48
 
 

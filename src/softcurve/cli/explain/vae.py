@@ -13,7 +13,7 @@ from torch import Tensor
 import softcurve
 from softcurve.array_types import Float
 from softcurve.cli.page.picture import FIRST, MUTED, SECOND, SURFACE, canvas, picture
-from softcurve.cli.page.section import Check, Section
+from softcurve.cli.page.render import Check, Section
 
 POSTERIORS = ((0.90, 0.06, 0.04), (0.08, 0.86, 0.06), (0.05, 0.10, 0.85), (0.15, 0.05, 0.80))
 PRIOR = (0.2, 0.5, 0.3)
