@@ -109,13 +109,8 @@ def _fit(
     budget = None if options.memory is None else options.memory * 2**20
     common: dict[str, Any] = {name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter")}
     common |= {"precision": options.precision, "memory_budget": budget}
-    with fit_progress(options.tol, show=progress) as (show_step, show_product):
-
-        def step_taken(step: Step) -> None:
-            on_step(step)
-            show_step(step)
-
-        common |= {"on_step": step_taken, "on_product": show_product}
+    with fit_progress(options.tol, on_step, show=progress) as callbacks:
+        common |= callbacks
         fit = fit_head(
             train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
         )

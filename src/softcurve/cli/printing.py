@@ -27,10 +27,13 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def rich_table(
-    title: str, rows: Sequence[Sequence[str]], columns: Mapping[str, Literal["left", "right"]] | None = None
-) -> Table:
-    """Make a table of plain text, with headings and the alignments of their columns, or of names and values."""
+def print_table(
+    title: str,
+    rows: Sequence[Sequence[str]],
+    columns: Mapping[str, Literal["left", "right"]] | None = None,
+    to: Console | None = None,
+) -> None:
+    """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""
     table = Table(title=Text(title), show_header=columns is not None, title_justify="left")
     if columns is None:
         table.add_column(style="bold", no_wrap=True)
@@ -39,12 +42,7 @@ def rich_table(
         table.add_column(heading, justify=justify, no_wrap=justify == "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(encodable(cell)) for cell in row))
-    return table
-
-
-def print_table(title: str, rows: Rows) -> None:
-    """Print names and values in two columns."""
-    console().print(rich_table(title, rows))
+    (to or console()).print(table)
 
 
 def print_record(record: Mapping[str, object]) -> None:
@@ -97,8 +95,10 @@ def progress_bar(show: bool | None, *columns: ProgressColumn) -> Iterator[Progre
 
 
 @contextmanager
-def fit_progress(tol: float, *, show: bool | None) -> Iterator[tuple[Callable[[Step], None], Callable[[int], None]]]:
-    """Give two functions that show a step, and the number of Hessian–vector products so far.
+def fit_progress(
+    tol: float, on_step: Callable[[Step], None], *, show: bool | None
+) -> Iterator[dict[str, Callable[[Any], None]]]:
+    """Give the callbacks of a fit that show its steps and products, and call ``on_step``.
 
     The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
     """
@@ -113,8 +113,9 @@ def fit_progress(tol: float, *, show: bool | None) -> Iterator[tuple[Callable[[S
         task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
         first = math.nan
 
-        def on_step(step: Step) -> None:
+        def show_step(step: Step) -> None:
             nonlocal first
+            on_step(step)
             stop_if_interrupted()
             if step.iteration == 0 or math.isnan(first):
                 first = step.gradient_max
@@ -124,11 +125,11 @@ def fit_progress(tol: float, *, show: bool | None) -> Iterator[tuple[Callable[[S
                 gradient=step.gradient_max, products=step.products,
             )  # fmt: skip
 
-        def on_product(products: int) -> None:
+        def show_product(products: int) -> None:
             stop_if_interrupted()
             progress.update(task, products=products)
 
-        yield on_step, on_product
+        yield {"on_step": show_step, "on_product": show_product}
 
 
 def _share(first: float, now: float, tol: float) -> float:

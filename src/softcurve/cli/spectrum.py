@@ -16,7 +16,7 @@ from torch import nn
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.options import SpectrumOptions
-from softcurve.cli.printing import Rows, console, print_record, print_table, progress_bar, rich_table
+from softcurve.cli.printing import Rows, print_record, print_table, progress_bar
 from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.network import length_of
@@ -131,7 +131,7 @@ def _user_model(options: SpectrumOptions) -> Problem:
     for argument, value in excluded.items():
         if value is not None:
             raise DataError(f"{argument}: {options.model} brings data of its own; leave {value} out")
-    features, head, data, file = call_function(options.model, options.seed)
+    (features, head, data), file = call_function(options.model, options.seed)
     if dtype := DTYPES[options.dtype]:
         features, head = features.to(dtype), head.to(dtype)
     return Problem(features, head, data, options.loss or "cross_entropy", file=file)
@@ -173,14 +173,9 @@ def _compute(options: SpectrumOptions, problem: Problem, show: bool | None) -> S
     with progress_bar(show, TextColumn("pass {task.fields[passes]} over the data"), TimeElapsedColumn()) as progress:
         task = progress.add_task("trace", total=length_of(problem.data), passes=0)
         data = CountedBatches(problem.data, DTYPES[options.dtype], progress, task)
-        operator = MATRICES[options.matrix](
-            problem.features,
-            problem.head,
-            data,
-            loss=problem.loss,
-            seed=options.seed,
-            check_deterministic=problem.file is not None,  # the rows of a saved head are in memory
-        )
+        # Only a user's data can differ between two passes.
+        how: dict[str, Any] = {"loss": problem.loss, "check_deterministic": problem.file is not None}
+        operator = MATRICES[options.matrix](problem.features, problem.head, data, seed=options.seed, **how)
         # The trace comes first, because its products are the cheapest that reveal a NaN or an infinity.
         trace = operator.trace(products=options.products, seed=options.seed)
         _require_finite("trace", torch.tensor(trace.value))
@@ -266,9 +261,7 @@ def _record(options: SpectrumOptions, problem: Problem, spectrum: Spectrum) -> d
         "share_of_trace": share,
         "share_of_trace_standard_error": share * trace.standard_error * scale,
         "trace": trace.value,
-        "trace_standard_error": trace.standard_error,
-        "trace_method": trace.method,
-        "trace_products": trace.products,
+        **{f"trace_{name}": getattr(trace, name) for name in ("standard_error", "method", "products")},
         "density": None if density is None else _density_figures(density),
         "products": top.products + trace.products + (0 if density is None else density.products),
         "passes": spectrum.passes,
@@ -298,9 +291,7 @@ def _rows(record: Mapping[str, Any], trace: Estimate) -> Rows:
         share += f" ± {error:.2f} %"
     rows = [
         ("matrix", f"{record['matrix']} of {record['loss']}, {record['dtype']}"),
-        ("rows", record["rows"] and str(record["rows"])),
-        ("classes", str(record["classes"])),
-        ("parameters", str(record["parameters"])),
+        *((name, str(record[name])) for name in ("rows", "classes", "parameters") if record[name] is not None),
         ("trace", str(trace)),
         (f"share of the {len(record['eigenvalues'])} largest", share),
     ]
@@ -313,9 +304,8 @@ def _rows(record: Mapping[str, Any], trace: Estimate) -> Rows:
     rows += [
         ("products", f"{record['products']} matrix–vector products in {record['passes']} passes over the data"),
         ("seconds", f"{record['seconds']:.2f}"),
-        ("picture", record["picture"]),
     ]
-    return [(name, text) for name, text in rows if text is not None]
+    return rows if record["picture"] is None else [*rows, ("picture", record["picture"])]
 
 
 def _print_eigenvalues(record: Mapping[str, Any]) -> None:
@@ -325,4 +315,4 @@ def _print_eigenvalues(record: Mapping[str, Any]) -> None:
         for rank, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1)
     ]
     headings = ("", "eigenvalue", "residual norm", "share of trace")
-    console().print(rich_table("largest eigenvalues", rows, dict.fromkeys(headings, "right")))
+    print_table("largest eigenvalues", rows, dict.fromkeys(headings, "right"))

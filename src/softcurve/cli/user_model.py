@@ -9,25 +9,18 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from softcurve.fit import DataError
 
-
-class UserModel(NamedTuple):
-    """The values that a function returned, and the file that defines it."""
-
-    features: nn.Module
-    head: nn.Linear
-    data: Iterable[Any]
-    file: str | None
+Model = tuple[nn.Module, nn.Linear, Iterable[Any]]  # features, head, and batches
 
 
-def call_function(model: str, seed: int) -> UserModel:
-    """Seed torch's generator, call the function, and check the values that it returns. Raises DataError."""
+def call_function(model: str, seed: int) -> tuple[Model, str | None]:
+    """Seed torch's generator and call the function; return its model and the file of its code. Raises DataError."""
     source, colon, name = model.rpartition(":")
     if not (colon and source and name):
         raise DataError(
@@ -46,7 +39,7 @@ def call_function(model: str, seed: int) -> UserModel:
         returned = function()
     except (Exception, SystemExit) as error:
         raise DataError(f"model: {model} raised {describe(error)}{line_in(module.__file__, error)}") from error
-    return UserModel(*_checked(model, returned), module.__file__)
+    return _checked(model, returned), module.__file__
 
 
 def _imported(source: str) -> ModuleType:
@@ -83,7 +76,7 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _checked(model: str, returned: object) -> tuple[nn.Module, nn.Linear, Iterable[Any]]:
+def _checked(model: str, returned: object) -> Model:
     kind = type(returned).__name__
     if isinstance(returned, tuple | list):
         kind = f"({', '.join(type(part).__name__ for part in returned)})"

@@ -16,7 +16,7 @@ from softcurve.cli.explain.network import HIDDEN, train
 from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.page.render import Section, render_page
-from softcurve.cli.printing import finite, rich_table
+from softcurve.cli.printing import finite, print_table
 from softcurve.cli.streams import encoded
 from softcurve.fit.atomic import check_writable, replacing
 
@@ -64,8 +64,8 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
         with replacing(out, "--out") as file:
             file.write(page)
     rows = [(c.name, f"{c.measured:.3g}", f"{c.relation} {c.bound:.3g}", "yes" if c.held else "NO") for c in checks]
-    console.print(
-        rich_table("softcurve explain", rows, {"check": "left", "measured": "right", "bound": "right", "held": "left"})
+    print_table(
+        "softcurve explain", rows, {"check": "left", "measured": "right", "bound": "right", "held": "left"}, console
     )
     record: dict[str, object] = {
         "command": "explain",

@@ -73,8 +73,7 @@ def train(seed: int) -> Network:
         hidden = nn.Linear(64, HIDDEN, dtype=torch.float64)
         head = nn.Linear(HIDDEN, CLASSES, dtype=torch.float64)
     features = nn.Sequential(OrderedDict(hidden=hidden, tanh=nn.Tanh()))
-    parameters = [*features.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([*features.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
     history = History([], [], [])
     network = Network(features, head, held_out, history)
     for step in range(STEPS + 1):
