@@ -12,7 +12,7 @@ import torch
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.options import FitOptions
-from softcurve.cli.printing import Rows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
+from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.fit import DataError
@@ -197,7 +197,7 @@ def _record(report: FitReport) -> dict[str, Any]:
     }
 
 
-def _rows(record: dict[str, Any]) -> Rows:
+def _rows(record: dict[str, Any]) -> TextRows:
     converged = "yes" if record["converged"] else "NO"
     return [
         ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import softcurve
 from softcurve.array_types import Float64, Int64
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.printing import Rows, print_record, print_table, score_figures, score_rows
+from softcurve.cli.printing import TextRows, print_record, print_table, score_figures, score_rows
 from softcurve.cli.streams import encodable
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
@@ -32,6 +32,7 @@ from softcurve.fit.scores import ScoreSums
 
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
+MOST_SHOWN = 10  # classes
 
 
 def check_predictions_path(path: Path) -> None:
@@ -127,9 +128,6 @@ Writer = Callable[[BinaryIO, int, tuple[Label, ...]], AbstractContextManager[Wri
 WRITERS: dict[str, Writer] = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".parquet": _parquet}
 
 
-MOST_SHOWN = 10  # classes
-
-
 def predict_command(head_path: Path, data: str, target: Path | None, out: Path | None) -> None:
     """Predict, write the predictions, and print the table and the JSON line. Raises DataError."""
     if out is not None:
@@ -185,7 +183,7 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
     }
 
 
-def _rows(record: dict[str, Any]) -> Rows:
+def _rows(record: dict[str, Any]) -> TextRows:
     shown = record["most_predicted"]
     more = record["classes"] - len(shown)
     counts = ", ".join(f"{_printable(entry['class'])}: {entry['rows']}" for entry in shown)

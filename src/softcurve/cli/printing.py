@@ -19,7 +19,7 @@ from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.scores import Scores
 from softcurve.fit.solver.newton import Step
 
-Rows = list[tuple[str, str]]
+TextRows = list[tuple[str, str]]
 
 
 def console() -> Console:
@@ -77,7 +77,7 @@ def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
     }
 
 
-def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> Rows:
+def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> TextRows:
     """The rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
     loss, bits, accuracy, kl = (record[prefix + name] for name in ("loss_nats", "loss_bits", "accuracy", "kl_nats"))
     rows = [(f"{label}loss", f"{loss:.6f} nats = {bits:.6f} bits"), (f"{label}accuracy", f"{accuracy:.4f}")]

@@ -16,7 +16,7 @@ from torch import nn
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.options import SpectrumOptions
-from softcurve.cli.printing import Rows, print_record, print_table, progress_bar
+from softcurve.cli.printing import TextRows, print_record, print_table, progress_bar
 from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.network import length_of
@@ -45,7 +45,7 @@ BASES_BYTES = 1 << 30  # memory for the Lanczos bases of the probes that share t
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class SpectrumProblem:
     """A model and its data; ``rows`` is their number if it is known, ``file`` defines a user's model."""
 
     features: nn.Module
@@ -106,7 +106,7 @@ def _check(options: SpectrumOptions) -> None:
     import matplotlib.figure  # noqa: F401
 
 
-def _saved_head(options: SpectrumOptions) -> Problem:
+def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
     if options.data is None:
         raise DataError(
             f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
@@ -123,10 +123,10 @@ def _saved_head(options: SpectrumOptions) -> Problem:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
     batch = min(options.batch_size or len(rows), len(rows))
     data = list(zip(features.split(batch), target.split(batch), strict=True))
-    return Problem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
+    return SpectrumProblem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
 
 
-def _user_model(options: SpectrumOptions) -> Problem:
+def _user_model(options: SpectrumOptions) -> SpectrumProblem:
     excluded = {"data": options.data, "--target": options.target, "--batch-size": options.batch_size}
     for argument, value in excluded.items():
         if value is not None:
@@ -134,7 +134,7 @@ def _user_model(options: SpectrumOptions) -> Problem:
     (features, head, data), file = call_function(options.model, options.seed)
     if dtype := DTYPES[options.dtype]:
         features, head = features.to(dtype), head.to(dtype)
-    return Problem(features, head, data, options.loss or "cross_entropy", file=file)
+    return SpectrumProblem(features, head, data, options.loss or "cross_entropy", file=file)
 
 
 @dataclass(eq=False)
@@ -168,7 +168,7 @@ def _in_dtype(batch: Any, dtype: torch.dtype) -> Any:
     return (x, *rest)
 
 
-def _compute(options: SpectrumOptions, problem: Problem, show: bool | None) -> Spectrum:
+def _compute(options: SpectrumOptions, problem: SpectrumProblem, show: bool | None) -> Spectrum:
     start = time.perf_counter()
     with progress_bar(show, TextColumn("pass {task.fields[passes]} over the data"), TimeElapsedColumn()) as progress:
         task = progress.add_task("trace", total=length_of(problem.data), passes=0)
@@ -239,7 +239,7 @@ def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> N
         file.write(picture.getbuffer())
 
 
-def _record(options: SpectrumOptions, problem: Problem, spectrum: Spectrum) -> dict[str, Any]:
+def _record(options: SpectrumOptions, problem: SpectrumProblem, spectrum: Spectrum) -> dict[str, Any]:
     trace, top, density = spectrum.trace, spectrum.top, spectrum.density
     scale = 1 / trace.value if trace.value > 0 else math.nan
     share = float(top.values.double().sum()) * scale
@@ -285,7 +285,7 @@ def _density_figures(density: SpectralDensity) -> dict[str, Any]:
     }
 
 
-def _rows(record: Mapping[str, Any], trace: Estimate) -> Rows:
+def _rows(record: Mapping[str, Any], trace: Estimate) -> TextRows:
     share = f"{100 * record['share_of_trace']:.2f} %" if record["trace"] > 0 else "none: the trace is not positive"
     if (error := 100 * record["share_of_trace_standard_error"]) > 0:
         share += f" ± {error:.2f} %"

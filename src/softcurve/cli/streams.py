@@ -32,8 +32,8 @@ def use_standard_streams() -> None:
             # Otherwise the next file that is opened gets this number, and with it whatever a library prints. Writing to
             # an output that is opened for reading fails.
             os.open(os.devnull, flags)
-    sys.stdout = _text(_Output(1, "w", closefd=False), sys.stdout)
-    sys.stderr = sys.__stderr__ = _text(_Messages(2, "w", closefd=False), sys.stderr)  # type: ignore[misc]
+    sys.stdout = _text(_StandardOutput(1, "w", closefd=False), sys.stdout)
+    sys.stderr = sys.__stderr__ = _text(_StandardError(2, "w", closefd=False), sys.stderr)  # type: ignore[misc]
 
 
 def _text(raw: io.FileIO, replaced: Any) -> io.TextIOWrapper:
@@ -42,7 +42,7 @@ def _text(raw: io.FileIO, replaced: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
 
 
-class _Output(io.FileIO):
+class _StandardOutput(io.FileIO):
     """Standard output. After the first error, which is reported, nothing more is written."""
 
     failed = False
@@ -61,7 +61,7 @@ class _Output(io.FileIO):
             ) from error
 
 
-class _Messages(io.FileIO):
+class _StandardError(io.FileIO):
     """Standard error. That it cannot be written is no reason to end a long fit."""
 
     def write(self, data: Any) -> int:

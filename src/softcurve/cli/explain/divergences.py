@@ -17,6 +17,14 @@ from softcurve.cli.explain.network import History, Network
 from softcurve.cli.page.picture import FIRST, MUTED, SECOND, THIRD, line_chart, picture
 from softcurve.cli.page.render import Check, Section
 
+GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
+MODES = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, standard deviation
+MIDDLE = 0.0  # a point between the modes
+STARTS = [(mean, log_width) for mean in (-3.0, 0.0, 3.0) for log_width in (0.0, 1.0)]
+DIGITS = 200
+SCALES = [10 ** (k / 4) for k in range(-16, 1)]
+SMALL = 9  # the number of scales up to 0.01, where the slope is measured
+
 
 def explain_targets(network: Network) -> Section:
     """Compare the two losses, and their gradients with respect to every parameter, on the held-out digits."""
@@ -81,12 +89,6 @@ def _training(history: History, entropy: float) -> Figure:
     )  # fmt: skip
     figure.axes[0].fill_between(steps, kl, ce, color=THIRD, alpha=0.16, linewidth=0)
     return figure
-
-
-GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
-MODES = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, standard deviation
-MIDDLE = 0.0  # a point between the modes
-STARTS = [(mean, log_width) for mean in (-3.0, 0.0, 3.0) for log_width in (0.0, 1.0)]
 
 
 def explain_directions() -> Section:
@@ -190,11 +192,6 @@ def _modes(target: list[float], forward: list[float], reverse: list[float]) -> F
     figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].legend()
     return figure
-
-
-DIGITS = 200
-SCALES = [10 ** (k / 4) for k in range(-16, 1)]
-SMALL = 9  # the number of scales up to 0.01, where the slope is measured
 
 
 def explain_minimum(network: Network, seed: int) -> Section:

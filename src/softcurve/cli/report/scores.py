@@ -34,6 +34,11 @@ from softcurve.fit.diagnostics import Calibration, Diagnostics
 
 WIDTH, HEIGHT, BELOW = 4.6, 4.5, 1.0  # of the reliability curve and the histogram below it, in inches
 SMALLEST_SIDE = 4
+IN_A_TABLE = 25  # the largest number of classes whose matrix is a table, and that have a row each
+WORST, PAIRS = 12, 15
+VECTORS = 1000  # the largest number of marks that are drawn as vectors
+# The shades of a cell above which the colour of the page is the better text colour: on a dark page, and on both.
+MIDDLE, STRONG = 0.62, 0.82
 
 
 def show_calibration(report: FitReport) -> Section:
@@ -118,13 +123,6 @@ def _png(shades: Float64[Tensor, "side side"]) -> bytes:
     buffer = io.BytesIO()
     imsave(buffer, pixels, format="png", metadata={"Software": "softcurve"})
     return buffer.getvalue()
-
-
-IN_A_TABLE = 25  # the largest number of classes whose matrix is a table, and that have a row each
-WORST, PAIRS = 12, 15
-VECTORS = 1000  # the largest number of marks that are drawn as vectors
-# The shades of a cell above which the colour of the page is the better text colour: on a dark page, and on both.
-MIDDLE, STRONG = 0.62, 0.82
 
 
 def show_confusion(report: FitReport) -> Section:
@@ -214,10 +212,9 @@ def _bar(css: str, share: float, text: object) -> Markup:
 
 def _worst(judged: Diagnostics) -> list[int]:
     """The classes of lowest recall among those with rows; of equals those with most rows."""
-    seen = (judged.support > 0).nonzero().squeeze(1)
-    by_support = seen[judged.support[seen].argsort(descending=True, stable=True)]
-    recall = judged.correct[by_support] / judged.support[by_support]
-    worst: list[int] = by_support[recall.argsort(stable=True)[:WORST]].tolist()
+    recall = judged.correct / judged.support  # NaN without rows, which comes last
+    order = np.lexsort((-judged.support.numpy(), recall.numpy()))
+    worst: list[int] = order[: min(WORST, int((judged.support > 0).sum()))].tolist()
     return worst
 
 
