@@ -320,6 +320,7 @@ def test_numbers_are_written_for_people() -> None:
     assert show(-1e-15) == "−10<sup>−15</sup>"
     assert show(0.0335) == "0.0335"
     assert show(math.inf) == "+∞"
+    assert show(math.nan) == show(math.nan, ".2f") == "NaN"
     assert show(-0.5, ".2f") == "−0.50"
     assert show(-math.inf, ".4f") == "−∞"
 

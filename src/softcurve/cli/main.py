@@ -28,6 +28,7 @@ except ImportError as error:
 
 __all__ = ["app", "main"]
 
+Work = Callable[[Any, bool | None], None]
 BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 
 
-def _command(options: Any) -> Callable[[Callable[[Any, bool | None], None]], None]:
+def _command(options: Any) -> Callable[[Work], Work]:
     """Register a command whose parameters are the fields of the dataclass ``options``, and ``--progress``."""
     hints = get_type_hints(options, include_extras=True)
     named = [(each.name, hints[each.name], each.default) for each in fields(options)] + [("progress", Progress, None)]
@@ -47,12 +48,13 @@ def _command(options: Any) -> Callable[[Callable[[Any, bool | None], None]], Non
         for name, hint, value in named
     ]
 
-    def register(work: Callable[[Any, bool | None], None]) -> None:
+    def register(work: Work) -> Work:
         def run(progress: bool | None, **values: Any) -> None:
             work(options(**values), progress)
 
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         app.command(work.__name__, help=work.__doc__)(run)
+        return work
 
     return register
 

@@ -49,7 +49,7 @@ class FitOptions:
     C: Annotated[float, option("X", "Inverse strength of the penalty ½‖W‖² as in scikit-learn; inf: none.", "--C")] = (
         1.0
     )
-    path: Annotated[str | None, option("C,C,…", "Further values of C to fit, for the report.")] = None
+    path: Annotated[str | None, option("C,C,...", "Further values of C to fit, for the report.")] = None
     fit_intercept: Annotated[bool, option(None, "Whether the head has a bias.", "--intercept/--no-intercept")] = True
     class_count: Annotated[
         int | None, option("N", "Number of classes for top-k targets.", least=2, default="largest index + 1")

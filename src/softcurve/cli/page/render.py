@@ -99,8 +99,8 @@ def show(value: object, form: str = "") -> object:
         return "–"
     if not isinstance(value, int | float) or form == "s":
         return value
-    if math.isinf(value):
-        return Markup("+∞" if value > 0 else "−∞")
+    if not math.isfinite(value):
+        return {math.inf: "+∞", -math.inf: "−∞"}.get(value, "NaN")
     if not form and value and not 1e-3 <= abs(value) < 1e4:
         return _power(value)
     form = form or (".3g" if abs(value) < 999.5 else ".0f")  # in three digits, 999.5 would be 1e+03
