@@ -31,12 +31,12 @@ from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.subset import Subset, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
+from softcurve.fit.group import ALONE, Group, raised_by_all
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.preconditioner import ClassBlocks
 from softcurve.fit.solver.settled import settled_rows
-from softcurve.fit.together import ALONE, Processes, raised_by_all
 
 RNG = np.random.default_rng(0)
 ROWS, CLASSES = 331, 4
@@ -77,7 +77,7 @@ def mixed(*rows, **options) -> Case:
 
 
 def of(source, group):
-    return source if group is None else shared(source, Processes(group))
+    return source if group is None else shared(source, Group(group))
 
 
 def separable() -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ def classes_blocks(folder, group):
 
 def settled(folder, group):
     """The rows that are left out, by number, and how many fits leave out in all processes."""
-    together = ALONE if group is None else Processes(group)
+    together = ALONE if group is None else Group(group)
     curving, of_logits = torch.tensor(np.random.default_rng(6).lognormal(sigma=3, size=(2, 500)))
     curving[::7] = 0.0
     found = {}
@@ -215,7 +215,7 @@ def write_shards(folder: Path) -> None:
 
 def opened(kind: str, target: str | None = None) -> Case:
     def case(folder, group):
-        together = ALONE if group is None else Processes(group)
+        together = ALONE if group is None else Group(group)
         source = open_source(str(folder / kind), None if target is None else folder / target, together=together)
         fit = fit_head(Subset(source, np.arange(ROWS) % 5 > 0), tol=1e-9)
         return told(fit) | {"classes": [str(name) for name in source.classes], "fingerprint": source.fingerprint}
@@ -234,7 +234,7 @@ def own_rows_alone(folder, group):
 
     RawColumn._fill = noted
     try:
-        together = ALONE if group is None else Processes(group)
+        together = ALONE if group is None else Group(group)
         source = open_source(str(folder / "lists.npy"), folder / "target.npy", together=together)
         read_labels = sorted(read)
         read.clear()
@@ -262,7 +262,7 @@ def refused(name: str, attempt: Case) -> Case:
 
 
 def not_finite(folder, group):
-    together = ALONE if group is None else Processes(group)
+    together = ALONE if group is None else Group(group)
     source = open_source(str(folder / "bad.npy"), folder / "target.npy", together=together)
     fit_head(source)
 
@@ -334,7 +334,7 @@ def asked_to_stop(folder, group):
     file = folder / f"stopped-{1 if group is None else dist.get_world_size(group)}"
     if group is not None:
         asked = []
-        together = Processes(group, lambda: bool(asked) and dist.get_rank(group) == dist.get_world_size(group) - 1)
+        together = Group(group, lambda: bool(asked) and dist.get_rank(group) == dist.get_world_size(group) - 1)
         source = shared(to_source(X, LABELS), together)
         try:
             fit_head(

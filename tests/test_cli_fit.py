@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from softcurve.app.cli import app
 from softcurve.app.fitting import FitOptions, fit_command
 from softcurve.fit import DataError
+from softcurve.fit.group import Group
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.together import Together
 
 from .gathered import load_rows, make_rows, split
 
@@ -329,7 +329,7 @@ def test_explain_prints_the_record_last(monkeypatch):
     assert output.startswith("a table\n")
 
 
-class Unlike(Together):
+class Unlike(Group):
     """A process beside another one that says something else."""
 
     size = 2

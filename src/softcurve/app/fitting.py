@@ -23,12 +23,12 @@ from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
 from softcurve.fit.losses import check_loss
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
-from softcurve.fit.together import ALONE, Together, require_same
 
 __all__ = ["FitOptions", "fit_command"]
 
@@ -77,7 +77,7 @@ class Work:
 
 def fit_command(
     options: FitOptions,
-    together: Together = ALONE,
+    together: Group = ALONE,
     *,
     progress: bool | None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -119,7 +119,7 @@ def _write(options: FitOptions, source: Source, work: Work, outputs: dict[str, P
     print_record(record)
 
 
-def _require_same_options(options: FitOptions, together: Together) -> None:
+def _require_same_options(options: FitOptions, together: Group) -> None:
     """Raise DataError where a process was given another option than the first.
 
     The path of the data may be another on another machine: what the files hold is compared when they are opened.

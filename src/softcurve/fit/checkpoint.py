@@ -21,10 +21,10 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable
+from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
 from softcurve.fit.tensor_file import read_tensors, write_tensors
-from softcurve.fit.together import LostProcess, Together
 
 __all__ = ["Checkpoint", "Keeper", "digest", "digest_of_all"]
 
@@ -121,7 +121,7 @@ class Keeper:
     Where a file is opened, the state is kept in it; the first of several processes reads and writes it.
     """
 
-    def __init__(self, together: Together, on_step: Callable[[Step], None]) -> None:
+    def __init__(self, together: Group, on_step: Callable[[Step], None]) -> None:
         self.together, self.on_step = together, on_step
         self.path: Path | None = None
         self.file: Checkpoint | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Int64
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group
 
 __all__ = ["ConfusedPair", "Confusion"]
 
@@ -64,7 +64,7 @@ class Confusion:
         self._counts = torch.zeros_like(self._codes).index_add_(0, places, counts)
         self._pending, self._gathered = [], 0
 
-    def add_others(self, together: Together) -> None:
+    def add_others(self, together: Group) -> None:
         """Count the rows of all processes, which do the same."""
         counts = (self.support, self.predicted, self.correct)
         with together.summed(*counts if self.matrix is None else (*counts, self.matrix)):

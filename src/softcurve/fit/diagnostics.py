@@ -13,9 +13,9 @@ from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
 from softcurve.fit.data.source import Block, BlockTarget, Source, TargetKind, rows_within, share_of
+from softcurve.fit.group import Group
 from softcurve.fit.losses import row_losses
 from softcurve.fit.scores import target_labels, target_mass
-from softcurve.fit.together import Together
 from softcurve.functional import entropy
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
@@ -195,7 +195,7 @@ class _Sums:
         self.confidence.index_add_(0, places, rows.confidence)
         self.right.index_add_(0, places, rows.right)
 
-    def add_others(self, together: Together) -> None:
+    def add_others(self, together: Group) -> None:
         """The sums over the rows of all processes."""
         totals = torch.tensor([self.rows, *self.totals.values()], dtype=torch.float64)
         counts = self.counts.double()
@@ -226,7 +226,7 @@ class _Hardest:
         found = [HardRow(*row) for row in zip(numbers, *(column[order].tolist() for column in columns), strict=True)]
         self._keep(self.rows + found, [self.features, block.features[order].double()])
 
-    def add_others(self, together: Together) -> None:
+    def add_others(self, together: Group) -> None:
         """The hardest of the rows of all processes."""
         if together.size == 1:
             return

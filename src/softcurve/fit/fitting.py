@@ -18,12 +18,12 @@ from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Block, Source, share_of
+from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import Objective
-from softcurve.fit.together import Processes, Together, require_same
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
@@ -319,7 +319,7 @@ def own_part(
 
     The other arguments are only compared with those of the other processes.
     """
-    own = shared(source, Processes(group))
+    own = shared(source, Group(group))
     weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
     axes = () if coordinates is None else (coordinates.mean, coordinates.basis)
     compared = {"sample_weight": (weights,), "start": start or (), "coordinates": axes}
@@ -370,7 +370,7 @@ def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) 
 
 
 @contextmanager
-def _threads(work: int, together: Together) -> Iterator[None]:
+def _threads(work: int, together: Group) -> Iterator[None]:
     """Keep torch to one thread where a product is a matter of microseconds; and all processes to as many.
 
     They add up what they all have with the same rounding then, and decide alike.

@@ -14,8 +14,8 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.group import Group
 from softcurve.fit.losses import Loss
-from softcurve.fit.together import Together
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
@@ -200,7 +200,7 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
 
 
 def _of_all(
-    features: list[Tensor], targets: list[Tensor | TopK], source: Source, together: Together
+    features: list[Tensor], targets: list[Tensor | TopK], source: Source, together: Group
 ) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
     """The rows that all processes have drawn, in their order."""
     if together.size == 1:

@@ -8,7 +8,7 @@ from typing import Any
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.fitting import SAME, Fit, coordinates_of, fit_head, is_number, own_part
-from softcurve.fit.together import require_same
+from softcurve.fit.group import require_same
 
 __all__ = ["regularisation_path"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from softcurve.array_types import Bool, Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group
 
 __all__ = ["Coordinates", "find_coordinates"]
 
@@ -158,7 +158,7 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
     return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, together)[1]], 1), null
 
 
-def _eigh(matrix: Tensor, together: Together) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, together: Group) -> tuple[Tensor, Tensor]:
     """The first process's: another machine's may have other signs."""
     values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
     with together.agreed():

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
+from softcurve.fit.group import Group
 from softcurve.fit.solver.curvature import Curvature
-from softcurve.fit.together import Together
 
 __all__ = ["ClassBlocks", "Eigenbasis", "blocks_pay"]
 
@@ -112,7 +112,7 @@ class ClassBlocks:
         return torch.bmm(self.inverses, scaled[:, :, None])[:, :, 0].double().mul_(self.scale)
 
 
-def _of_all(weights: Tensor, rows: Tensor, count: int, together: Together) -> tuple[Tensor, Tensor]:
+def _of_all(weights: Tensor, rows: Tensor, count: int, together: Group) -> tuple[Tensor, Tensor]:
     """Of the rows of this process with the largest weights of each class, those that are among ``count`` of all rows.
 
     Where they are fewer for one class than for another, rows without weight fill their places.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64, Int64
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group
 
 __all__ = ["settled_rows"]
 
@@ -19,7 +19,7 @@ def settled_rows(
     most: float,
     of_logits: Float64[Tensor, " rows"],
     share: float,
-    together: Together,
+    together: Group,
 ) -> tuple[Int64[Tensor, " settled"], int]:
     """The rows that curve least, with a sum of at most ``most``, and of ``of_logits`` at most that share of all.
 
