@@ -149,11 +149,11 @@ def test_factor_and_diagonals_are_the_dense_matrix_s(kind, damping, memory):
 @pytest.mark.parametrize(
     ("kind", "damping"), [("labels", 0.0), ("labels", 1e-3), ("distributions", 0.0), ("top_k", 0.0)]
 )
-def test_rows_left_out_are_settled(kind, damping, memory):
+def test_rows_left_out_are_negligible(kind, damping, memory):
     # Nearly every row is certain, of the wrong class too: those of labels count for nothing but with damping.
     problem = Problem(kind, size=60.0)
     curvature = problem.curvature(MEMORIES[memory], damping)
-    curvature.leave_out_settled_rows()
+    curvature.leave_out_negligible_rows()
     left_out = curvature._left_out
     if left_out is None:
         assert kind == "labels"
@@ -169,9 +169,9 @@ def test_rows_left_out_are_settled(kind, damping, memory):
     assert np.linalg.eigvalsh(lost[np.ix_(of_weights, of_weights)]).max() <= 0.1 * PENALTY
 
 
-def test_nothing_is_left_out_of_rows_that_are_not_settled():
+def test_no_row_of_notable_curvature_is_left_out():
     curvature = Problem(size=0.1).curvature()
-    curvature.leave_out_settled_rows()
+    curvature.leave_out_negligible_rows()
     assert curvature._left_out is None
 
 
@@ -314,7 +314,7 @@ def test_approximate_inverses_are_symmetric_and_positive(preconditioner, kind):
     assert np.linalg.eigvalsh(matrix).min() > 0.0
 
 
-def test_class_blocks_bring_settled_rows_nearer_than_the_eigenbasis():
+def test_class_blocks_bring_certain_rows_nearer_than_the_eigenbasis():
     problem = Problem(rows=200, size=8.0)
     dense = problem.dense(1e-2)
     root = np.linalg.cholesky(dense)

@@ -23,7 +23,7 @@ Keep = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Point(ShortRepr):
-    """Where the fit stands: the objective in nats, its gradient, and the largest entry of that in weight and bias."""
+    """Parameters, the objective in nats, its gradient, and the largest entry of the gradient in weight and bias."""
 
     parameters: Float64[Tensor, "classes size"]
     value: float
@@ -32,7 +32,7 @@ class Point(ShortRepr):
 
     @property
     def finite(self) -> bool:
-        """Whether the objective and all of its gradient are finite: a step that is too long may leave their range."""
+        """Whether the objective and all of its gradient are finite, which they may not be after too long a step."""
         return math.isfinite(self.value) and bool(self.gradient.isfinite().all()) and math.isfinite(self.gradient_max)
 
 
@@ -51,33 +51,34 @@ class Objective:
     ) -> None:
         self.source, self.loss, self.penalty, self.weights = source, loss, penalty, weights
         self.coordinates, self.classes, self.rows_at_once = coordinates, classes, rows_at_once
-        # Fresh memory for every block would cost more than what is computed in it.
+        # Allocating memory for every block would take longer than what is computed in it.
         most = min(rows_at_once, source.rows)
         self._features = torch.empty(most, source.width, dtype=torch.float64)
         self._logits = torch.empty(most, classes, dtype=torch.float64)
 
     def at(self, parameters: Float64[Tensor, "classes size"], keep: Keep | None = None) -> Point:
-        """One pass over the rows; ``keep`` is given each block's first row and probabilities, to copy what it wants."""
+        """Pass over the rows; ``keep`` is called with the first row of each block and a view of its probabilities."""
         weight, bias = self.coordinates.about_mean(parameters)
         weight_out = torch.zeros_like(weight)
         bias_out = weight.new_zeros(len(weight))
         total = torch.zeros(1, dtype=torch.float64)
+        row_losses_of = _cross_entropy if self.loss in ("cross_entropy", "forward_kl") else _any_loss
         with share_of(self.source).together.summed(weight_out, bias_out, total):
             for block in self.source.blocks(self.rows_at_once):
                 count = len(block)
-                # Converted first: to subtract a float64 vector from float32 rows takes three times as long.
+                # Converting first is three times as fast as subtracting a float64 vector from float32 rows.
                 features = self._features[:count].copy_(block.features).sub_(self.coordinates.mean)
                 logits = torch.mm(features, weight.T, out=self._logits[:count])
                 if bias is not None:
                     logits += bias
                 assert block.target is not None
-                losses, residual = _LOSSES.get(self.loss, _any_loss)(self.loss, logits, block.target, keep, block.start)
-                of_rows = self.weights[block.start : block.start + count]
-                # A row without weight counts for nothing, also where its loss is infinite.
-                total += (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
-                residual *= of_rows[:, None]
-                if not (of_rows > 0).all():
-                    residual[of_rows == 0] = 0.0
+                losses, residual = row_losses_of(self.loss, logits, block.target, keep, block.start)
+                weights = self.weights[block.start : block.start + count]
+                # A row of weight zero has no part in the sums, even if its loss is infinite.
+                total += (weights * torch.where(weights > 0, losses, 0.0)).sum()
+                residual *= weights[:, None]
+                if not (weights > 0).all():
+                    residual[weights == 0] = 0.0
                 weight_out.addmm_(residual.T, features)
                 if bias is not None:
                     bias_out += residual.sum(0)
@@ -87,7 +88,7 @@ class Objective:
         return Point(parameters, value, gradient, self.coordinates.largest_gradient(weight_out, bias_out))
 
     def refuse_rows(self) -> None:
-        """Raise DataError for rows whose loss or gradient is not finite at zero, where no step has led yet."""
+        """Raise DataError for rows whose loss or gradient is not finite before any step is taken."""
         with share_of(self.source).together.agreed():
             for block in self.source.blocks(self.rows_at_once):
                 refuse_zeros(self.loss, block, self.weights[block.start : block.start + len(block)])
@@ -100,7 +101,7 @@ class Objective:
 def _cross_entropy(
     loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses and residuals ``p − y``, these in the place of the logits."""
+    """Return the losses and the residuals ``Σy p − y``, which overwrite the logits."""
     if not isinstance(target, Tensor):
         return _any_loss(loss, logits, target, keep, start)
     logits -= logits.amax(1, keepdim=True)
@@ -131,6 +132,3 @@ def _any_loss(loss: str, logits: Tensor, target: BlockTarget, keep: Keep | None,
     if keep is not None:
         keep(start, torch.softmax(logits.detach(), 1))
     return losses.detach(), residual
-
-
-_LOSSES = {"cross_entropy": _cross_entropy, "forward_kl": _cross_entropy}
