@@ -84,53 +84,40 @@ def _connect(timeout: float) -> Group:
 
 
 def _part(group: Group) -> tuple[bool, list[int]]:
-    """Leave the group. Return whether this process shows what happened, and the processes that have not left."""
-    # The store is lost with the first process, unless torchrun holds it.
+    """Leave the group. Return whether this process shows what happened, and the processes that have not left.
+
+    The first process that leaves shows what happened. The store is lost with the first process of the group, unless
+    torchrun holds it.
+    """
     outcome = [(group.rank <= 1, [0])]
+    marks = [f"left/{rank}" for rank in range(group.size)]
+    store = dist.distributed_c10d._get_default_store()
 
     def leave() -> None:
         with suppress(RuntimeError):
-            outcome.append(_leave_in_store(group))
+            shows = store.add("leaving", 1) == 1
+            store.set(marks[group.rank], "")
+            group.close_connections()
+            if shows or group.first:
+                _wait_until(lambda: store.check(marks))
+            outcome.append((shows, [rank for rank, mark in enumerate(marks) if shows and not store.check([mark])]))
+            if shows:
+                store.set("shown", "")
+            elif group.first:  # the store may end with this process
+                _wait_until(lambda: store.check(["shown"]))
 
-    with _without_stderr():  # torch writes there about a store that it cannot reach
-        thread = threading.Thread(target=leave, daemon=True)
+    # In a thread, as a request to a store that hangs never returns; torch writes to stderr about one that has ended.
+    thread = threading.Thread(target=leave, daemon=True)
+    with open(os.devnull, "wb") as devnull:
+        stderr = os.dup(2)
+        os.dup2(devnull.fileno(), 2)
         thread.start()
-        thread.join(3 * GRACE)  # a request to a store that hangs never returns
+        thread.join(3 * GRACE)
+        os.dup2(stderr, 2)
     return outcome[-1]
-
-
-def _leave_in_store(group: Group) -> tuple[bool, list[int]]:
-    """Mark this process as left; the first to do so shows what happened. See :func:`_part`."""
-    store = dist.distributed_c10d._get_default_store()
-    marks = [f"left/{rank}" for rank in range(group.size)]
-    shows = store.add("leaving", 1) == 1
-    store.set(marks[group.rank], "")
-    group.close_connections()
-    if not shows and not group.first:
-        return False, []
-    _wait_until(lambda: store.check(marks))
-    missing = [rank for rank, mark in enumerate(marks) if not store.check([mark])]
-    if shows:
-        store.set("shown", "")
-    else:  # the store may end with this process
-        _wait_until(lambda: store.check(["shown"]))
-    return shows, missing
 
 
 def _wait_until(reached: Callable[[], bool]) -> None:
     end = time.monotonic() + GRACE
     while not reached() and time.monotonic() < end:
         time.sleep(0.02)
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Discard what is written to the file descriptor of standard error."""
-    original = os.dup(2)
-    with open(os.devnull, "wb") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(original, 2)
-        os.close(original)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.fit import DataError
-from softcurve.processes import max_over, sum_over
+from softcurve.processes import sum_over
 
 __all__ = ["ALONE", "Group", "LostProcess", "raised_by_all", "require_same"]
 
@@ -90,12 +90,7 @@ class Group:
 
     def largest(self, *numbers: int | float) -> tuple[int | float, ...]:
         """Return each number's maximum over the processes."""
-        if self.processes is None:
-            return numbers
-        maxima = torch.tensor(numbers, dtype=torch.float64)
-        with _communication():
-            max_over([maxima], self.processes)
-        return tuple(maxima.tolist())
+        return tuple(max(column) for column in zip(*self.values(numbers), strict=True))
 
     def values(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""

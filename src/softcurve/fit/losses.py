@@ -1,4 +1,4 @@
-"""The losses that a head can be fitted with, by name, on the logits of some rows."""
+"""The losses that a head can be fitted with, by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_loss(loss: str, kind: TargetKind) -> None:
 
 
 def refuse_zeros(loss: str, block: Block, weights: Float64[Tensor, " rows"] | None = None) -> None:
-    """Raise DataError where a row of positive weight has a target of 0: its Σ p log(p/y) is infinite, as p > 0."""
+    """Raise DataError if a row of positive weight has a target of 0, for which Σ p log(p/y) is infinite, as p > 0."""
     target = block.target
     if loss != "reverse_kl" or not isinstance(target, Tensor) or not target.is_floating_point():
         return
@@ -46,21 +46,21 @@ def refuse_zeros(loss: str, block: Block, weights: Float64[Tensor, " rows"] | No
 
 
 def row_losses(loss: str, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> Float[Tensor, " rows"]:
-    """Each row's loss, in nats: ``js`` is at β = ½; a list's unlisted classes are one outcome, as ``TopK`` says."""
-    given: Target
+    """Return the loss of each row in nats; ``js`` has β = ½, and ``TopK`` defines the outcomes of a list."""
+    wrapped: Target
     if isinstance(target, Target):
-        given = target
+        wrapped = target
     elif target.is_floating_point():
-        given = Probabilities(target)
+        wrapped = Probabilities(target)
     elif loss in ("cross_entropy", "forward_kl"):  # H(y) = 0 for a label: its forward KL is its cross-entropy
         return cross_entropy(logits, target, reduction="none")
     else:
         one_hot = logits.new_zeros(logits.shape).scatter_(-1, target[:, None], 1.0)
-        given = Probabilities(one_hot)
+        wrapped = Probabilities(one_hot)
     if loss == "cross_entropy":
-        return cross_entropy(logits, given, reduction="none")
+        return cross_entropy(logits, wrapped, reduction="none")
     if loss == "forward_kl":
-        return kl_divergence(given, logits, reduction="none")
+        return kl_divergence(wrapped, logits, reduction="none")
     if loss == "reverse_kl":
-        return kl_divergence(logits, given, reduction="none")
-    return js_divergence(given, logits, reduction="none")
+        return kl_divergence(logits, wrapped, reduction="none")
+    return js_divergence(wrapped, logits, reduction="none")
