@@ -133,7 +133,7 @@ def left_out(folder, group):
     def noted(self):
         choose(self)
         own = torch.zeros(1) if self._left_out is None else self._left_out.sum().float()[None]
-        counts.append(int(sum(self.together.gathered(own))))
+        counts.append(int(sum(self.group.gathered(own))))
 
     Curvature.leave_out_negligible_rows = noted
     try:

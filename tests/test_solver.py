@@ -15,7 +15,7 @@ from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, OF_CURVATURE, Curvature
 from softcurve.fit.solver.newton import conjugate_gradients
-from softcurve.fit.solver.objective import Objective
+from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.targets import TopK
 
@@ -64,11 +64,12 @@ class Problem:
         self.u = np.concatenate([centred @ basis, np.ones((rows, 1))], 1) if intercept else centred @ basis
         self.p = np.exp(log_softmax(self.u @ self.parameters.numpy().T, 1))
 
+    def problem(self, loss):
+        return FitProblem(self.source, self.weights, loss, PENALTY, AT_ONCE)
+
     def curvature(self, memory=2**20, damping=0.0, scale=1.0):
-        curvature = Curvature(
-            self.source, self.coordinates, self.weights, CLASSES, scale=scale, penalty=PENALTY, dtype=torch.float64,
-            rows_at_once=AT_ONCE, memory=memory,
-        )  # fmt: skip
+        loss = {1.0: "cross_entropy", 0.25: "js"}[scale]
+        curvature = Curvature(self.problem(loss), self.coordinates, dtype=torch.float64, memory=memory)
         for start in range(0, len(self.p), AT_ONCE):
             curvature.keep(start, torch.as_tensor(self.p[start : start + AT_ONCE]))
         curvature.move_to(self.parameters)
@@ -255,7 +256,7 @@ CASES = [(loss, kind) for loss in AT_AGREEMENT for kind in KINDS if (loss, kind)
 @pytest.mark.parametrize(("loss", "kind"), CASES)
 def test_the_objective_and_its_gradients(loss, kind, intercept):
     problem = Problem(kind, intercept=intercept)
-    objective = Objective(problem.source, loss, PENALTY, problem.weights, problem.coordinates, CLASSES, AT_ONCE)
+    objective = Objective(problem.problem(loss), problem.coordinates)
     kept = np.zeros((ROWS, CLASSES))
     point = objective.at(problem.parameters, lambda start, p: kept.__setitem__(slice(start, start + len(p)), p.numpy()))
     np.testing.assert_allclose(kept, problem.p, atol=1e-14)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from softcurve.array_types import Int64
@@ -13,7 +15,6 @@ from softcurve.fit.group import Group
 __all__ = ["ConfusedPair", "Confusion"]
 
 DENSE_CLASSES = 200  # up to here there is a confusion matrix
-PENDING = 1 << 16  # rows that are collected before they are merged into the counts
 
 
 @dataclass(frozen=True)
@@ -26,66 +27,44 @@ class ConfusedPair:
 
 
 class Confusion:
-    """Exact counts of the pairs (label, predicted) that occur, of which there are never more than rows."""
+    """Exact counts of the pairs (label, predicted), as a sparse matrix: there are never more pairs than rows."""
 
     def __init__(self, classes: int) -> None:
-        self.classes = classes
-        self._pairs, self._counts = torch.zeros(2, 0, dtype=torch.int64)  # label · C + predicted, sorted
-        self._pending: list[Tensor] = []
+        self._counts = csr_array((classes, classes), dtype=np.int64)
 
     def add(self, label: Int64[Tensor, " rows"], predicted: Int64[Tensor, " rows"]) -> None:
         """Count the rows of a block."""
-        self._pending.append(label * self.classes + predicted)
-        # Waiting for as many as there are counts merges each pair a logarithmic number of times.
-        if sum(map(len, self._pending)) >= max(PENDING, len(self._pairs)):
-            self._merge_pending()
+        ones, pairs = np.ones(len(label), np.int64), (label.numpy(), predicted.numpy())
+        self._counts = self._counts + csr_array((ones, pairs), shape=self._counts.shape)
 
     def add_processes(self, group: Group) -> None:
         """Add the counts of all other processes."""
-        self._merge_pending()
-        self._merge(torch.cat(group.gathered(self._pairs)), torch.cat(group.gathered(self._counts)))
+        first, *others = group.values(self._counts)
+        self._counts = sum(others, first)
 
     @property
     def support(self) -> Int64[Tensor, " classes"]:
         """The number of rows of each label."""
-        return self._sums(self._pairs // self.classes, self._counts)
+        return torch.as_tensor(self._counts.sum(1))
 
     @property
     def predicted(self) -> Int64[Tensor, " classes"]:
         """The number of rows for which each class is predicted."""
-        return self._sums(self._pairs % self.classes, self._counts)
+        return torch.as_tensor(self._counts.sum(0))
 
     @property
     def correct(self) -> Int64[Tensor, " classes"]:
         """The number of rows of each label for which it is predicted."""
-        return self._sums(self._pairs // self.classes, torch.where(self._wrong(), 0, self._counts))
+        return torch.as_tensor(self._counts.diagonal())
 
     @property
     def matrix(self) -> Int64[Tensor, "classes classes"] | None:
         """The confusion matrix, if there are few classes."""
-        if self.classes > DENSE_CLASSES:
-            return None
-        matrix = torch.zeros(self.classes**2, dtype=torch.int64)
-        return matrix.index_add_(0, self._pairs, self._counts).view(self.classes, -1)
+        return torch.as_tensor(self._counts.toarray()) if self._counts.shape[0] <= DENSE_CLASSES else None
 
     def most_confused(self, at_most: int) -> tuple[ConfusedPair, ...]:
         """Return the pairs of different classes that occur most often; of equals, the first in order of the classes."""
-        pairs, counts = self._pairs[self._wrong()], self._counts[self._wrong()]
-        order = counts.argsort(descending=True, stable=True)[:at_most]
-        most = zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
-        return tuple(ConfusedPair(pair // self.classes, pair % self.classes, count) for pair, count in most)
-
-    def _merge_pending(self) -> None:
-        pending = torch.cat([self._pairs[:0], *self._pending])
-        self._merge(torch.cat([self._pairs, pending]), torch.cat([self._counts, torch.ones_like(pending)]))
-        self._pending = []
-
-    def _merge(self, pairs: Int64[Tensor, " pairs"], counts: Int64[Tensor, " pairs"]) -> None:
-        self._pairs, places = pairs.unique(return_inverse=True)
-        self._counts = torch.zeros_like(self._pairs).index_add_(0, places, counts)
-
-    def _wrong(self) -> Tensor:
-        return torch.ne(self._pairs // self.classes, self._pairs % self.classes)
-
-    def _sums(self, classes: Int64[Tensor, " pairs"], counts: Int64[Tensor, " pairs"]) -> Int64[Tensor, " classes"]:
-        return torch.zeros(self.classes, dtype=torch.int64).index_add_(0, classes, counts)
+        counts = self._counts.tocoo()
+        wrong = np.flatnonzero(counts.row != counts.col)
+        order = wrong[np.lexsort((counts.col[wrong], counts.row[wrong], -counts.data[wrong]))][:at_most]
+        return tuple(ConfusedPair(int(counts.row[i]), int(counts.col[i]), int(counts.data[i])) for i in order)

@@ -22,9 +22,9 @@ from softcurve.fit.data.source import Block, Source, share_of
 from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
-from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
+from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
-from softcurve.fit.solver.objective import Objective
+from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
@@ -135,11 +135,9 @@ def fit_head(
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         _check_coordinates(coordinates, source.width, fit_intercept)
-        objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
-        curvature_in = partial(
-            Curvature, source, coordinates, weights, classes, scale=AT_AGREEMENT[loss], penalty=penalty,
-            rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
-        )  # fmt: skip
+        problem = FitProblem(source, weights, loss, penalty, rows_at_once)
+        objective = Objective(problem, coordinates)
+        curvature_in = partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product)
         cold = partial(_cold_state, objective, total, double=double)
         keeper, state = Keeper(share.together, on_step), None
         if checkpoint is not None:
@@ -301,20 +299,19 @@ def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: b
 
 def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     """Return the start at zero weights and, as bias, the logarithms of the class frequencies."""
-    coordinates = objective.coordinates
-    parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
+    problem, coordinates = objective.problem, objective.coordinates
+    parameters = torch.zeros(problem.classes, coordinates.size, dtype=torch.float64)
     if coordinates.intercept:
         # One more row with equal probabilities keeps the frequencies positive.
-        logs = (_class_frequencies(objective) + 1.0 / (total * objective.classes)).log()
+        logs = (_class_frequencies(problem) + 1.0 / (total * problem.classes)).log()
         parameters[:, -1] = logs - logs.mean()
     return State(parameters, FIRST_DAMPING, math.inf, 0, double, False, ())
 
 
-def _class_frequencies(objective: Objective) -> Float64[Tensor, " classes"]:
-    frequencies = torch.zeros(objective.classes, dtype=torch.float64)
-    with share_of(objective.source).together.summed(frequencies):
-        for block in objective.source.blocks(objective.rows_at_once):
-            weights = objective.weights[block.start : block.start + len(block)]
+def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
+    frequencies = torch.zeros(problem.classes, dtype=torch.float64)
+    with problem.group.summed(frequencies):
+        for block, weights in problem.blocks():
             assert block.target is not None
             if not isinstance(block.target, Tensor):
                 probs = block.target.log_probs.double().exp() * weights[:, None]
@@ -338,20 +335,19 @@ def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
         products=history[-1].products,
         converged=outcome.converged,
         reason=outcome.reason,
-        separated=not objective.penalty and _separates(objective, weight, bias),
+        separated=not objective.problem.penalty and _separates(objective.problem, weight, bias),
         history=history,
     )
 
 
-def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
+def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
     """Whether the label of every row has the largest logit, so that larger weights always have a smaller loss."""
-    if objective.source.kind == "top_k":
+    if problem.source.kind == "top_k":
         return False
     blocks_against = torch.zeros(1, dtype=torch.float64)
-    with share_of(objective.source).together.summed(blocks_against):
-        for block in objective.source.blocks(objective.rows_at_once):
-            weighted = objective.weights[block.start : block.start + len(block)] > 0
-            if not _separated(block, weight, bias)[weighted].all():
+    with problem.group.summed(blocks_against):
+        for block, weights in problem.blocks():
+            if not _separated(block, weight, bias)[weights > 0].all():
                 blocks_against += 1.0
                 break
     return not blocks_against

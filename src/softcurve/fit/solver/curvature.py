@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float, Float64
-from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.data.source import BlockTarget, share_of
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.negligible_rows import negligible_rows
+from softcurve.fit.solver.objective import FitProblem
 from softcurve.fit.targets import target_rows
 from softcurve.losses.targets import TopK
 
@@ -51,30 +52,25 @@ class Curvature:
 
     def __init__(
         self,
-        source: Source,
+        problem: FitProblem,
         coordinates: Coordinates,
-        weights: Float64[Tensor, " rows"],
-        classes: int,
         *,
-        scale: float,
-        penalty: float,
         dtype: torch.dtype,
-        rows_at_once: int,
         memory: int,
         on_product: Callable[[int], None] = lambda products: None,
     ) -> None:
-        self.source, self.coordinates, self.classes = source, coordinates, classes
-        self.scale, self.dtype, self.rows_at_once = scale, dtype, rows_at_once
-        self.penalties = coordinates.penalties(penalty)
-        self.on_product = on_product
+        self.problem, self.coordinates, self.dtype, self.on_product = problem, coordinates, dtype, on_product
+        self.source, self.classes = problem.source, problem.classes
+        self.scale = AT_AGREEMENT[problem.loss]
+        self.penalties = coordinates.penalties(problem.penalty)
         self.damping = 0.0
         self.products = 0
         self.parameters: Tensor | None = None
-        share = share_of(source)
-        self.all_rows, self.together = share.total, share.together
+        self.all_rows, self.group = share_of(problem.source).total, problem.group
+        source, weights, classes = problem.source, problem.weights, problem.classes
         rows, size = source.rows, coordinates.size
         extremes = (float(weights.max()), -float(weights.min())) if rows else (-math.inf, -math.inf)
-        heaviest, minus_lightest, most_rows = self.together.largest(*extremes, rows)
+        heaviest, minus_lightest, most_rows = self.group.largest(*extremes, rows)
         uniform = heaviest == -minus_lightest
         # Weights near one leave float32 room above and below.
         self.mean_weight = heaviest if uniform else 1.0 / self.all_rows
@@ -85,16 +81,15 @@ class Curvature:
         left = memory - (rows * size * dtype.itemsize if store_features else 0)
         self.probabilities = torch.empty(min(rows, left // (classes * dtype.itemsize)), classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
-        most = min(rows_at_once, rows)
-        self._weights = weights
+        most = min(problem.rows_at_once, rows)
         self._left_out: Tensor | None = None
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
         self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, classes, dtype=dtype)
         self._centred = torch.ones(most, source.width + coordinates.intercept, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
-        with self.together.agreed():
-            for block in source.blocks(rows_at_once):
+        with self.group.agreed():
+            for block, _ in problem.blocks():
                 here = slice(block.start, block.start + len(block))
                 if self.features is not None:
                     coordinates.turned_into(self.features[here], block.features)
@@ -130,9 +125,9 @@ class Curvature:
         logit_curvatures = (2.0 * self._factor()) * self._uncertainty
         if self.damping:
             logit_curvatures += self.damping * self._error
-        logit_curvatures *= self._weights
+        logit_curvatures *= self.problem.weights
         curvatures, most = logit_curvatures * self._squares, LEFT_OUT * penalty
-        rows, count = negligible_rows(curvatures, most, logit_curvatures, LEFT_OUT_OF_INTERCEPTS, self.together)
+        rows, count = negligible_rows(curvatures, most, logit_curvatures, LEFT_OUT_OF_INTERCEPTS, self.group)
         # Gathering the other rows costs as much as the products of a few rows.
         if 2 * count > self.all_rows:
             self._left_out = torch.zeros(len(logit_curvatures), dtype=torch.bool)
@@ -144,7 +139,7 @@ class Curvature:
         along = self._for_tiles(direction)
         out = torch.zeros_like(along)
         result = torch.empty_like(along, dtype=torch.float64)
-        with self.together.summed(result):
+        with self.group.summed(result):
             self.on_product(self.products)
             for tile in self._tiles():
                 change = torch.mm(tile.features, along.T, out=self._change_buffer[: len(tile.features)])
@@ -159,7 +154,7 @@ class Curvature:
         factor = torch.zeros(self.classes, self.classes, dtype=self.dtype)
         diagonal = torch.zeros(self.classes, dtype=torch.float64)
         wide = torch.zeros_like(factor, dtype=torch.float64)
-        with self.together.summed(wide, diagonal):
+        with self.group.summed(wide, diagonal):
             for tile in self._tiles():
                 weighted = tile.weighted(tile.probabilities)
                 factor.addmm_(weighted.T, tile.probabilities, alpha=-self._factor())
@@ -181,7 +176,7 @@ class Curvature:
         """
         diagonal = torch.zeros(self.classes, self.coordinates.size, dtype=torch.float64)
         numbers = torch.arange(self.source.rows)
-        with self.together.summed(diagonal):
+        with self.group.summed(diagonal):
             for tile in self._tiles():
                 row_diagonals = self._row_diagonals(tile, basis)
                 if seen is not None:
@@ -262,11 +257,11 @@ class Curvature:
     def _rows(self) -> Iterator[tuple[int, Tensor, BlockTarget | None]]:
         """Yield the first row, the features and the target of each tile, from memory if they are there."""
         if self.features is not None and (self.labels is not None or not self.damping):
-            for start in range(0, self.source.rows, self.rows_at_once):
-                here = slice(start, start + self.rows_at_once)
+            for start in range(0, self.source.rows, self.problem.rows_at_once):
+                here = slice(start, start + self.problem.rows_at_once)
                 yield start, self.features[here], None if self.labels is None else self.labels[here]
             return
-        for block in self.source.blocks(self.rows_at_once):
+        for block, _ in self.problem.blocks():
             target = block.target
             if isinstance(target, Tensor) and target.is_floating_point():
                 target = target.to(self.dtype)

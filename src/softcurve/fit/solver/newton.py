@@ -128,7 +128,7 @@ class Newton:
         if not self._gradient_within_tolerance():
             return False
         # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
-        no_gain = self.objective.source.kind == "labels" and self.point.value <= self.tol
+        no_gain = self.objective.problem.source.kind == "labels" and self.point.value <= self.tol
         return no_gain or self._gain() <= GAIN * self.tol
 
     def lacks(self) -> str:

@@ -38,7 +38,7 @@ class Eigenbasis:
         self.basis: Tensor | None = None
         if curvature.classes <= MOST_CLASSES:
             basis = torch.linalg.eigh(curvature.class_factor()).eigenvectors
-            self.basis = curvature.together.from_first(basis)  # those of another machine may have other signs
+            self.basis = curvature.group.from_first(basis)  # those of another machine may have other signs
         diagonal = curvature.diagonal(None if self.basis is None else self.basis.to(curvature.dtype))
         self.inverse = _reciprocal(diagonal, curvature)
 
@@ -58,8 +58,8 @@ class ClassBlocks:
         largest = _LargestWeights(min(count, curvature.source.rows), curvature)
         diagonal = curvature.diagonal(None, largest.add)
         weights, rows = largest.found()
-        if curvature.together.size > 1:
-            weights, rows = _among_all(weights, rows, count, curvature.together)
+        if curvature.group.size > 1:
+            weights, rows = _among_all(weights, rows, count, curvature.group)
         self.scale = _reciprocal(diagonal, curvature).sqrt_()
         classes, size = self.scale.shape
         self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
@@ -70,7 +70,7 @@ class ClassBlocks:
             these = slice(start, start + step)
             features = curvature.features[rows[these]].mul_(roots[these, :, None]).mul_(scale[these, None, :])
             blocks = torch.empty(features.shape[0], size, size, dtype=curvature.dtype)
-            with curvature.together.summed(blocks):
+            with curvature.group.summed(blocks):
                 torch.bmm(features.mT, features, out=blocks)
             blocks.diagonal(dim1=1, dim2=2).fill_(1.0)
             self.inverses[these] = _inverses(blocks)
