@@ -18,13 +18,14 @@ from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.sharing import shared
-from softcurve.fit.data.source import Block, Source, share_of
+from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
 from softcurve.fit.solver.objective import FitProblem, Objective
+from softcurve.fit.targets import target_labels, target_probability
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
@@ -347,20 +348,13 @@ def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
     blocks_against = torch.zeros(1, dtype=torch.float64)
     with problem.group.summed(blocks_against):
         for block, weights in problem.blocks():
-            if not _separated(block, weight, bias)[weights > 0].all():
+            assert block.target is not None
+            label = target_labels(block.target)
+            certain = target_probability(block.target, label, problem.classes) >= 1.0
+            logits = torch.addmm(bias, block.features.double(), weight.T)
+            label_logit = logits.gather(1, label[:, None])
+            others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
+            if not (certain & (label_logit > others)[:, 0])[weights > 0].all():
                 blocks_against += 1.0
                 break
     return not blocks_against
-
-
-def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
-    label = block.target
-    assert isinstance(label, Tensor)
-    certain = torch.ones(len(block), dtype=torch.bool)
-    if label.is_floating_point():
-        probability, label = label.max(1)
-        certain = probability >= 1.0
-    logits = torch.addmm(bias, block.features.double(), weight.T)
-    label_logit = logits.gather(1, label[:, None])
-    others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
-    return certain & (label_logit > others)[:, 0]
