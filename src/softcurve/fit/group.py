@@ -116,7 +116,7 @@ class Group:
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
-        return self._broadcast(tensor.contiguous(), 0)
+        return tensor if self.processes is None else self._broadcast(tensor.contiguous(), 0)
 
     def in_order(self, rows: Tensor) -> Iterator[Tensor]:
         """Yield the rows of all processes, by rank, in pieces of bounded size."""
