@@ -330,15 +330,14 @@ def test_explain_prints_the_record_last(monkeypatch):
 
 
 class Unlike(Group):
-    """A process beside another one that says something else."""
+    """A process beside another one that has other values."""
 
-    size = 2
+    def __init__(self, **others):
+        super().__init__()
+        self.others = others
 
-    def __init__(self, **said):
-        self.said = said
-
-    def texts(self, text):
-        return [text, json.dumps(json.loads(text) | self.said)]
+    def values(self, value):
+        return [value, value | self.others]
 
 
 def test_an_option_that_another_process_was_not_given_is_named():
