@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError
-from softcurve.fit.data.columns import ArrayColumn, MappedColumn, SparseColumn, places
-from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.file_rows import FileRows
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.rows import ArrayRows, SparseRows, places
 from softcurve.fit.data.source import Source
 from softcurve.fit.data.subset import Subset, split_source
 from softcurve.losses.targets import TopK
@@ -149,7 +149,9 @@ def test_shards_with_one_target_file_for_all_among_them(tmp_path, kind):
     np.save(tmp_path / "target.npy", TARGETS[kind]["target"])
     check(open_source(str(tmp_path), tmp_path / "target.npy"), kind, 5)
     np.save(tmp_path / "target.npy", TARGETS[kind]["target"][1:])
-    with pytest.raises(DataError, match=r"has 37 rows in 3 shards but target .* has 36 rows; give one target a row"):
+    with pytest.raises(
+        DataError, match=r"with its 3 shards has 37 rows but target .* has 36 rows; give one target a row"
+    ):
         open_source(str(tmp_path), tmp_path / "target.npy")
 
 
@@ -237,13 +239,13 @@ def test_mixed_shards_come_in_the_wider_type(tmp_path):
 @pytest.mark.parametrize(
     ("view", "column"),
     [
-        (lambda mapped: mapped, RawColumn),
-        (lambda mapped: mapped[3:-1], RawColumn),
-        (lambda mapped: np.asarray(mapped)[5:], RawColumn),
-        (lambda mapped: mapped.T, RawColumn),
-        (lambda mapped: mapped[::3], MappedColumn),
-        (lambda mapped: mapped[:, 1:3], MappedColumn),
-        (lambda mapped: mapped + 0, ArrayColumn),
+        (lambda mapped: mapped, FileRows),
+        (lambda mapped: mapped[3:-1], FileRows),
+        (lambda mapped: np.asarray(mapped)[5:], FileRows),
+        (lambda mapped: mapped.T, FileRows),
+        (lambda mapped: mapped[::3], FileRows),
+        (lambda mapped: mapped[:, 1:3], FileRows),
+        (lambda mapped: mapped + 0, ArrayRows),
     ],
 )
 @pytest.mark.parametrize("mode", ["r", "r+"])
@@ -251,7 +253,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path, view, column, mode):
     np.save(tmp_path / "x.npy", FEATURES)
     mapped = view(np.load(tmp_path / "x.npy", mmap_mode=mode))
     source = to_source(mapped)
-    assert type(source.parts[0].features) is column
+    assert type(source.data.features) is column
     np.testing.assert_array_equal(whole(source, 4)[0], np.array(mapped))
 
 
@@ -264,8 +266,8 @@ def test_a_private_map_is_read_as_it_was_changed(tmp_path):
 
 def test_sparse_rows_are_not_made_dense_at_once():
     wide = scipy.sparse.random_array((100, 10**9), density=1e-9, format="csr", rng=0)
-    assert isinstance(to_source(scipy.sparse.csr_array(FEATURES)).parts[0].features, SparseColumn)
-    assert SparseColumn(wide, "wide").shape == (100, 10**9)
+    assert isinstance(to_source(scipy.sparse.csr_array(FEATURES)).data.features, SparseRows)
+    assert SparseRows(wide, "wide").shape == (100, 10**9)
 
 
 def test_the_number_of_classes_of_lists(tmp_path):
@@ -430,7 +432,7 @@ def test_a_header_that_lies_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"2\.npy .* pickled objects, which are never loaded"):
         opened(folder, folder)
     (folder / "2.npy").write_bytes(content[:6] + b"\x03\x00" + content[8:])
-    with pytest.raises(DataError, match=r"2\.npy .* its format is version 3\.0"):
+    with pytest.raises(DataError, match=r"2\.npy cannot be read as .*: EOF: reading array header, expected \d+ bytes"):
         opened(folder, folder)
 
 
@@ -477,7 +479,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     walk = source.walk(10)
     next(walk)
     os.truncate(tmp_path / "x.npy", 600)
-    with pytest.raises(DataError, match=r"x\.npy ends before the entries of .*x\.npy do \(\d+ bytes are missing"):
+    with pytest.raises(DataError, match=r"x\.npy has changed since it was opened \(600 bytes, 1608 before\)"):
         list(walk)
     assert threading.active_count() == 1
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.columns import Column
+from softcurve.fit.data.rows import Rows, locate
 from softcurve.fit.data.source import Label
 from softcurve.fit.together import ALONE, Together
 
@@ -19,58 +19,57 @@ __all__ = ["index_labels"]
 
 
 def index_labels(
-    spans: Sequence[tuple[Column, int, int]],
-    classes: tuple[Label, ...] | None = None,
-    together: Together = ALONE,
+    rows: Rows, bounds: Sequence[int], classes: tuple[Label, ...] | None = None, together: Together = ALONE
 ) -> tuple[tuple[Label, ...], Int64[np.ndarray, " rows"]]:
-    """The classes and every row's index among them, over the rows from one to another of all columns in turn.
+    """Return the classes, and the index among them of every row that these bounds enclose.
 
     The classes are the sorted distinct labels of all processes, as in scikit-learn, unless they are given.
     Raises DataError for entries that are no labels, a single class, or a label that is none of the given classes.
     """
     pieces: list[tuple[list[Label], NDArray[np.int64]]] = []
-    first: tuple[bool, str] | None = None  # whether it is text, and of which column
+    kinds: list[tuple[bool, str]] = []  # whether the labels of an array are text, and its name
     with together.agreed():
-        for column, start, stop in spans:
-            row = start
-            for piece in column.labels(start, stop):
-                labels = _checked(piece, column.name)
-                first = _like_first(first, (labels.dtype.kind == "U", column.name))
-                values, inverse = np.unique(labels, return_inverse=True)
-                pieces.append((values.tolist(), inverse))
-                if classes is not None:
-                    _refuse_unknown(classes, values, inverse, column.name, row)
-                row += len(labels)
-    known = _known(pieces, first, together) if classes is None else classes
-    position = {label: index for index, label in enumerate(known)}
-    found = [np.array([position[label] for label in values], dtype=np.int64)[inverse] for values, inverse in pieces]
-    return known, np.concatenate([np.empty(0, np.int64), *found])
+        for start, piece in zip(bounds, rows.read(bounds), strict=False):
+            name, row = locate(rows, start)
+            labels = _checked(piece, name)
+            kinds.append((labels.dtype.kind == "U", name))
+            _require_one_kind(kinds)
+            values, inverse = np.unique(labels, return_inverse=True)
+            pieces.append((values.tolist(), inverse))
+            if classes is not None:
+                _require_known(classes, values, inverse, name, row)
+    if classes is None:
+        # Not by numpy, which would make floats of int64 and uint64 together.
+        classes = _distinct(kinds[:1], list(dict.fromkeys(label for values, _ in pieces for label in values)), together)
+    position = {label: index for index, label in enumerate(classes)}
+    indices = [np.array([position[label] for label in values], dtype=np.int64)[inverse] for values, inverse in pieces]
+    return classes, np.concatenate([np.empty(0, np.int64), *indices])
 
 
-def _like_first(first: tuple[bool, str] | None, found: tuple[bool, str]) -> tuple[bool, str]:
-    if first is not None and first[0] != found[0]:
+def _require_one_kind(kinds: Sequence[tuple[bool, str]]) -> None:
+    """Raise DataError where the last array has text for labels and the first has numbers, or the other way round."""
+    (first_text, first), (text, name) = kinds[0], kinds[-1]
+    if text != first_text:
+        words = {True: "text", False: "numbers"}
         raise DataError(
-            f"{found[1]} has {'text' if found[0] else 'numbers'} for labels, and {first[1]} has "
-            f"{'text' if first[0] else 'numbers'}: convert one to the other"
+            f"{name} has {words[text]} for labels, and {first} has {words[first_text]}: convert one to the other"
         )
-    return first or found
 
 
-def _known(
-    pieces: list[tuple[list[Label], NDArray[np.int64]]], first: tuple[bool, str] | None, together: Together
-) -> tuple[Label, ...]:
-    # Not by numpy, which would make floats of int64 and uint64 together.
-    own = dict.fromkeys(label for values, _ in pieces for label in values)
+def _distinct(kinds: list[tuple[bool, str]], labels: list[Label], together: Together) -> tuple[Label, ...]:
+    """Return the sorted distinct labels of all processes, of which each gives its own, and the kind of the first."""
     if together.size > 1:
-        said = [json.loads(text) for text in together.texts(json.dumps((first, list(own))))]
-        first = None
-        for of_process, _ in said:
-            first = first if of_process is None else _like_first(first, (of_process[0], of_process[1]))
-        own = dict.fromkeys(label for _, labels in said for label in labels)
-    known = tuple(sorted(own))
-    if len(known) < 2 and first is not None:
-        raise DataError(f"{first[1]} has one class only, {known[0]!r}; a softmax head needs two or more")
-    return known
+        gathered = [json.loads(text) for text in together.texts(json.dumps((kinds, labels)))]
+        kinds, labels = [], []
+        for kinds_there, labels_there in gathered:
+            kinds += [(text, name) for text, name in kinds_there]
+            labels += labels_there
+            if kinds:
+                _require_one_kind(kinds)
+    classes = tuple(sorted(set(labels)))
+    if len(classes) < 2 and kinds:
+        raise DataError(f"{kinds[0][1]} has one class only, {classes[0]!r}; a softmax head needs two or more")
+    return classes
 
 
 def _checked(labels: NDArray[Any], name: str) -> NDArray[Any]:
@@ -87,17 +86,16 @@ def _checked(labels: NDArray[Any], name: str) -> NDArray[Any]:
     return labels.astype(np.int64)
 
 
-def _refuse_unknown(
+def _require_known(
     classes: tuple[Label, ...], values: NDArray[Any], inverse: NDArray[np.int64], name: str, first: int
 ) -> None:
     known = set(classes)
     unknown = np.array([label not in known for label in values.tolist()], dtype=np.bool_)
-    if not unknown.any():
-        return
-    row = int(unknown[inverse].argmax())
-    shown = ", ".join(map(repr, classes[:8])) + (", …" if len(classes) > 8 else "")
-    raise DataError(
-        f"{name}: row {first + row} has the label {values[inverse[row]].item()!r}, which is none of the head's "
-        f"{len(classes)} classes ({shown}); "
-        "leave the target out, or fit a head to all classes"
-    )
+    if unknown.any():
+        row = int(unknown[inverse].argmax())
+        shown = ", ".join(map(repr, classes[:8])) + (", …" if len(classes) > 8 else "")
+        raise DataError(
+            f"{name}: row {first + row} has the label {values[inverse[row]].item()!r}, which is none of the head's "
+            f"{len(classes)} classes ({shown}); "
+            "leave the target out, or fit a head to all classes"
+        )

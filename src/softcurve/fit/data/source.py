@@ -12,7 +12,7 @@ from softcurve.array_types import Float, Int, Int64
 from softcurve.fit.together import ALONE, Together
 from softcurve.losses.targets import TopK
 
-__all__ = ["Block", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]
+__all__ = ["Block", "BlockTarget", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.
@@ -26,9 +26,9 @@ BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive rows: ``start`` is the first one's number. Valid until the next block is asked for.
+    """Consecutive rows: ``start`` is the first one's number. It may share memory with the source: do not change it.
 
-    ``numbers`` are those that people know the rows by, where the source is a part of another; else they count on.
+    ``numbers`` are those of the rows in the source that this one is a part of; else they count on from ``start``.
     """
 
     start: int
@@ -40,7 +40,7 @@ class Block:
         return len(self.features)
 
     def number(self, row: int) -> int:
-        """The number that people know the block's ``row`` by."""
+        """Return the number of the block's ``row`` for people."""
         return self.start + row if self.numbers is None else int(self.numbers[row])
 
 
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
 
     @property
     def width(self) -> int:
@@ -58,7 +58,7 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[Label, ...]:
-        """What the classes are called; empty without targets."""
+        """The names of the classes; empty without targets."""
 
     @property
     def kind(self) -> TargetKind | None:
@@ -77,14 +77,14 @@ class Source(Protocol):
         """A digest that changes when the rows do: a checkpoint belongs to one."""
 
     def blocks(self, at_most: int) -> Iterator[Block]:
-        """All rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
 
 
 @dataclass(frozen=True)
 class Share:
     """Which rows of a larger whole a source has: those of one process among several, one after the other.
 
-    ``first`` is the number of its first row there, ``total`` how many rows all processes have together.
+    ``first`` is the number of its first row there, ``total`` how many rows all processes have.
     """
 
     first: int
@@ -93,10 +93,10 @@ class Share:
 
 
 def share_of(source: Source) -> Share:
-    """What a source says in ``share``; one that has none is the whole."""
+    """Return the ``share`` of a source; one that has none is the whole."""
     return getattr(source, "share", None) or Share(0, source.rows, ALONE)
 
 
 def rows_within(classes: int, width: int, budget: int | None = None) -> int:
-    """How many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
+    """Return how many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
     return max(1, min(budget or BUDGET, BUDGET) // (8 * AT_A_TIME * max(classes, width)))

@@ -1,4 +1,4 @@
-"""What decoders raise on a damaged file, as one message."""
+"""Errors of the decoders of damaged files, as one message."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["check_file", "decoding"]
 def check_file(path: Path, argument: str) -> None:
     """Raise DataError unless there is a file at ``path`` with something in it."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{argument}: there is no file {path}; check the path") from error
     except OSError as error:
         raise unusable(argument, path, "read", error) from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{argument}: {path} is not a file; give the path of a file")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise DataError(f"{argument}: {path} is empty (0 bytes); write it again")
 
 
 @contextmanager
 def decoding(path: Path, argument: str, kind: str) -> Iterator[None]:
-    """Whatever is raised within becomes a DataError that says that ``path`` cannot be read as ``kind``, and why."""
+    """Turn every error of the block into a DataError that says that ``path`` cannot be read as ``kind``, and why."""
     try:
         yield
     except (DataError, ImportError):
@@ -39,7 +39,7 @@ def decoding(path: Path, argument: str, kind: str) -> Iterator[None]:
             raise unusable(argument, path, "read", error) from error
         if (missing := out_of_memory(error)) is not None:
             reason = f"{missing}; store it as .npy, .safetensors or .parquet, which are read block by block"
-        elif "allow_pickle" in str(error) or "pickled" in str(error):
+        elif any(word in str(error) for word in ("allow_pickle", "pickled", "Python objects")):
             reason = "it is none, or holds pickled objects, which are never loaded; save numbers or text"
         else:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

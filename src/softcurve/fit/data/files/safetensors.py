@@ -1,57 +1,47 @@
-"""The tensors of a .safetensors file, read where they stand."""
+"""The tensors of a .safetensors file, read in slices."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from softcurve.fit import DataError
-from softcurve.fit.data.columns import Part
+from softcurve.fit.data.dataset import Dataset
 from softcurve.fit.data.files.decoding import check_file, decoding
-from softcurve.fit.data.files.naming import named_part
-from softcurve.fit.data.files.raw import RawColumn
-from softcurve.fit.data.files.stamp import Stamp
+from softcurve.fit.data.files.file_rows import FileRows, FileState
+from softcurve.fit.data.files.naming import named_dataset
+from softcurve.fit.data.rows import tensor_array
 
-__all__ = ["opened_tensors", "safetensors_part"]
+__all__ = ["opened_tensors", "safetensors_dataset"]
 
 KIND = "a .safetensors file"
-STORED = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8",
-    "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
-}  # fmt: skip
-# What numpy lacks.
-MEANT = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def safetensors_part(path: Path, with_target: bool) -> Part:
-    """The rows of a file, which safetensors itself has found whole by its header."""
+def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
+    """Open a file; safetensors itself checks the header against the size of the file."""
     check_file(path, "data")
-    with decoding(path, "data", KIND):
-        with opened_tensors(path, "np") as opened:  # checks the header against the size of the file
-            names = list(opened.keys())
-        stamp = Stamp.of(path)
-        start, header = _header(path)
+    with decoding(path, "data", KIND), opened_tensors(path, "pt") as file:
+        state = FileState.of(path)
 
-        def column(name: str) -> RawColumn:
-            entry = header[name]
-            if entry["dtype"] not in STORED:
-                raise DataError(f"data: tensor {name!r} of {path} has dtype {entry['dtype']}; convert it to F32")
-            stored, first = np.dtype(STORED[entry["dtype"]]), start + entry["data_offsets"][0]
-            meant = MEANT.get(entry["dtype"])
-            return RawColumn(f"tensor {name!r} of {path}", KIND, stamp, first, tuple(entry["shape"]), stored, meant)
+        def rows(name: str) -> FileRows:
+            tensor = file.get_tensor(name)  # a map, of which nothing is read
+            shape, dtype = tuple(tensor.shape), tensor_array(tensor.flatten()[:0]).dtype
+            ranges = partial(_ranges, path, name, shape, dtype)
+            return FileRows(f"tensor {name!r} of {path}", KIND, state, shape, dtype, ranges)
 
-        return named_part(path, "tensor", names, column, with_target)
+        return named_dataset(path, "tensor", list(file.keys()), rows, with_target)
 
 
 @contextmanager
 def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
-    """Give what ``safetensors.safe_open`` gives.
+    """Open a file by ``safetensors.safe_open``.
 
     That calls a file absent which may not be read, and cannot open a name that is not UTF-8. Here the first raises
     PermissionError, and the number of the open file stands for the second.
@@ -68,8 +58,12 @@ def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
             yield opened
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors begin, and where each is: safetensors says where only to those who read through its map."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(length))
+def _ranges(
+    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], bounds: Sequence[int]
+) -> Iterator[NDArray[Any]]:
+    """Yield copies of rows. The file is opened for each: the pages of its map stay resident until it is closed."""
+    for start, stop in pairwise(bounds):
+        rows = np.empty((stop - start, *shape[1:]), dtype)
+        with opened_tensors(path, "pt") as file:
+            torch.from_numpy(rows).copy_(file.get_slice(name)[start:stop])
+        yield rows

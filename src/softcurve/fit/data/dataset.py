@@ -1,0 +1,108 @@
+"""Features with the targets of the same rows, as they are stored, and what both must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softcurve.fit import DataError
+from softcurve.fit.data.rows import Rows, Shards
+from softcurve.fit.data.source import TargetKind
+
+__all__ = ["Dataset", "join"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows with a target of one array, a teacher's lists of two (indices and log-probabilities), or none."""
+
+    features: Rows
+    targets: tuple[Rows, ...] = ()
+    absent: str = "none is given"  # why there is no target
+
+    @property
+    def kind(self) -> TargetKind | None:
+        """What the target is, by its number of arrays and dimensions."""
+        if len(self.targets) == 2:
+            return "top_k"
+        return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
+
+    def check(self) -> None:
+        """Raise DataError for arrays whose shapes or dtypes cannot be those of features and targets."""
+        _check_features(self.features)
+        for target in self.targets:
+            if not target.shape or target.shape[0] != self.features.shape[0]:
+                shape = f"{target.shape[0]} rows" if target.shape else "a single value"
+                raise DataError(
+                    f"{self.features.name} has {self.features.shape[0]} rows but {target.name} has {shape}; "
+                    "give one target a row"
+                )
+        if self.kind == "top_k":
+            _check_lists(*self.targets)
+        elif self.kind == "distributions":
+            _check_distributions(*self.targets)
+
+
+def join(datasets: Sequence[Dataset], name: str) -> Dataset:
+    """Return the rows of all datasets as one. Raises DataError for one that does not go with the first."""
+    for dataset in datasets:
+        dataset.check()
+        _require_like(datasets[0], dataset)
+    targets = zip(*(dataset.targets for dataset in datasets), strict=True)
+    features = Shards([dataset.features for dataset in datasets], name)
+    return Dataset(features, tuple(Shards(shards, shards[0].name) for shards in targets), datasets[0].absent)
+
+
+def _check_features(features: Rows) -> None:
+    name, shape = features.name, features.shape
+    if features.dtype.kind not in "iufb":
+        raise DataError(f"{name} must be real numbers; got dtype {features.dtype}: convert them to floats")
+    if len(shape) != 2:
+        remedy = "reshape to (n, 1)" if len(shape) == 1 else "flatten every row"
+        raise DataError(f"{name} must have shape (n, d); got {shape}: {remedy}")
+    if 0 in shape:
+        raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
+
+
+def _check_distributions(target: Rows) -> None:
+    name, shape = target.name, target.shape
+    if target.dtype.kind not in "iufb":
+        raise DataError(f"{name} must be probabilities; got {target.dtype}: give floats, or labels of shape (n,)")
+    if len(shape) != 2 or shape[1] < 2:
+        raise DataError(
+            f"{name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or more; got {shape}: "
+            "reshape it"
+        )
+
+
+def _check_lists(indices: Rows, log_probs: Rows) -> None:
+    if indices.dtype.kind not in "iu":
+        raise DataError(f"{indices.name} must be numbers of classes; got dtype {indices.dtype}: convert to integers")
+    if log_probs.dtype.kind != "f":
+        raise DataError(f"{log_probs.name} must be log-probabilities; got dtype {log_probs.dtype}: convert to floats")
+    if len(indices.shape) != 2 or indices.shape != log_probs.shape or indices.shape[1] < 1:
+        raise DataError(
+            f"{indices.name} and {log_probs.name} must have one shape (n, k); got {indices.shape} and "
+            f"{log_probs.shape}: give each listed class its log-probability"
+        )
+
+
+def _require_like(first: Dataset, other: Dataset) -> None:
+    if other.features.shape[1] != first.features.shape[1]:
+        raise DataError(
+            f"{other.features.name} must have {first.features.shape[1]} columns, as {first.features.name}; got "
+            f"{other.features.shape[1]}: all shards need the same features"
+        )
+    if other.kind != first.kind:
+        words = {"labels": "labels", "distributions": "distributions", "top_k": "a teacher's lists"}
+        got, wanted = (words[each.kind] if each.kind else f"no targets ({each.absent})" for each in (other, first))
+        raise DataError(
+            f"{other.features.name} comes with {got}, and {first.features.name} with {wanted}; "
+            "all shards need the same kind of target"
+        )
+    for ours, theirs in zip(other.targets, first.targets, strict=True):
+        if ours.shape[1:] != theirs.shape[1:]:
+            raise DataError(
+                f"{ours.name} must have {theirs.shape[1]} columns, as {theirs.name}; got {ours.shape[1]}: all shards "
+                "need targets over the same classes"
+            )
