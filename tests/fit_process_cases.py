@@ -26,9 +26,8 @@ from softcurve.fit import DataError
 from softcurve.fit.data.files.file_rows import FileRows
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source
-from softcurve.fit.data.row_source import own_span
-from softcurve.fit.data.sharing import shared
-from softcurve.fit.data.subset import Subset, split_source
+from softcurve.fit.data.row_source import own_share
+from softcurve.fit.data.subset import Subset, shared, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.head_spectrum import curvature_spectrum
@@ -120,7 +119,8 @@ def settled(folder, group):
     curving[::7] = 0.0
     found = {}
     for most, share in ((0.0, 1.0), (0.1, 1.0), (50.0, 0.2), (1e9, 0.9), (1e9, 0.4)):
-        own = slice(*own_span(500, together))
+        share = own_share(500, together)
+        own = slice(share.first, share.first + share.rows)
         rows, count = settled_rows(curving[own], most, of_logits[own], share, together)
         numbers = torch.cat(together.gathered(rows + own.start)).sort().values
         found[f"{most} {share}"] = [numbers.tolist(), count]

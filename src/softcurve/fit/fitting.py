@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Keeper, digest
-from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Block, Source, share_of
+from softcurve.fit.data.subset import shared
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import AT_AGREEMENT, Curvature
@@ -112,7 +112,7 @@ def fit_head(
         on_product: Called with the number of products so far, after each.
         group: Processes that fit one head together. All give the same arguments, the source and ``sample_weight`` of
             all rows, of which each reads a part of its own; the first one reads and writes the checkpoint. A source
-            that is such a part already (:func:`~softcurve.fit.data.sharing.shared`) comes with the weights of its own
+            that is such a part already (:func:`~softcurve.fit.data.subset.shared`) comes with the weights of its own
             rows, and needs no group.
 
     Raises DataError for options, rows or a checkpoint that cannot be used, in all processes of a group, and

@@ -32,11 +32,7 @@ def available_memory() -> int | None:
 
 def require_rows(rows: int, name: str) -> None:
     """Raise DataError where an integer for each row is more than the memory: the header of a sparse file may say so."""
-    if (sizes := _exceeded(rows * ROW)) is not None:
-        raise DataError(
-            f"{name} has {rows} rows; an integer for each takes {sizes[0]}, and there are {sizes[1]} of "
-            "memory: correct its shape, or give fewer rows"
-        )
+    _require(rows * ROW, f"{name} has {rows} rows; an integer for each", "correct its shape, or give fewer rows")
 
 
 def require_head(classes: int, width: int, origin: str) -> None:
@@ -44,14 +40,13 @@ def require_head(classes: int, width: int, origin: str) -> None:
 
     ``origin`` says where the number comes from.
     """
-    if (sizes := _exceeded(classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME))) is not None:
-        raise DataError(
-            f"{origin} makes {classes} classes; with {width} features a fit to them takes {sizes[0]} or more, and "
-            f"there are {sizes[1]} of memory: correct the largest class or the shape, or give fewer classes"
-        )
+    needed = classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME)
+    what = f"{origin} makes {classes} classes; with {width} features a fit to them"
+    _require(needed, what, "correct the largest class or the shape, or give fewer classes")
 
 
-def _exceeded(needed: int) -> tuple[str, str] | None:
-    """Return the bytes that are needed and the memory, in words, where the former are more."""
+def _require(needed: int, what: str, remedy: str) -> None:
     memory = available_memory()
-    return None if memory is None or needed <= memory else (f"{needed / 2**30:.3g} GiB", f"{memory / 2**30:.3g} GiB")
+    if memory is not None and needed > memory:
+        needs, has = (f"{count / 2**30:.3g} GiB" for count in (needed, memory))
+        raise DataError(f"{what} takes {needs} or more, and there are {has} of memory: {remedy}")

@@ -1,9 +1,13 @@
-"""What the entries of features, distributions and a teacher's lists must be, checked block by block.
+"""What the entries of features, labels, distributions and a teacher's lists must be, checked block by block.
 
 Errors give the file and the row in it; ``first`` is the number of a block's first row in all ``rows``.
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +15,12 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.rows import Rows, locate
+from softcurve.fit.data.rows import Rows, float_dtype, locate
+from softcurve.fit.data.source import Label
+from softcurve.fit.together import ALONE, Together
 from softcurve.losses.targets import TopK
 
-__all__ = ["require_finite", "rescale", "to_top_k"]
+__all__ = ["index_labels", "require_finite", "rescale", "to_top_k"]
 
 # Float16 probabilities sum to one no better than this.
 MASS_TOLERANCE = 1e-3
@@ -35,8 +41,9 @@ def require_finite(block: Float[np.ndarray, "rows columns"], rows: Rows, first: 
         )
 
 
-def rescale(block: Float64[np.ndarray, "rows classes"], rows: Rows, first: int) -> Float64[np.ndarray, "rows classes"]:
+def rescale(block: NDArray[Any], rows: Rows, first: int) -> Float64[np.ndarray, "rows classes"]:
     """Divide each row by its sum. Raises DataError unless the sum was 1 within 1e-3 and no entry negative."""
+    block = block.astype(np.float64, copy=False)
     require_finite(block, rows, first, "give probabilities")
     name, start = locate(rows, first)
     if block.min() < 0:
@@ -53,18 +60,14 @@ def rescale(block: Float64[np.ndarray, "rows classes"], rows: Rows, first: int) 
             f"{mass[row]:g} (of rows {start} to {start + len(block) - 1}): divide each row by its sum, or apply "
             "softmax if these are logits"
         )
-    scaled: NDArray[np.float64] = block / mass[:, None]
-    return scaled
+    block = block / mass[:, None]
+    return block
 
 
-def to_top_k(
-    indices: Int64[np.ndarray, "rows k"],
-    log_probs: Float[np.ndarray, "rows k"],
-    classes: int,
-    targets: tuple[Rows, ...],
-    first: int,
-) -> TopK:
+def to_top_k(lists: Sequence[NDArray[Any]], classes: int, targets: tuple[Rows, ...], first: int) -> TopK:
     """Return a teacher's lists as a target. Raises DataError for lists that are of no distribution over the classes."""
+    indices = np.require(lists[0], np.int64, ["C", "W"])
+    log_probs = np.require(lists[1], float_dtype(targets[1]), ["C", "W"])
     (name, start), (other, _) = (locate(rows, first) for rows in targets)
     if indices.min() < 0 or indices.max() >= classes:
         row, column = np.argwhere((indices < 0) | (indices >= classes))[0].tolist()
@@ -87,3 +90,73 @@ def to_top_k(
             f"{mass[row]:g}: take log_softmax over all classes before topk"
         )
     return TopK(torch.from_numpy(indices), torch.from_numpy(log_probs))
+
+
+def index_labels(
+    rows: Rows, bounds: Sequence[int], classes: tuple[Label, ...] | None = None, together: Together = ALONE
+) -> tuple[tuple[Label, ...], Int64[np.ndarray, " rows"]]:
+    """Return the classes, and the index among them of every row that these bounds enclose.
+
+    The classes are the sorted distinct labels of all processes, as in scikit-learn, unless they are given.
+    Raises DataError for entries that are no labels, a single class, or a label that is none of the given classes.
+    """
+    pieces: list[tuple[list[Label], NDArray[np.int64]]] = []
+    distinct: dict[str, dict[Label, None]] = {}  # the labels by the name of their array
+    with together.agreed():
+        for start, piece in zip(bounds, rows.read(bounds), strict=False):
+            name, row = locate(rows, start)
+            values, inverse = np.unique(_checked_labels(piece, name), return_inverse=True)
+            labels = values.tolist()
+            pieces.append((labels, inverse))
+            distinct.setdefault(name, {}).update(dict.fromkeys(labels))
+            if classes is not None:
+                _require_known(classes, labels, inverse, name, row)
+    if classes is None:
+        texts = together.texts(json.dumps([(name, list(labels)) for name, labels in distinct.items()]))
+        classes = _all_classes([named for text in texts for named in json.loads(text)])
+    position = {label: index for index, label in enumerate(classes)}
+    indices = [np.array([position[label] for label in labels], dtype=np.int64)[inverse] for labels, inverse in pieces]
+    return classes, np.concatenate([np.empty(0, np.int64), *indices])
+
+
+def _all_classes(named: Sequence[Sequence[Any]]) -> tuple[Label, ...]:
+    """Return the sorted distinct labels of arrays with names. Raises DataError for text and numbers, or one class."""
+    words = {True: "text", False: "numbers"}
+    first, kind = named[0][0], isinstance(named[0][1][0], str)
+    for name, labels in named:
+        if isinstance(labels[0], str) != kind:
+            raise DataError(
+                f"{name} has {words[not kind]} for labels, and {first} has {words[kind]}: convert one to the other"
+            )
+    classes = tuple(sorted({label for _, labels in named for label in labels}))
+    if len(classes) < 2:
+        raise DataError(f"{first} has one class only, {classes[0]!r}; a softmax head needs two or more")
+    return classes
+
+
+def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
+    kind = labels.dtype.kind
+    if kind in "iubU":
+        return labels
+    if kind != "f":
+        raise DataError(f"{name} has labels of dtype {labels.dtype}; they must be integers or strings: convert them")
+    if not (np.isfinite(labels).all() and (labels == np.rint(labels)).all() and (np.abs(labels) < 2**53).all()):
+        raise DataError(
+            f"{name} is one-dimensional but not whole numbers; labels must be integers or strings, and "
+            "distributions need shape (n, C)"
+        )
+    return labels.astype(np.int64)
+
+
+def _require_known(
+    classes: tuple[Label, ...], labels: list[Label], inverse: NDArray[np.int64], name: str, first: int
+) -> None:
+    known = set(classes)
+    unknown = np.array([label not in known for label in labels], dtype=np.bool_)
+    if unknown.any():
+        row = int(unknown[inverse].argmax())
+        shown = ", ".join(map(repr, classes[:8])) + (", …" if len(classes) > 8 else "")
+        raise DataError(
+            f"{name}: row {first + row} has the label {labels[inverse[row]]!r}, which is none of the head's "
+            f"{len(classes)} classes ({shown}); leave the target out, or fit a head to all classes"
+        )

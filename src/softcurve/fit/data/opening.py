@@ -8,7 +8,7 @@ from pathlib import Path
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset
-from softcurve.fit.data.files.npy import npy_rows
+from softcurve.fit.data.files.arrays import npy_rows
 from softcurve.fit.data.files.shards import SUFFIXES, open_directory, open_file
 from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.rows import ArrayRows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -17,57 +17,43 @@ from softcurve.array_types import Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.capacity import require_head, require_rows
 from softcurve.fit.data.dataset import Dataset
-from softcurve.fit.data.entries import require_finite, rescale, to_top_k
-from softcurve.fit.data.identity import MOST, require_same_rows
-from softcurve.fit.data.labels import index_labels
+from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
 from softcurve.fit.data.read_ahead import read_ahead
-from softcurve.fit.data.rows import Rows, float_dtype, shards_of
-from softcurve.fit.data.source import Block, BlockTarget, Label, Share, TargetKind
+from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
+from softcurve.fit.data.source import Block, BlockTarget, Label, Share
 from softcurve.fit.together import ALONE, Together
 
-__all__ = ["RowSource", "assemble", "own_span"]
+__all__ = ["RowSource", "assemble", "own_share", "require_same_rows"]
 
 ENTRIES = 65536  # of labels or of lists that are read at a time, where classes are looked for
+MOST = 2**28  # bytes that are hashed of the features, and of each other array. At 500 MB/s they take half a second.
 
 
-@dataclass(frozen=True, eq=False)
 class RowSource:
-    """The rows of a dataset, or a share of them. A block ends where a shard does.
+    """A share of the rows of a dataset. A block ends where a shard does.
 
     Labels are held as indices; features, distributions and lists are read in each walk, those of files by a thread,
     one block ahead, so that two blocks are in memory at a time. Distributions come in float64, rescaled to sum to one.
     """
 
-    data: Dataset
-    classes: tuple[Label, ...]
-    index: Int64[np.ndarray, " rows"] | None  # the labels
-    in_memory: bool
-    rows: int
-    share: Share
-
-    @property
-    def kind(self) -> TargetKind | None:
-        """What the target is."""
-        return self.data.kind
-
-    @property
-    def width(self) -> int:
-        """The number of features."""
-        return self.data.features.shape[1]
-
-    @cached_property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the features in a block."""
-        return float_dtype(self.data.features)
-
-    @property
-    def double(self) -> bool:
-        """Whether the features of any shard need float64."""
-        return self.dtype == np.float64
+    def __init__(
+        self,
+        data: Dataset,
+        classes: tuple[Label, ...],
+        index: Int64[np.ndarray, " rows"] | None,  # the labels
+        in_memory: bool,
+        share: Share,
+    ) -> None:
+        self.data, self.classes, self.index, self.in_memory = data, classes, index, in_memory
+        self.share, self.rows = share, share.rows
+        self.kind, self.width = data.kind, data.features.shape[1]
+        self.dtype: np.dtype[Any] = float_dtype(data.features)
+        self.double: bool = self.dtype == np.float64
+        self._stored: tuple[Rows, ...] = (data.features, *(data.targets if index is None else ()))
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of the labels, and of all else at a bounded cost: pieces that are spread over all where they take more than 256 MiB.
+        """The digest of the labels and of 256 MiB of each other array, or of all of it where it takes less.
 
         It is that of the rows of all processes, which must ask for it at the same time.
         """
@@ -81,15 +67,15 @@ class RowSource:
         return state.hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[Block]:
-        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and the place of damage."""
+        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
         if at_most < 1:
             raise DataError(f"at_most must be 1 row or more; got {at_most}")
         # What is in memory has been checked when the source was made.
         return self.walk(at_most, check=False) if self.in_memory else read_ahead(self.walk(at_most))
 
     def walk(self, at_most: int, *, check: bool = True) -> Iterator[Block]:
-        """Yield the same blocks without a thread; ``check`` looks for features that are not finite."""
-        bounds, first = self.bounds(at_most), self.share.first
+        """Yield the same blocks without a thread; ``check`` refuses features that are not finite."""
+        first, bounds = self.share.first, _bounds(self.data, self.share, at_most)
         arrays = (rows.read(bounds) for rows in self._stored)
         for (start, stop), features, *targets in zip(pairwise(bounds), *arrays, strict=True):
             features = np.require(features, self.dtype, ["C", "W"])
@@ -98,27 +84,14 @@ class RowSource:
             numbers = torch.arange(start, stop) if first else None
             yield Block(start - first, torch.from_numpy(features), self._target(targets, start, stop), numbers)
 
-    def bounds(self, at_most: int) -> list[int]:
-        """Return the numbers of the rows at which blocks begin, and of the row after the last."""
-        first, end = self.share.first, self.share.first + self.rows
-        edges = accumulate(shard.shape[0] for shard in shards_of(self.data.features))
-        edges = [first, *(edge for edge in edges if first < edge < end), end]
-        return [*(row for start, stop in pairwise(edges) for row in range(start, stop, at_most)), end]
-
-    @property
-    def _stored(self) -> tuple[Rows, ...]:
-        """All that is not held as indices."""
-        return (self.data.features, *(self.data.targets if self.index is None else ()))
-
     def _target(self, read: list[NDArray[Any]], start: int, stop: int) -> BlockTarget | None:
         if self.index is not None:
             return torch.from_numpy(self.index[start - self.share.first : stop - self.share.first])
         targets = self.data.targets
         if self.kind == "distributions":
-            return torch.from_numpy(rescale(read[0].astype(np.float64, copy=False), targets[0], start))
+            return torch.from_numpy(rescale(read[0], targets[0], start))
         if self.kind == "top_k":
-            indices, log_probs = np.require(read[0], np.int64, "CW"), np.require(read[1], float_dtype(targets[1]), "CW")
-            return to_top_k(indices, log_probs, len(self.classes), targets, start)
+            return to_top_k(read, len(self.classes), targets, start)
         return None
 
 
@@ -135,31 +108,30 @@ def assemble(
     Targets are in terms of ``classes`` where they are given. ``class_count`` is that of a teacher's lists, by default
     the largest index and one. Of several processes, each has a share. Raises DataError.
     """
-    kind, rows = data.kind, data.features.shape[0] if data.features.shape else 0
+    kind = data.kind
     with together.agreed():
         data.check()
         if class_count is not None and (class_count < 2 or kind == "labels"):
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
         if kind is not None:
-            require_rows(rows, data.features.name)
+            require_rows(data.features.shape[0], data.features.name)
     require_same_rows(data, together)
-    first, end = own_span(rows, together)
-    source = RowSource(
-        data, classes if kind and classes else (), None, in_memory, end - first, Share(first, rows, together)
-    )
+    share = own_share(data.features.shape[0], together)
+    index, count = None, 0
     if kind == "labels":
-        names, index = index_labels(data.targets[0], source.bounds(ENTRIES), classes, together)
-        source, count = replace(source, classes=names, index=index), len(names)
+        names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, together)
+        count = len(names)
     elif kind is not None:
         with together.agreed():
-            count = _class_count(source, class_count if classes is None else len(classes), classes is None)
+            count = _class_count(data, share, class_count, classes)
         count = int(together.largest(count)[0])
     if kind is not None and classes is None:
         with together.agreed():
             origin = data.targets[0].name if class_count is None else "class_count"
-            require_head(count, source.width, origin)
-        source = replace(source, classes=source.classes or tuple(range(count)))
+            require_head(count, data.features.shape[1], origin)
+        classes = names if kind == "labels" else tuple(range(count))
+    source = RowSource(data, classes if kind and classes else (), index, in_memory, share)
     if in_memory:
         with together.agreed():
             for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
@@ -167,17 +139,26 @@ def assemble(
     return source
 
 
-def own_span(rows: int, together: Together) -> tuple[int, int]:
-    """Return from which row to which a process has its share."""
-    return rows * together.rank // together.size, rows * (together.rank + 1) // together.size
+def own_share(rows: int, together: Together) -> Share:
+    """Return the share of so many rows that a process has."""
+    first, end = (rows * rank // together.size for rank in (together.rank, together.rank + 1))
+    return Share(first, end - first, rows, together)
 
 
-def _class_count(source: RowSource, count: int | None, fitting: bool) -> int:
-    """Return the number of classes of distributions or lists, which is ``count`` where that is given."""
-    target = source.data.targets[0]
-    if source.kind == "distributions":
+def _bounds(data: Dataset, share: Share, at_most: int) -> list[int]:
+    """Return the numbers of the rows of a share at which blocks begin, and of the row after its last."""
+    first, end = share.first, share.first + share.rows
+    shards = accumulate(shard.shape[0] for shard in shards_of(data.features))
+    edges = [first, *(edge for edge in shards if first < edge < end), end]
+    return [*(row for start, stop in pairwise(edges) for row in range(start, stop, at_most)), end]
+
+
+def _class_count(data: Dataset, share: Share, class_count: int | None, classes: tuple[Label, ...] | None) -> int:
+    """Return the number of classes of distributions or lists, that of a given number or of given classes if any."""
+    count, target = class_count if classes is None else len(classes), data.targets[0]
+    if data.kind == "distributions":
         if count is not None and target.shape[1] != count:
-            says = "class_count is" if fitting else "the head has"
+            says = "class_count is" if classes is None else "the head has"
             raise DataError(
                 f"{target.name} has distributions over {target.shape[1]} classes, {says} {count}: give targets over "
                 "these classes, in their order"
@@ -185,5 +166,29 @@ def _class_count(source: RowSource, count: int | None, fitting: bool) -> int:
         return target.shape[1]
     if count is not None:
         return count
-    pieces = target.read(source.bounds(max(1, ENTRIES // target.shape[1])))
+    pieces = target.read(_bounds(data, share, max(1, ENTRIES // target.shape[1])))
     return max([1, *(int(piece.max()) for piece in pieces)]) + 1  # a head has two classes or more
+
+
+def require_same_rows(data: Dataset, together: Together) -> None:
+    """Raise DataError, in all processes, where one of them sees other rows than the first, as in other files."""
+    if together.size == 1:
+        return
+    count, width = data.features.shape
+    with together.agreed():
+        arrays = [named for rows in (data.features, *data.targets) for named in digests(rows, MOST)]
+    shape = f"{count} rows of {width} features with {data.kind or 'no targets'}"
+    texts = together.texts(json.dumps((shape, [(name, digest.hex()) for name, digest in arrays])))
+    first_shape, first_arrays = json.loads(texts[0])
+    with together.agreed():
+        for other, (shape, arrays) in enumerate(map(json.loads, texts)):
+            unlike = None
+            if shape != first_shape:
+                unlike = f"process 0 has {first_shape}, and process {other} has {shape}"
+            for (name, digest), (other_name, other_digest) in zip(first_arrays, arrays, strict=False):
+                if digest != other_digest and unlike is None:
+                    unlike = f"{name} in process 0 and {other_name} in process {other} have other entries"
+            if len(arrays) != len(first_arrays) and unlike is None:
+                unlike = "the processes have other numbers of files"
+            if unlike is not None:
+                raise DataError(f"data: {unlike}; give all of them the same files")

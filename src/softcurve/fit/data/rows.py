@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "ArrayRows", "Rows", "Shards", "SparseRows", "digest_rows", "digests", "float_dtype", "locate", "places", "shards_of",
-    "tensor_array",
+    "ArrayRows", "Rows", "Shards", "SparseRows", "digest_rows", "digests", "float_dtype", "locate", "places",
+    "shards_of", "tensor_array",
 ]  # fmt: skip
 
 PIECE, LEAST = 2**20, 2**12  # bytes that are hashed at a time, and of each shard
@@ -26,17 +26,9 @@ PIECE, LEAST = 2**20, 2**12  # bytes that are hashed at a time, and of each shar
 class Rows(Protocol):
     """An array of shape ``(n,)`` or ``(n, …)``, of which only some rows are in memory at a time."""
 
-    @property
-    def name(self) -> str:
-        """The name of the array in errors."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape, rows first."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """A numpy dtype that holds every entry."""
+    name: str  # in errors
+    shape: tuple[int, ...]  # rows first
+    dtype: np.dtype[Any]  # of numpy's, and one that holds every entry
 
     def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
         """Yield the rows from each bound to the next. Raises DataError that names what is damaged or has changed."""
@@ -105,12 +97,10 @@ def shards_of(rows: Rows) -> tuple[Rows, ...]:
 
 def locate(rows: Rows, row: int) -> tuple[str, int]:
     """Return the name of the array that has a row, and the number of the row in it."""
-    shards = shards_of(rows)
-    for shard in shards[:-1]:
-        if row < shard.shape[0]:
-            return shard.name, row
-        row -= shard.shape[0]
-    return shards[-1].name, row
+    if not isinstance(rows, Shards):
+        return rows.name, row
+    number = bisect_right(rows.edges, row) - 1
+    return rows.shards[number].name, row - rows.edges[number]
 
 
 def float_dtype(rows: Rows) -> np.dtype[Any]:
@@ -145,10 +135,8 @@ def digest_rows(rows: Rows, most: int) -> bytes:
 def places(length: int, most: int, piece: int) -> Iterator[tuple[int, int]]:
     """Yield ``(start, count)`` of pieces that cover a length, or about ``most`` of it with the first and the last."""
     if length <= most:
-        for start in range(0, length, piece):
-            yield start, min(piece, length - start)
-        return
-    piece = max(min(piece, most // 2), 1)
-    pieces = max(most // piece, 2)
-    for number in range(pieces):
-        yield (length - piece) * number // (pieces - 1), piece
+        yield from ((start, min(piece, length - start)) for start in range(0, length, piece))
+    else:
+        piece = max(min(piece, most // 2), 1)
+        pieces = max(most // piece, 2)
+        yield from (((length - piece) * number // (pieces - 1), piece) for number in range(pieces))

@@ -18,7 +18,6 @@ __all__ = ["Block", "BlockTarget", "Label", "Share", "Source", "TargetKind", "ro
 # features, whichever are wider.
 BUDGET, AT_A_TIME = 64_000_000, 8
 
-
 Label = int | str  # a bool is an int
 TargetKind = Literal["labels", "distributions", "top_k"]
 BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
@@ -48,29 +47,12 @@ class Block:
 class Source(Protocol):
     """Rows with their targets, in an order that never changes."""
 
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-
-    @property
-    def width(self) -> int:
-        """The number d of features."""
-
-    @property
-    def classes(self) -> tuple[Label, ...]:
-        """The names of the classes; empty without targets."""
-
-    @property
-    def kind(self) -> TargetKind | None:
-        """What a block's target is; ``None`` without targets."""
-
-    @property
-    def double(self) -> bool:
-        """Whether features come in float64, not float32."""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the rows are held in memory anyway, so that walking them costs no reading."""
+    rows: int
+    width: int  # the number d of features
+    classes: tuple[Label, ...]  # their names; empty without targets
+    kind: TargetKind | None  # what a block's target is; None without targets
+    double: bool  # whether features come in float64, not float32
+    in_memory: bool  # whether the rows are held in memory anyway, so that walking them costs no reading
 
     @property
     def fingerprint(self) -> str:
@@ -84,17 +66,18 @@ class Source(Protocol):
 class Share:
     """Which rows of a larger whole a source has: those of one process among several, one after the other.
 
-    ``first`` is the number of its first row there, ``total`` how many rows all processes have.
+    ``first`` is the number of the first of its ``rows`` there, ``total`` how many rows all processes have.
     """
 
     first: int
+    rows: int
     total: int
     together: Together
 
 
 def share_of(source: Source) -> Share:
     """Return the ``share`` of a source; one that has none is the whole."""
-    return getattr(source, "share", None) or Share(0, source.rows, ALONE)
+    return getattr(source, "share", None) or Share(0, source.rows, source.rows, ALONE)
 
 
 def rows_within(classes: int, width: int, budget: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Some of the rows of a source: the two sides of a hold-out."""
+"""Some of the rows of a source: the two sides of a hold-out, or the share of a process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
+from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
 from softcurve.fit.data.source import Block, Share, Source, share_of
+from softcurve.fit.together import Together
 from softcurve.losses.targets import TopK
 
-__all__ = ["Subset", "holdout_mask", "split_source"]
+__all__ = ["Subset", "holdout_mask", "shared", "split_source"]
 
 
 class Subset:
@@ -33,7 +35,7 @@ class Subset:
         self._chosen = mask[whole.first : whole.first + source.rows]
         self.rows = int(np.count_nonzero(self._chosen))
         before, total = (int(np.count_nonzero(mask[:end])) for end in (whole.first, None))
-        self.share = Share(before, total, whole.together)
+        self.share = Share(before, self.rows, total, whole.together)
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +74,25 @@ def holdout_mask(rows: int, holdout: float, seed: int) -> Bool[np.ndarray, " row
     mask = np.zeros(rows, dtype=np.bool_)
     mask[np.random.default_rng(seed).permutation(rows)[:held]] = True
     return mask
+
+
+def shared(source: Source, together: Together) -> Source:
+    """Return the part of a source's rows that this process has; it reads no others. All give the same source.
+
+    Raises DataError for a source of another kind than those of this library, one that is a part already, or one that
+    has other entries in another process.
+    """
+    if isinstance(source, Subset):
+        return Subset(shared(source.source, together), source.mask)
+    if not isinstance(source, RowSource) or source.share.together.size > 1:
+        raise DataError(
+            "source must be made by to_source or open_source, and be no part of one, to be shared among processes; "
+            "leave the group out where it is a part already"
+        )
+    require_same_rows(source.data, together)
+    share = own_share(source.rows, together)
+    index = None if source.index is None else source.index[share.first : share.first + share.rows]
+    return RowSource(source.data, source.classes, index, source.in_memory, share)
 
 
 def _rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:

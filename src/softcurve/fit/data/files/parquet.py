@@ -13,14 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcurve.fit import DataError
-from softcurve.fit.data.dataset import Dataset
-from softcurve.fit.data.files.decoding import check_file, decoding
-from softcurve.fit.data.files.file_rows import FileRows, FileState, file_bytes
-from softcurve.fit.data.files.naming import FEATURES, LISTS, describe_names, named_dataset, target_names
+from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
+from softcurve.fit.data.files.file_rows import FileRows, FileState
 
 __all__ = ["parquet_dataset"]
 
-KIND = "a .parquet table"
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
 
 
@@ -28,17 +25,17 @@ def parquet_dataset(path: Path, with_target: bool) -> Dataset:
     """Open a table. Its features are a list column ``features`` or ``X``, or else every column that is no target."""
     import pyarrow.parquet  # noqa: F401  (a missing package is no damage of the file)
 
-    check_file(path, "data")
-    with decoding(path, "data", KIND), _table(path) as table:
-        state, names = FileState.of(path), table.schema_arrow.names
+    state = FileState.of(path, "a .parquet table")
+    with state.decoding(), _table(path) as table:
+        names = table.schema_arrow.names
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"data: {path} has more than one column {doubled[0]!r}; rename one")
         kinds = dict(zip(names, table.schema_arrow.types, strict=True))
 
         def columns(named: str, chosen: Sequence[str], width: tuple[int, ...]) -> FileRows:
             shape, dtype = (table.metadata.num_rows, *width), np.result_type(*(_dtype(kinds[name]) for name in chosen))
-            ranges = partial(_ranges, path, named, tuple(chosen), shape, dtype)
-            return FileRows(named, KIND, state, shape, dtype, ranges, file_bytes(state, KIND).digest)
+            ranges = partial(_ranges, path, chosen, np.empty((0, *width), dtype))
+            return FileRows(named, state, shape, dtype, ranges, state.digest)
 
         def column(name: str) -> FileRows:
             named = f"column {name!r} of {path}"
@@ -57,37 +54,35 @@ def parquet_dataset(path: Path, with_target: bool) -> Dataset:
         return named_dataset(path, "column", targets, column, with_target, features)
 
 
-def _ranges(
-    path: Path,
-    named: str,
-    columns: tuple[str, ...],
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    bounds: Sequence[int],
-) -> Iterator[NDArray[Any]]:
-    """Yield rows of columns; the row groups before the first bound and after the last are not read."""
+def _ranges(path: Path, columns: Sequence[str], decoded: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
+    """Yield rows of columns; the row groups before the first bound and after the last are not read.
+
+    ``decoded`` is without rows, and holds those that are decoded and not yet given.
+    """
     with _table(path, BUFFER) as table:
-        groups = range(table.num_row_groups)
-        edges = list(accumulate((table.metadata.row_group(group).num_rows for group in groups), initial=0))
-        groups = [group for group in groups if edges[group + 1] > bounds[0] and edges[group] < bounds[-1]]
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        edges = list(accumulate(sizes, initial=0))
+        groups = [group for group, (a, b) in enumerate(pairwise(edges)) if b > bounds[0] and a < bounds[-1]]
         most = max(stop - start for start, stop in pairwise(bounds))
-        batches = table.iter_batches(most, row_groups=groups, columns=list(columns))
-        decoded, first = np.empty((0, *shape[1:]), dtype), edges[groups[0]]  # rows from number ``first`` on
+        batches, first = table.iter_batches(most, row_groups=groups, columns=list(columns)), edges[groups[0]]
         for start, stop in pairwise(bounds):
-            while first + len(decoded) < stop:
-                batch, number = next(batches, None), first + len(decoded)
-                if batch is None:
-                    raise EOFError(f"it ends after {number} of {shape[0]} rows")
-                arrays = {name: batch.column(batch.schema.get_field_index(name)) for name in columns}
-                if _is_list(arrays[columns[0]].type):
-                    rows = _lists(arrays[columns[0]], named, number, shape[1])
-                else:
-                    values = [_values(array, f"column {name!r} of {path}", number) for name, array in arrays.items()]
-                    rows = values[0] if len(shape) == 1 else np.stack(values, axis=1, dtype=dtype)
-                needed = max(start - first, 0)
-                first += min(needed, len(decoded))
-                decoded = np.concatenate([decoded[needed:], rows])
+            while (number := first + len(decoded)) < stop:
+                if (batch := next(batches, None)) is None:
+                    raise EOFError(f"it ends after {number} of {edges[-1]} rows")
+                unused = max(start - first, 0)
+                first += min(unused, len(decoded))
+                rows = _rows(batch, path, columns, decoded.shape[1:], number)
+                decoded = np.concatenate([decoded[unused:], rows])
             yield decoded[start - first : stop - first]
+
+
+def _rows(batch: Any, path: Path, columns: Sequence[str], width: tuple[int, ...], first: int) -> NDArray[Any]:
+    """Decode a batch of columns side by side, or of one column of values or lists."""
+    arrays = {f"column {name!r} of {path}": batch.column(batch.schema.get_field_index(name)) for name in columns}
+    name, array = next(iter(arrays.items()))
+    if _is_list(array.type):
+        return _lists(array, name, first, width[0])
+    return np.stack([_values(array, name, first) for name, array in arrays.items()], 1).reshape(-1, *width)
 
 
 def _table(path: Path, buffer: int = 0) -> Any:
@@ -100,28 +95,14 @@ def _table(path: Path, buffer: int = 0) -> Any:
 
 
 def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return hasattr(kind, "value_field")  # of lists, long lists and lists of one length
 
 
 def _dtype(kind: Any) -> np.dtype[Any]:
     """Return what numpy makes of an entry of a column of this type."""
     import pyarrow as pa
 
-    kind = kind.value_type if _is_list(kind) else kind
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if _is_text(kind):
-        return np.dtype(np.str_)
-    if pa.types.is_decimal(kind):
-        return np.dtype(np.float64)
-    return np.asarray(pa.array([], kind).to_numpy(zero_copy_only=False)).dtype
+    return _values(pa.nulls(0, kind.value_type if _is_list(kind) else kind), "", 0).dtype
 
 
 def _list_width(table: Any, name: str, named: str) -> int:
@@ -152,7 +133,7 @@ def _values(array: Any, named: str, first: int) -> NDArray[Any]:
     _refuse_nulls(array, named, first)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if _is_text(array.type):
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
         return np.array(array.to_pylist(), dtype=np.str_)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
@@ -165,8 +146,9 @@ def _refuse_nulls(array: Any, named: str, first: int) -> None:
 
 
 def _require_numbers(kind: Any, named: str) -> None:
-    if _is_list(kind) or _dtype(kind).kind not in "iufb":
-        what = "lists" if _is_list(kind) else "text" if _is_text(kind) else str(_dtype(kind))
+    dtype = _dtype(kind)
+    if _is_list(kind) or dtype.kind not in "iufb":
+        what = "lists" if _is_list(kind) else "text" if dtype.kind == "U" else str(dtype)
         raise DataError(
             f"data: {named} holds {what}; a feature column must be numeric: drop it, encode it as numbers, or put all "
             "features into one list column named features"

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset, join
-from softcurve.fit.data.files.npy import npy_rows
-from softcurve.fit.data.files.npz import npz_dataset
+from softcurve.fit.data.files.arrays import npy_rows, npz_dataset, safetensors_dataset
 from softcurve.fit.data.files.parquet import parquet_dataset
-from softcurve.fit.data.files.safetensors import safetensors_dataset
 from softcurve.fit.system_errors import unusable
 
 __all__ = ["SUFFIXES", "is_shard_of", "open_directory", "open_file", "shards_in"]
