@@ -337,7 +337,7 @@ HOLED[17, 2] = np.nan
         (IRIS[0], IRIS[1] + 0.5, None, "Unknown label type: continuous"),
         (IRIS[0], np.where(IRIS[1] == 0, np.nan, 1.0), None, "NaN"),
         (IRIS[0], None, None, "requires y"),
-        (ROWS, 2 * SOFT, None, "y must sum to 1 in every row.*sums to 2"),
+        (ROWS, 2 * SOFT, None, r"y must sum to 1 in every row; \d+ of rows .* the first, 2, in row"),
         (ROWS, SOFT - 0.5, None, "y must be probabilities; row 0"),
         (ROWS, SOFT[:-1], None, "X has 90 rows but y has 89"),
         (IRIS[0], IRIS[1], -np.ones(150), "[Nn]egative"),

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcurve.fit import DataError
-from softcurve.fit.data.rows import Rows, Shards
+from softcurve.fit.data.rows import ArrayRows, Rows, Shards, SparseRows
 from softcurve.fit.data.source import TargetKind
 
 __all__ = ["FEATURES", "LISTS", "Dataset", "describe_names", "join", "named_dataset", "target_names"]
 
 FEATURES, TARGET, LISTS = ("features", "X"), ("target", "y"), ("indices", "log_probs")
 OTHER_TARGET = ("labels",)  # where no array is named target or y
+# The kinds of dtypes that a target's arrays may have, and what they are.
+DTYPES = {
+    "distributions": [("iufb", "probabilities")],
+    "top_k": [("iu", "numbers of classes"), ("f", "log-probabilities")],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,20 +36,39 @@ class Dataset:
             return "top_k"
         return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing is read from files."""
+        return all(isinstance(rows, ArrayRows | SparseRows) for rows in (self.features, *self.targets))
+
     def check(self) -> None:
         """Raise DataError for arrays whose shapes or dtypes cannot be those of features and targets."""
-        _check_features(self.features)
-        for target in self.targets:
-            if not target.shape or target.shape[0] != self.features.shape[0]:
-                shape = f"{target.shape[0]} rows" if target.shape else "a single value"
-                raise DataError(
-                    f"{self.features.name} has {self.features.shape[0]} rows but {target.name} has {shape}; "
-                    "give one target a row"
-                )
-        if self.kind == "top_k":
-            _check_lists(*self.targets)
-        elif self.kind == "distributions":
-            _check_distributions(*self.targets)
+        name, shape = self.features.name, self.features.shape
+        dtypes = [("iufb", "real numbers"), *DTYPES.get(self.kind or "", ())]
+        for rows, (kinds, what) in zip((self.features, *self.targets), dtypes, strict=False):
+            if rows.dtype.kind not in kinds:
+                raise DataError(f"{rows.name} must be {what}; got dtype {rows.dtype}: convert them")
+        if len(shape) != 2:
+            remedy = "reshape to (n, 1)" if len(shape) == 1 else "flatten every row"
+            raise DataError(f"{name} must have shape (n, d); got {shape}: {remedy}")
+        if 0 in shape:
+            raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
+        shapes = [target.shape for target in self.targets]
+        for target, (length, *_) in zip(self.targets, ((*of_target, None) for of_target in shapes), strict=True):
+            if length != shape[0]:
+                has = "a single value" if length is None else f"{length} rows"
+                raise DataError(f"{name} has {shape[0]} rows but {target.name} has {has}; give one target a row")
+        if self.kind == "top_k" and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]):
+            names = " and ".join(target.name for target in self.targets)
+            got = " and ".join(map(str, shapes))
+            raise DataError(
+                f"{names} must have one shape (n, k); got {got}: give each listed class its log-probability"
+            )
+        if self.kind == "distributions" and (len(shapes[0]) != 2 or shapes[0][1] < 2):
+            raise DataError(
+                f"{self.targets[0].name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or "
+                f"more; got {shapes[0]}: reshape it"
+            )
 
 
 def join(datasets: Sequence[Dataset], name: str) -> Dataset:
@@ -106,40 +130,6 @@ def _only(path: Path, what: str, names: Sequence[str], wanted: tuple[str, ...]) 
     if len(present) > 1:
         raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
     return present[0] if present else None
-
-
-def _check_features(features: Rows) -> None:
-    name, shape = features.name, features.shape
-    if features.dtype.kind not in "iufb":
-        raise DataError(f"{name} must be real numbers; got dtype {features.dtype}: convert them to floats")
-    if len(shape) != 2:
-        remedy = "reshape to (n, 1)" if len(shape) == 1 else "flatten every row"
-        raise DataError(f"{name} must have shape (n, d); got {shape}: {remedy}")
-    if 0 in shape:
-        raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
-
-
-def _check_distributions(target: Rows) -> None:
-    name, shape = target.name, target.shape
-    if target.dtype.kind not in "iufb":
-        raise DataError(f"{name} must be probabilities; got {target.dtype}: give floats, or labels of shape (n,)")
-    if len(shape) != 2 or shape[1] < 2:
-        raise DataError(
-            f"{name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or more; got {shape}: "
-            "reshape it"
-        )
-
-
-def _check_lists(indices: Rows, log_probs: Rows) -> None:
-    if indices.dtype.kind not in "iu":
-        raise DataError(f"{indices.name} must be numbers of classes; got dtype {indices.dtype}: convert to integers")
-    if log_probs.dtype.kind != "f":
-        raise DataError(f"{log_probs.name} must be log-probabilities; got dtype {log_probs.dtype}: convert to floats")
-    if len(indices.shape) != 2 or indices.shape != log_probs.shape or indices.shape[1] < 1:
-        raise DataError(
-            f"{indices.name} and {log_probs.name} must have one shape (n, k); got {indices.shape} and "
-            f"{log_probs.shape}: give each listed class its log-probability"
-        )
 
 
 def _require_like(first: Dataset, other: Dataset) -> None:

@@ -29,67 +29,54 @@ MASS_TOLERANCE = 1e-3
 def require_finite(block: Float[np.ndarray, "rows columns"], rows: Rows, first: int, remedy: str) -> None:
     """Raise DataError that gives the place of an entry that is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(block.sum()):  # an infinity or NaN would make the sum one too: one pass, and no mask
-            return
-    bad: NDArray[np.int64] = np.argwhere(~np.isfinite(block))
-    if len(bad):
-        row, column = bad[0].tolist()
-        name, start = locate(rows, first)
-        raise DataError(
-            f"{name} must be finite; {len(bad)} entries of rows {start} to {start + len(block) - 1} are not, the "
-            f"first, {block[row, column]}, in row {start + row}, column {column}: {remedy}"
-        )
+        if not np.isfinite(block.sum()):  # an infinity or NaN makes the sum one too: one pass, and no mask
+            _require(np.isfinite(block), block, "be finite", remedy, rows, first)
 
 
 def rescale(block: NDArray[Any], rows: Rows, first: int) -> Float64[np.ndarray, "rows classes"]:
     """Divide each row by its sum. Raises DataError unless the sum was 1 within 1e-3 and no entry negative."""
     block = block.astype(np.float64, copy=False)
     require_finite(block, rows, first, "give probabilities")
-    name, start = locate(rows, first)
-    if block.min() < 0:
-        row, column = np.argwhere(block < 0)[0].tolist()
-        raise DataError(
-            f"{name} must be probabilities; row {start + row}, column {column} is {block[row, column]:g}: "
-            "if these are log-probabilities, take their exponential"
-        )
+    remedy = "if these are log-probabilities, take their exponential"
+    _require(block >= 0, block, "be probabilities", remedy, rows, first)
     mass = block.sum(axis=1)
-    if (off := np.abs(mass - 1.0) > MASS_TOLERANCE).any():
-        row = int(off.argmax())
-        raise DataError(
-            f"{name} must sum to 1 in every row; {int(off.sum())} rows do not, the first, row {start + row}, sums to "
-            f"{mass[row]:g} (of rows {start} to {start + len(block) - 1}): divide each row by its sum, or apply "
-            "softmax if these are logits"
-        )
-    block = block / mass[:, None]
-    return block
+    remedy = "divide each row by its sum, or apply softmax if these are logits"
+    _require(np.abs(mass - 1.0) <= MASS_TOLERANCE, mass, "sum to 1 in every row", remedy, rows, first)
+    scaled: NDArray[np.float64] = block / mass[:, None]
+    return scaled
 
 
 def to_top_k(lists: Sequence[NDArray[Any]], classes: int, targets: tuple[Rows, ...], first: int) -> TopK:
     """Return a teacher's lists as a target. Raises DataError for lists that are of no distribution over the classes."""
     indices = np.require(lists[0], np.int64, ["C", "W"])
     log_probs = np.require(lists[1], float_dtype(targets[1]), ["C", "W"])
-    (name, start), (other, _) = (locate(rows, first) for rows in targets)
-    if indices.min() < 0 or indices.max() >= classes:
-        row, column = np.argwhere((indices < 0) | (indices >= classes))[0].tolist()
-        raise DataError(
-            f"{name} must be classes from 0 to {classes - 1}; row {start + row}, column {column} is "
-            f"{indices[row, column]}: give the number of classes, or lists over these"
-        )
+    within = (indices >= 0) & (indices < classes)
+    remedy = "give the number of classes, or lists over these"
+    _require(within, indices, f"be classes from 0 to {classes - 1}", remedy, targets[0], first)
     in_order = np.sort(indices, axis=1)
-    if (twice := (in_order[:, 1:] == in_order[:, :-1]).any(axis=1)).any():
-        raise DataError(
-            f"{name} must name distinct classes in each row; row {start + int(twice.argmax())} names one twice: "
-            "keep one of them"
-        )
+    distinct = (in_order[:, 1:] != in_order[:, :-1]).all(axis=1)
+    _require(
+        distinct, indices, "name distinct classes in each row", "keep one of those that are the same", targets[0], first
+    )
     with np.errstate(over="ignore"):
         mass = np.exp(log_probs, dtype=np.float64).sum(axis=1)
-    if (wrong := ~(mass <= 1.0 + MASS_TOLERANCE)).any():  # NaN is wrong too
-        row = int(wrong.argmax())
-        raise DataError(
-            f"{other} must be natural log-probabilities with a mass of at most 1 a row; row {start + row} has "
-            f"{mass[row]:g}: take log_softmax over all classes before topk"
-        )
+    what, remedy = "be natural log-probabilities with a mass of at most 1 a row", "take log_softmax over all classes"
+    _require(mass <= 1.0 + MASS_TOLERANCE, mass, what, f"{remedy} before topk", targets[1], first)  # NaN is wrong too
     return TopK(torch.from_numpy(indices), torch.from_numpy(log_probs))
+
+
+def _require(good: NDArray[np.bool_], values: NDArray[Any], what: str, remedy: str, rows: Rows, first: int) -> None:
+    """Raise DataError for entries or rows that are not ``good``, with the value and the place of the first."""
+    if not good.all():
+        bad = np.argwhere(~good)
+        place, (name, start) = tuple(bad[0].tolist()), locate(rows, first)
+        entries, column = ("entries ", f", column {place[1]}") if good.ndim == 2 else ("", "")
+        value = values[place]
+        shown = f"{value:g}" if isinstance(value, np.floating) else repr(value.tolist())
+        raise DataError(
+            f"{name} must {what}; {len(bad)} {entries}of rows {start} to {start + len(good) - 1} are wrong, the first, "
+            f"{shown}, in row {start + place[0]}{column}: {remedy}"
+        )
 
 
 def index_labels(
@@ -100,17 +87,21 @@ def index_labels(
     The classes are the sorted distinct labels of all processes, as in scikit-learn, unless they are given.
     Raises DataError for entries that are no labels, a single class, or a label that is none of the given classes.
     """
+    fitted = dict.fromkeys(classes or ())
+    shown = ", ".join(map(repr, list(fitted)[:8])) + (", …" if len(fitted) > 8 else "")
     pieces: list[tuple[list[Label], NDArray[np.int64]]] = []
     distinct: dict[str, dict[Label, None]] = {}  # the labels by the name of their array
     with together.agreed():
         for start, piece in zip(bounds, rows.read(bounds), strict=False):
-            name, row = locate(rows, start)
+            name, _ = locate(rows, start)
             values, inverse = np.unique(_checked_labels(piece, name), return_inverse=True)
             labels = values.tolist()
             pieces.append((labels, inverse))
             distinct.setdefault(name, {}).update(dict.fromkeys(labels))
             if classes is not None:
-                _require_known(classes, labels, inverse, name, row)
+                known = np.array([label in fitted for label in labels], dtype=np.bool_)[inverse]
+                remedy = "leave the target out, or fit a head to all classes"
+                _require(known, piece, f"be labels of the head's {len(classes)} classes ({shown})", remedy, rows, start)
     if classes is None:
         texts = together.texts(json.dumps([(name, list(labels)) for name, labels in distinct.items()]))
         classes = _all_classes([named for text in texts for named in json.loads(text)])
@@ -146,17 +137,3 @@ def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
             "distributions need shape (n, C)"
         )
     return labels.astype(np.int64)
-
-
-def _require_known(
-    classes: tuple[Label, ...], labels: list[Label], inverse: NDArray[np.int64], name: str, first: int
-) -> None:
-    known = set(classes)
-    unknown = np.array([label not in known for label in labels], dtype=np.bool_)
-    if unknown.any():
-        row = int(unknown[inverse].argmax())
-        shown = ", ".join(map(repr, classes[:8])) + (", …" if len(classes) > 8 else "")
-        raise DataError(
-            f"{name}: row {first + row} has the label {labels[inverse[row]]!r}, which is none of the head's "
-            f"{len(classes)} classes ({shown}); leave the target out, or fit a head to all classes"
-        )

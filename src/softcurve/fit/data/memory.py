@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset
-from softcurve.fit.data.files.file_rows import FileRows, memmap_rows
+from softcurve.fit.data.files.file_rows import memmap_rows
 from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.rows import ArrayRows, Rows, SparseRows, tensor_array
 from softcurve.fit.data.source import Label
@@ -44,9 +44,7 @@ def to_source(
         targets = tuple(_rows(tensor, f"{target_name}.{part}") for part, tensor in lists.items())
     elif target is not None:
         targets = (_rows(target, target_name),)
-    data = Dataset(_rows(features, features_name), targets)
-    in_memory = not any(isinstance(rows, FileRows) for rows in (data.features, *targets))
-    return assemble(data, classes=classes, class_count=class_count, in_memory=in_memory)
+    return assemble(Dataset(_rows(features, features_name), targets), classes=classes, class_count=class_count)
 
 
 def _rows(array: Any, name: str) -> Rows:

@@ -31,7 +31,7 @@ def open_source(
         dataset = _open(data, target)
         if not dataset.targets:
             raise DataError(f"data: {data} has no targets ({dataset.absent}); give them in an .npy file as target")
-    return assemble(dataset, class_count=class_count, in_memory=_in_memory(dataset), together=together)
+    return assemble(dataset, class_count=class_count, together=together)
 
 
 def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: Path | None = None) -> RowSource:
@@ -44,7 +44,7 @@ def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: P
     name, columns = dataset.features.name, dataset.features.shape[1]
     if columns != width:
         raise DataError(f"{name} must have {width} columns, as the features that the head was fitted to; got {columns}")
-    return assemble(dataset, classes=classes, in_memory=_in_memory(dataset))
+    return assemble(dataset, classes=classes)
 
 
 def _open(data: str, target: Path | None) -> Dataset:
@@ -60,10 +60,6 @@ def _open(data: str, target: Path | None) -> Dataset:
     if target.suffix.lower() != ".npy":
         raise DataError(f"target: {target} must be an .npy file (numpy.save); put other formats into data")
     return replace(dataset, targets=(npy_rows(target, "target", f"target {target}"),))
-
-
-def _in_memory(dataset: Dataset) -> bool:
-    return all(isinstance(rows, ArrayRows) for rows in (dataset.features, *dataset.targets))
 
 
 def _digits() -> Dataset:

@@ -41,10 +41,9 @@ class RowSource:
         data: Dataset,
         classes: tuple[Label, ...],
         index: Int64[np.ndarray, " rows"] | None,  # the labels
-        in_memory: bool,
         share: Share,
     ) -> None:
-        self.data, self.classes, self.index, self.in_memory = data, classes, index, in_memory
+        self.data, self.classes, self.index, self.in_memory = data, classes, index, data.in_memory
         self.share, self.rows = share, share.rows
         self.kind, self.width = data.kind, data.features.shape[1]
         self.dtype: np.dtype[Any] = float_dtype(data.features)
@@ -100,7 +99,6 @@ def assemble(
     *,
     classes: tuple[Label, ...] | None = None,
     class_count: int | None = None,
-    in_memory: bool = False,
     together: Together = ALONE,
 ) -> RowSource:
     """Check what can be seen without reading all, read the labels, and make a dataset a source.
@@ -131,8 +129,8 @@ def assemble(
             origin = data.targets[0].name if class_count is None else "class_count"
             require_head(count, data.features.shape[1], origin)
         classes = names if kind == "labels" else tuple(range(count))
-    source = RowSource(data, classes if kind and classes else (), index, in_memory, share)
-    if in_memory:
+    source = RowSource(data, classes if kind and classes else (), index, share)
+    if source.in_memory:
         with together.agreed():
             for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
                 pass

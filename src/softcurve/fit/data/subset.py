@@ -92,7 +92,7 @@ def shared(source: Source, together: Together) -> Source:
     require_same_rows(source.data, together)
     share = own_share(source.rows, together)
     index = None if source.index is None else source.index[share.first : share.first + share.rows]
-    return RowSource(source.data, source.classes, index, source.in_memory, share)
+    return RowSource(source.data, source.classes, index, share)
 
 
 def _rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
