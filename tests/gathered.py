@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from softcurve.fit.data.gathering import GatheredRows, gather
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.source import GatheredRows, gather
 from softcurve.fit.data.subset import holdout_mask
 
 

@@ -363,12 +363,15 @@ def test_wrong_entries_are_named_by_file_and_row(tmp_path, write, arrays, messag
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"features": FEATURES[:, :4], "target": LABELS}, r"2\..* must have 5 columns, as .*1\..*; got 4: all shards"),
-        ({"features": FEATURES, "target": SOFT}, r"2\..* comes with distributions, and .*1\..* with labels"),
-        ({"features": FEATURES} | TARGETS["top_k"], r"2\..* comes with a teacher's lists, and .*1\..* with labels"),
+        (
+            {"features": FEATURES[:, :4], "target": LABELS},
+            r"2\..* has 4 features with labels, and .*1\..* has 5 features with labels; all shards",
+        ),
+        ({"features": FEATURES, "target": SOFT}, r"2\..* with distributions over 4 classes, and .*1\..* with labels"),
+        ({"features": FEATURES} | TARGETS["top_k"], r"2\..* with a teacher's lists of 3, and .*1\..* with labels"),
         (
             {"features": FEATURES},
-            r"2\..* comes with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
+            r"2\..* with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
         ),
         ({"features": FEATURES, "target": LABELS[:-1]}, r"2\..* has 37 rows but .* has 36 rows"),
     ],
@@ -386,7 +389,9 @@ def test_a_shard_that_does_not_go_with_the_first_is_named(tmp_path, write, secon
 def test_shards_with_other_classes_or_labels_are_named(tmp_path):
     np.savez(tmp_path / "1.npz", X=FEATURES, y=SOFT)
     np.savez(tmp_path / "2.npz", X=FEATURES, y=SOFT[:, :3])
-    with pytest.raises(DataError, match=r"2\.npz must have 4 columns, as .*1\.npz; got 3: .* over the same classes"):
+    with pytest.raises(
+        DataError, match=r"2\.npz .* with distributions over 3 classes, and .*1\.npz .* over 4 classes; all shards"
+    ):
         open_source(str(tmp_path))
     np.savez(tmp_path / "1.npz", X=FEATURES, y=LABELS)
     np.savez(tmp_path / "2.npz", X=FEATURES, y=NAMES)

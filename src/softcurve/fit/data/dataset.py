@@ -37,6 +37,15 @@ class Dataset:
         return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
 
     @property
+    def described(self) -> str:
+        """The features and the target in words, without the number of rows."""
+        target = f"no targets ({self.absent})" if self.kind is None else "labels"
+        if self.kind in ("distributions", "top_k"):
+            what = "distributions over {} classes" if self.kind == "distributions" else "a teacher's lists of {}"
+            target = what.format(self.targets[0].shape[1])
+        return f"{self.features.shape[1]} features with {target}"
+
+    @property
     def in_memory(self) -> bool:
         """Whether nothing is read from files."""
         return all(isinstance(rows, ArrayRows | SparseRows) for rows in (self.features, *self.targets))
@@ -54,15 +63,14 @@ class Dataset:
         if 0 in shape:
             raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
         shapes = [target.shape for target in self.targets]
-        for target, (length, *_) in zip(self.targets, ((*of_target, None) for of_target in shapes), strict=True):
-            if length != shape[0]:
-                has = "a single value" if length is None else f"{length} rows"
+        for target in self.targets:
+            if target.shape[:1] != shape[:1]:
+                has = f"{target.shape[0]} rows" if target.shape else "a single value"
                 raise DataError(f"{name} has {shape[0]} rows but {target.name} has {has}; give one target a row")
         if self.kind == "top_k" and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]):
-            names = " and ".join(target.name for target in self.targets)
-            got = " and ".join(map(str, shapes))
             raise DataError(
-                f"{names} must have one shape (n, k); got {got}: give each listed class its log-probability"
+                f"{self.targets[0].name} and {self.targets[1].name} must have one shape (n, k); got {shapes[0]} and "
+                f"{shapes[1]}: give each listed class its log-probability"
             )
         if self.kind == "distributions" and (len(shapes[0]) != 2 or shapes[0][1] < 2):
             raise DataError(
@@ -75,7 +83,11 @@ def join(datasets: Sequence[Dataset], name: str) -> Dataset:
     """Return the rows of all datasets as one. Raises DataError for one that does not go with the first."""
     for dataset in datasets:
         dataset.check()
-        _require_like(datasets[0], dataset)
+        if dataset.described != datasets[0].described:
+            raise DataError(
+                f"{dataset.features.name} has {dataset.described}, and {datasets[0].features.name} has "
+                f"{datasets[0].described}; all shards need the same features and the same kind of target"
+            )
     targets = zip(*(dataset.targets for dataset in datasets), strict=True)
     features = Shards([dataset.features for dataset in datasets], name)
     return Dataset(features, tuple(Shards(shards, shards[0].name) for shards in targets), datasets[0].absent)
@@ -130,24 +142,3 @@ def _only(path: Path, what: str, names: Sequence[str], wanted: tuple[str, ...]) 
     if len(present) > 1:
         raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
     return present[0] if present else None
-
-
-def _require_like(first: Dataset, other: Dataset) -> None:
-    if other.features.shape[1] != first.features.shape[1]:
-        raise DataError(
-            f"{other.features.name} must have {first.features.shape[1]} columns, as {first.features.name}; got "
-            f"{other.features.shape[1]}: all shards need the same features"
-        )
-    if other.kind != first.kind:
-        words = {"labels": "labels", "distributions": "distributions", "top_k": "a teacher's lists"}
-        got, wanted = (words[each.kind] if each.kind else f"no targets ({each.absent})" for each in (other, first))
-        raise DataError(
-            f"{other.features.name} comes with {got}, and {first.features.name} with {wanted}; "
-            "all shards need the same kind of target"
-        )
-    for ours, theirs in zip(other.targets, first.targets, strict=True):
-        if ours.shape[1:] != theirs.shape[1:]:
-            raise DataError(
-                f"{ours.name} must have {theirs.shape[1]} columns, as {theirs.name}; got {ours.shape[1]}: all shards "
-                "need targets over the same classes"
-            )

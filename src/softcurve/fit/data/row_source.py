@@ -172,21 +172,22 @@ def require_same_rows(data: Dataset, together: Together) -> None:
     """Raise DataError, in all processes, where one of them sees other rows than the first, as in other files."""
     if together.size == 1:
         return
-    count, width = data.features.shape
     with together.agreed():
-        arrays = [named for rows in (data.features, *data.targets) for named in digests(rows, MOST)]
-    shape = f"{count} rows of {width} features with {data.kind or 'no targets'}"
-    texts = together.texts(json.dumps((shape, [(name, digest.hex()) for name, digest in arrays])))
+        arrays = [
+            (name, digest.hex()) for rows in (data.features, *data.targets) for name, digest in digests(rows, MOST)
+        ]
+    texts = together.texts(json.dumps((f"{data.features.shape[0]} rows of {data.described}", arrays)))
     first_shape, first_arrays = json.loads(texts[0])
     with together.agreed():
         for other, (shape, arrays) in enumerate(map(json.loads, texts)):
-            unlike = None
+            pairs = zip(first_arrays, arrays, strict=False)
+            unlike = next(((name, other_name) for (name, a), (other_name, b) in pairs if a != b), None)
             if shape != first_shape:
-                unlike = f"process 0 has {first_shape}, and process {other} has {shape}"
-            for (name, digest), (other_name, other_digest) in zip(first_arrays, arrays, strict=False):
-                if digest != other_digest and unlike is None:
-                    unlike = f"{name} in process 0 and {other_name} in process {other} have other entries"
-            if len(arrays) != len(first_arrays) and unlike is None:
-                unlike = "the processes have other numbers of files"
-            if unlike is not None:
-                raise DataError(f"data: {unlike}; give all of them the same files")
+                what = f"process 0 has {first_shape}, and process {other} has {shape}"
+            elif unlike is not None:
+                what = f"{unlike[0]} in process 0 and {unlike[1]} in process {other} have other entries"
+            elif len(arrays) != len(first_arrays):
+                what = "the processes have other numbers of files"
+            else:
+                continue
+            raise DataError(f"data: {what}; give all of them the same files")
