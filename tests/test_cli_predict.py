@@ -301,7 +301,7 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
     monkeypatch.setattr("softcurve.app.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
     done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy"])
     assert done.exit_code == 2
-    assert "data.npy ends before the entries of data.npy do" in done.stderr
+    assert "data.npy has changed since it was opened (200 bytes, 2080 before)" in done.stderr
     assert contents()["p.npy"] == before
     assert sorted(os.listdir()) == ["data.npy", "h.safetensors", "p.npy"]
 
