@@ -119,8 +119,8 @@ def settled(folder, group):
     curving[::7] = 0.0
     found = {}
     for most, share in ((0.0, 1.0), (0.1, 1.0), (50.0, 0.2), (1e9, 0.9), (1e9, 0.4)):
-        share = own_share(500, together)
-        own = slice(share.first, share.first + share.rows)
+        first = own_share(500, together).first
+        own = slice(first, first + own_share(500, together).rows)
         rows, count = settled_rows(curving[own], most, of_logits[own], share, together)
         numbers = torch.cat(together.gathered(rows + own.start)).sort().values
         found[f"{most} {share}"] = [numbers.tolist(), count]

@@ -155,6 +155,15 @@ def test_shards_with_one_target_file_for_all_among_them(tmp_path, kind):
         open_source(str(tmp_path), tmp_path / "target.npy")
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_share_without_rows_reads_nothing(tmp_path, write):
+    path = tmp_path / f"data.{WRITERS[write]}"
+    write(path, {"features": FEATURES, "target": LABELS})
+    source = open_source(str(path))
+    path.unlink()
+    assert list(source.data.features.read([5])) == []
+
+
 def test_string_labels_over_shards(tmp_path):
     for number, half in enumerate(np.array_split(np.arange(ROWS), 2)):
         np.savez(tmp_path / f"{number}.npz", X=FEATURES[half], y=NAMES[half])
