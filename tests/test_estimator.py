@@ -338,7 +338,7 @@ HOLED[17, 2] = np.nan
         (IRIS[0], np.where(IRIS[1] == 0, np.nan, 1.0), None, "NaN"),
         (IRIS[0], None, None, "requires y"),
         (ROWS, 2 * SOFT, None, r"y must sum to 1 in every row; \d+ of rows .* the first, 2, in row"),
-        (ROWS, SOFT - 0.5, None, "y must be probabilities; row 0"),
+        (ROWS, SOFT - 0.5, None, "y must be probabilities; .* in row 0, column"),
         (ROWS, SOFT[:-1], None, "X has 90 rows but y has 89"),
         (IRIS[0], IRIS[1], -np.ones(150), "[Nn]egative"),
         (IRIS[0], IRIS[1], np.zeros(150), "at least one non-zero number"),
