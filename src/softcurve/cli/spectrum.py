@@ -25,8 +25,7 @@ from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
-from softcurve.fit.data.rows import gather
-from softcurve.fit.data.source import Block
+from softcurve.fit.data.source import Block, gather
 from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
