@@ -17,7 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import curvature, fused, passes, products, row_forms
+from softcurve.head import curvature, fused, passes, per_row, products
 from softcurve.head.products import Direction
 
 from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
@@ -364,7 +364,7 @@ def test_curvature_products(name: str, budget: str, matrix: str) -> None:
     rows = whole(ours, memory_budget=least)
     curvature.add_products(rows, matrix, directions(narrow), directions(into))
     assert_same(torch.stack(list(map(flat, into))).double(), expected, "products", 5e-6)
-    norms = rows.tensors.row_weight * row_forms.gradient_norms(rows)
+    norms = rows.tensors.row_weight * per_row.gradient_norms(rows)
     assert_same(norms.double(), torch.linalg.vector_norm(right.gradients(), dim=-1), "norms", 5e-6)
 
 

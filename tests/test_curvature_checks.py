@@ -35,7 +35,7 @@ from softcurve.curvature import (
     influence,
     split_head,
 )
-from softcurve.curvature.class_forms import DenseForm, LowRankForm
+from softcurve.curvature.class_factors import DenseClassFactor, LowRankClassFactor
 
 ROWS, CLASSES = 24, 3
 
@@ -562,7 +562,7 @@ def test_representations_are_short(rows):
         operator.solve(torch.ones(43).double(), damping=0.1), influence(features, head, data, data, damping=0.1),
         HeadCurvature(torch.randn(6, 5), torch.randn(3, 5), torch.zeros(6).long()), operator.layout, operator.losses,
         LastLayerLaplace(head, data, features=features), factors.form, factors.classes,
-        LowRankForm(torch.ones(3), torch.ones(3, 2), 0.0), DenseForm(torch.ones(3), torch.ones(3, 3)),
+        LowRankClassFactor(torch.ones(3), torch.ones(3, 2), 0.0), DenseClassFactor(torch.ones(3), torch.ones(3, 3)),
     ]  # fmt: skip
     for record in records:
         shown = repr(record)

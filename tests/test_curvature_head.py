@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softcurve.curvature.losses import HeadLosses
-from softcurve.head import curvature, curvature_tiles, row_forms
+from softcurve.head import curvature, curvature_tiles, per_row
 from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
@@ -284,7 +284,7 @@ def test_products_are_scaled_and_added(matrix):
 )
 def test_budgets_cut_what_they_are_named_after(case, name, monkeypatch):
     """What TILINGS is for."""
-    run = row_forms.gradient_norms if name == "gradients" else second_order(name)
+    run = per_row.gradient_norms if name == "gradients" else second_order(name)
     cuts = {}
     for tiling in ("whole", "rows", "many classes" if name == "gradients" else "classes"):
         plan, _ = plan_of(run, rows_of(posed(case, "everything", tiling), tiling, run, monkeypatch), monkeypatch)
@@ -299,14 +299,14 @@ def test_budgets_cut_what_they_are_named_after(case, name, monkeypatch):
 def test_norms_masses_and_outer_products_of_gradients(case, options, tiling, monkeypatch):
     given = posed(case, options, tiling)
     dense = Dense(given)
-    rows = rows_of(given, tiling, row_forms.gradient_norms, monkeypatch)
+    rows = rows_of(given, tiling, per_row.gradient_norms, monkeypatch)
     weight, gradients = rows.tensors.row_weight, dense.gradients()
 
     norms = torch.linalg.vector_norm(gradients, dim=-1)
-    assert_same(weight * row_forms.gradient_norms(rows), norms, "norms", BOUND)
+    assert_same(weight * per_row.gradient_norms(rows), norms, "norms", BOUND)
 
     masses = dense.rows.weight * dense.rows.masses(dense.rows.seen(dense.z))
-    assert_same(weight * dense.rows.nats * row_forms.row_masses(rows), masses, "masses", BOUND)
+    assert_same(weight * dense.rows.nats * per_row.row_masses(rows), masses, "masses", BOUND)
 
     columns, factor = random_columns(dense.head), torch.randn(len(dense.z), dtype=torch.float64)
     into = zeros_like(columns)
@@ -340,7 +340,7 @@ def test_rows_of_weight_zero_are_not_looked_at(pass_of):
         elif pass_of == "diagonal":
             return flat(curvature.diagonal(rows, "hessian", wants_diagonal=True))
         else:
-            return row_forms.gradient_norms(rows)
+            return per_row.gradient_norms(rows)
         return flat(into[0])
 
     assert torch.equal(outcome(spoilt), outcome(rows))
@@ -365,9 +365,9 @@ def inverse_cdf(seen: Tensor, uniforms: Tensor) -> Tensor:
 def test_classes_are_where_the_cumulated_probabilities_pass_the_uniforms(case, options, tiling, monkeypatch):
     given = posed(case, options, tiling)
     dense = Dense(given)
-    rows = rows_of(given, tiling, row_forms.gradient_norms, monkeypatch)
+    rows = rows_of(given, tiling, per_row.gradient_norms, monkeypatch)
     uniforms = torch.rand(len(dense.z), 11, dtype=torch.float64)
-    drawn = row_forms.sample_classes(rows, uniforms)
+    drawn = per_row.sample_classes(rows, uniforms)
     expected = inverse_cdf(dense.rows.seen(dense.z), uniforms)
     assert torch.equal(drawn[dense.rows.weight != 0], expected[dense.rows.weight != 0])
 
@@ -379,9 +379,9 @@ def test_classes_of_long_rows(budget):
     least = None
     if budget == "least":
         with pytest.raises(ValueError, match="memory_budget") as refused:
-            row_forms.sample_classes(head_rows(z, 1), uniforms)
+            per_row.sample_classes(head_rows(z, 1), uniforms)
         least = least_of(str(refused.value))
-    drawn = row_forms.sample_classes(head_rows(z, least), uniforms)
+    drawn = per_row.sample_classes(head_rows(z, least), uniforms)
     assert torch.equal(drawn, inverse_cdf(z, uniforms))
 
 
@@ -402,9 +402,9 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(40, 1)
     if budget == "least":
         with pytest.raises(ValueError, match="memory_budget") as refused:
-            row_forms.sample_classes(rows._replace(memory_budget=1), uniforms)
+            per_row.sample_classes(rows._replace(memory_budget=1), uniforms)
         rows = rows._replace(memory_budget=least_of(str(refused.value)))
-    drawn = row_forms.sample_classes(rows, uniforms)
+    drawn = per_row.sample_classes(rows, uniforms)
     allowed = torch.isfinite(bias).nonzero()
     assert torch.equal(drawn, torch.cat([allowed[0], allowed[-1]]).expand(40, 2))
 
@@ -412,7 +412,7 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
 def test_the_frequencies_of_classes_are_the_probabilities():
     z = torch.tensor([[0.3, -1.0, 1.4, 0.0], [2.0, 1.9, -3.0, -0.5]], dtype=torch.float64)
     draws = 20_000
-    drawn = row_forms.sample_classes(head_rows(z, temperature=2.0), torch.rand(2, draws, dtype=torch.float64))
+    drawn = per_row.sample_classes(head_rows(z, temperature=2.0), torch.rand(2, draws, dtype=torch.float64))
     p = torch.softmax(z / 2, -1)
     frequencies = torch.stack([(drawn == k).double().mean(-1) for k in range(4)], -1)
     deviations = (frequencies - p) / (p * (1 - p) / draws).sqrt()

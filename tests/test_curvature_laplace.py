@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import softcurve
-from softcurve.curvature.class_forms import LowRankForm
+from softcurve.curvature.class_factors import LowRankClassFactor
 from softcurve.curvature.laplace import LastLayerLaplace
 
 STRUCTURES = ["kronecker", "diagonal"]
@@ -202,7 +202,7 @@ def test_a_class_factor_of_low_rank(bias):
     dense = Dense(head, data, "kronecker", 0.1)
     e = torch.randn(5, 6, dtype=torch.float64)
     laplace = LastLayerLaplace(head, data, prior_precision=0.1, form="low_rank", rank=20)
-    assert isinstance(laplace.structure.form, LowRankForm)
+    assert isinstance(laplace.structure.form, LowRankClassFactor)
     close(laplace.predictive_variance(e), dense.variance(e), rtol=1e-7)
     for prior in (1e-3, 0.1, 1e4):
         close(laplace.log_marginal_likelihood(prior), dense.evidence(prior), rtol=1e-8)

@@ -574,7 +574,7 @@ class TestErrors:
         assert not operator.to_dense().any()
 
     def test_data_that_can_be_walked_once(self, make):
-        with pytest.raises(TypeError, match=r"data must be an iterable that can be walked again.*generator"):
+        with pytest.raises(TypeError, match=r"data must be a re-iterable of batches.*generator"):
             make(small_features(), small_head(), (batch for batch in batches()))
 
     def test_features_of_another_width(self, make):

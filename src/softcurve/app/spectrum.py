@@ -22,9 +22,10 @@ from softcurve.app.interrupt import stop_if_interrupted
 from softcurve.app.printing import console, print_record, print_table
 from softcurve.app.user_model import call_function, first_line, place_in, said
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
+from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
+from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator
-from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for

@@ -1,7 +1,8 @@
-"""Where each parameter of features and a head lies in a flat vector."""
+"""Where each trained parameter of the features and the head lies in a flat vector."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -10,60 +11,52 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The trainable parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once."""
+    """The trained parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once."""
 
     names: tuple[str, ...]
-    tensors: tuple[nn.Parameter, ...]
+    tensors: tuple[Tensor, ...]
     slices: tuple[slice, ...]
-    of_features: tuple[int, ...]  # those that the features use
+    of_features: tuple[int, ...]  # the parameters that the features use
     head_weight: int | None  # None where it is frozen
     head_bias: int | None
 
     @staticmethod
     def of(features: nn.Module, head: nn.Linear) -> Layout:
         """Raises ``ValueError`` if nothing requires a gradient."""
-        places: dict[int, int] = {}
-        names: list[str] = []
-        tensors: list[nn.Parameter] = []
+        named: dict[Tensor, str] = {}
         for prefix, module in (("features", features), ("head", head)):
             for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in places:
-                    places[id(parameter)] = len(tensors)
-                    names.append(f"{prefix}.{name}")
-                    tensors.append(parameter)
-        if not tensors:
+                if parameter.requires_grad:
+                    named.setdefault(parameter, f"{prefix}.{name}")
+        if not named:
             raise ValueError("features and head must have a parameter that requires a gradient, got none; unfreeze one")
-        slices, start = [], 0
-        for tensor in tensors:
-            slices.append(slice(start, start + tensor.numel()))
-            start += tensor.numel()
-        used = {places[id(p)] for p in features.parameters() if id(p) in places}
-        bias = None if head.bias is None else places.get(id(head.bias))
+        places = {parameter: number for number, parameter in enumerate(named)}
+        ends = list(itertools.accumulate((parameter.numel() for parameter in named), initial=0))
         return Layout(
-            tuple(names), tuple(tensors), tuple(slices), tuple(sorted(used)), places.get(id(head.weight)), bias
+            tuple(named.values()),
+            tuple(named),
+            tuple(itertools.starmap(slice, itertools.pairwise(ends))),
+            tuple(sorted({places[p] for p in features.parameters() if p in places})),
+            places.get(head.weight),
+            None if head.bias is None else places.get(head.bias),
         )
 
     def __repr__(self) -> str:
-        """One line; the names are in :attr:`names`."""
         return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
 
     @property
     def size(self) -> int:
-        """Entries of the flat vector."""
+        """The number of entries of the flat vector."""
         return sum(tensor.numel() for tensor in self.tensors)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the flat vector: at least float32."""
+        """The dtype of the flat vector: at least float32."""
         dtype = torch.float32
         for tensor in self.tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
         return dtype
 
     def view(self, flat: Tensor, number: int) -> Tensor:
-        """A parameter's part of a flat vector, in its shape."""
+        """A parameter's part of a flat vector, in the parameter's shape."""
         return flat[self.slices[number]].view(self.tensors[number].shape)
-
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector by names."""
-        return {name: self.view(flat, i) for i, name in enumerate(self.names)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
-from softcurve.curvature.class_forms import DenseForm
+from softcurve.curvature.class_factors import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.losses import Loss
@@ -176,7 +176,7 @@ def _by_products(
 def _of_factors(here: HeadCurvature) -> Float64[Tensor, " size"]:
     """The eigenvalues of ``B ⊗ A`` are the products of theirs."""
     factors = here.kfac(form="dense")
-    assert isinstance(factors.form, DenseForm)
+    assert isinstance(factors.form, DenseClassFactor)
     of_features = torch.linalg.eigvalsh(factors.features).clamp(min=0)
     return factors.form.values.outer(of_features).flatten().sort().values
 
