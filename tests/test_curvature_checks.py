@@ -467,7 +467,7 @@ def test_the_options_of_the_logits_that_were_declared_must_be_given():
     features, head = split_head(model, "head", softcap=30.0, temperature=2.0)
     data = [(torch.randn(6, 4), torch.zeros(6).long())]
     GGN(features, head, data, softcap=30.0, temperature=2.0)
-    with pytest.raises(ValueError, match=r"softcap must be 30\.0 as split_head was told of the model, got None"):
+    with pytest.raises(ValueError, match=r"softcap must be 30\.0 as in split_head, got None"):
         LastLayerLaplace(head, data, features=features, temperature=2.0)
     with pytest.raises(ValueError, match=r"temperature must be 2\.0"):
         influence(features, head, data, data, damping=0.1, softcap=30.0)

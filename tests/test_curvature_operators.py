@@ -688,7 +688,7 @@ for make in (Hessian, GGN, Fisher, EmpiricalFisher):
         ((features, head, [x]), {}, "data must yield (x, target) or (x, target, sample_weight), got Tensor in batch 0"),
         ((features, head, [(x, target), (x,)]), {}, "data must yield (x, target)"),
         ((features, head, [(x, target, None, None)]), {}, "data must yield (x, target)"),
-        ((features, head, 3), {}, "data must be an iterable"),
+        ((features, head, 3), {}, "data must be a re-iterable"),
         ((features, head, [(x, [0, 1, 2, 3])]), {}, "target must be"),
         ((features, head, [(x, target)]), {"ignore_index": 1.0}, "ignore_index must be"),
     ):

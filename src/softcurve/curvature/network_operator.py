@@ -37,6 +37,7 @@ class NetworkOperator(SymmetricOperator):
         check_deterministic: bool = True,
         **options: Unpack[LossOptions],
     ) -> None:
+        self.features, self.head, self.data = features, head, data
         self.losses = HeadLosses(**options)
         self.network = Network(
             features, head, data, self.losses, seed=seed, progress=progress, process_group=process_group
