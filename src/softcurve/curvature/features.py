@@ -1,4 +1,4 @@
-"""The features' forward pass under fixed conditions, and the same conditions for the derivatives that autograd computes.
+"""The features' forward pass under fixed conditions, and the same conditions for its derivatives.
 
 A product evaluates the features once and differentiates them several times. A checkpoint that is not reentrant runs a
 part of the forward again in each of these derivatives, so that all of them need what the forward had: the same kernels
@@ -76,17 +76,16 @@ def eager() -> Any:
 @contextmanager
 def _copied_buffers(module: nn.Module) -> Iterator[None]:
     """Replace the module's buffers by copies; a buffer that is shared stays shared."""
-    owners = [
-        (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None
-    ]
+    tables = [part._buffers for part in module.modules()]
+    owners = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]
     copies = {id(buffer): buffer.clone() for _, _, buffer in owners}
     try:
-        for buffers, name, buffer in owners:
-            buffers[name] = copies[id(buffer)]
+        for table, name, buffer in owners:
+            table[name] = copies[id(buffer)]
         yield
     finally:
-        for buffers, name, buffer in owners:
-            buffers[name] = buffer
+        for table, name, buffer in owners:
+            table[name] = buffer
 
 
 def _recordable(value: Any) -> Any:

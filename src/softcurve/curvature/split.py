@@ -30,11 +30,10 @@ class HeadInput(nn.Module):
         self,
         model: nn.Module,
         head: nn.Linear,
-        ancestors: tuple[nn.Module, ...] = (),
-        *,
-        softcap: Number | None = None,
-        temperature: Number = 1.0,
-        compiled: bool = False,
+        ancestors: tuple[nn.Module, ...],
+        softcap: Number | None,
+        temperature: Number,
+        compiled: bool,
     ) -> None:
         super().__init__()
         self.model = model
@@ -125,8 +124,7 @@ def split_head(
     require_head(module)
     watched = tuple(ancestors) if ancestors and require_nothing_beside(path, head) else ()
     warn_of_logit_maps(ancestors, softcap, temperature)
-    features = HeadInput(path[0], module, watched, softcap=softcap, temperature=temperature, compiled=compiled)
-    return features, module
+    return HeadInput(path[0], module, watched, softcap, temperature, compiled), module
 
 
 def require_same_logits(features: nn.Module, temperature: float, softcap: float | None) -> None:
@@ -181,8 +179,8 @@ def _not_linear(found: nn.Module, head: str) -> str:
     message = f"head must name a torch.nn.Linear, got {class_name(found)} at {head!r}"
     if adapter_parts(found):
         return (
-            f"{message}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into the "
-            "weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
+            f"{message}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into "
+            "the weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
         )
     if inside := _linear_names(found):
         return f"{message}; inside it are {inside}, of which one may be named if nothing is done to its output"
