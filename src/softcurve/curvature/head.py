@@ -177,12 +177,7 @@ class HeadCurvature:
         return norms.reshape(self.leading)
 
     def kfac(
-        self,
-        *,
-        matrix: PositiveMatrixName = "gauss_newton",
-        form: FactorForm = "auto",
-        rank: int = 128,
-        seed: int = 0,
+        self, *, matrix: PositiveMatrixName = "gauss_newton", form: FactorForm = "auto", rank: int = 128, seed: int = 0
     ) -> KroneckerFactors:
         """The Kronecker factors of the matrix in weight and bias.
 

@@ -106,12 +106,7 @@ class SpectralDensity:
 
 
 def spectral_density(
-    matrix: SymmetricMatrix,
-    *,
-    probes: int = 10,
-    steps: int = 80,
-    seed: int = 0,
-    columns_at_once: int | None = None,
+    matrix: SymmetricMatrix, *, probes: int = 10, steps: int = 80, seed: int = 0, columns_at_once: int | None = None
 ) -> SpectralDensity:
     """The distribution of the eigenvalues by stochastic Lanczos quadrature, fully reorthogonalised.
 
