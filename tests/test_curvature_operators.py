@@ -418,7 +418,7 @@ def test_products_see_the_same_dropout(make):
     for mask, again in zip(masks[:batches], masks[batches : 2 * batches], strict=True):
         assert torch.equal(mask, again)
     seeds = {
-        setting.operator(make, seed=s, check_deterministic=False).seed_of(use, n)
+        setting.operator(make, seed=s, check_deterministic=False).network.random_seed(use, n)
         for s in (3, 4)
         for use in ("a", "b")
         for n in range(3)

@@ -30,12 +30,9 @@ class DenseClassFactor:
         return len(self.values)
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedDenseFactor:
-        """``a B + damping I`` for each scale ``a ≥ 0``."""
-        return DampedDenseFactor(self.vectors, self.values.unsqueeze(-1) * scales + damping)
-
-    def double(self) -> DenseClassFactor:
-        """The same in float64."""
-        return DenseClassFactor(self.values.double(), self.vectors.double())
+        """``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
+        vectors, values = self.vectors.to(scales.dtype), self.values.to(scales.dtype)
+        return DampedDenseFactor(vectors, values.unsqueeze(-1) * scales + damping)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ class LowRankClassFactor:
         Raises:
             ValueError: the damping, which the caller calls ``name``, is lost in the rounding errors of ``B``.
         """
-        inverse = 1 / (self.diagonal.unsqueeze(-1) * scales + damping)
+        inverse = 1 / (self.diagonal.to(scales.dtype).unsqueeze(-1) * scales + damping)
         # In float64: a vector with B x = 0, such as that of ones, makes an eigenvalue of the core as small as damping.
         low = self.low.double()
         cores = torch.eye(low.shape[1], dtype=low.dtype, device=low.device).repeat(len(scales), 1, 1)
@@ -92,11 +89,7 @@ class LowRankClassFactor:
                 f"{name} must be larger than the rounding errors of a class factor of low rank, got {damping:g}; "
                 "raise it, use form='dense', or compute in float64"
             )
-        return DampedLowRankFactor(self.low, scales, inverse, factors)
-
-    def double(self) -> LowRankClassFactor:
-        """The same in float64."""
-        return LowRankClassFactor(self.diagonal.double(), self.low.double(), self.rounding)
+        return DampedLowRankFactor(self.low.to(scales.dtype), scales, inverse, factors)
 
 
 @dataclass(frozen=True, eq=False)

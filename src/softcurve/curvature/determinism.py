@@ -1,8 +1,8 @@
 """A check that features and data are the same in each pass, which a matrix known only by its products needs.
 
-Two passes are compared by one number for each row, made of its features, target and weight: the numbers in their order,
-and the numbers sorted, which distinguishes reordered rows from other rows. Neither a loss nor a sum over rows would do:
-at a head of zeros all losses are equal, and batch normalisation preserves sums.
+Two passes are compared by one number for each row, made of its features, target and weight, in order and then sorted,
+which distinguishes reordered rows from other rows. Neither a loss nor a sum over rows would do: at a head of zeros all
+losses are equal, and batch normalisation preserves sums.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from softcurve.array_types import Float64
 from softcurve.curvature.kfac import split_rows
-from softcurve.curvature.network import Network
+from softcurve.curvature.network import SplitNetwork
 from softcurve.head.curvature_tiles import RowLosses
 
 SKIP = "check_deterministic=False skips this check"
@@ -23,7 +23,7 @@ IN_MEMORY = (list, tuple)  # exactly these types, whose batches are the same obj
 TRAINED_DIFFERENTLY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
-def require_deterministic(network: Network, name: str, *, ordered: bool) -> None:
+def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) -> None:
     """Compare two passes over the network's features and data, which the caller's argument ``name`` holds.
 
     ``ordered`` also requires the rows in the same order, because values or random draws belong to rows by their place;
@@ -52,22 +52,18 @@ def require_deterministic(network: Network, name: str, *, ordered: bool) -> None
 
 def _random_sampler(data: object) -> str | None:
     """The name of a sampler at any depth of a loader that is known to be random."""
-    for attribute in ("sampler", "batch_sampler"):
-        sampler = getattr(data, attribute, None)
-        if sampler is None or isinstance(sampler, Tensor):
-            continue
+    for sampler in (getattr(data, name, None) for name in ("sampler", "batch_sampler")):
         if isinstance(sampler, RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
             return type(sampler).__name__
-        # DistributedSampler and similar ones give the same order each time, but not that of the data set.
-        if isinstance(sampler, DistributedSampler) or hasattr(sampler, "shuffle"):
-            if sampler.shuffle is True:
-                return f"{type(sampler).__name__} that shuffles"
-        elif (inner := _random_sampler(sampler)) is not None:
+        # A DistributedSampler that shuffles gives the same order each time, but not that of the data set.
+        if getattr(sampler, "shuffle", False) is True:
+            return f"{type(sampler).__name__} that shuffles"
+        if sampler is not None and (inner := _random_sampler(sampler)) is not None:
             return inner
     return None
 
 
-def _problem_of_rows(network: Network, name: str, ordered: bool) -> str | None:
+def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | None:
     """Compare the rows of two passes; return the error message if they differ."""
     tolerance = _tolerance(network)
     first, second = _row_numbers(network), _row_numbers(network)
@@ -92,7 +88,7 @@ def _problem_of_rows(network: Network, name: str, ordered: bool) -> str | None:
     )
 
 
-def _problem_of_features(network: Network) -> str | None:
+def _problem_of_features(network: SplitNetwork) -> str | None:
     """Compare two evaluations of the first batch; return the error message if they differ."""
     module = network.features
     if type(module) is nn.Identity and not module._forward_hooks and not module._forward_pre_hooks:
@@ -101,9 +97,9 @@ def _problem_of_features(network: Network) -> str | None:
         first, second = (network.features_of(batch, 0, graph=False).detach() for _ in range(2))
         gap = math.inf
         if first.shape == second.shape:
-            scale = float(torch.linalg.vector_norm(first.double().nan_to_num(0.0, 0.0, 0.0))) or 1.0
-            difference = (first.double() - second.double()).nan_to_num(0.0, 0.0, 0.0)
-            gap = float(torch.linalg.vector_norm(difference)) / scale
+            pair = (first.double() - second.double(), first.double())
+            difference, scale = (float(torch.linalg.vector_norm(each.nan_to_num(0.0, 0.0, 0.0))) for each in pair)
+            gap = difference / (scale or 1.0)
         if gap <= _tolerance(network, first.dtype):
             return None
         return (
@@ -114,7 +110,7 @@ def _problem_of_features(network: Network) -> str | None:
     return None
 
 
-def _hint(network: Network) -> str:
+def _hint(network: SplitNetwork) -> str:
     for name, module in network.features.named_modules():
         if module.training and isinstance(module, TRAINED_DIFFERENTLY):
             return (
@@ -124,7 +120,7 @@ def _hint(network: Network) -> str:
     return ""
 
 
-def _row_numbers(network: Network) -> Float64[Tensor, " n"]:
+def _row_numbers(network: SplitNetwork) -> Float64[Tensor, " n"]:
     numbers = [_numbers_of(rows.losses).cpu() for rows in network.rows("Determinism check", graph=False)]
     return torch.cat([torch.zeros(0, dtype=torch.float64), *numbers])
 
@@ -154,7 +150,7 @@ def _direction_and_length(vectors: Tensor) -> Float64[Tensor, " n"]:
     return torch.cat(numbers)
 
 
-def _tolerance(network: Network, *more: torch.dtype) -> float:
+def _tolerance(network: SplitNetwork, *more: torch.dtype) -> float:
     """A thousand times the rounding errors of features, which depend on the other rows of a batch."""
     kind = network.device.type
     dtypes = [*more, *(parameter.dtype for parameter in network.features.parameters())]

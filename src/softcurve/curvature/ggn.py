@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.algorithms.nystrom import NystromPreconditioner
+from softcurve.curvature.algorithms.nystrom import nystrom_preconditioner
 from softcurve.curvature.kfac import FactorForm, HeadRows, KroneckerFactors, kronecker_preconditioner
 from softcurve.curvature.network import BatchRows, Parts
 from softcurve.curvature.network_operator import NetworkOperator
@@ -73,7 +73,7 @@ class JacobianSandwich(NetworkOperator):
             only_head = not layout.of_features and layout.head_weight is not None and not frozen_bias
             kind = "kronecker" if only_head else "nystrom"
         if kind == "nystrom":
-            return NystromPreconditioner(self, rank=products, damping=damping, seed=seed)
+            return nystrom_preconditioner(self, rank=products, damping=damping, seed=seed)
         if layout.head_weight is None or layout.head_weight in layout.of_features:
             raise ValueError("head must have a weight of its own that is trained, got one that is frozen or tied")
         if frozen_bias:

@@ -32,7 +32,7 @@ from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.network import Batch, BatchRows, Network, require_reiterable
+from softcurve.curvature.network import Batch, BatchRows, SplitNetwork, require_reiterable
 from softcurve.curvature.options import LossOptions, with_options_of
 from softcurve.head import passes
 from softcurve.head.tensors import NOTHING
@@ -170,7 +170,7 @@ def influence(
     return Influence(influences, divisor, residuals, converged, sum(each.products for each in solutions))
 
 
-def _mean_gradient(test: Network) -> Tensor:
+def _mean_gradient(test: SplitNetwork) -> Tensor:
     """``∇L_test``, ``(P,)``."""
     flat, total = torch.zeros(test.layout.size, dtype=test.layout.dtype, device=test.device), 0.0
     for rows in test.rows("Test gradient"):
@@ -179,7 +179,7 @@ def _mean_gradient(test: Network) -> Tensor:
     return test.sum_data_shards(test.sum_class_shards(flat)) / test.divisor(total, "test_data")
 
 
-def _row_gradients(test: Network) -> Iterator[Tensor]:
+def _row_gradients(test: SplitNetwork) -> Iterator[Tensor]:
     """``w_r ∇ℓ_r`` of each test row, ``(P,)``, one at a time."""
     for rows in test.rows("Test gradients"):
         for number in range(len(rows.e)):
@@ -188,7 +188,7 @@ def _row_gradients(test: Network) -> Iterator[Tensor]:
             yield test.sum_class_shards(flat)
 
 
-def _add_gradient(network: Network, rows: BatchRows, some: slice, flat: Tensor) -> None:
+def _add_gradient(network: SplitNetwork, rows: BatchRows, some: slice, flat: Tensor) -> None:
     """``flat += Σ w ∇ℓ`` over some rows of a batch."""
     loss, tensors, _, budget = rows.losses
     tensors = tensors._replace(
@@ -209,7 +209,7 @@ def _add_gradient(network: Network, rows: BatchRows, some: slice, flat: Tensor) 
     network.add_pulled_back(rows, sums, columns)
 
 
-def _changes(train: Network, columns: Float[Tensor, "parameters k"]) -> tuple[Float[Tensor, "n k"], float]:
+def _changes(train: SplitNetwork, columns: Float[Tensor, "parameters k"]) -> tuple[Float[Tensor, "n k"], float]:
     """``w_i ∇ℓ_i · s`` of each training row and each column ``s``, and what the training loss is divided by."""
     changes, total = [columns.new_zeros(0, columns.shape[1])], 0.0
     for rows in train.rows("Training rows"):

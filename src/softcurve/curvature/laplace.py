@@ -32,10 +32,10 @@ from softcurve.array_types import Float, Float64
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.linear_head import require_head
-from softcurve.curvature.network import Batch, Network
+from softcurve.curvature.network import Batch, SplitNetwork
 from softcurve.curvature.network_operator import NetworkOperator
 from softcurve.curvature.options import LikelihoodOptions, with_options_of
-from softcurve.curvature.posterior import DiagonalPrecision, KroneckerPrecision
+from softcurve.curvature.posterior import DiagonalPrecision, KroneckerPrecision, slices
 from softcurve.extras import needed
 from softcurve.head import curvature, passes
 from softcurve.head.plan import DEFAULT_BUDGET
@@ -109,7 +109,7 @@ class LastLayerLaplace:
         else:
             factors = operator.kfac(form=form, rank=rank, seed=seed)
             values, vectors = factors.feature_spectrum
-            self.structure = KroneckerPrecision(prior, budget, values.double(), vectors, factors.form.double())
+            self.structure = KroneckerPrecision(prior, budget, values.double(), vectors, factors.form)
 
     def __repr__(self) -> str:
         shape = f"classes={self.head.out_features}, features={self.head.in_features}"
@@ -155,18 +155,15 @@ class LastLayerLaplace:
         it still rises at a bound, the result is that bound. Brent's method in ``log δ``; needs scipy.
         """
         low, high = bounds
-        checks.require_positive("bounds", low)
-        checks.require_positive("bounds", high)
-        checks.require_positive("tol", tol)
+        for name, value in (("bounds", low), ("bounds", high), ("tol", tol)):
+            checks.require_positive(name, value)
         if low >= high:
             raise ValueError(f"bounds must be a smaller and a larger prior precision, got {bounds}")
         with needed("optimize_prior_precision", "fit"):
             from scipy.optimize import minimize_scalar
+        limits = math.log(low), math.log(high)
         best = minimize_scalar(
-            lambda s: -self._evidence(math.exp(s)),
-            bounds=(math.log(low), math.log(high)),
-            method="bounded",
-            options={"xatol": tol},
+            lambda s: -self._evidence(math.exp(s)), bounds=limits, method="bounded", options={"xatol": tol}
         )
         return self.with_prior_precision(math.exp(float(best.x)))
 
@@ -200,18 +197,16 @@ class LastLayerLaplace:
         e = self._features_of(x)
         flat, bias = e.reshape(-1, e.shape[-1]), self._bias()
         classes = self.head.out_features
-        if correction == "none":
-            output = flat.new_empty(len(flat), classes)
-        else:
-            output = self.structure.variance(flat, bias is not None)
-        for rows in self.structure.slices(len(flat), 6 * classes * flat.itemsize):
+        exact = correction == "none"
+        output = flat.new_empty(len(flat), classes) if exact else self.structure.variance(flat, bias is not None)
+        for rows in slices(len(flat), 6 * classes * flat.itemsize, self.structure.budget):
             variance = output[rows]  # replaced by the rows' probabilities
             z = linear_into(torch.empty_like(variance), flat[rows], self.head.weight.detach(), bias, scale=1.0)
             if correction == "mc":
                 variance.copy_(self._mean_softmax(z, variance.sqrt(), samples, seed))
                 continue
             mapped = self.logit_map.value(z)
-            if correction == "probit":
+            if not exact:
                 mapped = mapped / torch.sqrt(1 + math.pi / 8 * self.logit_map.slope(z).square() * variance)
             torch.softmax(mapped, -1, out=variance)
         return output.reshape(*e.shape[:-1], classes)
@@ -257,7 +252,7 @@ def _copy_parameters(head: nn.Linear) -> nn.Linear:
     return copied
 
 
-def _log_likelihood(network: Network) -> float:
+def _log_likelihood(network: SplitNetwork) -> float:
     """``Σ weight_i log p(y_i)``."""
     total, counted = 0.0, 0.0
     for rows in network.rows("Log-likelihood", graph=False):
@@ -270,7 +265,7 @@ def _log_likelihood(network: Network) -> float:
     return network.sum_number(total)
 
 
-def _diagonal_of(network: Network) -> tuple[Tensor, Tensor | None]:
+def _diagonal_of(network: SplitNetwork) -> tuple[Tensor, Tensor | None]:
     """The diagonal of ``H`` in weight and bias, without rounding errors below 0."""
     weight = torch.zeros_like(network.head.weight.detach(), dtype=network.layout.dtype)
     bias = weight.new_zeros(len(weight))

@@ -45,35 +45,32 @@ class BatchRows:
     divisor: float  # the batch's share of what the sum over all rows is divided by
 
 
-class Network:
+@dataclass(eq=False)
+class SplitNetwork:
     """``head(features(x))`` over all batches of ``data``, with the loss of the head."""
 
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        losses: HeadLosses,
-        *,
-        seed: int,
-        progress: bool,
-        process_group: ProcessGroup | None,
-    ) -> None:
-        self.map = FeatureMap(features)
-        require_head(head)
-        require_reiterable("data", data)
-        checks.require_count("seed", seed, 0)
-        self.features, self.head, self.data, self.losses = features, head, data, losses
-        self.seed, self.progress, self.process_group = seed, progress, process_group
-        self.layout = Layout.of(features, head)
-        self.class_group = class_group(head.weight)
-        for name, parameter in features.named_parameters():
+    features: nn.Module
+    head: nn.Linear
+    data: Iterable[Batch]
+    losses: HeadLosses
+    seed: int
+    progress: bool
+    process_group: ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        self.map = FeatureMap(self.features)
+        require_head(self.head)
+        require_reiterable("data", self.data)
+        checks.require_count("seed", self.seed, 0)
+        self.layout = Layout.of(self.features, self.head)
+        self.class_group = class_group(self.head.weight)
+        for name, parameter in self.features.named_parameters():
             if lies_over_processes(parameter):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )
-        logit_map = LogitMap.of(losses.temperature, losses.softcap)
-        require_same_logits(features, logit_map.temperature, logit_map.softcap)
+        logit_map = LogitMap.of(self.losses.temperature, self.losses.softcap)
+        require_same_logits(self.features, logit_map.temperature, logit_map.softcap)
 
     @property
     def device(self) -> torch.device:

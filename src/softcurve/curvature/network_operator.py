@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from softcurve import checks
 from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.network import Batch, BatchRows, Network, Parts
+from softcurve.curvature.network import Batch, BatchRows, Parts, SplitNetwork
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.options import LossOptions, with_options_of
 from softcurve.head.products import Direction
@@ -39,9 +39,7 @@ class NetworkOperator(SymmetricOperator):
     ) -> None:
         self.features, self.head, self.data = features, head, data
         self.losses = HeadLosses(**options)
-        self.network = Network(
-            features, head, data, self.losses, seed=seed, progress=progress, process_group=process_group
-        )
+        self.network = SplitNetwork(features, head, data, self.losses, seed, progress, process_group)
         self.layout = self.network.layout
         if check_deterministic:
             require_deterministic(self.network, "data", ordered=self.depends_on_order)

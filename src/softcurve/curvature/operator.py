@@ -1,9 +1,4 @@
-"""The base class of the operators: products with tensors and arrays, and the algorithms as methods.
-
-A curvature matrix has as many rows and columns as there are parameters and is never held. Its trace, its spectrum and
-solutions of ``A x = b`` come from products, many columns at once where the method allows it, because the columns of one
-product share its passes over the data.
-"""
+"""The base class of the operators: products with tensors and arrays, and the algorithms as methods."""
 
 from __future__ import annotations
 
@@ -86,16 +81,11 @@ class SymmetricOperator(ABC):
             product = self._product(copied)
             return product.to(torch.promote_types(product.dtype, torch.float32)).cpu().numpy()
         if not isinstance(vectors, Tensor):
-            raise TypeError(
-                f"vectors must be a torch.Tensor or a numpy array, got {type(vectors).__name__}; "
-                "convert it with torch.as_tensor"
-            )
+            kind = type(vectors).__name__
+            raise TypeError(f"vectors must be a torch.Tensor or a numpy array, got {kind}; use torch.as_tensor")
         _require_floating(vectors.dtype, vectors.is_floating_point(), "double()")
         if vectors.device != self.device:
-            raise ValueError(
-                f"vectors must be on the operator's device {self.device}, got {vectors.device}; "
-                "move them with vectors.to(operator.device)"
-            )
+            raise ValueError(f"vectors must be on the operator's device {self.device}, got {vectors.device}")
         return self._product(vectors)
 
     def _product(self, vectors: Tensor) -> Tensor:
@@ -106,9 +96,7 @@ class SymmetricOperator(ABC):
                 f"got {tuple(vectors.shape)}"
             )
         columns = vectors.detach().to(self.dtype)
-        if vectors.ndim == 1:
-            return self._columns(columns.unsqueeze(1)).detach().squeeze(1)
-        return self._columns(columns).detach()
+        return self._columns(columns.reshape(n, -1)).detach().reshape(vectors.shape)
 
     def to_dense(self, *, columns_at_once: int = 16) -> Float[Tensor, "n n"]:
         """The matrix itself: its products with the identity, ``columns_at_once`` at a time, not symmetrised."""
@@ -138,9 +126,7 @@ class SymmetricOperator(ABC):
 
 def _require_floating(dtype: object, is_floating: bool, remedy: str) -> None:
     if not is_floating:
-        raise TypeError(
-            f"vectors must hold real floating-point numbers, got {dtype}; convert them with vectors.{remedy}"
-        )
+        raise TypeError(f"vectors must hold real floating-point numbers, got {dtype}; use vectors.{remedy}")
 
 
 def _numpy_dtype(dtype: torch.dtype) -> type[np.floating]:

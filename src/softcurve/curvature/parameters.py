@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ class Layout:
     of_features: tuple[int, ...]  # the parameters that the features use
     head_weight: int | None  # None where it is frozen
     head_bias: int | None
+    size: int  # of the flat vector
+    dtype: torch.dtype  # of the flat vector: at least float32
 
     @staticmethod
     def of(features: nn.Module, head: nn.Linear) -> Layout:
@@ -39,23 +42,12 @@ class Layout:
             tuple(sorted({places[p] for p in features.parameters() if p in places})),
             places.get(head.weight),
             None if head.bias is None else places.get(head.bias),
+            ends[-1],
+            functools.reduce(torch.promote_types, (parameter.dtype for parameter in named), torch.float32),
         )
 
     def __repr__(self) -> str:
         return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
-
-    @property
-    def size(self) -> int:
-        """The number of entries of the flat vector."""
-        return sum(tensor.numel() for tensor in self.tensors)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the flat vector: at least float32."""
-        dtype = torch.float32
-        for tensor in self.tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        return dtype
 
     def view(self, flat: Tensor, number: int) -> Tensor:
         """A parameter's part of a flat vector, in the parameter's shape."""

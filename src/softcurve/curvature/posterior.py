@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +14,18 @@ from softcurve.curvature.class_factors import ClassFactor
 from softcurve.records import dataclass_repr
 
 
+def slices(count: int, each: int, budget: int) -> list[slice]:
+    """Slices of ``count`` items of ``each`` bytes that need at most ``budget`` bytes, but hold at least one item."""
+    step = max(1, budget // each)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
 @dataclass(frozen=True, eq=False)
-class _Precision:
-    """Results aside, a computation needs at most ``budget`` bytes, and so do the tensors that it keeps."""
+class DiagonalPrecision:
+    """The exact diagonal of ``H``; temporary tensors take at most ``budget`` bytes."""
 
     prior: float
     budget: int
-
-    def fitting(self, each: int) -> int:
-        """How many items of ``each`` bytes fit within the budget; at least one."""
-        return max(1, self.budget // each)
-
-    def slices(self, count: int, each: int) -> Iterator[slice]:
-        """Slices of ``count`` items of ``each`` bytes, as long as the budget allows."""
-        step = self.fitting(each)
-        return (slice(start, start + step) for start in range(0, count, step))
-
-
-@dataclass(frozen=True, eq=False)
-class DiagonalPrecision(_Precision):
-    """The exact diagonal of ``H``."""
-
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, " classes"] | None
 
@@ -44,7 +34,7 @@ class DiagonalPrecision(_Precision):
     def log_ratio(self) -> float:
         """``log det(I + H / prior) = Σ log1p(h / prior)``."""
         total = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
-        for classes in self.slices(len(self.weight), 3 * 8 * self.weight.shape[1]):
+        for classes in slices(len(self.weight), 3 * 8 * self.weight.shape[1], self.budget):
             total += float(torch.log1p(self.weight[classes].double() / self.prior).sum())
         return total
 
@@ -52,9 +42,9 @@ class DiagonalPrecision(_Precision):
         """``(e ⊙ e) @ (1 / (h + prior))ᵀ``, some rows and classes at a time."""
         variance = e.new_empty(len(e), len(self.weight))
         bytes_each = 4 * e.itemsize * e.shape[1]
-        for classes in self.slices(len(self.weight), bytes_each):
+        for classes in slices(len(self.weight), bytes_each, self.budget):
             inverse = (1 / (self.weight[classes] + self.prior)).to(e.dtype)
-            for rows in self.slices(len(e), bytes_each):
+            for rows in slices(len(e), bytes_each, self.budget):
                 torch.matmul(e[rows].square(), inverse.T, out=variance[rows, classes])
         if self.bias is not None:
             variance += (1 / (self.bias + self.prior)).to(e.dtype)
@@ -62,9 +52,11 @@ class DiagonalPrecision(_Precision):
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerPrecision(_Precision):
-    """``B ⊗ A`` with ``A = vectors diag(values) vectorsᵀ``; ``form`` is ``B``, in float64."""
+class KroneckerPrecision:
+    """``B ⊗ A`` with ``A = vectors diag(values) vectorsᵀ`` and ``form`` for ``B``; its inverses are in float64."""
 
+    prior: float
+    budget: int
     values: Float64[Tensor, " d"]
     vectors: Float[Tensor, "d d"]
     form: ClassFactor
@@ -83,19 +75,19 @@ class KroneckerPrecision(_Precision):
         """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
         variance = e.new_zeros(len(e), self.form.classes)
         vectors = self.vectors.to(e.dtype)
-        parts = list(self._parts())
+        parts = self._parts()
         for part in parts:
             inverse = (self._inverse_diagonals if len(parts) == 1 else self._inverse_diagonal(part)).to(e.dtype)
-            for rows in self.slices(len(e), 4 * e.itemsize * inverse.shape[1]):
+            for rows in slices(len(e), 4 * e.itemsize * inverse.shape[1], self.budget):
                 along = e[rows] @ vectors[: e.shape[1], part]
                 if has_bias:
                     along += vectors[-1, part]
                 variance[rows].addmm_(along.square_(), inverse.T)
         return variance
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self) -> list[slice]:
         """The eigenvectors, as many at a time as the budget allows."""
-        return self.slices(len(self.values), 4 * 8 * self.form.classes)
+        return slices(len(self.values), 4 * 8 * self.form.classes, self.budget)
 
     @functools.cached_property
     def _inverse_diagonals(self) -> Tensor:

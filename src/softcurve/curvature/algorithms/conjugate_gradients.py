@@ -1,9 +1,8 @@
 """Solutions of ``(A + damping I) x = b`` by preconditioned conjugate gradients (Hestenes, Stiefel 1952).
 
-The columns of ``b`` are solved side by side, each with its own step lengths, so that they share the passes of one
-product over the data. Two things differ from the textbook. Where the residual of the recurrence meets the tolerance,
-the true residual is computed, and if it does not meet the tolerance the column restarts from it. A direction along
-which the curvature is not positive ends its column, which is reported as indefinite.
+The columns of ``b`` share the passes of one product over the data, each with its own step lengths. Two things differ
+from the textbook: a column whose recurrence meets the tolerance restarts from its true residual if that does not, and a
+direction along which the curvature is not positive ends its column as indefinite.
 """
 
 from __future__ import annotations
@@ -110,15 +109,8 @@ def conjugate_gradients(
     norms = dots(columns, columns).sqrt()
     x[:, norms == 0] = 0
     iterations, relative, indefinite = _iterate(system, columns, x, norms, tol, max_iterations)
-    shape = b.shape[1:]
-    return Solution(
-        x.reshape(b.shape),
-        iterations,
-        relative.reshape(shape),
-        (relative <= tol).reshape(shape),
-        indefinite.reshape(shape),
-        system.products,
-    )
+    residuals, converged, indefinite = (t.reshape(b.shape[1:]) for t in (relative, relative <= tol, indefinite))
+    return Solution(x.reshape(b.shape), iterations, residuals, converged, indefinite, system.products)
 
 
 def _iterate(
@@ -211,10 +203,6 @@ def _as_columns(name: str, vectors: Tensor, matrix: SymmetricMatrix) -> Float[Te
     n = matrix.shape[0]
     if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
         raise ValueError(f"{name} must be of shape ({n},) or ({n}, k), got {checks.describe(vectors)}")
-    if vectors.device != matrix.device:
-        raise ValueError(
-            f"{name} must be on the operator's device {matrix.device}, got {vectors.device}; move it there"
-        )
     vectors = vectors.detach().to(working_dtype(matrix))
     if not vectors.isfinite().all():
         raise ValueError(f"{name} must hold finite numbers, got NaN or infinity; look for where they come from")

@@ -93,18 +93,17 @@ def eigsh(
         which = "LA"  # ARPACK takes the odd one from below
     width = max(2 * k + 1, 20)
     first = POWERS + (width if method == "lanczos" else 5 * k + 4)
-    if n <= first - POWERS:
-        _require_products(max_products, n, f"a dense matrix of {n} columns")
+    is_small = n <= first - POWERS
+    least, purpose = n, f"a dense matrix of {n} columns"
+    if not is_small:
+        least, purpose = first + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    if max_products is not None and max_products < least:
+        raise ValueError(f"max_products must be at least {least} for {purpose}, got {max_products}")
+    if is_small:
         return _dense(matrix, k, which)
-    _require_products(max_products, first + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}")
     if method == "lanczos":
         return _lanczos(matrix, k, which, tol, max_products, seed, width)
     return _lobpcg(matrix, k, which, tol, 200 * (k + 5) if max_products is None else max_products, seed)
-
-
-def _require_products(max_products: int | None, least: int, purpose: str) -> None:
-    if max_products is not None and max_products < least:
-        raise ValueError(f"max_products must be at least {least} for {purpose}, got {max_products}")
 
 
 def _dense(matrix: SymmetricMatrix, k: int, which: str) -> Eigenpairs:
@@ -152,7 +151,7 @@ class _ScaledMatrix:
         image: Columns = product(self.matrix, self.tensor(columns)).cpu().numpy()
         return (image / (self.scale or 1.0)).astype(self.numpy_dtype, copy=False)
 
-    def linear_operator(self) -> Any:
+    def for_scipy(self) -> Any:
         """The same as a ``scipy.sparse.linalg.LinearOperator``."""
         from scipy.sparse.linalg import LinearOperator
 
@@ -186,7 +185,7 @@ def _lanczos(
     v0 = start.squeeze(1).cpu().numpy()
     try:
         values, vectors = arpack(
-            scaled.linear_operator(), k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
+            scaled.for_scipy(), k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
         )
     except ArpackNoConvergence as stopped:
         found = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
@@ -208,7 +207,7 @@ def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_product
     accuracy = tol or max(math.sqrt(torch.finfo(working_dtype(matrix)).eps), torch.finfo(matrix.dtype).eps)
     start = random_columns(matrix, k, seed=seed)
     scaled = _ScaledMatrix(matrix, start[:, :1])
-    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.linear_operator()
+    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.for_scipy()
     vectors = np.linalg.qr(start.cpu().numpy().astype(dtype))[0]
     largest = 0.0  # in units of the scale
     while True:

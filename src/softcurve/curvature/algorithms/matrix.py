@@ -45,8 +45,7 @@ def product(
 ) -> Float[Tensor, "n k"]:
     """``A V`` in the working dtype, ``columns_at_once`` columns (``None``: all) at a time.
 
-    Raises:
-        ValueError: a product is not finite; an estimate or a spectrum made from NaN could look like a valid one.
+    Raises ``ValueError`` for products that are not finite, because results made from NaN could look valid.
     """
     images = torch.empty_like(vectors, dtype=working_dtype(matrix))
     if vectors.shape[1]:
@@ -71,17 +70,17 @@ def random_chunks(
 ) -> Iterator[Float[Tensor, "n k"]]:
     """``count`` columns of independent entries of mean 0 and variance 1, ``columns_at_once`` at a time.
 
-    They are drawn one after another on the CPU, so that they depend neither on the device nor on ``columns_at_once``.
+    They are drawn one by one on the CPU, so that they depend neither on the device nor on ``columns_at_once``.
     """
     generator = torch.Generator().manual_seed(seed)
     column = torch.empty(matrix.shape[0], dtype=torch.float64)
     for start in range(0, count, columns_at_once):
         chunk = torch.empty(len(column), min(columns_at_once, count - start), dtype=working_dtype(matrix))
-        for i in range(chunk.shape[1]):
+        for into in chunk.unbind(1):
             if distribution == "normal":
-                chunk[:, i] = column.normal_(generator=generator)
+                into.copy_(column.normal_(generator=generator))
             else:
-                chunk[:, i] = column.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+                into.copy_(column.bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
         yield chunk.to(matrix.device)
 
 

@@ -6,6 +6,8 @@ Frangella, Tropp, Udell 2023, Randomized Nyström preconditioning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,25 +39,22 @@ def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) ->
     return torch.matmul(factor, rotation.to(factor.dtype))
 
 
-class NystromPreconditioner:
+def nystrom_preconditioner(
+    matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int
+) -> Callable[[Tensor], Tensor]:
     """``(A + damping I)⁻¹`` with ``A ≈ U diag(λ) Uᵀ``, and its smallest ``λ`` in all other directions, up to a factor.
 
-    ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)``. Source: Frangella, Tropp, Udell 2023.
+    ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)`` on columns ``(n, k)``. Source: Frangella, Tropp, Udell 2023.
     """
-
-    def __init__(self, matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int) -> None:
-        n = matrix.shape[0]
-        generator = torch.Generator().manual_seed(seed)
-        probes = torch.empty(n, min(rank, n), dtype=matrix.dtype).normal_(generator=generator).to(matrix.device)
-        probes = torch.linalg.qr(probes)[0]
-        factor = nystrom_factor(probes, matrix @ probes)
-        values = factor.double().square().sum(0)
-        kept = values > 0
-        self.basis = factor[:, kept] / values[kept].sqrt().to(factor.dtype)
-        # With fewer columns than probes the matrix has their rank, and is 0 in all other directions.
-        least = values.amin() if kept.sum() == probes.shape[1] < n else values.new_zeros(())
-        self.excess = ((least + damping) / (values[kept] + damping) - 1).to(factor.dtype)
-
-    def __call__(self, columns: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Apply the preconditioner to the columns of a matrix."""
-        return columns + self.basis @ (self.excess.unsqueeze(-1) * (self.basis.T @ columns))
+    n = matrix.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    probes = torch.empty(n, min(rank, n), dtype=matrix.dtype).normal_(generator=generator).to(matrix.device)
+    probes = torch.linalg.qr(probes)[0]
+    factor = nystrom_factor(probes, matrix @ probes)
+    values = factor.double().square().sum(0)
+    kept = values > 0
+    basis = factor[:, kept] / values[kept].sqrt().to(factor.dtype)
+    # With fewer columns than probes the matrix has their rank, and is 0 in all other directions.
+    least = values.amin() if kept.sum() == probes.shape[1] < n else values.new_zeros(())
+    excess = ((least + damping) / (values[kept] + damping) - 1).to(factor.dtype).unsqueeze(-1)
+    return lambda columns: columns + basis @ (excess * (basis.T @ columns))
