@@ -8,7 +8,9 @@ differences and no forward mode, which many kernels lack, and all columns see th
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,6 @@ from softcurve import checks
 from softcurve.curvature.features import FeatureMap
 from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.parameters import Layout
 from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
@@ -32,7 +33,51 @@ from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
 
 Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
-Parts = Sequence[Tensor | None]  # one tensor for each trained parameter of the features
+Parts = Sequence[Tensor]  # one tensor for each trained parameter of the features
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The trained parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    slices: tuple[slice, ...]
+    of_features: tuple[int, ...]  # the parameters that the features use
+    head_weight: int | None  # None where it is frozen
+    head_bias: int | None
+    size: int  # of the flat vector
+    dtype: torch.dtype  # of the flat vector: at least float32
+
+    @staticmethod
+    def of(features: nn.Module, head: nn.Linear) -> Layout:
+        """Raises ``ValueError`` if nothing requires a gradient."""
+        named: dict[Tensor, str] = {}
+        for prefix, module in (("features", features), ("head", head)):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    named.setdefault(parameter, f"{prefix}.{name}")
+        if not named:
+            raise ValueError("features and head must have a parameter that requires a gradient, got none; unfreeze one")
+        places = {parameter: number for number, parameter in enumerate(named)}
+        ends = list(itertools.accumulate((parameter.numel() for parameter in named), initial=0))
+        return Layout(
+            tuple(named.values()),
+            tuple(named),
+            tuple(itertools.starmap(slice, itertools.pairwise(ends))),
+            tuple(sorted({places[p] for p in features.parameters() if p in places})),
+            places.get(head.weight),
+            None if head.bias is None else places.get(head.bias),
+            ends[-1],
+            functools.reduce(torch.promote_types, (parameter.dtype for parameter in named), torch.float32),
+        )
+
+    def __repr__(self) -> str:
+        return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
+
+    def view(self, flat: Tensor, number: int) -> Tensor:
+        """A parameter's part of a flat vector, in the parameter's shape."""
+        return flat[self.slices[number]].view(self.tensors[number].shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,28 +212,22 @@ class SplitNetwork:
         if not rows.e.requires_grad:
             return [Direction(None, *self._head_parts(column)) for column in columns], []
         u = torch.zeros_like(rows.e) if cotangent is None else cotangent.detach().to(rows.e.dtype)
-        u = u.requires_grad_()
+        wanted = [u.requires_grad_(), *(self.trained if cotangent is not None else ())]
         with torch.enable_grad(), self.map.conditions():
-            h = torch.autograd.grad(rows.e, self.trained, u, create_graph=True, allow_unused=True)
-        pushed = [self._push_forward(u, h, column, second=cotangent is not None) for column in columns]
-        changes = zip(pushed, columns, strict=True)
-        directions = [Direction(change, *self._head_parts(column)) for (change, _), column in changes]
-        return directions, [terms for _, terms in pushed]
+            h = torch.autograd.grad(rows.e, self.trained, u, create_graph=True, materialize_grads=True)
+        moving = [(part, number) for part, number in zip(h, self.layout.of_features, strict=True) if part.requires_grad]
+        changes = [self._push_forward(moving, wanted, column) for column in columns]
+        directions = [Direction(e, *self._head_parts(v)) for (e, *_), v in zip(changes, columns, strict=True)]
+        return directions, [terms for _, *terms in changes]
 
-    def _push_forward(self, u: Tensor, h: Parts, column: Tensor, *, second: bool) -> tuple[Tensor, Parts]:
-        """``J v``, and the second-order term where it is wanted."""
-        pairs = [
-            (part, self.layout.view(column, number).to(part.dtype))
-            for number, part in zip(self.layout.of_features, h, strict=True)
-            if part is not None and part.requires_grad
-        ]
-        wanted = [u, *(self.trained if second else [])]
-        if not pairs:
-            return torch.zeros_like(u), (None,) * (len(wanted) - 1)
-        outputs, directions = zip(*pairs, strict=True)
+    def _push_forward(self, moving: Sequence[tuple[Tensor, int]], wanted: Parts, column: Tensor) -> Parts:
+        """The derivatives of ``v·h`` with respect to ``wanted``, from the parts of ``h`` and their parameters."""
+        if not moving:
+            return [torch.zeros_like(each) for each in wanted]
+        outputs = [part for part, _ in moving]
+        along = [self.layout.view(column, number).to(part.dtype) for part, number in moving]
         with self.map.conditions():
-            change, *terms = torch.autograd.grad(outputs, wanted, directions, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if change is None else change, terms
+            return torch.autograd.grad(outputs, wanted, along, retain_graph=True, materialize_grads=True)
 
     def sums(self, rows: BatchRows, into: Tensor) -> list[Direction]:
         """Where the head's passes add: new zeros for the features, views of ``into (k, P)`` for the parameters."""
@@ -211,16 +250,14 @@ class SplitNetwork:
         for j, (cotangent, _, _) in enumerate(sums):
             if cotangent is not None and rows.e.requires_grad:
                 with self.map.conditions():
-                    parts = torch.autograd.grad(
-                        rows.e, self.trained, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
-                    )
+                    wide = cotangent.to(rows.e.dtype)
+                    parts = torch.autograd.grad(rows.e, self.trained, wide, retain_graph=True, materialize_grads=True)
                 self.add_parts(parts, into[j])
 
     def add_parts(self, parts: Parts, flat: Tensor) -> None:
         """Add gradients with respect to :attr:`trained` to a flat vector."""
         for number, part in zip(self.layout.of_features, parts, strict=True):
-            if part is not None:
-                self.layout.view(flat, number).add_(part)
+            self.layout.view(flat, number).add_(part)
 
 
 def require_reiterable(name: str, data: object) -> None:
