@@ -445,7 +445,7 @@ BAD = {
     "one-time data": (
         lambda: LastLayerLaplace(a_head(), iter(batches())),
         TypeError,
-        "data must be an iterable that can be",
+        "data must be a re-iterable of batches",
     ),
     "no data": (lambda: LastLayerLaplace(a_head(), []), ValueError, "data must hold a row that counts"),
     "no row that counts": (

@@ -203,6 +203,8 @@ def _as_columns(name: str, vectors: Tensor, matrix: SymmetricMatrix) -> Float[Te
     n = matrix.shape[0]
     if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
         raise ValueError(f"{name} must be of shape ({n},) or ({n}, k), got {checks.describe(vectors)}")
+    if vectors.device != matrix.device:
+        raise ValueError(f"{name} must be on the operator's device {matrix.device}, got {vectors.device}")
     vectors = vectors.detach().to(working_dtype(matrix))
     if not vectors.isfinite().all():
         raise ValueError(f"{name} must hold finite numbers, got NaN or infinity; look for where they come from")
