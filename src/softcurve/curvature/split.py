@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -69,14 +69,11 @@ class HeadInput(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters of the model except those that belong to the head alone."""
-        seen: set[int] = set()
-        for name, module in self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
-            if module is self._head[0]:
-                continue
-            for own, parameter in module._parameters.items():
-                if parameter is not None and not (remove_duplicate and id(parameter) in seen):
-                    seen.add(id(parameter))
-                    yield f"{name}.{own}" if name else own, parameter
+
+        def members(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
+            return () if module is self._head[0] else module._parameters.items()
+
+        yield from self._named_members(members, prefix, recurse, remove_duplicate)
 
 
 class _HeadReached(BaseException):

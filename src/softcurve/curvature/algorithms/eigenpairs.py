@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -144,19 +145,20 @@ class _ScaledMatrix:
         dtype = working_dtype(self.matrix)
         return torch.from_numpy(np.ascontiguousarray(columns)).to(device=self.matrix.device, dtype=dtype)
 
-    def times(self, columns: Columns) -> Columns:
-        """The product with ``(n,)`` or ``(n, k)``."""
-        columns = columns.reshape(len(columns), -1)
-        self.products += columns.shape[1]
-        image: Columns = product(self.matrix, self.tensor(columns)).cpu().numpy()
-        return (image / (self.scale or 1.0)).astype(self.numpy_dtype, copy=False)
+    def times(self, columns: Columns, *, checked: bool = True) -> Columns:
+        """The product with ``(n,)`` or ``(n, k)``, ``checked`` to be finite."""
+        vectors = self.tensor(columns.reshape(len(columns), -1))
+        self.products += vectors.shape[1]
+        image = product(self.matrix, vectors) if checked else (self.matrix @ vectors.to(self.matrix.dtype)).to(vectors)
+        scaled: Columns = image.cpu().numpy() / (self.scale or 1.0)
+        return scaled.astype(self.numpy_dtype, copy=False)
 
-    def for_scipy(self) -> Any:
+    def for_scipy(self, *, checked: bool) -> Any:
         """The same as a ``scipy.sparse.linalg.LinearOperator``."""
         from scipy.sparse.linalg import LinearOperator
 
-        n = self.matrix.shape[0]
-        return LinearOperator((n, n), matvec=self.times, matmat=self.times, dtype=self.numpy_dtype)
+        times = functools.partial(self.times, checked=checked)
+        return LinearOperator((self.matrix.shape[0],) * 2, matvec=times, matmat=times, dtype=self.numpy_dtype)
 
 
 def _not_converged(method: str, found: list[float], k: int, products: int, tol: float) -> RuntimeError:
@@ -182,10 +184,10 @@ def _lanczos(
         return _with_residuals(zeros[0], zeros.clone().fill_diagonal_(1), zeros, 1, "lanczos")
     restarts = None if max_products is None else (max_products - POWERS - k - width - 1) // (width - k)
     tol = tol or torch.finfo(matrix.dtype).eps
-    v0 = start.squeeze(1).cpu().numpy()
+    v0, operator = start.squeeze(1).cpu().numpy(), scaled.for_scipy(checked=True)
     try:
         values, vectors = arpack(
-            scaled.for_scipy(), k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
+            operator, k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
         )
     except ArpackNoConvergence as stopped:
         found = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
@@ -199,7 +201,7 @@ def _lanczos(
 def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_products: int, seed: int) -> Eigenpairs:
     """Run scipy's LOBPCG in stages: its tolerance is absolute, and the largest eigenvalue shows only on the way.
 
-    It warns, or breaks down, where it does not reach the tolerance, so the residuals are checked here.
+    It warns, or breaks down with columns of NaN, where it does not reach the tolerance: the residuals are checked here.
     """
     with needed("eigsh", "fit"):
         from scipy.sparse.linalg import lobpcg
@@ -207,7 +209,7 @@ def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_product
     accuracy = tol or max(math.sqrt(torch.finfo(working_dtype(matrix)).eps), torch.finfo(matrix.dtype).eps)
     start = random_columns(matrix, k, seed=seed)
     scaled = _ScaledMatrix(matrix, start[:, :1])
-    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.for_scipy()
+    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.for_scipy(checked=False)
     vectors = np.linalg.qr(start.cpu().numpy().astype(dtype))[0]
     largest = 0.0  # in units of the scale
     while True:

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """The distribution of the ``n`` eigenvalues, as one Gauss quadrature of each random unit vector.
+    """The distribution of the ``n`` eigenvalues, as one Gauss quadrature for each random unit vector.
 
-    Probe i sees the eigenvalues through ``Σ_j weights[i, j] f(nodes[i, j]) ≈ vᵀf(A)v``, exactly for polynomials of a
-    degree below twice the steps; its weights sum to 1, and are 0 where it ended before the others. The mean over
-    probes estimates ``tr f(A)/n``. ``products`` of the matrix with a column were taken in all.
+    Probe i gives ``Σ_j weights[i, j] f(nodes[i, j]) ≈ vᵀf(A)v``, exact for polynomials of a degree below twice the
+    steps. Its weights sum to 1 and are 0 beyond its last step. The mean over probes estimates ``tr f(A)/n``.
+    ``products`` counts the matrix-vector products.
     """
 
     nodes: Float64[Tensor, "probes steps"]
@@ -173,12 +173,9 @@ def _jacobi_matrices(
 def _new_axes() -> Axes:
     """Axes on a new figure that pyplot does not keep in its list of open figures."""
     with needed("plot", "app"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.subplots()
+    return Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
 
 
 def _save(axes: Axes, path: Path) -> None:
