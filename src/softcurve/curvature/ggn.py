@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.algorithms.nystrom import nystrom_preconditioner
-from softcurve.curvature.kfac import FactorForm, HeadRows, KroneckerFactors, kronecker_preconditioner
+from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, kronecker_preconditioner
 from softcurve.curvature.network import BatchRows, Parts
 from softcurve.curvature.network_operator import NetworkOperator
 from softcurve.head.curvature import add_products
+from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON
 
@@ -32,15 +33,13 @@ class JacobianSandwich(NetworkOperator):
         """The Kronecker factors of the head's block; see :meth:`softcurve.curvature.HeadCurvature.kfac`."""
         network, head = self.network, self.network.head
         total = sum(rows.divisor for rows in network.rows("Rows", graph=False))
-        rows = HeadRows(
-            lambda: (rows.losses for rows in network.rows("Kronecker factors", graph=False)),
-            self.matrix,
-            1 / network.divisor(total),
-            head.weight,
-            head.bias is not None,
-            network.sum_data_shards,
-        )
-        return KroneckerFactors.of(rows, form=form, rank=rank, seed=seed)
+
+        def batches() -> Iterable[RowLosses]:
+            return (rows.losses for rows in network.rows("Kronecker factors", graph=False))
+
+        scale = 1 / network.divisor(total)
+        factor = StreamedClassFactor(batches, self.matrix, scale, head.weight, network.sum_data_shards)
+        return KroneckerFactors.of(factor, has_bias=head.bias is not None, form=form, rank=rank, seed=seed)
 
     def preconditioner(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.curvature.kfac import FactorForm, HeadRows, KroneckerFactors, split_rows, weighted_moment
+from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, split_rows, weighted_moment
 from softcurve.curvature.linear_head import require_classes
 from softcurve.curvature.losses import HeadLosses
 from softcurve.curvature.options import LossOptions, with_options_of
@@ -185,9 +185,9 @@ class HeadCurvature:
         ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
         """
         checks.require_choice("matrix", matrix, get_args(PositiveMatrixName))
+        factor = StreamedClassFactor(lambda: [self.rows], matrix, self.scale, self.arguments[1], self._summed)
         has_bias = self.rows.tensors.bias is not None
-        rows = HeadRows(lambda: [self.rows], matrix, self.scale, self.arguments[1], has_bias, self._summed)
-        return KroneckerFactors.of(rows, form=form, rank=rank, seed=seed)
+        return KroneckerFactors.of(factor, has_bias=has_bias, form=form, rank=rank, seed=seed)
 
     def largest_eigenvalue_bound(self) -> float:
         """An upper bound of the largest eigenvalue of the Gauss-Newton matrix in weight and bias.

@@ -52,52 +52,36 @@ def weighted_moment(
     return moment
 
 
-@dataclass(frozen=True, eq=False)
-class HeadRows:
-    """The rows of a head, in batches that can be read again and again, and what their sums are multiplied by.
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedClassFactor(SymmetricOperator):
+    """``B``, ``(C, C)``, by streamed products: the curvature with respect to the bias of the head.
 
-    ``weight`` and ``has_bias`` describe the head, of all processes; ``summed`` sums over the processes of other rows.
+    ``batches`` gives the head's rows, again for each product; ``scale`` multiplies the sum over rows; ``weight`` is
+    that of all processes; ``summed`` sums over the processes of other rows.
     """
 
     batches: Callable[[], Iterable[RowLosses]]
     matrix: str
     scale: float
     weight: Tensor  # (C, d)
-    has_bias: bool
     summed: Callable[[Tensor], Tensor]
+
+    is_positive = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(C, C)``."""
+        return len(self.weight), len(self.weight)
 
     @property
     def dtype(self) -> torch.dtype:
         """The weight's dtype, at least float32."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def total(self, number: float) -> float:
-        """The sum of a number over the processes of other rows."""
-        return float(self.summed(torch.tensor(number, dtype=torch.float64, device=self.weight.device)))
-
-
-class StreamedClassFactor(SymmetricOperator):
-    """``B``, ``(C, C)``, by streamed products: the curvature with respect to the bias of the head."""
-
-    is_positive = True
-
-    def __init__(self, rows: HeadRows) -> None:
-        self._rows = rows
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(C, C)``."""
-        return len(self._rows.weight), len(self._rows.weight)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weight's dtype, at least float32."""
-        return self._rows.dtype
-
     @property
     def device(self) -> torch.device:
         """The device of the head."""
-        return self._rows.weight.device
+        return self.weight.device
 
     def _columns(self, vectors: Tensor) -> Tensor:
         if vectors.shape[1] == 0:
@@ -107,33 +91,37 @@ class StreamedClassFactor(SymmetricOperator):
             return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
         sums, columns = torch.zeros_like(vectors.T, memory_format=torch.contiguous_format), vectors.T.contiguous()
         group = None
-        for rows in self._rows.batches():
+        for rows in self.batches():
             own, group = _class_shard(rows), rows.loss.processes
             directions, into = ([Direction(None, None, part[own]) for part in parts] for parts in (columns, sums))
-            add_products(rows, self._rows.matrix, directions, into)
+            add_products(rows, self.matrix, directions, into)
         return self._summed(sums, group).T
 
     @functools.cached_property
     def _is_diagonal_minus_products(self) -> bool:
         """Whether ``B = diag(diagonal) − Σ b p pᵀ``; all processes must agree, because their messages differ."""
-        others = sum(not class_coefficients(rows, self._rows.matrix) for rows in self._rows.batches())
-        return not self._rows.total(float(others))
+        others = sum(not class_coefficients(rows, self.matrix) for rows in self.batches())
+        return not self.total(float(others))
+
+    def total(self, number: float) -> float:
+        """The sum of a number over the processes of other rows."""
+        return float(self.summed(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
     def _diagonal_and_products(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
         group = None
-        for rows in self._rows.batches():
+        for rows in self.batches():
             own, group = _class_shard(rows), rows.loss.processes
-            add_class_products(rows, self._rows.matrix, vectors[own], outer[own], diagonal[own])
+            add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
         return self._summed(diagonal, group), self._summed(outer, group)
 
     def _summed(self, part: Tensor, group: ProcessGroup | None) -> Tensor:
         """Sum over the processes of the classes, each of which has filled in its own, and of the rows, and scale."""
         if group is not None:
             sum_over([part], group)
-        return self._rows.summed(part).mul_(self._rows.scale)
+        return self.summed(part).mul_(self.scale)
 
     def dense(self) -> DenseClassFactor:
         """All of ``B``."""
@@ -183,25 +171,24 @@ class KroneckerFactors:
     __repr__ = dataclass_repr
 
     @staticmethod
-    def of(rows: HeadRows, *, form: FactorForm, rank: int, seed: int) -> KroneckerFactors:
+    def of(factor: StreamedClassFactor, *, has_bias: bool, form: FactorForm, rank: int, seed: int) -> KroneckerFactors:
         """Compute the factors in one pass for ``A`` and a few for the explicit form of ``B``."""
         checks.require_choice("form", form, get_args(FactorForm))
         checks.require_count("rank", rank, 1)
         checks.require_count("seed", seed, 0)
-        classes, width = rows.weight.shape[0], rows.weight.shape[1] + rows.has_bias
-        moment = torch.zeros(width, width, dtype=rows.dtype, device=rows.weight.device)
+        classes, width = factor.weight.shape[0], factor.weight.shape[1] + has_bias
+        moment = torch.zeros(width, width, dtype=factor.dtype, device=factor.device)
         total = 0.0
-        for batch in rows.batches():
-            mass = batch.tensors.row_weight * row_masses(batch)
-            moment += weighted_moment(batch.tensors.input, mass, has_bias=rows.has_bias, dtype=moment.dtype)
+        for rows in factor.batches():
+            mass = rows.tensors.row_weight * row_masses(rows)
+            moment += weighted_moment(rows.tensors.input, mass, has_bias=has_bias, dtype=moment.dtype)
             total += float(mass.sum())
-        total = rows.total(total)
+        total = factor.total(total)
         if total == 0:
             raise ValueError("the rows must hold one that counts, got none; see ignore_index and sample weights")
-        factor = StreamedClassFactor(rows)
         dense = form == "dense" or (form == "auto" and classes <= DENSE_CLASSES)
         explicit = factor.dense() if dense else factor.low_rank(min(rank, classes), seed)
-        return KroneckerFactors(rows.summed(moment) / total, factor, explicit, rows.has_bias)
+        return KroneckerFactors(factor.summed(moment) / total, factor, explicit, has_bias)
 
     def product(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``B [weight | bias] A``, ``(C, d)`` and ``(C,)``, with the exact ``B``."""
