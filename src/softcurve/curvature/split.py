@@ -171,14 +171,14 @@ def _linear_names(model: nn.Module) -> list[str]:
     return [name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}") for name in names]
 
 
-def _not_linear(found: nn.Module, head: str) -> str:
+def _not_linear(module: nn.Module, head: str) -> str:
     """The error message for a module that is no ``nn.Linear``, with the remedy."""
-    message = f"head must name a torch.nn.Linear, got {class_name(found)} at {head!r}"
-    if adapter_parts(found):
+    message = f"head must name a torch.nn.Linear, got {class_name(module)} at {head!r}"
+    if adapter_parts(module):
         return (
             f"{message}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into "
             "the weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
         )
-    if inside := _linear_names(found):
+    if inside := _linear_names(module):
         return f"{message}; inside it are {inside}, of which one may be named if nothing is done to its output"
     return message

@@ -161,10 +161,10 @@ class _ScaledMatrix:
         return LinearOperator((self.matrix.shape[0],) * 2, matvec=times, matmat=times, dtype=self.numpy_dtype)
 
 
-def _not_converged(method: str, found: list[float], k: int, products: int, tol: float) -> RuntimeError:
-    which = f" (converged: {', '.join(f'{value:.6g}' for value in found)})" if found else ""
+def _not_converged(method: str, converged: list[float], k: int, products: int, tol: float) -> RuntimeError:
+    which = f" (converged: {', '.join(f'{value:.6g}' for value in converged)})" if converged else ""
     return RuntimeError(
-        f"{method} found {len(found)} of {k} eigenpairs to tol={tol:g} in {products} products{which}; "
+        f"{method} found {len(converged)} of {k} eigenpairs to tol={tol:g} in {products} products{which}; "
         "raise max_products or tol, or ask for fewer"
     )
 
@@ -190,8 +190,8 @@ def _lanczos(
             operator, k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
         )
     except ArpackNoConvergence as stopped:
-        found = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
-        raise _not_converged("lanczos", found, k, scaled.products, tol) from None
+        converged = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
+        raise _not_converged("lanczos", converged, k, scaled.products, tol) from None
     order = np.argsort(-values, kind="stable")
     held = scaled.tensor(vectors[:, order])
     eigenvalues = scaled.tensor(scaled.scale * values[order].astype(float))
@@ -229,5 +229,5 @@ def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_product
             raise _not_converged("lobpcg", (unit * values[good]).tolist(), k, scaled.products, accuracy)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = lobpcg(counting, vectors, tol=accuracy * largest / 2, maxiter=steps, largest=which == "LA")[1]
-        vectors = np.linalg.qr(found)[0]
+            vectors = lobpcg(counting, vectors, tol=accuracy * largest / 2, maxiter=steps, largest=which == "LA")[1]
+        vectors = np.linalg.qr(vectors)[0]
