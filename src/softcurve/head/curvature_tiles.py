@@ -18,8 +18,6 @@ from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.sparse import SparseKernel
-from softcurve.head.sparse_curvature import SparseCurvature
-from softcurve.head.sparse_triton import TritonSparseCurvature, TritonSparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.rows import HESSIAN
@@ -133,15 +131,15 @@ class CurvatureTile:
     def kernel(self) -> Kernel:
         """For residuals."""
         kind: type[Kernel] = DenseKernel if self.run.dense else SparseKernel
-        if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = TritonDenseKernel if self.run.dense else TritonSparseKernel
+        if self.run.dense and backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
+            kind = TritonDenseKernel
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
-        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else SparseCurvature
-        if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = TritonDenseCurvature if self.run.dense else TritonSparseCurvature
+        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else SparseKernel
+        if self.run.dense and backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
+            kind = TritonDenseCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, merges_tail=given.merges_tail)
 

@@ -21,7 +21,6 @@ from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction, LinearMap
 from softcurve.head.sparse import SparseKernel
-from softcurve.head.sparse_triton import TritonSparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.spec import LossSpec
@@ -329,13 +328,10 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
-        if backends.serves(run.loss, run.rows.device, run.dtype):
-            single = not run.plan.cuts_classes
-            if run.loss.target == "sparse":
-                return TritonSparseKernel(run.loss, self.data, single=single)
-            return TritonDenseKernel(run.loss, self.data)
         if run.loss.target == "sparse":
             return SparseKernel(run.loss, self.data)
+        if backends.serves(run.loss, run.rows.device, run.dtype):
+            return TritonDenseKernel(run.loss, self.data)
         sees_offset = run.loss.z_loss != 0 and self.data.offset is not None  # which closed forms do not know
         if run.plan.cuts_classes or run.group is not None or sees_offset:
             return DenseKernel(run.loss, self.data)
