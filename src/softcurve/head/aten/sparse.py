@@ -245,8 +245,7 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
     """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
 
-    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes whose ``e`` is kept
-    at 0.
+    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
     """
     assert tile.v is not None
     scaled = not _all_ones(beta)
