@@ -155,6 +155,9 @@ class Direction(NamedTuple):
         return short_repr(self, self._asdict())
 
 
+STILL = Direction(None, None, None)
+
+
 class LinearMap(NamedTuple):
     """``W e + b`` on a tile of rows.
 
