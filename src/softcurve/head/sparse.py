@@ -27,26 +27,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.sparse import Places, RowFactors, SparseSums, SparseTile, bend_ratio
-from softcurve.head.kernel import (
-    Block,
-    CurvatureBlock,
-    CurvatureKernel,
-    Residuals,
-    Statistics,
-    class_factors,
-    first_of_largest,
-)
-from softcurve.losses import softmax
-from softcurve.losses.rows import (
-    FISHER,
-    GAUSS_NEWTON,
-    HESSIAN,
-    DenseCrossEntropy,
-    IndexCrossEntropy,
-    LogitDivergence,
-    RowLoss,
-)
+from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, bend_ratio, or_zero
+from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Residuals, Statistics, first_of_largest
+from softcurve.losses import rows, softmax
+from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN
 from softcurve.losses.spec import LogitMap
 from softcurve.processes import max_over, sum_over
 
@@ -66,127 +50,81 @@ class SparseKernel(CurvatureKernel):
         indices, weight = self._indices(), self.data.weight
         self.tiles = backends.tile_functions(self.loss, indices.device, weight.dtype)
         zeros = torch.zeros((len(indices), 1), dtype=torch.float64, device=indices.device)
-        self.shift = torch.full_like(zeros, NO_MASS)
-        self.others, self.v_others = zeros, zeros.clone()  # Σ_{unlisted} e^{z − shift}, and the same sum with ż
-        # The listed logits and their changes before the soft cap. NaN until a block has them: a class that is in no
-        # block must not look like one.
-        self.raw, self.v_raw = (zeros + math.nan).expand_as(indices), zeros.expand_as(indices)
-        self.listed, self.v_listed = self.raw, self.v_raw  # after the soft cap
-        self.uniform, self.v_uniform = zeros.clone(), zeros.clone()  # u·(z − shift), u·ż
-        self.uniform_mass: Tensor | float = 0.0
+        self.unlisted = SparseSums.of(zeros + NO_MASS, zeros)
+        # The listed logits and their changes, before and after the soft cap, and u of label smoothing there. NaN until
+        # a block has the class: one that is in no block must not look like a logit.
+        self.raw = self.listed = (zeros + math.nan).expand_as(indices)
+        self.v_raw = self.v_listed = self.share = zeros.expand_as(indices)
         self.held: Tensor | None = None  # what the sweep has left for the residuals, exponentials relative to
-        self.held_shift = self.shift
-        self.each = self.loss.smoothing / self.data.class_count  # ε / C
-        class_weight, _ = class_factors(self.data.class_weight)
-        self.listed_share: Tensor | float = self.each  # u of the listed classes
-        if self.loss.smoothing and class_weight is not None:
-            self.listed_share = (class_weight[indices + self.data.first] * self.each).double()
+        self.held_shift = self.unlisted.shift
         if self.data.wants_stats:
-            self.moment = zeros.clone()  # Σ_{unlisted} e^{z − shift} (z − shift)
             self.best = torch.full_like(zeros, NO_MASS)
             self.predicted = torch.zeros_like(indices[:, :1])
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
-        tile = self._tile(block, directed=self.data.has_direction)
-        places, logit_map = tile.listed, self.loss.logit_map
-        self.raw = self._update(self.raw, places, tile.z)
+        tile, logit_map = self._tile(block, directed=self.data.has_direction), self.loss.logit_map
+        places = tile.listed
+        self.raw = places.update(self.raw, tile.z)
         self.listed = logit_map.value(self.raw)
         if tile.v is not None:
-            self.v_raw = self._update(self.v_raw, places, tile.v)
+            self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
         leaves_residual = self.data.wants_gradient and not self.data.cuts_classes
-        sums = self.tiles.statistics(tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual)
+        sums, column, held = self.tiles.statistics(
+            tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual
+        )
         if not self.data.cuts_classes:
-            self.held, self.held_shift = sums.held, sums.shift
-        self._absorb(sums)
+            self.held, self.held_shift = held, sums.shift
         if self.data.wants_stats:
-            self._observe(sums, block, places)
+            listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
+            top = listed.amax(-1, keepdim=True)
+            first = torch.where(listed == top, self._indices(), torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+            self._observe(sums.shift, column + block.classes.start)
+            self._observe(top, first)
         if tile.share is not None:
-            self._absorb_uniform(sums, tile)
+            share = tile.listed_share()
+            self.share = places.update(self.share, tile.share.expand_as(tile.z))
+            sums = sums._replace(
+                uniform=sums.uniform + _inner(self.listed - or_zero(sums.shift), share),
+                mass=tile.share.double().sum(),
+                uniform_change=sums.uniform_change + _inner(self.v_listed, share),
+            )
+        shift = torch.maximum(self.unlisted.shift, sums.shift)
+        self.unlisted = self.unlisted.shifted(shift).plus(sums.shifted(shift))
 
-    @staticmethod
-    def _update(held: Tensor, places: Places, tile: Tensor) -> Tensor:
-        """Replace the entries whose places lie in the tile."""
-        entries = places.take(tile)
-        return entries if places.inside is None else torch.where(places.inside, entries, held)
-
-    def _absorb(self, sums: SparseSums) -> None:
-        """Add the sums of a block. One without mass leaves the shift to others, which may lie anywhere."""
-        some, merged = sums.shift != NO_MASS, torch.maximum(self.shift, sums.shift)
-        risen = torch.where(some, sums.shift - merged, 0.0)
-        added = torch.where(some, torch.exp(risen), 0.0)
-        self._shift_to(merged)
-        if sums.change is not None:
-            self.v_others += sums.change * added
-        if sums.moment is not None:
-            self.moment += added * (sums.moment + risen * sums.total)
-        self.others += sums.total * added
-
-    def _shift_to(self, shift: Tensor) -> None:
-        """Make the sums so far relative to a ``shift`` that is no smaller."""
-        some = self.shift != NO_MASS
-        lowered = torch.where(some, self.shift - shift, 0.0)
-        kept = torch.where(some, torch.exp(lowered), 0.0)
-        if self.data.wants_stats:
-            self.moment = kept * (self.moment + lowered * self.others)
-        self.others, self.v_others = self.others * kept, self.v_others * kept
-        if self.loss.smoothing:
-            self.uniform += self.uniform_mass * (_or_zero(self.shift) - _or_zero(shift))
-        self.shift = shift
-
-    def _absorb_uniform(self, sums: SparseSums, tile: SparseTile) -> None:
-        """Add the ``u·(z − shift)`` of a block, whose listed classes are added in float64."""
-        assert tile.share is not None
-        assert sums.base is not None
-        assert sums.uniform is not None
-        inside = torch.ones_like(self.listed) if tile.listed.inside is None else tile.listed.inside
-        share = inside * self.listed_share
-        mass, shift = tile.share.double().sum(), _or_zero(self.shift)
-        unlisted = mass - share.sum(-1, keepdim=True)
-        self.uniform += sums.uniform + unlisted * (sums.base - shift) + _inner(self.listed - shift, share)
-        self.uniform_mass = self.uniform_mass + mass
-        if sums.uniform_change is not None:
-            self.v_uniform += sums.uniform_change + _inner(self.v_listed, share)
-
-    def _observe(self, sums: SparseSums, block: Block, places: Places) -> None:
-        """Find the first class of the largest logit so far, unlisted or listed."""
-        assert sums.largest is not None
-        assert sums.column is not None
-        listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
-        top = listed.amax(-1, keepdim=True)
-        first = torch.where(listed == top, self._indices(), torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
-        for value, at in ((sums.largest, sums.column + block.classes.start), (top, first)):
-            better = (value > self.best) | ((value == self.best) & (at < self.predicted) & (value > NO_MASS))
-            self.best = torch.where(better, value, self.best)
-            self.predicted = torch.where(better, at, self.predicted)
+    def _observe(self, value: Tensor, at: Tensor) -> None:
+        """Take the first class of the largest logit so far."""
+        better = (value > self.best) | ((value == self.best) & (at < self.predicted) & (value > NO_MASS))
+        self.best = torch.where(better, value, self.best)
+        self.predicted = torch.where(better, at, self.predicted)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:
         """Reduce the largest shift, then the sums, of which a listed logit has one term."""
-        shift = self.shift.clone()
+        shift = self.unlisted.shift.clone()
         max_over([shift], group)
         if self.data.wants_stats:
             self.predicted = first_of_largest(self.best, self.predicted, group, self.data)
-        self._shift_to(shift)
+        self.unlisted = self.unlisted.shifted(shift)
         here = (self._indices() >= 0) & (self._indices() < self.data.held)
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
-        sums = [self.listed, self.others]
+        sums = [self.listed, self.unlisted.total]
         if self.data.has_direction:
-            sums += [self.v_listed, self.v_others]
+            sums += [self.v_listed, self.unlisted.change]
         if self.loss.smoothing:
-            sums += [self.uniform, self.v_uniform] if self.data.has_direction else [self.uniform]
+            sums += [self.unlisted.uniform] + [self.unlisted.uniform_change] * self.data.has_direction
         if self.data.wants_stats:
-            sums.append(self.moment)
+            sums.append(self.unlisted.moment)
         sum_over(sums, group)
 
     def finish(self, number: int) -> None:
         """Form the coarse logits and their loss."""
         if self.loss.smoothing and self.loss.group is None:
             # A list of all classes has a common offset too, which u·z and U lse would each round in their own way.
-            top = self.listed.amax(-1, keepdim=True)
-            self._shift_to(torch.where((self.shift == NO_MASS) & top.isfinite(), top, self.shift))
-        self.shift = _or_zero(self.shift)
+            shift, top = self.unlisted.shift, self.listed.amax(-1, keepdim=True)
+            self.unlisted = self.unlisted.shifted(torch.where((shift == NO_MASS) & top.isfinite(), top, shift))
+        self.shift, self.others = or_zero(self.unlisted.shift), self.unlisted.total
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
         whole = self.shift if self.data.offset is None else self.shift + self.data.offset
@@ -196,25 +134,25 @@ class SparseKernel(CurvatureKernel):
         self.lse = softmax.softmax_rows(self.coarse).log_sum_exp - offset.squeeze(-1)
         if self.data.wants_stats:
             # The entropy of the coarse row, and of the unlisted classes among themselves.
-            within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)
+            within = torch.where(self.others > 0, torch.log(self.others) - self.unlisted.moment / self.others, 0.0)
             share = torch.softmax(self.coarse, -1)[:, -1:]
             entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
             self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted.squeeze(-1))
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
-    def _coarse_loss(self) -> tuple[RowLoss, Tensor]:
+    def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
         target = self.data.target
         if target is None:
-            return IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self._indices()[:, 0])
+            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self._indices()[:, 0])
         if self.loss.is_cross_entropy:
-            return DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
-        return LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
+            return rows.DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
+        return rows.LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
 
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
         if self.loss.smoothing:
-            rows = rows + self._smoothing_mass() * self.lse - self.uniform.squeeze(-1)
+            rows = rows + self._smoothing_mass() * self.lse - self.unlisted.uniform.squeeze(-1)
         return rows
 
     def _coarse_gradient(self, weight: Tensor, wants_target: bool) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +173,7 @@ class SparseKernel(CurvatureKernel):
         total = _inner(gradient, self.direction)
         if target is not None and self.data.target_v is not None:
             total = total + _inner(target, self.data.target_v.double())
-        return (total - self.v_uniform).squeeze(-1)
+        return (total - self.unlisted.uniform_change).squeeze(-1)
 
     # --- the residual ------------------------------------------------------------------------------------------------
 
@@ -243,32 +181,32 @@ class SparseKernel(CurvatureKernel):
         """Form the coarse gradient, its change along the direction, and from both the numbers of each row."""
         weight, logit_map = self.data.weight.double(), self.loss.logit_map
         gradient, self.target_gradient = self._coarse_gradient(weight, self.data.wants_target)
-        beta, alpha = self._per_exponential(gradient[:, -1:]), None
-        listed, self.listed_product = gradient[:, :-1], None
+        beta = self._per_exponential(gradient[:, -1:])
+        listed, listed_v, alpha = gradient[:, :-1], gradient[:, :-1], beta
         if self.loss.smoothing:
-            listed = listed - weight.unsqueeze(-1) * self.listed_share
+            listed = listed - weight.unsqueeze(-1) * self.share
         slope = logit_map.slope(self.raw)
         if self.data.has_direction:
             product, alpha = self._differentiate(weight, gradient)
             if self.loss.softcap is not None:
                 product = product * slope + bend_ratio(logit_map, self.raw) * self.v_raw * slope * listed
-            self.listed_product = self._unless_masked(product)
+            listed_v = self._unless_masked(product)
         else:
             # Leave β to the products' small operands, unless it is too small to divide by.
             safe = (beta.abs() > 1e-25) & ((listed / beta).abs() < 1e25).all(-1, keepdim=True)
             factor = self.row_factor = torch.where(safe, beta, 1.0)
             weight, listed, beta = weight / factor.squeeze(-1), listed / factor, beta / factor
-        self.listed_gradient = self._unless_masked(listed * slope)
-        self.factors = RowFactors(self.shift, beta, alpha, weight.unsqueeze(-1))
+        listed = self._unless_masked(listed * slope)
+        self.rows = SparseResiduals(self.shift, alpha, beta, weight.unsqueeze(-1), listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        tile, held = self._tile(block, directed=self.data.has_direction), None if fresh else self.held
-        residuals: Residuals = self.tiles.residual(tile, self.factors, self.listed_gradient, self.listed_product, held)
+        tile = self._tile(block, directed=self.data.has_direction)
+        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.held)
         return residuals
 
     def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the coarse gradient at the listed classes, and ``α``."""
-        change = torch.where(self.others > 0, self.v_others / self.others, 0.0)
+        change = torch.where(self.others > 0, self.unlisted.change / self.others, 0.0)
         self.direction = torch.cat([self.v_listed, change], -1)
         target_v = None if self.data.target_v is None else self.data.target_v.double()
         product, self.target_product = self.row_loss.hessian_product(
@@ -331,9 +269,9 @@ class SparseKernel(CurvatureKernel):
         scale = None if fresh or self.held is None else self._lowered()
         dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
         if dominant is not None:
-            self.top = torch.where(dominant.column < 0, self.top, dominant.column + block.classes.start)
-            self.top_mass += dominant.mass
-            self.rest += dominant.rest
+            mass, column, rest = dominant
+            self.top = torch.where(column < 0, self.top, column + block.classes.start)
+            self.top_mass, self.rest = self.top_mass + mass, self.rest + rest
         self.tiles.put(block.z, self._places(block, self.top), torch.zeros_like(self.others))
         if block.raw is not None:  # which the listed classes have entered as masked ones
             self.tiles.put(block.raw, tile.listed, self.raw)
@@ -417,15 +355,12 @@ class SparseKernel(CurvatureKernel):
             return Places(columns, None)
         return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
 
-    def _share(self, block: Block) -> Tensor | None:
-        """``u`` of the classes of a block."""
-        if not self.loss.smoothing:
-            return None
-        weight = self.data.weight_of(block.classes)
-        return block.z.new_full((block.z.shape[-1],), self.each) if weight is None else weight * self.each
-
     def _tile(self, block: Block, *, directed: bool) -> SparseTile:
         """The tensors of a block; in second order ``v`` holds a column only once the block is prepared."""
+        share = None
+        if self.loss.smoothing:
+            each, class_weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(block.classes)
+            share = block.z.new_full(block.z.shape[1:], each) if class_weight is None else class_weight * each
         return SparseTile(
             z=block.z,
             raw=block.raw,
@@ -434,15 +369,10 @@ class SparseKernel(CurvatureKernel):
             v_out=block.v_out,
             residual=block.residual if isinstance(block, CurvatureBlock) else None,
             listed=self._places(block, self._indices()),
-            share=self._share(block),
+            share=share,
             logit_map=self.loss.logit_map,
             cached=self.data.cached,
         )
-
-
-def _or_zero(shift: Tensor) -> Tensor:
-    """What sums are relative to: 0 as long as there is no class with mass."""
-    return torch.where(shift == NO_MASS, 0.0, shift)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

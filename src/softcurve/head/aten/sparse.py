@@ -29,8 +29,12 @@ class Places(NamedTuple):
 
     def take(self, tile: Tensor) -> Tensor:
         """Return the entries of ``tile`` at the places in float64, and 0 outside."""
+        return self.update(0.0, tile)
+
+    def update(self, values: Tensor | float, tile: Tensor) -> Tensor:
+        """Return ``values (rows, k)`` with the entries of ``tile`` at the places inside in their stead, in float64."""
         entries = tile.gather(-1, self.columns).double()
-        return entries if self.inside is None else torch.where(self.inside, entries, 0.0)
+        return entries if self.inside is None else torch.where(self.inside, entries, values)
 
 
 class SparseTile(NamedTuple):
@@ -53,37 +57,60 @@ class SparseTile(NamedTuple):
         step = max(1, self.cached // max(1, classes))
         return (slice(start, start + step) for start in range(0, rows, step))
 
+    def listed_share(self) -> Tensor:
+        """Return ``u`` of the listed classes, ``(rows, k)``, and 0 for those outside the block."""
+        assert self.share is not None
+        return self.listed.take(self.share.expand_as(self.z))
+
 
 class SparseSums(NamedTuple):
-    """Sums over the unlisted classes of a block, and its largest logit. What is not wanted is ``None``."""
+    """Sums over unlisted classes; what is not wanted is 0."""
 
     shift: Tensor  # near max z; −inf where every class is masked
     total: Tensor  # Σ e^{z − shift}
-    change: Tensor | None = None  # Σ e^{z − shift} ż
-    moment: Tensor | None = None  # Σ e^{z − shift} (z − shift)
-    largest: Tensor | None = None  # max z and its first column
-    column: Tensor | None = None
-    base: Tensor | None = None
-    uniform: Tensor | None = None  # Σ u (z − base)
-    uniform_change: Tensor | None = None  # Σ u ż
-    held: Tensor | None = None  # the tensor in which exponentials relative to ``shift`` are left for :func:`residual`
+    change: Tensor  # Σ e^{z − shift} ż
+    moment: Tensor  # Σ e^{z − shift} (z − shift)
+    uniform: Tensor  # Σ u (z − shift), relative to 0 for a shift of −inf
+    uniform_change: Tensor  # Σ u ż
+    mass: Tensor  # Σ u
+
+    @staticmethod
+    def of(shift: Tensor, total: Tensor, **others: Tensor) -> SparseSums:
+        """Fill in zeros for what is left out."""
+        fields = dict.fromkeys(SparseSums._fields, torch.zeros_like(total))
+        return SparseSums(**fields | others | {"shift": shift, "total": total})
+
+    def plus(self, other: SparseSums) -> SparseSums:
+        """Add sums relative to the same shift."""
+        return SparseSums(*(a + b for a, b in zip(self, other, strict=True)))._replace(shift=self.shift)
+
+    def shifted(self, shift: Tensor) -> SparseSums:
+        """Return the sums relative to a ``shift`` that is no smaller, or to any where there is no mass."""
+        some = self.shift != -math.inf
+        lowered = torch.where(some, self.shift - shift, 0.0)
+        kept = torch.where(some, torch.exp(lowered), 0.0)
+        return self._replace(
+            shift=shift,
+            total=self.total * kept,
+            change=self.change * kept,
+            moment=kept * (self.moment + lowered * self.total),
+            uniform=self.uniform + self.mass * (or_zero(self.shift) - or_zero(shift)),
+        )
 
 
-class RowFactors(NamedTuple):
-    """The numbers of each row from which :func:`residual` forms its entries."""
+class SparseResiduals(NamedTuple):
+    """The numbers of each row from which :func:`residual` forms its entries; ``alpha`` and the last for a direction."""
 
     shift: Tensor
+    alpha: Tensor
     beta: Tensor
-    alpha: Tensor | None  # None without a direction
     weight: Tensor
+    listed: Tensor  # (rows, k): the entries at the listed classes, and their changes
+    listed_v: Tensor
 
 
-class Dominant(NamedTuple):
-    """The unlisted class of a block that has more than half of a row's unlisted mass."""
-
-    mass: Tensor  # 0 where there is none
-    column: Tensor  # −1 where there is none
-    rest: Tensor  # the mass of all other unlisted classes of the block
+Swept = tuple[SparseSums, Tensor | None, Tensor | None]
+Dominant = tuple[Tensor, Tensor, Tensor]
 
 
 def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
@@ -107,81 +134,68 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
         tile.mul_(factor.to(tile.dtype))
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> SparseSums:
-    """Map the logits and sum over the unlisted classes, leaving ``e^{z − shift}`` in ``z`` in any case."""
+def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+    """Map the logits and sum over the unlisted classes; ``e^{z − shift}`` is left in ``z`` in any case.
+
+    Returns the sums, the first column of the largest logit if statistics are wanted, and the tensor with exponentials.
+    With statistics the shift is that logit.
+    """
     z, v = tile.z, tile.v
     put(z, tile.listed, None)
     for rows in tile.row_groups() if tile.raw is not None else ():
         _map_logits(tile, rows)
     # Of the unlisted: beside a listed class far above them they would be too small for float32.
     top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
-    some = top != -math.inf
-    base = torch.where(some, top, 0.0)
-    uniform, uniform_change = _uniform_sums(tile, base)
-    direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
-    shift = torch.zeros_like(top) if direct else base
-    total = torch.empty_like(top)
-    change = None if v is None else torch.empty_like(top)
-    moment = torch.empty_like(top) if wants_stats else None
+    shift = or_zero(top)
+    smoothed = _uniform_sums(tile, shift)
+    direct = z.device.type == "cpu" and not wants_stats and tile.share is None
+    direct = direct and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
+    if direct:
+        shift = torch.zeros_like(top)
+    total, change, moment = (torch.zeros_like(top) for _ in range(3))
     for rows in tile.row_groups():
         part = z[rows]
-        shifted = part - shift[rows] if wants_stats else None
-        if not direct:
-            part.sub_(shift[rows])
-        torch.sum(part.exp_(), -1, keepdim=True, out=total[rows])
-        if moment is not None and shifted is not None:
+        shifted = part if direct else torch.sub(part, shift[rows], out=None if wants_stats else part)
+        torch.sum(torch.exp(shifted, out=part), -1, keepdim=True, out=total[rows])
+        if wants_stats:
             torch.sum(torch.where(part == 0, 0.0, shifted.mul_(part)), -1, keepdim=True, out=moment[rows])
-        if v is not None and change is not None:
+        if v is not None:
             torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
-    return SparseSums(
-        shift=torch.where(some, shift, -math.inf).double(),
-        total=total.double(),
-        change=None if change is None else change.double(),
-        moment=None if moment is None else moment.double(),
-        largest=top.double() if wants_stats else None,
-        column=column,
-        base=base.double(),
-        uniform=uniform,
-        uniform_change=uniform_change,
-        held=z,
-    )
+    # A block without mass leaves the shift to others, which may lie anywhere.
+    lowest = torch.where(top == -math.inf, top, shift).double()
+    wide = {"change": change.double(), "moment": moment.double()}
+    return SparseSums.of(lowest, total.double(), **wide, **smoothed), column, z
 
 
-def residual(
-    tile: SparseTile, factors: RowFactors, listed: Tensor, listed_v: Tensor | None, held: Tensor | None
-) -> Residuals:
+def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``, in place: the only function of this backend that does.
 
     ``g = β e − w u`` and ``ġ = e (β m′ ż + α)`` with ``e = e^{m(z) − shift}`` at unlisted classes become ``m′ g`` and
-    ``m′ ġ + m″ g ż``; ``listed`` and ``listed_v`` are set as they are. ``held`` is what :func:`statistics` has left, or
-    ``None`` if ``z`` holds logits.
+    ``m′ ġ + m″ g ż``. ``held`` is what :func:`statistics` has left, or ``None`` if ``z`` holds logits.
     """
-    z, v, share = tile.z, tile.v, tile.share
-    shift, beta, weight = (part.to(z.dtype) for part in (factors.shift, factors.beta, factors.weight))
-    alpha = None if factors.alpha is None else factors.alpha.to(z.dtype)
+    z, v, raw, share = tile.z, tile.v, tile.raw, tile.share
+    shift, alpha, beta, weight = (part.to(z.dtype) for part in (rows.shift, rows.alpha, rows.beta, rows.weight))
     scaled = not _all_ones(beta)
-    untouched = held is not None and not scaled and all(part is None for part in (v, share, tile.raw))
-    for rows in () if untouched else tile.row_groups():
-        part, slope = z[rows], None
+    untouched = held is not None and not scaled and v is None and share is None and raw is None
+    for group in () if untouched else tile.row_groups():
         if held is None:
-            _exponentiate(tile, rows, shift)
-        if tile.raw is not None:
-            slope = tile.logit_map.slope(tile.raw[rows])
-        if v is not None and alpha is not None:
-            change = v[rows]
-            mapped = change.clone() if slope is not None else change
-            change.mul_(beta[rows]).add_(alpha[rows]).mul_(part)
+            _exponentiate(tile, group, shift)
+        e, mapped = z[group], z[:0]
+        if v is not None:
+            mapped = v[group].clone() if raw is not None else mapped
+            v[group].mul_(beta[group]).add_(alpha[group]).mul_(e)
         if scaled:
-            part.mul_(beta[rows])
+            e.mul_(beta[group])
         if share is not None:
-            part.addr_(weight[rows].squeeze(-1), share, alpha=-1)
-        if v is not None and slope is not None and tile.raw is not None:
-            change.mul_(slope).add_(bend_ratio(tile.logit_map, tile.raw[rows]).mul_(mapped).mul_(part))
-        if slope is not None:
-            part.mul_(slope)
-    put(z, tile.listed, listed)
-    if v is not None and listed_v is not None:
-        put(v, tile.listed, listed_v)
+            e.addr_(weight[group].squeeze(-1), share, alpha=-1)
+        if raw is not None:
+            slope = tile.logit_map.slope(raw[group])
+            if v is not None:
+                v[group].mul_(slope).add_(bend_ratio(tile.logit_map, raw[group]).mul_(mapped).mul_(e))
+            e.mul_(slope)
+    put(z, tile.listed, rows.listed)
+    if v is not None:
+        put(v, tile.listed, rows.listed_v)
     return Residuals(z, None, v, None)
 
 
@@ -189,35 +203,35 @@ def residual(
 
 
 def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> Dominant | None:
-    """``z ← e^{m(z) − shift}``, 0 at listed classes; find the class above half of ``others``, unless that is ``None``.
+    """``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
-    ``scale`` multiplies the exponentials that the sweep has left; ``None`` if ``z`` holds logits.
+    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
+    ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
+    mass of all other classes of the block, which whole rows without such a class leave at 0.
     """
     if scale is None:
         put(tile.z, tile.listed, None)
-    zeros = torch.zeros_like(shift)
-    found = Dominant(zeros, torch.full_like(zeros, -1, dtype=torch.int64), zeros.clone())
+    top, rest, column = torch.zeros_like(shift), torch.zeros_like(shift), torch.full_like(shift, -1, dtype=torch.int64)
     scaled = scale is not None and not _all_ones(scale)
     for rows in tile.row_groups():
-        part = tile.z[rows]
+        e = tile.z[rows]
         if scale is None:
-            _exponentiate(tile, rows, shift.to(part.dtype))
+            _exponentiate(tile, rows, shift.to(e.dtype))
         elif scaled:
-            part.mul_(scale[rows].to(part.dtype))
+            e.mul_(scale[rows].to(e.dtype))
         if others is None:
             continue
-        mass = part.amax(-1, keepdim=True)
+        mass = e.amax(-1, keepdim=True)
         above = mass > 0.5 * others[rows]
-        if tile.listed.inside is not None:  # in a whole row it matters only beside such a class
-            found.rest[rows] = torch.where(above, 0.0, part.sum(-1, keepdim=True).double())
+        if tile.listed.inside is not None:
+            rest[rows] = torch.where(above, 0.0, e.sum(-1, keepdim=True).double())
         row = above.squeeze(-1).nonzero().squeeze(-1)
         if len(row):
-            confident = part[row]
-            column = confident.argmax(-1, keepdim=True)
-            found.column[rows][row] = column
-            found.mass[rows][row] = mass[row].double()
-            found.rest[rows][row] = confident.scatter_(-1, column, 0.0).sum(-1, keepdim=True).double()
-    return None if others is None else found
+            confident = e[row]
+            at = confident.argmax(-1, keepdim=True)
+            column[rows][row], top[rows][row] = at, mass[row].double()
+            rest[rows][row] = confident.scatter_(-1, at, 0.0).sum(-1, keepdim=True).double()
+    return None if others is None else (top, column, rest)
 
 
 def form_residual(tile: SparseTile, out: Tensor, factor: Tensor) -> None:
@@ -251,10 +265,9 @@ def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tens
     scaled = not _all_ones(beta)
     alpha, beta, inverse = (part.to(tile.v.dtype) for part in (alpha, beta, inverse))
     for rows in tile.row_groups():
-        v, bend = tile.v[rows], None
-        slope = None if tile.raw is None else tile.logit_map.slope(tile.raw[rows])
-        if tile.raw is not None and tile.residual is not None:
-            bend = bend_ratio(tile.logit_map, tile.raw[rows]).mul_(tile.residual[rows]).mul_(v)
+        v, (slope, bend) = tile.v[rows], _slope_and_bend(tile, rows)
+        if bend is not None:
+            bend.mul_(v).mul_(inverse[rows])
         if slope is not None:
             v.mul_(slope)
         if scaled:
@@ -263,21 +276,20 @@ def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tens
         if slope is not None:
             v.mul_(slope)
         if bend is not None:
-            v.add_(bend.mul_(inverse[rows]))
+            v.add_(bend)
 
 
 def diagonal(tile: SparseTile, square: Tensor, linear: Tensor, inverse: Tensor) -> None:
-    """``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, as :func:`multiply_column`."""
+    """``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
     assert tile.v is not None
     square, linear, inverse = (part.to(tile.v.dtype) for part in (square, linear, inverse))
     for rows in tile.row_groups():
-        v, e = tile.v[rows], tile.z[rows]
+        v, e, (slope, bend) = tile.v[rows], tile.z[rows], _slope_and_bend(tile, rows)
         torch.mul(e, square[rows], out=v).add_(linear[rows]).mul_(e)
-        if tile.raw is not None:
-            v.mul_(tile.logit_map.slope(tile.raw[rows]).square_())
-            if tile.residual is not None:
-                bend = bend_ratio(tile.logit_map, tile.raw[rows]).mul_(tile.residual[rows])
-                v.add_(bend.mul_(inverse[rows]))
+        if slope is not None:
+            v.mul_(slope.square_())
+        if bend is not None:
+            v.add_(bend.mul_(inverse[rows]))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -287,6 +299,15 @@ def bend_ratio(logit_map: LogitMap, raw: Tensor) -> Tensor:
     """``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
     assert logit_map.softcap is not None
     return torch.tanh(raw / logit_map.softcap).mul_(-2 / logit_map.softcap)
+
+
+def _slope_and_bend(tile: SparseTile, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """``m′`` where there is a soft cap, and ``(m″/m′) (m′ g′)`` where there is a Hessian's residual."""
+    if tile.raw is None:
+        return None, None
+    raw = tile.raw[rows]
+    bend = None if tile.residual is None else bend_ratio(tile.logit_map, raw).mul_(tile.residual[rows])
+    return tile.logit_map.slope(raw), bend
 
 
 def _map_logits(tile: SparseTile, rows: slice) -> None:
@@ -305,23 +326,26 @@ def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:
     tile.z[rows].sub_(shift[rows]).exp_()
 
 
-def _uniform_sums(tile: SparseTile, base: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
     """``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
-    z, v, share = tile.z, tile.v, tile.share
+    share, columns = tile.share, tile.listed.columns
     if share is None:
-        return None, None
+        return {}
     masks = bool((share == 0).any())  # a class of weight 0 has no part, also where it is masked
-    put(z, tile.listed, base.expand_as(tile.listed.columns))
-    if v is not None:
-        put(v, tile.listed, torch.zeros_like(tile.listed.columns))
+    sums = {}
+    for name, tensor, less in (("uniform", tile.z, base), ("uniform_change", tile.v, torch.zeros_like(base))):
+        if tensor is not None:
+            put(tensor, tile.listed, less.expand_as(columns))
+            parts = (tensor[rows] - less[rows] for rows in tile.row_groups())
+            inner = [(torch.where(share == 0, 0.0, part) if masks else part) @ share for part in parts]
+            sums[name] = torch.cat(inner).double().unsqueeze(-1)
+    put(tile.z, tile.listed, None)
+    return sums
 
-    def inner(part: Tensor) -> Tensor:
-        return (torch.where(share == 0, 0.0, part) if masks else part) @ share
 
-    uniform = torch.cat([inner(z[rows] - base[rows]) for rows in tile.row_groups()])
-    put(z, tile.listed, None)
-    change = None if v is None else torch.cat([inner(v[rows]) for rows in tile.row_groups()]).double().unsqueeze(-1)
-    return uniform.double().unsqueeze(-1), change
+def or_zero(shift: Tensor) -> Tensor:
+    """Return what sums are relative to: 0 as long as there is no class with mass."""
+    return torch.where(shift == -math.inf, 0.0, shift)
 
 
 def _all_ones(factor: Tensor) -> bool:

@@ -10,7 +10,7 @@ In a kernel ``None`` stands for what there is not, and ``classes`` are those of 
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -19,9 +19,10 @@ from torch import Tensor
 from softcurve.head.aten.sparse import (
     Dominant,
     Places,
-    RowFactors,
+    SparseResiduals,
     SparseSums,
     SparseTile,
+    Swept,
     diagonal,
     form_residual,
 )
@@ -55,7 +56,6 @@ def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> Non
 
 
 @jit
-@no_type_check
 def _put(
     tile, tile_stride, places, values, width, rows, classes, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -81,7 +81,6 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 @jit
-@no_type_check
 def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, exists = own_row(ROWS, rows)
     scale = tl.load(factor + row, mask=exists, other=1.0)
@@ -102,7 +101,6 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
 
 
 @jit
-@no_type_check
 def _exponentials(
     z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -150,7 +148,6 @@ def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
-@no_type_check
 def _statistics(
     z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -162,6 +159,7 @@ def _statistics(
     moments = tl.zeros([ROWS, BLOCK], tl.float32)
     changes = tl.zeros([ROWS, BLOCK], tl.float32)
     uniforms = tl.zeros([ROWS, BLOCK], tl.float32)
+    uniform_masses = tl.zeros([ROWS, BLOCK], tl.float32)
     uniform_changes = tl.zeros([ROWS, BLOCK], tl.float32)
     masked = tl.zeros([ROWS, BLOCK], tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
@@ -190,6 +188,7 @@ def _statistics(
             part = inside & (weight != 0)
             finite = part & (x != -float("inf"))
             uniforms += tl.where(finite, weight * (x - base), 0.0)
+            uniform_masses += tl.where(finite, weight, 0.0)
             masked += (part & (x == -float("inf"))).to(tl.float32)
             if v is not None:
                 uniform_changes += tl.where(finite, weight * change, 0.0)
@@ -199,15 +198,16 @@ def _statistics(
     tl.store(table + rows + row, tl.sum(sums, axis=1)[:, None], mask=exists)
     tl.store(table + 2 * rows + row, tl.sum(changes, axis=1)[:, None], mask=exists)
     tl.store(table + 3 * rows + row, tl.sum(moments, axis=1)[:, None], mask=exists)
-    tl.store(table + 4 * rows + row, base, mask=exists)
-    tl.store(table + 5 * rows + row, tl.sum(uniforms, axis=1)[:, None], mask=exists)
-    tl.store(table + 6 * rows + row, tl.sum(uniform_changes, axis=1)[:, None], mask=exists)
-    tl.store(table + 7 * rows + row, tl.sum(masked, axis=1)[:, None], mask=exists)
+    raised = base - tl.where(shift == -float("inf"), 0.0, shift)
+    uniform = tl.sum(uniforms, axis=1)[:, None] + tl.sum(uniform_masses, axis=1)[:, None] * raised
+    tl.store(table + 4 * rows + row, uniform, mask=exists)
+    tl.store(table + 5 * rows + row, tl.sum(uniform_changes, axis=1)[:, None], mask=exists)
+    tl.store(table + 6 * rows + row, tl.sum(masked, axis=1)[:, None], mask=exists)
     if column is not None:
         tl.store(column + row, chosen, mask=exists)
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> SparseSums:
+def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
     """Sum over the unlisted classes of a block.
 
     If ``leaves_residual`` and nothing else is wanted, ``out`` receives the residual at unlisted classes, but for a
@@ -217,32 +217,22 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
     put(z, tile.listed, None)
     if leaves_residual and tile.out is not None and v is None and share is None and not wants_stats:
         shift, total = exponentials(tile)
-        return SparseSums(shift.double(), total.double(), held=tile.out)
+        return SparseSums.of(shift.double(), total.double()), None, tile.out
     at = z.new_zeros(len(z), 1, dtype=torch.int64) if wants_stats else None
-    table = z.new_empty(8, len(z), 1)
+    table = z.new_empty(7, len(z), 1)
     _launch(_statistics, tile, by_rows=True, table=table, column=at)
-    shift, total, change, moment, base, uniform, uniform_change, masked = table.double()
+    shift, total, change, moment, uniform, uniform_change, masked = table.double()
     if share is not None:  # infinite where a class of weight is masked, beside the listed classes, which all are
-        listed = tile.listed.take(share.expand_as(z)) != 0
-        uniform = torch.where(masked > listed.sum(-1, keepdim=True), -torch.inf, uniform)
-    return SparseSums(
-        shift,
-        total,
-        change=None if v is None else change,
-        moment=moment if wants_stats else None,
-        largest=shift,
-        column=at,
-        base=base,
-        uniform=uniform,
-        uniform_change=None if v is None else uniform_change,
-    )
+        listed = (tile.listed_share() != 0).sum(-1, keepdim=True)
+        uniform = torch.where(masked > listed, -torch.inf, uniform)
+    smoothed = {"uniform": uniform, "uniform_change": uniform_change}
+    return SparseSums.of(shift, total, change=change, moment=moment, **smoothed), at, None
 
 
 # --- residuals -------------------------------------------------------------------------------------------------------
 
 
 @jit
-@no_type_check
 def _residual(
     z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, share, shift, alpha, beta, weight, softcap,
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -270,24 +260,21 @@ def _residual(
     tl.store(out + row * out_stride + at, gradient, mask=inside)
 
 
-def residual(
-    tile: SparseTile, factors: RowFactors, listed: Tensor, listed_v: Tensor | None, held: Tensor | None
-) -> Residuals:
+def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``: the only function of this backend that does.
 
-    ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` become ``m′ g`` in ``out`` and ``m′ ġ + m″ g ż`` in
-    ``v_out``, or in place of ``z`` and ``v``; ``listed`` and ``listed_v`` are set as they are. ``held`` is the ``out``
-    that :func:`statistics` has filled, which lacks β.
+    ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` at unlisted classes become ``m′ g`` in ``out`` and
+    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``held`` is the ``out`` that :func:`statistics` has filled, without β.
     """
     out, v_out = tile.z if tile.out is None else tile.out, tile.v if tile.v_out is None else tile.v_out
     if held is not None:
-        rescale(held, factors.beta)
+        rescale(held, rows.beta)
     else:
-        rows = {name: None if part is None else column(part) for name, part in factors._asdict().items()}
-        _launch(_residual, tile, by_rows=False, **rows, out=out, v_out=v_out)
-    put(out, tile.listed, listed)
-    if v_out is not None and listed_v is not None:
-        put(v_out, tile.listed, listed_v)
+        columns = {name: column(getattr(rows, name)) for name in ("shift", "alpha", "beta", "weight")}
+        _launch(_residual, tile, by_rows=False, **columns, out=out, v_out=v_out)
+    put(out, tile.listed, rows.listed)
+    if v_out is not None:
+        put(v_out, tile.listed, rows.listed_v)
     return Residuals(out, None, v_out, None)
 
 
@@ -295,7 +282,6 @@ def residual(
 
 
 @jit
-@no_type_check
 def _prepare(
     z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -326,10 +312,7 @@ def _prepare(
 
 
 def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> Dominant | None:
-    """``z ← e^{m(z) − shift}``, 0 at listed classes; find the class above half of ``others``, unless that is ``None``.
-
-    ``z`` holds logits, so ``scale`` is not used.
-    """
+    """Do as in ATen; ``z`` holds logits, so ``scale`` is ``None``."""
     put(tile.z, tile.listed, None)
     masses = tile.z.new_empty(2, len(tile.z), 1)
     place = torch.empty_like(masses[0], dtype=torch.int64)
@@ -338,11 +321,10 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
         return None
     mass, rest = masses.double()
     above = mass > 0.5 * others
-    return Dominant(torch.where(above, mass, 0.0), torch.where(above, place, -1), torch.where(above, rest, rest + mass))
+    return torch.where(above, mass, 0.0), torch.where(above, place, -1), torch.where(above, rest, rest + mass)
 
 
 @jit
-@no_type_check
 def _accumulate_column(
     z, z_stride, raw, raw_stride, v, v_stride, sums_out, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -367,7 +349,6 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 
 
 @jit
-@no_type_check
 def _multiply_column(
     z, z_stride, raw, raw_stride, residual, residual_stride, v, v_stride, alpha, beta, inverse, softcap, temperature,
     rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
