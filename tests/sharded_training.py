@@ -266,7 +266,7 @@ def operations(mesh: DeviceMesh) -> Cases:
         (
             "Hessian product",
             scaling.HESSIAN_PRODUCT,
-            lambda: loop.hessian_product(loss, tensors, direction, None, wanted=both),
+            lambda: loop.evaluate(loss, tensors, None, wanted=both, directions=direction),
         ),
     ):
         count = counted_in_products(run)

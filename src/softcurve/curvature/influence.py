@@ -34,7 +34,6 @@ from softcurve.curvature.losses import Loss, LossOptions, Reduction
 from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count
 from softcurve.head import loop
-from softcurve.head.tensors import NOTHING
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 
@@ -267,9 +266,7 @@ def _changes(train: GGN, columns: Float[Tensor, "parameters k"]) -> tuple[Float[
             moved = [train.pushed_forward(u, h, s, second=False)[0] for s in directions]
         weight = tensors.row_weight.unsqueeze(-1)
         along = [
-            loop.hessian_product(
-                loss, tensors, (*direction, None, None, None), budget, wanted=NOTHING, wants_tangents=True
-            ).rows
+            loop.evaluate(loss, tensors, budget, directions=(*direction, None, None, None), tangents=True).rows
             for direction in train.along(directions, moved)
         ]
         changes = torch.stack(along, -1)

@@ -9,9 +9,9 @@ tile of rows
    stood; a block is computed again only where classes are cut;
 4. products with the weight and the features take the residuals back.
 
-:func:`evaluate` and :func:`hessian_product` are the passes of first and second order that
-:mod:`softcurve.head.autograd` differentiates; :mod:`softcurve.head.curvature` and :mod:`softcurve.head.per_row` walk
-the same tiles. Rows of weight 0 have no part in a gradient and are left out.
+:func:`evaluate` is the loop, of first order or along a direction; :mod:`softcurve.head.autograd` differentiates it.
+:mod:`softcurve.head.curvature` and :mod:`softcurve.head.per_row` walk the same tiles for many columns. Rows of weight
+0 have no part in a gradient and are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from softcurve.head import workspace
 from softcurve.head.gradients import MapSums, terms_of
-from softcurve.head.kernel import Residuals, Statistics
+from softcurve.head.kernel import Kernel, Residuals, Statistics
 from softcurve.head.products import STILL, Direction
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.head.tiles import Tile, Tiles, kept_rows
@@ -38,88 +38,48 @@ class Outcome(NamedTuple):
     gradients: Directions  # of Σ weight · loss, or their changes along a direction
 
 
-# --- passes ----------------------------------------------------------------------------------------------------------
-
-
 def evaluate(
     spec: LossSpec,
     tensors: HeadTensors,
     budget: int | None,
     *,
     wanted: Wanted = NOTHING,
+    directions: Directions | None = None,
     stats: bool = False,
+    tangents: bool = False,
     all_rows: bool = False,
 ) -> Outcome:
     """Return each row's loss, not weighted, and the gradients of ``Σ weight · loss`` in the tensors ``wanted``.
 
-    Rows of weight 0 have a loss of 0 unless ``all_rows``, or statistics, are asked for.
+    With ``directions`` (``None``: zero) return the changes of the gradients along them, and with ``tangents`` those of
+    the rows' losses. Rows of weight 0 have a loss of 0 unless ``all_rows``, statistics or tangents are asked for.
     """
-    return _run(spec, tensors, budget, wanted, None, stats=stats, all_rows=all_rows or stats)
-
-
-def hessian_product(
-    spec: LossSpec,
-    tensors: HeadTensors,
-    directions: Directions,
-    budget: int | None,
-    *,
-    wanted: Wanted,
-    wants_tangents: bool = False,
-) -> Outcome:
-    """Return the changes of the gradients along ``directions`` (``None``: zero), and of each row's loss if wanted."""
-    return _run(spec, tensors, budget, wanted, directions, tangents=wants_tangents, all_rows=wants_tangents)
-
-
-def _run(
-    spec: LossSpec,
-    tensors: HeadTensors,
-    budget: int | None,
-    wanted: Wanted,
-    directions: Directions | None,
-    *,
-    all_rows: bool,
-    stats: bool = False,
-    tangents: bool = False,
-) -> Outcome:
     results = _Results(spec, tensors, wanted, directions, stats=stats)
+    directed = directions is not None
     kept = kept_rows(tensors.row_weight)
     parts = [(kept, wanted)]
     if isinstance(kept, Tensor):
         results.clear_rows()
-        if all_rows:
+        if all_rows or stats or tangents:
             parts.append(((tensors.row_weight == 0).nonzero().squeeze(-1), NOTHING))
-    for rows, of_rows in parts:
-        with Tiles(spec, tensors, budget, rows, of_rows, directions) as tiles:
+    for rows, in_tensors in parts:
+        with Tiles(spec, tensors, budget, rows, in_tensors, directions) as tiles:
             for tile in tiles:
-                _walk(tile, results, stats=stats, tangents=tangents)
+                data = tile.row_data(
+                    wants_target=any(in_tensors[3:]),
+                    wants_gradient=any(in_tensors),
+                    wants_stats=stats,
+                    wants_tangents=tangents,
+                    has_direction=directed,
+                )
+                kernel = tiles.kernel(data)
+                loaded = tile.accumulate(kernel)
+                if any(in_tensors) or tangents:
+                    kernel.prepare_residuals()
+                    for block, fresh in tile.blocks(loaded):
+                        results.add(tile, block.classes, kernel.residuals(block, fresh), kernel.row_factor)
+                results.add_rows(tile, kernel, tangents=tangents)
     return results.outcome(None if directions is None else [t if t is None else t.dtype for t in tensors[:6]])
-
-
-def _walk(tile: Tile, results: _Results, *, stats: bool, tangents: bool) -> None:
-    """Take one tile of rows through the loop, and write what it gives into the results."""
-    tiles = tile.tiles
-    directed, wants_gradient = tiles.directions is not None, any(tiles.wanted)
-    data = tile.row_data(
-        wants_target=any(tiles.wanted[3:]),
-        wants_gradient=wants_gradient,
-        wants_stats=stats,
-        wants_tangents=tangents,
-        has_direction=directed,
-    )
-    kernel = tiles.kernel(data)
-    loaded = tile.accumulate(kernel)
-    if wants_gradient or tangents:
-        kernel.prepare_residuals()
-        for block, fresh in tile.blocks(loaded):
-            results.add(tile, block.classes, kernel.residuals(block, fresh), kernel.row_factor)
-    if tangents:
-        results.rows[tile.rows] = kernel.tangents(tiles.group).to(results.rows.dtype)
-    elif not directed:
-        results.rows[tile.rows] = kernel.losses().to(results.rows.dtype)
-    if stats:
-        results.add_statistics(tile.rows, kernel.statistics)
-    if tiles.spec.target == "sparse" and tiles.wanted[3]:
-        results.add_target(tile.rows, slice(None), kernel.target_product if directed else kernel.target_gradient)
 
 
 class _Results:
@@ -177,12 +137,19 @@ class _Results:
             self.target[rows, classes] = gradient.to(self.target.dtype)
             self.target_started = True
 
-    def add_statistics(self, rows: slice | Tensor, statistics: Statistics) -> None:
-        """Write the statistics of some rows."""
-        for name, column in vars(statistics).items():
-            if column is not None:
-                whole = getattr(self.statistics, name)
+    def add_rows(self, tile: Tile, kernel: Kernel, *, tangents: bool) -> None:
+        """Write what the tile has found for each of its rows."""
+        rows, directed = tile.rows, tile.tiles.directions is not None
+        if tangents:
+            self.rows[rows] = kernel.tangents(self.group).to(self.rows.dtype)
+        elif not directed:
+            self.rows[rows] = kernel.losses().to(self.rows.dtype)
+        for name, column in vars(kernel.statistics).items():
+            whole = getattr(self.statistics, name)
+            if column is not None and whole is not None:
                 whole[rows] = column.to(whole.dtype)
+        if self.spec.target == "sparse" and tile.tiles.wanted[3]:
+            self.add_target(rows, slice(None), kernel.target_product if directed else kernel.target_gradient)
 
     def outcome(self, dtypes: list[torch.dtype | None] | None) -> Outcome:
         """Return the results, summed over the classes of all processes; rounded to ``dtypes`` if they are given."""

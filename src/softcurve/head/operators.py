@@ -48,6 +48,11 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
     tensors, loss = HeadTensors(*given), LossSpec.decode(loss)
     with _no_autocast(tensors.input):
         outcome = loop.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
+    return flattened(outcome, tensors)
+
+
+def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
+    """Return the tensors of ``head_losses``: the weighted sum of the losses, the losses, statistics and gradients."""
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
     return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
 
@@ -75,8 +80,8 @@ def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     tensors, directions = HeadTensors.split(given)
     loss = LossSpec.decode(loss)
     with _no_autocast(tensors.input):
-        outcome = loop.hessian_product(
-            loss, tensors, directions, memory_budget, wanted=_six(wanted), wants_tangents=tangents
+        outcome = loop.evaluate(
+            loss, tensors, memory_budget, wanted=_six(wanted), directions=directions, tangents=tangents
         )
     return [outcome.rows, *_present(outcome.rows, *outcome.gradients)]
 

@@ -14,7 +14,7 @@ from softcurve.head.dense import DenseCurvature, DenseKernel
 from softcurve.head.dense_triton import TritonDenseCurvature, TritonDenseKernel
 from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
-from softcurve.head.products import STILL, Direction, LinearMap
+from softcurve.head.products import STILL, Direction, LinearMap, linear_into
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
@@ -167,7 +167,9 @@ class Tile:
         """Compute the logits of a block, and what belongs to them."""
         tiles, spec = self.tiles, self.tiles.spec
         buffer = self._buffers_for(classes)
-        block = CurvatureBlock(classes, self.model.logits_into(buffer("z"), classes, spec.scale))
+        model = self.model
+        z = linear_into(buffer("z"), *model.operands(classes), scale=spec.scale, reference=model.reference)
+        block = CurvatureBlock(classes, z)
         if spec.softcap is not None and (tiles.matrix is not None or not tiles.in_triton):
             block.raw = buffer("raw")
         if tiles.directions is not None:
@@ -189,7 +191,8 @@ class Tile:
         assert self.teacher is not None
         tiles, classes, scale = self.tiles, block.classes, self.tiles.spec.target_scale
         buffer, wants_target = self._buffers_for(classes), any(tiles.wanted[3:])
-        block.target = self.teacher.logits_into(buffer("target"), classes, scale)
+        operands, reference = self.teacher.operands(classes), self.teacher.reference
+        block.target = linear_into(buffer("target"), *operands, scale=scale, reference=reference)
         if wants_target:
             half = self._half_buffer("target out", self.teacher, classes)
             block.target_out = block.target if half is None else half
