@@ -10,7 +10,7 @@ In a kernel ``None`` stands for what there is not, and ``classes`` are those of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton.language as tl
@@ -56,6 +56,7 @@ def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> Non
 
 
 @jit
+@no_type_check
 def _put(
     tile, tile_stride, places, values, width, rows, classes, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -81,6 +82,7 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 @jit
+@no_type_check
 def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, exists = own_row(ROWS, rows)
     scale = tl.load(factor + row, mask=exists, other=1.0)
@@ -101,6 +103,7 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
 
 
 @jit
+@no_type_check
 def _exponentials(
     z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -148,6 +151,7 @@ def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
+@no_type_check
 def _statistics(
     z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -233,6 +237,7 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
 
 
 @jit
+@no_type_check
 def _residual(
     z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, share, shift, alpha, beta, weight, softcap,
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -282,6 +287,7 @@ def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Re
 
 
 @jit
+@no_type_check
 def _prepare(
     z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -325,6 +331,7 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
 
 
 @jit
+@no_type_check
 def _accumulate_column(
     z, z_stride, raw, raw_stride, v, v_stride, sums_out, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -349,6 +356,7 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 
 
 @jit
+@no_type_check
 def _multiply_column(
     z, z_stride, raw, raw_stride, residual, residual_stride, v, v_stride, alpha, beta, inverse, softcap, temperature,
     rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
