@@ -47,19 +47,20 @@ class SparseKernel(CurvatureKernel):
     """
 
     def __post_init__(self) -> None:
-        indices, weight = self._indices(), self.data.weight
-        self.tiles = backends.tile_functions(self.loss, indices.device, weight.dtype)
-        zeros = torch.zeros((len(indices), 1), dtype=torch.float64, device=indices.device)
+        assert self.data.indices is not None
+        self.indices, weight = self.data.indices, self.data.weight
+        self.tiles = backends.tile_functions(self.loss, weight.device, weight.dtype)
+        zeros = torch.zeros((len(weight), 1), dtype=torch.float64, device=weight.device)
         self.unlisted = SparseSums.of(zeros + NO_MASS, zeros)
         # The listed logits and their changes, before and after the soft cap, and u of label smoothing there. NaN until
         # a block has the class: one that is in no block must not look like a logit.
-        self.raw = self.listed = (zeros + math.nan).expand_as(indices)
-        self.v_raw = self.v_listed = self.share = zeros.expand_as(indices)
+        self.raw = self.listed = (zeros + math.nan).expand_as(self.indices)
+        self.v_raw = self.v_listed = self.share = zeros.expand_as(self.indices)
         self.held: Tensor | None = None  # what the sweep has left for the residuals, exponentials relative to
         self.held_shift = self.unlisted.shift
         if self.data.wants_stats:
             self.best = torch.full_like(zeros, NO_MASS)
-            self.predicted = torch.zeros_like(indices[:, :1])
+            self.predicted = torch.zeros_like(self.indices[:, :1])
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ class SparseKernel(CurvatureKernel):
         if self.data.wants_stats:
             listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
             top = listed.amax(-1, keepdim=True)
-            first = torch.where(listed == top, self._indices(), torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+            first = torch.where(listed == top, self.indices, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
             self._observe(sums.shift, column + block.classes.start)
             self._observe(top, first)
         if tile.share is not None:
@@ -107,7 +108,7 @@ class SparseKernel(CurvatureKernel):
         if self.data.wants_stats:
             self.predicted = first_of_largest(self.best, self.predicted, group, self.data)
         self.unlisted = self.unlisted.shifted(shift)
-        here = (self._indices() >= 0) & (self._indices() < self.data.held)
+        here = (self.indices >= 0) & (self.indices < self.data.held)
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
         sums = [self.listed, self.unlisted.total]
         if self.data.has_direction:
@@ -144,7 +145,7 @@ class SparseKernel(CurvatureKernel):
     def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
         target = self.data.target
         if target is None:
-            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self._indices()[:, 0])
+            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
         if self.loss.is_cross_entropy:
             return rows.DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
         return rows.LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
@@ -332,7 +333,7 @@ class SparseKernel(CurvatureKernel):
 
     def _kept(self, block: Block) -> Places:
         """The classes whose exponentials are kept at 0: the listed, and the one of more than half of the others."""
-        return self._places(block, torch.cat([self._indices(), self.top], -1))
+        return self._places(block, torch.cat([self.indices, self.top], -1))
 
     def _kept_slope(self, block: Block) -> Tensor | float:
         """``m′`` there."""
@@ -344,14 +345,10 @@ class SparseKernel(CurvatureKernel):
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 
-    def _indices(self) -> Tensor:
-        assert self.data.indices is not None
-        return self.data.indices
-
     def _places(self, block: Block, classes: Tensor) -> Places:
         """Where some classes of each row stand in a block."""
         columns, width = classes - block.classes.start, block.z.shape[-1]
-        if width == self.data.class_count and classes is self.data.indices:
+        if width == self.data.class_count and classes is self.indices:
             return Places(columns, None)
         return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
 
@@ -368,7 +365,7 @@ class SparseKernel(CurvatureKernel):
             out=block.out,
             v_out=block.v_out,
             residual=block.residual if isinstance(block, CurvatureBlock) else None,
-            listed=self._places(block, self._indices()),
+            listed=self._places(block, self.indices),
             share=share,
             logit_map=self.loss.logit_map,
             cached=self.data.cached,

@@ -110,7 +110,6 @@ class SparseResiduals(NamedTuple):
 
 
 Swept = tuple[SparseSums, Tensor | None, Tensor | None]
-Dominant = tuple[Tensor, Tensor, Tensor]
 
 
 def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
@@ -129,9 +128,8 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 def rescale(tile: Tensor, factor: Tensor) -> None:
-    """``tile ← factor · tile`` row by row; nothing is read where looking shows that every factor is 1."""
-    if not _all_ones(factor):
-        tile.mul_(factor.to(tile.dtype))
+    """``tile ← factor · tile`` row by row."""
+    tile.mul_(factor.to(tile.dtype))
 
 
 def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
@@ -202,7 +200,7 @@ def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Re
 # --- second order ----------------------------------------------------------------------------------------------------
 
 
-def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> Dominant | None:
+def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
     """``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
     ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
@@ -212,13 +210,13 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
     if scale is None:
         put(tile.z, tile.listed, None)
     top, rest, column = torch.zeros_like(shift), torch.zeros_like(shift), torch.full_like(shift, -1, dtype=torch.int64)
-    scaled = scale is not None and not _all_ones(scale)
+    scaled, narrow = scale is not None and not _all_ones(scale), shift.to(tile.z.dtype)
     for rows in tile.row_groups():
         e = tile.z[rows]
         if scale is None:
-            _exponentiate(tile, rows, shift.to(e.dtype))
+            _exponentiate(tile, rows, narrow)
         elif scaled:
-            e.mul_(scale[rows].to(e.dtype))
+            rescale(e, scale[rows])
         if others is None:
             continue
         mass = e.amax(-1, keepdim=True)

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from softcurve.head.aten.sparse import (
-    Dominant,
     Places,
     SparseResiduals,
     SparseSums,
@@ -317,7 +316,7 @@ def _prepare(
     tl.store(place + row, chosen, mask=exists)
 
 
-def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> Dominant | None:
+def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
     """Do as in ATen; ``z`` holds logits, so ``scale`` is ``None``."""
     put(tile.z, tile.listed, None)
     masses = tile.z.new_empty(2, len(tile.z), 1)
