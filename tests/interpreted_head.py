@@ -329,7 +329,7 @@ def test_rows_beyond_32_bits() -> None:
         z = whole_room.as_strided((2, 20), (apart, 1))
         values = torch.randn(2, 20)
         z.copy_(values)
-        sums = lists.statistics(tile_of(z), wants_stats=False, leaves_residual=False)
+        sums, _, _ = lists.statistics(tile_of(z), wants_stats=False, leaves_residual=False)
         top, rest, _ = dense.softmax(z, None, 1.0, 1.0, logarithm=False)
         lists.put(z, Places(torch.tensor([[3], [19]]), None), None)
         right = torch.logsumexp(values.double(), -1)
