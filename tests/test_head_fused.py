@@ -23,7 +23,7 @@ from softcurve.head import backends, curvature, products
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
-from .head_cases import BY_NAME, along, everything, problem
+from .head_cases import BY_NAME, along, everything, problem, tile_of
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,11 @@ class Launches:
                 signature[parameter.name] = "i64" if "stride" in parameter.name else "i32"
             else:
                 signature[parameter.name] = "fp32"
-        switches = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr and p.name not in SIZES]
+        switches = [
+            (p.name, arguments[p.name] if p.is_constexpr else arguments[p.name] is not None)
+            for p in kernel.params
+            if p.name not in SIZES
+        ]
         narrow = any(part == TYPES[torch.bfloat16] for part in signature.values())
         key = (kernel.__module__, kernel.__name__, (*switches, ("NARROW", narrow)))
         self.found.setdefault(key, (kernel, signature, constants, options))
@@ -164,7 +168,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     lists = backends.kernels("sparse")
     z, out = torch.randn(5, 37), torch.empty(5, 37, dtype=torch.bfloat16)
     for cap in (None, 3.0):
-        lists.exponentials(z, out, cap, 1.0)
+        lists.exponentials(tile_of(z, out, cap))
     lists.rescale(out, torch.ones(5))
     return seen
 

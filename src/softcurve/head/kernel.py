@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float
 from softcurve.head.plan import Plan
 from softcurve.head.tensors import HeadTensors
-from softcurve.losses.rows import FISHER
+from softcurve.losses.rows import FISHER, HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over, sum_over
 
@@ -218,7 +218,7 @@ class CurvatureKernel(Kernel, ABC):
     is multiplied. ``row_factor`` is what all products are still to be multiplied by, row by row.
     """
 
-    matrix: str = field(kw_only=True)
+    matrix: str = field(kw_only=True, default=HESSIAN)  # residuals are formed without it
     merges_tail: bool = field(kw_only=True, default=False)
     sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
