@@ -79,7 +79,7 @@ class HeadCurvature:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
         self.leading = input.shape[:-1]
         self.rows, self.scale = self.losses.rows(posed), 1 / divisor
-        self.given, self.spread = (input.detach(), linear_weight.detach(), linear_bias), posed.head.spread
+        self.given, self.layout = (input.detach(), linear_weight.detach(), linear_bias), posed.head.layout
         self.local_leading = posed.head.leading
 
     def __repr__(self) -> str:
@@ -138,15 +138,13 @@ class HeadCurvature:
 
     def _returned(self, found: Direction) -> Direction:
         """In the shapes, and lying over processes, as the tensors that were given."""
-        e, spread = found.input, self.spread
-        if spread is None:
-            return found._replace(input=None if e is None else e.reshape(self.given[0].shape))
+        e, layout = found.input, self.layout
         input, weight, bias = self.given
         local = (*self.local_leading, input.shape[-1])
         return Direction(
-            None if e is None else spread.features_back(e.reshape(local), input),
-            None if found.weight is None else spread.classes_back(found.weight, weight),
-            None if found.bias is None or bias is None else spread.classes_back(found.bias, bias),
+            None if e is None else layout.restored_features(e.reshape(local), input),
+            None if found.weight is None else layout.restored_classes(found.weight, weight),
+            None if found.bias is None or bias is None else layout.restored_classes(found.bias, bias),
         )
 
     def _checked(self, direction: Direction) -> Direction:
@@ -166,9 +164,8 @@ class HeadCurvature:
             if tuple(part.shape) != shape:
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
         e, weight, bias = (None if part is None else part.detach() for part in direction)
-        if self.spread is not None:
-            e = None if e is None else self.spread.features(e)
-            weight, bias = (None if part is None else self.spread.classes_of(part) for part in (weight, bias))
+        e = None if e is None else self.layout.local_rows(e)
+        weight, bias = (None if part is None else self.layout.local_classes(part) for part in (weight, bias))
         e = None if e is None else e.reshape(t.input.shape)
         return Direction(*(None if part is None else part.to(t.dtype) for part in (e, weight, bias)))
 
@@ -198,13 +195,11 @@ class HeadCurvature:
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
         if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # Of a class index the class's weight is in the row's, which is not in its own loss.
-            weight = weight if self.spread is None else self.spread.whole(weight)
+            weight = self.layout.full("weight", weight)
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
-        if self.spread is not None:
-            return self.spread.rows_back(norms.reshape(self.local_leading))
-        return norms.reshape(self.leading)
+        return self.layout.restored(norms.reshape(self.local_leading), per_row=True)
 
     def kfac(
         self,
@@ -252,7 +247,7 @@ class HeadCurvature:
 
     def _summed(self, part: Tensor) -> Tensor:
         """Over the processes that have other rows."""
-        return part if self.spread is None else self.spread.total(part)
+        return self.layout.summed(part)
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors

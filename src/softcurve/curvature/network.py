@@ -30,7 +30,7 @@ from softcurve.curvature.parameters import Layout
 from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
 from softcurve.head.curvature_tiles import RowLosses
-from softcurve.head.problem import Posed
+from softcurve.head.problem import HeadProblem
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.losses.spec import LogitMap
@@ -47,7 +47,7 @@ class Rows:
 
     number: int
     e: Tensor  # (n, d), with the graph where a parameter of the features is trained
-    posed: Posed
+    posed: HeadProblem
     losses: RowLosses
 
 
