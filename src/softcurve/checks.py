@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,10 +180,11 @@ def as_integer(value: object) -> int | None:
     return None
 
 
-def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Require one of the given strings."""
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return one of the given strings; raise ValueError for anything else."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
 
 
 def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index: int | None = None) -> None:

@@ -168,23 +168,14 @@ def linear_kl_divergence(
     target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
     Args:
@@ -231,23 +222,14 @@ def linear_js_divergence(
     target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    beta: Number = 0.5,
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, beta: Number = 0.5,
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
 
     ``beta * D(target‖M) + (1 − beta) * D(model‖M)`` with ``M = beta * target + (1 − beta) * model``; ``beta = 0`` is
@@ -280,23 +262,14 @@ def linear_divergence(
     target: Tensor | Target, *, divergence: Divergence,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    divergence: Divergence,
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, divergence: Divergence,
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
 
     Args:

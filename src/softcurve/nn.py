@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
@@ -14,8 +14,7 @@ from softcurve.array_types import Float
 from softcurve.head.problem import LossStats, require_budget, require_shift
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.labels import resolve_ignore_index
-from softcurve.losses.reduction import Reduction
-from softcurve.losses.spec import LogitMap
+from softcurve.losses.reduction import REDUCTIONS
 from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
@@ -35,17 +34,33 @@ def __dir__() -> list[str]:
     return __all__
 
 
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "base": checks.require_base,
+    "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
+    "direction": lambda direction: checks.require_choice("direction", direction, ("forward", "reverse")),
+    "divergence": divergence_of,
+    "ignore_index": lambda index: None if index is None else resolve_ignore_index(index),
+    "label_smoothing": lambda smoothing: checks.require_between("label_smoothing", smoothing, 0.0, 1.0),
+    "memory_budget": require_budget,
+    "reduction": lambda reduction: checks.require_choice("reduction", reduction, REDUCTIONS),
+    "shift": require_shift,
+    "softcap": lambda softcap: None if softcap is None else checks.require_positive("softcap", softcap),
+    "temperature": lambda temperature: checks.require_positive("temperature", temperature),
+    "z_loss": lambda z_loss: checks.require_between("z_loss", z_loss, 0.0, math.inf),
+}
+
+
 # torch types the call of a module as Any. Under TYPE_CHECKING a call has the types of forward.
 
 
 class _Loss(torch.nn.Module):
-    """Base class of the losses: a function, and its options as checked Python values."""
+    """Base class of the losses: a function, and its options, which are checked once and kept as Python values."""
 
     _function: ClassVar[Callable[..., Any]]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = _checked(options)
+        self.options = {name: _CHECKS[name](value) for name, value in options.items()}
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -58,17 +73,10 @@ class CrossEntropyLoss(_Loss):
     weight: Tensor | None
 
     def __init__(
-        self,
-        weight: Float[Tensor, " classes"] | None = None,
-        *,
-        ignore_index: Integer | None = -100,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
-    ) -> None:
+        self, weight: Float[Tensor, " classes"] | None = None, *, ignore_index: Integer | None = -100,
+        label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        reduction: ReductionKind = "mean", base: Number = math.e,
+    ) -> None:  # fmt: skip
         super().__init__(
             ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
             z_loss=z_loss, reduction=reduction, base=base,
@@ -134,13 +142,9 @@ class DivergenceLoss(_DivergenceLoss):
     _function = functional.divergence
 
     def __init__(
-        self,
-        divergence: Divergence,
-        *,
-        temperature: Number = 1.0,
-        reduction: ReductionKind = "mean",
+        self, divergence: Divergence, *, temperature: Number = 1.0, reduction: ReductionKind = "mean",
         base: Number = math.e,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(divergence=divergence, temperature=temperature, reduction=reduction, base=base)
 
 
@@ -148,15 +152,9 @@ class _LinearLoss(_Loss):
     """Base class of the losses that contain their head as the submodule ``linear``."""
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        positions: tuple[int, ...] = (),
-        **options: Any,
-    ) -> None:
+        self, in_features: int, num_classes: int, bias: bool, device: torch.device | str | None,
+        dtype: torch.dtype | None, positions: tuple[int, ...] = (), **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**options)
         self.num_classes, self.out_features = num_classes, positions
         rows = num_classes * math.prod(positions)
@@ -214,25 +212,12 @@ class LinearCrossEntropyLoss(_LinearLoss):
     weight: Tensor | None
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        out_features: tuple[int, ...] = (),
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        reduction: ReductionKind = "mean",
-        weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: Integer | None = None,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        base: Number = math.e,
-        shift: Integer = 0,
-        memory_budget: Integer | None = None,
-    ) -> None:
+        self, in_features: int, num_classes: int, *, out_features: tuple[int, ...] = (), bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, reduction: ReductionKind = "mean",
+        weight: Float[Tensor, " classes"] | None = None, ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        base: Number = math.e, shift: Integer = 0, memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
         if weight is not None:
             checks.require_class_weight(weight, num_classes)
         super().__init__(
@@ -273,20 +258,11 @@ class LinearKLDivergenceLoss(_LinearLoss):
     _function = linear.linear_kl_divergence
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        direction: KLDirection = "forward",
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        self, in_features: int, num_classes: int, *, bias: bool = False, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, direction: KLDirection = "forward", temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device, dtype, direction=direction, temperature=temperature,
             softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
@@ -299,20 +275,11 @@ class LinearJSDivergenceLoss(_LinearLoss):
     _function = linear.linear_js_divergence
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        beta: Number = 0.5,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        self, in_features: int, num_classes: int, *, beta: Number = 0.5, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device, dtype, beta=beta, temperature=temperature, softcap=softcap,
             reduction=reduction, base=base, memory_budget=memory_budget,
@@ -330,44 +297,12 @@ class LinearDivergenceLoss(_LinearLoss):
     _function = linear.linear_divergence
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        divergence: Divergence,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        self, in_features: int, num_classes: int, *, divergence: Divergence, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device, dtype, divergence=divergence, temperature=temperature,
             softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
         )  # fmt: skip
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the options of a loss and return them with Python numbers."""
-    checked = dict(options)
-    for name, high in {"label_smoothing": 1.0, "z_loss": math.inf, "beta": 1.0}.items():
-        if name in options:
-            checked[name] = checks.require_between(name, options[name], 0.0, high)
-    logit_map = LogitMap.of(options["temperature"], options.get("softcap"))
-    checked |= {"base": Reduction.of(options["reduction"], options["base"]).base, "temperature": logit_map.temperature}
-    if "softcap" in options:
-        checked["softcap"] = logit_map.softcap
-    if "direction" in options:
-        checks.require_choice("direction", options["direction"], ("forward", "reverse"))
-    converters: dict[str, Callable[[Any], Any]] = {
-        "shift": require_shift, "memory_budget": require_budget, "divergence": divergence_of,
-    }  # fmt: skip
-    for name, check in converters.items():
-        if name in options:
-            checked[name] = check(options[name])
-    if options.get("ignore_index") is not None:
-        checked["ignore_index"] = resolve_ignore_index(options["ignore_index"])
-    return checked
