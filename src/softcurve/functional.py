@@ -42,19 +42,11 @@ def __dir__() -> list[str]:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "*rows classes"],
-    target: Tensor | Target,
-    *,
-    weight: Float[Tensor, " classes"] | None = None,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    ignore_index: Integer | None = -100,
-    label_smoothing: Number = 0.0,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Float[Tensor, "*rows"] | None = None,
+    ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced; exact also where this cancels.
 
     Args:
@@ -85,7 +77,7 @@ def cross_entropy(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
             an error in eager mode on the CPU; elsewhere it gives NaN.
 
-    Source: the seed's ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
+    Source: ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
     reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
@@ -150,14 +142,9 @@ def _densified(loss: LossSpec, logits: Tensor, labels: Labels, weight: Tensor | 
 
 
 def kl_divergence(
-    p: Tensor | Target,
-    q: Tensor | Target,
-    *,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
+    temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``: ``D(P‖Q)``, as on paper, never negative.
 
     Forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive gradients.
@@ -182,22 +169,16 @@ def kl_divergence(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
             an error in eager mode on the CPU; elsewhere it gives NaN.
 
-    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
     ``h(t) = e^t − 1 − t ≥ 0``.
     """
     return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
 def js_divergence(
-    p: Tensor | Target,
-    q: Tensor | Target,
-    *,
-    beta: Number = 0.5,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
+    temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``; symmetric at ``beta = ½``.
 
     The ends are those of the field: ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is ``D(Q‖P)``, exactly; between them
@@ -211,15 +192,10 @@ def js_divergence(
 
 
 def divergence(
-    target: Tensor | Target,
-    logits: Tensor | Target,
-    *,
-    divergence: Divergence,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
+    target: Tensor | Target, logits: Tensor | Target, *, divergence: Divergence,
+    sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
     base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Any member ``D(y, p) = Σ_k φ(p_k, y_k)`` of the family between a target ``y`` and ``p = softmax(logits)``.
 
     Args:
@@ -249,14 +225,9 @@ def divergence(
 
 
 def _divergence(
-    divergence: Divergence,
-    p: Tensor | Target,
-    q: Tensor | Target,
-    sample_weight: Tensor | None,
-    logit_map: LogitMap,
-    reducer: Reduction,
-    names: tuple[str, str] = ("p", "q"),
-) -> Tensor:
+    divergence: Divergence, p: Tensor | Target, q: Tensor | Target, sample_weight: Tensor | None, logit_map: LogitMap,
+    reducer: Reduction, names: tuple[str, str] = ("p", "q"),
+) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a top-k list cannot be the model, so it becomes the target."""
     plain = {name: side for name, side in zip(names, (p, q), strict=True) if isinstance(side, Tensor)}
     p, q = _by_logits(names[0], p), _by_logits(names[1], q)
@@ -329,7 +300,7 @@ def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) ->
     Raises:
         TypeError, ValueError: for logits that are not floating point, hold NaN or +inf, or mask every class.
 
-    Source: the seed's ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
+    Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
     """
     checks.require_floating("logits", logits)
     rows = row_losses(Entropy(LogitMap()), logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))
@@ -344,7 +315,7 @@ def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*
     Raises:
         TypeError, ValueError: for logits that are not floating point or have no class dimension.
 
-    Source: the seed's ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
+    Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
     checks.require_floating("logits", logits)
     return softmax.jacobian(checks.widened(logits)).to(logits.dtype)
@@ -358,7 +329,7 @@ def softmax_jacobian_product(
     Raises:
         TypeError, ValueError: for arguments that are not floating point, or of different shapes.
 
-    Source: the seed's ``J = diag(p) − p pᵀ``.
+    Source: ``J = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
     checks.require_floating("vector", vector)
@@ -380,13 +351,9 @@ def _checked_weight(sample_weight: Tensor | None, rows: Sequence[int], against: 
 
 
 def _reduced(
-    rows: Tensor,
-    row_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    reducer: Reduction,
-    dtype: torch.dtype,
+    rows: Tensor, row_weight: Tensor | None, mean_weight: Tensor | None, reducer: Reduction, dtype: torch.dtype,
     **logits: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Weight and reduce rows in nats; the result is of ``dtype``, or float32 if that is narrower."""
     checks.explain_nan(rows, row_weight, logits)
     rows = rows if row_weight is None else weighted(row_weight, rows)

@@ -65,26 +65,15 @@ def linear_cross_entropy(
     target: Tensor | Target, *,
     return_stats: bool, **options: Unpack[LinearCrossEntropyOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target,
-    *,
-    linear_bias: Float[Tensor, " classes *positions"] | None = None,
-    weight: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None,
-    label_smoothing: Number = 0.0,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
 
     Takes every call of ``torch.nn.functional.linear_cross_entropy`` but its ``options``: one-dimensional input, and
@@ -96,25 +85,16 @@ def linear_cross_entropy(
         target: class indices ``(...)``; a floating-point tensor ``(..., C)``, taken with the mass that it has, as in
             torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         linear_bias: ``(C,)``; −inf masks a class.
-        weight: ``(C,)``, ≥ 0; a factor of each class in the target. Receives no gradient.
         sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out, and their target may hold
             anything. ``shift`` moves it together with the target.
-        ignore_index: the class index of rows that have no part; ``None`` is −100. Only for class indices.
-        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``, where ``C`` counts the classes that
-            ``linear_bias`` does not mask; a masked class has no share.
-        temperature: ``T`` in ``z / T``, after the soft cap.
-        softcap: ``κ`` in ``κ tanh(z / κ)``.
-        z_loss: ``λ`` in ``λ lse²``; stays in squared nats.
-        reduction: ``"none"``; ``"sum"``; ``"mean"``, the sum over ``Σ_i w_i``, where ``w_i`` is the row's
-            ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
-            row; or ``"batchmean"``, the sum over ``input.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
-            gradient 0. ``"none"`` computes the logits once more in the backward pass.
-        base: of the logarithm; 2 for bits.
+        reduction: as in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions have no part.
-            ``sample_weight`` belongs to the target and moves with it.
         memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: also return :class:`LossStats`, from the same pass.
+
+    The other options are those of :func:`softcurve.cross_entropy`; a class that ``linear_bias`` masks has no share of
+    the label smoothing.
 
     Half precision is multiplied and summed in float32, weight gradients too, and rounded once. The loss is float32, or
     float64 if features, weight or a distribution are; torch's is in the dtype of the features. Third derivatives are
@@ -124,7 +104,7 @@ def linear_cross_entropy(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
             is an error in eager mode on the CPU; elsewhere it is returned.
 
-    Source: the seed's ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
+    Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(
@@ -193,7 +173,7 @@ def linear_kl_divergence(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
             is an error in eager mode on the CPU; elsewhere it is returned.
 
-    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
@@ -365,7 +345,7 @@ def _require_positions(
     input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None, shift: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Check the arguments of a head of ``K`` more dimensions; return the target and the shape of the rows."""
-    classes, *positions, width = linear_weight.shape
+    classes, *positions, _ = linear_weight.shape
     if not isinstance(target, Tensor):
         raise TypeError(
             "target must be a plain tensor for a linear_weight of more than two dimensions, class indices or "
@@ -378,10 +358,6 @@ def _require_positions(
         raise ValueError(f"shift must be 0 for a linear_weight of more than two dimensions, got {shift}")
     if 0 in positions:
         raise ValueError(f"linear_weight must have at least one position, got {checks.describe(linear_weight)}")
-    if input.shape[1] != width:
-        raise ValueError(
-            f"linear_weight must be as wide as input {tuple(input.shape)}, got {checks.describe(linear_weight)}"
-        )
     if linear_bias is not None:
         checks.require_tensor("linear_bias", linear_bias)
         if tuple(linear_bias.shape) != (classes, *positions):

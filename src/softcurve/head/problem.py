@@ -20,18 +20,11 @@ from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import HeadOutcome
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
+from softcurve.losses import targets
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
-from softcurve.losses.targets import (
-    LinearTeacher,
-    Logits,
-    Probabilities,
-    Target,
-    TopK,
-    as_target,
-    uniform_over_unmasked,
-)
+from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, Target, TopK
 from softcurve.records import short_repr
 from softcurve.typing import Integer
 
@@ -67,7 +60,7 @@ class LocalHead:
         """Return the uniform distribution over the unmasked classes, ``(C,)``; ``None`` if none is masked."""
         if self.full_bias is None:
             return None
-        uniform = uniform_over_unmasked(self.full_bias.to(self.dtype))
+        uniform = targets.uniform_over_unmasked(self.full_bias.to(self.dtype))
         return uniform if uniform.ndim else None
 
     def share_of_smoothing(self, class_weight: Tensor | None) -> Tensor | None:
@@ -150,17 +143,10 @@ class HeadProblem:
 
 
 def head_problem(
-    loss: LossSpec,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | Target,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None,
-    shift: int = 0,
-) -> HeadProblem:
+    loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, *,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, shift: int = 0,
+) -> HeadProblem:  # fmt: skip
     """Return the problem of a public call, on the rows and classes of this process.
 
     Raises what the public call raises, in all processes if in one.
@@ -224,7 +210,7 @@ def _require_distribution(target: Tensor | Target) -> Target:
             f"target must be wrapped, got a plain {target.dtype} tensor, which could hold probabilities or logits; "
             "pass softcurve.Probabilities(target) or softcurve.Logits(target)"
         )
-    as_target(target)
+    targets.as_target(target)
     raise TypeError(
         f"target must be a distribution, got class indices ({target.dtype}); "
         "for those use softcurve.linear_cross_entropy, which is D(target‖model) there"
@@ -302,13 +288,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _label_problem(
-    head: LocalHead,
-    loss: LossSpec,
-    target: Tensor,
-    class_weight: Tensor | None,
-    sample_weight: Tensor | None,
+    head: LocalHead, loss: LossSpec, target: Tensor, class_weight: Tensor | None, sample_weight: Tensor | None,
     ignore_index: int,
-) -> HeadProblem:
+) -> HeadProblem:  # fmt: skip
     """Return the cross-entropy of class indices ``(n,)``."""
     wide = None if class_weight is None else class_weight.to(head.dtype)
     labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index)
