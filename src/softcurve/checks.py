@@ -94,10 +94,10 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
         )
 
 
-def _in_torch_layout(tensor: Sequence[int], classes_last: Sequence[int]) -> bool:
+def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
     """Return whether a shape is ``classes_last`` with the classes moved to the second dimension."""
-    tensor, moved = tuple(tensor), tuple(classes_last)
-    return len(moved) > 2 and tensor == (moved[0], moved[-1], *moved[1:-1])
+    moved = tuple(classes_last)
+    return len(moved) > 2 and tuple(shape) == (moved[0], moved[-1], *moved[1:-1])
 
 
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
@@ -116,10 +116,7 @@ def shape_remedy(
     """
     logits, target = tuple(logits), tuple(target)
     if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
-        return (
-            "; the one that is in torch's layout (N, C, d_1, ...) has its classes last after .movedim(1, -1), as is "
-            "wanted here"
-        )
+        return "; move the classes of the one in torch's layout (N, C, d_1, ...) to the end by .movedim(1, -1)"
     if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
         cut = cut_logits if logits[-1] > target[-1] else cut_target
         return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
@@ -238,20 +235,18 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
 
 def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool:
     """Return whether the rows of two or more classes that are ``counted`` are ≥ 0 and sum to 1, if that can be seen."""
-    if not values_visible(rows) or rows.shape[-1] < 2 or rows.numel() == 0:
+    if not values_visible(rows) or rows.shape[-1] < 2:
         return False
     rows = rows.detach()
     if counted is not None and values_visible(counted) and not counted.all():
         rows = rows[counted]
-        if rows.numel() == 0:
-            return False
 
     def are_probabilities(some: Tensor) -> bool:
         near_one = (row_sums(some) - 1).abs() <= sum_tolerance(rows.dtype)
         return bool(near_one.all()) and bool(some.amin() >= 0)
 
     # For most logits the first rows decide, without a pass over all of them.
-    return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
+    return rows.numel() > 0 and are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
 
 
 def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:

@@ -84,12 +84,9 @@ class CrossEntropyLoss(_Loss):
         self.register_buffer("weight", weight)
 
     def forward(
-        self,
-        logits: Float[Tensor, "*rows classes"],
-        target: Tensor | Target,
-        *,
+        self, logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
         sample_weight: Float[Tensor, "*rows"] | None = None,
-    ) -> Float[Tensor, "*reduced"]:
+    ) -> Float[Tensor, "*reduced"]:  # fmt: skip
         """See :func:`softcurve.cross_entropy`."""
         return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
@@ -180,15 +177,11 @@ class _LinearLoss(_Loss):
         self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
         sample_weight: Tensor | None = None, return_stats: bool,
     ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-    # fmt: on
     def forward(
-        self,
-        input: Float[Tensor, "*rows features"],
-        target: Tensor | Target,
-        *,
-        sample_weight: Tensor | None = None,
-        return_stats: bool = False,
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool = False,
     ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+        # fmt: on
         """Return the loss, and :class:`~softcurve.LossStats` if ``return_stats``; see the function of the class."""
         bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
         result: Tensor | tuple[Tensor, LossStats] = type(self)._function(

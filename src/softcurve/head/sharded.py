@@ -139,7 +139,7 @@ class ShardedHead(PlainHead):
 
     @staticmethod
     def of(input: Tensor, weights: Sequence[Tensor]) -> ShardedHead | None:
-        """Return ``None`` if all tensors are plain. ``weights`` of the model and a teacher have the classes first.
+        """Return how features and ``weights``, those of the model and a teacher, are sharded; ``None`` if they are not.
 
         Raises ``ValueError`` for meshes that differ, weights sharded on classes in two ways, and for a plain ``input``
         that is not the same on every process; ``NotImplementedError`` in forward mode.

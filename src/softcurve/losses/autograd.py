@@ -90,13 +90,9 @@ class _Gradient(Function):
     def forward(
         loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        in_z, in_target = _by_tiles(
-            lambda scale, z, target: loss.gradient(scale, z, target, wanted), scale.shape, scale, z, target
-        )
-        return (
-            torch.zeros_like(scale) if in_z is None else in_z,
-            torch.zeros_like(scale) if in_target is None else in_target,
-        )
+        parts = _by_tiles(lambda s, z, y: loss.gradient(s, z, y, wanted), scale.shape, scale, z, target)
+        in_z, in_target = (torch.zeros_like(scale) if part is None else part for part in parts)
+        return in_z, in_target
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -120,20 +116,11 @@ class _Gradient(Function):
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
 
 
-def _hessian_product(
-    loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
-) -> Gradients:
+def _hessian_product(loss: RowLoss, scale: Tensor, *tensors: Tensor | None) -> Gradients:
     """Return ``loss.hessian_product``, by tiles if neither a third derivative nor a transform needs its operations."""
-    given = [v for v in (v_z, v_target) if v is not None]
-    if torch.is_grad_enabled() or not checks.values_visible(scale, z, target, *given):
-        return loss.hessian_product(scale, z, target, v_z, v_target)
-
-    def tile(scale: Tensor, z: Tensor, target: Tensor, *directions: Tensor) -> Gradients:
-        in_order = iter(directions)
-        here = [None if v is None else next(in_order) for v in (v_z, v_target)]
-        return loss.hessian_product(scale, z, target, *here)
-
-    in_z, in_target = _by_tiles(tile, scale.shape, scale, z, target, *given)
+    if torch.is_grad_enabled() or not checks.values_visible(scale, *(t for t in tensors if t is not None)):
+        return loss.hessian_product(scale, *tensors)  # type: ignore[arg-type]
+    in_z, in_target = _by_tiles(loss.hessian_product, scale.shape, scale, *tensors)
     return in_z, in_target
 
 
@@ -195,19 +182,19 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _by_tiles(
-    function: Callable[..., tuple[Tensor | None, ...]], rows: torch.Size, *tensors: Tensor
+    function: Callable[..., tuple[Tensor | None, ...]], rows: torch.Size, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return ``function(*tensors)``, computed by tiles of rows; every tensor starts with the dimensions ``rows``."""
-    size = max(tensor.numel() for tensor in tensors)
-    count = math.prod(rows)
-    limit = TILE_ELEMENTS.get(tensors[0].device.type, size)
+    present = [tensor for tensor in tensors if tensor is not None]
+    size, count = max(tensor.numel() for tensor in present), math.prod(rows)
+    limit = TILE_ELEMENTS.get(present[0].device.type, size)
     if torch.compiler.is_compiling() or size <= limit or count < 2:
         return function(*tensors)
     step = max(1, limit * count // size)
-    flat = [tensor.reshape(count, *tensor.shape[len(rows) :]) for tensor in tensors]
+    flat = [None if each is None else each.reshape(count, *each.shape[len(rows) :]) for each in tensors]
     whole: list[Tensor | None] = []
     for start in range(0, count, step):
-        parts = function(*(tensor[start : start + step] for tensor in flat))
+        parts = function(*(None if each is None else each[start : start + step] for each in flat))
         if not whole:
             whole = [None if part is None else part.new_empty((count, *part.shape[1:])) for part in parts]
         for out, part in zip(whole, parts, strict=True):
