@@ -290,17 +290,9 @@ def linear_divergence(
 
 
 def _by_positions(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | Target,
-    reducer: Reduction,
-    *,
-    linear_bias: Tensor | None,
-    sample_weight: Tensor | None,
-    shift: int,
-    return_stats: bool,
-    **options: Any,
-) -> Tensor | tuple[Tensor, LossStats]:
+    input: Tensor, linear_weight: Tensor, target: Tensor | Target, reducer: Reduction, *, linear_bias: Tensor | None,
+    sample_weight: Tensor | None, shift: int, return_stats: bool, **options: Any,
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
     """Apply a head of its own at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
     # Features in float32 receive the sum over the positions in float32, which is rounded once.
@@ -310,21 +302,16 @@ def _by_positions(
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
         sample_weight = sample_weight.flatten(1)
-    biases = None if linear_bias is None else linear_bias.flatten(1)
+    linear_bias = None if linear_bias is None else linear_bias.flatten(1)
     parts: list[Any] = [
         linear_cross_entropy(
-            input,
-            weight,
-            target[:, i],
-            linear_bias=None if biases is None else biases[:, i],
+            input, weight, target[:, i], linear_bias=None if linear_bias is None else linear_bias[:, i],
             sample_weight=None if sample_weight is None else sample_weight[:, i],
-            reduction="none" if reducer.kind == "none" else "sum",
-            base=reducer.base,
-            return_stats=return_stats,
+            reduction="none" if reducer.kind == "none" else "sum", base=reducer.base, return_stats=return_stats,
             **options,
         )
         for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1))
-    ]
+    ]  # fmt: skip
     losses = torch.stack([part[0] if return_stats else part for part in parts], -1)
     if reducer.kind == "none":
         result = losses.reshape(rows)

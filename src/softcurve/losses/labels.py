@@ -23,12 +23,9 @@ class Labels(NamedTuple):
 
     @staticmethod
     def of(
-        target: Int[Tensor, "*rows"],
-        sample_weight: Float[Tensor, "*rows"] | None,
-        class_weight: Float[Tensor, " classes"] | None,
-        classes: int,
-        ignore_index: int,
-    ) -> Labels:
+        target: Int[Tensor, "*rows"], sample_weight: Float[Tensor, "*rows"] | None,
+        class_weight: Float[Tensor, " classes"] | None, classes: int, ignore_index: int,
+    ) -> Labels:  # fmt: skip
         """Check class indices; a row of sample weight 0 may hold any number, and is ignored if that is no class."""
         if sample_weight is not None:
             left_out = (sample_weight == 0) & checks.outside_classes(target, classes)

@@ -114,14 +114,9 @@ class LossSpec:
 
     @staticmethod
     def of(
-        divergence: Divergence,
-        reduction: Reduction,
-        *,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        label_smoothing: Number = 0.0,
-    ) -> LossSpec:
+        divergence: Divergence, reduction: Reduction, *, temperature: Number = 1.0, softcap: Number | None = None,
+        z_loss: Number = 0.0, label_smoothing: Number = 0.0,
+    ) -> LossSpec:  # fmt: skip
         """Check the numbers of a public call; its z-loss stays in squared nats in every unit of the ``reduction``."""
         z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf) * reduction.nats
         smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)

@@ -54,7 +54,7 @@ class Target(ShortRepr, ABC):
 
     def cleared(self: AnyTarget, rows: Bool[Tensor, "*rows"], classes: int) -> AnyTarget:
         """Return the target with harmless values in some ``rows``, which then receive no gradient."""
-        values = torch.where(rows.unsqueeze(-1), self._harmless(classes), getattr(self, self._row_field))
+        values = torch.where(rows.unsqueeze(-1), self._harmless(classes), self._row_tensor)
         return replace(self, **{self._row_field: values})  # type: ignore[type-var]
 
     def _harmless(self, classes: int) -> float:
@@ -88,14 +88,21 @@ class Target(ShortRepr, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The common dtype of the target's tensors."""
-        dtype: torch.dtype = getattr(self, self._row_field).dtype
-        return dtype
+        return self._row_tensor.dtype
 
     @property
     def leading(self) -> torch.Size:
         """The shape of the rows."""
-        shape: torch.Size = getattr(self, self._row_field).shape
-        return shape[:-1]
+        return self._row_tensor.shape[:-1]
+
+    @property
+    def _classes(self) -> int:
+        return self._row_tensor.shape[-1]
+
+    @property
+    def _row_tensor(self) -> Tensor:
+        tensor: Tensor = getattr(self, self._row_field)
+        return tensor
 
     def checked(self: AnyTarget, sample_weight: Float[Tensor, "*rows"] | None, classes: int) -> AnyTarget:
         """Return the target, its values checked; malformed rows of sample weight 0 are cleared.
@@ -123,10 +130,6 @@ class Target(ShortRepr, ABC):
                 f"target ({self.kind}) must have the shape {tuple(logits)} of the logits that it is compared with, "
                 f"got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
             )
-
-    @property
-    def _classes(self) -> int:
-        return int(getattr(self, self._row_field).shape[-1])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
