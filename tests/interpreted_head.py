@@ -17,7 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import backends, curvature, passes, per_row, products
+from softcurve.head import backends, curvature, per_row, products
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
-from softcurve.app.fitting import FitOptions, fit_command
+from softcurve.cli.fitting import fit_command
+from softcurve.cli.main import app
+from softcurve.cli.options import FitOptions
 from softcurve.fit import DataError
+from softcurve.fit.group import Group
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.together import Together
 
 from .gathered import load_rows, make_rows, split
 
@@ -286,7 +287,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(words, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softcurve.app.fitting.fit_head", interrupt)
+    monkeypatch.setattr("softcurve.cli.fitting.fit_head", interrupt)
     for options in ([], ["--checkpoint", "state"]):
         done = CliRunner().invoke(app, ["fit", words, *options])
         assert done.exit_code == 130
@@ -321,24 +322,23 @@ def test_explain_prints_the_record_last(monkeypatch):
         console.print("a table")
         return {"page": str(out), "seed": seed, "ratio": float("inf")}
 
-    stub = ModuleType("softcurve.app.explain")
+    stub = ModuleType("softcurve.cli.explain")
     stub.write_explanation = write_explanation
-    monkeypatch.setitem(sys.modules, "softcurve.app.explain", stub)
+    monkeypatch.setitem(sys.modules, "softcurve.cli.explain", stub)
     record, output = run("explain", "--out", "page.html", "--seed", 3)
     assert record == {"page": "page.html", "seed": 3, "ratio": None}
     assert output.startswith("a table\n")
 
 
-class Unlike(Together):
-    """A process beside another one that says something else."""
+class Unlike(Group):
+    """A process beside another one that has other values."""
 
-    size = 2
+    def __init__(self, **others):
+        super().__init__()
+        self.others = others
 
-    def __init__(self, **said):
-        self.said = said
-
-    def texts(self, text):
-        return [text, json.dumps(json.loads(text) | self.said)]
+    def values(self, value):
+        return [value, value | self.others]
 
 
 def test_an_option_that_another_process_was_not_given_is_named():
@@ -403,7 +403,7 @@ def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(s
 def test_an_interrupt_that_python_forgets_is_remembered():
     lost = """
 import os, signal
-from softcurve.app.interrupt import remember_interrupts, stop_if_interrupted
+from softcurve.cli.interrupt import remember_interrupts, stop_if_interrupted
 class Held:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

@@ -9,8 +9,8 @@ from typing import Literal, TypedDict, get_args
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.problem import HeadProblem, head_problem, require_budget, require_no_shift, require_shift
+from softcurve.head.tensors import RowLosses
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction as Reducer
 from softcurve.losses.spec import LogitMap, LossSpec

@@ -131,6 +131,9 @@ class Kernel(ABC):
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
     row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
     statistics: Statistics = field(default_factory=Statistics, init=False)
+    # With respect to a sparse target's distribution, and its change along a direction.
+    target_gradient: Tensor | None = field(default=None, init=False)
+    target_product: Tensor | None = field(default=None, init=False)
 
     @abstractmethod
     def accumulate(self, number: int, block: Block) -> None:
