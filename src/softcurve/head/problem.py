@@ -340,8 +340,8 @@ def _distribution_problem(
         share = head.share_of_smoothing(class_weight) if loss.smoothing else class_weight
         if share is not None and share is not class_weight:
             # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
-            own = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
-            class_weight = torch.stack([own, share])
+            in_target = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
+            class_weight = torch.stack([in_target, share])
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     return HeadProblem(
         head,

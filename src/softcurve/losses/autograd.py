@@ -106,12 +106,12 @@ class _Gradient(Function):
     def backward(ctx: Any, v_z: Tensor | None, v_target: Tensor | None) -> tuple[Tensor | None, ...]:
         scale, z, target = ctx.saved_tensors
         directions = (v_z if ctx.wanted[0] else None, v_target if ctx.wanted[1] else None)
-        given = (directions[0] is not None, directions[1] is not None)
-        if not any(given):
+        present = (directions[0] is not None, directions[1] is not None)
+        if not any(present):
             return None, None, None, None, None
         in_scale = None
         if ctx.needs_input_grad[2]:
-            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, given), directions)
+            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, present), directions)
         in_z, in_target = _hessian_product(ctx.loss, scale, z, target, *directions)
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
 

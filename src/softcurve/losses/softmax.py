@@ -90,7 +90,7 @@ def jacobian_product(z: Rows, vector: Rows) -> Rows:
 
 
 def centred(v: Rows, p: Rows) -> Rows:
-    """Return ``v − p·v``, taken from ``v_top`` on, so that a confident row's own entry is the small sum that it is."""
+    """Return ``v − p·v``, taken from ``v_top`` on, so that a confident row's largest class does not cancel."""
     from_top = v - v.gather(-1, p.argmax(-1, keepdim=True))
     return from_top - (p * from_top).sum(-1, keepdim=True)
 
@@ -113,15 +113,15 @@ def may_be_masked(z: Tensor) -> bool:
 
 def index_loss(z: Rows, target: Indices) -> Values:
     """Return ``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, two terms ≥ 0."""
-    _, own, others, gap = _around_target(z, target.unsqueeze(-1))
-    return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + own))).squeeze(-1)
+    _, at_target, others, gap = _around_target(z, target.unsqueeze(-1))
+    return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
 
 
 def index_residual(z: Rows, target: Indices, scale: Values) -> Rows:
     """Return ``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, or 0 if the target is masked."""
     at, scale = target.unsqueeze(-1), scale.unsqueeze(-1)
-    exponentials, own, others, gap = _around_target(z, at)
-    factor = scale / (others + own)
+    exponentials, at_target, others, gap = _around_target(z, at)
+    factor = scale / (others + at_target)
     return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others))
 
 
@@ -132,13 +132,13 @@ def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     gap = -shifted.gather(-1, at)
     in_place = not torch.compiler.is_compiling()  # a compiled graph is differentiated, and fused anyway
     exponentials = shifted.exp_() if in_place else shifted.exp()
-    own = exponentials.gather(-1, at)
+    at_target = exponentials.gather(-1, at)
     exponentials = exponentials.scatter_(-1, at, 0.0) if in_place else exponentials.scatter(-1, at, 0.0)
     others = exponentials.sum(-1, keepdim=True)
     if feels_rounding(others):
         exponentials = compensated(exponentials, z, offset)
         others = exponentials.sum(-1, keepdim=True)
-    return exponentials, own, others, gap
+    return exponentials, at_target, others, gap
 
 
 # --- cross-entropy against a distribution ----------------------------------------------------------------------------
