@@ -301,17 +301,12 @@ def _label_problem(
         mass = torch.ones_like(row_weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
     return HeadProblem(
-        head,
-        dataclasses.replace(loss, target="sparse", **head.layout.shard),
-        mean_weight if masses is None else row_weight,
-        mean_weight,
-        labels.counted,
-        sample_weight is not None,
-        (masses, None, None),
-        indices=labels.classes.unsqueeze(-1),
-        label=labels.classes,
+        head, dataclasses.replace(loss, target="sparse", **head.layout.shard),
+        weight=mean_weight if masses is None else row_weight, mean_weight=mean_weight, counted=labels.counted,
+        has_sample_weight=sample_weight is not None, target=(masses, None, None),
+        indices=labels.classes.unsqueeze(-1), label=labels.classes,
         class_weight=head.share_of_smoothing(class_weight) if loss.smoothing else None,
-    )
+    )  # fmt: skip
 
 
 def _distribution_problem(
@@ -344,18 +339,11 @@ def _distribution_problem(
             class_weight = torch.stack([in_target, share])
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     return HeadProblem(
-        head,
-        dataclasses.replace(loss, target=form, **layout.shard),
-        everywhere.to(head.dtype) if sample_weight is None else sample_weight,
-        sample_weight,
-        everywhere,
-        sample_weight is not None,
-        tensors,
-        indices=indices,
-        label=label,
-        class_weight=class_weight,
-        merges_tail=target.merges_tail,
-    )
+        head, dataclasses.replace(loss, target=form, **layout.shard),
+        weight=everywhere.to(head.dtype) if sample_weight is None else sample_weight, mean_weight=sample_weight,
+        counted=everywhere, has_sample_weight=sample_weight is not None, target=tensors, indices=indices, label=label,
+        class_weight=class_weight, merges_tail=target.merges_tail,
+    )  # fmt: skip
 
 
 def _list_outcomes(

@@ -40,8 +40,6 @@ def placements_of(tensor: Any) -> Placements | None:
 
 def to_local(tensor: Tensor, mesh: DeviceMesh, local: Placements, gradient: Placements) -> Tensor:
     """Return the local part of a tensor redistributed by ``local``; ``gradient`` are the placements of its gradient."""
-    if not tensor.is_floating_point():
-        return _to_local(tensor, mesh, local)
     part: Tensor = _ToLocal.apply(tensor, mesh, local, gradient)  # type: ignore[no-untyped-call]
     return part
 
@@ -53,38 +51,18 @@ def from_local(
 
     ``change`` are the placements of the part's gradient.
     """
-    if not part.is_floating_point():
-        return _from_local(part, mesh, local, outside, shape)
     whole: Tensor = _FromLocal.apply(part, mesh, local, outside, change, shape)  # type: ignore[no-untyped-call]
     return whole
-
-
-def _to_local(tensor: Tensor, mesh: DeviceMesh, placements: Placements) -> Tensor:
-    whole: Any = tensor.detach()
-    if not lies_over_processes(whole):
-        whole = dtensors().DTensor.from_local(whole, mesh, (dtensors().Replicate(),) * mesh.ndim, run_check=False)
-    local: Tensor = whole.redistribute(mesh, placements).to_local()
-    return local.view_as(local)  # The local part inside a DTensor must stay free of a graph.
-
-
-def _from_local(
-    part: Tensor, mesh: DeviceMesh, local: Placements, outside: Placements | None, shape: torch.Size
-) -> Tensor:
-    strides = torch.empty(shape, device="meta").stride()
-    part = part.detach().contiguous()
-    whole = dtensors().DTensor.from_local(part, mesh, local, run_check=False, shape=shape, stride=strides)
-    result: Tensor
-    if outside is None:
-        result = whole.redistribute(mesh, (dtensors().Replicate(),) * mesh.ndim).to_local()
-    else:
-        result = whole.redistribute(mesh, outside)
-    return result
 
 
 class _ToLocal(Function):
     @staticmethod
     def forward(tensor: Tensor, mesh: DeviceMesh, local: Placements, gradient: Placements) -> Tensor:
-        return _to_local(tensor, mesh, local)
+        whole: Any = tensor.detach()
+        if not lies_over_processes(whole):
+            whole = dtensors().DTensor.from_local(whole, mesh, (dtensors().Replicate(),) * mesh.ndim, run_check=False)
+        part: Tensor = whole.redistribute(mesh, local).to_local()
+        return part.view_as(part)  # The local part inside a DTensor must stay free of a graph.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,7 +80,12 @@ class _FromLocal(Function):
         part: Tensor, mesh: DeviceMesh, local: Placements, outside: Placements | None, change: Placements,
         shape: torch.Size,
     ) -> Tensor:  # fmt: skip
-        return _from_local(part, mesh, local, outside, shape)
+        strides = torch.empty(shape, device="meta").stride()
+        part = part.detach().contiguous()
+        whole = dtensors().DTensor.from_local(part, mesh, local, run_check=False, shape=shape, stride=strides)
+        replicated = (dtensors().Replicate(),) * mesh.ndim
+        result: Tensor = whole.redistribute(mesh, replicated if outside is None else outside)
+        return result if outside is not None else result.to_local()  # type: ignore[attr-defined]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
