@@ -222,7 +222,7 @@ def refused(mesh: DeviceMesh) -> Cases:
         ("weights of one process", "sample_weight must have the rows", lambda: loss(
             rows, weight, torch.arange(6 * mesh.size()) % 9, sample_weight=torch.ones(6))),
         ("a class that is not there", "target must hold classes in 0 … 8", lambda: loss(e, weight, y + 4)),
-        ("a teacher of other classes", "must have the 9 classes", lambda: softcurve.linear_kl_divergence(
+        ("a teacher of other classes", "must have the shape (6, 9)", lambda: softcurve.linear_kl_divergence(
             e, weight, softcurve.LinearTeacher(e, torch.randn(8, 4)))),
         ("a bias alone", "linear_bias must be plain", lambda: loss(
             e, weight.full_tensor(), y, linear_bias=distribute_tensor(torch.randn(9), mesh, [Shard(0)]))),

@@ -428,6 +428,21 @@ MODULES: list[tuple[str, str, Any, dict[str, Any]]] = [
         TEACHER,
         {"beta": 0.2, "temperature": 2.0, "softcap": 4.0, "reduction": "sum", "base": 2.0, "memory_budget": 1 << 20},
     ),
+    ("LinearDivergenceLoss", "linear_divergence", TEACHER, {"divergence": softcurve.AlphaDivergence(0.5)}),
+    ("LinearDivergenceLoss", "linear_divergence", INDEX, {"divergence": softcurve.CrossEntropy(), "reduction": "sum"}),
+    (
+        "LinearDivergenceLoss",
+        "linear_divergence",
+        TEACHER,
+        {
+            "divergence": softcurve.SkewKL(0.1),
+            "temperature": 2.0,
+            "softcap": 4.0,
+            "reduction": "none",
+            "base": 2.0,
+            "memory_budget": 1 << 20,
+        },
+    ),
 ]
 
 

@@ -44,6 +44,14 @@ MODULES: list[tuple[Callable[..., torch.nn.Module], Callable[..., Tensor], tuple
         (T, Z),
         {"beta": 0.2, "temperature": 2.0, "reduction": "sum", "base": 2.0},
     ),
+    (nn.DivergenceLoss, softcurve.divergence, (T, Z), {"divergence": softcurve.AlphaDivergence(0.5)}),
+    (
+        nn.DivergenceLoss,
+        softcurve.divergence,
+        (T, Z),
+        {"divergence": softcurve.SkewKL(0.1), "temperature": 2.0, "reduction": "none", "base": 2.0},
+    ),
+    (nn.DivergenceLoss, softcurve.divergence, (INDEX, Z), {"divergence": softcurve.CrossEntropy()}),
 ]
 
 
@@ -83,6 +91,13 @@ def test_state_dict_is_torchs() -> None:
 def test_weight_moves_with_the_module() -> None:
     assert nn.CrossEntropyLoss(WEIGHT).double().weight.dtype == torch.float64
     assert nn.CrossEntropyLoss(WEIGHT).to("meta").weight.device.type == "meta"
+
+
+@pytest.mark.usefixtures("without_shape_checks")  # which know the types too
+def test_a_divergence_must_be_a_member_of_the_family() -> None:
+    for make in (nn.DivergenceLoss, lambda divergence: nn.LinearDivergenceLoss(5, 7, divergence=divergence)):
+        with pytest.raises(TypeError, match="divergence must be an instance of"):
+            make(softcurve.AlphaDivergence)
 
 
 @pytest.mark.usefixtures("without_shape_checks")  # which know the words too

@@ -40,16 +40,29 @@ def test_the_users_script_runs():
     runpy.run_path(str(SCRIPT))
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_kl_divergence", "linear_js_divergence"])
-def test_overloads_repeat_the_signature(name):
+@pytest.mark.parametrize(
+    "name", ["linear_cross_entropy", "linear_kl_divergence", "linear_js_divergence", "linear_divergence"]
+)
+def test_overloads_offer_the_options_of_the_signature(name):
     tree = ast.parse((ROOT / "src" / "softcurve" / "linear.py").read_text(encoding="utf-8"))
+    fields = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
+            inherited = [option for base in node.bases for option in fields.get(ast.unparse(base), [])]
+            own = [(each.target.id, ast.unparse(each.annotation)) for each in node.body if hasattr(each, "target")]
+            fields[node.name] = [*inherited, *own]
     *overloads, whole = [node.args for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert [ast.unparse(overload.kwonlyargs[-1]) for overload in overloads] == [
-        f"return_stats: {kind}" for kind in ("Literal[False]", "Literal[True]", "bool")
-    ]
-    for arguments in (*overloads, whole):
-        del arguments.kwonlyargs[-1], arguments.kw_defaults[-1]
-    assert {ast.dump(overload) for overload in overloads} == {ast.dump(whole)}
+    kinds = []
+    for overload in overloads:
+        named = [(argument.arg, ast.unparse(argument.annotation)) for argument in overload.kwonlyargs]
+        kinds.append(dict(named).pop("return_stats"))
+        options = fields[ast.unparse(overload.kwarg.annotation).removeprefix("Unpack[").removesuffix("]")]
+        offered = {option: kind.replace(" *positions", "") for option, kind in [*named, *options]}
+        taken = {argument.arg: ast.unparse(argument.annotation) for argument in whole.kwonlyargs}
+        taken = {option: kind.replace(" *positions", "") for option, kind in taken.items()}
+        assert offered | {"return_stats": "bool"} == taken
+        assert [argument.arg for argument in overload.args] == [argument.arg for argument in whole.args]
+    assert kinds == ["Literal[False]", "Literal[True]", "bool"]
 
 
 def test_literals_are_what_is_accepted():

@@ -55,6 +55,7 @@ of_logits = sc.nn.CrossEntropyLoss(label_smoothing=0.1)
 assert_type(of_logits(teacher, labels), Tensor)
 assert_type(sc.nn.KLDivergenceLoss(reduction="mean")(teacher, teacher), Tensor)
 assert_type(sc.nn.JSDivergenceLoss(beta=0.5)(teacher, teacher), Tensor)
+assert_type(sc.nn.DivergenceLoss(sc.AlphaDivergence(0.5))(teacher, teacher), Tensor)
 of_head = sc.nn.LinearCrossEntropyLoss(4, 5, reduction="sum")
 assert_type(of_head(features, labels), Tensor)
 assert_type(of_head(features, labels, return_stats=True), tuple[Tensor, sc.LossStats])
@@ -62,6 +63,9 @@ reverse = sc.nn.LinearKLDivergenceLoss(4, 5, direction="reverse")
 assert_type(reverse(features, sc.Logits(teacher)), Tensor)
 assert_type(reverse(features, sc.Logits(teacher), return_stats=True), tuple[Tensor, sc.LossStats])
 assert_type(sc.nn.LinearJSDivergenceLoss(4, 5)(features, listed, return_stats=True), tuple[Tensor, sc.LossStats])
+
+skewed = sc.nn.LinearDivergenceLoss(4, 5, divergence=sc.SkewKL(0.1))
+assert_type(skewed(features, sc.Logits(teacher), return_stats=True), tuple[Tensor, sc.LossStats])
 
 # --- the chain, and fits
 record = sc.chain_rule(torch.nn.Identity(), head, features, labels, loss="forward_kl")

@@ -7,8 +7,10 @@ value gives NaN or an assertion of the device, as in torch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,29 +42,34 @@ def values_visible(*tensors: Tensor) -> bool:
     return all(torch._C._dispatch_keys(tensor).has(on_cpu) and is_plain(tensor) for tensor in tensors)
 
 
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the common dtype, float32 or wider, in which losses are computed."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or wider."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
 def describe(tensor: Tensor) -> str:
     """Return the shape and dtype of a tensor for an error message."""
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
-def require_floating(name: str, tensor: object) -> None:
-    """Require a real floating-point tensor with at least one dimension and one class."""
+def require_floating(name: str, tensor: object, last: str = "(..., C) with the C >= 1 classes") -> None:
+    """Require a real floating-point tensor whose ``last`` dimension is not empty."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
-        raise ValueError(f"{name} must be of shape (..., C) with the C >= 1 classes last, got {describe(tensor)}")
+        raise ValueError(f"{name} must be of shape {last} last, got {describe(tensor)}")
 
 
 def require_features(name: str, tensor: object) -> None:
     """Require a real floating-point tensor whose last dimension contains at least one feature."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
-    if tensor.ndim == 0 or tensor.shape[-1] == 0:
-        raise ValueError(f"{name} must be of shape (..., d) with the d >= 1 features last, got {describe(tensor)}")
+    require_floating(name, tensor, "(..., d) with the d >= 1 features")
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -87,10 +94,10 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
         )
 
 
-def _in_torch_layout(tensor: Sequence[int], classes_last: Sequence[int]) -> bool:
+def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
     """Return whether a shape is ``classes_last`` with the classes moved to the second dimension."""
-    tensor, moved = tuple(tensor), tuple(classes_last)
-    return len(moved) > 2 and tensor == (moved[0], moved[-1], *moved[1:-1])
+    moved = tuple(classes_last)
+    return len(moved) > 2 and tuple(shape) == (moved[0], moved[-1], *moved[1:-1])
 
 
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
@@ -100,21 +107,19 @@ def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
     return ""
 
 
-def shape_remedy(logits: Sequence[int], target: Sequence[int], larger: str) -> str:
+def shape_remedy(
+    logits: Sequence[int], target: Sequence[int], cut_logits: str, cut_target: str = "target[..., :{classes}]"
+) -> str:
     """Return the remedy, as text, if a distribution differs from ``logits`` in its layout or its number of classes.
 
-    ``larger`` is the template of an expression that truncates the logits to ``{classes}`` classes.
+    ``cut_logits`` and ``cut_target`` are templates of expressions that truncate either to ``{classes}`` classes.
     """
     logits, target = tuple(logits), tuple(target)
     if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
-        return (
-            "; the one that is in torch's layout (N, C, d_1, ...) has its classes last after .movedim(1, -1), as is "
-            "wanted here"
-        )
+        return "; move the classes of the one in torch's layout (N, C, d_1, ...) to the end by .movedim(1, -1)"
     if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
-        least = min(logits[-1], target[-1])
-        cut = larger.format(classes=least) if logits[-1] > least else f"target[..., :{least}]"
-        return f"; if one vocabulary is padded, cut it: {cut}"
+        cut = cut_logits if logits[-1] > target[-1] else cut_target
+        return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
     return ""
 
 
@@ -178,10 +183,11 @@ def require_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
-def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Require one of the given strings."""
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return one of the given strings; raise ValueError for anything else."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
 
 
 def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index: int | None = None) -> None:
@@ -235,20 +241,18 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
 
 def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool:
     """Return whether the rows of two or more classes that are ``counted`` are ≥ 0 and sum to 1, if that can be seen."""
-    if not values_visible(rows) or rows.shape[-1] < 2 or rows.numel() == 0:
+    if not values_visible(rows) or rows.shape[-1] < 2:
         return False
     rows = rows.detach()
     if counted is not None and values_visible(counted) and not counted.all():
         rows = rows[counted]
-        if rows.numel() == 0:
-            return False
 
     def are_probabilities(some: Tensor) -> bool:
         near_one = (row_sums(some) - 1).abs() <= sum_tolerance(rows.dtype)
         return bool(near_one.all()) and bool(some.amin() >= 0)
 
     # For most logits the first rows decide, without a pass over all of them.
-    return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
+    return rows.numel() > 0 and are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
 
 
 def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
@@ -281,47 +285,39 @@ def require_numbers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must hold numbers, got NaN; look for where it came from")
 
 
-def explain_head_nan(
-    rows: Tensor, row_weight: Tensor, given: Mapping[str, Tensor | None], target: Sequence[Tensor]
+def explain_nan(
+    rows: Tensor, row_weight: Tensor | None, tensors: Mapping[str, Tensor | None], target: Sequence[Tensor] = ()
 ) -> None:
-    """If a row of nonzero weight has NaN as its loss, raise an error that names the argument of the head at fault."""
-    if not values_visible(rows, row_weight) or not (rows.detach().isnan() & (row_weight != 0)).any():
+    """If a row of nonzero weight has NaN as its loss, raise an error that names the argument at fault.
+
+    ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class.
+    """
+    if not values_visible(rows) or not rows.detach().isnan().any():
         return
-    for name, tensor in given.items():
+    if row_weight is not None and not (rows.detach().isnan() & (row_weight != 0)).any():
+        return
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
         values = tensor.detach()
         if values.isnan().any():
             raise ValueError(f"{name} must hold numbers, got NaN; look for the step that made it, or mask those rows")
-        if (values == math.inf).any() or (name != "linear_bias" and values.isinf().any()):
-            raise ValueError(f"{name} must be finite, got an infinite entry; clamp it, or mask those rows")
-        if name == "linear_bias" and (values == -math.inf).all():
-            raise ValueError("linear_bias must leave at least one class unmasked, got -inf for every class here")
+        if (values == math.inf).any():
+            raise ValueError(f"{name} must be below +inf, got +inf, whose softmax is undefined; clamp it")
+        masks = name not in ("input", "linear_weight")
+        if not masks and values.isinf().any():
+            raise ValueError(f"{name} must be finite, got -inf; clamp it, or mask those rows")
+        if masks and (values == -math.inf).all(-1).any():
+            raise ValueError(
+                f"{name} must have at least one finite entry per row, got a row of -inf only; "
+                "unmask a class or drop the row"
+            )
     if any(part.detach().isnan().any() for part in target):
         raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
     raise ValueError(
-        "input and target must give every row finite logits and a class with mass, got a row whose loss is NaN; mask it"
+        "input or logits and target must give every row finite logits and a class with mass, got a row whose loss is "
+        "NaN; mask it"
     )
-
-
-def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) -> None:
-    """If a row of nonzero weight has NaN as its loss, raise an error that names the argument at fault."""
-    if not values_visible(rows) or not rows.detach().isnan().any():
-        return
-    if sample_weight is not None and not (rows.detach().isnan() & (sample_weight != 0)).any():
-        return
-    for name, tensor in logits.items():
-        values = tensor.detach()
-        if values.isnan().any():
-            raise ValueError(f"{name} must hold numbers, got NaN; look for the step that made it, or mask those rows")
-        if (values == math.inf).any():
-            raise ValueError(f"{name} must be below +inf, got +inf, whose softmax is undefined; clamp the logits")
-        if (values == -math.inf).all(-1).any():
-            raise ValueError(
-                f"{name} must have at least one finite logit per row, got a row of -inf only; "
-                "unmask a class or drop the row"
-            )
-    raise ValueError("target must give every row numbers and a class with mass, got a row whose loss is NaN; mask it")
 
 
 def require_class_weight(weight: Tensor, classes: int) -> None:

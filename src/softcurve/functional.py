@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +18,11 @@ from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of, jensen_shannon
+from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
-from softcurve.losses.spec import LogitMap
-from softcurve.losses.targets import (
-    Logits,
-    Target,
-    TopK,
-    as_target,
-    clear_class_indices,
-    require_finite_against,
-    resolve_ignore_index,
-    uniform_over_unmasked,
-)
+from softcurve.losses.spec import LogitMap, LossSpec
+from softcurve.losses.targets import Logits, Target, TopK, uniform_over_unmasked
 from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
 
@@ -51,19 +42,11 @@ def __dir__() -> list[str]:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "*rows classes"],
-    target: Tensor | Target,
-    *,
-    weight: Float[Tensor, " classes"] | None = None,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    ignore_index: Integer | None = -100,
-    label_smoothing: Number = 0.0,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Float[Tensor, "*rows"] | None = None,
+    ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced; exact also where this cancels.
 
     Args:
@@ -94,107 +77,74 @@ def cross_entropy(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
             an error in eager mode on the CPU; elsewhere it gives NaN.
 
-    Source: the seed's ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
+    Source: ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
-    smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-    z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
-    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
-    classes = logits.shape[-1]
-    if weight is not None:
-        checks.require_class_weight(weight, classes)
-        weight = _widened(weight)
-    sample_weight = _row_weight(sample_weight, logits.shape[:-1], "logits")
-    options = _CrossEntropy(weight, smoothing, z_loss * reducer.nats, logit_map)
-    target = as_target(target)
-    ignore_index = resolve_ignore_index(ignore_index, target)
-    mean_weight: Tensor | None = None
+    reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
+    loss = LossSpec.of(
+        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+    target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
+    weight = None if weight is None else checks.widened(weight)
+    sample_weight = _checked_weight(sample_weight, logits.shape[:-1], "logits")
+    dtype, mean_weight = logits.dtype, sample_weight
     if isinstance(target, Target):
-        dtype = torch.promote_types(logits.dtype, target.dtype)
+        dtype = torch.promote_types(dtype, target.dtype)
         if isinstance(target, TopK):
             target.require_fit(logits.shape)
             logits = _cleared(logits, sample_weight)
-        rows = options.against_distribution(logits, target.checked(sample_weight, classes))
+        rows = _against_distribution(loss, logits, target.checked(sample_weight, classes), weight)
     else:
-        dtype = logits.dtype
         checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
-        target = clear_class_indices(target, sample_weight, classes, ignore_index)
-        checks.require_class_indices("target", target, classes, ignore_index)
-        rows, mean_weight = options.against_indices(logits, target, ignore_index)
-    return _reduced(rows, mean_weight, sample_weight, reducer, dtype, logits=logits)
-
-
-@dataclass(frozen=True)
-class _CrossEntropy:
-    """The options of a cross-entropy that shape its rows."""
-
-    weight: Tensor | None
-    smoothing: float
-    z_loss: float
-    logit_map: LogitMap
-
-    def against_distribution(self, logits: Tensor, target: Target) -> Tensor:
-        if target.merges_tail:
-            return self._against_coarse(logits, target)
-        model, y = target.distribution_against(logits)
-        return row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), model, self._shaped(y, target, logits))
-
-    def _against_coarse(self, logits: Tensor, target: Target) -> Tensor:
-        """The map before the outcomes are made, which are those of the softmax; the z-loss on all classes."""
-        if self.weight is not None:
-            raise ValueError(
-                "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
-                "use tail='renormalize' or sample_weight"
-            )
-        logits = _widened(logits)  # once for both parts, so that the sum of their gradients is rounded once
-        z, _ = self.logit_map.shifted_value(logits)
-        model, y = target.distribution_against(z)
-        rows = row_losses(DenseCrossEntropy(LogitMap()), model, self._shaped(y, target, z))
-        if self.z_loss:  # which is the loss of a target without mass
-            nothing = z.new_zeros(()).expand(z.shape)
-            rows = rows + row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), logits, nothing)
-        return rows
-
-    def _shaped(self, y: Tensor, target: Target, logits: Tensor) -> Tensor:
-        """Label smoothing and class weights act on the target."""
-        if self.smoothing or self.weight is not None:
-            y = y.to(torch.promote_types(torch.promote_types(y.dtype, logits.dtype), torch.float32))
-        if self.smoothing:
-            y = (1 - self.smoothing) * y + self.smoothing * target.uniform_over(logits)
-        return y if self.weight is None else y * self.weight
-
-    def against_indices(self, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """The rows, 0 where ignored, and the weight of each in a mean."""
-        kept = target != ignore_index
-        classes = torch.where(kept, target, 0)
-        own = None if self.weight is None else self.weight[classes]
-        if self.smoothing or (self.z_loss and own is not None):
-            rows = row_losses(DenseCrossEntropy(self.logit_map, self.z_loss), logits, self._densified(logits, classes))
+        labels = Labels.of(target, sample_weight, weight, classes, ignore_index)
+        sample_weight, mean_weight = labels.row_weights(sample_weight, checks.wide_dtype(dtype))
+        logit_map = LogitMap(loss.temperature, loss.softcap)
+        if loss.smoothing or (loss.z_loss and weight is not None):
+            y = _densified(loss, logits, labels, weight)
+            rows = row_losses(DenseCrossEntropy(logit_map, loss.z_loss), logits, y)
         else:
-            rows = row_losses(IndexCrossEntropy(self.logit_map, self.z_loss), logits, classes)
-            rows = rows if own is None else weighted(own, rows)
-        mean_weight = kept.to(rows.dtype) if own is None else torch.where(kept, own, 0.0)
-        return torch.where(kept, rows, 0.0), mean_weight
+            rows = row_losses(IndexCrossEntropy(logit_map, loss.z_loss), logits, labels.classes)
+            sample_weight = mean_weight
+    return _reduced(rows, sample_weight, mean_weight, reducer, dtype, logits=logits)
 
-    def _densified(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
-        everywhere = self.smoothing * uniform_over_unmasked(logits)
-        own = torch.full_like(classes, 1 - self.smoothing, dtype=everywhere.dtype)
-        if self.weight is not None:
-            everywhere, own = everywhere * self.weight, own * self.weight[classes]
-        everywhere = everywhere.expand(logits.shape)
-        return everywhere.scatter_add(-1, classes.unsqueeze(-1), own.to(everywhere.dtype).unsqueeze(-1))
+
+def _against_distribution(loss: LossSpec, logits: Tensor, target: Target, weight: Tensor | None) -> Tensor:
+    """Return the cross-entropy of each row; the classes of a bucket are merged after the logit map."""
+    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
+    z = logits
+    if target.merges_tail:
+        logits = checks.widened(logits)  # once for both parts, so that the sum of their gradients is rounded once
+        z, _ = row_loss.logit_map.shifted_value(logits)
+    model, y = target.distribution_against(z)
+    if loss.smoothing or weight is not None:
+        y = y.to(checks.wide_dtype(y.dtype, z.dtype))
+    if loss.smoothing:
+        y = (1 - loss.smoothing) * y + loss.smoothing * target.uniform_over(z)
+    if weight is not None:
+        y = y * weight
+    if not target.merges_tail:
+        return row_losses(row_loss, model, y)
+    rows = row_losses(DenseCrossEntropy(LogitMap()), model, y)
+    if loss.z_loss:  # The z-loss is over all classes: it is the loss of a target without mass.
+        rows = rows + row_losses(row_loss, logits, z.new_zeros(()).expand(z.shape))
+    return rows
+
+
+def _densified(loss: LossSpec, logits: Tensor, labels: Labels, weight: Tensor | None) -> Tensor:
+    """Return ``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
+    everywhere = loss.smoothing * uniform_over_unmasked(logits)
+    at_class = torch.full_like(labels.classes, 1 - loss.smoothing, dtype=everywhere.dtype)
+    if weight is not None and labels.class_weight is not None:
+        everywhere, at_class = everywhere * weight, at_class * labels.class_weight
+    everywhere = everywhere.expand(logits.shape)
+    return everywhere.scatter_add(-1, labels.classes.unsqueeze(-1), at_class.to(everywhere.dtype).unsqueeze(-1))
 
 
 def kl_divergence(
-    p: Tensor | Target,
-    q: Tensor | Target,
-    *,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
+    temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``: ``D(P‖Q)``, as on paper, never negative.
 
     Forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive gradients.
@@ -219,22 +169,16 @@ def kl_divergence(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
             an error in eager mode on the CPU; elsewhere it gives NaN.
 
-    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
     ``h(t) = e^t − 1 − t ≥ 0``.
     """
     return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
 def js_divergence(
-    p: Tensor | Target,
-    q: Tensor | Target,
-    *,
-    beta: Number = 0.5,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+    p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
+    temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``; symmetric at ``beta = ½``.
 
     The ends are those of the field: ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is ``D(Q‖P)``, exactly; between them
@@ -248,15 +192,10 @@ def js_divergence(
 
 
 def divergence(
-    target: Tensor | Target,
-    logits: Tensor | Target,
-    *,
-    divergence: Divergence,
-    sample_weight: Float[Tensor, "*rows"] | None = None,
-    temperature: Number = 1.0,
-    reduction: ReductionKind = "mean",
+    target: Tensor | Target, logits: Tensor | Target, *, divergence: Divergence,
+    sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
     base: Number = math.e,
-) -> Float[Tensor, "*reduced"]:
+) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Any member ``D(y, p) = Σ_k φ(p_k, y_k)`` of the family between a target ``y`` and ``p = softmax(logits)``.
 
     Args:
@@ -286,26 +225,21 @@ def divergence(
 
 
 def _divergence(
-    divergence: Divergence,
-    p: Tensor | Target,
-    q: Tensor | Target,
-    sample_weight: Tensor | None,
-    logit_map: LogitMap,
-    reducer: Reduction,
-    names: tuple[str, str] = ("p", "q"),
-) -> Tensor:
-    """``divergence`` of target ``p`` and model ``q``; a top-k list cannot be the model, so there they change places."""
+    divergence: Divergence, p: Tensor | Target, q: Tensor | Target, sample_weight: Tensor | None, logit_map: LogitMap,
+    reducer: Reduction, names: tuple[str, str] = ("p", "q"),
+) -> Tensor:  # fmt: skip
+    """Return the loss of target ``p`` and model ``q``; a top-k list cannot be the model, so it becomes the target."""
     plain = {name: side for name, side in zip(names, (p, q), strict=True) if isinstance(side, Tensor)}
     p, q = _by_logits(names[0], p), _by_logits(names[1], q)
     dtype = torch.promote_types(p.dtype, q.dtype)
     if isinstance(q, TopK):
         divergence, p, q = divergence.exchanged(), q, p
     if isinstance(p, TopK):
-        require_finite_against(divergence, p, logit_map.temperature)
-    sample_weight = _row_weight(sample_weight, q.leading, names[1])
+        p.require_comparable(divergence, logit_map.temperature)
+    sample_weight = _checked_weight(sample_weight, q.leading, names[1])
     for name, side in plain.items():
         _warn_of_probabilities(name, side, sample_weight)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = checks.wide_dtype(dtype)
     model = _logits_of(q, sample_weight, wide)
     if isinstance(p, TopK):
         p.require_fit(model.shape)
@@ -314,34 +248,31 @@ def _divergence(
     else:
         target = _logits_of(p, sample_weight, wide)
         if target.shape != model.shape:
+            remedy = checks.shape_remedy(target.shape, model.shape, f"{names[0]}[..., :{{classes}}]")
             raise ValueError(
                 f"{names[0]} and {names[1]} must have one shape (..., C), "
-                f"got {tuple(target.shape)} and {tuple(model.shape)}"
-                + (
-                    checks.shape_remedy(target.shape, model.shape, f"{names[0]}[..., :{{classes}}]")
-                    or "; expand the smaller one"
-                )
+                f"got {tuple(target.shape)} and {tuple(model.shape)}{remedy or '; expand the smaller one'}"
             )
     if not logit_map.is_identity:
         target, _ = logit_map.shifted_value(target.to(wide))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
-    return _reduced(rows, None, sample_weight, reducer, dtype, **{names[0]: target, names[1]: model})
+    return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: target, names[1]: model})
 
 
 def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Logits beside a list: what is computed before the loss of a row sees whole rows, also those of weight 0."""
+    """Return finite logits for a list, whose outcomes are computed before rows of weight 0 are left out."""
     return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).logits(logits.dtype)
 
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The logits of one side over all classes. Rows of weight 0 need no clearing where logits are given."""
+    """Return the logits of one side over all classes; given logits need no clearing of rows of weight 0."""
     if isinstance(side, Logits | TopK):
         return side.logits(dtype)
     return side.checked(sample_weight, 0).logits(dtype)
 
 
 def _by_logits(name: str, side: Tensor | Target) -> Target:
-    """A plain tensor is logits here: a divergence has no class indices, and probabilities are wrapped."""
+    """Read a plain tensor as logits: a divergence has no class indices, and probabilities are wrapped."""
     if isinstance(side, Target):
         return side
     if isinstance(side, Tensor) and not side.is_floating_point():
@@ -369,7 +300,7 @@ def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) ->
     Raises:
         TypeError, ValueError: for logits that are not floating point, hold NaN or +inf, or mask every class.
 
-    Source: the seed's ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
+    Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
     """
     checks.require_floating("logits", logits)
     rows = row_losses(Entropy(LogitMap()), logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))
@@ -384,10 +315,10 @@ def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*
     Raises:
         TypeError, ValueError: for logits that are not floating point or have no class dimension.
 
-    Source: the seed's ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
+    Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
     checks.require_floating("logits", logits)
-    return softmax.jacobian(_widened(logits)).to(logits.dtype)
+    return softmax.jacobian(checks.widened(logits)).to(logits.dtype)
 
 
 def softmax_jacobian_product(
@@ -398,7 +329,7 @@ def softmax_jacobian_product(
     Raises:
         TypeError, ValueError: for arguments that are not floating point, or of different shapes.
 
-    Source: the seed's ``J = diag(p) − p pᵀ``.
+    Source: ``J = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
     checks.require_floating("vector", vector)
@@ -407,35 +338,24 @@ def softmax_jacobian_product(
             f"vector must have the shape {tuple(logits.shape)} of logits, got {checks.describe(vector)}; "
             "expand it first"
         )
-    return softmax.jacobian_product(_widened(logits), _widened(vector)).to(logits.dtype)
+    return softmax.jacobian_product(checks.widened(logits), checks.widened(vector)).to(logits.dtype)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _row_weight(sample_weight: Tensor | None, rows: Sequence[int], against: str) -> Tensor | None:
+def _checked_weight(sample_weight: Tensor | None, rows: Sequence[int], against: str) -> Tensor | None:
     """Check the weights of rows and return them in float32 or wider."""
     if sample_weight is None:
         return None
     checks.require_rows("sample_weight", sample_weight, rows, against)
     checks.require_numbers("sample_weight", sample_weight)
-    return _widened(sample_weight)
+    return checks.widened(sample_weight)
 
 
 def _reduced(
-    rows: Tensor,
-    mean_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    reducer: Reduction,
-    dtype: torch.dtype,
+    rows: Tensor, row_weight: Tensor | None, mean_weight: Tensor | None, reducer: Reduction, dtype: torch.dtype,
     **logits: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Weight and reduce rows in nats; the result is of ``dtype``, or float32 if that is narrower."""
-    checks.explain_nan(rows, sample_weight, **logits)
-    if sample_weight is not None:
-        rows = weighted(sample_weight, rows)
-        mean_weight = sample_weight if mean_weight is None else mean_weight * sample_weight
-    if reducer.nats != 1:
-        rows = rows / reducer.nats
-    return reducer.apply(rows, mean_weight).to(torch.promote_types(dtype, torch.float32))
+    checks.explain_nan(rows, row_weight, logits)
+    rows = rows if row_weight is None else weighted(row_weight, rows)
+    rows = rows if reducer.nats == 1 else rows / reducer.nats
+    return reducer.apply(rows, mean_weight).to(checks.wide_dtype(dtype))

@@ -14,18 +14,13 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.head.problem import (
-    Head,
-    LossStats,
-    cross_entropy_from,
-    divergence_from,
-    require_no_shift,
-    require_shift,
-)
+from softcurve.head.autograd import head_outcome
+from softcurve.head.problem import LossStats, head_problem, require_budget, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, divergence_of, jensen_shannon
+from softcurve.losses.labels import Labels, resolve_ignore_index
 from softcurve.losses.reduction import Reduction, quotient
-from softcurve.losses.spec import LogitMap
-from softcurve.losses.targets import Target, resolve_ignore_index
+from softcurve.losses.spec import LossSpec
+from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 
@@ -58,42 +53,27 @@ def linear_cross_entropy(
     target: Tensor | Target, *,
     return_stats: Literal[False] = False, **options: Unpack[LinearCrossEntropyOptions],
 ) -> Float[Tensor, "*reduced"]: ...
-
-
 @overload
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *,
     return_stats: Literal[True], **options: Unpack[LinearCrossEntropyOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-
 @overload
 def linear_cross_entropy(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *,
     return_stats: bool, **options: Unpack[LinearCrossEntropyOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target,
-    *,
-    linear_bias: Float[Tensor, " classes *positions"] | None = None,
-    weight: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None,
-    label_smoothing: Number = 0.0,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
+    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
 
     Takes every call of ``torch.nn.functional.linear_cross_entropy`` but its ``options``: one-dimensional input, and
@@ -105,25 +85,16 @@ def linear_cross_entropy(
         target: class indices ``(...)``; a floating-point tensor ``(..., C)``, taken with the mass that it has, as in
             torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         linear_bias: ``(C,)``; −inf masks a class.
-        weight: ``(C,)``, ≥ 0; a factor of each class in the target. Receives no gradient.
         sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out, and their target may hold
             anything. ``shift`` moves it together with the target.
-        ignore_index: the class index of rows that have no part; ``None`` is −100. Only for class indices.
-        label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``, where ``C`` counts the classes that
-            ``linear_bias`` does not mask; a masked class has no share.
-        temperature: ``T`` in ``z / T``, after the soft cap.
-        softcap: ``κ`` in ``κ tanh(z / κ)``.
-        z_loss: ``λ`` in ``λ lse²``; stays in squared nats.
-        reduction: ``"none"``; ``"sum"``; ``"mean"``, the sum over ``Σ_i w_i``, where ``w_i`` is the row's
-            ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
-            row; or ``"batchmean"``, the sum over ``input.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
-            gradient 0. ``"none"`` computes the logits once more in the backward pass.
-        base: of the logarithm; 2 for bits.
+        reduction: as in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions have no part.
-            ``sample_weight`` belongs to the target and moves with it.
         memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: also return :class:`LossStats`, from the same pass.
+
+    The other options are those of :func:`softcurve.cross_entropy`; a class that ``linear_bias`` masks has no share of
+    the label smoothing.
 
     Half precision is multiplied and summed in float32, weight gradients too, and rounded once. The loss is float32, or
     float64 if features, weight or a distribution are; torch's is in the dtype of the features. Third derivatives are
@@ -133,31 +104,29 @@ def linear_cross_entropy(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
             is an error in eager mode on the CPU; elsewhere it is returned.
 
-    Source: the seed's ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
+    Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
-    smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-    z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf)
-    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
-    shift = require_shift(shift)
-    options = {"temperature": logit_map.temperature, "softcap": logit_map.softcap, "z_loss": z_loss * reducer.nats}
+    reducer, shift = Reduction.of(reduction, base), require_shift(shift)
+    loss = LossSpec.of(
+        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
-            input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, shift, return_stats,
-            reducer, memory_budget, label_smoothing=smoothing, temperature=logit_map.temperature,
-            softcap=logit_map.softcap, z_loss=z_loss,
+            input, linear_weight, target, reducer, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
+            return_stats=return_stats, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            temperature=temperature, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
         )  # fmt: skip
-    head = Head.of(input, linear_weight, linear_bias, target)
-    posed = cross_entropy_from(
-        head,
-        target,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        smoothing=smoothing,
-        shift=shift,
-        options=options,
-    )
-    return posed.reduced(reducer, memory_budget, return_stats)
+    problem = head_problem(
+        loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
+        ignore_index=ignore_index, shift=shift,
+    )  # fmt: skip
+    divisor = problem.divisor(reducer)
+    outcome = head_outcome(
+        problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
+        per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
+    )  # fmt: skip
+    return problem.result(outcome, reducer, divisor, return_stats)
 
 
 # fmt: off
@@ -167,39 +136,26 @@ def linear_kl_divergence(
     target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"]: ...
-
-
 @overload
 def linear_kl_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-
 @overload
 def linear_kl_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
     Args:
@@ -217,7 +173,7 @@ def linear_kl_divergence(
         TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
             is an error in eager mode on the CPU; elsewhere it is returned.
 
-    Source: the seed's ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
@@ -234,39 +190,26 @@ def linear_js_divergence(
     target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"]: ...
-
-
 @overload
 def linear_js_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-
 @overload
 def linear_js_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    beta: Number = 0.5,
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, beta: Number = 0.5,
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
 
     ``beta * D(target‖M) + (1 − beta) * D(model‖M)`` with ``M = beta * target + (1 − beta) * model``; ``beta = 0`` is
@@ -287,39 +230,26 @@ def linear_divergence(
     target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"]: ...
-
-
 @overload
 def linear_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
 ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-
-
 @overload
 def linear_divergence(
     input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
     target: Tensor | Target, *, divergence: Divergence,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-# fmt: on
 def linear_divergence(
-    input: Float[Tensor, "*rows features"],
-    linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target,
-    *,
-    divergence: Divergence,
-    linear_bias: Float[Tensor, " classes"] | None = None,
-    sample_weight: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: Number | None = None,
-    reduction: ReductionKind = "mean",
-    base: Number = math.e,
-    shift: Integer = 0,
-    memory_budget: Integer | None = None,
-    return_stats: bool = False,
+    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+    target: Tensor | Target, *, divergence: Divergence,
+    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+    # fmt: on
     """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
 
     Args:
@@ -343,37 +273,65 @@ def linear_divergence(
             temperature=temperature, softcap=softcap, reduction=reduction, base=base, shift=shift,
             memory_budget=memory_budget, return_stats=return_stats,
         )  # fmt: skip
-    reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature, softcap)
-    require_no_shift(shift)
-    problem = divergence_from(
-        Head.of(input, linear_weight, linear_bias, target),
-        target,
-        divergence=divergence,
-        sample_weight=sample_weight,
-        temperature=logit_map.temperature,
-        softcap=logit_map.softcap,
+    reducer, shift = Reduction.of(reduction, base), require_shift(shift)
+    loss = LossSpec.of(divergence, reducer, temperature=temperature, softcap=softcap)
+    problem = head_problem(
+        loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
-    return problem.reduced(reducer, memory_budget, return_stats)
+    divisor = problem.divisor(reducer)
+    outcome = head_outcome(
+        problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
+        per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
+    )  # fmt: skip
+    return problem.result(outcome, reducer, divisor, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------
 
 
 def _by_positions(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | Target,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: Integer | None,
-    shift: int,
-    return_stats: bool,
-    reducer: Reduction,
-    memory_budget: Integer | None,
-    **options: Any,
-) -> Tensor | tuple[Tensor, LossStats]:
-    """A head of its own for each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
+    input: Tensor, linear_weight: Tensor, target: Tensor | Target, reducer: Reduction, *, linear_bias: Tensor | None,
+    sample_weight: Tensor | None, shift: int, return_stats: bool, **options: Any,
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    """Apply a head of its own at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
+    target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
+    # Features in float32 receive the sum over the positions in float32, which is rounded once.
+    input = checks.widened(input)
+    soft = target.is_floating_point()
+    target = target.flatten(2).movedim(1, 2) if soft else target.flatten(1)
+    if sample_weight is not None:
+        checks.require_rows("sample_weight", sample_weight, rows, "the target")
+        sample_weight = sample_weight.flatten(1)
+    linear_bias = None if linear_bias is None else linear_bias.flatten(1)
+    parts: list[Any] = [
+        linear_cross_entropy(
+            input, weight, target[:, i], linear_bias=None if linear_bias is None else linear_bias[:, i],
+            sample_weight=None if sample_weight is None else sample_weight[:, i],
+            reduction="none" if reducer.kind == "none" else "sum", base=reducer.base, return_stats=return_stats,
+            **options,
+        )
+        for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1))
+    ]  # fmt: skip
+    losses = torch.stack([part[0] if return_stats else part for part in parts], -1)
+    if reducer.kind == "none":
+        result = losses.reshape(rows)
+    else:
+        mean_weight = None if sample_weight is None else checks.widened(sample_weight)
+        if not soft:
+            ignored, class_weight = resolve_ignore_index(options["ignore_index"]), options["weight"]
+            labels = Labels.of(target.long(), sample_weight, class_weight, linear_weight.shape[0], ignored)
+            _, mean_weight = labels.row_weights(mean_weight, torch.float32)
+        result = quotient(losses.sum(), reducer.divisor(rows, losses, mean_weight))
+    if not return_stats:
+        return result
+    columns = zip(*(stats for _, stats in parts), strict=True)
+    return result, LossStats(*(torch.stack(column, -1).reshape(rows) for column in columns))
+
+
+def _require_positions(
+    input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None, shift: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Check the arguments of a head of ``K`` more dimensions; return the target and the shape of the rows."""
     classes, *positions, _ = linear_weight.shape
     if not isinstance(target, Tensor):
         raise TypeError(
@@ -385,71 +343,17 @@ def _by_positions(
         raise ValueError(f"input must be of shape (N, d) for a weight of K dimensions, got {checks.describe(input)}")
     if shift:
         raise ValueError(f"shift must be 0 for a linear_weight of more than two dimensions, got {shift}")
-    if linear_bias is not None:
-        checks.require_tensor("linear_bias", linear_bias)
     if 0 in positions:
         raise ValueError(f"linear_weight must have at least one position, got {checks.describe(linear_weight)}")
-    if input.shape[1] != linear_weight.shape[-1]:
-        raise ValueError(
-            f"linear_weight must be as wide as input {tuple(input.shape)}, got {checks.describe(linear_weight)}"
-        )
-    if linear_bias is not None and tuple(linear_bias.shape) != (classes, *positions):
-        raise ValueError(
-            f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
-            f"got {checks.describe(linear_bias)}"
-        )
-    # Features in float32 receive the sum over the positions in float32, which is rounded once.
-    input = input.to(torch.promote_types(input.dtype, torch.float32))
-    soft = target.is_floating_point()
+    if linear_bias is not None:
+        checks.require_tensor("linear_bias", linear_bias)
+        if tuple(linear_bias.shape) != (classes, *positions):
+            raise ValueError(
+                f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
+                f"got {checks.describe(linear_bias)}"
+            )
     rows = (len(input), *positions)
-    expected = (len(input), classes, *positions) if soft else rows
+    expected = (len(input), classes, *positions) if target.is_floating_point() else rows
     if tuple(target.shape) != expected:
         raise ValueError(f"target must be of shape {expected}, got {checks.describe(target)}")
-    if sample_weight is not None:
-        checks.require_rows("sample_weight", sample_weight, rows, "the target")
-        sample_weight = sample_weight.flatten(1)
-    flat_target = target.flatten(2) if soft else target.flatten(1)
-    biases = None if linear_bias is None else linear_bias.flatten(1)
-    parts = [
-        linear_cross_entropy(
-            input,
-            head,
-            flat_target[..., i],
-            linear_bias=None if biases is None else biases[:, i],
-            weight=weight,
-            sample_weight=None if sample_weight is None else sample_weight[:, i],
-            ignore_index=ignore_index,
-            reduction="none" if reducer.kind == "none" else "sum",
-            base=reducer.base,
-            return_stats=return_stats,
-            memory_budget=memory_budget,
-            **options,
-        )
-        for i, head in enumerate(linear_weight.flatten(1, -2).unbind(1))
-    ]
-    losses = torch.stack([part[0] if isinstance(part, tuple) else part for part in parts], -1)
-    if reducer.kind == "none":
-        result = losses.reshape(rows)
-    elif reducer.kind == "sum":
-        result = losses.sum()
-    else:
-        weights = _mean_weights(flat_target, soft, weight, sample_weight, ignore_index)
-        result = quotient(losses.sum(), reducer.divisor(rows, losses, weights))
-    if not return_stats:
-        return result
-    stats = [part[1] for part in parts if isinstance(part, tuple)]
-    return result, LossStats(*(torch.stack(column, -1).reshape(rows) for column in zip(*stats, strict=True)))
-
-
-def _mean_weights(
-    target: Tensor, soft: bool, weight: Tensor | None, sample_weight: Tensor | None, ignore_index: Integer | None
-) -> Tensor | None:
-    """The weights of rows in the mean of a loss of ``K`` more dimensions; ``None``: one each."""
-    wide = None if sample_weight is None else sample_weight.to(torch.promote_types(sample_weight.dtype, torch.float32))
-    if soft:
-        return wide
-    kept = target != resolve_ignore_index(ignore_index, target)
-    own = kept.to(torch.float32)
-    if weight is not None:
-        own = own * weight[torch.where(kept & ~checks.outside_classes(target, len(weight)), target, 0).long()]
-    return own if wide is None else torch.where(kept, own * wide, 0.0)
+    return target, rows

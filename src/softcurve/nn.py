@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,16 +12,19 @@ from torch import Tensor
 from softcurve import checks, functional, linear
 from softcurve.array_types import Float
 from softcurve.head.problem import LossStats, require_budget, require_shift
-from softcurve.losses.reduction import Reduction
-from softcurve.losses.spec import LogitMap
-from softcurve.losses.targets import Target, resolve_ignore_index
+from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.losses.labels import resolve_ignore_index
+from softcurve.losses.reduction import REDUCTIONS
+from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
     "CrossEntropyLoss",
+    "DivergenceLoss",
     "JSDivergenceLoss",
     "KLDivergenceLoss",
     "LinearCrossEntropyLoss",
+    "LinearDivergenceLoss",
     "LinearJSDivergenceLoss",
     "LinearKLDivergenceLoss",
 ]
@@ -30,172 +34,165 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# torch types the call of a module as Any. Under TYPE_CHECKING each class declares __call__ with the types of forward.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "base": checks.require_base,
+    "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
+    "direction": lambda direction: checks.require_choice("direction", direction, ("forward", "reverse")),
+    "divergence": divergence_of,
+    "ignore_index": lambda index: None if index is None else resolve_ignore_index(index),
+    "label_smoothing": lambda smoothing: checks.require_between("label_smoothing", smoothing, 0.0, 1.0),
+    "memory_budget": require_budget,
+    "reduction": lambda reduction: checks.require_choice("reduction", reduction, REDUCTIONS),
+    "shift": require_shift,
+    "softcap": lambda softcap: None if softcap is None else checks.require_positive("softcap", softcap),
+    "temperature": lambda temperature: checks.require_positive("temperature", temperature),
+    "z_loss": lambda z_loss: checks.require_between("z_loss", z_loss, 0.0, math.inf),
+}
 
 
-class CrossEntropyLoss(torch.nn.Module):
+# torch types the call of a module as Any. Under TYPE_CHECKING a call has the types of forward.
+
+
+class _Loss(torch.nn.Module):
+    """Base class of the losses: a function, and its options, which are checked once and kept as Python values."""
+
+    _function: ClassVar[Callable[..., Any]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = {name: _CHECKS[name](value) for name, value in options.items()}
+
+    def extra_repr(self) -> str:
+        """Return the options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class CrossEntropyLoss(_Loss):
     """:func:`softcurve.cross_entropy` with fixed options; ``weight`` is a buffer, as in torch."""
 
     weight: Tensor | None
 
     def __init__(
-        self,
-        weight: Float[Tensor, " classes"] | None = None,
-        *,
-        ignore_index: Integer | None = -100,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
-    ) -> None:
-        super().__init__()
+        self, weight: Float[Tensor, " classes"] | None = None, *, ignore_index: Integer | None = -100,
+        label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        reduction: ReductionKind = "mean", base: Number = math.e,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
+            z_loss=z_loss, reduction=reduction, base=base,
+        )  # fmt: skip
         self.register_buffer("weight", weight)
-        self.options: dict[str, Any] = _checked(
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            temperature=temperature,
-            softcap=softcap,
-            z_loss=z_loss,
-            reduction=reduction,
-            base=base,
-        )
 
     def forward(
-        self,
-        logits: Float[Tensor, "*rows classes"],
-        target: Tensor | Target,
-        *,
+        self, logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
         sample_weight: Float[Tensor, "*rows"] | None = None,
-    ) -> Float[Tensor, "*reduced"]:
+    ) -> Float[Tensor, "*reduced"]:  # fmt: skip
         """See :func:`softcurve.cross_entropy`."""
         return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
     if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            logits: Float[Tensor, "*rows classes"],
-            target: Tensor | Target,
-            *,
-            sample_weight: Float[Tensor, "*rows"] | None = None,
-        ) -> Float[Tensor, "*reduced"]:
-            """See :meth:`forward`."""
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return _shown(self.options)
+        __call__ = forward
 
 
-class KLDivergenceLoss(torch.nn.Module):
+class _DivergenceLoss(_Loss):
+    """Base class of the divergences between two distributions."""
+
+    def forward(
+        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
+    ) -> Float[Tensor, "*reduced"]:
+        """Return the divergence from target ``p`` to model ``q``; see the function of the class."""
+        loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, **self.options)
+        return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class KLDivergenceLoss(_DivergenceLoss):
     """:func:`softcurve.kl_divergence` with fixed options."""
 
+    _function = functional.kl_divergence
+
     def __init__(self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = _checked(temperature=temperature, reduction=reduction, base=base)
-
-    def forward(
-        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
-    ) -> Float[Tensor, "*reduced"]:
-        """Return ``D(P‖Q)``; see :func:`softcurve.kl_divergence`."""
-        return functional.kl_divergence(p, q, sample_weight=sample_weight, **self.options)
-
-    if TYPE_CHECKING:
-
-        def __call__(
-            self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
-        ) -> Float[Tensor, "*reduced"]:
-            """See :meth:`forward`."""
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return _shown(self.options)
+        super().__init__(temperature=temperature, reduction=reduction, base=base)
 
 
-class JSDivergenceLoss(torch.nn.Module):
+class JSDivergenceLoss(_DivergenceLoss):
     """:func:`softcurve.js_divergence` with fixed options."""
 
+    _function = functional.js_divergence
+
     def __init__(
-        self,
-        *,
-        beta: Number = 0.5,
-        temperature: Number = 1.0,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        self, *, beta: Number = 0.5, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = _checked(beta=beta, temperature=temperature, reduction=reduction, base=base)
-
-    def forward(
-        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
-    ) -> Float[Tensor, "*reduced"]:
-        """See :func:`softcurve.js_divergence`."""
-        return functional.js_divergence(p, q, sample_weight=sample_weight, **self.options)
-
-    if TYPE_CHECKING:
-
-        def __call__(
-            self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
-        ) -> Float[Tensor, "*reduced"]:
-            """See :meth:`forward`."""
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return _shown(self.options)
+        super().__init__(beta=beta, temperature=temperature, reduction=reduction, base=base)
 
 
-class _LinearLoss(torch.nn.Module):
+class DivergenceLoss(_DivergenceLoss):
+    """:func:`softcurve.divergence` with a fixed ``divergence`` and options; ``p`` is the target, ``q`` the logits.
+
+    Example:
+        >>> loss = softcurve.nn.DivergenceLoss(softcurve.AlphaDivergence(0.5))
+        >>> value = loss(softcurve.Probabilities(torch.tensor([[0.7, 0.3]])), torch.zeros(1, 2))
+    """
+
+    _function = functional.divergence
+
+    def __init__(
+        self, divergence: Divergence, *, temperature: Number = 1.0, reduction: ReductionKind = "mean",
+        base: Number = math.e,
+    ) -> None:  # fmt: skip
+        super().__init__(divergence=divergence, temperature=temperature, reduction=reduction, base=base)
+
+
+class _LinearLoss(_Loss):
     """Base class of the losses that contain their head as the submodule ``linear``."""
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        positions: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(in_features, num_classes * positions, bias=bias, device=device, dtype=dtype)
-        self.options: dict[str, Any] = {}
+        self, in_features: int, num_classes: int, bias: bool, device: torch.device | str | None,
+        dtype: torch.dtype | None, positions: tuple[int, ...] = (), **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**options)
+        self.num_classes, self.out_features = num_classes, positions
+        rows = num_classes * math.prod(positions)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return self.options
+
+    # fmt: off
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
+    ) -> Float[Tensor, "*reduced"]: ...
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: Literal[True],
+    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+    @overload
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+    def forward(
+        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
+        sample_weight: Tensor | None = None, return_stats: bool = False,
+    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+        # fmt: on
+        """Return the loss, and :class:`~softcurve.LossStats` if ``return_stats``; see the function of the class."""
+        bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
+        result: Tensor | tuple[Tensor, LossStats] = type(self)._function(
+            input, self.linear.weight.reshape(*shape, -1), target,
+            linear_bias=None if bias is None else bias.reshape(shape), sample_weight=sample_weight,
+            return_stats=return_stats, **self._arguments,
+        )  # fmt: skip
+        return result
 
     if TYPE_CHECKING:
-
-        @overload
-        def __call__(
-            self,
-            input: Float[Tensor, "*rows features"],
-            target: Tensor | Target,
-            *,
-            sample_weight: Tensor | None = None,
-            return_stats: Literal[False] = False,
-        ) -> Float[Tensor, "*reduced"]: ...
-        @overload
-        def __call__(
-            self,
-            input: Float[Tensor, "*rows features"],
-            target: Tensor | Target,
-            *,
-            sample_weight: Tensor | None = None,
-            return_stats: Literal[True],
-        ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
-        @overload
-        def __call__(
-            self,
-            input: Float[Tensor, "*rows features"],
-            target: Tensor | Target,
-            *,
-            sample_weight: Tensor | None = None,
-            return_stats: bool,
-        ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            """Call ``forward`` of the subclass."""
-
-    def extra_repr(self) -> str:
-        """Return the options."""
-        return _shown(self.options)
+        __call__ = forward
 
 
 class LinearCrossEntropyLoss(_LinearLoss):
@@ -204,65 +201,28 @@ class LinearCrossEntropyLoss(_LinearLoss):
     Names, defaults and state-dict keys are torch's. Tie an embedding by ``module.linear.weight = embedding.weight``.
     """
 
+    _function = linear.linear_cross_entropy
     weight: Tensor | None
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        out_features: tuple[int, ...] = (),
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        reduction: ReductionKind = "mean",
-        weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: Integer | None = None,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        base: Number = math.e,
-        shift: Integer = 0,
-        memory_budget: Integer | None = None,
-    ) -> None:
+        self, in_features: int, num_classes: int, *, out_features: tuple[int, ...] = (), bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, reduction: ReductionKind = "mean",
+        weight: Float[Tensor, " classes"] | None = None, ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        base: Number = math.e, shift: Integer = 0, memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
         if weight is not None:
             checks.require_class_weight(weight, num_classes)
-        super().__init__(in_features, num_classes, math.prod(out_features), bias, device, dtype)
-        self.num_classes, self.out_features = num_classes, out_features
+        super().__init__(
+            in_features, num_classes, bias, device, dtype, out_features, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
+            z_loss=z_loss, base=base, shift=shift, memory_budget=memory_budget,
+        )  # fmt: skip
         self.register_buffer("weight", weight)
-        self.options = _checked(
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            temperature=temperature,
-            softcap=softcap,
-            z_loss=z_loss,
-            base=base,
-            shift=shift,
-            memory_budget=memory_budget,
-        )
 
-    def forward(
-        self,
-        input: Float[Tensor, "*rows features"],
-        target: Tensor | Target,
-        *,
-        sample_weight: Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
-        """See :func:`softcurve.linear_cross_entropy`."""
-        bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
-        return linear.linear_cross_entropy(
-            input,
-            self.linear.weight.reshape(*shape, -1),
-            target,
-            linear_bias=None if bias is None else bias.reshape(shape),
-            weight=self.weight,
-            sample_weight=sample_weight,
-            return_stats=return_stats,
-            **self.options,
-        )
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"weight": self.weight, **self.options}
 
     @property
     def reduction(self) -> str:
@@ -282,126 +242,60 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
     def extra_repr(self) -> str:
         """Return the options, with the positions if there are more than one."""
-        positions = {"out_features": self.out_features} if self.out_features else {}
-        return _shown(positions | self.options)
+        return (f"out_features={self.out_features}, " if self.out_features else "") + super().extra_repr()
 
 
 class LinearKLDivergenceLoss(_LinearLoss):
     """:func:`softcurve.linear_kl_divergence` with a head ``linear``."""
 
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        direction: KLDirection = "forward",
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
-        memory_budget: Integer | None = None,
-    ) -> None:
-        super().__init__(in_features, num_classes, 1, bias, device, dtype)
-        self.options = _checked(
-            direction=direction,
-            temperature=temperature,
-            softcap=softcap,
-            reduction=reduction,
-            base=base,
-            memory_budget=memory_budget,
-        )
+    _function = linear.linear_kl_divergence
 
-    def forward(
-        self,
-        input: Float[Tensor, "*rows features"],
-        target: Tensor | Target,
-        *,
-        sample_weight: Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
-        """See :func:`softcurve.linear_kl_divergence`."""
-        return linear.linear_kl_divergence(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            sample_weight=sample_weight,
-            return_stats=return_stats,
-            **self.options,
-        )
+    def __init__(
+        self, in_features: int, num_classes: int, *, bias: bool = False, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, direction: KLDirection = "forward", temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+        memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features, num_classes, bias, device, dtype, direction=direction, temperature=temperature,
+            softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
+        )  # fmt: skip
 
 
 class LinearJSDivergenceLoss(_LinearLoss):
     """:func:`softcurve.linear_js_divergence` with a head ``linear``."""
 
+    _function = linear.linear_js_divergence
+
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        beta: Number = 0.5,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        self, in_features: int, num_classes: int, *, beta: Number = 0.5, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
-    ) -> None:
-        super().__init__(in_features, num_classes, 1, bias, device, dtype)
-        self.options = _checked(
-            beta=beta,
-            temperature=temperature,
-            softcap=softcap,
-            reduction=reduction,
-            base=base,
-            memory_budget=memory_budget,
-        )
-
-    def forward(
-        self,
-        input: Float[Tensor, "*rows features"],
-        target: Tensor | Target,
-        *,
-        sample_weight: Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
-        """See :func:`softcurve.linear_js_divergence`."""
-        return linear.linear_js_divergence(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            sample_weight=sample_weight,
-            return_stats=return_stats,
-            **self.options,
-        )
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features, num_classes, bias, device, dtype, beta=beta, temperature=temperature, softcap=softcap,
+            reduction=reduction, base=base, memory_budget=memory_budget,
+        )  # fmt: skip
 
 
-def _checked(**options: Any) -> dict[str, Any]:
-    """Check the options of a loss and return them with Python numbers."""
-    checked = dict(options)
-    for name, (low, high) in {"label_smoothing": (0.0, 1.0), "z_loss": (0.0, math.inf), "beta": (0.0, 1.0)}.items():
-        if name in options:
-            checked[name] = checks.require_between(name, options[name], low, high)
-    reduction = Reduction.of(options["reduction"], options["base"])
-    logit_map = LogitMap.of(options["temperature"], options.get("softcap"))
-    checked |= {"base": reduction.base, "temperature": logit_map.temperature}
-    if "softcap" in options:
-        checked["softcap"] = logit_map.softcap
-    if "direction" in options:
-        checks.require_choice("direction", options["direction"], ("forward", "reverse"))
-    for name, convert in {"shift": require_shift, "memory_budget": require_budget}.items():
-        if name in options:
-            checked[name] = convert(options[name])
-    if options.get("ignore_index") is not None:
-        checked["ignore_index"] = resolve_ignore_index(options["ignore_index"])
-    return checked
+class LinearDivergenceLoss(_LinearLoss):
+    """:func:`softcurve.linear_divergence` with a fixed ``divergence`` and a head ``linear``.
 
+    Example:
+        >>> loss = softcurve.nn.LinearDivergenceLoss(4, 5, divergence=softcurve.SkewKL(0.1))
+        >>> value = loss(torch.randn(3, 4), softcurve.Logits(torch.randn(3, 5)))
+    """
 
-def _shown(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+    _function = linear.linear_divergence
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, divergence: Divergence, bias: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, temperature: Number = 1.0,
+        softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+        memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features, num_classes, bias, device, dtype, divergence=divergence, temperature=temperature,
+            softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
+        )  # fmt: skip

@@ -62,13 +62,13 @@ class HeadCurvature:
         if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
         self.losses = HeadLosses(**options)
-        posed = self.losses.pose(input, linear_weight, linear_bias, target, sample_weight)
-        divisor = float(posed.divisor(self.losses.reducer))
+        problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight)
+        divisor = float(problem.divisor(self.losses.reducer))
         if divisor == 0:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
-        self.rows, self.scale = self.losses.rows(posed), 1 / divisor
-        self.arguments, self.spread = (input.detach(), linear_weight.detach(), linear_bias), posed.head.spread
-        self.leading, self.local_leading = input.shape[:-1], posed.head.leading
+        self.rows, self.scale = self.losses.rows(problem), 1 / divisor
+        self.arguments, self.layout = (input.detach(), linear_weight.detach(), linear_bias), problem.head.layout
+        self.leading, self.local_leading = input.shape[:-1], problem.head.leading
 
     def __repr__(self) -> str:
         t = self.rows.tensors
@@ -108,14 +108,13 @@ class HeadCurvature:
 
     def _global(self, local: Direction) -> Direction:
         """The parts in the shapes of the arguments, and sharded as they are."""
-        e, spread = local.input, self.spread
+        e, layout = local.input, self.layout
         input, weight, bias = self.arguments
-        if spread is None:
-            return local._replace(input=None if e is None else e.reshape(input.shape))
+        shape = (*self.local_leading, input.shape[-1])
         return Direction(
-            None if e is None else spread.features_back(e.reshape(*self.local_leading, input.shape[-1]), input),
-            None if local.weight is None else spread.classes_back(local.weight, weight),
-            None if local.bias is None or bias is None else spread.classes_back(local.bias, bias),
+            None if e is None else layout.restored_features(e.reshape(shape), input),
+            None if local.weight is None else layout.restored_classes(local.weight, weight),
+            None if local.bias is None or bias is None else layout.restored_classes(local.bias, bias),
         )
 
     def _local(self, direction: Direction) -> Direction:
@@ -136,9 +135,8 @@ class HeadCurvature:
                 shape = tuple(argument.shape)
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
         e, weight, bias = (None if part is None else part.detach() for part in direction)
-        if self.spread is not None:
-            e = None if e is None else self.spread.features(e)
-            weight, bias = (None if part is None else self.spread.classes_of(part) for part in (weight, bias))
+        e = None if e is None else self.layout.local_rows(e)
+        weight, bias = (None if part is None else self.layout.local_classes(part) for part in (weight, bias))
         e = None if e is None else e.reshape(t.input.shape)
         return Direction(*(None if part is None else part.to(t.dtype) for part in (e, weight, bias)))
 
@@ -169,13 +167,11 @@ class HeadCurvature:
         loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
         if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # With class indices the class weight is part of the row's weight, which is not in the row's own loss.
-            weight = weight if self.spread is None else self.spread.whole(weight)
+            weight = self.layout.full("weight", weight)
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
-        if self.spread is not None:
-            return self.spread.rows_back(norms.reshape(self.local_leading))
-        return norms.reshape(self.leading)
+        return self.layout.restored(norms.reshape(self.local_leading), per_row=True)
 
     def kfac(
         self, *, matrix: PositiveMatrixName = "gauss_newton", form: FactorForm = "auto", rank: int = 128, seed: int = 0
@@ -215,7 +211,7 @@ class HeadCurvature:
 
     def _summed(self, part: Tensor) -> Tensor:
         """Sum over the processes that have other rows."""
-        return part if self.spread is None else self.spread.total(part)
+        return self.layout.summed(part)
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors

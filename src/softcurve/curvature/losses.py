@@ -10,19 +10,11 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.options import LossName, ReductionName
-from softcurve.head.problem import (
-    Head,
-    Posed,
-    cross_entropy_from,
-    divergence_from,
-    require_budget,
-    require_no_shift,
-    require_shift,
-)
+from softcurve.head.problem import HeadProblem, head_problem, require_budget, require_no_shift, require_shift
 from softcurve.head.tensors import RowLosses
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction as Reducer
-from softcurve.losses.spec import LogitMap
+from softcurve.losses.spec import LogitMap, LossSpec
 from softcurve.losses.targets import Probabilities, Target
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
@@ -75,45 +67,30 @@ class HeadLosses:
         """The reduction over rows, with its unit."""
         return Reducer.of(self.reduction, self.base)
 
-    def pose(
+    def problem(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
-    ) -> Posed:
+    ) -> HeadProblem:
         """The loss of a batch before the reduction; the errors are those of the public loss.
 
         A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.
         """
         if not self.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
             target = Probabilities(target)
-        head = Head.of(input.detach(), weight.detach(), None if bias is None else bias.detach(), target)
-        logit_map = LogitMap.of(self.temperature, self.softcap)
-        if self.is_cross_entropy:
-            return cross_entropy_from(
-                head,
-                target,
-                weight=self.weight,
-                sample_weight=sample_weight,
-                ignore_index=self.ignore_index,
-                smoothing=checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0),
-                shift=require_shift(self.shift),
-                options={
-                    "temperature": logit_map.temperature,
-                    "softcap": logit_map.softcap,
-                    "z_loss": checks.require_between("z_loss", self.z_loss, 0.0, math.inf) * self.reducer.nats,
-                },
-            )
-        return divergence_from(
-            head,
-            target,
-            divergence=divergence_of(self.loss, checks.require_between("beta", self.beta, 0.0, 1.0)),
-            sample_weight=sample_weight,
-            temperature=logit_map.temperature,
-            softcap=logit_map.softcap,
-        )
+        loss = LossSpec.of(
+            divergence_of(self.loss, checks.require_between("beta", self.beta, 0.0, 1.0)), self.reducer,
+            temperature=self.temperature, softcap=self.softcap, z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        return head_problem(
+            loss, input.detach(), weight.detach(), target, linear_bias=None if bias is None else bias.detach(),
+            weight=self.weight, sample_weight=sample_weight, ignore_index=self.ignore_index,
+            shift=require_shift(self.shift),
+        )  # fmt: skip
 
-    def rows(self, posed: Posed) -> RowLosses:
+    def rows(self, problem: HeadProblem) -> RowLosses:
         """The rows of a batch for the passes over tiles, weighted as in the sum over all rows, in units of ``base``."""
-        tensors = posed.tensors((posed.weight / self.reducer.nats).detach())
+        tensors = problem.tensors((problem.weight / self.reducer.nats).detach())
         tensors = tensors._replace(
             **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
         )
-        return RowLosses(posed.loss, tensors, posed.merges_tail, require_budget(self.memory_budget))
+        return RowLosses(problem.loss, tensors, problem.merges_tail, require_budget(self.memory_budget))

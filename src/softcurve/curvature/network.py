@@ -127,10 +127,10 @@ class SplitNetwork:
         for number, batch in enumerate(_with_progress(self.data, description) if self.progress else self.data):
             _, target, sample_weight = _unpack(batch, number)
             e = self.features_of(batch, number, graph=graph)
-            posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
+            problem = self.losses.problem(e, self.head.weight, self.head.bias, target, sample_weight)
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 flat = e.reshape(-1, e.shape[-1])
-            yield BatchRows(number, flat, self.losses.rows(posed), float(posed.divisor(self.losses.reducer)))
+            yield BatchRows(number, flat, self.losses.rows(problem), float(problem.divisor(self.losses.reducer)))
 
     def random_seed(self, use: str, number: int) -> int:
         """A seed for one use of random numbers in one batch; the hash keeps neighbouring seeds and uses apart."""

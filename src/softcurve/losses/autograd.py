@@ -1,4 +1,4 @@
-"""Makes a :class:`~softcurve.losses.rows.RowLoss` differentiable, from its closed forms alone.
+"""Make a :class:`~softcurve.losses.rows.RowLoss` differentiable by its closed forms.
 
 ``_Value`` is the loss of each row; its backward applies ``_Gradient``, whose own backward and jvp are the closed-form
 Hessian product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.checks import values_visible
-from softcurve.losses.rows import Pulled, RowLoss
+from softcurve.losses.rows import Gradients, RowLoss
 
-# Logits a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in cache, and
-# enough for two threads to be worth starting.
+# The number of logits in a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in
+# cache, and enough to be worth starting two threads.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
-    """``loss.value(logits, target)``, differentiable; float32 or wider. ``target`` has the rows of the logits."""
+    """Return ``loss.value(logits, target)``, differentiable, in float32 or wider; ``target`` has the logits' rows."""
     if not torch.compiler.is_compiling():
         return _TransformableValue.apply(loss, logits, target)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active():
@@ -43,7 +43,7 @@ def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Te
 def _row_gradients(
     loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``loss.gradient(scale, z, target, wanted)``, differentiable."""
+    """Return ``loss.gradient(scale, z, target, wanted)``, differentiable."""
     function = _Gradient if torch.compiler.is_compiling() else _TransformableGradient
     in_z, in_target = function.apply(loss, wanted, scale, z, target)
     return in_z if wanted[0] else None, in_target if wanted[1] else None
@@ -73,7 +73,7 @@ class _TransformableValue(_Value):
     @staticmethod
     def jvp(ctx: Any, _: None, v_z: Tensor | None, v_target: Tensor | None) -> Tensor:
         with outer_tangents(ctx) as (z, target):
-            ones = z.new_ones(z.shape[:-1], dtype=torch.promote_types(z.dtype, torch.float32))
+            ones = z.new_ones(z.shape[:-1], dtype=checks.wide_dtype(z.dtype))
             gradients = _row_gradients(ctx.loss, ones, z, target, (v_z is not None, v_target is not None))
             return _inner(gradients, (v_z, v_target))
 
@@ -84,19 +84,15 @@ class _TransformableValue(_Value):
 
 
 class _Gradient(Function):
-    """An output that is not wanted is a row of zeros, and has no derivative."""
+    """The gradients of a loss; one that is not wanted is replaced by ``zeros_like(scale)`` without a derivative."""
 
     @staticmethod
     def forward(
         loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        in_z, in_target = _by_tiles(
-            lambda scale, z, target: loss.gradient(scale, z, target, wanted), scale.shape, scale, z, target
-        )
-        return (
-            torch.zeros_like(scale) if in_z is None else in_z,
-            torch.zeros_like(scale) if in_target is None else in_target,
-        )
+        parts = _by_tiles(lambda s, z, y: loss.gradient(s, z, y, wanted), scale.shape, scale, z, target)
+        in_z, in_target = (torch.zeros_like(scale) if part is None else part for part in parts)
+        return in_z, in_target
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,30 +106,21 @@ class _Gradient(Function):
     def backward(ctx: Any, v_z: Tensor | None, v_target: Tensor | None) -> tuple[Tensor | None, ...]:
         scale, z, target = ctx.saved_tensors
         directions = (v_z if ctx.wanted[0] else None, v_target if ctx.wanted[1] else None)
-        given = (directions[0] is not None, directions[1] is not None)
-        if not any(given):
+        present = (directions[0] is not None, directions[1] is not None)
+        if not any(present):
             return None, None, None, None, None
         in_scale = None
         if ctx.needs_input_grad[2]:
-            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, given), directions)
+            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, present), directions)
         in_z, in_target = _hessian_product(ctx.loss, scale, z, target, *directions)
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
 
 
-def _hessian_product(
-    loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
-) -> Pulled:
-    """``loss.hessian_product``, tile by tile where nothing looks into it: no graph of third order, no transform."""
-    given = [v for v in (v_z, v_target) if v is not None]
-    if torch.is_grad_enabled() or not values_visible(scale, z, target, *given):
-        return loss.hessian_product(scale, z, target, v_z, v_target)
-
-    def tile(scale: Tensor, z: Tensor, target: Tensor, *directions: Tensor) -> Pulled:
-        in_order = iter(directions)
-        here = [None if v is None else next(in_order) for v in (v_z, v_target)]
-        return loss.hessian_product(scale, z, target, *here)
-
-    in_z, in_target = _by_tiles(tile, scale.shape, scale, z, target, *given)
+def _hessian_product(loss: RowLoss, scale: Tensor, *tensors: Tensor | None) -> Gradients:
+    """Return ``loss.hessian_product``, by tiles if neither a third derivative nor a transform needs its operations."""
+    if torch.is_grad_enabled() or not checks.values_visible(scale, *(t for t in tensors if t is not None)):
+        return loss.hessian_product(scale, *tensors)  # type: ignore[arg-type]
+    in_z, in_target = _by_tiles(loss.hessian_product, scale.shape, scale, *tensors)
     return in_z, in_target
 
 
@@ -142,18 +129,17 @@ class _TransformableGradient(_Gradient):
     def jvp(
         ctx: Any, _: None, __: None, v_scale: Tensor | None, v_z: Tensor | None, v_target: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        changes: list[Pulled] = []
+        changes: list[Gradients] = []
         with outer_tangents(ctx) as (scale, z, target):
             if v_scale is not None:
                 changes.append(_row_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
             if v_z is not None or v_target is not None:
                 changes.append(ctx.loss.hessian_product(scale, z, target, v_z, v_target))
-            found: list[Tensor | None] = []
-            for i, (wanted, tensor) in enumerate(zip(ctx.wanted, (z, target), strict=True)):
-                total = total_of([change[i] for change in changes]) if wanted else None
-                # A gradient that does not change has a tangent of zeros: torch wants one for each output.
-                found.append(torch.zeros_like(tensor) if wanted and total is None else total)
-        return found[0], found[1]
+            in_z, in_target = (total_of([change[i] for change in changes]) if ctx.wanted[i] else None for i in (0, 1))
+        # A gradient that does not change has a tangent of zeros: torch requires one for each output.
+        in_z = torch.zeros_like(z) if in_z is None and ctx.wanted[0] else in_z
+        in_target = torch.zeros_like(target) if in_target is None and ctx.wanted[1] else in_target
+        return in_z, in_target
 
     @staticmethod
     def vmap(
@@ -165,7 +151,7 @@ class _TransformableGradient(_Gradient):
 
 @contextmanager
 def outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
-    """The saved tensors inside a ``jvp``, with tangents of enclosing forward-mode levels alive.
+    """Yield the saved tensors inside a ``jvp`` with the tangents of enclosing forward-mode levels.
 
     torch turns forward mode off around a custom ``jvp``, for the level at hand and, wrongly, for those around it too:
     ``jacfwd(jacfwd(f))`` would silently lose terms. So it is turned on again, and only this level's tangent taken off.
@@ -177,20 +163,16 @@ def outer_tangents(ctx: Any) -> Iterator[list[Tensor]]:
         ]
 
 
-def _inner(gradients: Pulled, directions: Pulled) -> Tensor:
-    """``Σ gradient · direction`` of each row, over those that are there."""
-    products = [
-        (g * v.to(torch.promote_types(v.dtype, torch.float32))).sum(-1)
-        for g, v in zip(gradients, directions, strict=True)
-        if g is not None and v is not None
-    ]
-    total = total_of(products)
+def _inner(gradients: Gradients, directions: Gradients) -> Tensor:
+    """Return ``Σ gradient · direction`` of each row, over those that are not ``None``."""
+    pairs = zip(gradients, directions, strict=True)
+    total = total_of([(g * checks.widened(v)).sum(-1) for g, v in pairs if g is not None and v is not None])
     assert total is not None
     return total
 
 
 def total_of(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of what is there; ``None`` if nothing is."""
+    """Return the sum of the terms that are not ``None``; ``None`` if there are none."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
 
@@ -200,19 +182,19 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _by_tiles(
-    function: Callable[..., tuple[Tensor | None, ...]], rows: torch.Size, *tensors: Tensor
+    function: Callable[..., tuple[Tensor | None, ...]], rows: torch.Size, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """``function(*tensors)`` row tile by row tile; every tensor starts with the dimensions ``rows``."""
-    size = max(tensor.numel() for tensor in tensors)
-    count = math.prod(rows)
-    limit = TILE_ELEMENTS.get(tensors[0].device.type, size)
+    """Return ``function(*tensors)``, computed by tiles of rows; every tensor starts with the dimensions ``rows``."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    size, count = max(tensor.numel() for tensor in present), math.prod(rows)
+    limit = TILE_ELEMENTS.get(present[0].device.type, size)
     if torch.compiler.is_compiling() or size <= limit or count < 2:
         return function(*tensors)
     step = max(1, limit * count // size)
-    flat = [tensor.reshape(count, *tensor.shape[len(rows) :]) for tensor in tensors]
+    flat = [None if each is None else each.reshape(count, *each.shape[len(rows) :]) for each in tensors]
     whole: list[Tensor | None] = []
     for start in range(0, count, step):
-        parts = function(*(tensor[start : start + step] for tensor in flat))
+        parts = function(*(None if each is None else each[start : start + step] for each in flat))
         if not whole:
             whole = [None if part is None else part.new_empty((count, *part.shape[1:])) for part in parts]
         for out, part in zip(whole, parts, strict=True):

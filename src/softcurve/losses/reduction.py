@@ -46,7 +46,7 @@ class Reduction:
 
     def divisor(self, leading: Sequence[int], like: Tensor, weight: Tensor | None) -> Tensor:
         """What the sum over rows of shape ``leading`` is divided by, ``()``, in the dtype of ``like``."""
-        if self.kind == "sum":
+        if self.kind in ("sum", "none"):
             return like.new_ones(())
         if self.kind == "batchmean":
             return like.new_full((), leading[0] if len(leading) else 1)

@@ -1,7 +1,7 @@
-"""What is minimised, as frozen descriptions: the loss of a row of logits in closed form, and how rows are reduced.
+"""The losses of a row of logits in closed form, as frozen descriptions that hold no tensors.
 
-A :class:`RowLoss` knows its value, its gradient and its Hessian product, in the logits and in the target, in ``O(C)`` a
-row; it holds no tensors and records nothing. :mod:`softcurve.losses.autograd` makes it differentiable.
+A :class:`RowLoss` computes its value, its gradient and its Hessian product, with respect to the logits and the target,
+in ``O(C)`` a row. :mod:`softcurve.losses.autograd` makes it differentiable.
 
 The logits pass through a :class:`LogitMap` (soft cap, then temperature) first; the z-loss is on the log-sum-exp of what
 the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g = m′ ⊙ g′`` and
@@ -23,10 +23,10 @@ from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import RowCurvature
 from softcurve.losses.spec import LogitMap
 
-# The matrices of second order of a row's loss in what the softmax sees.
+# The second-order matrices of a row's loss with respect to the mapped logits, the input of the softmax.
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
 
-Pulled = tuple[Tensor | None, Tensor | None]  # in the logits, in the target
+Gradients = tuple[Tensor | None, Tensor | None]  # with respect to the logits and to the target
 
 
 @dataclass(frozen=True)
@@ -36,46 +36,46 @@ class RowLoss(ABC):
     logit_map: LogitMap
     z_loss: float = 0.0
 
-    # What a member is: closed forms in the mapped logits.
+    # Each subclass implements the closed forms in the mapped logits.
 
     @abstractmethod
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
-        """The value of each row."""
+        """Return the value of each row."""
 
     @abstractmethod
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
-        """``scale ⊙ ∂loss/∂z`` and ``scale ⊙ ∂loss/∂target`` where wanted."""
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return ``scale ⊙ ∂loss/∂z`` and ``scale ⊙ ∂loss/∂target`` where wanted."""
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``p`` and ``q`` of the matrix of each row, as in :class:`softcurve.losses.softmax.RowCurvature`."""
+        """Return ``p`` and ``q`` of the matrix of each row, as in :class:`~softcurve.losses.softmax.RowCurvature`."""
         raise NotImplementedError(f"{type(self).__name__} has no {matrix} matrix by these means")
 
     @abstractmethod
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
-        """The joint Hessian times a direction; ``None`` is a direction of zeros."""
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
+        """Return the joint Hessian times a direction; ``None`` is a direction of zeros."""
 
-    # What every member does: the map, the z-loss, the scale of the rows, the dtypes.
+    # The base class adds the map, the z-loss, the scale of the rows and the dtypes.
 
     def value(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
-        """The loss of each row, in float32 or wider."""
+        """Return the loss of each row, in float32 or wider."""
         z, target = _widened(z, target)
         z, offset = self.logit_map.shifted_value(z)
         rows = self.loss(z, target)
         return rows + self.z_loss * (softmax.softmax_rows(z).log_sum_exp + offset).square() if self.z_loss else rows
 
-    def gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:
-        """``scale ⊙ ∂value`` in the inputs' dtypes. A row of scale 0 has gradient 0, whatever its logits hold."""
+    def gradient(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return ``scale ⊙ ∂value`` in the inputs' dtypes; a row of scale 0 has gradient 0, whatever it holds."""
         wide_z, wide_target = _widened(z, target)
         mapped, offset = self.logit_map.shifted_value(wide_z)
         in_z, in_target = self._mapped_gradient(scale, mapped, offset, wide_target, wanted)
         if in_z is not None and not self.logit_map.is_identity:
             in_z = in_z * self.logit_map.slope(wide_z)
-        return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
+        return _rounded(scale, in_z, z.dtype), _rounded(scale, in_target, target.dtype)
 
     def _mapped_gradient(
         self, scale: Tensor, z: Tensor, offset: Tensor | float, target: Tensor, wanted: tuple[bool, bool]
-    ) -> Pulled:
-        """``g′``: the residuals with the z-loss's ``2 λ lse p``."""
+    ) -> Gradients:
+        """Return ``g′``: the residuals with the z-loss's ``2 λ lse p``."""
         in_z, in_target = self.residuals(scale, z, target, wanted)
         if self.z_loss and wanted[0]:
             rows = softmax.softmax_rows(z)
@@ -85,8 +85,8 @@ class RowLoss(ABC):
 
     def hessian_product(
         self, scale: Tensor, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None
-    ) -> Pulled:
-        """``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
+    ) -> Gradients:
+        """Return ``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
         wide_z, wide_target = _widened(z, target)
         mapped, offset = self.logit_map.shifted_value(wide_z)
         inner = v_z
@@ -104,14 +104,14 @@ class RowLoss(ABC):
             in_z = _sum(in_z, self.logit_map.bend(wide_z) * gradient * v_z)
         column = scale.unsqueeze(-1)
         in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
-        return _settled(scale, in_z, z.dtype), _settled(scale, in_target, target.dtype)
+        return _rounded(scale, in_z, z.dtype), _rounded(scale, in_target, target.dtype)
 
     def curvature(self, matrix: str, z: Tensor, target: Tensor) -> RowCurvature:
-        """The Hessian, Gauss-Newton or Fisher matrix of each row in mapped logits ``z``, what the softmax sees.
+        """Return the Hessian, Gauss-Newton or Fisher matrix of each row with respect to the mapped logits ``z``.
 
-        Gauss-Newton is the Hessian where the loss is convex in the logits (cross-entropy, forward KL); reverse KL and
-        JS are convex in ``p``, and it is ``J φ″ J``. Of a z-loss it keeps ``2 λ (p pᵀ + max(lse, 0) J)``. The Fisher
-        matrix is ``(Σy) J``, of the model alone: there is no z-loss in it.
+        The Gauss-Newton matrix is the Hessian where the loss is convex in the logits (cross-entropy, forward KL);
+        reverse KL and JS are convex in ``p``, and it is ``J φ″ J``. Of a z-loss it keeps
+        ``2 λ (p pᵀ + max(lse, 0) J)``. The Fisher matrix is ``(Σy) J``; it depends on the model alone, not on a z-loss.
         """
         p, q = self.second_order(matrix, z, target)
         total = q.sum(-1, keepdim=True)
@@ -122,13 +122,13 @@ class RowLoss(ABC):
         return RowCurvature(p, q, total)
 
     def _differentiable_gradient(self, z: Tensor, offset: Tensor | float, target: Tensor) -> Tensor:
-        """``g′`` in the logits, for autograd to look into."""
+        """Return ``g′`` with respect to the logits, as differentiable operations."""
         gradient, _ = self._mapped_gradient(z.new_ones(z.shape[:-1]), z, offset, target, (True, False))
         assert gradient is not None
         return gradient
 
     def _z_loss_product(self, z: Tensor, offset: Tensor | float, v: Tensor) -> Tensor:
-        """``2 λ [lse p ⊙ (v − p·v) + p (p·v)]``."""
+        """Return ``2 λ [lse p ⊙ (v − p·v) + p (p·v)]``."""
         rows = softmax.softmax_rows(z)
         p = rows.probabilities
         mean = (p * v).sum(-1, keepdim=True)
@@ -143,11 +143,11 @@ class IndexCrossEntropy(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.index_loss(z, target)
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
         return softmax.index_residual(z, target, scale), None
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``q = p``, whichever matrix."""
+        """Return ``q = p`` for every matrix."""
         p = softmax.softmax_rows(z).probabilities
         return p, p
 
@@ -155,8 +155,8 @@ class IndexCrossEntropy(RowLoss):
         one_hot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1.0)
         return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, offset, one_hot)
 
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
-        """``p ⊙ (v − p·v)``: the target has no derivative."""
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
+        """Return ``p ⊙ (v − p·v)``; the target has no derivative."""
         return None if v_z is None else softmax.jacobian_product(z, v_z), None
 
 
@@ -167,19 +167,19 @@ class DenseCrossEntropy(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.dense_loss(z, target)
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
         return (
             softmax.dense_residual(z, target, scale) if wanted[0] else None,
             scale.unsqueeze(-1) * softmax.dense_target_gradient(z, target) if wanted[1] else None,
         )
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``q = (Σy) p``, whichever matrix."""
+        """Return ``q = (Σy) p`` for every matrix."""
         p = softmax.softmax_rows(z).probabilities
         return p, target.sum(-1, keepdim=True) * p
 
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:
-        """``(Σy) p ⊙ u + (Σẏ) p − ẏ`` in the logits, ``−u`` in the target, ``u = v − p·v``."""
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
+        """Return ``(Σy) p ⊙ u + (Σẏ) p − ẏ`` for the logits, ``−u`` for the target, with ``u = v − p·v``."""
         rows = softmax.softmax_rows(z)
         p = rows.probabilities
         in_z, in_target = None, None
@@ -201,23 +201,22 @@ class LogitDivergence(RowLoss):
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return self.divergence.value(softmax.pair(z, target))
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
-        pair, column = softmax.pair(z, target), scale.unsqueeze(-1)
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
+        pair, column, gradient = softmax.pair(z, target), scale.unsqueeze(-1), softmax.divergence_gradient
         in_z, in_target = None, None
         if wanted[0]:
-            gradient = softmax.divergence_gradient(self.divergence, pair)
-            in_z = softmax.unless_masked(z, column * gradient)
+            in_z = softmax.unless_masked(z, column * gradient(self.divergence, pair))
         if wanted[1]:
-            gradient = softmax.divergence_gradient(self.divergence.exchanged(), pair.exchanged())
-            in_target = softmax.unless_masked(target, column * gradient)
+            exchanged = gradient(self.divergence.exchanged(), pair.exchanged())
+            in_target = softmax.unless_masked(target, column * exchanged)
         return in_z, in_target
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``c − p S``; of Gauss-Newton ``p² φ″ = c − s``, unless the divergence is convex in the logits."""
+        """Return ``q = c − p S``, or ``p² φ″ = c − s`` for Gauss-Newton unless the loss is convex in the logits."""
         pair = softmax.pair(z, target)
         return pair.p, divergence_second_order(self.divergence, matrix, pair)
 
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:  # noqa: D102
         pair = softmax.pair(z, target)
         zeros = torch.zeros_like(pair.p)
         u_z = zeros if v_z is None else softmax.centred(v_z, pair.p)
@@ -231,20 +230,20 @@ class LogitDivergence(RowLoss):
 
 @dataclass(frozen=True)
 class Entropy(RowLoss):
-    """``H(p)``; there is no target, and what stands in its place is not read."""
+    """The entropy ``H(p)``; the target is not read."""
 
     def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
         return softmax.entropy_rows(z)
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Pulled:  # noqa: D102
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
         return scale.unsqueeze(-1) * softmax.entropy_gradient(z), None
 
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Pulled:  # noqa: D102
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:  # noqa: D102
         return None if v_z is None else softmax.entropy_hessian_product(z, v_z), None
 
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:
-    """``q`` of a divergence's matrix on classes of a row, all of them unless the row's ``score`` ``S`` is given."""
+    """Return ``q`` of a divergence's matrix on some classes of a row; on all of them if no ``score`` ``S`` is given."""
     if matrix == FISHER or divergence.hessian_is_fisher:
         return pair.p
     if matrix == GAUSS_NEWTON:
@@ -254,16 +253,15 @@ def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, sco
 
 
 def _widened(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and a floating-point target, in their common dtype, at least float32."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    """Return logits and a floating-point target in their common dtype, at least float32."""
     if not target.is_floating_point():
-        return z.to(dtype), target
-    dtype = torch.promote_types(dtype, target.dtype)
+        return checks.widened(z), target
+    dtype = checks.wide_dtype(z.dtype, target.dtype)
     return z.to(dtype), target.to(dtype)
 
 
-def _settled(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Rounded to ``dtype``; exactly 0 in a row of scale 0, where ``0 · NaN`` may stand."""
+def _rounded(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Round rows to ``dtype``; a row of scale 0 is exactly 0, also where a factor is NaN."""
     if rows is None:
         return None
     if not checks.values_visible(scale) or not scale.all():

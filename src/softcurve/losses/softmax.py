@@ -9,7 +9,7 @@ offset of its logits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,33 +18,38 @@ from softcurve.array_types import Float, Int
 from softcurve.checks import values_visible
 from softcurve.losses.divergences import Divergence, Pair
 
+Rows: TypeAlias = Float[Tensor, "*rows classes"]
+Column: TypeAlias = Float[Tensor, "*rows 1"]
+Values: TypeAlias = Float[Tensor, "*rows"]
+Indices: TypeAlias = Int[Tensor, "*rows"]
+
 
 class SoftmaxRows(NamedTuple):
     """A softmax with its largest class apart; ``offset`` and ``rest`` keep a last dimension of 1."""
 
-    shifted: Float[Tensor, "*rows classes"]  # z − m
-    exponentials: Float[Tensor, "*rows classes"]  # e^{z − m}
-    offset: Float[Tensor, "*rows 1"]  # m
-    rest: Float[Tensor, "*rows 1"]  # Σ_{k≠top} e^{z_k − m}
+    shifted: Rows  # z − m
+    exponentials: Rows  # e^{z − m}
+    offset: Column  # m
+    rest: Column  # Σ_{k≠top} e^{z_k − m}
 
     @property
-    def probabilities(self) -> Float[Tensor, "*rows classes"]:
-        """``p``."""
+    def probabilities(self) -> Rows:
+        """The probabilities ``p``."""
         return self.exponentials / (1 + self.rest)
 
     @property
-    def log_probabilities(self) -> Float[Tensor, "*rows classes"]:
-        """``log p``, each entry right relatively."""
+    def log_probabilities(self) -> Rows:
+        """The log-probabilities, each with a small relative error."""
         return self.shifted - torch.log1p(self.rest)
 
     @property
-    def log_sum_exp(self) -> Float[Tensor, "*rows"]:
-        """``log Σ_k e^{z_k}``."""
+    def log_sum_exp(self) -> Values:
+        """The log-sum-exp ``log Σ_k e^{z_k}``."""
         return (self.offset + torch.log1p(self.rest)).squeeze(-1)
 
 
-def softmax_rows(z: Float[Tensor, "*rows classes"]) -> SoftmaxRows:
-    """The softmax of each row of logits ``z``. A row without a finite class gives NaN."""
+def softmax_rows(z: Rows) -> SoftmaxRows:
+    """Return the softmax of each row of logits ``z``; a row without a finite class gives NaN."""
     offset = z.amax(-1, keepdim=True)
     shifted = z - offset
     exponentials = torch.exp(shifted)
@@ -57,15 +62,13 @@ def softmax_rows(z: Float[Tensor, "*rows classes"]) -> SoftmaxRows:
     return SoftmaxRows(shifted, exponentials, offset, rest)
 
 
-def feels_rounding(rest: Float[Tensor, "*rows 1"]) -> bool:
-    """Whether a row is so confident that the rounding of ``z − m``, half an ulp of 32 and more, shows in ``rest``."""
+def feels_rounding(rest: Column) -> bool:
+    """Return whether a row is so confident that the rounding of ``z − m`` (half an ulp of 32) affects ``rest``."""
     return rest.dtype == torch.float32 and (not values_visible(rest) or bool((rest < 1e-9).any()))
 
 
-def compensated(
-    exponentials: Float[Tensor, "*rows classes"], z: Float[Tensor, "*rows classes"], offset: Float[Tensor, "*rows 1"]
-) -> Float[Tensor, "*rows classes"]:
-    """``e^{z − m}`` from its value at the rounded difference, whose exact error is Knuth's two-sum."""
+def compensated(exponentials: Rows, z: Rows, offset: Column) -> Rows:
+    """Return ``e^{z − m}`` from its value at the rounded difference, whose exact error is Knuth's two-sum."""
     z, offset = z.detach(), offset.detach()
     shifted = z - offset
     back = shifted - z
@@ -73,80 +76,76 @@ def compensated(
     return exponentials + exponentials * torch.where(shifted == -math.inf, 0.0, error)
 
 
-def jacobian(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
-    """``J = diag(p) − p pᵀ``, its diagonal as ``p_i Σ_{j≠i} p_j``, so that ``J 1 = 0`` also for a confident row."""
+def jacobian(z: Rows) -> Float[Tensor, "*rows classes classes"]:
+    """Return ``J = diag(p) − p pᵀ``, its diagonal as ``p_i Σ_{j≠i} p_j``: ``J 1 = 0`` also for a confident row."""
     p = torch.softmax(z, -1)
     off_diagonal = -p.unsqueeze(-1) * p.unsqueeze(-2) * (1 - torch.eye(z.shape[-1], dtype=p.dtype, device=p.device))
     return off_diagonal - torch.diag_embed(off_diagonal.sum(-1))
 
 
-def jacobian_product(
-    z: Float[Tensor, "*rows classes"], vector: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """``J v = p ⊙ (v − p·v)``, symmetric: also ``Jᵀ v``."""
+def jacobian_product(z: Rows, vector: Rows) -> Rows:
+    """Return ``J v = p ⊙ (v − p·v)``, symmetric: also ``Jᵀ v``."""
     p = torch.softmax(z, -1)
     return p * centred(vector, p)
 
 
-def centred(v: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-    """``v − p·v``, taken from ``v_top`` on, so that a confident row's own entry is the small sum that it is."""
+def centred(v: Rows, p: Rows) -> Rows:
+    """Return ``v − p·v``, taken from ``v_top`` on, so that a confident row's largest class does not cancel."""
     from_top = v - v.gather(-1, p.argmax(-1, keepdim=True))
     return from_top - (p * from_top).sum(-1, keepdim=True)
 
 
-def unless_masked(z: Float[Tensor, "*rows classes"], values: Tensor) -> Float[Tensor, "*rows classes"]:
-    """``values``, and 0 at a masked class, whatever a formula says there of ``0 · ∞``."""
+def unless_masked(z: Rows, values: Tensor) -> Rows:
+    """Return ``values``, but 0 at a masked class, where a formula may contain ``0 · ∞``."""
     return torch.where(z == -math.inf, 0.0, values) if may_be_masked(z) else values
 
 
 def may_be_masked(z: Tensor) -> bool:
-    """Whether a logit of −inf has to be reckoned with: ``where`` costs as much as several exponentials on the CPU."""
+    """Return whether a logit may be −inf; the check is cheaper than ``where``, which costs several exponentials."""
     return not values_visible(z) or z.numel() == 0 or not z.amin() > -math.inf  # beside NaN too
 
 
 # --- cross-entropy against one class ---------------------------------------------------------------------------------
 
 
-# The hot path: the passes write into their own temporaries, so these two are not for autograd to look into.
+# These two write into their temporaries for speed, so autograd must not record them.
 
 
-def index_loss(z: Float[Tensor, "*rows classes"], target: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, both ≥ 0; ``log1p`` if ``t`` is the top."""
-    _, own, others, gap = _around_target(z, target.unsqueeze(-1))
-    return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + own))).squeeze(-1)
+def index_loss(z: Rows, target: Indices) -> Values:
+    """Return ``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, two terms ≥ 0."""
+    _, at_target, others, gap = _around_target(z, target.unsqueeze(-1))
+    return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
 
 
-def index_residual(
-    z: Float[Tensor, "*rows classes"], target: Int[Tensor, "*rows"], scale: Float[Tensor, "*rows"]
-) -> Float[Tensor, "*rows classes"]:
-    """``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, and 0 where the target itself is masked."""
+def index_residual(z: Rows, target: Indices, scale: Values) -> Rows:
+    """Return ``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, or 0 if the target is masked."""
     at, scale = target.unsqueeze(-1), scale.unsqueeze(-1)
-    exponentials, own, others, gap = _around_target(z, at)
-    factor = scale / (others + own)
+    exponentials, at_target, others, gap = _around_target(z, at)
+    factor = scale / (others + at_target)
     return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others))
 
 
 def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``."""
+    """Return ``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``."""
     offset = z.amax(-1, keepdim=True)
     shifted = z - offset
     gap = -shifted.gather(-1, at)
     in_place = not torch.compiler.is_compiling()  # a compiled graph is differentiated, and fused anyway
     exponentials = shifted.exp_() if in_place else shifted.exp()
-    own = exponentials.gather(-1, at)
+    at_target = exponentials.gather(-1, at)
     exponentials = exponentials.scatter_(-1, at, 0.0) if in_place else exponentials.scatter(-1, at, 0.0)
     others = exponentials.sum(-1, keepdim=True)
     if feels_rounding(others):
         exponentials = compensated(exponentials, z, offset)
         others = exponentials.sum(-1, keepdim=True)
-    return exponentials, own, others, gap
+    return exponentials, at_target, others, gap
 
 
 # --- cross-entropy against a distribution ----------------------------------------------------------------------------
 
 
-def dense_loss(z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
-    """``−Σ_k y_k log p_k = (Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0; ``y`` of any mass."""
+def dense_loss(z: Rows, y: Rows) -> Values:
+    """Return ``−Σ_k y_k log p_k = (Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0."""
     rows = softmax_rows(z)
     from_top = (y * rows.shifted).sum(-1)
     if not values_visible(from_top) or from_top.isnan().any():
@@ -154,10 +153,8 @@ def dense_loss(z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classe
     return y.sum(-1) * torch.log1p(rows.rest).squeeze(-1) - from_top
 
 
-def dense_residual(
-    z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"], scale: Float[Tensor, "*rows"]
-) -> Float[Tensor, "*rows classes"]:
-    """``scale [(Σ_k y_k) p − y]``.
+def dense_residual(z: Rows, y: Rows, scale: Values) -> Rows:
+    """Return ``scale [(Σ_k y_k) p − y]``.
 
     The row sums to 0; what it misses of that is the rounding error of a class above one half, which takes it up.
     """
@@ -168,10 +165,8 @@ def dense_residual(
     return unless_masked(z, torch.addcmul(residual, torch.trunc(rows.exponentials), -surplus))
 
 
-def dense_target_gradient(
-    z: Float[Tensor, "*rows classes"], y: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """``∂L/∂y = −log p``; 0 where a masked class has no mass, as it has no part in the loss."""
+def dense_target_gradient(z: Rows, y: Rows) -> Rows:
+    """Return ``∂L/∂y = −log p``; 0 where a masked class has no mass, as it has no part in the loss."""
     log_p = softmax_rows(z).log_probabilities
     return torch.where((z == -math.inf) & (y == 0), 0.0, -log_p) if may_be_masked(z) else -log_p
 
@@ -179,8 +174,8 @@ def dense_target_gradient(
 # --- a separable divergence of two softmaxes -------------------------------------------------------------------------
 
 
-def pair(z_p: Float[Tensor, "*rows classes"], z_y: Float[Tensor, "*rows classes"]) -> Pair:
-    """Both softmaxes and their log-ratio, right relatively even where the two nearly agree.
+def pair(z_p: Rows, z_y: Rows) -> Pair:
+    """Return both softmaxes and their log-ratio, with a small relative error even where the two nearly agree.
 
     The log-ratio comes from the *difference of the logits*, exact for near-equal ones (Sterbenz), and its constant from
     ``Σ_k (p_k − y_k) = 0``, which a difference of two rounded log-sum-exps would satisfy only to an ulp of ``log C``.
@@ -199,8 +194,8 @@ def pair(z_p: Float[Tensor, "*rows classes"], z_y: Float[Tensor, "*rows classes"
     return Pair(p, y, torch.where(both_masked, ratio, ratio - constant), near - constant * p)
 
 
-def divergence_gradient(divergence: Divergence, pair: Pair) -> Float[Tensor, "*rows classes"]:
-    """``∂D/∂z_p = s − p Σ_k s_k``.
+def divergence_gradient(divergence: Divergence, pair: Pair) -> Rows:
+    """Return ``∂D/∂z_p = s − p Σ_k s_k``.
 
     Where ``Σ s`` is ``+inf`` (mass on a class that the target excludes) it is the limit: ``+inf`` at those classes,
     ``−inf`` at the others with mass.
@@ -214,10 +209,8 @@ def divergence_gradient(divergence: Divergence, pair: Pair) -> Float[Tensor, "*r
     return torch.where(total == math.inf, limit, torch.where(pair.p > 0.5, gradient - surplus, gradient))
 
 
-def divergence_hessian_product(
-    divergence: Divergence, pair: Pair, u_p: Float[Tensor, "*rows classes"], u_y: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """The change of ``∂D/∂z_p`` for centred ``u``: ``ṡ − p Σṡ − (p ⊙ u_p) Σs`` with ``ṡ = c ⊙ u_p + x ⊙ u_y``."""
+def divergence_hessian_product(divergence: Divergence, pair: Pair, u_p: Rows, u_y: Rows) -> Rows:
+    """Return the change of ``∂D/∂z_p``: ``ṡ − p Σṡ − (p ⊙ u_p) Σs`` for ``ṡ = c ⊙ u_p + x ⊙ u_y``."""
     change = divergence.curve(pair) * u_p + divergence.cross(pair) * u_y
     total = divergence.score(pair).sum(-1, keepdim=True)
     return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total
@@ -227,48 +220,46 @@ def divergence_hessian_product(
 
 
 class RowCurvature(NamedTuple):
-    """``B = diag(q) − q pᵀ − p qᵀ + total p pᵀ``, which every matrix of second order of a softmax's loss is.
+    """The matrix ``B = diag(q) − q pᵀ − p qᵀ + total p pᵀ``, the form of all second-order matrices of softmax losses.
 
     With ``total = Σq`` this is ``J diag(q ⊘ p²) J``: the Hessian for ``q = c − p S``, the Fisher for ``q = p``.
     A z-loss adds ``2 λ (p pᵀ + lse J)``.
     """
 
-    p: Float[Tensor, "*rows classes"]
-    q: Float[Tensor, "*rows classes"]
-    total: Float[Tensor, "*rows 1"]
+    p: Rows
+    q: Rows
+    total: Column
 
-    def product(self, v: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-        """``B v = q ⊙ u − p (q·u) + (total − Σq) p (p·v)`` with ``u = v − p·v``."""
+    def product(self, v: Rows) -> Rows:
+        """Return ``B v = q ⊙ u − p (q·u) + (total − Σq) p (p·v)`` with ``u = v − p·v``."""
         u = centred(v, self.p)
         surplus = self.total - self.q.sum(-1, keepdim=True)
         along = (self.q * u).sum(-1, keepdim=True) - surplus * (self.p * v).sum(-1, keepdim=True)
         return self.q * u - self.p * along
 
-    def diagonal(self) -> Float[Tensor, "*rows classes"]:
-        """``q (1 − 2p) + total p²``."""
+    def diagonal(self) -> Rows:
+        """Return ``q (1 − 2p) + total p²``."""
         return self.q * (1 - 2 * self.p) + self.total * self.p.square()
 
 
 # --- entropy ---------------------------------------------------------------------------------------------------------
 
 
-def entropy_rows(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
-    """``H(p) = −Σ_k p_k log p_k``, a sum of terms ≥ 0."""
+def entropy_rows(z: Rows) -> Values:
+    """Return ``H(p) = −Σ_k p_k log p_k``, a sum of terms ≥ 0."""
     rows = softmax_rows(z)
     return -(rows.probabilities * _finite_log(rows)).sum(-1)
 
 
-def entropy_gradient(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-    """``∂H/∂z = −p ⊙ (log p + H)``."""
+def entropy_gradient(z: Rows) -> Rows:
+    """Return ``∂H/∂z = −p ⊙ (log p + H)``."""
     rows = softmax_rows(z)
     p, log_p = rows.probabilities, _finite_log(rows)
     return -p * centred(log_p, p)
 
 
-def entropy_hessian_product(
-    z: Float[Tensor, "*rows classes"], v: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """``−p ⊙ [u ⊙ (log p + H + 1) − Σ_k p_k log p_k u_k]`` with ``u = v − p·v``."""
+def entropy_hessian_product(z: Rows, v: Rows) -> Rows:
+    """Return ``−p ⊙ [u ⊙ (log p + H + 1) − Σ_k p_k log p_k u_k]`` with ``u = v − p·v``."""
     rows = softmax_rows(z)
     p = rows.probabilities
     u, information = centred(v, p), centred(_finite_log(rows), p)
@@ -276,5 +267,5 @@ def entropy_hessian_product(
 
 
 def _finite_log(rows: SoftmaxRows) -> Tensor:
-    """``log p``, with 0 in place of −inf: only ever multiplied by its ``p = 0``."""
+    """Return ``log p``, with 0 in place of −inf, which is only multiplied by ``p = 0``."""
     return unless_masked(rows.shifted, rows.log_probabilities)

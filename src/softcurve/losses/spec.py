@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses.divergences import CrossEntropy, Divergence
+from softcurve.losses.reduction import Reduction
 from softcurve.processes import named_group
 from softcurve.typing import Number
 
@@ -110,6 +111,17 @@ class LossSpec:
             raise TypeError(f"divergence must be a softcurve Divergence, got {type(self.divergence).__name__}")
         if self.target not in ("sparse", "probabilities", "logits", "teacher"):
             raise ValueError(f"target must be sparse, probabilities, logits or teacher, got {self.target!r}")
+
+    @staticmethod
+    def of(
+        divergence: Divergence, reduction: Reduction, *, temperature: Number = 1.0, softcap: Number | None = None,
+        z_loss: Number = 0.0, label_smoothing: Number = 0.0,
+    ) -> LossSpec:  # fmt: skip
+        """Check the numbers of a public call; its z-loss stays in squared nats in every unit of the ``reduction``."""
+        z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf) * reduction.nats
+        smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
+        logit_map = LogitMap.of(temperature, softcap)
+        return LossSpec(divergence, "logits", logit_map.temperature, logit_map.softcap, z_loss, smoothing)
 
     @property
     def is_cross_entropy(self) -> bool:

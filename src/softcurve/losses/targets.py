@@ -1,7 +1,7 @@
-"""What a row of logits is compared with.
+"""The kinds of target that a row of logits is compared with.
 
-Plain tensors are read as torch reads them: integers are class indices, floating-point rows are probabilities with the
-mass that they have. The other kinds are wrapped: :class:`Probabilities`, :class:`Logits`, :class:`TopK`,
+Plain tensors are read as torch reads them: integers are class indices (:mod:`softcurve.losses.labels`), floating-point
+rows are probabilities of any sum. Other kinds are wrapped: :class:`Probabilities`, :class:`Logits`, :class:`TopK`,
 :class:`LinearTeacher`. :meth:`Target.against` returns a model's logits and the target's over the same outcomes. Tensors
 that require gradients receive them.
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,68 +26,85 @@ from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
 
-DEFAULT_IGNORE_INDEX = -100  # torch's own default
+AnyTarget = TypeVar("AnyTarget", bound="Target")
 
 
 class Target(ShortRepr, ABC):
     """A distribution over the classes for each row."""
 
-    merges_tail = False  # whether its outcomes are coarser than the classes
+    merges_tail = False
+    """Whether the outcomes are listed classes and one bucket for all other classes."""
+
+    _row_field: ClassVar[str] = "values"  # the field whose leading dimensions are those of the rows
+    _cut: ClassVar[str] = "target[..., :{classes}]"  # how to leave out classes of the target
 
     @abstractmethod
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
-        """The target over all classes, computed in ``dtype``; −inf is a class without mass."""
-
-    def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
-        """The model's logits and the target's, over the outcomes that the target speaks of: ``(..., outcomes)`` each.
-
-        Raises ``ValueError`` if rows or classes differ.
-        """
-        logits = self.logits(self._dtype_beside(z))
-        self._require_shape(logits.shape, z)
-        return z, logits
-
-    def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
-        """Return the same as :meth:`against`, with the target as probabilities in float32 or wider."""
-        model, target = self.against(z)
-        return model, torch.softmax(target, -1, dtype=self._dtype_beside(z))
-
-    def _dtype_beside(self, z: Tensor) -> torch.dtype:
-        """The dtype in which the target is compared with ``z``: float32 or wider."""
-        return torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32)
-
-    def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:
-        """Return the uniform distribution over the unmasked classes of ``z`` as one over the outcomes."""
-        return uniform_over_unmasked(z)
-
-    @property
-    def kind(self) -> str:
-        """What a message calls it."""
-        return type(self).__name__
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The common dtype of the target's tensors."""
-
-    @property
-    @abstractmethod
-    def leading(self) -> torch.Size:
-        """The shape of the rows."""
-
-    @abstractmethod
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
-        """Raise ``ValueError`` for malformed values in the rows that are ``counted``, by default all."""
+        """Return logits of the target over all classes, computed in ``dtype``; a class of probability 0 has −inf."""
 
     @abstractmethod
     def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
         """Return which rows hold values that a loss cannot be computed from."""
 
-    @abstractmethod
-    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Target:
-        """Return the target with harmless values in some ``rows``, which then receive no gradient."""
+    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
+        """Raise ``ValueError`` for malformed values in the rows that are ``counted``, by default all.
 
-    def checked(self, sample_weight: Float[Tensor, "*rows"] | None, classes: int) -> Target:
+        Targets given by logits are not checked in advance: the loss of a row of NaN is NaN.
+        """
+
+    def cleared(self: AnyTarget, rows: Bool[Tensor, "*rows"], classes: int) -> AnyTarget:
+        """Return the target with harmless values in some ``rows``, which then receive no gradient."""
+        values = torch.where(rows.unsqueeze(-1), self._harmless(classes), self._row_tensor)
+        return replace(self, **{self._row_field: values})  # type: ignore[type-var]
+
+    def _harmless(self, classes: int) -> float:
+        return 0.0
+
+    def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
+        """Return the logits of the model and of the target over the target's outcomes, ``(..., outcomes)`` each.
+
+        Raises ``ValueError`` if rows or classes differ.
+        """
+        self.require_fit(z.shape)
+        return z, self.logits(self._common_dtype(z))
+
+    def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
+        """Return the same as :meth:`against`, with the target as probabilities in float32 or wider."""
+        model, target = self.against(z)
+        return model, torch.softmax(target, -1, dtype=self._common_dtype(z))
+
+    def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:
+        """Return the uniform distribution over the unmasked classes of ``z`` as one over the outcomes."""
+        return uniform_over_unmasked(z)
+
+    def _common_dtype(self, z: Tensor) -> torch.dtype:
+        return checks.wide_dtype(z.dtype, self.dtype)
+
+    @property
+    def kind(self) -> str:
+        """The name of the kind of target in error messages."""
+        return type(self).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The common dtype of the target's tensors."""
+        return self._row_tensor.dtype
+
+    @property
+    def leading(self) -> torch.Size:
+        """The shape of the rows."""
+        return self._row_tensor.shape[:-1]
+
+    @property
+    def _classes(self) -> int:
+        return self._row_tensor.shape[-1]
+
+    @property
+    def _row_tensor(self) -> Tensor:
+        tensor: Tensor = getattr(self, self._row_field)
+        return tensor
+
+    def checked(self: AnyTarget, sample_weight: Float[Tensor, "*rows"] | None, classes: int) -> AnyTarget:
         """Return the target, its values checked; malformed rows of sample weight 0 are cleared.
 
         Raises ``ValueError`` if a row of another weight is malformed.
@@ -101,12 +119,16 @@ class Target(ShortRepr, ABC):
         rows = left_out & self.malformed(classes)
         return self if checks.values_visible(rows) and not rows.any() else self.cleared(rows, classes)
 
-    def _require_shape(self, shape: torch.Size, z: Tensor) -> None:
-        if tuple(shape) != tuple(z.shape):
-            remedy = checks.shape_remedy(z.shape, shape, "logits[..., :{classes}]")
+    def require_fit(self, logits: Sequence[int], cut: str = "logits[..., :{classes}]") -> None:
+        """Raise ``ValueError`` unless the target has the rows and classes of ``logits``, a shape.
+
+        ``cut`` is the template of an expression that truncates the logits to ``{classes}`` classes.
+        """
+        shape = (*self.leading, self._classes)
+        if shape != tuple(logits):
             raise ValueError(
-                f"target ({self.kind}) must have the shape {tuple(z.shape)} of the logits that it is compared with, "
-                f"got {tuple(shape)}{remedy}"
+                f"target ({self.kind}) must have the shape {tuple(logits)} of the logits that it is compared with, "
+                f"got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
             )
 
 
@@ -123,14 +145,6 @@ class Probabilities(Target):
     def __post_init__(self) -> None:
         checks.require_floating("target probabilities", self.values)
 
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return self.values.dtype
-
-    @property
-    def leading(self) -> torch.Size:  # noqa: D102
-        return self.values.shape[:-1]
-
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         checks.require_probabilities("target probabilities", self.values, counted)
 
@@ -138,27 +152,24 @@ class Probabilities(Target):
         least, sums = self.values.detach().amin(-1), checks.row_sums(self.values)
         return ~((least >= 0) & ((sums - 1).abs() <= checks.sum_tolerance(self.values.dtype)))
 
-    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Probabilities:  # noqa: D102
-        return type(self)(torch.where(rows.unsqueeze(-1), 1 / self.values.shape[-1], self.values))
+    def _harmless(self, classes: int) -> float:
+        return 1 / self.values.shape[-1]
 
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
-        """``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
+        """Return ``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
         values = self.values.to(dtype)
         some = values > 0
         return torch.where(some, torch.log(torch.where(some, values, 1.0)), -math.inf)
 
     def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:  # noqa: D102
-        self._require_shape(self.values.shape, z)
+        self.require_fit(z.shape)
         return z, self.values
 
 
 class Masses(Probabilities):
-    """A plain floating-point target of a cross-entropy: entries ≥ 0, each row of any mass, as in torch."""
+    """A plain floating-point target of a cross-entropy: entries ≥ 0, and rows of any sum, as in torch."""
 
-    @property
-    def kind(self) -> str:
-        """Not this class, which nobody has named."""
-        return "probabilities"
+    kind = "probabilities"
 
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         checks.require_nonnegative("target", self.values, counted)
@@ -176,26 +187,12 @@ class Logits(Target):
     def __post_init__(self) -> None:
         checks.require_floating("Logits", self.values)
 
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return self.values.dtype
-
-    @property
-    def leading(self) -> torch.Size:  # noqa: D102
-        return self.values.shape[:-1]
-
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
-        """Nothing is required in advance: the loss of a row of NaN is NaN."""
-
     def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
-        """NaN, +inf, or −inf only."""
+        """Return which rows hold NaN, +inf, or −inf only."""
         return ~self.values.detach().amax(-1).isfinite()
 
-    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> Logits:  # noqa: D102
-        return Logits(torch.where(rows.unsqueeze(-1), 0.0, self.values))
-
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
-        """The logits as they are: what computes with them widens them, tile by tile."""
+        """Return the logits as they are: the loss converts them to ``dtype`` tile by tile."""
         return self.values
 
 
@@ -205,6 +202,9 @@ class LinearTeacher(Target):
 
     Shapes: input ``(..., d)``, linear_weight ``(C, d)``, linear_bias ``(C,)``; the width ``d`` is the teacher's own.
     """
+
+    _row_field: ClassVar[str] = "input"
+    _cut: ClassVar[str] = "the teacher's linear_weight[:{classes}] (and the bias)"
 
     input: Float[Tensor, "*rows teacher_features"]
     linear_weight: Float[Tensor, "classes teacher_features"]
@@ -220,30 +220,23 @@ class LinearTeacher(Target):
             )
         if self.linear_bias is not None:
             checks.require_floating("LinearTeacher linear_bias", self.linear_bias)
-        if self.linear_bias is not None and self.linear_bias.shape != self.linear_weight.shape[:1]:
-            raise ValueError(
-                f"LinearTeacher linear_bias must be of shape ({self.linear_weight.shape[0]},), "
-                f"got {checks.describe(self.linear_bias)}"
-            )
+            if self.linear_bias.shape != self.linear_weight.shape[:1]:
+                raise ValueError(
+                    f"LinearTeacher linear_bias must be of shape ({self.linear_weight.shape[0]},), "
+                    f"got {checks.describe(self.linear_bias)}"
+                )
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102
         return torch.promote_types(self.input.dtype, self.linear_weight.dtype)
 
     @property
-    def leading(self) -> torch.Size:  # noqa: D102
-        return self.input.shape[:-1]
-
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
-        """Nothing is required in advance: the loss of a row of NaN is NaN."""
+    def _classes(self) -> int:
+        return self.linear_weight.shape[0]
 
     def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
-        """NaN or infinite features."""
+        """Return which rows have NaN or infinite features."""
         return ~self.input.detach().isfinite().all(-1)
-
-    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> LinearTeacher:  # noqa: D102
-        input = torch.where(rows.unsqueeze(-1), 0.0, self.input)
-        return LinearTeacher(input, self.linear_weight, self.linear_bias)
 
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:  # noqa: D102
         bias = None if self.linear_bias is None else self.linear_bias.to(dtype)
@@ -262,6 +255,8 @@ class TopK(Target):
     ``ValueError`` for indices that repeat or name no class, and for a mass above 1, in rows of non-zero sample weight.
     """
 
+    _row_field: ClassVar[str] = "log_probs"
+
     indices: Int[Tensor, "*rows k"]
     log_probs: Float[Tensor, "*rows k"]
     tail: TopKTail = "bucket"
@@ -276,14 +271,6 @@ class TopK(Target):
                 f"TopK indices must have the shape of log_probs {tuple(self.log_probs.shape)}, "
                 f"got {checks.describe(self.indices)}"
             )
-
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return self.log_probs.dtype
-
-    @property
-    def leading(self) -> torch.Size:  # noqa: D102
-        return self.indices.shape[:-1]
 
     def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
         if not checks.values_visible(self.indices, self.log_probs) or not self.indices.numel():
@@ -303,42 +290,47 @@ class TopK(Target):
             )
 
     def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
-        """A class twice, an index that names no class, or a mass above 1 or of NaN."""
+        """Return which rows name a class twice or no class, or have a mass above 1 or NaN."""
         outside = checks.outside_classes(self.indices, classes).any(-1)
         return outside | self._repeats() | ~(self._mass() <= 1 + checks.SUM_TOLERANCE_HALF)
 
     def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> TopK:  # noqa: D102
-        some, k = rows.unsqueeze(-1), self.indices.shape[-1]
-        first = torch.arange(k, device=self.indices.device)
-        return TopK(
-            torch.where(some, first, self.indices), torch.where(some, -math.log(classes), self.log_probs), self.tail
-        )
+        first = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        indices = torch.where(rows.unsqueeze(-1), first, self.indices)
+        return replace(super().cleared(rows, classes), indices=indices)
+
+    def _harmless(self, classes: int) -> float:
+        return -math.log(classes)
 
     def _repeats(self) -> Bool[Tensor, "*rows"]:
         in_order = self.indices.sort(-1).values
         return (in_order[..., 1:] == in_order[..., :-1]).any(-1)
 
     def _mass(self) -> Float[Tensor, "*rows"]:
-        return _widened(self.log_probs.detach()).exp().sum(-1)
+        return checks.widened(self.log_probs.detach()).exp().sum(-1)
 
     @property
     def merges_tail(self) -> bool:  # type: ignore[override]
-        """A bucket makes one outcome of all classes that are not listed."""
+        """Whether all classes that are not listed are one outcome."""
         return self.tail == "bucket"
 
+    @property
+    def most_probable(self) -> Int[Tensor, "*rows"]:
+        """The listed class of the largest probability."""
+        return self.indices.gather(-1, self.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+
     def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
-        """A list knows nothing of the other classes: it can be a target, but not the model."""
+        """Raise ``ValueError``: a list has no logits for all classes, so it can be a target but not the model."""
         raise ValueError("a TopK can be one side of a divergence; the other must have logits for all classes")
 
     def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
-        """Over the listed classes and a bucket, or over all classes with −inf where nothing is listed."""
+        """Return logits over the listed classes and a bucket, or over all classes with −inf outside the list."""
         self.require_fit(z.shape)
+        dtype = self._common_dtype(z)
         if self.tail == "renormalize":
-            log_probs = self.log_probs.to(self._dtype_beside(z))
-            masked = log_probs.new_full(z.shape, -math.inf)
-            return z, masked.scatter(-1, self.indices, log_probs)
+            log_probs = self.log_probs.to(dtype)
+            return z, log_probs.new_full(z.shape, -math.inf).scatter(-1, self.indices, log_probs)
         # A shift of all outcomes changes nothing, and without it the bucket would be rounded at the logits' offset.
-        dtype = self._dtype_beside(z)
         wide = z.to(dtype)
         top = wide.detach().amax(-1, keepdim=True)
         wide = wide - torch.where(top == -math.inf, 0.0, top)
@@ -350,9 +342,10 @@ class TopK(Target):
 
     def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
         each = uniform_over_unmasked(z)
-        if self.tail == "renormalize" or self.indices.shape[-1] == z.shape[-1]:
-            return each if each.ndim == 0 or self.tail == "renormalize" else each.gather(-1, self.indices)
-        return self.uniform_over_outcomes(each.expand(z.shape))
+        if self.tail == "renormalize" or (each.ndim == 0 and self.indices.shape[-1] == z.shape[-1]):
+            return each
+        outcomes = self.uniform_over_outcomes(each.expand(z.shape))
+        return outcomes[..., :-1] if self.indices.shape[-1] == z.shape[-1] else outcomes
 
     def uniform_over_outcomes(self, each: Float[Tensor, "*any classes"]) -> Float[Tensor, "*rows outcomes"]:
         """Return a distribution over the classes as one over the listed classes and the bucket, ``(..., k + 1)``."""
@@ -377,44 +370,53 @@ class TopK(Target):
         tail = log_complement(listed)
         if rest_is_masked is not None:
             p = listed.exp()
-            spread = torch.where(p > 0, -p * listed, 0.0).sum(-1, keepdim=True)
+            entropy = torch.where(p > 0, -p * listed, 0.0).sum(-1, keepdim=True)
             eps = torch.finfo(self.dtype).eps
-            rounding = 0.5 * eps * spread + k * min(eps, torch.finfo(torch.float32).eps)
+            rounding = 0.5 * eps * entropy + k * min(eps, torch.finfo(torch.float32).eps)
             tail = torch.where(rest_is_masked & (tail.exp() < rounding), -math.inf, tail)
         return torch.cat([listed, tail], -1)
 
-    def require_fit(self, shape: Sequence[int]) -> None:
-        """Rows and classes of the logits ``shape`` that the list is compared with."""
-        if tuple(self.indices.shape[:-1]) != tuple(shape[:-1]) or self.indices.shape[-1] > shape[-1]:
+    def require_fit(self, logits: Sequence[int], cut: str = "") -> None:
+        """Raise ``ValueError`` unless the list has the rows of the ``logits`` and at most as many classes."""
+        if tuple(self.leading) != tuple(logits[:-1]) or self.indices.shape[-1] > logits[-1]:
             raise ValueError(
-                f"TopK indices must be of shape {tuple(shape[:-1])} + (k,) with k <= {shape[-1]}, as the "
+                f"TopK indices must be of shape {tuple(logits[:-1])} + (k,) with k <= {logits[-1]}, as the "
                 f"logits that they are compared with, got {checks.describe(self.indices)}"
-                + checks.layout_remedy(shape, self.indices.shape[:-1], "logits")
+                + checks.layout_remedy(logits, self.leading, "logits")
+            )
+
+    def require_comparable(self, divergence: Divergence, temperature: float) -> None:
+        """Raise ``ValueError`` unless a divergence from the list is defined and can have the temperature."""
+        if self.tail == "renormalize" and divergence.is_infinite_off_target:
+            raise ValueError(
+                "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use "
+                "tail='bucket', the forward direction, or a Jensen-Shannon divergence between the ends"
+            )
+        if self.tail == "bucket" and temperature != 1:
+            raise ValueError(
+                f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
+                "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
             )
 
 
 def uniform_over_unmasked(z: Float[Tensor, "*rows classes"]) -> Tensor:
     """Return the uniform distribution over the classes that are not masked: 1/C, ``()``, where none is."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    dtype = checks.wide_dtype(z.dtype)
     if checks.values_visible(z) and (z.numel() == 0 or z.amin() > -math.inf):
         return z.new_tensor(1 / z.shape[-1], dtype=dtype)
     unmasked = (z != -math.inf).to(dtype)
     return unmasked / unmasked.sum(-1, keepdim=True)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows 1"]:
-    """``log(1 − Σ_k e^{l_k})``, the largest apart as ``−expm1(l)``; −inf where the list has all the mass."""
+    """Return ``log(1 − Σ_k e^{l_k})``, the largest apart as ``−expm1(l)``; −inf where the list has all the mass."""
     at = log_probs.argmax(-1, keepdim=True)
     rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
     return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
 
 
 def _log_sum_exp(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 1"]:
-    """As torch's, but a row of −inf only has −inf with gradient 0: torch's second derivative there is NaN."""
+    """Like torch's, but the gradient of a row of −inf only is 0: torch's second derivative there is NaN."""
     top = z.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
     total = (z - top).exp().sum(-1, keepdim=True)
@@ -435,42 +437,3 @@ def as_target(target: Tensor | Target) -> Tensor | Target:
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target must hold class indices (int64) or probabilities, got {target.dtype}")
     return target.long()
-
-
-def clear_class_indices(
-    indices: Int[Tensor, "*rows"], sample_weight: Float[Tensor, "*rows"] | None, classes: int, ignore_index: int
-) -> Int[Tensor, "*rows"]:
-    """Return class indices with ``ignore_index`` in rows of sample weight 0 that name no class."""
-    if sample_weight is None or tuple(sample_weight.shape) != tuple(indices.shape):
-        return indices
-    return torch.where((sample_weight == 0) & checks.outside_classes(indices, classes), ignore_index, indices)
-
-
-def resolve_ignore_index(ignore_index: object, target: Tensor | Target | None = None) -> int:
-    """Return the class index of rows that have no part; ``None`` is the default, −100.
-
-    Raises ``TypeError`` if it is no integer, ``ValueError`` if one is given for a target that is a distribution.
-    """
-    index = DEFAULT_IGNORE_INDEX if ignore_index is None else checks.as_integer(ignore_index)
-    if index is None:
-        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    if isinstance(target, Target) and index != DEFAULT_IGNORE_INDEX:
-        raise ValueError(
-            f"ignore_index must not be given for a target that is a distribution, got {index}; "
-            "use sample_weight to leave out rows"
-        )
-    return index
-
-
-def require_finite_against(divergence: Divergence, listed: TopK, temperature: float) -> None:
-    """A divergence that a list can be compared by, at a temperature that it can have."""
-    if listed.tail == "renormalize" and divergence.is_infinite_off_target:
-        raise ValueError(
-            "a TopK with tail='renormalize' is zero outside its list, so D(model‖list) is infinite; use tail='bucket', "
-            "the forward direction, or a Jensen-Shannon divergence between the ends"
-        )
-    if listed.tail == "bucket" and temperature != 1:
-        raise ValueError(
-            f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
-            "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
-        )

@@ -1,0 +1,75 @@
+"""The target of a cross-entropy as class indices: which rows count, and the weight of each in a sum and in a mean."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve import checks
+from softcurve.array_types import Bool, Float, Int
+from softcurve.losses.targets import Target, as_target
+
+DEFAULT_IGNORE_INDEX = -100  # torch's own default
+
+
+class Labels(NamedTuple):
+    """Checked class indices; an ignored row has class 0 and does not count."""
+
+    classes: Int[Tensor, "*rows"]
+    counted: Bool[Tensor, "*rows"]
+    class_weight: Float[Tensor, "*rows"] | None  # of the class of each row
+
+    @staticmethod
+    def of(
+        target: Int[Tensor, "*rows"], sample_weight: Float[Tensor, "*rows"] | None,
+        class_weight: Float[Tensor, " classes"] | None, classes: int, ignore_index: int,
+    ) -> Labels:  # fmt: skip
+        """Check class indices; a row of sample weight 0 may hold any number, and is ignored if that is no class."""
+        if sample_weight is not None:
+            left_out = (sample_weight == 0) & checks.outside_classes(target, classes)
+            target = torch.where(left_out, ignore_index, target)
+        checks.require_class_indices("target", target, classes, ignore_index)
+        counted = target != ignore_index
+        label = torch.where(counted, target, 0)
+        return Labels(label, counted, None if class_weight is None else class_weight[label])
+
+    def row_weights(
+        self, sample_weight: Float[Tensor, "*rows"] | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+        """Return the weight of each row, 0 if it is ignored, without and with the weight of its class."""
+        weight = self.counted.to(dtype) if sample_weight is None else torch.where(self.counted, sample_weight, 0.0)
+        return weight, weight if self.class_weight is None else weight * self.class_weight
+
+
+def cross_entropy_target(
+    target: Tensor | Target, ignore_index: object, class_weight: Tensor | None, classes: int
+) -> tuple[Tensor | Target, int]:
+    """Return the target as int64 class indices or a :class:`Target`, and the index of ignored rows.
+
+    Raises ``TypeError`` or ``ValueError`` if the target, the class weights or ``ignore_index`` do not fit together.
+    """
+    target = as_target(target)
+    if class_weight is not None:
+        checks.require_class_weight(class_weight, classes)
+        if isinstance(target, Target) and target.merges_tail:
+            raise ValueError(
+                "weight must be None for a TopK with tail='bucket', whose bucket has no class; "
+                "use tail='renormalize' or sample_weight"
+            )
+    index = resolve_ignore_index(ignore_index)
+    if isinstance(target, Target) and index != DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must not be given for a target that is a distribution, got {index}; "
+            "use sample_weight to leave out rows"
+        )
+    return target, index
+
+
+def resolve_ignore_index(ignore_index: object) -> int:
+    """Return the class index of ignored rows as a Python int; ``None`` is the default, −100."""
+    index = DEFAULT_IGNORE_INDEX if ignore_index is None else checks.as_integer(ignore_index)
+    if index is None:
+        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+    return index
