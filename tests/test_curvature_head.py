@@ -109,7 +109,7 @@ def whole(given: Problem, memory_budget: int | None = None) -> RowLosses:
     named, _ = given._named(given.arguments)
     _, target, *weight = batch_of(given, None)
     head = named["input"], named["linear_weight"], named.get("linear_bias")
-    return losses.rows(losses.pose(*head, target, weight[0] if weight else None))
+    return losses.rows(losses.problem(*head, target, weight[0] if weight else None))
 
 
 def second_order(matrix: str) -> Pass:
@@ -353,7 +353,7 @@ def head_rows(z: Tensor, memory_budget: int | None = None, **options: Any) -> Ro
     """Rows whose logits are ``z``: of features that are one-hot, by the rows of the weight."""
     losses = HeadLosses(**options, memory_budget=memory_budget)
     e = torch.eye(len(z), dtype=z.dtype)
-    return losses.rows(losses.pose(e, z.T.contiguous(), None, torch.zeros(len(z), dtype=torch.int64), None))
+    return losses.rows(losses.problem(e, z.T.contiguous(), None, torch.zeros(len(z), dtype=torch.int64), None))
 
 
 def inverse_cdf(seen: Tensor, uniforms: Tensor) -> Tensor:
@@ -398,7 +398,7 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
     bias[masked] = -math.inf
     e, weight = torch.eye(40, dtype=dtype), torch.randn(251, 40, dtype=dtype)
     losses = HeadLosses()
-    rows = losses.rows(losses.pose(e, weight, bias, torch.full((40,), int(bias.argmax())), None))
+    rows = losses.rows(losses.problem(e, weight, bias, torch.full((40,), int(bias.argmax())), None))
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(40, 1)
     if budget == "least":
         with pytest.raises(ValueError, match="memory_budget") as refused:
