@@ -50,3 +50,10 @@ def residual_dtype(
 def kernels(name: str) -> Any:
     """``softcurve.head.triton.…``, imported when first wanted: it takes Triton with it."""
     return importlib.import_module(f"softcurve.head.triton.{name}")
+
+
+def tile_functions(spec: LossSpec, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the module of functions that work on the tiles of this loss: in Triton where it serves, else in ATen."""
+    kind = "sparse" if spec.target == "sparse" else "dense"
+    backend = "triton" if serves(spec, device, dtype) else "aten"
+    return importlib.import_module(f"softcurve.head.{backend}.{kind}")

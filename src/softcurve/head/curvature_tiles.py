@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import backends, products, workspace
-from softcurve.head.dense import DenseCurvature, DenseKernel
-from softcurve.head.dense_triton import TritonDenseCurvature, TritonDenseKernel
+from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.passes import kept_rows, require_classes
 from softcurve.head.plan import Plan, default_budget, make_plan
@@ -52,7 +51,7 @@ class CurvaturePass:
         self.rooms = workspace.Rooms(t.dtype, t.input.device)
         self.dense = loss.target != "sparse"
         self.target_tops = target_tops(loss, t)
-        self.wants_q = self.dense and self.directed and DenseCurvature.needs_q(loss.divergence, self.matrix)
+        self.wants_q = self.dense and self.directed and DenseKernel.needs_q(loss.divergence, self.matrix)
         self.wants_residual = self.directed and self.matrix == HESSIAN
 
     def tiles(self) -> Iterator[CurvatureTile]:
@@ -134,14 +133,14 @@ class CurvatureTile:
         """For residuals."""
         kind: type[Kernel] = DenseKernel if self.run.dense else SparseKernel
         if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = TritonDenseKernel if self.run.dense else TritonSparseKernel
+            kind = DenseKernel if self.run.dense else TritonSparseKernel
         return kind(self.run.given.loss, self.data())
 
     def curvature_kernel(self) -> CurvatureKernel:
         """For the matrix."""
-        kind: type[CurvatureKernel] = DenseCurvature if self.run.dense else SparseCurvature
+        kind: type[CurvatureKernel] = DenseKernel if self.run.dense else SparseCurvature
         if backends.serves(self.run.given.loss, self.map.input.device, self.run.dtype):
-            kind = TritonDenseCurvature if self.run.dense else TritonSparseCurvature
+            kind = DenseKernel if self.run.dense else TritonSparseCurvature
         given = self.run.given
         return kind(given.loss, self.data(), matrix=self.run.matrix, merges_tail=given.merges_tail)
 

@@ -215,7 +215,7 @@ class CurvatureKernel(Kernel, ABC):
     is multiplied. ``row_factor`` is what all products are still to be multiplied by, row by row.
     """
 
-    matrix: str = field(kw_only=True)
+    matrix: str | None = field(kw_only=True, default=None)  # None: residuals are formed, and no matrix
     merges_tail: bool = field(kw_only=True, default=False)
     sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from softcurve.head import backends, products, workspace
-from softcurve.head.closed_form import ClosedFormKernel
 from softcurve.head.dense import DenseKernel
-from softcurve.head.dense_triton import TritonDenseKernel
+from softcurve.head.fast_rows import FastRows
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, Statistics
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction, LinearMap
@@ -329,17 +328,14 @@ class _Tile:
     def kernel(self) -> Kernel:
         """A new one; the tile does not hold it, since it may hold the tile."""
         run = self.run
-        if backends.serves(run.loss, run.rows.device, run.dtype):
-            single = not run.plan.cuts_classes
-            if run.loss.target == "sparse":
-                return TritonSparseKernel(run.loss, self.data, single=single)
-            return TritonDenseKernel(run.loss, self.data)
+        in_triton = backends.serves(run.loss, run.rows.device, run.dtype)
+        if in_triton and run.loss.target == "sparse":
+            return TritonSparseKernel(run.loss, self.data, single=not run.plan.cuts_classes)
         if run.loss.target == "sparse":
             return SparseKernel(run.loss, self.data)
-        sees_offset = run.loss.z_loss != 0 and self.data.offset is not None  # which closed forms do not know
-        if run.plan.cuts_classes or run.group is not None or sees_offset:
-            return DenseKernel(run.loss, self.data)
-        return ClosedFormKernel(run.loss, self.data, again=self._again, scratch=run.scratch)
+        if FastRows.serves(run.loss, self.data):
+            return FastRows(run.loss, self.data, again=self._again, scratch=run.scratch)
+        return DenseKernel(run.loss, self.data)
 
     def load(self, classes: slice) -> Block:
         """The logits of a block, and what belongs to them."""
@@ -357,8 +353,7 @@ class _Tile:
         block = Block(classes, self.model.map.logits_into(room("z"), classes, run.loss.scale))
         block.out = residual_room("z", self.model.map)
         block.v_out = None if run.directions is None else residual_room("v", self.model.map)
-        by_closed_forms = run.loss.target != "sparse" and not run.plan.cuts_classes and run.group is None
-        if run.loss.softcap is not None and not in_triton and not by_closed_forms:
+        if run.loss.softcap is not None and not in_triton and run.loss.target == "sparse":
             block.raw = room("raw")
         if run.directions is not None:
             block.v = self.model.map.change_into(room("v"), self.model.along, classes, run.loss.scale)
