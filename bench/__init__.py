@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` prints every table; ``bench/RESULTS.md`` keeps the figures."""
+"""Benchmarks. ``python -m bench`` prints the tables; ``bench/RESULTS.md`` contains the measurements."""

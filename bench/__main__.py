@@ -1,8 +1,8 @@
-"""Print every table, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu | scaling]``.
+"""Print all tables, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu | scaling]``.
 
-The fits take hours, for the slowest peers have ten minutes each: they are made where they are asked for by name. So is
-what is measured on a CUDA device, which has options of its own (``python -m bench gpu --help``), and ``scaling``, which
-measures nothing: it prints what the formulas of docs/scaling.md predict.
+``fits``, ``gpu`` and ``scaling`` run only if they are named. The fits take hours, because the slowest solvers have a
+limit of ten minutes each. ``gpu`` measures on a CUDA device and has its own options (``python -m bench gpu --help``).
+``scaling`` prints the predictions of the cost model in docs/scaling.md and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.tables import Record, cell, print_head, print_row, write_json
 
 
 def main() -> None:
-    """Speed, memory and errors of the losses on dense logits and on a head, then exactness."""
+    """Print the selected tables."""
     if sys.argv[1:2] == ["gpu"]:
         sys.exit(gpu.main(sys.argv[2:]))
     options = _options()
@@ -71,21 +71,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "table", nargs="?", choices=tables, default="all", help="all but fits, gpu and scaling by default"
     )
-    rounds = f"rounds in which everybody takes a turn: 9 by default, {fits.REPEATS} of the fits"
+    rounds = f"number of rounds, each of which runs every contestant once [default: 9, or {fits.REPEATS} for fits]"
     parser.add_argument("--repeats", type=int, help=rounds)
-    parser.add_argument("--rows", type=int, default=4096, help="of the dense logits")
-    parser.add_argument("--classes", type=int, default=10_000, help="of the dense logits")
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="of the head; may be repeated")
-    parser.add_argument("--shape", action="append", type=_shape, metavar="N,d,C", help="of the head; may be repeated")
-    parser.add_argument("--problem", action="append", choices=tuple(PROBLEMS), help="of the fits; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=fits.DTYPES, help="of the fits; may be repeated")
-    parser.add_argument("--who", action="append", choices=fits.CONTESTANTS, help="of the fits; may be repeated")
-    parser.add_argument("--limit", type=float, default=fits.LIMIT, metavar="SECONDS", help="of a fit, which is killed")
-    parser.add_argument("--quick", action="store_true", help="small shapes, three rounds: to see that everything runs")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, and print them last")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the dense logits")
+    parser.add_argument("--classes", type=int, default=10_000, help="classes of the dense logits")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="case of the head; may be repeated")
+    shape = "shape of the head; may be repeated"
+    parser.add_argument("--shape", action="append", type=_shape, metavar="N,d,C", help=shape)
+    parser.add_argument("--problem", action="append", choices=tuple(PROBLEMS), help="problem to fit; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=fits.DTYPES, help="dtype of the fits; may be repeated")
+    parser.add_argument("--who", action="append", choices=fits.CONTESTANTS, help="solver of the fits; may be repeated")
+    limit = "time limit of a fit, after which it is killed"
+    parser.add_argument("--limit", type=float, default=fits.LIMIT, metavar="SECONDS", help=limit)
+    parser.add_argument("--quick", action="store_true", help="use small shapes and three rounds, to test the benchmark")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to PATH and print them at the end")
     options = parser.parse_args()
     if options.table == "gpu":
-        parser.error("gpu comes first, and has options of its own: python -m bench gpu --help")
+        parser.error("gpu must be the first argument and has its own options: python -m bench gpu --help")
     if options.repeats is None:
         options.repeats = 3 if options.quick else fits.REPEATS if options.table == "fits" else 9
     if options.quick:
@@ -103,12 +105,12 @@ def _shape(text: str) -> Shape:
 
 
 def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]:
-    """Who can run each case, ours first, and the floor: seconds, extra memory, error."""
-    print("\nlosses on features and a head, (rows, width, classes) float32, gradients in features and weight\n")
+    """Print seconds, extra memory and error of each contestant and of the matrix products alone."""
+    print("\nlosses on features and a head, (rows, width, classes) float32, gradients with respect to both\n")
     print(
-        "The ratio is the median of the rounds' own. Extra memory is beyond inputs and results (gradients, Hessian\n"
-        "products). The error is the largest of the results', on a sixteenth of the rows. The floor of a Hessian\n"
-        "product does not count the gradients' own products. Who has no row does not offer the loss.\n"
+        "A ratio is the median of the ratios of all rounds. Extra memory excludes inputs and results (gradients,\n"
+        "HVPs). The error is the largest relative error of the results, on a sixteenth of the rows. The lower bound\n"
+        "of an HVP does not include the products of the gradients. A library that does not provide a loss has no row.\n"
     )
     print_head("case", "shape", "who", "s", "ours / it", "extra MB", "results MB", "error")
     records = []
@@ -129,7 +131,7 @@ def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]
 
 
 def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
-    torch.compiler.reset()  # the shapes before would count against the limit on recompilations
+    torch.compiler.reset()  # previous shapes would count towards the limit on recompilations
     case, contestants = CASES[name], heads.contestants(name)
     given = case.inputs(shape)
     tried = {who: heads.prepared(who, prepare, given) for who, prepare in contestants.items()}
@@ -153,8 +155,8 @@ def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
 
 
 def print_heads_in_a_budget(rows: Iterable[tuple[str, Shape]]) -> list[Record]:
-    """Extra memory of everybody who can run each case, ours told to stay within the budget."""
-    print(f"\nmemory of losses on features and a head, ours within memory_budget = {heads.BUDGET // 2**20} MB\n")
+    """Print the extra memory of each contestant, with a memory budget for softcurve."""
+    print(f"\nmemory of losses on features and a head, softcurve with memory_budget = {heads.BUDGET // 2**20} MB\n")
     print_head("case", "shape", "who", "extra MB", "results MB")
     records = []
     for name, shape in rows:
@@ -176,8 +178,8 @@ def _memory(name: str, who: str, shape: Shape, budget: int | None = None) -> Rec
 
 
 def print_curvature(shapes: Sequence[Shape] | None, repeats: int) -> list[Record]:
-    """Products of matrices of second order, and the closed forms of a head."""
-    print("\nmatrices of second order of two layers and a head, (rows, width, classes) float32\n")
+    """Print the table of second-order products and of the closed forms of a head."""
+    print("\nsecond-order matrices of two layers and a head, (rows, width, classes) float32\n")
     print_head("what", "shape", "columns", "who", "s", "ours / it", "extra MB", "vector MB")
     records: list[Record] = []
     for shape in shapes or [curvature.SHAPE]:
@@ -217,7 +219,7 @@ def _head_figures(shape: curvature.Shape, repeats: int) -> Iterator[Record]:
     for name in seconds:
         record: Record = {"what": "head alone", "shape": shape, "columns": "", "who": name, "s": median(seconds[name])}
         if name != "loss + gradients":
-            record["who"] = f"{name}, beside loss + gradients"
+            record["who"] = f"{name}, relative to loss + gradients"
             record["ratio"] = median_ratio(seconds[name], seconds["loss + gradients"])
         _print_curvature_row(record)
         yield record
@@ -237,9 +239,9 @@ def _print_curvature_row(record: Record) -> None:
 
 
 def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
-    """Extra memory as the classes grow, ours told to stay within the budget."""
-    print(f"\nmemory of a product, ours within memory_budget = {curvature.BUDGET // 2**20} MB\n")
-    print_head("matrix", "shape", "who", "extra MB", "vector MB", "beyond the result MB")
+    """Print the extra memory of products for increasing numbers of classes, with a memory budget."""
+    print(f"\nmemory of a product with memory_budget = {curvature.BUDGET // 2**20} MB\n")
+    print_head("matrix", "shape", "who", "extra MB", "vector MB", "extra MB without the result")
     records: list[Record] = []
     for matrix in curvature.MATRICES:
         for shape in shapes or curvature.GROWING:
@@ -257,7 +259,7 @@ def print_curvature_in_a_budget(shapes: Sequence[Shape] | None) -> list[Record]:
 
 
 def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
-    """Loss and gradient (or Hessian product) of each case: seconds, their ratio, extra memory, error of the result."""
+    """Print seconds, extra memory and error of the loss and gradient (or HVP) of each case."""
     print(f"\nforward and backward, ({rows}, {classes}) float32; extra memory includes the gradient\n")
     print_head("loss", "ours s", "torch s", "ratio", "ours MB", "torch MB", "ours error", "torch error")
     records: list[Record] = []
@@ -294,7 +296,7 @@ def _extra_memory(index: int, side: str, rows: int, classes: int) -> float:
 
 
 def _errors(case: logits.Case, rows: int, classes: int) -> dict[str, float]:
-    """‖g − g64‖ / ‖g64‖ of the gradient (or Hessian product), g64 being torch's in float64."""
+    """Return ``‖g − g64‖ / ‖g64‖`` of the gradient (or HVP), where g64 is torch's result in float64."""
     z, target = logits.inputs(rows, classes, case.soft)
     wide = z.detach().double().requires_grad_()
     truth = logits.step(case.torchs, wide, target.double() if case.soft else target, case.order)
@@ -306,8 +308,8 @@ def _errors(case: logits.Case, rows: int, classes: int) -> dict[str, float]:
 
 
 def print_exactness() -> list[Record]:
-    """Relative errors where the textbook formula cancels."""
-    print("\nfloat32 where the textbook formula cancels: relative errors\n")
+    """Print relative errors in cases in which the textbook formula cancels."""
+    print("\nrelative errors in float32 where the textbook formula cancels\n")
     print_head("what", "truth", "ours", "torch", "ours' error", "torch's error")
     records: list[Record] = []
     for what, truth, ours, torchs in exactness.confident_rows() + exactness.nearly_equal():

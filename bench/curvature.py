@@ -1,6 +1,6 @@
-"""Products with matrices of second order: a network of two layers before a head, ours beside curvlinops.
+"""Products with second-order matrices of a network with two layers and a head, compared with curvlinops.
 
-A case is a name; :func:`prepared` makes its run, so that a fresh process can make the same one.
+A case is identified by its name, so that a fresh process can construct the same run with :func:`prepared`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ THEIRS = {"Gauss-Newton": "GGNLinearOperator", "Hessian": "HessianLinearOperator
 
 
 class Shape(NamedTuple):
-    """Of the head."""
+    """The shape of the head."""
 
     rows: int
     width: int
@@ -40,7 +40,7 @@ BUDGET = 64 * 2**20
 
 
 class Network(NamedTuple):
-    """Features, a head and data in one batch, and the sum of parameters."""
+    """Features, a head, one batch of data, and the number of parameters."""
 
     features: nn.Sequential
     head: nn.Linear
@@ -49,7 +49,7 @@ class Network(NamedTuple):
 
     @staticmethod
     def of(shape: Shape) -> Network:
-        """Of fixed random numbers."""
+        """Create a network with fixed random numbers."""
         torch.manual_seed(0)
         features = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, shape.width), nn.ReLU())
         head = nn.Linear(shape.width, shape.classes)
@@ -59,7 +59,7 @@ class Network(NamedTuple):
 
 
 def prepared(matrix: str, who: str, columns: int, shape: Shape, budget: int | None = None) -> Run:
-    """A product with ``columns`` fixed random columns, or why there is none (a string is raised)."""
+    """Return a function that computes a product with ``columns`` fixed random columns."""
     network = Network.of(shape)
     vectors = torch.randn(network.size, columns)
     if who == OURS:
@@ -81,7 +81,7 @@ def _curvlinops(matrix: str, network: Network) -> torch.Tensor:
 
 
 def floor(shape: Shape, products: int) -> Run:
-    """So many matrix products of a head, the logits and both ways back in turn."""
+    """Return a function that computes this number of matrix products: the logits and the two gradients in turn."""
     e, weight = torch.randn(shape.rows, shape.width), torch.randn(shape.classes, shape.width)
     logits, back, gradient = torch.empty(shape.rows, shape.classes), torch.empty_like(e), torch.empty_like(weight)
     kinds: tuple[Run, ...] = (
@@ -101,7 +101,7 @@ def floor(shape: Shape, products: int) -> Run:
 
 
 def head_runs(shape: Shape) -> dict[str, Run]:
-    """The closed forms of a head beside its loss with gradients."""
+    """Return functions that compute the closed forms of a head, and its loss with gradients."""
     network = Network.of(shape)
     e = network.features(network.data[0][0]).detach().requires_grad_()
     weight, bias, target = network.head.weight, network.head.bias, network.data[0][1]
@@ -117,7 +117,7 @@ def head_runs(shape: Shape) -> dict[str, Run]:
 
 
 def memory(matrix: str, who: str, columns: int, shape: Shape, budget: int | None = None) -> dict[str, float | str]:
-    """Extra peak memory of a product in a fresh process, in MB, and that of one vector of the parameters."""
+    """Measure the extra peak memory of a product in a fresh process, and the size of a parameter vector, in MB."""
     call = f"curvature.print_memory({matrix!r}, {who!r}, {columns}, curvature.Shape(*{tuple(shape)}), {budget})"
     found: dict[str, float | str] = json.loads(
         measure.in_fresh_process(f"from bench import curvature\n{call}\n").splitlines()[-1]
@@ -126,9 +126,9 @@ def memory(matrix: str, who: str, columns: int, shape: Shape, budget: int | None
 
 
 def print_memory(matrix: str, who: str, columns: int, shape: Shape, budget: int | None) -> None:
-    """For a process of its own."""
+    """Measure and print the memory of a product; intended for a fresh process."""
     try:
-        prepared(matrix, who, columns, Shape(8, 16, 50))()  # what is loaded with the first use
+        prepared(matrix, who, columns, Shape(8, 16, 50))()  # loads everything that the first use loads
         run = prepared(matrix, who, columns, shape, budget)
         figures: dict[str, float | str] = {"extra_mb": measure.extra_peak_of(run)}
     except Exception as error:

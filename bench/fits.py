@@ -1,7 +1,7 @@
-"""Fits of a softmax head: ours beside scikit-learn's solvers, all run until the same gradient is small.
+"""Fits of a softmax head by softcurve and by scikit-learn's solvers, to the same largest entry of the gradient.
 
-A fit's own claim is not believed: :func:`bench.problems.judge` takes the gradient again, in float64, from the returned
-coefficients. Each fit has a process of its own, which loads the rows first and which a time limit can end.
+:func:`bench.problems.judge` recomputes the gradient in float64 from the returned coefficients. Each fit runs in its own
+process, which loads the data first and is killed after a time limit.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ CONTESTANTS = (OURS, "lbfgs", "newton-cg", "newton-cholesky")
 DTYPES = ("float64", "float32")
 SMALL = Shape(300, 12, 5)
 REPEATS, LIMIT = 3, 600.0
-# The largest entry of the gradient that ends a fit, and how often a solver may be asked for a third of the tolerance.
+# The largest entry of the gradient that a fit must reach, and how often the tolerance of a solver is divided by three.
 WANTED, TRIES = 1e-6, 7
-# Seconds of a first run beyond which there is one more at most.
+# Seconds of a first run above which it is repeated at most once.
 LONG = 60.0
-# Bytes of newton-cholesky's Hessian matrix beyond which it is not tried, for the solution needs copies of it.
+# Bytes of newton-cholesky's Hessian above which it is not run, because solving with it needs copies.
 LARGEST_HESSIAN = 8e9
 
 
 def print_fits(
     names: Sequence[str], dtypes: Sequence[str], contestants: Sequence[str], *, repeats: int, limit: float, small: bool
 ) -> list[Record]:
-    """Seconds, iterations and extra memory of each contestant on each problem, and what was reached."""
-    print(f"\nfits of a softmax head, until no entry of the gradient exceeds {WANTED:g}\n")
+    """Print seconds, iterations, extra memory and the final gradient of each solver on each problem."""
+    print(f"\nfits of a softmax head until no entry of the gradient exceeds {WANTED:g}\n")
     for name in names:
         print(
             f"{name}: {PROBLEMS[name].what}, {SMALL if small else PROBLEMS[name].shape}, λ = {PROBLEMS[name].penalty:g}"
         )
     print(
-        "\nShapes are (rows, features, classes). tol is the first of 1e-6, 3.3e-7, 1.1e-7, ... whose fit has the\n"
-        "wanted gradient, which is taken from the returned coefficients in float64. Seconds are the median of the\n"
-        f"runs, the ratio that of the rounds' own; who took more than {LONG:g} s was run twice at most. Extra memory\n"
-        "is beyond the rows. The last column is the objective minus the least of the same problem and dtype.\n",
+        "\nShapes are (samples, features, classes). tol is the first of 1e-6, 3.3e-7, 1.1e-7, ... whose fit reaches\n"
+        "this gradient, recomputed in float64 from the returned coefficients. Seconds are medians of the runs, ratios\n"
+        f"medians of the ratios of all rounds; a solver that took more than {LONG:g} s ran at most twice. Extra\n"
+        "memory excludes the data. The last column is the objective minus the smallest for its problem and dtype.\n",
         flush=True,
     )
     print_head(
@@ -84,7 +84,7 @@ def _print_fit(record: Record) -> None:
 def figures(
     name: str, dtype: str, contestants: Sequence[str], *, repeats: int, limit: float, small: bool = False
 ) -> list[Record]:
-    """A record for each contestant, who take turns."""
+    """Return one record for each solver; their runs are interleaved."""
     problem = PROBLEMS[name]
     rows, target = problem.make(SMALL if small else problem.shape)
     with TemporaryDirectory(prefix="softcurve-bench-") as folder:
@@ -97,7 +97,7 @@ def figures(
         for record in records:
             reason = _unfit(record["who"], shape, dtype)
             record |= {"note": reason} if reason else _first_within(partial(fit, record["who"]))
-        # The fits that found the tolerances were the first round.
+        # The fits that determined the tolerances are the first round.
         for turn in range(1, repeats):
             for record in records:
                 if "note" not in record and (turn == 1 or record["seconds"][0] <= LONG):
@@ -109,7 +109,7 @@ def figures(
 
 
 def _compared(records: list[Record]) -> list[Record]:
-    """Medians, ratios to ours, and what is left above the least objective."""
+    """Add the medians, the ratios to softcurve, and the excess over the smallest objective."""
     least = min((record["objective"] for record in records if "objective" in record), default=0.0)
     seconds = {record["who"]: record["seconds"] for record in records if "note" not in record}
     for record in records:
@@ -125,7 +125,7 @@ def _compared(records: list[Record]) -> list[Record]:
 
 
 def _unfit(who: str, shape: Shape, dtype: str) -> str | None:
-    """Why a contestant is not tried at all."""
+    """Return the reason for not running a solver, or None."""
     hessian = (shape.classes * (shape.width + 1)) ** 2 * np.dtype(dtype).itemsize
     if who == "newton-cholesky" and hessian > LARGEST_HESSIAN:
         return f"skipped: a Hessian matrix of {hessian / 1e9:.0f} GB"
@@ -133,7 +133,7 @@ def _unfit(who: str, shape: Shape, dtype: str) -> str | None:
 
 
 def _first_within(fit: partial[Record]) -> Record:
-    """The first fit whose gradient is wanted, at ever smaller tolerances; or the closest one, with a note."""
+    """Decrease the tolerance until a fit reaches the gradient; if none does, return the closest with a note."""
     tol = WANTED
     closest: Record | None = None
     last: Record | None = None
@@ -151,7 +151,7 @@ def _first_within(fit: partial[Record]) -> Record:
             return found
         if closest is None or found["gradient"] < closest["gradient"]:
             closest = found
-        # Whoever does the same for less tolerance was not stopped by it, but by rounding.
+        # If a smaller tolerance changes nothing, the fit was stopped by rounding.
         if last and found["iterations"] == last["iterations"] and found["gradient"] > 0.9 * last["gradient"]:
             break
         last, tol = found, tol / 3
@@ -160,7 +160,7 @@ def _first_within(fit: partial[Record]) -> Record:
 
 
 def _in_process(path: Path, penalty: float, limit: float, who: str, tol: float) -> Record:
-    """What :func:`print_fit` prints in a fresh process, or a note why it does not."""
+    """Return the record that :func:`print_fit` prints in a fresh process, or a note on why it failed."""
     call = f"fits.print_fit({str(path)!r}, {who!r}, {penalty!r}, {tol!r}, {limit!r})"
     try:
         found: Record = json.loads(in_fresh_process(f"from bench import fits\n{call}\n").splitlines()[-1])
@@ -168,7 +168,7 @@ def _in_process(path: Path, penalty: float, limit: float, who: str, tol: float) 
         if failure.code == -signal.SIGALRM:
             return {"note": f"> {limit:g} s"}
         if failure.code == -signal.SIGKILL:
-            return {"note": "killed from outside, probably for want of memory"}
+            return {"note": "killed, probably out of memory"}
         return {"note": f"failed: {failure.errors.strip().splitlines()[-1]}"}
     return found
 
@@ -177,7 +177,7 @@ def _in_process(path: Path, penalty: float, limit: float, who: str, tol: float) 
 
 
 def print_fit(path: str, who: str, penalty: float, tol: float, limit: float) -> None:
-    """Load, warm up, fit (the time and the memory of this alone are taken), judge; a line of JSON."""
+    """Load the data, warm up, measure a fit, evaluate it, and print one line of JSON."""
     with np.load(path) as arrays:
         rows, target = arrays["rows"], arrays["target"]
     given = _given(who, rows, target)
@@ -194,7 +194,7 @@ def print_fit(path: str, who: str, penalty: float, tol: float, limit: float) -> 
     estimator = _estimator(who, C=1 / (penalty * len(rows)), tol=tol)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
-        # Nothing handles the signal, so that it ends the process in the midst of any matrix product.
+        # The signal has no handler, so it ends the process even during a matrix product.
         signal.setitimer(signal.ITIMER_REAL, limit)
         extra = extra_peak_of(run)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -205,7 +205,7 @@ def print_fit(path: str, who: str, penalty: float, tol: float, limit: float) -> 
 
 
 def _estimator(who: str, *, C: float, tol: float) -> Any:
-    """Told to take as many iterations as the tolerance needs."""
+    """Return the estimator with enough iterations for the tolerance."""
     if who == OURS:
         from softcurve import SoftmaxRegression
 
@@ -216,7 +216,7 @@ def _estimator(who: str, *, C: float, tol: float) -> Any:
 
 
 def _given(who: str, rows: Array, target: Array) -> tuple[Array, ...]:
-    """What ``fit`` is called with: scikit-learn takes a distribution as a row's copies, weighted, with each label."""
+    """Return the arguments of ``fit``; for scikit-learn a distribution becomes weighted copies with each label."""
     if who == OURS or target.ndim == 1:
         return rows, target
     classes = target.shape[1]

@@ -1,6 +1,6 @@
-"""The losses on features and a head: what is measured beside what, and how it is prepared.
+"""The cases of the benchmark of losses on features and a head.
 
-A target is a tuple of tensors, so that all losses are called alike: ``loss(input, linear_weight, *target)``.
+A target is a tuple of tensors, so that all losses have the signature ``loss(input, linear_weight, *target)``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Run = Callable[[], Tensors]
 
 
 class Shape(NamedTuple):
-    """Of the logits that nobody should hold, and the features' width."""
+    """The numbers of rows and classes, and the width of the features."""
 
     rows: int
     width: int
@@ -36,14 +36,14 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the gradients are wanted in (features and head), the target, and the direction of any Hessian product."""
+    """The tensors to differentiate (features and weight), the target, and the direction of an HVP."""
 
     wanted: tuple[Tensor, Tensor]
     target: Tensors
     direction: Tensors = ()
 
     def in_float64(self) -> Inputs:
-        """The same numbers."""
+        """Return the same inputs in float64."""
         e, w = self.wanted
         target = tuple(t.double() if t.is_floating_point() else t for t in self.target)
         wanted = e.detach().double().requires_grad_(), w.detach().double().requires_grad_()
@@ -56,35 +56,35 @@ TOP_K = 64
 
 
 def class_indices(shape: Shape, generator: Generator) -> Tensors:
-    """One class a row."""
+    """Return one class per row."""
     return (torch.randint(shape.classes, (shape.rows,), generator=generator),)
 
 
 def teacher(shape: Shape, generator: Generator) -> Tensors:
-    """A head on features half as wide again as the student's: its features and weight."""
+    """Return features and weight of a teacher that is 1.5 times as wide as the student."""
     return _features_and_weight(shape._replace(width=shape.width * 3 // 2), generator)
 
 
 def probabilities(shape: Shape, generator: Generator) -> Tensors:
-    """A teacher's softmax, written out."""
+    """Return the dense probabilities of a teacher."""
     return (torch.nn.functional.linear(*teacher(shape, generator)).softmax(-1),)
 
 
 def top_k(shape: Shape, generator: Generator) -> Tensors:
-    """A teacher's largest log-probabilities: the classes, then the values."""
+    """Return the classes and values of a teacher's largest log-probabilities."""
     logits = torch.nn.functional.linear(*teacher(shape, generator))
     log_probs, indices = logits.log_softmax(-1).topk(min(TOP_K, shape.classes))
     return indices, log_probs
 
 
 def _features_and_weight(shape: Shape, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Such that a logit has the standard deviation 2."""
+    """Return random features and weights whose logits have standard deviation 2."""
     features = torch.randn(shape.rows, shape.width, generator=generator)
     weight = torch.randn(shape.classes, shape.width, generator=generator).mul_(2 / math.sqrt(shape.width))
     return features, weight
 
 
-# --- ours -------------------------------------------------------------------------------------------------------------
+# --- softcurve --------------------------------------------------------------------------------------------------------
 
 
 def _kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, memory_budget: int | None) -> Tensor:
@@ -104,32 +104,35 @@ def _top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor, *, memory_b
     return sc.linear_kl_divergence(e, w, sc.TopK(indices, log_probs), memory_budget=memory_budget)
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def gradients(loss: Loss, given: Inputs) -> Run:
-    """The loss and its gradients."""
+    """Return a function that computes the loss and its gradients."""
     return lambda: torch.autograd.grad(loss(*given.wanted, *given.target), given.wanted)
 
 
 def hessian(loss: Loss, given: Inputs) -> Run:
-    """The loss, its gradients with a graph, and their product with the direction: a Hessian product from nothing."""
+    """Return a function that computes the loss, its gradients and an HVP without a prepared graph."""
     return lambda: hessian_product(loss, given)()
 
 
 def hessian_product(loss: Loss, given: Inputs) -> Run:
-    """The product alone: the graph of the gradients is made here, once."""
+    """Return a function that computes only the HVP; the graph of the gradients is created here."""
     first = torch.autograd.grad(loss(*given.wanted, *given.target), given.wanted, create_graph=True)
     return lambda: first + torch.autograd.grad(first, given.wanted, given.direction, retain_graph=True)
 
 
 def compiled_gradients(loss: Loss, given: Inputs) -> Run:
-    """As :func:`gradients`, compiled for the very shape."""
+    """Return :func:`gradients` of the loss compiled for this shape."""
     return gradients(torch.compile(loss, dynamic=False), given)
 
 
 def compiled_hessian(loss: Loss, given: Inputs) -> Run:
-    """As :func:`hessian`, forward over reverse: a compiled loss cannot be differentiated twice from outside."""
+    """Return :func:`hessian` in compiled form, forward over reverse.
+
+    A compiled loss does not support double backward.
+    """
 
     def products(e: Tensor, w: Tensor, de: Tensor, dw: Tensor, *target: Tensor) -> Tensors:
         slope = torch.func.grad(lambda e, w: loss(e, w, *target), argnums=(0, 1))
@@ -141,23 +144,26 @@ def compiled_hessian(loss: Loss, given: Inputs) -> Run:
     return lambda: compiled(e.detach(), w.detach(), *given.direction, *given.target)
 
 
-Products = list[tuple[Tensor, Tensor, Tensor]]  # left, right, and where the product goes
+Products = list[tuple[Tensor, Tensor, Tensor]]  # left factor, right factor, output
 
 
 def gradient_products(given: Inputs) -> Products:
-    """``z = e Wᵀ``, then with the residual in its place ``g W`` and ``gᵀ e``."""
+    """Return the products ``z = e Wᵀ``, ``g W`` and ``gᵀ e``; the residual ``g`` overwrites ``z``."""
     (e, w), z = given.wanted, _logits(given)
     return [(e, w.T, z), (z, w, torch.empty_like(e)), (z.T, e, torch.empty_like(w))]
 
 
 def teacher_products(given: Inputs) -> Products:
-    """The teacher's logits besides."""
+    """Return the products of the gradients and that of the teacher's logits."""
     te, tw = given.target
     return [*gradient_products(given), (te, tw.T, _logits(given))]
 
 
 def hessian_products(given: Inputs) -> Products:
-    """``z = e Wᵀ``, ``ż = ė Wᵀ + e Ẇᵀ``, then ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``; the gradients' own are not counted."""
+    """Return the products of ``z = e Wᵀ``, ``ż = ė Wᵀ + e Ẇᵀ``, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``.
+
+    The products of the gradients themselves are not included.
+    """
     (e, w), (de, dw), z, dz = given.wanted, given.direction, _logits(given), _logits(given)
     of_e, of_w = torch.empty_like(e), torch.empty_like(w)
     forward = [(e, w.T, z), (de, w.T, dz), (e, dw.T, dz)]
@@ -171,7 +177,7 @@ def _logits(given: Inputs) -> Tensor:
 
 @torch.no_grad()
 def multiply(products: Products) -> None:
-    """The floor: the matrix products that nobody can do without, and nothing else."""
+    """Compute only the matrix products, which are a lower bound of the time of every implementation."""
     for left, right, out in products:
         torch.mm(left, right, out=out)
 
@@ -183,7 +189,7 @@ BASE = Shape(1024, 256, 32_000)
 
 @dataclass(frozen=True)
 class Case:
-    """One loss: ours, and the dense one that it must equal."""
+    """One loss in softcurve, and the dense implementation that it must equal."""
 
     target: Callable[[Shape, Generator], Tensors]
     ours: Loss
@@ -194,7 +200,7 @@ class Case:
     compiled: Callable[[Loss, Inputs], Run] | None = compiled_gradients
 
     def inputs(self, shape: Shape) -> Inputs:
-        """The same numbers for everybody."""
+        """Return the same inputs for all implementations."""
         generator = torch.Generator().manual_seed(0)
         e, w = _features_and_weight(shape, generator)
         direction = torch.randn(e.shape, generator=generator), torch.randn(w.shape, generator=generator)
@@ -241,7 +247,7 @@ OURS, COMPILED = "ours", "torch.compile"
 
 
 def contestants(name: str, budget: int | None = None) -> dict[str, Callable[[Inputs], Run]]:
-    """Who runs the case, ours first and within the budget."""
+    """Return the implementations of a case, with softcurve first."""
     case = CASES[name]
     found: dict[str, Callable[[Inputs], Run]] = {
         OURS: partial(case.run, partial(case.ours, memory_budget=budget)),
@@ -253,7 +259,7 @@ def contestants(name: str, budget: int | None = None) -> dict[str, Callable[[Inp
 
 
 def prepared(who: str, prepare: Callable[[Inputs], Run], given: Inputs) -> Run | str:
-    """The run, tried once; or why a peer cannot do it."""
+    """Return the run after trying it once, or a note if another implementation fails."""
     try:
         run = prepare(given)
         run()
@@ -265,9 +271,10 @@ def prepared(who: str, prepare: Callable[[Inputs], Run], given: Inputs) -> Run |
 
 
 def print_memory(name: str, who: str, shape: Shape, budget: int | None) -> None:
-    """One line of JSON: megabytes of the results, and how far the resident set rises beyond inputs and results.
+    """Print one line of JSON: the extra peak memory beyond inputs and results, and the size of the results, in MB.
 
-    For a process of its own. What compiles does so before, at the full shape; everybody else warms up on a tiny one.
+    This is intended for a fresh process. Implementations that compile are warmed up at the full shape, all others at a
+    small one.
     """
     case, prepare = CASES[name], contestants(name, budget)[who]
     given = case.inputs(shape)

@@ -1,4 +1,4 @@
-"""The losses on dense logits beside torch's own: what is timed, and how it is prepared."""
+"""The cases of the benchmark of losses on dense logits, compared with torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One loss of logits ``z`` and a target, ours and torch's."""
+    """One loss of logits ``z`` and a target, in softcurve and in torch."""
 
     name: str
     ours: Loss
     torchs: Loss
-    soft: bool  # whether the target is made of logits, or of class indices
-    order: int = 1  # 2: the Hessian product by double backward
+    soft: bool  # whether the target is given by logits instead of class indices
+    order: int = 1  # 2 is the HVP by double backward
 
 
 def _kl_torch(z: Tensor, b: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ CASES = (
 
 
 def inputs(rows: int, classes: int, soft: bool) -> tuple[Tensor, Tensor]:
-    """Logits that want a gradient, and a target: indices, or a teacher's logits."""
+    """Return logits that require a gradient, and a target: class indices or a teacher's logits."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(rows, classes, generator=generator).requires_grad_()
     if soft:
@@ -70,7 +70,7 @@ def inputs(rows: int, classes: int, soft: bool) -> tuple[Tensor, Tensor]:
 
 
 def step(loss: Loss, z: Tensor, target: Tensor, order: int) -> Tensor:
-    """Forward and backward, for ``order=2`` twice; the last gradient."""
+    """Run forward and backward, for ``order=2`` double backward, and return the last gradient."""
     (gradient,) = torch.autograd.grad(loss(z, target), z, create_graph=order == 2)
     if order == 2:
         (gradient,) = torch.autograd.grad(gradient, z, z.detach())

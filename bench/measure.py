@@ -1,4 +1,4 @@
-"""How things are measured: turns taken in one process, peak memory in a fresh one, errors against float64."""
+"""Measurement of time by interleaved runs, of peak memory in fresh processes, and of errors against float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, the runs taking turns, so that a slow minute of the machine meets all of them."""
+    """Measure the seconds of each run in every round; interleaving exposes all runs to the same machine load."""
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -30,28 +30,28 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the rounds' own ratios, which a change of the machine's speed between rounds leaves alone."""
+    """Return the median of the ratios of all rounds, which is insensitive to speed changes between rounds."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """``‖result − truth‖ / ‖truth‖``, in the truth's dtype."""
+    """Return ``‖result − truth‖ / ‖truth‖``, computed in the dtype of ``truth``."""
     truth = truth.detach()
     return float((result.detach().to(truth.dtype) - truth).norm() / truth.norm())
 
 
 def extra_peak_of(function: Callable[[], object]) -> float:
-    """Megabytes by which the resident set rises at its highest while ``function`` runs. For a process of its own."""
+    """Return the peak increase of the resident set in megabytes during ``function``; use a fresh process."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but still resident could be taken without a rise
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that is still resident could be reused unnoticed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     function()
     return (_status("VmHWM") - before) / 1024
 
 
 class ProcessFailure(RuntimeError):
-    """A measuring process ended with ``code`` (of a signal, its number below zero), having written ``errors``."""
+    """A measuring process ended with ``code`` (a negative signal number if it was killed) and wrote ``errors``."""
 
     def __init__(self, code: int, errors: str) -> None:
         super().__init__(f"the measuring process failed with code {code}:\n{errors}")
@@ -59,7 +59,11 @@ class ProcessFailure(RuntimeError):
 
 
 def in_fresh_process(code: str) -> str:
-    """What ``code`` prints in a Python of its own, with this process's import path. Raises ProcessFailure."""
+    """Run ``code`` in a new Python process with the same import path and return its output.
+
+    Raises:
+        ProcessFailure: If the process does not end with code 0.
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ProcessFailure(done.returncode, done.stderr)

@@ -1,7 +1,7 @@
-"""What the head is measured beside: torch's own losses on the written-out logits, and libraries with their defaults.
+"""The implementations that the head is compared with: torch's losses on dense logits, and libraries.
 
-All are called alike, ``loss(input, linear_weight, *target)``, as in ``bench.heads``. A library is imported when it is
-run: none has to be installed.
+All have the signature ``loss(input, linear_weight, *target)``, as in ``bench.heads``. The libraries use their defaults.
+They are optional and are imported when they are run.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ Loss = Callable[..., Tensor]
 
 
 def dense_cross_entropy(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """Against class indices or probabilities."""
+    """Return the cross-entropy with class indices or probabilities."""
     return F.cross_entropy(F.linear(e, w), target)
 
 
 def dense_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
-    """``D(teacher‖model)``."""
+    """Return ``D(teacher‖model)``."""
     log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 
 
 def dense_reverse_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
-    """``D(model‖teacher)``."""
+    """Return ``D(model‖teacher)``."""
     log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def dense_js(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
-    """At β = ½."""
+    """Return the Jensen-Shannon divergence with β = ½."""
     log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean() / 2
 
 
 def dense_top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    """``D(list‖model)``, all other classes being one outcome."""
+    """Return ``D(list‖model)``, in which all unlisted classes are one outcome."""
     log_p = F.linear(e, w).log_softmax(-1).gather(-1, indices)
     return F.kl_div(_with_rest(log_p), _with_rest(log_probs), log_target=True, reduction="batchmean")
 
@@ -65,7 +65,7 @@ def _cut_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def _liger(
     input: Tensor, weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, *, beta: float, compiled: bool = True
 ) -> Tensor:
-    """Its β is ours: 0 is forward KL, 1 reverse. It wants labels even where the hard loss has no weight."""
+    """Return Liger's divergence: β = 0 is the forward KL, 1 the reverse. It requires labels also for weight 0."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     divergence = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
@@ -74,8 +74,8 @@ def _liger(
     return loss
 
 
-# By the case in bench.heads. torch's chunked op and cut-cross-entropy take class indices alone, Liger's losses for the
-# CPU a linear teacher alone; none of the three can be differentiated twice.
+# The keys are the cases in bench.heads. torch's chunked operator and cut-cross-entropy support only class indices, and
+# Liger's losses for the CPU only a linear teacher. None of them can be differentiated twice.
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
     "cross-entropy": {"torch chunked": _torch_chunked, "cut-cross-entropy": _cut_cross_entropy},
     **{
@@ -91,7 +91,7 @@ COMPILING = ("torch.compile", "cut-cross-entropy", "Liger")
 
 
 def reason(error: Exception) -> str:
-    """Why a peer has no figures, for its row."""
+    """Return the note for an implementation that failed."""
     if isinstance(error, ModuleNotFoundError):
         return f"not installed ({error.name})"
     first_line, _, _ = str(error).strip().partition("\n")

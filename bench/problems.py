@@ -1,6 +1,6 @@
-"""Classification problems for fits, of fixed random numbers, and the judge of a fitted head.
+"""Classification problems from fixed random numbers, and the evaluation of a fitted head.
 
-The objective is ``Σ loss_i / n + ½ λ ‖W‖²`` in nats, the intercept not penalised: λ = 1/(C n) for scikit-learn's C.
+The objective is ``Σ loss_i / n + ½ λ ‖W‖²`` in nats. The intercept is not penalised. λ is 1/(C n) for scikit-learn's C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 class Shape(NamedTuple):
-    """Rows, features, classes."""
+    """The numbers of samples, features and classes."""
 
     rows: int
     width: int
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fitted: ``make(shape)`` returns rows ``(n, d)`` and labels ``(n,)`` or distributions ``(n, C)``."""
+    """A problem; ``make(shape)`` returns samples ``(n, d)`` and labels ``(n,)`` or distributions ``(n, C)``."""
 
     what: str
     make: Callable[[Shape], tuple[Array, Array]]
@@ -37,7 +37,7 @@ class Problem:
 
 
 def digits(shape: Shape) -> tuple[Array, Array]:
-    """Scikit-learn's digits (at most 1,797, of ten classes), as ``width`` random Fourier features."""
+    """Return scikit-learn's digits (at most 1,797, ten classes) as ``width`` random Fourier features."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -49,7 +49,7 @@ def digits(shape: Shape) -> tuple[Array, Array]:
 
 
 def power_law(shape: Shape) -> tuple[Array, Array]:
-    """Labels drawn from a softmax teacher that sees features of standard deviations ∝ 1/j, rotated."""
+    """Return rotated features with standard deviations ∝ 1/j, and labels sampled from a softmax teacher."""
     rng = np.random.default_rng(1)
     rows = _rotated(rng, _decaying(rng, shape, power=1.0))
     logits = rows @ rng.normal(size=(shape.width, shape.classes)) * 3 / np.sqrt(shape.width)
@@ -57,7 +57,7 @@ def power_law(shape: Shape) -> tuple[Array, Array]:
 
 
 def rare_classes(shape: Shape) -> tuple[Array, Array]:
-    """Normal clouds around one centre a class; class k has a share ∝ 1/k, and one row at least."""
+    """Return normal clusters around one centre per class; class k has a frequency ∝ 1/k and at least one sample."""
     rng = np.random.default_rng(2)
     centres = rng.normal(size=(shape.classes, shape.width))
     shares = 1 / np.arange(1, shape.classes + 1)
@@ -67,10 +67,10 @@ def rare_classes(shape: Shape) -> tuple[Array, Array]:
 
 
 def near_separable(shape: Shape) -> tuple[Array, Array]:
-    """A linear teacher's first choice, but where its margin is almost zero; features of deviations ∝ 1/j, rotated.
+    """Return rotated features with standard deviations ∝ 1/j, and noisy predictions of a linear teacher as labels.
 
-    About three per cent of the rows are on the wrong side of the teacher. A head of so many features still separates
-    all rows, by weights that are large where the features are small.
+    About three per cent of the labels differ from the teacher's prediction, at small margins. A head with this many
+    features still separates all samples, with large weights for small features.
     """
     rng = np.random.default_rng(3)
     unrotated = _decaying(rng, shape, power=1.0)
@@ -81,7 +81,7 @@ def near_separable(shape: Shape) -> tuple[Array, Array]:
 
 
 def soft_labels(shape: Shape) -> tuple[Array, Array]:
-    """Distributions of a softmax teacher with blurred logits, on features of standard deviations ∝ 1/√j, rotated."""
+    """Return rotated features with standard deviations ∝ 1/√j, and distributions of a teacher with noisy logits."""
     rng = np.random.default_rng(4)
     rows = _rotated(rng, _decaying(rng, shape, power=0.5))
     logits = rows @ rng.normal(size=(shape.width, shape.classes)) * 3 / np.sqrt(shape.width)
@@ -100,7 +100,7 @@ PROBLEMS = {
 
 
 def judge(rows: Array, target: Array, penalty: float, weight: Array, bias: Array) -> dict[str, float]:
-    """The objective, the largest entry of its gradient in weight and bias, and the share of right rows, in float64."""
+    """Return the objective, the largest entry of its gradient, and the accuracy, computed in float64."""
     rows, weight, bias = (array.astype(np.float64) for array in (rows, weight, bias))
     if target.ndim == 1:
         target = np.eye(len(weight))[target]
@@ -117,7 +117,7 @@ def judge(rows: Array, target: Array, penalty: float, weight: Array, bias: Array
 
 
 def _softmax(logits: Array) -> tuple[Array, Array]:
-    """The probabilities, and the log-sum-exps ``(n,)``."""
+    """Return the probabilities and the log-sum-exps ``(n,)``."""
     largest = logits.max(1, keepdims=True)
     exponentials = np.exp(logits - largest)
     sums = exponentials.sum(1, keepdims=True)
@@ -125,7 +125,7 @@ def _softmax(logits: Array) -> tuple[Array, Array]:
 
 
 def _decaying(rng: np.random.Generator, shape: Shape, *, power: float) -> Array:
-    """Normal features of standard deviations ∝ ``j^−power``; their variances are 1 on average."""
+    """Return normal features with standard deviations ∝ ``j^−power`` and a mean variance of 1."""
     scales = np.arange(1, shape.width + 1) ** -power
     return rng.normal(size=(shape.rows, shape.width)) * scales / np.sqrt((scales**2).mean())
 
@@ -136,5 +136,5 @@ def _rotated(rng: np.random.Generator, rows: Array) -> Array:
 
 
 def _consecutive(labels: Array) -> Array:
-    """From 0 on without a gap: a class may have been drawn by no row."""
+    """Renumber the labels from 0 without gaps, because no sample may have drawn a class."""
     return np.unique(labels, return_inverse=True)[1]

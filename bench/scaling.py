@@ -1,7 +1,7 @@
-"""What a step costs over many processes, as formulas: operations, memory, messages (docs/scaling.md).
+"""The cost model of docs/scaling.md: operations, memory and messages of a distributed step.
 
-``tests/test_scaling.py`` holds the formulas to what is counted: torch's count of operations, and the bytes that the
-processes of small meshes hand to their collectives. What follows for a machine rests on assumed rates, and says so.
+``tests/sharded_training.py`` compares the formulas with operations counted by torch and bytes counted at the
+collectives of small meshes. The predictions of seconds use assumed rates.
 """
 
 from __future__ import annotations
@@ -16,81 +16,85 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Step:
-    """``rows × width`` features, ``classes``; rows over ``by_rows`` processes, classes over ``by_classes``."""
+    """A step with ``rows × width`` features; ``by_rows`` processes share the rows, ``by_classes`` the classes."""
 
     rows: int
     width: int
     classes: int
     by_rows: int = 1
     by_classes: int = 1
-    tile: int | None = None  # rows of a tile; all at once by default
-    itemsize: int = 2  # of parameters and features; sums are in single precision, or the parameters' own if wider
+    tile: int | None = None  # rows per tile; all rows by default
+    itemsize: int = 2  # bytes per parameter and feature; sums use single precision or the parameters' dtype if wider
 
     @property
     def own_rows(self) -> int:
-        """Of the process that has most; the same below."""
+        """The largest number of rows of a process."""
         return -(-self.rows // self.by_rows)
 
     @property
     def own_classes(self) -> int:
-        """``C / R``."""
+        """The largest number of classes of a process."""
         return -(-self.classes // self.by_classes)
 
     @property
     def tiles(self) -> int:
-        """Of one process."""
+        """The number of tiles of a process."""
         return -(-self.own_rows // (self.tile or self.own_rows))
 
     @property
     def product(self) -> int:
-        """Operations of one matrix product of one process."""
+        """The operations of one matrix product of a process."""
         return 2 * self.own_rows * self.width * self.own_classes
 
     @property
     def wide(self) -> int:
-        """Bytes of an entry of a sum."""
+        """The bytes of an entry of a sum."""
         return max(self.itemsize, 4)
 
 
-# --- operations, in products of one process ---------------------------------------------------------------------------
+# --- operations, in matrix products per process -----------------------------------------------------------------------
 
 LOSS, GRADIENTS, TEACHER, HESSIAN_PRODUCT = 1, 3, 1, 7
 
 
 def curvature_products(columns: int) -> int:
-    """Of a Gauss-Newton product with directions in the weight: logits once, and two for each column."""
+    """Return the products of a Gauss-Newton product in the weight: the logits once, and two for each column."""
     return 1 + 2 * columns
 
 
-# A message by which processes on the CPU see that their arguments go together, once on each dimension of the mesh.
+# Bytes of the message that checks the consistency of arguments on the CPU, once for each dimension of the mesh.
 ON_THE_CPU = 64
 
-# --- bytes that one process hands to each collective ------------------------------------------------------------------
+# --- bytes that one process passes to each collective -----------------------------------------------------------------
 
 
 def of_list(rows: int, listed: int, *, directed: bool = False) -> list[int]:
-    """Of a tile: the largest logit; then the listed logits and the others' sum, and their changes along a direction."""
+    """Return the messages of a tile with a list: the largest logit; the listed logits and the sum of the others.
+
+    With ``directed``, the second message also contains their directional derivatives.
+    """
     return [8 * rows, 8 * rows * (listed + 1) * (2 if directed else 1)]
 
 
 def of_distribution(rows: int, *, sides: int, directed: bool = False) -> list[int]:
-    """Of a tile whose target speaks of every class; two sides have a softmax, the target's by logits too.
+    """Return the messages of a tile with a target over all classes; ``sides`` is 2 if the target is given by logits.
 
-    The largest logits; ``Σ e^z`` and who has the largest; the loss, ``Σ(p − y)``, the entropy and of each side ``S``,
-    ``S`` without the largest class, ``p·ż``; and along a direction the sums of both sides' changes.
+    They contain the largest logits; ``Σ e^z`` and the process of the largest logit; the loss, ``Σ(p − y)``, the
+    entropy and, for each side, ``S``, ``S`` without the largest class and ``p·ż``; and, with ``directed``, the sums of
+    the directional derivatives of both sides.
     """
     return [8 * rows * sides, 16 * rows * sides, 8 * rows * (3 + 3 * sides), *([16 * rows] if directed else [])]
 
 
 def of_gradients(step: Step) -> list[int]:
-    """The features' gradient, or its change, over the classes; the weight's over the rows, as it is rounded."""
+    """Return the messages that sum the features' gradient over classes, and the rounded weight's over rows."""
     features = [step.wide * step.own_rows * step.width] if step.by_classes > 1 else []
     weight = [step.itemsize * step.own_classes * step.width] if step.by_rows > 1 else []
     return features + weight
 
 
 def on_the_wire(payload: int, ways: int) -> float:
-    """What a ring's process sends for an all-reduce of ``payload`` bytes."""
+    """Return the bytes that a process sends for a ring all-reduce of ``payload`` bytes."""
     return 2 * payload * (ways - 1) / ways
 
 
@@ -99,16 +103,16 @@ def on_the_wire(payload: int, ways: int) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that are assumed: of products, of a link within a node and beyond it, of a message."""
+    """Assumed rates of matrix products, of links within a node and between nodes, and the latency of a message."""
 
-    operations: float = 700e12  # a second, of bfloat16
-    near: float = 450e9  # bytes a second, each way
+    operations: float = 700e12  # per second, in bfloat16
+    near: float = 450e9  # bytes per second and direction
     far: float = 50e9
     node: int = 8
     latency: float = 20e-6
 
     def seconds(self, payload: int, ways: int, messages: int = 1) -> float:
-        """Of an all-reduce among neighbours, or beyond a node."""
+        """Return the seconds of an all-reduce within a node or between nodes."""
         if ways == 1:
             return 0.0
         rate = self.near if ways <= self.node else self.far
@@ -116,7 +120,7 @@ class Machine:
 
 
 def predicted(step: Step, machine: Machine) -> dict[str, float]:
-    """Of the loss of class indices with its gradients: seconds of each part, and bytes of memory."""
+    """Predict the seconds of each part and the bytes of memory of a loss of class indices with its gradients."""
     statistics = sum(of_list(step.own_rows, 1))
     sent = of_gradients(step)
     features = sent[0] if step.by_classes > 1 else 0
@@ -126,7 +130,7 @@ def predicted(step: Step, machine: Machine) -> dict[str, float]:
         "products": GRADIENTS * step.product / machine.operations,
         "statistics": machine.seconds(statistics, step.by_classes, 2 * step.tiles),
         "features": machine.seconds(features, step.by_classes),
-        # The processes that share a row of the mesh are neighbours; those that share its classes are not.
+        # Processes that share the same rows are in one node; those that share the same classes are in different nodes.
         "weight": on_the_wire(weight, step.by_rows) / machine.far + machine.latency if weight else 0.0,
         "weight bytes": parameters * (step.itemsize + step.wide),
         "features bytes": step.own_rows * step.width * (step.itemsize + step.wide),
@@ -139,12 +143,12 @@ MESHES = ((1, 1024), (8, 128), (64, 16), (1024, 1))
 
 
 def tiled(step: Step, budget: int = 2**30) -> Step:
-    """With the tile of whole shards of rows that a budget of bytes holds: single-precision logits."""
+    """Return the step with the largest tile of rows whose single-precision logits fit into a budget of bytes."""
     return Step(**{**vars(step), "tile": max(1, budget // (4 * step.own_classes))})
 
 
 def print_scaling(meshes: Sequence[tuple[int, int]] = MESHES) -> None:
-    """The prediction for 1,024 processes and a million classes, by the shape of the mesh."""
+    """Print the prediction for 1,024 processes and a million classes, for several shapes of the mesh."""
     print(f"\nassumed, not measured: {Machine()}\n")
     print_head("classes × rows", "products s", "statistics s", "features s", "weight s", "weight GB", "features GB")
     for by_classes, by_rows in meshes:

@@ -1,16 +1,18 @@
-"""A variational autoencoder with categorical latents, both of whose ELBO terms are softcurve's.
+"""Train a variational autoencoder with categorical latents whose two ELBO terms are computed by softcurve.
 
-The data are scikit-learn's embedded digits: 64 pixels of 17 grey levels. An encoder gives q(z|x), 16 latent variables
-of 8 categories each; straight-through Gumbel-softmax draws z; a decoder ends in a linear head and a softmax of levels.
-−ELBO = cross_entropy(levels) + Σ KL(q‖prior) ≥ −log p(x), a true bound: a drawn z is one-hot, as the prior's are.
+The data are scikit-learn's embedded digits: 64 pixels with 17 grey levels. An encoder computes q(z|x) for 16 latent
+variables of 8 categories each, straight-through Gumbel-softmax samples z, and a decoder ends in a linear head and a
+softmax over grey levels. −ELBO = cross_entropy(levels) + Σ KL(q‖prior) ≥ −log p(x) is a valid bound because a sampled z
+is one-hot, like the samples of the prior.
 
-The remark on a VAE's KL is then put to autograd. With a fixed prior, KL(q‖prior) gives a gradient to q alone, and q
-moves to the prior. With a learned prior both receive one, and they meet. H(q, prior) = KL(q‖prior) + H(q) has the
-same gradient in the prior but another in q, where H(q) is no constant; under a uniform prior it has none in q at all.
+The example then checks with autograd which distribution the KL term changes. With a fixed prior, KL(q‖prior) has a
+gradient only with respect to q, and q converges to the prior. With a learned prior both receive a gradient and converge
+to each other. H(q, prior) = KL(q‖prior) + H(q) has the same gradient with respect to the prior but a different one with
+respect to q, because H(q) depends on q. For a uniform prior its gradient with respect to q is zero.
 
     python examples/categorical_vae.py [--epochs 80] [--seed 0] [--learned-prior] [--out build/categorical_vae.png]
 
-Prints tables for people and then one line of JSON; the picture has the curves, reconstructions and samples.
+The example prints tables, followed by one line of JSON. The figure shows training curves, reconstructions and samples.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ FORMULAS = (
 
 @dataclass(frozen=True)
 class Digits:
-    """Grey levels 0…16, split once and for all; ``examples`` is one held-out digit of each class."""
+    """Grey levels 0…16 in a fixed split; ``examples`` contains one held-out digit of each class."""
 
     train: Levels
     held_out: Levels
@@ -76,17 +78,17 @@ class Terms:
     kl: float
 
     def elbo(self) -> float:
-        """In nats per digit, negative."""
+        """Return the ELBO, which is negative, in nats per digit."""
         return -(self.reconstruction + self.kl)
 
     def record(self) -> dict[str, float]:
-        """For the JSON line, with −ELBO in a compressor's unit."""
+        """Return the fields of the JSON line, including −ELBO in bits per pixel."""
         return {**vars(self), "elbo": self.elbo(), "bits_per_pixel": -self.elbo() / BIT_PER_PIXEL}
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The terms on held-out digits, and on as many training digits; the first epoch is the untrained model."""
+    """The terms on the held-out digits and on equally many training digits; epoch 0 is the untrained model."""
 
     train: Terms
     held_out: Terms
@@ -96,7 +98,7 @@ class Epoch:
 
 
 class CategoricalVAE(nn.Module):
-    """q(z|x); a prior by logits; p(x|z) by features of each pixel and one linear head for all of them."""
+    """The encoder q(z|x), the logits of the prior, and the decoder p(x|z) with one linear head for all pixels."""
 
     def __init__(self, *, learned_prior: bool) -> None:
         super().__init__()
@@ -112,12 +114,15 @@ class CategoricalVAE(nn.Module):
         self.prior = nn.Parameter(torch.zeros(LATENTS, CATEGORIES), requires_grad=learned_prior)
 
     def posterior(self, x: Levels) -> QLogits:
-        """The logits of q(z|x)."""
+        """Return the logits of q(z|x)."""
         q: Tensor = self.encoder(2 * x / (LEVELS - 1) - 1)
         return q
 
     def forward(self, x: Levels, temperature: float = 1.0) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Reconstruction, by one draw of z, and KL of each digit; the temperature shapes gradients, not values."""
+        """Return the reconstruction loss, from one sample of z, and the KL of each digit.
+
+        The temperature affects only the gradients, not the values.
+        """
         q = self.posterior(x)
         z = nn.functional.gumbel_softmax(q, temperature, hard=True)
         reconstruction = softcurve.cross_entropy(self.decoder(z), x, reduction="none").sum(-1)
@@ -126,13 +131,13 @@ class CategoricalVAE(nn.Module):
 
     @torch.no_grad()
     def images(self, z: Int[Tensor, "n latents"]) -> Float[Tensor, "n pixels"]:
-        """The mean grey level of each pixel given z."""
+        """Return the mean grey level of each pixel given z."""
         logits: Tensor = self.decoder(nn.functional.one_hot(z, CATEGORIES).float())
         return logits.softmax(-1) @ torch.arange(float(LEVELS))
 
 
 def load_split() -> Digits:
-    """One fifth is held out, the same whatever the seed."""
+    """Hold out one fifth of the digits, independently of the seed."""
     levels, classes = load_digits(return_X_y=True)
     train, held_out, _, of_held_out = train_test_split(
         levels.astype(np.int64), classes, test_size=360, random_state=0, stratify=classes
@@ -142,7 +147,11 @@ def load_split() -> Digits:
 
 
 def train(model: CategoricalVAE, digits: Digits, epochs: int) -> Iterator[Epoch]:
-    """Adam on −ELBO. The KL's weight grows to 1 over four fifths of the steps; at once, it would shut the latents."""
+    """Minimise −ELBO with Adam.
+
+    The weight of the KL increases to 1 over the first four fifths of the steps. A weight of 1 from the start makes the
+    model ignore the latents.
+    """
     steps = epochs * math.ceil(len(digits.train) / BATCH)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
@@ -160,13 +169,13 @@ def train(model: CategoricalVAE, digits: Digits, epochs: int) -> Iterator[Epoch]
 
 @torch.no_grad()
 def measure(model: CategoricalVAE, digits: Digits, draws: int = 1) -> Epoch:
-    """The terms of the ELBO, KL weighted by 1, with ``draws`` of z for each digit."""
+    """Estimate the terms of the ELBO, with KL weight 1, from ``draws`` samples of z for each digit."""
     parts = digits.train[: len(digits.held_out)], digits.held_out
     return Epoch(*(Terms(*(term.mean().item() for term in model(x.repeat(draws, 1)))) for x in parts))
 
 
 def independent_pixels(digits: Digits) -> float:
-    """−log p, in nats per held-out digit, of each pixel's smoothed histogram: as far as one gets without latents."""
+    """Return −log p of a baseline without latents, a smoothed histogram of each pixel, in nats per held-out digit."""
     counts = nn.functional.one_hot(digits.train, LEVELS).sum(0) + 0.1
     logits = counts.log().expand(len(digits.held_out), -1, -1)
     return PIXELS * softcurve.cross_entropy(logits, digits.held_out).item()
@@ -176,17 +185,17 @@ def independent_pixels(digits: Digits) -> float:
 
 
 def divergence(q: QLogits, prior: PriorLogits) -> Tensor:
-    """``Σ KL(q‖prior)`` over digits and latents."""
+    """Return ``Σ KL(q‖prior)`` over digits and latents."""
     return softcurve.kl_divergence(q, prior.expand_as(q), reduction="sum")
 
 
 def cross_entropy(q: QLogits, prior: PriorLogits) -> Tensor:
-    """``Σ H(q, prior)``: the same without ``−H(q)``."""
+    """Return ``Σ H(q, prior)``, which is the KL plus ``H(q)``."""
     return softcurve.cross_entropy(prior.expand_as(q), softcurve.Logits(q), reduction="sum")
 
 
 def backward(loss: Callable[[Tensor, Tensor], Tensor], q: QLogits, prior: PriorLogits, *, learned: bool) -> Gradients:
-    """What a backward pass leaves in q and in the prior: None in a fixed one."""
+    """Return the gradients with respect to q and the prior; the latter is None for a fixed prior."""
     q, prior = q.detach().requires_grad_(), prior.detach().requires_grad_(learned)
     loss(q, prior).backward()
     assert q.grad is not None
@@ -194,7 +203,7 @@ def backward(loss: Callable[[Tensor, Tensor], Tensor], q: QLogits, prior: PriorL
 
 
 def compare(q: QLogits, prior: PriorLogits) -> tuple[dict[str, Gradients], dict[str, float]]:
-    """The gradients of KL and of H(q, prior), and the largest deviations between what must be equal."""
+    """Return the gradients of KL and of H(q, prior), and the largest deviations from the identities they satisfy."""
     found = {
         "kl_prior_fixed": backward(divergence, q, prior, learned=False),
         "kl_prior_learned": backward(divergence, q, prior, learned=True),
@@ -215,9 +224,10 @@ def compare(q: QLogits, prior: PriorLogits) -> tuple[dict[str, Gradients], dict[
 
 
 def descend(q: QLogits, prior: PriorLogits, *, learned: bool) -> Descent:
-    """Follow the gradient of KL alone, without an encoder: Adam on the logits themselves.
+    """Minimise the KL alone with Adam on the logits, without an encoder.
 
-    Step by step: KL in nats per digit, and the mean total variation of q and of the prior from where they were.
+    Return, for each step, the KL in nats per digit and the mean total variation distance of q and of the prior from
+    their starting points.
     """
     q, prior = q.clone().requires_grad_(), prior.clone().requires_grad_(learned)
     starts = [logits.detach().softmax(-1) for logits in (q, prior)]
@@ -238,7 +248,7 @@ def descend(q: QLogits, prior: PriorLogits, *, learned: bool) -> Descent:
 
 
 def curves(axes: Axes, history: Sequence[Epoch], term: Callable[[Terms], float], title: str) -> None:
-    """One term of the ELBO over the epochs, on both parts of the data."""
+    """Plot one term of the ELBO over the epochs, for the training and the held-out digits."""
     axes.plot([term(epoch.train) for epoch in history], color=MUTED, linestyle="--", label="training digits")
     axes.plot([term(epoch.held_out) for epoch in history], color=Q_COLOUR, label="held-out digits")
     axes.set_title(title, loc="left")
@@ -248,18 +258,18 @@ def curves(axes: Axes, history: Sequence[Epoch], term: Callable[[Terms], float],
 
 
 def movement(axes: Axes, path: Descent, title: str) -> None:
-    """How far q and the prior go while KL alone is descended."""
+    """Plot how far q and the prior move while the KL alone is minimised."""
     axes.plot(path["q_moved"], color=Q_COLOUR, label="q(z|x)")
     axes.plot(path["prior_moved"], color=PRIOR_COLOUR, label="prior")
     axes.set_title(f"{title}: KL {path['kl'][0]:.1f} → {path['kl'][-1]:.3f} nats per digit", loc="left")
-    axes.set_xlabel("step of descent on KL(q‖prior) alone")
+    axes.set_xlabel("step of minimising KL(q‖prior) alone")
     axes.set_ylabel("total variation from the start")
     axes.legend(frameon=False, loc="center right")
     axes.label_outer()
 
 
 def mosaic(axes: Axes, rows: Sequence[Tensor], names: Sequence[str], title: str) -> None:
-    """Rows of digits, black on white, each in a frame of one white pixel."""
+    """Show rows of digits, black on white, each with a border of one white pixel."""
     pixels = nn.functional.pad(torch.stack(list(rows)).unflatten(-1, (SIDE, SIDE)), (1, 1, 1, 1))
     axes.imshow(pixels.transpose(1, 2).flatten(0, 1).flatten(1).numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1)
     axes.set_yticks([(SIDE + 2) * (row + 0.5) - 0.5 for row in range(len(rows))], names)
@@ -272,7 +282,7 @@ def mosaic(axes: Axes, rows: Sequence[Tensor], names: Sequence[str], title: str)
 def draw(
     model: CategoricalVAE, digits: Digits, history: Sequence[Epoch], baseline: float, paths: dict[str, Descent]
 ) -> Figure:
-    """Training above, what KL moves in the middle, digits below."""
+    """Draw the training curves at the top, the effect of the KL in the middle, and digits at the bottom."""
     figure = Figure(figsize=(11, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
     above, middle, below = figure.subfigures(3, 1, height_ratios=(1, 0.9, 0.42), squeeze=False).flat
@@ -308,12 +318,12 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; what cannot work is said before any work is done."""
+    """Parse and check the command line before any computation."""
     parser = argparse.ArgumentParser(description="Train a VAE with categorical latents on digits.")
     parser.add_argument("--epochs", type=int, default=80, help="passes over the 1437 training digits (80)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, batches and draws (0)")
-    parser.add_argument("--learned-prior", action="store_true", help="train the prior too; it starts uniform")
-    parser.add_argument("--out", type=Path, default=Path("build/categorical_vae.png"), help="where the picture goes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for weights, batches and samples (0)")
+    parser.add_argument("--learned-prior", action="store_true", help="also train the prior, which starts uniform")
+    parser.add_argument("--out", type=Path, default=Path("build/categorical_vae.png"), help="output file")
     chosen = parser.parse_args()
     if chosen.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {chosen.epochs}")
@@ -329,7 +339,7 @@ def arguments() -> argparse.Namespace:
 
 
 def show_training(epochs: Iterator[Epoch], total: int) -> list[Epoch]:
-    """Train to the end and print some ten epochs."""
+    """Train the model and print about ten epochs."""
     print("           training digits, nats per digit        held-out digits")
     print("epoch   reconstruction      KL    −ELBO    nats per digit   bits per pixel")
     history = []
@@ -343,8 +353,8 @@ def show_training(epochs: Iterator[Epoch], total: int) -> list[Epoch]:
 
 
 def show_gradients(norms: Iterable[Sequence[float | None]], deviations: Iterable[float]) -> None:
-    """Say who receives a gradient from which loss, and how exact it is."""
-    print(f"\n{'Norm of the gradient in the logits of':40s}{'q':>10s}{'the prior':>14s}")
+    """Print the gradient norms of each loss and the deviations of autograd from the formulas."""
+    print(f"\n{'Gradient norm with respect to logits of':40s}{'q':>10s}{'the prior':>14s}")
     for name, pair in zip(LOSSES, norms, strict=True):
         of_q, of_prior = ("None" if norm is None else f"{norm:.5f}" for norm in pair)
         print(f"{name:40s}{of_q:>10s}{of_prior:>14s}")
@@ -354,16 +364,16 @@ def show_gradients(norms: Iterable[Sequence[float | None]], deviations: Iterable
 
 
 def main() -> None:
-    """Train, put the remark on the KL to autograd, draw, report."""
+    """Train the model, check the gradients of the KL, and write the figure and the report."""
     chosen = arguments()
-    torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works
+    torch.set_num_threads(1)  # the tensors are too small for a second thread to pay off
     torch.manual_seed(chosen.seed)
     digits, model = load_split(), CategoricalVAE(learned_prior=chosen.learned_prior)
     start = time.perf_counter()
     history = show_training(train(model, digits, chosen.epochs), chosen.epochs)
     final, baseline = measure(model, digits, draws=10), independent_pixels(digits)
     record = final.held_out.record()
-    print(f"\nHeld-out bits per pixel: {record['bits_per_pixel']:.3f} with 10 draws a digit", end="; ")
+    print(f"\nHeld-out bits per pixel: {record['bits_per_pixel']:.3f} with 10 samples per digit", end="; ")
     print(f"histogram of each pixel {baseline / BIT_PER_PIXEL:.3f}; uniform levels {math.log2(LEVELS):.3f}")
 
     with torch.no_grad():
@@ -372,7 +382,7 @@ def main() -> None:
     norms = {name: [None if g is None else g.norm().item() for g in pair] for name, pair in found.items()}
     show_gradients(norms.values(), deviations.values())
     received = model.prior.grad is not None
-    print(f"\nIn training, the prior {'has received a gradient' if received else 'has received none'}.")
+    print(f"\nDuring training, the prior received {'a gradient' if received else 'no gradient'}.")
     paths = {name: descend(q, prior, learned=name == "learned") for name in ("fixed", "learned")}
     for name, path in paths.items():
         print(f"KL alone, prior {name}: {path['kl'][0]:.3f} → {path['kl'][-1]:.3f} nats per digit;", end=" ")

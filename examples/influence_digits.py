@@ -1,16 +1,15 @@
-"""Wrong labels among the digits, found by their influence on clean ones.
+"""Find wrong labels among the digits by their influence on the loss of clean digits.
 
-The data are scikit-learn's embedded digits. Whoever labelled the training digits took many a 1 for a 7, a 3 for an 8
-and a 4 for a 9. On random features, which stay as they are, a head is fitted to its minimum under weight decay; it
-learns the mistakes as well, so a high loss of a digit's own says little about its label. One linear system, solved by
-products of the Gauss-Newton matrix, says of all training digits at once what the loss on a few clean ones owes to each
-of them, and those that do most harm are looked at first. Some digits are left out and the head is fitted again, to
-compare what was predicted with what happens.
+The data are scikit-learn's embedded digits. Many training digits are mislabelled: 1 as 7, 3 as 8 and 4 as 9. A head on
+fixed random features is fitted to its minimum under weight decay. It also fits the wrong labels, so a high loss of a
+digit is weak evidence that its label is wrong. One linear system with the Gauss-Newton matrix gives the influence of
+every training digit on the loss of a few clean digits, and the most harmful digits are examined first. Finally, the
+head is fitted again without some of the digits to compare the predicted with the actual change of the loss.
 
     python examples/influence_digits.py [--rows 1000] [--refits 30] [--seed 0] [--out build/influence_digits.png]
 
-Prints tables for people and then one line of JSON; the picture has the most harmful digits, how many wrong labels are
-found among the first, and the predictions beside the fits without a row.
+The example prints tables, followed by one line of JSON. The figure shows the most harmful digits, the recall of wrong
+labels, and the predicted and actual changes of the loss.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from softcurve.curvature.influence import Influence, influence
 
 PIXELS, SIDE, GREYS, CLASSES = 64, 8, 16, 10
 FEATURES, DECAY = 256, 0.1
-MISTAKEN, WRONG, VALIDATION = {1: 7, 3: 8, 4: 9}, 0.4, 300  # what for what; how often; clean digits
+MISTAKEN, WRONG, VALIDATION = {1: 7, 3: 8, 4: 9}, 0.4, 300  # true → wrong label; probability; number of clean digits
 SHOWN = (5, 8)
 BLUE, ORANGE, MUTED = "#1f62c4", "#c2500c", "#8b949e"
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Grey levels in [0, 1]; training rows with the labels that are given and those that are true."""
+    """Images with grey levels in [0, 1]; the training digits have a given and a true label."""
 
     train: Float[Tensor, "n pixels"]
     given: Int[Tensor, " n"]
@@ -53,12 +52,12 @@ class Digits:
 
     @property
     def wrong(self) -> Bool[Tensor, " n"]:
-        """Which labels were replaced."""
+        """Whether each label was replaced by a wrong one."""
         return self.given != self.true
 
 
 def load(rows: int) -> Digits:
-    """Rows in random order, some of them mistaken."""
+    """Load the digits in random order and replace some of the training labels."""
     values, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(values))[: rows + VALIDATION]
     x, y = torch.from_numpy(values / GREYS)[order], torch.from_numpy(classes).long()[order]
@@ -71,7 +70,7 @@ def load(rows: int) -> Digits:
 
 
 def random_features(x: Float[Tensor, "n pixels"]) -> nn.Sequential:
-    """``tanh(W x + b)`` with ``W`` and ``b`` drawn once, of mean 0 and variance 1 on ``x``."""
+    """Return features ``tanh(W x + b)`` with random ``W`` and ``b``, standardised on ``x``."""
     linear = nn.Linear(PIXELS, FEATURES)
     nn.init.normal_(linear.weight, std=0.5)
     nn.init.uniform_(linear.bias, -1, 1)
@@ -82,7 +81,7 @@ def random_features(x: Float[Tensor, "n pixels"]) -> nn.Sequential:
 
 
 def fit(head: nn.Linear, e: Tensor, target: Tensor, weight: Tensor) -> None:
-    """The minimum of ``Σ weight ℓ + DECAY/2 ‖[W | b]‖²`` from where the head is, by L-BFGS."""
+    """Minimise ``Σ weight ℓ + DECAY/2 ‖[W | b]‖²`` by L-BFGS, starting from the current head."""
     optimizer = torch.optim.LBFGS(
         head.parameters(), max_iter=500, history_size=50, tolerance_grad=1e-7, tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -103,13 +102,13 @@ def fit(head: nn.Linear, e: Tensor, target: Tensor, weight: Tensor) -> None:
 
 @torch.no_grad()
 def measure(head: nn.Linear, e: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The mean loss and the accuracy."""
+    """Return the mean loss and the accuracy."""
     loss, stats = softcurve.linear_cross_entropy(e, head.weight, labels, linear_bias=head.bias, return_stats=True)
     return loss.item(), stats.correct.double().mean().item()
 
 
 def without_row(head: nn.Linear, e: Tensor, target: Tensor, row: int) -> nn.Linear:
-    """The head fitted again without one training row; the others keep their weight ``1/n``."""
+    """Fit the head again without one training digit; the others keep their weight ``1/n``."""
     other = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
     other.load_state_dict(head.state_dict())
     weight = torch.full((len(e),), 1 / len(e), dtype=torch.float64)
@@ -119,7 +118,7 @@ def without_row(head: nn.Linear, e: Tensor, target: Tensor, row: int) -> nn.Line
 
 
 def recall(order: Tensor, wrong: Tensor) -> Tensor:
-    """The share of all wrong labels that is among the first rows of an order."""
+    """Return the recall of wrong labels among the first digits of an order."""
     return wrong[order].cumsum(0).double() / wrong.sum()
 
 
@@ -127,9 +126,9 @@ def recall(order: Tensor, wrong: Tensor) -> Tensor:
 
 
 def gallery(axes: Axes, digits: Digits, rows: Tensor) -> None:
-    """The rows as images, black on white, each with the label it was given; a wrong one is coloured and corrected."""
+    """Show digits, black on white, with their given labels; wrong labels are coloured and corrected."""
     down, across = SHOWN
-    tile, height = SIDE + 2, SIDE + 6  # below each digit there is room for its label
+    tile, height = SIDE + 2, SIDE + 6  # includes space for the label below each digit
     canvas = torch.zeros(down * height, across * tile)
     for place, row in enumerate(rows.tolist()):
         top, left = place // across * height, place % across * tile + 1
@@ -145,22 +144,22 @@ def gallery(axes: Axes, digits: Digits, rows: Tensor) -> None:
 
 
 def recalls(axes: Axes, orders: dict[str, Tensor], wrong: Tensor) -> None:
-    """How many wrong labels are found among the first rows of each order."""
+    """Plot the recall of wrong labels among the first digits of each order."""
     rows = torch.arange(1, len(wrong) + 1) / len(wrong)
     for (name, order), colour in zip(orders.items(), (BLUE, ORANGE), strict=True):
         axes.plot(100 * rows, 100 * recall(order, wrong), color=colour, label=name)
     share = 100 * wrong.double().mean().item()
-    axes.plot([0, share, 100], [0, 100, 100], color=MUTED, linewidth=0.8, linestyle=":", label="knowing all")
-    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle="--", label="at random")
-    axes.set_title("Wrong labels found", loc="left")
-    axes.set_xlabel("% of the training digits looked at")
-    axes.set_ylabel("% of the wrong labels")
+    axes.plot([0, share, 100], [0, 100, 100], color=MUTED, linewidth=0.8, linestyle=":", label="perfect order")
+    axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle="--", label="random order")
+    axes.set_title("Recall of wrong labels", loc="left")
+    axes.set_xlabel("examined training digits, %")
+    axes.set_ylabel("wrong labels found, %")
     axes.set_xlim(0, 60)
     axes.legend(frameon=False, loc="lower right")
 
 
 def predictions(axes: Axes, predicted: Tensor, actual: Tensor, wrong: Tensor) -> None:
-    """Changes of the validation loss when a row is left out."""
+    """Plot the predicted and the actual change of the validation loss when a digit is left out."""
     bound = 1.1 * max(predicted.abs().max().item(), actual.abs().max().item())
     axes.axline((0, 0), slope=1, color=MUTED, linewidth=0.8)
     for chosen, colour, name in ((~wrong, BLUE, "right label"), (wrong, ORANGE, "wrong label")):
@@ -169,12 +168,12 @@ def predictions(axes: Axes, predicted: Tensor, actual: Tensor, wrong: Tensor) ->
     axes.set_ylim(-1e3 * bound, 1e3 * bound)
     axes.set_title("Validation loss without one digit", loc="left")
     axes.set_xlabel("predicted change, 10⁻³ nats")
-    axes.set_ylabel("change after fitting again")
+    axes.set_ylabel("actual change, 10⁻³ nats")
     axes.legend(frameon=False, loc="upper left")
 
 
 def draw(digits: Digits, found: Influence, orders: dict[str, Tensor], rows: Tensor, actual: Tensor) -> Figure:
-    """Digits on the left, curves on the right."""
+    """Draw the digits on the left and the curves on the right."""
     figure = Figure(figsize=(12, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1), squeeze=False).flat
@@ -186,7 +185,7 @@ def draw(digits: Digits, found: Influence, orders: dict[str, Tensor], rows: Tens
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write beside the place and rename: a picture is whole or not there."""
+    """Write to a temporary file and rename it, so that an incomplete figure is never visible."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png", dpi=110)
@@ -199,12 +198,12 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; what cannot work is said before any work is done."""
+    """Parse and check the command line before any computation."""
     parser = argparse.ArgumentParser(description="Find wrong labels among the digits by their influence.")
-    parser.add_argument("--rows", type=int, default=1000, help="training digits, 100 to 1400 (1000)")
-    parser.add_argument("--refits", type=int, default=30, help="digits without which the head is fitted again (30)")
-    parser.add_argument("--seed", type=int, default=0, help="of rows, mistakes and features (0)")
-    parser.add_argument("--out", type=Path, default=Path("build/influence_digits.png"), help="where the picture goes")
+    parser.add_argument("--rows", type=int, default=1000, help="number of training digits, 100 to 1400 (1000)")
+    parser.add_argument("--refits", type=int, default=30, help="number of fits that leave out one digit (30)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for digits, wrong labels and features (0)")
+    parser.add_argument("--out", type=Path, default=Path("build/influence_digits.png"), help="output file")
     chosen = parser.parse_args()
     if not 100 <= chosen.rows <= 1400:
         parser.error(f"argument --rows: must be from 100 to 1400, got {chosen.rows}")
@@ -222,9 +221,9 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Fit, look for the rows that do harm, leave some out, draw, report."""
+    """Fit the head, compute the influence, refit without some digits, and write the figure and the report."""
     chosen = arguments()
-    torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works
+    torch.set_num_threads(1)  # the tensors are too small for a second thread to pay off
     torch.manual_seed(chosen.seed)
     start = time.perf_counter()
     digits, head = load(chosen.rows), nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
@@ -240,13 +239,13 @@ def main() -> None:
     train, validation = [(digits.train, digits.given)], [(digits.validation, digits.labels)]
     found = influence(features, head, train, validation, damping=DECAY)
     seconds = time.perf_counter() - began
-    print(f"Influence of all {n} by {found.products} products with the Gauss-Newton matrix, in {seconds:.2f} s\n")
+    print(f"Influence of {n} digits: {found.products} products with the Gauss-Newton matrix, {seconds:.2f} s\n")
 
     with torch.no_grad():
         losses = softcurve.linear_cross_entropy(e, head.weight, digits.given, linear_bias=head.bias, reduction="none")
     assert isinstance(losses, Tensor)
     orders = {"most harmful first": found.most_harmful(n), "highest own loss first": losses.argsort(descending=True)}
-    print(f"{'of the wrong labels found among the first':44s}{'5 %':>7s}{'10 %':>7s}{'15 %':>7s}{'20 %':>7s}")
+    print(f"{'recall of wrong labels among the first':44s}{'5 %':>7s}{'10 %':>7s}{'15 %':>7s}{'20 %':>7s}")
     recalled = {}
     for name, order in orders.items():
         curve = recall(order, wrong)
@@ -262,14 +261,14 @@ def main() -> None:
     print(f"{'all training digits':30s}{before[0]:12.4f}{100 * before[1]:10.1f} %")
     print(f"{f'without the {int((~kept).sum())} most harmful':30s}{after[0]:12.4f}{100 * after[1]:10.1f} %")
 
-    # Half of them the most influential in either way, half at random.
+    # One half are the most harmful and most helpful digits, the other half are random.
     extreme = torch.cat([found.most_harmful(chosen.refits // 4), found.most_helpful(chosen.refits // 4)])
     others = torch.tensor([row for row in torch.randperm(n).tolist() if row not in set(extreme.tolist())])
     rows = torch.cat([extreme, others[: chosen.refits - len(extreme)]])
     fits = (without_row(head, e, digits.given, row) for row in rows.tolist())
     actual = torch.tensor([measure(other, e_validation, digits.labels)[0] - before[0] for other in fits]).double()
     correlation = torch.corrcoef(torch.stack([found.of_removal[rows], actual]))[0, 1].item()
-    print(f"\nWithout each of {len(rows)} digits: correlation of predicted and actual change {correlation:.4f}")
+    print(f"\nLeaving out each of {len(rows)} digits: predicted and actual change correlate with {correlation:.4f}")
     save(draw(digits, found, orders, rows, actual), chosen.out)
     print(f"The picture is at {chosen.out}")
     report = {

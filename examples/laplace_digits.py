@@ -1,16 +1,16 @@
-"""How sure a network is of digits that turn away from what it was trained on, before and after Laplace.
+"""Compare a network's confidence on rotated digits with and without a Laplace posterior of its head.
 
-The data are scikit-learn's embedded digits. A small network is trained on digits that are turned by up to 15 degrees.
-Then its head alone is treated as MacKay did: the head's mode under a prior, a normal posterior around it whose
-precision is the Gauss-Newton matrix by Kronecker factors, the prior precision of the largest evidence, and again.
-On held-out digits that are turned further and further, the plain softmax stays sure of what it gets wrong; averaged
-over the posterior, by the probit approximation or by samples, it is less so. It is also less sure than it might be of
-upright digits: the price is in the table.
+The data are scikit-learn's embedded digits. A small network is trained on digits that are rotated by up to 15 degrees.
+Its head then gets a Laplace posterior with MacKay's evidence procedure, which repeats three steps: find the mode of the
+head under the prior; approximate the posterior by a normal distribution whose precision is the Kronecker-factored
+Gauss-Newton matrix; choose the prior precision with the largest evidence. On held-out digits that are rotated further,
+the plain softmax is overconfident. Averaging over the posterior, by the probit approximation or by samples, reduces the
+overconfidence. It also reduces the confidence on upright digits, as the table shows.
 
     python examples/laplace_digits.py [--steps 300] [--seed 0] [--out build/laplace_digits.png]
 
-Prints tables for people and then one line of JSON; the picture has a turning digit, confidence and accuracy by angle,
-a reliability diagram and the evidence.
+The example prints tables, followed by one line of JSON. The figure shows a rotated digit, confidence and accuracy by
+angle, a reliability diagram, and the evidence.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ Labels = Int[Tensor, " n"]
 
 @dataclass(frozen=True)
 class Scores:
-    """Of probabilities beside labels."""
+    """Scores of predicted probabilities."""
 
     accuracy: float
     confidence: float  # the mean of the largest probability
     loss: float  # the mean of −log p, in nats
-    calibration_error: float  # the mean distance of confidence and accuracy over bins of confidence
+    calibration_error: float  # the expected calibration error, over bins of confidence
 
 
 def turned(x: Images, degrees: float) -> Images:
-    """Each image turned about its centre, bilinear, white outside."""
+    """Rotate each image about its centre, with bilinear interpolation and a white background."""
     angle = math.radians(degrees)
     matrix = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
     shape = (len(x), 1, SIDE, SIDE)
@@ -67,7 +67,7 @@ def turned(x: Images, degrees: float) -> Images:
 
 
 def load() -> tuple[tuple[Images, Labels], tuple[Images, Labels]]:
-    """Grey levels in [0, 1] and classes, in random order: training digits, held-out digits."""
+    """Return training and held-out digits in random order, with grey levels in [0, 1]."""
     values, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(values))
     x, y = torch.from_numpy(values / GREYS).float()[order], torch.from_numpy(classes).long()[order]
@@ -78,7 +78,7 @@ def load() -> tuple[tuple[Images, Labels], tuple[Images, Labels]]:
 
 
 def train(x: Images, y: Labels, steps: int) -> tuple[nn.Sequential, nn.Linear]:
-    """Features and head, by Adam."""
+    """Train the features and the head with Adam."""
     features = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU())
     head = nn.Linear(HIDDEN, CLASSES)
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], RATE)
@@ -93,7 +93,7 @@ def train(x: Images, y: Labels, steps: int) -> tuple[nn.Sequential, nn.Linear]:
 
 
 def find_mode(head: nn.Linear, e: Tensor, y: Labels, weight: Tensor, precision: float) -> None:
-    """The mode of the head's posterior: the minimum of ``Σ weight ℓ + precision/2 ‖[W | b]‖²``, by L-BFGS."""
+    """Minimise ``Σ weight ℓ + precision/2 ‖[W | b]‖²``, whose minimum is the posterior mode, by L-BFGS."""
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, history_size=30, line_search_fn="strong_wolfe")
 
     def closure() -> float:
@@ -110,7 +110,7 @@ def find_mode(head: nn.Linear, e: Tensor, y: Labels, weight: Tensor, precision: 
 
 
 def score(p: Tensor, y: Labels) -> Scores:
-    """What is measured of probabilities."""
+    """Score predicted probabilities against labels."""
     confidence, predicted = p.max(-1)
     correct = (predicted == y).float()
     gaps = torch.zeros(BINS).index_add_(0, binned(confidence), confidence - correct)
@@ -120,7 +120,7 @@ def score(p: Tensor, y: Labels) -> Scores:
 
 
 def binned(confidence: Tensor) -> Tensor:
-    """The number of the bin of each confidence."""
+    """Return the bin index of each confidence."""
     return (confidence * BINS).long().clamp(max=BINS - 1)
 
 
@@ -128,7 +128,7 @@ def binned(confidence: Tensor) -> Tensor:
 
 
 def strip(axes: Axes, laplace: LastLayerLaplace, x: Images, label: int) -> None:
-    """One digit as it turns, with what is said of it."""
+    """Show one digit at every angle with its predictions."""
     views = torch.cat([turned(x, angle) for angle in TURNED])
     axes.imshow(
         nn.functional.pad(views.unflatten(-1, (SIDE, SIDE)), (1, 1)).transpose(0, 1).flatten(1).numpy(),
@@ -142,7 +142,7 @@ def strip(axes: Axes, laplace: LastLayerLaplace, x: Images, label: int) -> None:
             said = f"“{p[place].argmax().item()}”  {100 * p[place].max().item():.0f} %"
             axes.text(middle, SIDE + 0.4 + 1.7 * below, said, color=colour, ha="center", va="top", fontsize=10)
     axes.set_title(
-        f"A held-out {label} turning: what it is taken for, by the plain softmax above and by the probit below",
+        f"Predictions for a rotated held-out {label}: plain softmax (above) and probit (below)",
         loc="left",
     )
     axes.set_xlim(-0.5, (SIDE + 2) * len(TURNED) - 0.5)
@@ -151,7 +151,7 @@ def strip(axes: Axes, laplace: LastLayerLaplace, x: Images, label: int) -> None:
 
 
 def by_angle(axes: Axes, scores: dict[str, list[Scores]]) -> None:
-    """The mean confidence beside the accuracy."""
+    """Plot the mean confidence and the accuracy for each angle."""
     axes.axvspan(0, max(SEEN), color=MUTED, alpha=0.15, linewidth=0)
     axes.text(1, 3, "as in training", color=MUTED, fontsize=8, rotation=90)
     for name, found in scores.items():
@@ -159,14 +159,14 @@ def by_angle(axes: Axes, scores: dict[str, list[Scores]]) -> None:
         axes.plot(TURNED, [100 * s.confidence for s in found], dashes, color=COLOURS[name], label=NAMES[name])
     axes.plot(TURNED, [100 * s.accuracy for s in scores["none"]], color="black", linewidth=2.2, label="accuracy")
     axes.set_title("Mean confidence and accuracy", loc="left")
-    axes.set_xlabel("degrees that held-out digits are turned")
+    axes.set_xlabel("rotation of the held-out digits, degrees")
     axes.set_ylabel("mean over digits, %")
     axes.set_ylim(0, 102)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.12, 0))
 
 
 def reliability(axes: Axes, pooled: dict[str, Tensor], y: Labels) -> None:
-    """Accuracy by confidence, all angles together; the areas of the dots are the shares of digits."""
+    """Plot the accuracy by confidence over all angles; the area of a dot is its fraction of the digits."""
     axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8)
     for name in ("none", "probit"):
         confidence, predicted = pooled[name].max(-1)
@@ -178,7 +178,7 @@ def reliability(axes: Axes, pooled: dict[str, Tensor], y: Labels) -> None:
         )
         axes.plot(middle, right, color=COLOURS[name], label=NAMES[name])
         axes.scatter(middle, right, s=400 * count[kept] / len(y), color=COLOURS[name], alpha=0.6)
-    axes.set_title("Reliability, 0° to 90° together", loc="left")
+    axes.set_title("Reliability, all angles from 0° to 90°", loc="left")
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(0, 104)
@@ -187,7 +187,7 @@ def reliability(axes: Axes, pooled: dict[str, Tensor], y: Labels) -> None:
 
 
 def evidence(axes: Axes, posteriors: dict[str, LastLayerLaplace]) -> None:
-    """Over the prior precision, with its maximum."""
+    """Plot the log evidence over the prior precision and mark its maximum."""
     precisions = torch.logspace(-2, 2.3, 44, dtype=torch.float64)
     for (name, laplace), colour in zip(posteriors.items(), (BLUE, MUTED), strict=True):
         axes.plot(precisions, laplace.log_marginal_likelihood(precisions), color=colour, label=name)
@@ -199,7 +199,7 @@ def evidence(axes: Axes, posteriors: dict[str, LastLayerLaplace]) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write beside the place and rename: a picture is whole or not there."""
+    """Write to a temporary file and rename it, so that an incomplete figure is never visible."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png", dpi=110)
@@ -212,11 +212,11 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; what cannot work is said before any work is done."""
-    parser = argparse.ArgumentParser(description="Confidence of a network of digits before and after Laplace.")
-    parser.add_argument("--steps", type=int, default=300, help="batches that the network is trained on (300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, initial weights and batches (0)")
-    parser.add_argument("--out", type=Path, default=Path("build/laplace_digits.png"), help="where the picture goes")
+    """Parse and check the command line before any computation."""
+    parser = argparse.ArgumentParser(description="Compare confidence on rotated digits with and without Laplace.")
+    parser.add_argument("--steps", type=int, default=300, help="number of training batches (300)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the split, weights and batches (0)")
+    parser.add_argument("--out", type=Path, default=Path("build/laplace_digits.png"), help="output file")
     chosen = parser.parse_args()
     if chosen.steps < 1:
         parser.error(f"argument --steps: must be at least 1, got {chosen.steps}")
@@ -232,16 +232,16 @@ def arguments() -> argparse.Namespace:
 
 
 def show(scores: dict[str, list[Scores]], whole: dict[str, Scores]) -> None:
-    """By angle, then all together."""
+    """Print the scores for each angle and for all angles."""
     print(f"\n{'':10s}{'':10s}{'confidence, %':>27s}{'loss, nats':>30s}")
-    print(f"{'turned by':10s}{'accuracy':>10s}" + 2 * "".join(f"{name:>9s}" for name in CORRECTIONS))
+    print(f"{'rotation':10s}{'accuracy':>10s}" + 2 * "".join(f"{name:>9s}" for name in CORRECTIONS))
     lines = [(f"{angle}°", [scores[name][i] for name in CORRECTIONS]) for i, angle in enumerate(TURNED)]
     for name, found in [*lines, ("all", [whole[name] for name in CORRECTIONS])]:
         sure, loss = ([100 * s.confidence for s in found], [s.loss for s in found])
         numbers = "".join(f"{v:9.1f}" for v in sure) + "".join(f"{v:9.3f}" for v in loss)
         print(f"{name:10s}{100 * found[0].accuracy:8.1f} %{numbers}")
     errors = ", ".join(f"{name} {100 * whole[name].calibration_error:.1f} %" for name in CORRECTIONS)
-    print(f"Expected calibration error of all: {errors}")
+    print(f"Expected calibration error over all angles: {errors}")
 
 
 def draw(
@@ -251,7 +251,7 @@ def draw(
     pooled: dict[str, Tensor],
     y: Labels,
 ) -> Figure:
-    """A digit above, curves below."""
+    """Draw a rotated digit at the top and the curves at the bottom."""
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=(0.5, 1), squeeze=False).flat
@@ -264,7 +264,10 @@ def draw(
 
 
 def typical(p: dict[str, list[Tensor]], y: Labels) -> int:
-    """Of the digits known when upright and mistaken in the end, that whose confidences are nearest to the means."""
+    """Return the index of the digit that is shown.
+
+    It is recognised upright but not at the largest angle; among these, its confidences are closest to the means.
+    """
     plain = p["none"]
     told = (plain[0].argmax(-1) == y) & (plain[-1].argmax(-1) != y)
     sure = torch.stack([part.amax(-1) for name in ("none", "probit") for part in p[name]])
@@ -273,13 +276,13 @@ def typical(p: dict[str, list[Tensor]], y: Labels) -> int:
 
 
 def main() -> None:
-    """Train, find the posterior, turn digits, draw, report."""
+    """Train the network, compute the posterior, score rotated digits, and write the figure and the report."""
     chosen = arguments()
-    torch.set_num_threads(1)  # the tensors are small: a second thread would wait more than it works
+    torch.set_num_threads(1)  # the tensors are too small for a second thread to pay off
     torch.manual_seed(chosen.seed)
     start = time.perf_counter()
     (x, y), (held_out, labels) = load()
-    # Every training digit in some views, which together count as one row.
+    # Every training digit occurs in several rotations, whose weights sum to one.
     views, repeated = torch.cat([turned(x, angle) for angle in SEEN]), y.repeat(len(SEEN))
     weight = torch.full((len(views),), 1 / len(SEEN))
     features, head = train(views, repeated, chosen.steps)

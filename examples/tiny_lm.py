@@ -1,18 +1,21 @@
-"""A small language model with tied embeddings, and its distillation into a smaller one, without its logits in memory.
+"""Train a small language model with tied embeddings, and distil it into a smaller one, without storing logits.
 
-The text is what every Python carries: the topics of ``help()`` and the standard library's docstrings and comments. A
-byte-level BPE makes 16,384 kinds of token of it, so that the head is most of the work and of the memory of models this
-small. A teacher is trained by ``linear_cross_entropy(features, embedding.weight, tokens, shift=1)``. Then four students
-start from the same weights and take the same batches. One learns from the next tokens alone, as the teacher did. Two
-learn from the teacher's distributions, by forward and by reverse KL, the teacher being features and a head too. One
-learns from lists of the teacher's likeliest tokens, written to disk once. At last each loss is run beside a dense one.
+The text is included in every Python installation: the topics of ``help()`` and the docstrings and comments of the
+standard library. A byte-level BPE tokenizer with a vocabulary of 16,384 is trained on it, so the head takes most of
+the time and memory of a model of this size. A teacher is trained by
+``linear_cross_entropy(features, embedding.weight, tokens, shift=1)``. Four students then start from the same weights
+and use the same batches. The first is trained on the next tokens, like the teacher. The second and third are trained on
+the teacher's distributions by forward and by reverse KL, where the teacher is given by its features and head. The
+fourth is trained on cached lists of the teacher's most probable tokens. Finally, each loss is compared with its dense
+counterpart.
 
-The lists say how much the teacher gives to all tokens outside them, and nothing of how it divides that. A teacher this
-young leaves half of its probability there; the fourth student is about as often right as the others, and pays in nats.
+A list contains the total probability of all unlisted tokens, but not how it is distributed among them. After this short
+training, the teacher assigns half of its probability to unlisted tokens. The fourth student therefore reaches about the
+same accuracy as the others but a higher cross-entropy.
 
     python examples/tiny_lm.py [--steps 120] [--width 96] [--vocab 16384] [--seed 0] [--out build/tiny_lm]
 
-Prints tables for people and then one line of JSON. The folder has that too, and the picture, and the teacher's lists.
+The example prints tables, followed by one line of JSON. The output folder contains the JSON, the figure and the lists.
 """
 
 from __future__ import annotations
@@ -48,29 +51,29 @@ from tiny_lm.training import (
 from softcurve.fit.atomic import replacing
 
 HEAD_WIDTH, TEACHER_LAYERS, STUDENT_LAYERS = 32, 4, 2
-TEACHER_STEPS, RATE = 2, 4e-3  # the rate for the students, and half of it for a teacher twice as wide
-QUICK = 32  # validation windows that are looked at while training
-EVERY = 4  # validation windows are left out of the divergences but for each fourth
-TIMED = 6  # steps
+TEACHER_STEPS, RATE = 2, 4e-3  # the teacher, which is twice as wide, uses half of the students' learning rate
+QUICK = 32  # number of validation windows that are evaluated during training
+EVERY = 4  # the divergences use every fourth validation window
+TIMED = 6  # number of steps that are timed
 UNITS = ("tokens_per_second", "megabytes")
 
 OPTIONS = (
-    ("steps", 120, 2, "of each student; the teacher takes twice as many"),
-    ("width", 96, HEAD_WIDTH, f"of the students, a multiple of {HEAD_WIDTH}; the teacher is twice as wide"),
-    ("vocab", 16384, 257, "kinds of token"),
-    ("context", 128, 2, "tokens in a window"),
-    ("batch", 8, 1, "windows in a step"),
+    ("steps", 120, 2, "training steps of each student; the teacher takes twice as many"),
+    ("width", 96, HEAD_WIDTH, f"width of the students, a multiple of {HEAD_WIDTH}; the teacher is twice as wide"),
+    ("vocab", 16384, 257, "size of the vocabulary"),
+    ("context", 128, 2, "tokens per window"),
+    ("batch", 8, 1, "windows per step"),
     ("top-k", 32, 1, "tokens in each of the teacher's lists"),
-    ("seed", 0, 0, "of initial weights and of batches"),
+    ("seed", 0, 0, "random seed for initial weights and batches"),
 )
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; what cannot work is said before any work is done."""
+    """Parse and check the command line before any computation."""
     parser = argparse.ArgumentParser(description="Train a small language model and distil it into a smaller one.")
     for name, default, _, meaning in OPTIONS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
-    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm"), help="the folder for what is written")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm"), help="output folder")
     chosen = parser.parse_args()
     for name, _, least, _ in OPTIONS:
         if (value := getattr(chosen, name.replace("-", "_"))) < least:
@@ -89,7 +92,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Course:
-    """Teacher and students: how each is made, taught and judged, from one seed."""
+    """The training of the teacher and the students from one seed."""
 
     def __init__(self, text: texts.Text, chosen: argparse.Namespace) -> None:
         self.text, self.chosen = text, chosen
@@ -98,21 +101,21 @@ class Course:
         self.curves: dict[str, Curve] = {}
 
     def model(self, width: int, layers: int) -> TinyLM:
-        """The same weights at each call."""
+        """Return a model with the same initial weights at each call."""
         torch.manual_seed(self.chosen.seed)
         shape = Shape(self.chosen.vocab, width, layers, HEAD_WIDTH)
         return TinyLM(shape, self.text.log_frequencies())
 
     def teacher(self) -> TinyLM:
-        """Untrained."""
+        """Return the untrained teacher."""
         return self.model(2 * self.chosen.width, TEACHER_LAYERS)
 
     def student(self) -> TinyLM:
-        """Untrained."""
+        """Return an untrained student."""
         return self.model(self.chosen.width, STUDENT_LAYERS)
 
     def train(self, name: str, model: TinyLM, targets: Targets) -> TinyLM:
-        """To the end of the schedule; the teacher learns as the plain student does, only longer."""
+        """Train a model for its whole schedule; the teacher uses the loss of the plain student and more steps."""
         loss, schedule = OBJECTIVES[name if name in OBJECTIVES else "plain"].streamed, self.schedule
         if name == "teacher":
             schedule = self.teachers
@@ -122,7 +125,7 @@ class Course:
 
 
 def judged(models: dict[str, TinyLM], text: texts.Text) -> dict[str, dict[str, float]]:
-    """What each model is worth on the validation windows, and how far it is from the teacher in both directions."""
+    """Evaluate each model on the validation windows, and its divergence from the teacher in both directions."""
     found, some = {}, text.validation[::EVERY]
     for name, model in models.items():
         found[name] = asdict(score(model, text, text.validation))
@@ -132,7 +135,7 @@ def judged(models: dict[str, TinyLM], text: texts.Text) -> dict[str, dict[str, f
 
 
 def measured(course: Course, targets: dict[str, Targets]) -> dict[str, dict[str, Any]]:
-    """What each loss costs a student, streamed and dense."""
+    """Measure the time and memory of each loss for a student, tile by tile and dense."""
     chosen = course.chosen
     sizes = chosen.batch, chosen.context, chosen.width, 2 * chosen.width, chosen.vocab, chosen.top_k
     found, megabytes = {}, memories(list(OBJECTIVES), *sizes)
@@ -147,7 +150,7 @@ def measured(course: Course, targets: dict[str, Targets]) -> dict[str, dict[str,
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-    """The record and the picture, each of them whole or not there."""
+    """Write the record and the figure; each is renamed into place when it is complete."""
     with replacing(out / "tiny_lm.json") as file:
         file.write(json.dumps(report, allow_nan=False, indent=1).encode())
     figure = draw(report, {name: label(name) for name in report["curves"]})
@@ -156,8 +159,8 @@ def write(out: Path, report: dict[str, Any]) -> None:
 
 
 def show_scores(scores: dict[str, dict[str, float]]) -> None:
-    """A line a model."""
-    print(f"\n{'Validation':26s}{'nats/token':>11s}{'bits/byte':>11s}{'right':>8s}{'entropy':>9s}", end="")
+    """Print one line per model."""
+    print(f"\n{'Validation':26s}{'nats/token':>11s}{'bits/byte':>11s}{'acc.':>8s}{'entropy':>9s}", end="")
     print(f"{'KL(teacher‖·)':>15s}{'KL(·‖teacher)':>15s}")
     for name, of in scores.items():
         print(f"{label(name):26s}{of['nats_per_token']:11.4f}{of['bits_per_byte']:11.4f}", end="")
@@ -166,7 +169,7 @@ def show_scores(scores: dict[str, dict[str, float]]) -> None:
 
 
 def show_costs(costs: dict[str, dict[str, Any]]) -> None:
-    """A line a loss."""
+    """Print one line per loss."""
     print(f"\n{'':20s}{'training step, tokens/s':>26s}{'loss and gradients, MB':>26s}{'losses':>12s}")
     print(f"{'Student and loss':20s}" + 2 * f"{'streamed':>16s}{'dense':>10s}" + f"{'differ by':>12s}")
     for name, of in costs.items():
@@ -179,12 +182,12 @@ def show_costs(costs: dict[str, dict[str, Any]]) -> None:
 
 
 def label(name: str) -> str:
-    """As the table and the legend have it."""
+    """Return the name of a model in the table and the legend."""
     return f"student, {OBJECTIVES[name].label}" if name in OBJECTIVES else name
 
 
 def main() -> None:
-    """Teach, distil, judge, measure, draw, report."""
+    """Train the teacher, distil the students, evaluate and measure, and write the figure and the report."""
     chosen, start = arguments(), time.perf_counter()
     text = texts.load(chosen.vocab, chosen.context)
     course = Course(text, chosen)

@@ -1,12 +1,13 @@
-"""The curvature of a language model of 1.8 million parameters and 16,384 kinds of token, before and after training.
+"""Compute the curvature of a language model with 1.8 million parameters, before and after training.
 
-The Gauss-Newton matrix of the mean loss over a thousand next tokens is met by its products alone: features through
-autograd, the head tile by tile. Lanczos finds its leading eigenvalues, stochastic Lanczos quadrature the density of
-all, XTrace the trace. Few directions carry much of it, and training lets them stand out from a bulk near zero.
+The example uses only products with the Gauss-Newton matrix of the mean loss over a thousand next tokens, from a
+vocabulary of 16,384. Autograd differentiates the features, and the head is processed tile by tile. Lanczos iteration
+finds the leading eigenvalues, stochastic Lanczos quadrature the spectral density, and XTrace the trace. A few
+directions account for a large part of the trace. During training they separate from the bulk of the spectrum near zero.
 
     python examples/tiny_lm_spectrum.py [--steps 60] [--windows 8] [--seed 0] [--out build/tiny_lm_spectrum.png]
 
-Prints a table for people and then one line of JSON.
+The example prints a table, followed by one line of JSON.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ TOGETHER = 4  # windows in a batch of the operator
 COLOURS = {"before": "#9aa4b0", "after": "#1f62c4"}
 
 OPTIONS = (
-    ("steps", 60, 2, "of training"),
-    ("windows", 8, 1, "of validation text that the matrix is of"),
-    ("width", 96, HEAD_WIDTH, f"of the model, a multiple of {HEAD_WIDTH}"),
-    ("vocab", 16384, 257, "kinds of token"),
-    ("context", 128, 2, "tokens in a window"),
-    ("top", 8, 1, "leading eigenvalues"),
-    ("probes", 4, 2, "random vectors of the density"),
-    ("lanczos", 40, 2, "Lanczos steps of the density"),
-    ("products", 32, 4, "for the trace"),
-    ("seed", 0, 0, "of all that is random"),
+    ("steps", 60, 2, "number of training steps"),
+    ("windows", 8, 1, "number of validation windows for the matrix"),
+    ("width", 96, HEAD_WIDTH, f"width of the model, a multiple of {HEAD_WIDTH}"),
+    ("vocab", 16384, 257, "size of the vocabulary"),
+    ("context", 128, 2, "tokens per window"),
+    ("top", 8, 1, "number of leading eigenvalues"),
+    ("probes", 4, 2, "number of random vectors for the density"),
+    ("lanczos", 40, 2, "number of Lanczos steps for the density"),
+    ("products", 32, 4, "number of products for the trace"),
+    ("seed", 0, 0, "random seed"),
 )
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line; what cannot work is said before any work is done."""
+    """Parse and check the command line before any computation."""
     parser = argparse.ArgumentParser(description="The spectrum of a small language model's Gauss-Newton matrix.")
     for name, default, _, meaning in OPTIONS:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
-    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm_spectrum.png"), help="the picture")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny_lm_spectrum.png"), help="output file")
     chosen = parser.parse_args()
     for name, _, least, _ in OPTIONS:
         if (value := getattr(chosen, name)) < least:
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
 
 
 def tied_head(model: TinyLM) -> nn.Linear:
-    """The model's head as a module: its parameters are the model's own."""
+    """Return the head as a module that shares its parameters with the model."""
     weight, bias = model.head
     head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     head.weight, head.bias = weight, bias
@@ -73,7 +74,7 @@ def tied_head(model: TinyLM) -> nn.Linear:
 def spectrum(
     model: TinyLM, windows: texts.Windows, chosen: argparse.Namespace
 ) -> tuple[dict[str, Any], SpectralDensity]:
-    """Leading eigenvalues, trace and density of the Gauss-Newton matrix of the mean loss per token."""
+    """Return the leading eigenvalues, trace and density of the Gauss-Newton matrix of the mean loss per token."""
     start = time.perf_counter()
     operator = GGN(model, tied_head(model), [(batch, batch) for batch in windows.split(TOGETHER)], shift=1)
     leading = operator.eigsh(chosen.top, tol=1e-4, seed=chosen.seed)
@@ -92,7 +93,7 @@ def spectrum(
 
 
 def draw(found: dict[str, dict[str, Any]], densities: dict[str, SpectralDensity], title: str) -> Figure:
-    """Above the share of eigenvalues that exceed a value, below the leading ones."""
+    """Plot the number of eigenvalues above each value (top) and the leading eigenvalues (bottom)."""
     figure = Figure(figsize=(8.5, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
@@ -104,11 +105,11 @@ def draw(found: dict[str, dict[str, Any]], densities: dict[str, SpectralDensity]
         above.plot(grid, beyond.clamp(min=0.3), color=COLOURS[name], linewidth=2, label=f"{name} training")
         values = [value for value in found[name]["eigenvalues"] if value > 0]
         below.vlines(values, 0, 1, color=COLOURS[name], linewidth=2)
-    above.set(xscale="log", yscale="log", ylabel="eigenvalues above")
+    above.set(xscale="log", yscale="log", ylabel="number of larger eigenvalues")
     above.set_title(title, loc="left")
     above.legend(frameon=False)
     below.set(yticks=[], xlabel="eigenvalue of the Gauss-Newton matrix (nats per token)")
-    below.set_title("The leading ones", loc="left", fontsize="medium")
+    below.set_title("Leading eigenvalues", loc="left", fontsize="medium")
     for axes in (above, below):
         axes.grid(color="#e6e9ed")
         axes.spines[["top", "right"]].set_visible(False)
@@ -116,14 +117,14 @@ def draw(found: dict[str, dict[str, Any]], densities: dict[str, SpectralDensity]
 
 
 def main() -> None:
-    """Measure, train, measure again, draw, report."""
+    """Compute the spectrum before and after training, and write the figure and the report."""
     chosen, start = arguments(), time.perf_counter()
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     text = texts.load(chosen.vocab, chosen.context)
     torch.manual_seed(chosen.seed)
     model = TinyLM(Shape(chosen.vocab, chosen.width, LAYERS, HEAD_WIDTH), text.log_frequencies())
     windows = text.validation[:: max(1, len(text.validation) // chosen.windows)][: chosen.windows]
-    size = f"{model.size():,} parameters, {windows[:, 1:].numel():,} next tokens of {chosen.vocab:,} kinds"
+    size = f"{model.size():,} parameters, {windows[:, 1:].numel():,} next tokens, vocabulary {chosen.vocab:,}"
     print(f"{size}\n\n{header()}")
     found, densities = {}, {}
     found["before"], densities["before"] = spectrum(model, windows, chosen)
@@ -131,7 +132,7 @@ def main() -> None:
     curve = train("plain", model, OBJECTIVES["plain"].streamed, next_tokens, text, schedule, windows)
     found["after"], densities["after"] = spectrum(model, windows, chosen)
 
-    print(f"\n{'training':10s}{'trace':>22s}{'largest':>10s}{f'{chosen.top} carry':>10s}{'products':>10s}{'s':>8s}")
+    print(f"\n{'training':10s}{'trace':>22s}{'largest':>10s}{f'top {chosen.top}':>10s}{'products':>10s}{'s':>8s}")
     for name, of in found.items():
         trace = f"{of['trace']:.2f} ± {of['trace_standard_error']:.2f}"
         print(f"{name:10s}{trace:>22s}{of['eigenvalues'][0]:10.3f}{of['share_of_trace']:10.1%}", end="")

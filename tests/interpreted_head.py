@@ -17,7 +17,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import backends, curvature, passes, per_row, products
+from softcurve.head import backends, curvature, per_row, products
+from softcurve.head.aten.dense_tile import MODEL, DenseTile
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
@@ -331,11 +332,12 @@ def test_rows_beyond_32_bits() -> None:
         sums, _ = lists.statistics(
             z, None, None, 1.0, wants_stats=False, uniform_each=0.0, class_weight=None
         )  # fmt: skip
-        top, rest, _ = dense.softmax(z, None, 1.0, 1.0, logarithm=False)
+        tile = DenseTile(LossSpec(CrossEntropy(), "logits"), 20, 40, False, z, z)
+        top, rest, _ = dense.softmax(tile, MODEL, wants_place=True)
         lists.put(z, torch.tensor([[3], [19]]), None)
         right = torch.logsumexp(values.double(), -1)
         assert_same(sums.shift.double() + sums.total.double().log(), right, "sums", 1e-6)
-        assert_same(top.double() + rest.double().log1p(), right, "softmax", 1e-6)
+        assert_same((top.double() + rest.double().log1p()).squeeze(-1), right, "softmax", 1e-6)
         assert z[1, 19] == -torch.inf
         assert (z == -torch.inf).sum() == 2
         del z, whole_room

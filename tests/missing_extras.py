@@ -52,7 +52,7 @@ def module(*arguments: str) -> None:
 
 def script(*arguments: str) -> None:
     sys.argv = ["softcurve", *arguments]
-    importlib.import_module("softcurve.app.cli").main()
+    importlib.import_module("softcurve.cli.main").main()
 
 
 def without(package: str, call: Callable[..., None], *arguments: str) -> tuple[int, str]:

@@ -20,10 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel,
 from torch.utils.flop_counter import FlopCounterMode
 
 import softcurve
-from softcurve.head import curvature, passes
-from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head import curvature, loop
 from softcurve.head.products import Direction
-from softcurve.head.tensors import HeadTensors
+from softcurve.head.tensors import HeadTensors, RowLosses
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
@@ -262,12 +261,12 @@ def operations(mesh: DeviceMesh) -> Cases:
         return counter.get_total_flops() / (2 * rows * d * len(own))
 
     for name, expected, run in (
-        ("loss", scaling.LOSS, lambda: passes.evaluate(loss, tensors, None)),
-        ("gradients", scaling.GRADIENTS, lambda: passes.evaluate(loss, tensors, None, wanted=both)),
+        ("loss", scaling.LOSS, lambda: loop.evaluate(loss, tensors, None)),
+        ("gradients", scaling.GRADIENTS, lambda: loop.evaluate(loss, tensors, None, wanted=both)),
         (
             "Hessian product",
             scaling.HESSIAN_PRODUCT,
-            lambda: passes.hessian_product(loss, tensors, direction, None, wanted=both),
+            lambda: loop.evaluate(loss, tensors, None, wanted=both, directions=direction),
         ),
     ):
         count = counted_in_products(run)

@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from softcurve.app.cli import main
+from softcurve.cli.main import main
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective
 

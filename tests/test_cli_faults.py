@@ -23,8 +23,8 @@ from numpy.lib import format as npy_format
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
-from softcurve.app.interrupt import remember_interrupts
+from softcurve.cli.interrupt import remember_interrupts
+from softcurve.cli.main import app
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
@@ -426,11 +426,11 @@ def test_streams_that_cannot_be_written():
     [
         ("fitting.fit_head", ["fit", "d.npz", *FIT], "give a smaller --memory, fewer rows"),
         ("predicting._predict", ["predict", "h.safetensors", "d.npz", "--out", "p.npz"], "store DATA as .npy"),
-        ("spectrum._findings", ["spectrum", "h.safetensors", "d.npz", "--out", "s.png"], "a smaller --batch-size"),
+        ("spectrum._compute", ["spectrum", "h.safetensors", "d.npz", "--out", "s.png"], "a smaller --batch-size"),
     ],
 )
 def test_memory_that_runs_out(monkeypatch, place, arguments, remedy, allocate):
-    monkeypatch.setattr(f"softcurve.app.{place}", lambda *_, **__: allocate())
+    monkeypatch.setattr(f"softcurve.cli.{place}", lambda *_, **__: allocate())
     message = refused(*arguments)
     assert re.match(rf"softcurve: {arguments[0]} \S+: out of memory", message)
     assert remedy in message

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
-from softcurve.app.fitting import FitOptions, fit_command
+from softcurve.cli.fitting import fit_command
+from softcurve.cli.main import app
+from softcurve.cli.options import FitOptions
 from softcurve.fit import DataError
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.together import Together
@@ -286,7 +287,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(words, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softcurve.app.fitting.fit_head", interrupt)
+    monkeypatch.setattr("softcurve.cli.fitting.fit_head", interrupt)
     for options in ([], ["--checkpoint", "state"]):
         done = CliRunner().invoke(app, ["fit", words, *options])
         assert done.exit_code == 130
@@ -321,9 +322,9 @@ def test_explain_prints_the_record_last(monkeypatch):
         console.print("a table")
         return {"page": str(out), "seed": seed, "ratio": float("inf")}
 
-    stub = ModuleType("softcurve.app.explain")
+    stub = ModuleType("softcurve.cli.explain")
     stub.write_explanation = write_explanation
-    monkeypatch.setitem(sys.modules, "softcurve.app.explain", stub)
+    monkeypatch.setitem(sys.modules, "softcurve.cli.explain", stub)
     record, output = run("explain", "--out", "page.html", "--seed", 3)
     assert record == {"page": "page.html", "seed": 3, "ratio": None}
     assert output.startswith("a table\n")
@@ -403,7 +404,7 @@ def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(s
 def test_an_interrupt_that_python_forgets_is_remembered():
     lost = """
 import os, signal
-from softcurve.app.interrupt import remember_interrupts, stop_if_interrupted
+from softcurve.cli.interrupt import remember_interrupts, stop_if_interrupted
 class Held:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
+from softcurve.cli.main import app
 from softcurve.fit.saved_head import SavedHead
 
 ROWS, WIDTH = 61, 4
@@ -298,7 +298,7 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
     before = contents()["p.npy"]
     monkeypatch.setattr("softcurve.fit.data.source.BUDGET", 64 * WIDTH)
     # Every block asks whether it was interrupted: the first that does so cuts the file.
-    monkeypatch.setattr("softcurve.app.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
+    monkeypatch.setattr("softcurve.cli.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
     done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy"])
     assert done.exit_code == 2
     assert "data.npy ends before the entries of data.npy do" in done.stderr
@@ -313,7 +313,7 @@ def test_an_interrupt_leaves_the_old_predictions(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softcurve.app.predicting.stop_if_interrupted", interrupt)
+    monkeypatch.setattr("softcurve.cli.predicting.stop_if_interrupted", interrupt)
     done = CliRunner().invoke(app, ["predict", "h.safetensors", data, "--out", "p.npy"])
     assert done.exit_code == 130
     assert sorted(os.listdir()) == ["data.npy", "h.safetensors"]
@@ -327,7 +327,7 @@ import os, numpy as np, torch
 from bench.measure import extra_peak_of
 os.chdir({str(tmp_path)!r})
 torch.set_num_threads(1)
-from softcurve.app.predicting import predict_command
+from softcurve.cli.predicting import predict_command
 from softcurve.fit.saved_head import SavedHead
 from pathlib import Path
 classes, width = 1000, 2000

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
+from softcurve.cli.main import app
 from softcurve.fit.saved_head import SavedHead
 
 from .gathered import load_rows
@@ -506,7 +506,7 @@ SAVED = ["head.safetensors", "labels.npz"]
         (["wrong.py:VALUE"], "model: wrong.py has no function 'VALUE'"),
         (["wrong.py:bad_return"], r"wrong.py:bad_return must return \(features, head, data\), .*; got \(Identity, int, list\)"),
         (["wrong.py:nothing"], "wrong.py:nothing must return .*; got NoneType"),
-        (["wrong.py:once"], "wrong.py:once must return data that can be walked again, .*; got a one-time generator"),
+        (["wrong.py:once"], "wrong.py:once must return re-iterable data, .*; got a one-time generator"),
         (["wrong.py:empty"], "wrong.py:empty: data must hold a row that counts, got none"),
         (["wrong.py:broken"], r"wrong.py:broken raised KeyError: 'weights' \(wrong.py, line 20\)"),
         (["wrong.py:leaves"], r"wrong.py:leaves raised SystemExit: no licence \(wrong.py, line 23\)"),

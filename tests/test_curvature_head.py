@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softcurve.curvature.losses import HeadLosses
-from softcurve.head import curvature, curvature_tiles, per_row
-from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head import curvature, per_row
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
+from softcurve.head.tensors import RowLosses
 
 from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
 from .head_cases import (
@@ -125,7 +125,7 @@ def plan_of(run: Pass, rows: RowLosses, monkeypatch: pytest.MonkeyPatch) -> tupl
         return make_plan(*counts, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(curvature_tiles, "make_plan", record)
+        patch.setattr(plan_module, "make_plan", record)
         run(rows)
 
     def plan_with(memory_budget: int | None) -> Plan:

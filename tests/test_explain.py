@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from softcurve.app import explain
-from softcurve.app.explain.network import train
-from softcurve.app.explain.page import render
-from softcurve.app.explain.section import Check, plain
-from softcurve.app.explain.targets_section import explain_targets
-from softcurve.app.page.render import figure, fixed
+from softcurve.cli import explain
+from softcurve.cli.explain.divergences import explain_targets
+from softcurve.cli.explain.network import train
+from softcurve.cli.page.picture import Picture
+from softcurve.cli.page.render import Check, render_page, show
+from softcurve.cli.printing import finite
 
 SEED = 3
 SECTIONS = ("chain", "jacobian", "targets", "directions", "minimum", "vae")
@@ -240,12 +240,13 @@ def test_the_same_seed_gives_the_same_figures_and_pictures(run: Run) -> None:
     torch.set_num_threads(1)
     again = train(SEED)
     explained = explain_targets(again)
-    assert plain(explained.figures) == run.record["targets"]
-    for picture in explained.pictures.values():
-        assert picture.light in run.page
-        assert picture.dark in run.page
+    assert finite(explained.figures, str) == run.record["targets"]
+    picture = explained.values["picture"]
+    assert isinstance(picture, Picture)
+    assert picture.light in run.page
+    assert picture.dark in run.page
     other = train(SEED + 1)
-    assert plain(explain_targets(other).figures) != run.record["targets"]
+    assert finite(explain_targets(other).figures, str) != run.record["targets"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
@@ -284,16 +285,15 @@ def test_a_broken_bound_is_said_on_the_page() -> None:
     checks = [Check("holds", 1e-16, "≤", 1e-12), Check("does not", 2.0, "≤", 1.0)]
     facts = {
         "checks": checks,
-        "all_held": False,
         "seed": 0,
         "hidden": 32,
         "accuracy": 0.9,
-        "rows": 360,
-        "steps": 1,
-        "version": "0",
+        "digits": 360,
+        "training_steps": 1,
+        "softcurve": "0",
         "torch": "0",
     }
-    assert "1 of 2 checks failed" in render([], facts)
+    assert "1 of 2 checks failed" in render_page("softcurve.cli.explain", "page.html.j2", [], **facts)
 
 
 @pytest.mark.parametrize(
@@ -314,16 +314,17 @@ def test_a_check_holds_only_if_its_bound_does(measured: float, relation: str, bo
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert figure(0.0) == "0"
-    assert figure(1e-12) == "10<sup>−12</sup>"
-    assert figure(-1.23e-16) == "−1.2&nbsp;·&nbsp;10<sup>−16</sup>"
-    assert figure(-1e-15) == "−10<sup>−15</sup>"
-    assert figure(0.0335) == "0.0335"
-    assert figure(math.inf) == "+∞"
-    assert fixed(-0.5, 2) == "−0.50"
-    assert fixed(-math.inf) == "−∞"
+    assert show(0.0) == "0"
+    assert show(1e-12) == "10<sup>−12</sup>"
+    assert show(-1.23e-16) == "−1.2&nbsp;·&nbsp;10<sup>−16</sup>"
+    assert show(-1e-15) == "−10<sup>−15</sup>"
+    assert show(0.0335) == "0.0335"
+    assert show(math.inf) == "+∞"
+    assert show(math.nan) == show(math.nan, ".2f") == "NaN"
+    assert show(-0.5, ".2f") == "−0.50"
+    assert show(-math.inf, ".4f") == "−∞"
 
 
-def test_plain_figures_are_valid_json() -> None:
+def test_figures_are_valid_json() -> None:
     figures = {"a": (1.0, math.inf), "b": {"c": -math.inf, "d": math.nan, "e": None}, 2: [True, 3]}
-    assert plain(figures) == {"a": [1.0, "inf"], "b": {"c": "-inf", "d": "nan", "e": None}, "2": [True, 3]}
+    assert finite(figures, str) == {"a": [1.0, "inf"], "b": {"c": "-inf", "d": "nan", "e": None}, "2": [True, 3]}

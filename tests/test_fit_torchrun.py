@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from softcurve.app.cli import app
+from softcurve.cli.main import app
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.fitting import fit_head
 

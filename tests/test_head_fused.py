@@ -115,7 +115,11 @@ class Launches:
                 signature[parameter.name] = "i64" if "stride" in parameter.name else "i32"
             else:
                 signature[parameter.name] = "fp32"
-        switches = [(p.name, arguments[p.name]) for p in kernel.params if p.is_constexpr and p.name not in SIZES]
+        switches = [
+            (p.name, arguments[p.name] if p.is_constexpr else arguments[p.name] is not None)
+            for p in kernel.params
+            if p.name not in SIZES
+        ]
         narrow = any(part == TYPES[torch.bfloat16] for part in signature.values())
         key = (kernel.__module__, kernel.__name__, (*switches, ("NARROW", narrow)))
         self.found.setdefault(key, (kernel, signature, constants, options))

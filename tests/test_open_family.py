@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -33,30 +35,16 @@ F64 = torch.float64
 ROWS, FEATURES, CLASSES = 7, 5, 90
 
 
-@dataclass(frozen=True)
-class PowerDivergence(Divergence):
-    """What a user writes: ``Σ p [(y/p)^a − 1 − a (y/p − 1)] / (a(a−1))``, the α-divergence in other letters."""
+PAGE = (Path(__file__).parent.parent / "docs" / "divergences.md").read_text(encoding="utf-8")
+DEFINITION, USE = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)
+NAMES: dict[str, object] = {"__name__": __name__}
+exec(DEFINITION, NAMES)
+PowerDivergence = NAMES["PowerDivergence"]  # what a user writes: the α-divergence in other letters
 
-    a: float
 
-    def _power(self, pair: Pair) -> Tensor:
-        return torch.where(pair.p > 0, pair.p * torch.exp(-self.a * pair.log_ratio), 0.0)
-
-    def value(self, pair: Pair) -> Tensor:
-        terms = self._power(pair) - pair.p + self.a * pair.difference
-        return terms.sum(-1) / (self.a * (self.a - 1))
-
-    def score(self, pair: Pair) -> Tensor:
-        return (pair.p - self._power(pair)) / self.a
-
-    def curve(self, pair: Pair) -> Tensor:
-        return self.score(pair) + self._power(pair)
-
-    def cross(self, pair: Pair) -> Tensor:
-        return -self._power(pair)
-
-    def exchanged(self) -> Divergence:
-        return PowerDivergence(1 - self.a)
+def test_the_example_of_the_documentation_runs():
+    assert len(DEFINITION.splitlines()) <= 35
+    exec(USE, dict(NAMES))
 
 
 # --- oracles in plain torch, on probabilities ----------------------------------------------------------------------------

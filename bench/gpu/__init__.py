@@ -1,1 +1,1 @@
-"""Losses on features and a head on a CUDA device: ``python -m bench gpu``."""
+"""Benchmark of the losses on features and a head on a CUDA device: ``python -m bench gpu``."""

@@ -1,7 +1,7 @@
-"""Cases of the benchmark each in a process of its own, which a device that fails or hangs does not outlive.
+"""Runs each case of the benchmark in its own process, because a failure of the device affects the whole process.
 
-Each case may prepare for its share of the time that is left. One whose process crashes or hangs is run once more with
-ours alone, so that a peer's fault costs the peer's figures only.
+Each case gets a share of the remaining time for its preparation. If its process crashes or hangs, the case is run again
+with softcurve only, so that an error in another library affects only the figures of that library.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from bench.gpu.peers import OURS
 from bench.heads import Shape
 from bench.tables import Record
 
-ROUNDS_SHARE, ROUNDS_MOST = 1 / 3, 15.0  # of a case's seconds, left for the rounds
-GRACE = 45.0  # seconds beyond its share after which a process is killed
-LAST_LINE = 160  # characters
+ROUNDS_SHARE, ROUNDS_MOST = 1 / 3, 15.0  # fraction of a case's seconds for the rounds, and its maximum in seconds
+GRACE = 45.0  # a process is killed this many seconds after the end of its share
+LAST_LINE = 160  # maximum number of characters of an error
 
 
 def figures_apart(name: str, shape: Shape, seconds: float, options: Sequence[str]) -> Record:
-    """The case's record; its own ``note`` says what happened to its process."""
+    """Run a case in its own process and return its record, with a ``note`` if the process failed."""
     begun = time.monotonic()
     record, note = _run(name, shape, seconds, options)
     if record is not None:
@@ -44,17 +44,17 @@ def figures_apart(name: str, shape: Shape, seconds: float, options: Sequence[str
 
 
 def share_of(deadline: Deadline, cases_left: int) -> float:
-    """Seconds for the next of so many cases."""
+    """Return the seconds for the next of the remaining cases."""
     return deadline.left() / cases_left
 
 
 def time_is_up(name: str, shape: Shape) -> Record:
-    """A case that was not begun."""
+    """Return the record of a case that was not started."""
     return {"case": name, "shape": shape, "records": [{"who": OURS, "note": TIME_UP}]}
 
 
 def command(name: str, shape: Shape, seconds: float, out: Path, options: Sequence[str]) -> list[str]:
-    """One case in its own process, whose time runs from now on."""
+    """Return the command that runs one case in its own process, with the time limit starting now."""
     rounds = min(ROUNDS_MOST, ROUNDS_SHARE * seconds)
     own = ["--case", name, "--shapes", ",".join(map(str, shape)), "--out", str(out), "--long", f"{rounds:.1f}"]
     own += ["--total", f"{seconds - rounds:.1f}", "--since", f"{time.monotonic():.1f}"]
@@ -75,7 +75,7 @@ def _run(name: str, shape: Shape, seconds: float, options: Sequence[str]) -> tup
 
 
 def run_limited(arguments: Sequence[str], seconds: float, errors: Any, output: Any = subprocess.DEVNULL) -> int | None:
-    """The exit code; ``None`` where the process and all that it started had to be killed."""
+    """Return the exit code, or ``None`` if the process group was killed after ``seconds``."""
     process = subprocess.Popen(arguments, stdout=output, stderr=errors, start_new_session=True)
     try:
         return process.wait(seconds)

@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, by one command: the head's tests on the device, then the benchmark.
+"""Run everything that needs a GPU: the tests of the head on the device, and the benchmark.
 
-``python -m bench.gpu.check`` needs torch, triton and pytest, and ``PYTHONPATH=src`` where softcurve is not installed.
-It goes on after failures, ends with a short table, and leaves in the folder ``--out`` (by default ``$OUT``, else
-``build/gpu``): ``check.json`` with every figure, ``gpu.json`` with the benchmark's, ``tests.log`` and ``bench.log``.
-The tests are told the device by the variable SOFTCURVE_TEST_DEVICE.
+``python -m bench.gpu.check`` needs torch, triton and pytest, and ``PYTHONPATH=src`` if softcurve is not installed. It
+continues after failures and ends with a short table. It writes ``check.json`` with all figures, ``gpu.json`` with those
+of the benchmark, ``tests.log`` and ``bench.log`` to the folder ``--out`` (by default ``$OUT``, or ``build/gpu``). The
+environment variable SOFTCURVE_TEST_DEVICE passes the device to the tests.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from bench.tables import Record, cell, print_head, print_row, write_json
 
 ROOT = Path(__file__).parents[2]
 SECONDS_OF_TESTS, SECONDS_OF_BENCH = 240.0, 300.0
-GRACE = 30.0  # seconds that the benchmark may take beyond its total
-# Each file, and in how many shares it is run at the same time. What may hang or crash most comes first.
+GRACE = 30.0  # seconds that the benchmark may exceed its total
+# Each test file and its number of concurrent processes. Files that are most likely to hang or crash are first.
 FILES = {
     "kernels": ("tests/interpreted_head.py", 4),
     "exactness": ("tests/test_head_exactness.py", 4),
@@ -42,7 +42,7 @@ FILES = {
     "transforms": ("tests/test_head_transforms.py", 4),
     "bad input": ("tests/test_head_bad_input.py", 1),
 }
-# What the interpreter, which is slow, is asked of the head's exactness.
+# The selection of the exactness tests for Triton's interpreter, which is slow.
 INTERPRETED = "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or minus_infinity"
 PYTEST = (
     "-q",
@@ -52,14 +52,14 @@ PYTEST = (
     *("-W", "default"),
     *("-o", "minversion=8.0"),
 )
-SHOWN = 20  # failures
+SHOWN = 20  # maximum number of printed failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if all tests passed and ours was measured everywhere; 1 if not; 2 where there is no such device."""
+    """Return 0 if all tests passed and softcurve was measured in all cases, 1 if not, and 2 without the device."""
     options = _options(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu.check: no CUDA device; --device cpu tries the command on the CPU", file=sys.stderr)
+        print("bench.gpu.check: no CUDA device; --device cpu runs the command on the CPU", file=sys.stderr)
         return 2
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -80,24 +80,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__)
     folder = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
     device = os.environ.get("SOFTCURVE_TEST_DEVICE", "cuda")
-    parser.add_argument("--device", choices=tuple(DEVICES), default=device, help="cpu: to try the command itself")
-    parser.add_argument("--out", type=Path, default=folder, metavar="FOLDER", help="$OUT, or build/gpu, by default")
-    seconds = "seconds for all tests, by default %(default)g; 0 leaves them out"
+    parser.add_argument("--device", choices=tuple(DEVICES), default=device, help="cpu tests the command itself")
+    parser.add_argument("--out", type=Path, default=folder, metavar="FOLDER", help="[default: $OUT, or build/gpu]")
+    seconds = "seconds for all tests [default: %(default)g]; 0 skips them"
     parser.add_argument("--tests", type=float, default=SECONDS_OF_TESTS, metavar="SECONDS", help=seconds)
-    seconds = "the benchmark's --total, by default %(default)g; 0 leaves it out"
+    seconds = "the benchmark's --total [default: %(default)g]; 0 skips it"
     parser.add_argument("--bench", type=float, default=SECONDS_OF_BENCH, metavar="SECONDS", help=seconds)
-    together = "processes of tests at the same time, by default half of the cores, at most 6"
+    together = "number of concurrent test processes [default: half of the cores, at most 6]"
     parser.add_argument(
         "--processes", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), metavar="N", help=together
     )
-    parser.add_argument("--job", action="append", choices=tuple(FILES), help="all by default; may be repeated")
-    parser.add_argument("--every", action="store_true", help="every test, and not pairwise")
-    parser.add_argument("--at-most", type=int, metavar="N", help="so many tests of each function")
+    parser.add_argument("--job", action="append", choices=tuple(FILES), help="may be repeated [default: all]")
+    parser.add_argument("--every", action="store_true", help="run every test instead of a pairwise selection")
+    parser.add_argument("--at-most", type=int, metavar="N", help="maximum number of tests per function")
     return parser.parse_args(arguments)
 
 
 def _prepare_environment(device: str) -> None:
-    """For every process that is started from here."""
+    """Set the environment of all processes that are started."""
     paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -113,20 +113,21 @@ def _prepare_environment(device: str) -> None:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """The files in their shares; the kernels only where they can run, for the CPU has none but in the interpreter."""
+    """Return the jobs; the kernels are included only on CUDA or with Triton's interpreter."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     has_kernels = importlib.util.find_spec("triton") is not None and (options.device == "cuda" or interpreted)
     jobs = []
     for name in options.job or FILES:
         file, shares = FILES[name]
-        if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):  # its arrays would count
+        # The memory test would count the interpreter's arrays.
+        if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):
             continue
         few = () if options.device == "cuda" else ("-m", "not slow")
         if interpreted and name == "exactness":
             few = (*few, "-k", INTERPRETED)
         shares = min(shares, options.processes)
         jobs += [Job(name, (file, *few), (n, shares)) for n in range(shares)]
-    # The heaviest files start first, a share of each after the other.
+    # The first share of every file starts before the second shares.
     return sorted(jobs, key=lambda job: job.share[0])
 
 
@@ -150,12 +151,12 @@ def _run_tests(options: argparse.Namespace, report: Report) -> None:
                 with log.open("a", encoding="utf-8") as whole:
                     whole.write(part.read_text(encoding="utf-8", errors="replace"))
         except KeyboardInterrupt:
-            deadline.end = 0.0  # whoever watches a process ends it
+            deadline.end = 0.0  # the threads that watch the processes kill them
             raise
 
 
 def _outcome_of(future: Future[Outcome]) -> Outcome:
-    """What a job could not do is a note like any other."""
+    """Return the outcome of a job, with a note if the job itself failed."""
     try:
         return future.result()
     except Exception as error:
@@ -170,8 +171,8 @@ def _run_bench(options: argparse.Namespace, report: Report) -> None:
     with (options.out / "bench.log").open("w", encoding="utf-8") as log:
         code = apart.run_limited([*command, "--out", str(out)], options.bench + GRACE, log, log)
     if code not in (0, 1):
-        what = "was ended" if code is None else f"ended with code {code}"
-        report.add_note(f"the benchmark {what}; bench.log says more")
+        what = "was killed after its time limit" if code is None else f"ended with code {code}"
+        report.add_note(f"the benchmark {what}; see bench.log")
     if out.exists():
         report.add_bench(json.loads(out.read_text(encoding="utf-8")))
 
@@ -180,7 +181,7 @@ def _run_bench(options: argparse.Namespace, report: Report) -> None:
 
 
 class Report:
-    """All figures so far, in a file after each job, and the tables at the end."""
+    """Collects all figures, writes them to a file after each job, and prints the tables at the end."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.lock = path, threading.Lock()
@@ -189,13 +190,13 @@ class Report:
         self.figures: dict[str, Any] = {"machine": machine, "notes": [], "tests": {}, "bench": None}
 
     def add_note(self, note: str) -> None:
-        """Something that did not go as it should."""
+        """Add and print a note about a problem."""
         print(note, flush=True)
         self.figures["notes"].append(note)
         self._write()
 
     def add_tests(self, job: Job, outcome: Outcome) -> None:
-        """What became of a job, with a line for whoever waits."""
+        """Add the outcome of a job and print a progress line."""
         self.outcomes.setdefault(job.name, []).append(outcome)
         counts = dict(outcome.counts())
         print(f"{job}: {counts} in {outcome.seconds:.0f} s {'; '.join(outcome.notes)}", flush=True)
@@ -204,12 +205,12 @@ class Report:
         self._write()
 
     def add_bench(self, figures: dict[str, Any]) -> None:
-        """The benchmark's own report."""
+        """Add the report of the benchmark."""
         self.figures["bench"] = figures
         self._write()
 
     def all_well(self) -> bool:
-        """Whether nothing is left to look at."""
+        """Return whether all tests passed, every case was measured, and there are no notes."""
         tested = all(
             all(outcome.complete for outcome in outcomes) and any(outcome.counts()["passed"] for outcome in outcomes)
             for outcomes in self.outcomes.values()
@@ -220,7 +221,7 @@ class Report:
         return not self.figures["notes"] and tested and measured and not nothing
 
     def print_tables(self) -> None:
-        """Tests by file, failures, and ours in each case of the benchmark."""
+        """Print the tests by file, the failures, and the figures of softcurve in each case of the benchmark."""
         if self.outcomes:
             print()
             columns = ("passed", "failed", "crashed", "hung", "skipped", "not reached")
@@ -248,7 +249,7 @@ class Report:
 
 
 def ours_measured(case: Record) -> bool:
-    """Whether a case of the benchmark has a time of ours."""
+    """Return whether a case of the benchmark contains a time of softcurve."""
     return any(record["who"] == OURS and "s" in record for record in case["records"])
 
 

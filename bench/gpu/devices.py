@@ -1,4 +1,4 @@
-"""How a device is measured: by CUDA's events and torch's allocator, or on the CPU, where nothing but time is."""
+"""Measurement on a device: CUDA events and torch's allocator, or only the time on the CPU."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ STATE = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"
 
 
 class Cpu:
-    """To see that everything runs."""
+    """The CPU, for testing the benchmark."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
     def seconds(self, run: Run) -> float:
-        """Of one call."""
+        """Measure the seconds of one call."""
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
     def allocated(self) -> int | None:
-        """Bytes in tensors, where they are counted."""
+        """Return the bytes allocated for tensors, or None if the device does not count them."""
         return None
 
     def with_peak(self, run: Run) -> tuple[Tensors, int | None]:
-        """The results, and the most bytes in tensors meanwhile."""
+        """Return the results and the peak of allocated bytes."""
         return run(), None
 
     def recover(self) -> None:
-        """After a failure: what it held is let go."""
+        """Free the memory of a failed run."""
         gc.collect()
 
     def state(self) -> dict[str, str]:
-        """Clocks and the like at this moment, as far as they can be read."""
+        """Return the current clocks, power and temperature, as far as they are available."""
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """What was measured on."""
+        """Return a description of the device."""
         return {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
 class Cuda(Cpu):
-    """The current device."""
+    """The current CUDA device."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -107,7 +107,7 @@ DEVICES: dict[str, Callable[[], Cpu]] = {"cuda": Cuda, "cpu": Cpu}
 
 
 def software() -> dict[str, Any]:
-    """Versions, of what is installed, and the commit."""
+    """Return the versions of the installed packages and the commit."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -122,7 +122,7 @@ def software() -> dict[str, Any]:
 
 
 def _output(command: list[str]) -> str:
-    """The first line that it prints; nothing where it cannot be run."""
+    """Return the first line that a command prints, or an empty string if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""One case at one shape: everybody's errors and memory first, each alone, then their times, in turns."""
+"""Measurement of one case at one shape: errors and memory of each implementation, and then interleaved times."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from bench.tables import Record
 DTYPE = torch.bfloat16
 ROUNDED = "float64, rounded"
 TIME_UP = "not run: the time was up"
-# Seconds of a case's rounds beyond which there are fewer, and how few.
+# Seconds after which the rounds of a case stop, and the minimum number of rounds.
 LONG, FEWEST = 20.0, 5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss of :data:`bench.heads.CASES`, where it is measured, and its truth."""
+    """The inputs, exact terms and shapes of a loss in :data:`bench.heads.CASES`."""
 
     inputs: Callable[[Shape, torch.device, torch.dtype], Inputs]
     terms: truth.Terms
@@ -57,7 +57,7 @@ CASES: Mapping[str, Case] = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How often, who (all, if nobody is named), and how long: to prepare one, all together, the rounds of a case."""
+    """The number of rounds, the implementations (all if empty), and the time limits of preparation and rounds."""
 
     rounds: int
     who: Collection[str]
@@ -67,13 +67,13 @@ class Effort:
 
 
 def figures(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
-    """A record of the case, with one for each contestant."""
-    torch.compiler.reset()  # the shapes before would count against the limit on recompilations
+    """Return the record of a case, which contains one record for each implementation."""
+    torch.compiler.reset()  # previous shapes would count towards the limit on recompilations
     given = CASES[name].inputs(shape, meter.device, DTYPE)
     products = heads.CASES[name].floor(given)
     floor = f"floor, {len(products)} products"
     runs: dict[str, Callable[[], object]] = {floor: partial(heads.multiply, products)}
-    heads.multiply(products)  # what the products keep for themselves is not the first contestant's
+    heads.multiply(products)  # allocates the workspace of the products before the first measurement
     begun = time.perf_counter()
     records = {floor: {"who": floor}} | _prepared(name, given, meter, effort, runs)
     prepared = time.perf_counter()
@@ -95,7 +95,7 @@ def figures(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
 def _prepared(
     name: str, given: Inputs, meter: Cpu, effort: Effort, runs: dict[str, Callable[[], object]]
 ) -> dict[str, Record]:
-    """Everybody's record so far; who has no note is added to the runs. The truth is gone when this returns."""
+    """Return the records of errors and memory, and add the implementations that succeeded to the runs."""
     right = Truth.of(CASES[name].terms, given)
     records: dict[str, Record] = {ROUNDED: {"who": ROUNDED, "error": right.errors(right.rounded(DTYPE))}}
     for who, loss in peers.contestants(name).items():
@@ -110,14 +110,14 @@ def _prepared(
 
 
 def loss_and_gradients(loss: Loss, given: Inputs) -> Tensors:
-    """What is measured."""
+    """Compute the loss and both gradients."""
     value = loss(*given.wanted, *given.target)
     of_features, of_weight = torch.autograd.grad(value, given.wanted)
     return value.detach(), of_features, of_weight
 
 
 def _tried(run: Run, right: Truth, meter: Cpu, limit: float) -> Record:
-    """Memory and errors, after calls enough to be warm; or a note."""
+    """Return memory and errors after two warm-up calls, or a note if the run fails."""
     try:
         before = meter.allocated()
         begun = time.perf_counter()
@@ -144,7 +144,7 @@ def _tried(run: Run, right: Truth, meter: Cpu, limit: float) -> Record:
 def _in_rounds(
     runs: Mapping[str, Callable[[], Any]], meter: Cpu, rounds: int, long: float = LONG
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Everybody's seconds, and why somebody who ran before did not now. The first round is not counted."""
+    """Return the seconds of all rounds but the first, and a note for each run that failed."""
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     notes: dict[str, str] = {}
     begun = time.perf_counter()
@@ -164,7 +164,7 @@ def _in_rounds(
 
 
 def _times(who: str, seconds: Mapping[str, list[float]], floor: str, notes: Mapping[str, str]) -> Record:
-    """The median, the quartiles' distance beside it, and medians of the rounds' own ratios."""
+    """Return the median, the relative interquartile range, and the medians of the ratios of all rounds."""
     own = seconds[who]
     low, _, high = quantiles(own, n=4, method="inclusive") if len(own) > 1 else (own[0],) * 3
     record: Record = {"seconds": own, "s": median(own), "spread": (high - low) / median(own)}

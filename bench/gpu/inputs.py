@@ -1,10 +1,10 @@
-"""Features, heads and labels as after training: rows of all confidences, from hopeless to all but certain.
+"""Random features, heads and labels that resemble a trained model, with rows of all confidences.
 
-A logit is ``−log(k + 1)``, as log-frequencies by Zipf's law, plus noise of deviation ``SPREAD``. Three quarters of the
-rows lean towards their label: their feature is moved along the label's own weight until the label's log-odds are about
-a number drawn from ``MARGINS``, so that in most of them the residual's true-class entry ``p − 1`` cancels, by up to
-nine digits. The other rows have random features and a random label. Of cross-entropy one row in ``IGNORED`` has none.
-All are drawn in float32 and rounded to the dtype; the truth is that of the rounded numbers.
+A logit is the log-frequency ``−log(k + 1)`` of Zipf's law plus noise of standard deviation ``SPREAD``. In three
+quarters of the rows the feature is moved along the weight of the label until the log-odds of the label are about a
+number drawn from ``MARGINS``. In most of these rows the entry ``p − 1`` of the residual cancels, by up to nine digits.
+The other rows have random features and a random label. For cross-entropy, one row in ``IGNORED`` is ignored. All
+numbers are drawn in float32 and rounded to the dtype; the exact results are those of the rounded numbers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Generator, Tensor
 from bench.heads import Inputs, Shape
 
 SPREAD, MARGINS = 2.0, (-10.0, 20.0)
-UNTRAINED, IGNORED = 4, 16  # one row in so many
+UNTRAINED, IGNORED = 4, 16  # one row in 4 has a random label, one in 16 is ignored
 IGNORE_INDEX = -100
 
 
 def of_cross_entropy(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """With class indices."""
+    """Return inputs with class indices."""
     generator = torch.Generator(device).manual_seed(0)
     labels, margins = _labels_and_margins(shape, generator)
     wanted = _student(shape, labels, margins, generator, dtype)
@@ -32,7 +32,7 @@ def of_cross_entropy(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 
 def of_divergence(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """With a teacher as wide as the student, which leans towards the same labels by other noise."""
+    """Return inputs with a teacher of the student's width, for the same labels and other noise."""
     generator = torch.Generator(device).manual_seed(0)
     labels, margins = _labels_and_margins(shape, generator)
     wanted = _student(shape, labels, margins, generator, dtype)
@@ -47,7 +47,7 @@ def _student(
 
 
 def _labels_and_margins(shape: Shape, generator: Generator) -> tuple[Tensor, Tensor]:
-    """A margin of NaN is a row of no training."""
+    """Return labels and margins; a margin of NaN marks a row with random features and label."""
     on = partial(torch.empty, shape.rows, device=generator.device)
     labels = torch.multinomial(_log_frequencies(shape, generator).exp(), shape.rows, True, generator=generator)
     margins = on().uniform_(*MARGINS, generator=generator)
@@ -59,13 +59,13 @@ def _labels_and_margins(shape: Shape, generator: Generator) -> tuple[Tensor, Ten
 def _head(
     shape: Shape, labels: Tensor, margins: Tensor, generator: Generator, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Features and weight; the first feature is 1 and has the log-frequencies for weights."""
+    """Return features and weight; the first feature is 1, and its weights are the log-frequencies."""
     prior = _log_frequencies(shape, generator)
     noise = partial(torch.randn, generator=generator, device=generator.device)
     weight = noise(shape.classes, shape.width).mul_(SPREAD / math.sqrt(shape.width))
     features = noise(shape.rows, shape.width)
     own = weight[labels, 1:]
-    others = prior.logsumexp(0) + SPREAD**2 / 2  # what the log-sum-exp is on average
+    others = prior.logsumexp(0) + SPREAD**2 / 2  # the mean of the log-sum-exp
     lacking = torch.nan_to_num(margins + others - prior[labels], nan=0.0)
     features[:, 1:] += (lacking / own.square().sum(1))[:, None] * own
     features[:, 0], weight[:, 0] = 1.0, prior

@@ -1,6 +1,6 @@
-"""Files of tests, each in processes that may crash or hang: the next process runs the tests that are left.
+"""Runs test files in processes; if a process crashes or hangs, the next one runs the remaining tests.
 
-A process writes down what it does by :mod:`bench.gpu.recorder`; this reads it, and so knows which test was running.
+A process records the start and end of each test with :mod:`bench.gpu.recorder`, which identifies the test that failed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from bench.gpu.recorder import DEVICE_LOST
 from bench.tables import Record
 
 POLL = 0.1
-STALLED = 90.0  # seconds that one test, or the start of a process, may take
-MOST_PROCESSES = 12  # for one job
-ENDED = (0, 1, 5)  # codes of pytest: all passed, some failed, nothing was left to run
+STALLED = 90.0  # maximum seconds of one test, and of the start of a process
+MOST_PROCESSES = 12  # maximum number of processes of one job
+ENDED = (0, 1, 5)  # pytest's exit codes if all tests passed, some failed, or none were selected
 STOPPED = ("crashed", "hung")
 UNREACHED = "not reached"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process after the other runs: arguments of pytest, and which part of the tests that they select."""
+    """The arguments of pytest, and the share of the selected tests, that consecutive processes run."""
 
     name: str
     arguments: tuple[str, ...]
@@ -46,28 +46,28 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of each test, by its name; ``notes`` tell of processes, and ``seconds`` are those of the clock."""
+    """The outcome of each test by name, notes about processes, and the elapsed seconds."""
 
     tests: dict[str, Record] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def counts(self) -> Counter[str]:
-        """Tests by what became of them."""
+        """Count the tests by outcome."""
         return Counter(test["outcome"] for test in self.tests.values())
 
     def failures(self) -> dict[str, Record]:
-        """The tests that failed, crashed or hung."""
+        """Return the tests that failed, crashed or hung."""
         return {name: test for name, test in self.tests.items() if test["outcome"] in ("failed", *STOPPED)}
 
     @property
     def complete(self) -> bool:
-        """Whether every test ended well."""
+        """Whether every test passed or was skipped."""
         return not self.notes and not {*self.counts()} - {"passed", "skipped"}
 
 
 def run_job(job: Job, options: Sequence[str], root: Path, log: Path, deadline: Deadline) -> Outcome:
-    """Start processes until every test has run, the time is up, or one more process gets no further."""
+    """Start processes until every test has run, the time limit is reached, or a process makes no progress."""
     outcome, begun = Outcome(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(MOST_PROCESSES):
@@ -87,14 +87,14 @@ def run_job(job: Job, options: Sequence[str], root: Path, log: Path, deadline: D
 
 
 def finished(outcome: Outcome) -> list[str]:
-    """The tests that need not run again."""
+    """Return the tests that have already run."""
     return [name for name, test in outcome.tests.items() if test["outcome"] != UNREACHED]
 
 
 def _run_process(
     job: Job, options: Sequence[str], root: Path, folder: Path, log: Path, deadline: Deadline, outcome: Outcome
 ) -> int | None:
-    """The exit code of one process, ``None`` where it was killed; the outcome is completed by what it wrote."""
+    """Run one process, add its records to the outcome, and return its exit code or ``None`` if it was killed."""
     record, done = folder / "record", folder / "done"
     record.write_text("")
     done.write_text("\n".join(finished(outcome)))
@@ -118,7 +118,7 @@ def _run_process(
 
 
 def _watched(process: subprocess.Popen[Any], record: Path, deadline: Deadline) -> tuple[int | None, str]:
-    """Wait for the end; kill the process, and all that it started, where it stalls or the time is up."""
+    """Wait for a process, and kill its process group if it stalls or the time limit is reached."""
     size, since, why = 0, time.monotonic(), ""
     try:
         while process.poll() is None and not why:
@@ -137,7 +137,7 @@ def _watched(process: subprocess.Popen[Any], record: Path, deadline: Deadline) -
 
 
 def _read(record: Path, outcome: Outcome, code: int | None, why: str) -> None:
-    """Take in the lines that a process wrote; the last may be cut off."""
+    """Add the lines that a process recorded to the outcome; the last line may be incomplete."""
     running = None
     for text in record.read_text(encoding="utf-8").splitlines():
         try:
@@ -153,7 +153,7 @@ def _read(record: Path, outcome: Outcome, code: int | None, why: str) -> None:
             running = None
             outcome.tests[line["test"]] = {name: line[name] for name in ("outcome", "seconds", "message")}
     if code == DEVICE_LOST:
-        return  # the test that failed says how, and there is a next process
+        return  # the failed test contains the message, and another process follows
     if running is not None and why != "the time was up":
         what = f"the process ended with code {code}" if code is not None else why
         outcome.tests[running] = {"outcome": "hung" if code is None else "crashed", "message": what}

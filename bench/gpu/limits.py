@@ -1,4 +1,4 @@
-"""Time limits: of a contestant's first calls, in which it may compile for ever, and of everything."""
+"""Time limits for the first calls of an implementation, which may compile for a long time, and for the whole run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from contextlib import contextmanager
 
 
 class TooLong(BaseException):
-    """The limit is over. No Exception, for autotuners survive those."""
+    """The time limit is reached. This is not an Exception, because autotuners catch those."""
 
 
 class Deadline:
-    """Of all that is run from now on, or from a reading of the system's monotonic clock on."""
+    """A time limit that starts now, or at a reading of the system's monotonic clock."""
 
     def __init__(self, seconds: float, since: float | None = None) -> None:
         self.end = (time.monotonic() if since is None else since) + seconds
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return self.end - time.monotonic()
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise TooLong in the block after so many seconds, once Python has the thread again."""
+    """Raise TooLong in the block after ``seconds``, as soon as Python code runs."""
 
     def ring(*_: object) -> None:
         raise TooLong

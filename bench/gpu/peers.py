@@ -1,7 +1,7 @@
-"""Who is measured beside ours on CUDA, called alike: ``loss(input, linear_weight, *target)``.
+"""The implementations that are compared on CUDA, with the signature ``loss(input, linear_weight, *target)``.
 
-A library is imported when it is run: none has to be installed. Each has its defaults, and beside them what its authors
-offer for accuracy. All divide by the rows that have a label, the divergences by all rows.
+The libraries are optional and are imported when they are run. Each is measured with its defaults, and with its options
+for higher accuracy. Cross-entropies are means over the rows with a label, divergences over all rows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SMALL_BUDGET = 256 * 2**20
 
 
 class Absent(Exception):
-    """What is asked for is not in the installed version."""
+    """The installed version does not provide this function."""
 
 
 def _upcast(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """As in most training loops: float32 from the logits on."""
+    """Return the loss in float32 from half-precision logits, as most training loops do."""
     return F.cross_entropy(F.linear(e, w).float(), target)
 
 
 def _chunked(e: Tensor, w: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The op's own chunks: ``options=None`` would be the reference."""
+    """Return torch's chunked loss; ``options=None`` would select the dense reference."""
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Absent(f"not in torch {torch.__version__}")
     return F.linear_cross_entropy(e, w, target, options=torch.nn.LinearCrossEntropyOptions(**options))
@@ -45,7 +45,7 @@ def _liger(e: Tensor, w: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def _liger_jsd(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, beta: float, **options: Any) -> Tensor:
-    """Its β is ours: 0 is forward KL."""
+    """Return Liger's divergence, whose β agrees with softcurve's: 0 is the forward KL."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss: Tensor = LigerFusedLinearJSD(jsd_beta=beta, **options)(e, w, te, tw, None)
@@ -53,7 +53,7 @@ def _liger_jsd(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, *, beta: float, **o
 
 
 def _liger_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor, **options: Any) -> Tensor:
-    """It takes probabilities only, so the teacher's are written out."""
+    """Return Liger's KL, which requires the dense probabilities of the teacher."""
     try:
         from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
     except ModuleNotFoundError as error:
@@ -87,8 +87,8 @@ def _quack_whole(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-# With filtering, cut-cross-entropy leaves out what is small beside bf16's last digit; without, everything counts.
-# "kahan" sums with compensation, "exact" neither filters nor rounds on the way; older versions have neither.
+# With filtering, cut-cross-entropy omits terms below bfloat16's resolution. "kahan" uses compensated summation, and
+# "exact" neither filters nor rounds intermediate results; older versions have neither.
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
     "cross-entropy": {
         "torch eager, float32 logits": _upcast,
@@ -118,7 +118,7 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
 
 
 def contestants(name: str) -> dict[str, Loss]:
-    """Ours first; what compiles the longest last, for the time may be up by then."""
+    """Return softcurve first, and the slowest to compile last, because the time limit may be reached by then."""
     case = CASES[name]
     return {
         OURS: partial(case.ours, memory_budget=None),
@@ -131,12 +131,12 @@ def contestants(name: str) -> dict[str, Loss]:
 
 @cache
 def _compiled(loss: Loss) -> Loss:
-    """For the very shapes; when it is first run, for the compiler alone takes seconds to import."""
+    """Compile a loss on its first run, because importing the compiler takes seconds."""
     return torch.compile(loss, dynamic=False)
 
 
 def reason(error: Exception) -> str:
-    """Why there are no figures, in a cell."""
+    """Return the note for a cell without figures."""
     if isinstance(error, ModuleNotFoundError):
         return f"not installed ({error.name})"
     if isinstance(error, Absent):

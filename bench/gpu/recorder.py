@@ -1,8 +1,8 @@
-"""A plugin of pytest: chooses few of the tests, writes down each as it starts and ends, and leaves a failed device.
+"""A pytest plugin that selects tests, records the start and end of each, and exits after a failure of the device.
 
-``pytest -p bench.gpu.recorder --record PATH`` appends a line of JSON for what is collected and for each start and end.
-After an error of the device itself (an assertion in a kernel, an access out of bounds) every later call in the process
-fails as well, so the process ends with the code ``DEVICE_LOST`` and whoever started it goes on in another.
+``pytest -p bench.gpu.recorder --record PATH`` appends one line of JSON for the collection and for each start and end.
+After an error of the device (an assertion in a kernel, an access out of bounds), every later call in the process fails.
+The process therefore exits with the code ``DEVICE_LOST``, and its parent starts another one.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any
 import pytest
 
 DEVICE_LOST = 86
-MESSAGE = 400  # characters of a failure that are kept
+MESSAGE = 400  # maximum number of characters of a failure
 Value = tuple[str, str]  # a parameter's name, and the text of its value in the test's name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What one process runs of a file."""
+    """Add the options that select the tests of one process."""
     group = parser.getgroup("recorder")
-    group.addoption("--record", type=Path, help="the file that a line is appended to for each start and end")
-    group.addoption("--share", default="0/1", metavar="I/N", help="the tests whose number leaves I when divided by N")
-    group.addoption("--done", type=Path, help="a file of names of tests, one a line, that are left out")
-    group.addoption("--every", action="store_true", help="all values with each other, and not pairwise")
-    group.addoption("--at-most", type=int, metavar="N", help="so many of each test function")
+    group.addoption("--record", type=Path, help="file to which a line is appended for each start and end")
+    group.addoption("--share", default="0/1", metavar="I/N", help="run the tests with index I modulo N")
+    group.addoption("--done", type=Path, help="file with the names of tests to skip, one per line")
+    group.addoption("--every", action="store_true", help="run all tests instead of a pairwise selection")
+    group.addoption("--at-most", type=int, metavar="N", help="maximum number of tests per function")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing is recorded unless it is asked for."""
+    """Register the recorder if ``--record`` is given."""
     if config.option.record is not None:
         config.pluginmanager.register(Recorder(config.option), "recorder of starts and ends")
 
 
 class Recorder:
-    """Lines are flushed: whatever ends the process, they are there."""
+    """Writes and flushes one line per event, so that the lines survive the end of the process."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -46,13 +46,13 @@ class Recorder:
         self.seconds = 0.0
 
     def write(self, **line: Any) -> None:
-        """One line."""
+        """Write one line."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Choose, and say how many there are to run, before those are left out that have been run."""
+        """Select the tests, record the selection, and then deselect those that have already run."""
         chosen = items if self.options.every else pairwise(items)
         if self.options.at_most:
             chosen = first_of_each(chosen, self.options.at_most)
@@ -66,12 +66,12 @@ class Recorder:
         items[:] = kept
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Whoever watches sees which test it is that does not end."""
+        """Record the start, which identifies a test that does not end."""
         self.write(event="start", test=nodeid)
         self.outcome, self.message, self.seconds = "passed", "", 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of its three phases the first that failed is told."""
+        """Keep the outcome of the first failed phase of a test."""
         self.seconds += report.duration
         if report.failed and self.outcome != "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
@@ -82,7 +82,7 @@ class Recorder:
             self.outcome, self.message = "skipped", str(reason)[:MESSAGE]
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """The end of a test, and of the process where the device has failed."""
+        """Record the end of a test, and exit if the device has failed."""
         self.write(event="end", test=nodeid, outcome=self.outcome, seconds=round(self.seconds, 3), message=self.message)
         if self.outcome == "failed" and device_lost():
             self.write(event="lost", test=nodeid)
@@ -90,7 +90,7 @@ class Recorder:
 
 
 def device_lost() -> bool:
-    """Whether a CUDA device that this process uses answers nothing but errors."""
+    """Return whether the CUDA device of this process is in an error state."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -102,11 +102,11 @@ def device_lost() -> bool:
     return False
 
 
-# --- which tests -----------------------------------------------------------------------------------------------------
+# --- selection of tests ----------------------------------------------------------------------------------------------
 
 
 def pairwise(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Of each function so many tests that what :func:`covering` wants is met, in their order."""
+    """Select the tests of each function that :func:`covering` chooses, in their order."""
     kept = set()
     for group in by_function(items).values():
         kept.update(group[n].nodeid for n in covering([values_of(item) for item in group]))
@@ -114,7 +114,7 @@ def pairwise(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
 
 def first_of_each(items: Sequence[pytest.Item], most: int) -> list[pytest.Item]:
-    """So many tests of each function, spread over its list."""
+    """Select at most ``most`` tests of each function, evenly spaced."""
     kept = set()
     for group in by_function(items).values():
         step = max(1, len(group) // most)
@@ -123,7 +123,7 @@ def first_of_each(items: Sequence[pytest.Item], most: int) -> list[pytest.Item]:
 
 
 def by_function(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
-    """The tests of each function of each file."""
+    """Group the tests by file and function."""
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
@@ -131,15 +131,15 @@ def by_function(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
 
 
 def values_of(item: pytest.Item) -> list[Value]:
-    """The parameters, by the text of each value; what is parametrized in one go has its values together."""
+    """Return the parameters of a test and the text of their values."""
     call = getattr(item, "callspec", None)
     return [] if call is None else [(name, repr(value)) for name, value in sorted(call.params.items())]
 
 
 def covering(settings: Sequence[Sequence[Value]]) -> list[int]:
-    """Numbers of settings in which all meet that meet in any: two values of three or more parameters, else one value.
+    """Return indices of settings that cover all pairs of values, or all values if there are at most two parameters.
 
-    Greedily, the setting with most that is new first; of equals, the first.
+    The selection is greedy: each step takes the first setting with the largest number of new pairs.
     """
     size = 2 if max(map(len, settings), default=0) > 2 else 1
     sets = [frozenset(itertools.combinations(setting, size)) for setting in settings]

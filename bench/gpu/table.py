@@ -1,4 +1,4 @@
-"""Losses on features and a head on a CUDA device: one command, a table for people and a JSON file of all figures."""
+"""Benchmark the losses on features and a head on a CUDA device; print a table and write all figures to a JSON file."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ COLUMNS = (
     *("loss error", "dE", "dE entry", "dE row", "dW", "dW entry", "dW row"),
 )
 ABOUT = f"""
-Loss and both gradients, bfloat16. Times are medians of rounds in which everybody takes a turn, by events on the device;
-the spread is the distance of the quartiles beside the median; the ratios are medians of the rounds' own. The floor is
-the matrix products of the same shapes into buffers that are there. Extra memory is beyond inputs and results, what is
-kept between calls included, by torch's allocator. Errors are against float64: of the loss; of the gradients in features
-(dE) and weight (dW) by norm, the worst entry beside the largest of all, and the worst row's norm beside its own. What
-rounding alone costs stands at "{ROUNDED}"."""
+Loss and both gradients in bfloat16. Times are medians over interleaved rounds, measured with CUDA events. The spread is
+the interquartile range divided by the median. Ratios are medians of the ratios of all rounds. The floor is the time of
+matrix products of the same shapes into preallocated buffers. Extra memory is measured by torch's allocator; it excludes
+inputs and results and includes memory that is kept between calls. Errors are relative to float64. For the gradients
+with respect to features (dE) and weight (dW) they are: the error in norm, the worst entry relative to the largest
+entry, and the worst error of a row relative to its norm. "{ROUNDED}" is the error of rounding the exact result."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0; 1 where ours could not be measured; 2 where there is no such device."""
+    """Return 0 if softcurve was measured in all cases, 1 if not, and 2 without the device."""
     options = _options(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("python -m bench gpu: no CUDA device; --device cpu runs the same on the CPU, tiny", file=sys.stderr)
+        print("python -m bench gpu: no CUDA device; --device cpu runs small shapes on the CPU", file=sys.stderr)
         return 2
     meter = DEVICES[options.device]()
     report: dict[str, Any] = {"machine": meter.describe() | software() | {"state": meter.state()}}
@@ -64,32 +64,35 @@ def main(arguments: Sequence[str]) -> int:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
     everybody = dict.fromkeys(who for name in CASES for who in contestants(name))
-    rounds = f"20 by default; a case that has taken --long is left with {FEWEST} or more"
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="all by default; may be repeated")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="N,d,C", help="or tiny; each case's own by default")
-    who = "as in the table; all by default; may be repeated"
+    rounds = f"number of rounds [default: 20]; a case stops after --long seconds and at least {FEWEST} rounds"
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="may be repeated [default: all]")
+    shapes = "shapes, or tiny [default: the shapes of each case]"
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="N,d,C", help=shapes)
+    who = "implementation as named in the table; may be repeated [default: all]"
     parser.add_argument("--who", action="append", choices=tuple(everybody), metavar="NAME", help=who)
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
-    long = f"{LONG:g} by default"
+    long = f"maximum seconds of the rounds of a case [default: {LONG:g}]"
     parser.add_argument("--long", type=float, default=LONG, metavar="SECONDS", help=long)
-    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="to prepare a contestant")
-    parser.add_argument("--total", type=float, default=420.0, metavar="SECONDS", help="after which nobody is prepared")
-    since = "the reading of the system's monotonic clock from which the total counts; now by default"
+    limit = "maximum seconds to prepare an implementation"
+    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help=limit)
+    total = "seconds after which no further implementation is prepared"
+    parser.add_argument("--total", type=float, default=420.0, metavar="SECONDS", help=total)
+    since = "reading of the system's monotonic clock at which the total starts [default: now]"
     parser.add_argument("--since", type=float, metavar="SECONDS", help=since)
-    together = "all cases in this process; otherwise each has its own, and its share of the total"
+    together = "run all cases in this process instead of one process per case"
     parser.add_argument("--together", action="store_true", help=together)
-    parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu: to see that everything runs")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="PATH", help="gpu.json by default")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="cuda", help="cpu tests the benchmark itself")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="PATH", help="[default: gpu.json]")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
-        parser.error("--rounds must be 1 at least")
+        parser.error("--rounds must be at least 1")
     if options.device == "cpu" and not options.shapes:
         options.shapes = [TINY]
     return options
 
 
 def _passed_on(options: argparse.Namespace) -> list[str]:
-    """What the process of one case is told as well."""
+    """Return the options that are passed to the process of a case."""
     told = ["--rounds", str(options.rounds), "--limit", str(options.limit), "--device", options.device]
     return [*told, *(part for who in options.who or () for part in ("--who", who))]
 
@@ -108,7 +111,7 @@ def _rows(options: argparse.Namespace) -> Iterator[tuple[str, Shape]]:
 
 
 def _attempted(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
-    """A case that fails as a whole is a note too."""
+    """Measure a case, or return a record with a note if it fails as a whole."""
     try:
         return figures(name, shape, meter, effort)
     except Exception as error:
@@ -117,7 +120,7 @@ def _attempted(name: str, shape: Shape, meter: Cpu, effort: Effort) -> Record:
 
 
 def _ours_is_there(case: Record) -> bool:
-    """Or was not asked for."""
+    """Return whether softcurve was measured or not selected."""
     failed = {record["who"] for record in case["records"] if "note" in record}
     return not failed & {OURS, "all"}
 
@@ -132,7 +135,7 @@ def _print_case(case: Record) -> None:
 
 
 def cells(record: Record) -> Iterator[str]:
-    """Of a contestant's row, from its name on."""
+    """Yield the cells of a row, starting with the name of the implementation."""
     yield record["who"]
     yield record.get("note") or (f"{1e3 * record['s']:.3f}" if "s" in record else "")
     yield cell(record, "spread", ".1%")

@@ -1,7 +1,7 @@
-"""Loss and gradients in float64 by closed forms, a tile of classes after the other, and what a result is off by.
+"""The loss and gradients in float64 by closed forms, tile by tile, and the errors of a result.
 
 With ``a = log p`` of the model, a loss is a sum of values over the classes, and each class has a score
-``s = p ∂loss/∂p``; then ``∂loss/∂z = s − p Σ s``. Nothing here is of the library that is measured.
+``s = p ∂loss/∂p``, from which ``∂loss/∂z = s − p Σ s``. This module does not use softcurve.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from bench.heads import Inputs, Tensors
 from bench.tables import Record
 
-ENTRIES = 2**24  # of a tile: 128 MiB in float64
+ENTRIES = 2**24  # entries of a tile, which takes 128 MiB in float64
 
-Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of log p and the target's tile: values and scores
+Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (log p, tile of the target) → (values, scores)
 Tiles = Callable[[slice], Tensor]
 
 
 def cross_entropy(a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``−Σ y log p``; the target is y."""
+    """Return the terms of ``−Σ y log p`` for the target y."""
     return -y * a, -y
 
 
 def forward_kl(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ q log(q/p)``; the target is log q."""
+    """Return the terms of ``Σ q log(q/p)`` for the target log q."""
     q = b.exp()
     return q * (b - a), -q
 
 
 def js(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``½ Σ q log(q/m) + ½ Σ p log(p/m)``, ``m = (p + q)/2``; the target is log q."""
+    """Return the terms of ``½ Σ q log(q/m) + ½ Σ p log(p/m)``, ``m = (p + q)/2``, for the target log q."""
     m = torch.logaddexp(a, b) - math.log(2)
     score = a.exp() * (a - m) / 2
     return b.exp() * (b - m) / 2 + score, score
@@ -42,7 +42,7 @@ def js(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Truth:
-    """The mean loss, and its gradients in features and weight."""
+    """The mean loss and its gradients with respect to features and weight."""
 
     loss: Tensor
     of_features: Tensor
@@ -51,7 +51,7 @@ class Truth:
     @classmethod
     @torch.no_grad()
     def of(cls, terms: Terms, given: Inputs) -> Truth:
-        """For class indices (mean over the rows that have one) or a linear teacher (mean over all)."""
+        """Compute the mean over the rows with a class index, or over all rows for a linear teacher."""
         features, weight = given.wanted[0].double(), given.wanted[1]
         log_p = _log_softmax(features, weight)
         if len(given.target) == 1:
@@ -71,11 +71,11 @@ class Truth:
         return cls(losses.sum() / rows, of_features, of_weight)
 
     def rounded(self, dtype: torch.dtype) -> Tensors:
-        """The best that a result of this dtype can be."""
+        """Return the exact results rounded to a dtype."""
         return self.loss.to(dtype), self.of_features.to(dtype), self.of_weight.to(dtype)
 
     def errors(self, results: Tensors) -> Record:
-        """Of the loss, and of each gradient; see :func:`off_by`."""
+        """Return the errors of the loss and of each gradient; see :func:`off_by`."""
         loss, of_features, of_weight = results
         return {
             "loss": float((loss.detach().double() - self.loss).abs() / self.loss.abs()),
@@ -85,7 +85,7 @@ class Truth:
 
 
 def _one_hot(labels: Tensor) -> Tiles:
-    """An ignored row is of zeros."""
+    """Return tiles of one-hot targets, in which an ignored row is zero."""
     return lambda tile: (labels[:, None] == torch.arange(tile.start, tile.stop, device=labels.device)).double()
 
 
@@ -97,7 +97,7 @@ def _log_softmax(features: Tensor, weight: Tensor) -> Tiles:
 
 
 def _tiles(matrix: Tensor, beside: int) -> Iterator[slice]:
-    """Of rows, so that a tile has ``ENTRIES`` entries with ``beside`` columns, or with its own if they are more."""
+    """Yield slices of rows with at most ``ENTRIES`` entries, for ``beside`` columns or the matrix's own if larger."""
     step = max(1, ENTRIES // max(beside, matrix.shape[1]))
     for start in range(0, len(matrix), step):
         yield slice(start, min(start + step, len(matrix)))
@@ -105,7 +105,7 @@ def _tiles(matrix: Tensor, beside: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def off_by(result: Tensor, truth: Tensor) -> Record:
-    """Relative errors: of the norm, the worst entry beside the largest of all, the worst row's norm beside its own."""
+    """Return the relative error in norm, of the worst entry (to the largest entry), and of the worst row's norm."""
     if result.shape != truth.shape:
         raise ValueError(f"a gradient of shape {tuple(result.shape)} where {tuple(truth.shape)} was expected")
     squares, largest = truth.new_zeros(2), truth.new_zeros(3)

@@ -1,1 +1,1 @@
-"""The parts of ``examples/tiny_lm.py``: text, model, objectives, training, measuring, the picture."""
+"""The modules of ``examples/tiny_lm.py``: text, model, objectives, training, measurements and the figure."""

@@ -1,4 +1,4 @@
-"""Each loss streamed beside dense: time of a whole training step, and memory of the loss in a fresh process."""
+"""Comparison of each loss with its dense counterpart: time of a training step, and memory in a fresh process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOW = ("streamed", "dense")
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of tokens per second, and the largest relative deviation between the two runs' losses."""
+    """Median tokens per second, and the largest relative deviation between the losses of the two runs."""
 
     streamed: float
     dense: float
@@ -37,7 +37,7 @@ class Speed:
 def speed(
     model: TinyLM, objective: Objective, targets: Targets, windows: Windows, schedule: Schedule, steps: int
 ) -> Speed:
-    """Train two copies of one model on the same batches in turns, so that a slow second of the machine meets both."""
+    """Train two copies of a model on the same batches in turns, so that variations of the machine affect both."""
     learners = {how: Learner(copy.deepcopy(model), schedule) for how in HOW}
     seconds: dict[str, list[float]] = {how: [] for how in HOW}
     losses: dict[str, list[float]] = {how: [] for how in HOW}
@@ -47,23 +47,23 @@ def speed(
             start = time.perf_counter()
             losses[how].append(learner.step(getattr(objective, how), tokens, targets(step, tokens)))
             seconds[how].append(time.perf_counter() - start)
-    # The first step of each is left out: it makes the optimizer's state.
+    # The first step, which creates the optimizer's state, is not counted.
     rates = {how: tokens.numel() / statistics.median(seconds[how][1:]) for how in HOW}
     deviation = max(abs(a - b) / abs(b) for a, b in zip(losses["streamed"], losses["dense"], strict=True))
     return Speed(**rates, deviation=deviation)
 
 
 def memories(names: Sequence[str], *sizes: int) -> dict[str, dict[str, float | None]]:
-    """Megabytes of each loss and its gradients, in a process of its own; None on Windows, where they are not measured.
+    """Return the megabytes of each loss and its gradients, measured in fresh processes; None on Windows.
 
-    ``sizes``: windows, context, width, the teacher's width, vocabulary, k.
+    ``sizes`` are the numbers of windows, context, width, the teacher's width, vocabulary and k.
     """
     cases = [(name, how, *sizes) for name in names for how in HOW]
     if sys.platform == "win32":
         found: list[float | None] = [None] * len(cases)
     else:
         processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(["softcurve"])  # loaded once, for all of them
+        processes.set_forkserver_preload(["softcurve"])  # loaded once for all processes
         with processes.Pool(1, maxtasksperchild=1) as pool:
             found = pool.starmap(_grown, cases, chunksize=1)
     megabytes = iter(found)
@@ -71,12 +71,12 @@ def memories(names: Sequence[str], *sizes: int) -> dict[str, dict[str, float | N
 
 
 def _grown(name: str, how: str, *sizes: int) -> float:
-    """In this process. A first, small call loads what any call needs."""
+    """Measure the memory in this process. A first, small call loads everything that a call needs."""
     loss, k = getattr(OBJECTIVES[name], how), sizes[-1]
     loss(*_inputs(name, 1, 8, 8, 8, 2 * k, k)).backward()
     inputs = _inputs(name, *sizes)
     if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _peak()
     loss(*inputs).backward()
     return _peak() - before
@@ -85,7 +85,7 @@ def _grown(name: str, how: str, *sizes: int) -> float:
 def _inputs(
     name: str, batch: int, context: int, width: int, teacher_width: int, vocab: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Target]:
-    """Features, a head and a target, of random numbers."""
+    """Return random features, a random head and a random target."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, context, width, generator=generator).requires_grad_()
     weight = (0.1 * torch.randn(vocab, width, generator=generator)).requires_grad_()
@@ -101,7 +101,7 @@ def _inputs(
 
 
 def _peak() -> float:
-    """The high-water mark of this process, in megabytes; Linux's ru_maxrss would begin with the parent's."""
+    """Return the high-water mark of this process in megabytes; on Linux ru_maxrss would include the parent's."""
     if (status := Path("/proc/self/status")).exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     import resource

@@ -1,4 +1,4 @@
-"""A decoder-only transformer whose head is its embedding, so that it ends in features and a weight."""
+"""A decoder-only transformer with tied embeddings, which returns features instead of logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model is made of."""
+    """The sizes of a model."""
 
     vocab: int
     width: int
@@ -24,19 +24,19 @@ Rotation = tuple[Float[Tensor, "context half"], Float[Tensor, "context half"]]  
 
 
 def rotation(context: int, head_width: int) -> Rotation:
-    """Of each position in each plane; the first plane turns by a radian a position, the last by a thousandth of one."""
+    """Return the rotary position embedding; its frequencies decrease from 1 to 0.001 radians per position."""
     angles = torch.outer(torch.arange(context), 1e-3 ** torch.linspace(0, 1, head_width // 2))
     return angles.cos(), angles.sin()
 
 
 def rotated(x: Float[Tensor, "batch heads context head_width"], by: Rotation) -> Tensor:
-    """Queries and keys whose inner product sees the distance of two positions, and not where they are."""
+    """Apply the rotation to queries or keys, so that their inner products depend only on relative positions."""
     (a, b), (cosine, sine) = x.chunk(2, -1), by
     return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each on normalised features and each added to what came in."""
+    """A pre-norm residual block of causal attention and an MLP."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(shape.width, 4 * shape.width), nn.Linear(4 * shape.width, shape.width)
 
     def forward(self, x: Float[Tensor, "batch context width"], by: Rotation) -> Float[Tensor, "batch context width"]:
-        """Features of the same shape."""
+        """Return features of the same shape."""
         split = self.query_key_value(self.before_attention(x)).unflatten(-1, (3, -1, self.head_width))
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, context, head width)
         mixed = nn.functional.scaled_dot_product_attention(rotated(query, by), rotated(key, by), value, is_causal=True)
@@ -57,9 +57,9 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Tokens to features; the logits would be ``features @ embedding.weight.T + bias``, and are never made.
+    """Maps tokens to features; the logits ``features @ embedding.weight.T + bias`` are never computed as a whole.
 
-    The bias starts as the tokens' log-frequencies, so that training begins where counting ends.
+    The bias is initialised to the log-frequencies of the tokens, so training starts from the unigram model.
     """
 
     def __init__(self, shape: Shape, log_frequencies: Float[Tensor, " vocab"]) -> None:
@@ -76,11 +76,11 @@ class TinyLM(nn.Module):
 
     @property
     def head(self) -> tuple[Float[Tensor, "vocab width"], Float[Tensor, " vocab"]]:
-        """The tied weight, and the bias."""
+        """The tied weight and the bias."""
         return self.embedding.weight, self.bias
 
     def forward(self, tokens: Int[Tensor, "batch context"]) -> Float[Tensor, "batch context width"]:
-        """The features of each position."""
+        """Return the features of each position."""
         x, by = self.embedding(tokens), rotation(tokens.shape[-1], self.head_width)
         for block in self.blocks:
             x = block(x, by)
@@ -88,5 +88,5 @@ class TinyLM(nn.Module):
         return features
 
     def size(self) -> int:
-        """Parameters, the tied weight once."""
+        """Return the number of parameters; the tied weight counts once."""
         return sum(parameter.numel() for parameter in self.parameters())

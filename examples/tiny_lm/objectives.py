@@ -1,4 +1,4 @@
-"""What a model is trained on, each loss twice: streamed by softcurve's head, and dense as it is written without it."""
+"""The training losses, each in two implementations: tile by tile with softcurve, and dense."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import softcurve as sc
 
-BUDGET = 16 * 2**20  # bytes for tiles of logits; the default of 128 MiB would hold all of a small batch's
+BUDGET = 16 * 2**20  # bytes; within the default of 128 MiB all logits of a small batch would fit into one tile
 
 Features = Float[Tensor, "batch context width"]
 Weight = Float[Tensor, "vocab width"]

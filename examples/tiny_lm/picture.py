@@ -1,4 +1,4 @@
-"""The curves of training, and what each loss costs streamed and dense."""
+"""The figure of the training curves and of the time and memory of each loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STYLES = {"teacher": "o:", "plain": "o--", "forward": "o-", "reverse": "o-", "to
 
 
 def draw(report: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
-    """Curves on the left; costs on the right."""
+    """Draw the training curves on the left and the costs on the right."""
     figure = Figure(figsize=(11.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1.08, 1), squeeze=False).flat
@@ -31,10 +31,10 @@ def draw(report: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
     losses = {labels[name].removeprefix("student, "): cost for name, cost in report["costs"].items()}
     above, below = right.subplots(2, 1)
     bars(above, {loss: of["megabytes"] for loss, of in losses.items()})
-    above.set_title("Memory that a loss and its gradients add", loc="left")
+    above.set_title("Memory of a loss and its gradients", loc="left")
     above.set_xlabel("megabytes")
     bars(below, {loss: of["tokens_per_second"] for loss, of in losses.items()})
-    below.set_title("A student's whole training step", loc="left")
+    below.set_title("Training step of a student", loc="left")
     below.set_xlabel("tokens per second")
     right.legend(*above.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     sizes = "{batch} × {context} tokens, width {width}, vocabulary {vocab:,}".format_map(report)
@@ -43,12 +43,12 @@ def draw(report: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
 
 
 def curves(axes: Axes, found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> None:
-    """Cross-entropy on validation windows; what is minimised differs from run to run and could not share an axis."""
+    """Plot the cross-entropy on validation windows, which is comparable between runs with different losses."""
     for name, curve in found.items():
         steps, nats = curve["steps"], curve["validation"]
         label = f"{labels[name]}: {nats[-1]:.2f}"
         axes.plot(steps, nats, STYLES[name], color=COLOURS[name], linewidth=1.8, markersize=3.2, label=label)
-    axes.set_title("A teacher, and four students of equal steps", loc="left")
+    axes.set_title("A teacher and four students", loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel("validation cross-entropy, nats per token")
     axes.set_xlim(left=0)
@@ -58,7 +58,7 @@ def curves(axes: Axes, found: Mapping[str, Mapping[str, Any]], labels: Mapping[s
 
 
 def bars(axes: Axes, found: Mapping[str, Mapping[str, float | None]]) -> None:
-    """A pair of bars a loss, each with its figure; none where nothing was measured."""
+    """Draw one pair of labelled bars per loss, without a bar for a missing measurement."""
     for how, (offset, colour) in {"streamed": (-0.19, STREAMED), "dense": (0.19, DENSE)}.items():
         values = [pair[how] or 0.0 for pair in found.values()]
         drawn = axes.barh([place + offset for place in range(len(values))], values, 0.34, color=colour, label=how)

@@ -1,8 +1,8 @@
-"""The text that every Python carries, and a byte-level BPE of it.
+"""A corpus that every Python installation contains, and a byte-level BPE tokenizer for it.
 
-The documents are the topics of ``help()`` and what the standard library's modules say of themselves: docstrings, then
-comments, a document a module. Modules are parsed, never imported. One document in twelve, by a hash of its name, is for
-validation; the BPE sees none of those.
+The documents are the topics of ``help()`` and, for each module of the standard library, its docstrings and comments.
+Modules are parsed but never imported. A hash of its name assigns one document in twelve to the validation set, on which
+the tokenizer is not trained.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 END = "<|end|>"
-SHORTEST = 200  # characters that make a document
-COMMENT = re.compile(rb"^[ \t]*# ?(\S.*)$", re.MULTILINE)  # a line of its own
+SHORTEST = 200  # minimum number of characters of a document
+COMMENT = re.compile(rb"^[ \t]*# ?(\S.*)$", re.MULTILINE)  # a line that contains only a comment
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "ensurepip", "turtledemo"} | {
     "pydoc_data",  # the topics themselves
     "encodings",  # tables
@@ -37,7 +37,7 @@ Windows = Int[Tensor, "windows context"]
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of ``context`` tokens, to train on and to validate; ``lengths`` are the bytes of each kind of token."""
+    """Training and validation windows of ``context`` tokens; ``lengths`` is the number of bytes of each token id."""
 
     train: Windows
     validation: Windows
@@ -46,17 +46,17 @@ class Text:
     bytes_per_token: float
 
     def log_frequencies(self) -> Float[Tensor, " vocab"]:
-        """Of each token in the training windows, one occurrence added to all."""
+        """Return the log-frequency of each token in the training windows, with add-one smoothing."""
         counts = torch.bincount(self.train.flatten(), minlength=len(self.lengths)) + 1.0
         return (counts / counts.sum()).log()
 
     def bytes_predicted(self, windows: Windows) -> float:
-        """Bytes of the tokens that have a predecessor in their window; a document's end has none."""
+        """Return the number of bytes of the tokens that have a predecessor in their window; END has length 0."""
         return self.lengths[windows[:, 1:]].sum().item()
 
 
 def documents() -> dict[str, str]:
-    """The text of each document, in the order of their names."""
+    """Return the text of each document, sorted by name."""
     found = {f"help({name!r})": text for name, text in topics.items()}
     library = Path(sysconfig.get_path("stdlib"))
     for path in library.rglob("*.py"):
@@ -70,10 +70,10 @@ def documents() -> dict[str, str]:
 
 
 def docstrings(source: bytes) -> Iterator[str]:
-    """Of the module, its classes and its functions, from the first to the last; none of what does not parse."""
+    """Yield the docstrings of a module, its classes and its functions in order; none if the source does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the library's own escapes, which are not ours to mend
+            warnings.simplefilter("ignore")  # the standard library contains invalid escape sequences
             yield from _docstrings(ast.parse(source))
     except (SyntaxError, ValueError):
         return
@@ -91,12 +91,12 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def for_validation(name: str) -> bool:
-    """One document in twelve, the same whatever the seed and the Python."""
+    """Return whether a document is for validation, independently of the seed and the Python version."""
     return hashlib.sha256(name.encode()).digest()[0] % 12 == 0
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Byte-pair encoding on bytes: 256 of them, the end of a document, and the merges that are most frequent."""
+    """Train a byte-level BPE tokenizer with 256 bytes, an end-of-document token and the most frequent merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -116,20 +116,20 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def load(vocab: int, context: int) -> Text:
-    """Documents, tokenizer, windows: the same for every seed."""
+    """Load the documents, train the tokenizer and cut the windows, independently of the seed."""
     parts: dict[bool, list[str]] = {False: [], True: []}
     for name, text in documents().items():
         parts[for_validation(name)].append(text)
     tokenizer = train_tokenizer(parts[False], vocab)
     train, validation = (windows(tokenizer, parts[held_out], context) for held_out in (False, True))
-    # A byte-level token is written with one character for each of its bytes.
+    # The name of a byte-level token has one character for each byte.
     ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     lengths = torch.tensor([0.0 if name == END else float(len(name)) for name, _ in ordered])
     return Text(train, validation, lengths, sum(map(len, parts.values())), lengths[train].mean().item())
 
 
 def windows(tokenizer: Tokenizer, texts: list[str], context: int) -> Windows:
-    """One document after another, cut into windows that do not overlap; the last, shorter one is dropped."""
+    """Concatenate the documents and cut them into windows without overlap; a shorter last window is dropped."""
     end = tokenizer.token_to_id(END)
     stream: Tensor = torch.tensor([token for text in tokenizer.encode_batch(texts) for token in (*text.ids, end)])
     return stream[: len(stream) // context * context].view(-1, context)

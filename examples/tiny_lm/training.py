@@ -1,4 +1,4 @@
-"""Training a tiny model on any objective, what it is then worth, and the teacher's lists on disk."""
+"""Training and evaluation of a tiny model, and the teacher's top-k lists on disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tiny_lm.text import Text, Windows
 
 Targets = Callable[[int, Windows], Target]
 
-TOGETHER = 2048  # tokens that are judged at once
-EMBEDDING_SCALE = 5.0  # of the learning rate
-LOOKS = 10  # at the validation windows while training
+TOGETHER = 2048  # number of tokens that are evaluated at once
+EMBEDDING_SCALE = 5.0  # factor of the learning rate
+LOOKS = 10  # number of evaluations during training
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of AdamW, ``batch`` windows each; the rate rises over a tenth of them and falls as a cosine."""
+    """Steps of AdamW with ``batch`` windows each, a linear warm-up over a tenth of them, and a cosine decay."""
 
     steps: int
     batch: int
@@ -38,14 +38,14 @@ class Schedule:
     largest_gradient: float = 1.0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, from 0 on."""
+        """Return the learning rate of a step, counted from 0."""
         warmup = max(1, self.steps // 10)
         if step < warmup:
             return self.rate * (step + 1) / warmup
         return self.rate * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def batches(self, windows: Windows) -> Iterator[Windows]:
-        """One batch a step: all windows in a random order, then all in another."""
+        """Yield one batch per step; each epoch uses all windows in a new random order."""
         generator, order = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.int64)
         for _ in range(self.steps):
             while len(order) < self.batch:
@@ -56,7 +56,7 @@ class Schedule:
 
 @dataclass
 class Curve:
-    """What was minimised at each step, and the cross-entropy on validation windows at some; nats per token."""
+    """The training loss of each step, and the validation cross-entropy of some steps, in nats per token."""
 
     minimised: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -64,14 +64,14 @@ class Curve:
     seconds: float = 0.0
 
     def look(self, step: int, found: Score) -> None:
-        """Keep what validation windows say after a step."""
+        """Append the validation score after a step."""
         self.steps.append(step)
         self.validation.append(found.nats_per_token)
 
 
 @dataclass(frozen=True)
 class Score:
-    """On validation windows: cross-entropy in two units, how often the likeliest token comes, and H of the model."""
+    """Scores on validation windows: the cross-entropy in two units, the accuracy and the entropy of the model."""
 
     nats_per_token: float
     bits_per_byte: float
@@ -80,9 +80,9 @@ class Score:
 
 
 class Learner:
-    """A model and its optimizer: matrices decay, vectors do not, and the embedding learns faster.
+    """A model and its optimizer, with weight decay on matrices only and a larger learning rate for the embedding.
 
-    Most of its rows are in few batches, and under Adam's normalisation their steps are the smaller for it.
+    Most rows of the embedding occur in few batches, which makes their steps under Adam's normalisation smaller.
     """
 
     def __init__(self, model: TinyLM, schedule: Schedule) -> None:
@@ -100,7 +100,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def step(self, loss: Loss, tokens: Windows, target: Target) -> float:
-        """One step down; the loss before it."""
+        """Take one step and return the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.schedule.rate_at(self.taken)
         self.taken += 1
@@ -115,7 +115,7 @@ class Learner:
 def train(
     name: str, model: TinyLM, loss: Loss, targets: Targets, text: Text, schedule: Schedule, quick: Windows
 ) -> Curve:
-    """All steps of a schedule, with a line now and then; ``quick`` are the windows that are looked at on the way."""
+    """Train for all steps of a schedule, and print and record the score on the windows ``quick`` at times."""
     curve, learner = Curve(), Learner(model, schedule)
     curve.look(0, score(model, text, quick))
     for step, tokens in enumerate(schedule.batches(text.train)):
@@ -133,17 +133,17 @@ def train(
 
 
 def header() -> str:
-    """Of the lines that :func:`train` prints."""
+    """Return the header of the lines that :func:`train` prints."""
     return f"{'':12s}{'step':>6s}{'minimised':>14s}{'validation':>14s}{'bits/byte':>12s}{'tokens/s':>12s}"
 
 
 def next_tokens(_step: int, tokens: Windows) -> Tensor:
-    """The target of plain training: the tokens themselves, which the loss shifts."""
+    """Return the target of plain training: the tokens themselves, which the loss shifts."""
     return tokens
 
 
 def taught_by(teacher: TinyLM) -> Targets:
-    """The target of distillation: what the teacher makes of the same tokens, as features and its own tied weight."""
+    """Return the target of distillation: the teacher's features of the same tokens, and its tied weight."""
 
     @torch.no_grad()
     def target(_step: int, tokens: Windows) -> sc.LinearTeacher:
@@ -157,9 +157,9 @@ def taught_by(teacher: TinyLM) -> Targets:
 
 @torch.no_grad()
 def cache_top_k(path: Path, teacher: TinyLM, text: Text, schedule: Schedule, k: int) -> None:
-    """The ``k`` likeliest tokens at each position of each batch, ``(steps, batch, context, k)``, in the batches' order.
+    """Write the ``k`` most probable tokens at each position of each batch, of shape ``(steps, batch, context, k)``.
 
-    A window at a time: its logits are needed to rank them, and no more than those are held.
+    Only the logits of one window are held at a time.
     """
     shape = schedule.steps, schedule.batch, text.train.shape[1], k
     indices, log_probs = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
@@ -174,12 +174,12 @@ def cache_top_k(path: Path, teacher: TinyLM, text: Text, schedule: Schedule, k: 
 
 
 def cached(file: safetensors.safe_open) -> Targets:
-    """The target of distillation without the teacher: of its other tokens, only their mass together is known."""
+    """Return the target of distillation from cached lists, with the total probability of the unlisted tokens."""
     indices, log_probs = file.get_slice("indices"), file.get_slice("log_probs")
     return lambda step, _tokens: sc.TopK(indices[step].long(), log_probs[step], tail="bucket")
 
 
-# --- what a model is worth -------------------------------------------------------------------------------------------
+# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def _batches(windows: Windows) -> Sequence[Windows]:
@@ -189,7 +189,7 @@ def _batches(windows: Windows) -> Sequence[Windows]:
 
 @torch.no_grad()
 def score(model: TinyLM, text: Text, windows: Windows) -> Score:
-    """Loss and statistics come from one pass."""
+    """Score a model; the loss and its statistics come from the same pass."""
     nats, right, entropy = 0.0, 0, 0.0
     for tokens in _batches(windows):
         weight, bias = model.head
@@ -198,7 +198,7 @@ def score(model: TinyLM, text: Text, windows: Windows) -> Score:
         )
         nats += loss.item()
         right += int(stats.correct.sum())
-        entropy += stats.entropy[:, :-1].sum().item()  # the last position of a window is not asked for anything
+        entropy += stats.entropy[:, :-1].sum().item()  # the last position of a window predicts nothing
     predicted = windows[:, 1:].numel()
     bits_per_byte = nats / math.log(2) / text.bytes_predicted(windows)
     return Score(nats / predicted, bits_per_byte, right / predicted, entropy / predicted)
@@ -206,7 +206,7 @@ def score(model: TinyLM, text: Text, windows: Windows) -> Score:
 
 @torch.no_grad()
 def divergence(student: TinyLM, teacher: TinyLM, windows: Windows, direction: str) -> float:
-    """From the teacher to the student (``"forward"``) or from the student to the teacher, in nats per token."""
+    """Return ``D(teacher‖student)`` (``"forward"``) or ``D(student‖teacher)``, in nats per token."""
     nats, targets = 0.0, taught_by(teacher)
     for tokens in _batches(windows):
         weight, bias = student.head

@@ -1,6 +1,6 @@
 """``python -m softcurve`` is the command line."""
 
-from softcurve.app.cli import main
+from softcurve.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""Annotations of arrays, such as ``Float[Tensor, "rows d"]``: those of jaxtyping, or the bare array types without it.
+"""Array annotations such as ``Float[Tensor, "rows d"]``, from jaxtyping if it is installed.
 
-Only the tests check the shapes, so a machine that runs a checkout with torch alone does not need jaxtyping.
+Only the tests check the shapes. Without jaxtyping, an annotation is the bare array type.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ else:
     except ModuleNotFoundError:
 
         class _Unchecked:
-            """``Kind[array, shape]`` is ``array``."""
+            """Evaluates ``Kind[array, shape]`` to ``array``."""
 
             def __class_getitem__(cls, array_and_shape: tuple[Any, str]) -> Any:
                 return array_and_shape[0]

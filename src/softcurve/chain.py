@@ -1,4 +1,4 @@
-"""The seed's chain on a real model: every gradient by its closed form, the features by one vector-Jacobian product."""
+"""The chain rule on a model: closed forms for every gradient, and one vector-Jacobian product for the features."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChainRule(ShortRepr):
-    """The links ``x → e → z → p → L`` and the gradient at each, as in the seed.
+    """The stages ``x → e → z → p → L`` of a model and the gradient at each of them.
 
-    Of each row's own loss, a row each: ``loss (...)``, ``e, dL_de (..., d)``, ``z, p, dL_dp, dL_dz (..., C)``,
-    ``dL_dx`` (the shape of ``x``; ``None`` for an ``x`` of integers, such as tokens). Of the mean loss:
-    ``dL_dW (C, d)``, ``dL_db (C,)`` (``None`` for a head without bias) and ``dL_dtheta``, by parameter name of the
-    features.
+    The following fields belong to the loss of each row: ``loss (...)``; ``e, dL_de (..., d)``;
+    ``z, p, dL_dp, dL_dz (..., C)``; ``dL_dx``, with the shape of ``x``, or ``None`` for integers such as tokens. These
+    belong to the mean loss: ``dL_dW (C, d)``; ``dL_db (C,)``, or ``None`` without bias; ``dL_dtheta``, by name.
     """
 
     e: Float[Tensor, "*rows features"]
@@ -45,25 +44,30 @@ class ChainRule(ShortRepr):
 def chain_rule(
     features: nn.Module, head: nn.Linear, x: Tensor, target: Tensor | Target, *, loss: ChainLoss = "cross_entropy"
 ) -> ChainRule:
-    """What ``loss(head(features(x)), target).backward()`` computes, by the seed's formulas, link by link.
+    """Compute the gradients of ``loss(head(features(x)), target).backward()`` stage by stage from their formulas.
 
     Args:
-        features: any module that maps a batch ``x`` to features ``e (..., d)``; run once, in its present mode.
-        head: an ``nn.Linear`` from ``d`` to ``C``.
-        x: the batch.
-        target: class indices ``(...)`` or a distribution ``(..., C)``, as in :func:`softcurve.cross_entropy`.
+        features: Any module that maps a batch ``x`` to features ``e (..., d)``. It runs once, in its current mode.
+        head: An ``nn.Linear`` from ``d`` to ``C``.
+        x: The batch.
+        target: Class indices ``(...)`` or a distribution ``(..., C)``, as in :func:`softcurve.cross_entropy`.
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(y‖p)``) or ``"reverse_kl"`` (``D(p‖y)``), in nats.
 
-    A parameter that does not require a gradient has one here all the same; one that the features do not use gets zeros.
-    ``dL_dx`` is each row's own where the features treat rows apart; else (batch normalisation) that of the sum of the
-    losses.
+    The result contains gradients also for parameters that do not require one, and zeros for parameters that the
+    features do not use. ``dL_dx`` is the gradient of each row's loss if the features process rows independently, and
+    the gradient of the sum of the losses otherwise (for example with batch normalisation).
 
     Raises:
-        TypeError, ValueError: for a head that is no ``nn.Linear`` or of another width, a target that does not fit, or
-            ``reverse_kl`` against a target with zeros, which is infinite.
+        TypeError, ValueError: If ``head`` is not an ``nn.Linear`` of the right width, if the target does not match it,
+            or if the target of ``reverse_kl`` contains a zero, which makes the loss infinite.
 
-    Source: the seed, "链式求导": ``∂L/∂z = p − y``, ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``,
-    ``∂L/∂W = (p − y)eᵀ``.
+    Source: ``∂L/∂z = p − y`` (Bishop 2006, eq. 4.109) and the chain rule: ``∂L/∂e = Wᵀ(p − y)``,
+    ``∂L/∂x = (∂e/∂x)ᵀWᵀ(p − y)``, ``∂L/∂W = (p − y)eᵀ``.
+
+    Example:
+        >>> features, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5)
+        >>> softcurve.chain_rule(features, head, torch.randn(2, 3), torch.tensor([0, 1])).dL_dW.shape
+        torch.Size([5, 4])
     """
     checks.require_choice("loss", loss, LOSSES)
     if not isinstance(head, nn.Linear):
@@ -74,7 +78,7 @@ def chain_rule(
     with torch.inference_mode(False), torch.enable_grad():
         parameters = {name: _leaf(p) for name, p in features.named_parameters() if p.is_floating_point()}
         x = _leaf(x) if x.is_floating_point() else x
-        e = torch.func.functional_call(features, parameters, (x.clone(),))  # features may work in place on their input
+        e = torch.func.functional_call(features, parameters, (x.clone(),))  # features may modify their input in place
     if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != head.in_features:
         came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
         raise ValueError(
@@ -99,7 +103,7 @@ def chain_rule(
         dL_dz=dL_dz,
         dL_de=dL_de,
         dL_dx=in_x,
-        dL_dW=dL_dz_rows.mT @ e_rows.detach() / rows,  # the mean of reference.dL_dW over rows, without the C×d of each
+        dL_dW=dL_dz_rows.mT @ e_rows.detach() / rows,  # the mean of reference.dL_dW, without one C×d per row
         dL_db=None if head.bias is None else dL_dz_rows.sum(0) / rows,
         dL_dtheta={name: gradient / rows for name, gradient in in_theta.items()},
     )
@@ -114,13 +118,13 @@ def _require_batch(features: nn.Module, x: Tensor) -> None:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """A leaf of a graph of its own; a tensor made under inference mode cannot be one."""
+    """Return a leaf of a new graph; a tensor created under inference mode must be cloned for this."""
     tensor = tensor.detach()
     return (tensor.clone() if tensor.is_inference() else tensor).requires_grad_()
 
 
 def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
-    """The target of each row as probabilities."""
+    """Return the target of each row as probabilities."""
     if isinstance(target, Tensor) and target.is_floating_point():
         target = Probabilities(target)
     target = as_target(target)
@@ -136,7 +140,7 @@ def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
 
 
 def _link_at_logits(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``L``, ``∂L/∂p`` and ``∂L/∂z`` of each row."""
+    """Return ``L``, ``∂L/∂p`` and ``∂L/∂z`` of each row."""
     p = softmax.softmax_rows(z).probabilities
     if loss == "reverse_kl":
         if not (y > 0).all():
@@ -159,7 +163,7 @@ def _link_at_logits(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Te
 def _pull_back(
     e: Tensor, x: Tensor, parameters: dict[str, Tensor], dL_de: Tensor
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """``(∂e/∂x)ᵀ dL_de`` and ``(∂e/∂θ_f)ᵀ dL_de``; zeros for what the features do not use."""
+    """Return ``(∂e/∂x)ᵀ dL_de`` and ``(∂e/∂θ)ᵀ dL_de``, with zeros for tensors that the features do not use."""
     inputs = [*parameters.values(), *([x] if x.requires_grad else [])]
     pulled: tuple[Tensor | None, ...] = (None,) * len(inputs)
     if e.requires_grad:

@@ -1,8 +1,8 @@
-"""Checks of the arguments of public functions, and the wording of their errors.
+"""Checks of the arguments of public functions, with the text of their errors.
 
-Shapes and dtypes are always checked. Values are checked where looking costs no synchronisation and breaks no graph: on
-the CPU, outside ``torch.compile`` and ``torch.func`` transforms (:func:`values_visible`). Elsewhere a bad value ends as
-NaN or as the device's own assertion, as in torch.
+Shapes and dtypes are always checked. Values are checked only on the CPU, outside ``torch.compile`` and ``torch.func``
+transforms (:func:`values_visible`), where this neither synchronises a device nor breaks a graph. Elsewhere an invalid
+value gives NaN or an assertion of the device, as in torch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUM_TOLERANCE = 1e-4  # of a row of probabilities; half-precision rows are rounded to SUM_TOLERANCE_HALF
+SUM_TOLERANCE = 1e-4  # for the sum of a row of probabilities; SUM_TOLERANCE_HALF is for half precision
 SUM_TOLERANCE_HALF = 2e-2
 
 
-_WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be branched on
+_WRAPPERS = (  # batched, transformed and fake tensors, on whose entries Python code cannot branch
     torch._C.DispatchKey.FuncTorchBatched,
     torch._C.DispatchKey.FuncTorchGradWrapper,
     torch._C.DispatchKey.Python,
@@ -26,28 +26,27 @@ _WRAPPERS = (  # batched, transformed and fake tensors, whose entries cannot be 
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers, and not a transform's or a tracer's stand-in."""
+    """Return whether a tensor holds numbers and is not the wrapper of a transform or a tracer."""
     wrapped = any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
     return not wrapped and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def values_visible(*tensors: Tensor) -> bool:
-    """Whether the entries of all tensors can be looked at here, at no cost to the caller's graph."""
-    if (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    ):  # the latter: a tracing mode, such as make_fx
+    """Return whether the entries of all tensors can be read without affecting the caller's graph."""
+    # The second condition detects tracing modes such as make_fx.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     on_cpu = torch._C.DispatchKey.CPU
     return all(torch._C._dispatch_keys(tensor).has(on_cpu) and is_plain(tensor) for tensor in tensors)
 
 
 def describe(tensor: Tensor) -> str:
-    """Shape and dtype of what came, for a message."""
+    """Return the shape and dtype of a tensor for an error message."""
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
 def require_floating(name: str, tensor: object) -> None:
-    """A real floating-point tensor with at least one dimension and one class."""
+    """Require a real floating-point tensor with at least one dimension and one class."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -57,7 +56,7 @@ def require_floating(name: str, tensor: object) -> None:
 
 
 def require_features(name: str, tensor: object) -> None:
-    """A real floating-point tensor whose last dimension is one of features, of which there is at least one."""
+    """Require a real floating-point tensor whose last dimension contains at least one feature."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -67,7 +66,7 @@ def require_features(name: str, tensor: object) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """A tensor of real numbers."""
+    """Require a tensor of real numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor")
     if value.is_complex():
@@ -89,22 +88,22 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
 
 
 def _in_torch_layout(tensor: Sequence[int], classes_last: Sequence[int]) -> bool:
-    """Whether a shape is ``classes_last`` with the classes second."""
+    """Return whether a shape is ``classes_last`` with the classes moved to the second dimension."""
     tensor, moved = tuple(tensor), tuple(classes_last)
     return len(moved) > 2 and tensor == (moved[0], moved[-1], *moved[1:-1])
 
 
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
-    """Return what to do if ``logits``, which other ``rows`` are compared with, have torch's layout ``(N, C, …)``."""
+    """Return the remedy, as text, if ``logits`` differ from ``rows`` because of torch's layout ``(N, C, …)``."""
     if len(logits) > 2 and _in_torch_layout(logits, (*rows, logits[1])):
         return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
     return ""
 
 
 def shape_remedy(logits: Sequence[int], target: Sequence[int], larger: str) -> str:
-    """Return what to do if a distribution differs from ``logits`` in its layout or in the number of its classes.
+    """Return the remedy, as text, if a distribution differs from ``logits`` in its layout or its number of classes.
 
-    ``larger`` is an expression of ``{classes}`` that cuts the vocabulary of the logits.
+    ``larger`` is the template of an expression that truncates the logits to ``{classes}`` classes.
     """
     logits, target = tuple(logits), tuple(target)
     if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
@@ -120,7 +119,7 @@ def shape_remedy(logits: Sequence[int], target: Sequence[int], larger: str) -> s
 
 
 def _number(name: str, value: object) -> float | None:
-    """A Python, numpy or 0-d tensor number as a Python float; None if it is no real number."""
+    """Convert a Python, numpy or 0-d tensor number to a float; return None if it is not a real number."""
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, Tensor):
@@ -174,7 +173,7 @@ def as_integer(value: object) -> int | None:
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """One of a few words."""
+    """Require one of the given strings."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -242,17 +241,17 @@ def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool
         near_one = (row_sums(some) - 1).abs() <= sum_tolerance(rows.dtype)
         return bool(near_one.all()) and bool(some.amin() >= 0)
 
-    # Of most logits the first rows tell, without a pass over all.
+    # For most logits the first rows decide, without a pass over all of them.
     return are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
 
 
 def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
-    """Whether there are rows, and their values and which of them count can be looked at."""
+    """Return whether there are rows, and both their values and ``counted`` can be read."""
     return rows.numel() > 0 and values_visible(rows) and (counted is None or values_visible(counted))
 
 
 def _extremes(rows: Tensor, counted: Tensor | None) -> tuple[float, float]:
-    """Return the smallest and the largest entry of the rows that are counted: NaN if they hold one, 0 without rows."""
+    """Return the smallest and the largest entry of the counted rows: NaN if a row contains it, 0 without rows."""
     if counted is None:
         least, most = rows.aminmax()
         return least.item(), most.item()
@@ -266,12 +265,12 @@ def row_sums(rows: Tensor) -> Tensor:
 
 
 def sum_tolerance(dtype: torch.dtype) -> float:
-    """Return by how much the sum of a row of probabilities may differ from 1."""
+    """Return the tolerance for the sum of a row of probabilities."""
     return SUM_TOLERANCE_HALF if dtype in (torch.bfloat16, torch.float16) else SUM_TOLERANCE
 
 
 def require_numbers(name: str, tensor: Tensor) -> None:
-    """No NaN."""
+    """Require a tensor without NaN."""
     if values_visible(tensor) and tensor.detach().isnan().any():
         raise ValueError(f"{name} must hold numbers, got NaN; look for where it came from")
 
@@ -279,7 +278,7 @@ def require_numbers(name: str, tensor: Tensor) -> None:
 def explain_head_nan(
     rows: Tensor, row_weight: Tensor, given: Mapping[str, Tensor | None], target: Sequence[Tensor]
 ) -> None:
-    """If the loss of a row that counts came out NaN, say which argument of a head's loss it came from."""
+    """If a row of nonzero weight has NaN as its loss, raise an error that names the argument of the head at fault."""
     if not values_visible(rows, row_weight) or not (rows.detach().isnan() & (row_weight != 0)).any():
         return
     for name, tensor in given.items():
@@ -300,7 +299,7 @@ def explain_head_nan(
 
 
 def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) -> None:
-    """If the loss of a row that counts came out NaN, say which argument it came from."""
+    """If a row of nonzero weight has NaN as its loss, raise an error that names the argument at fault."""
     if not values_visible(rows) or not rows.detach().isnan().any():
         return
     if sample_weight is not None and not (rows.detach().isnan() & (sample_weight != 0)).any():
@@ -320,7 +319,7 @@ def explain_nan(rows: Tensor, sample_weight: Tensor | None, **logits: Tensor) ->
 
 
 def require_class_weight(weight: Tensor, classes: int) -> None:
-    """One factor >= 0 per class."""
+    """Require one factor >= 0 per class."""
     require_tensor("weight", weight)
     if not weight.is_floating_point() or tuple(weight.shape) != (classes,):
         raise ValueError(

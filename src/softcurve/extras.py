@@ -1,4 +1,4 @@
-"""The optional dependencies: which extra brings each, and the sentence for one that is missing."""
+"""The optional dependencies: the extra that installs each, and the error for a missing one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-# The extra in pyproject.toml that brings a module; "app" includes "fit".
+# The extra in pyproject.toml that installs a module; "app" includes "fit".
 EXTRA_OF = {
     "scipy": "fit",
     "sklearn": "fit",
@@ -23,11 +23,11 @@ DISTRIBUTION_OF = {"sklearn": "scikit-learn"}
 
 @contextmanager
 def needed(purpose: str, extra: str | None = None) -> Iterator[None]:
-    """Raise ImportError with one sentence where an import within the block does not find an optional dependency.
+    """Raise an ImportError that names the extra if an import in the block does not find an optional dependency.
 
-    ``extra`` is what ``purpose`` needs; it is named also for a module that is not in ``EXTRA_OF``, because an optional
-    dependency may miss a dependency of its own. Without it, errors of other modules are passed on, and so are those of
-    modules of this package, which are defects.
+    ``extra`` is the extra that ``purpose`` needs. It is also named for a module that is not in ``EXTRA_OF``, because an
+    optional dependency may lack a dependency of its own. Without ``extra``, errors about other modules propagate, as do
+    errors about modules of this package, which are bugs.
     """
     try:
         yield
@@ -44,8 +44,8 @@ def needed(purpose: str, extra: str | None = None) -> Iterator[None]:
 
 
 def installed(*modules: str) -> bool:
-    """Whether all the modules can be found; none is imported."""
+    """Return whether all modules can be found, without importing them."""
     try:
         return all(find_spec(module) is not None for module in modules)
-    except (ImportError, ValueError):  # of a finder that refuses, of an entry None in sys.modules
+    except (ImportError, ValueError):  # a finder rejects the import, or sys.modules contains None
         return False

@@ -1,4 +1,4 @@
-"""The public losses as modules: the options once, the tensors at each call."""
+"""The public losses as modules, which store the options of a loss."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# torch types a call of a module as Any; each class says under TYPE_CHECKING that a call is one of its forward.
+# torch types the call of a module as Any. Under TYPE_CHECKING each class declares __call__ with the types of forward.
 
 
 class CrossEntropyLoss(torch.nn.Module):
-    """:func:`softcurve.cross_entropy` with its options fixed; ``weight`` is a buffer, as in torch."""
+    """:func:`softcurve.cross_entropy` with fixed options; ``weight`` is a buffer, as in torch."""
 
     weight: Tensor | None
 
@@ -81,16 +81,15 @@ class CrossEntropyLoss(torch.nn.Module):
             *,
             sample_weight: Float[Tensor, "*rows"] | None = None,
         ) -> Float[Tensor, "*reduced"]:
-            """As :meth:`forward`."""
-            ...
+            """See :meth:`forward`."""
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options."""
         return _shown(self.options)
 
 
 class KLDivergenceLoss(torch.nn.Module):
-    """:func:`softcurve.kl_divergence` with its options fixed."""
+    """:func:`softcurve.kl_divergence` with fixed options."""
 
     def __init__(self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class KLDivergenceLoss(torch.nn.Module):
     def forward(
         self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
     ) -> Float[Tensor, "*reduced"]:
-        """``D(P‖Q)``; see :func:`softcurve.kl_divergence`."""
+        """Return ``D(P‖Q)``; see :func:`softcurve.kl_divergence`."""
         return functional.kl_divergence(p, q, sample_weight=sample_weight, **self.options)
 
     if TYPE_CHECKING:
@@ -107,16 +106,15 @@ class KLDivergenceLoss(torch.nn.Module):
         def __call__(
             self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
         ) -> Float[Tensor, "*reduced"]:
-            """As :meth:`forward`."""
-            ...
+            """See :meth:`forward`."""
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options."""
         return _shown(self.options)
 
 
 class JSDivergenceLoss(torch.nn.Module):
-    """:func:`softcurve.js_divergence` with its options fixed."""
+    """:func:`softcurve.js_divergence` with fixed options."""
 
     def __init__(
         self,
@@ -140,16 +138,15 @@ class JSDivergenceLoss(torch.nn.Module):
         def __call__(
             self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
         ) -> Float[Tensor, "*reduced"]:
-            """As :meth:`forward`."""
-            ...
+            """See :meth:`forward`."""
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options."""
         return _shown(self.options)
 
 
 class _LinearLoss(torch.nn.Module):
-    """A head of one's own, ``linear``, and a loss of what it makes."""
+    """Base class of the losses that contain their head as the submodule ``linear``."""
 
     def __init__(
         self,
@@ -194,15 +191,15 @@ class _LinearLoss(torch.nn.Module):
             return_stats: bool,
         ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
         def __call__(self, *args: Any, **options: Any) -> Any:
-            """As ``forward`` of each member."""
+            """Call ``forward`` of the subclass."""
 
     def extra_repr(self) -> str:
-        """The options."""
+        """Return the options."""
         return _shown(self.options)
 
 
 class LinearCrossEntropyLoss(_LinearLoss):
-    """:func:`softcurve.linear_cross_entropy` of a head ``linear``; in place of ``torch.nn.LinearCrossEntropyLoss``.
+    """:func:`softcurve.linear_cross_entropy` with a head ``linear``; replaces ``torch.nn.LinearCrossEntropyLoss``.
 
     Names, defaults and state-dict keys are torch's. Tie an embedding by ``module.linear.weight = embedding.weight``.
     """
@@ -269,28 +266,28 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
     @property
     def reduction(self) -> str:
-        """As torch's module has it; so are the next two."""
+        """The reduction, as in torch's module."""
         return str(self.options["reduction"])
 
     @property
     def ignore_index(self) -> int | None:
-        """The class index of rows that have no part."""
+        """The class index of rows that do not contribute to the loss."""
         ignored: int | None = self.options["ignore_index"]
         return ignored
 
     @property
     def label_smoothing(self) -> float:
-        """``ε``."""
+        """The label smoothing ``ε``."""
         return float(self.options["label_smoothing"])
 
     def extra_repr(self) -> str:
-        """The positions, if there are more than one, and the options."""
+        """Return the options, with the positions if there are more than one."""
         positions = {"out_features": self.out_features} if self.out_features else {}
         return _shown(positions | self.options)
 
 
 class LinearKLDivergenceLoss(_LinearLoss):
-    """:func:`softcurve.linear_kl_divergence` of a head ``linear``."""
+    """:func:`softcurve.linear_kl_divergence` with a head ``linear``."""
 
     def __init__(
         self,
@@ -338,7 +335,7 @@ class LinearKLDivergenceLoss(_LinearLoss):
 
 
 class LinearJSDivergenceLoss(_LinearLoss):
-    """:func:`softcurve.linear_js_divergence` of a head ``linear``."""
+    """:func:`softcurve.linear_js_divergence` with a head ``linear``."""
 
     def __init__(
         self,
@@ -386,7 +383,7 @@ class LinearJSDivergenceLoss(_LinearLoss):
 
 
 def _checked(**options: Any) -> dict[str, Any]:
-    """Check the options of a loss and return them, numbers as Python numbers."""
+    """Check the options of a loss and return them with Python numbers."""
     checked = dict(options)
     for name, (low, high) in {"label_smoothing": (0.0, 1.0), "z_loss": (0.0, math.inf), "beta": (0.0, 1.0)}.items():
         if name in options:

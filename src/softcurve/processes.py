@@ -1,4 +1,4 @@
-"""Sums and maxima over the processes of a group, a message for several tensors."""
+"""Sums and maxima over the processes of a group, with one message for several tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["max_over", "named_group", "sum_over"]
 
 
 def named_group(name: str) -> ProcessGroup:
-    """The group of a name: an operator takes plain values."""
+    """Return the process group of a name, because custom operators accept only plain values."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Replace tensors of one dtype by their sums over the processes: the same bits in all of them."""
+    """Replace tensors of one dtype by their sums over the processes, which are bitwise equal in all of them."""
     _reduce(tensors, group, dist.ReduceOp.SUM)
 
 
 def max_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """As :func:`sum_over`, the largest entries."""
+    """Replace tensors of one dtype by their elementwise maxima over the processes."""
     _reduce(tensors, group, dist.ReduceOp.MAX)
 
 

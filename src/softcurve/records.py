@@ -1,4 +1,4 @@
-"""Short representations of records that hold tensors: shapes and dtypes instead of the numbers."""
+"""Short representations of records of tensors, with shapes and dtypes instead of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def summary(value: object) -> str:
-    """A tensor or array as ``float32[4, 16]``, a container by its length, anything else by its own ``repr``."""
+    """Format a tensor or array as ``float32[4, 16]``, a container by its length, and other values by their ``repr``."""
     if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
         value = value.item()
     if isinstance(value, float):
@@ -27,16 +27,16 @@ def summary(value: object) -> str:
 
 
 def short_repr(record: object, values: Mapping[str, object]) -> str:
-    """``Name(field=summary, …)``."""
+    """Return ``Name(field=summary, …)``."""
     return f"{type(record).__name__}({', '.join(f'{name}={summary(value)}' for name, value in values.items())})"
 
 
 def dataclass_repr(record: Any) -> str:
-    """The ``repr`` of a dataclass of tensors: its fields by shape and dtype."""
+    """Return the ``repr`` of a dataclass with the shapes and dtypes of its tensors."""
     return short_repr(record, {field.name: getattr(record, field.name) for field in fields(record) if field.repr})
 
 
 class ShortRepr:
-    """A dataclass of tensors whose ``repr`` shows shapes and dtypes; to be declared with ``repr=False``."""
+    """Mixin for dataclasses, declared with ``repr=False``, whose ``repr`` shows the shapes and dtypes of tensors."""
 
     __repr__ = dataclass_repr

@@ -1,8 +1,8 @@
-"""Every formula of the seed, in its order, dense and a few lines each: the oracle.
+"""Dense implementations of the formulas, a few lines each, which the tests use as an oracle.
 
-Nothing here is fast, streamed or guarded: a function is its formula. A row of classes is the last dimension, leading
-dimensions are free, logarithms are natural unless ``base`` says otherwise. The names are the seed's:
-``x`` input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` target, ``W`` the head's weight (C×d).
+The functions are neither optimised nor protected against overflow. The classes are the last dimension, and results are
+in nats unless ``base`` is given. ``x`` is the input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` the
+target and ``W`` (C×d) the weight of the head. Source: Bishop (2006), section 4.3.4; Kullback and Leibler (1951).
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def __dir__() -> list[str]:
 
 
 def softmax(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-    """``p_i = e^{z_i} / Σ_j e^{z_j}`` (a common factor ``e^{−max z}`` cancels)."""
+    """Return ``p_i = e^{z_i} / Σ_j e^{z_j}``; a common factor ``e^{−max z}`` cancels."""
     exponentials = torch.exp(z - z.amax(-1, keepdim=True))
     return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def softmax_derivative(p: Float[Tensor, "*rows classes"], i: int, j: int) -> Float[Tensor, "*rows"]:
-    """``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``, one element of the Jacobian."""
+    """Return ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``, one element of the Jacobian."""
     return p[..., i] * (float(i == j) - p[..., j])
 
 
 def softmax_jacobian(p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
-    """``∂p/∂z = J_sm(z) = diag(p) − p pᵀ``, symmetric, C×C."""
+    """Return the symmetric C×C Jacobian ``J = ∂p/∂z = diag(p) − p pᵀ``."""
     return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
 
@@ -68,41 +68,41 @@ def softmax_jacobian(p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 
 def kl_divergence(
     p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"], base: float = math.e
 ) -> Float[Tensor, "*rows"]:
-    """``KL(p‖q) = Σ_i p_i log(p_i / q_i)``, with ``0 log 0 = 0``; in bits for ``base=2``."""
+    """Return ``KL(p‖q) = Σ_i p_i log(p_i / q_i)``, with ``0 log 0 = 0``; in bits for ``base=2``."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1) / math.log(base)
 
 
 def entropy(p: Float[Tensor, "*rows classes"], base: float = math.e) -> Float[Tensor, "*rows"]:
-    """``H(p) = −Σ_i p_i log p_i``."""
+    """Return ``H(p) = −Σ_i p_i log p_i``."""
     return -torch.xlogy(p, p).sum(-1) / math.log(base)
 
 
 def cross_entropy(
     y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
 ) -> Float[Tensor, "*rows"]:
-    """``H(y, p) = L(y, p) = −Σ_k y_k log p_k``, for a one-hot or a soft ``y``."""
+    """Return ``H(y, p) = −Σ_k y_k log p_k`` for a one-hot or a soft target ``y``."""
     return -torch.xlogy(y, p).sum(-1) / math.log(base)
 
 
 def kl_from_cross_entropy(
     y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
 ) -> Float[Tensor, "*rows"]:
-    """``KL(y‖p) = −H(y) + H(y, p)``, the decomposition."""
+    """Return ``KL(y‖p) = −H(y) + H(y, p)``."""
     return -entropy(y, base) + cross_entropy(y, p, base)
 
 
-# --- the chain of cross-entropy --------------------------------------------------------------------------------------
+# --- the gradients of cross-entropy ----------------------------------------------------------------------------------
 
 
 def dL_dp(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-    """``∂L/∂p = −y ⊘ p``, elementwise."""
+    """Return ``∂L/∂p = −y ⊘ p``, elementwise."""
     return torch.where(y == 0, torch.zeros_like(p), -y / p)
 
 
 def basic_identity(
     y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``J(y ⊘ p) = y − (Σ_k y_k) p``, the identity that the seed leaves blank.
+    """Return ``J(y ⊘ p) = y − (Σ_k y_k) p``.
 
     Row i of ``J`` is ``p_i (δ_i − p)``, so ``J(y⊘p)_i = p_i y_i/p_i − p_i Σ_k p_k y_k/p_k = y_i − p_i Σ_k y_k``.
     """
@@ -110,33 +110,33 @@ def basic_identity(
 
 
 def dL_dz(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
-    """``∂L/∂z = J ∂L/∂p = −J(y⊘p) = p − y`` for a target of mass ``Σ_k y_k = 1``, else ``(Σ_k y_k) p − y``."""
+    """Return ``∂L/∂z = J ∂L/∂p = −J(y⊘p) = (Σ_k y_k) p − y``, which is ``p − y`` if the target sums to one."""
     return -basic_identity(y, p)
 
 
 def dL_de(
     dL_dz: Float[Tensor, "*rows classes"], W: Float[Tensor, "classes features"]
 ) -> Float[Tensor, "*rows features"]:
-    """``∂L/∂e = (∂z/∂e)ᵀ ∂L/∂z = W_cᵀ (p − y)``."""
+    """Return ``∂L/∂e = (∂z/∂e)ᵀ ∂L/∂z = Wᵀ (p − y)``."""
     return dL_dz @ W
 
 
 def dL_dx(pull_back: Callable[[Tensor], Tensor], dL_de: Float[Tensor, "*rows features"]) -> Tensor:
-    """``∂L/∂x = (∂e/∂x)ᵀ W_cᵀ (p − y)``; ``pull_back`` is ``ē ↦ (∂e/∂x)ᵀ ē``."""
+    """Return ``∂L/∂x = (∂e/∂x)ᵀ Wᵀ (p − y)``; ``pull_back`` is the function ``ē ↦ (∂e/∂x)ᵀ ē``."""
     return pull_back(dL_de)
 
 
 def dL_dW(
     dL_dz: Float[Tensor, "*rows classes"], e: Float[Tensor, "*rows features"]
 ) -> Float[Tensor, "*rows classes features"]:
-    """``∂L/∂W_c = (p − y) eᵀ``, of the shape C×d of ``W_c``."""
+    """Return ``∂L/∂W = (p − y) eᵀ``, with the shape C×d of ``W``."""
     return dL_dz.unsqueeze(-1) * e.unsqueeze(-2)
 
 
 def dL_dtheta(
     pull_back: Callable[[Tensor], dict[str, Tensor]], dL_de: Float[Tensor, "*rows features"]
 ) -> dict[str, Tensor]:
-    """``∂L/∂θ_f = (∂e/∂θ_f)ᵀ W_cᵀ (p − y)``; ``pull_back`` is ``ē ↦ (∂e/∂θ_f)ᵀ ē``."""
+    """Return ``∂L/∂θ = (∂e/∂θ)ᵀ Wᵀ (p − y)``; ``pull_back`` is the function ``ē ↦ (∂e/∂θ)ᵀ ē``."""
     return pull_back(dL_de)
 
 
@@ -146,35 +146,35 @@ def dL_dtheta(
 def forward_kl(
     y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
 ) -> Float[Tensor, "*rows"]:
-    """``D(y‖p) = Σ_k y_k log(y_k / p_k)``: the target first; mode-covering."""
+    """Return ``D(y‖p) = Σ_k y_k log(y_k / p_k)``; minimising it over ``p`` covers the modes of the target."""
     return kl_divergence(y, p, base)
 
 
 def reverse_kl(
     y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
 ) -> Float[Tensor, "*rows"]:
-    """``D(p‖y) = Σ_k p_k log(p_k / y_k)``: the model first; mode-seeking."""
+    """Return ``D(p‖y) = Σ_k p_k log(p_k / y_k)``; minimising it over ``p`` seeks one mode of the target."""
     return kl_divergence(p, y, base)
 
 
 def kl_gradient_in_first(
     p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``∂D(p‖q)/∂p = log(p ⊘ q) + 1``."""
+    """Return ``∂D(p‖q)/∂p = log(p ⊘ q) + 1``."""
     return torch.log(p / q) + 1
 
 
 def kl_gradient_in_second(
     p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``∂D(p‖q)/∂q = −p ⊘ q``: with ``p = y`` constant, that of the cross-entropy."""
+    """Return ``∂D(p‖q)/∂q = −p ⊘ q``, which equals the gradient of the cross-entropy with target ``p``."""
     return dL_dp(p, q)
 
 
 def kl_gradient_in_first_logits(
     p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``∂D(p‖q)/∂z_p = J_p (log(p⊘q) + 1) = p ⊙ (log(p⊘q) − D(p‖q))``: what moves the ``q`` of a VAE's KL."""
+    """Return ``∂D(p‖q)/∂z_p = J_p (log(p⊘q) + 1) = p ⊙ (log(p⊘q) − D(p‖q))``, as for the encoder of a VAE."""
     ratio = torch.log(p) - torch.log(q)
     return p * (ratio - (p * ratio).sum(-1, keepdim=True))
 
@@ -182,5 +182,5 @@ def kl_gradient_in_first_logits(
 def kl_gradient_in_second_logits(
     p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``∂D(p‖q)/∂z_q = q − p``: identical to the cross-entropy's."""
+    """Return ``∂D(p‖q)/∂z_q = q − p``, which equals the gradient of the cross-entropy."""
     return q - p

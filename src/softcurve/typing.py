@@ -1,4 +1,4 @@
-"""Type aliases of the public signatures, for annotating code that passes such arguments on."""
+"""Type aliases of the public signatures, for annotating code that passes these arguments on."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 __all__ = ["ChainLoss", "FitLoss", "FitPrecision", "Integer", "KLDirection", "Number", "ReductionKind", "TopKTail"]
 
 Number: TypeAlias = int | float | np.integer[Any] | np.floating[Any] | Tensor
-"""A real number: Python's, numpy's, or a 0-d tensor that requires no gradient, which is read at once.
+"""A real number from Python or numpy, or a 0-d tensor without gradient, which is converted to a Python number.
 
-``torch.compile`` traces Python's numbers alone without a break.
+``torch.compile`` traces only Python numbers without a graph break.
 """
 
 Integer: TypeAlias = int | np.integer[Any] | Tensor
-"""A whole number: Python's, numpy's, or a 0-d integer tensor."""
+"""An integer from Python or numpy, or a 0-d integer tensor."""
 
 ReductionKind: TypeAlias = Literal["none", "sum", "mean", "batchmean"]
-"""How the losses of the rows become one number."""
+"""The reductions of the losses of all rows."""
 
 KLDirection: TypeAlias = Literal["forward", "reverse"]
 """``"forward"`` is ``D(target‖model)``, ``"reverse"`` is ``D(model‖target)``."""
 
 TopKTail: TypeAlias = Literal["bucket", "renormalize"]
-"""What a :class:`softcurve.TopK` assumes of the classes that it does not list."""
+"""How a :class:`softcurve.TopK` treats unlisted classes: as one outcome, or with probability zero."""
 
 ChainLoss: TypeAlias = Literal["cross_entropy", "forward_kl", "reverse_kl"]
 """The losses of :func:`softcurve.chain_rule`."""

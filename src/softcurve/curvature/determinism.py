@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSamp
 
 from softcurve.array_types import Float64
 from softcurve.curvature.kfac import pieces_of
-from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head.tensors import RowLosses
 
 if TYPE_CHECKING:
     from softcurve.curvature.network import NetworkOperator

@@ -15,8 +15,8 @@ from softcurve.curvature.ggn import JacobianSandwich
 from softcurve.curvature.losses import Loss, Reduction
 from softcurve.curvature.network import Batch, NetworkOperator, Rows
 from softcurve.head.curvature import add_outer_products
-from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.per_row import row_masses, sample_classes
+from softcurve.head.tensors import RowLosses
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.rows import FISHER
 from softcurve.typing import Integer, Number

@@ -14,7 +14,7 @@ from softcurve.curvature.network import NetworkOperator, Rows
 from softcurve.curvature.nystrom import NystromPreconditioner
 from softcurve.curvature.operator import require_count
 from softcurve.head.curvature import add_products
-from softcurve.head.curvature_tiles import RowLosses
+from softcurve.head.tensors import RowLosses
 from softcurve.losses.rows import GAUSS_NEWTON
 
 

@@ -14,7 +14,7 @@ from softcurve.array_types import Float
 from softcurve.curvature.kfac import Form, KroneckerFactors, moment_of, one_a_class, pieces_of
 from softcurve.curvature.linear_head import require_classes
 from softcurve.curvature.losses import HeadLosses, Loss, Reduction
-from softcurve.head import curvature, passes, per_row
+from softcurve.head import curvature, loop, per_row
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
 from softcurve.losses.targets import Target
@@ -243,7 +243,7 @@ class HeadCurvature:
             )
         mass *= loss.divergence.gauss_newton_bound
         if loss.z_loss:
-            lse = passes.evaluate(loss, t, self.rows.memory_budget, stats=True).statistics.lse
+            lse = loop.evaluate(loss, t, self.rows.memory_budget, stats=True).statistics.lse
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from softcurve.curvature.network import NetworkOperator, Rows
-from softcurve.head import passes
+from softcurve.head import loop
 from softcurve.head.curvature import add_products
 from softcurve.losses.rows import HESSIAN
 
@@ -43,7 +43,7 @@ class Hessian(NetworkOperator):
         changes, terms = None, None
         if rows.e.requires_grad:
             wanted = (True, False, False, False, False, False)
-            gradient = passes.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
+            gradient = loop.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
             assert gradient is not None
             u, h = self.linearized(rows, self.own_share(gradient))
             changes, terms = zip(*(self.pushed_forward(u, h, v, second=True) for v in columns), strict=True)

@@ -33,8 +33,7 @@ from softcurve.curvature.kfac import Form
 from softcurve.curvature.losses import Loss, LossOptions, Reduction
 from softcurve.curvature.network import Batch, Rows, require_walkable
 from softcurve.curvature.operator import require_count
-from softcurve.head import passes
-from softcurve.head.tensors import NOTHING
+from softcurve.head import loop
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 
@@ -244,7 +243,7 @@ def _add_gradient(network: GGN, rows: Rows, some: slice, flat: Tensor) -> None:
     into = network.sums(rows, flat.unsqueeze(0), tensors.dtype)[0]
     in_input, in_weight, in_bias = (part is not None for part in into)
     wanted = (in_input, in_weight, in_bias, False, False, False)
-    gradients = passes.evaluate(loss, tensors, budget, wanted=wanted).gradients
+    gradients = loop.evaluate(loss, tensors, budget, wanted=wanted).gradients
     for part, gradient, here in zip(into, gradients, (some, slice(None), slice(None)), strict=False):
         if part is not None and gradient is not None:
             part[here] += network.own_share(gradient) if part is into.input else gradient
@@ -267,9 +266,7 @@ def _changes(train: GGN, columns: Float[Tensor, "parameters k"]) -> tuple[Float[
             moved = [train.pushed_forward(u, h, s, second=False)[0] for s in directions]
         weight = tensors.row_weight.unsqueeze(-1)
         along = [
-            passes.hessian_product(
-                loss, tensors, (*direction, None, None, None), budget, wanted=NOTHING, wants_tangents=True
-            ).rows
+            loop.evaluate(loss, tensors, budget, directions=(*direction, None, None, None), tangents=True).rows
             for direction in train.along(directions, moved)
         ]
         changes = torch.stack(along, -1)

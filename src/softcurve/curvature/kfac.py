@@ -22,9 +22,9 @@ from softcurve.curvature.class_forms import ClassForm, Damped, DenseForm, LowRan
 from softcurve.curvature.nystrom import low_rank
 from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.head.curvature import add_class_products, add_products, class_coefficients
-from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.per_row import row_masses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
+from softcurve.head.tensors import RowLosses
 from softcurve.processes import sum_over
 from softcurve.records import dataclass_repr
 

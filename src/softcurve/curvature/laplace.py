@@ -37,7 +37,7 @@ from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.network import Batch
 from softcurve.curvature.operator import require_count
 from softcurve.extras import needed
-from softcurve.head import curvature, passes
+from softcurve.head import curvature, loop
 from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.problem import require_budget
 from softcurve.head.products import linear_into
@@ -388,7 +388,7 @@ def _log_likelihood(network: GGN) -> float:
     found, counted = 0.0, 0.0
     for rows in network.rows("Log-likelihood", graph=False):
         loss, tensors, _, budget = rows.losses
-        losses = passes.evaluate(loss, tensors, budget).rows.double()
+        losses = loop.evaluate(loss, tensors, budget).rows.double()
         found -= float((losses * tensors.row_weight.double()).sum())
         counted += float((tensors.row_weight != 0).sum())
     if not network.over_rows(counted):

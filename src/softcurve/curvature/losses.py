@@ -9,7 +9,6 @@ from typing import Literal, TypedDict, get_args
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.problem import (
     Head,
     Posed,
@@ -19,6 +18,7 @@ from softcurve.head.problem import (
     require_no_shift,
     require_shift,
 )
+from softcurve.head.tensors import RowLosses
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction as Reducer
 from softcurve.losses.spec import LogitMap

@@ -29,10 +29,10 @@ from softcurve.curvature.operator import SymmetricOperator, require_count
 from softcurve.curvature.parameters import Layout
 from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
-from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.problem import Posed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
+from softcurve.head.tensors import RowLosses
 from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target
 from softcurve.processes import sum_over

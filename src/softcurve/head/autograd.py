@@ -22,6 +22,7 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.kernel import Statistics
+from softcurve.head.loop import evaluate
 from softcurve.head.tensors import NOTHING, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents, total_of
 from softcurve.losses.spec import LossSpec
@@ -63,11 +64,22 @@ def head_outcome(
 
 
 class _Losses(Function):
-    """Of the arguments of ``head_losses``."""
+    """The loop of first order; its arguments are those of the operator ``head_losses``.
+
+    Eager calls evaluate the loop itself, without the dispatcher; whatever wraps its tensors goes by the operator.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
+        *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
+        if not values_visible(*(tensor for tensor in given if tensor is not None)):
+            return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
+        tensors = HeadTensors(*given)
+        with torch.autocast(tensors.input.device.type, enabled=False):
+            outcome = evaluate(
+                LossSpec.decode(loss), tensors, memory_budget, wanted=tuple(wanted), stats=stats, all_rows=all_rows
+            )
+        return tuple(operators.flattened(outcome, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

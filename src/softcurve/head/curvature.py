@@ -1,23 +1,31 @@
-"""Passes of second order over a head's tiles, for many columns at once, added to where their sums are kept.
+"""The loop of second order: products of many columns with a head's matrix, added to where their sums are kept.
 
-A tile's logits are computed once for all columns; each column then costs its change of the logits and the way back.
-Unlike :func:`softcurve.head.passes.hessian_product` nothing here is differentiable, and the target does not move.
+The logits of a tile are computed once for all columns; each column then costs its change of the logits and the way
+back. Unlike :func:`softcurve.head.loop.hessian_product` nothing here is differentiable, and the target does not move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softcurve.head import products
-from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
 from softcurve.head.dense import DenseKernel
-from softcurve.head.kernel import CurvatureBlock
+from softcurve.head.gradients import MapSums, Term, to_features
+from softcurve.head.kernel import CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.products import Direction
+from softcurve.head.tensors import RowLosses
+from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.rows import FISHER, HESSIAN
+
+
+def curvature_tiles(rows: RowLosses, matrix: str, *, columns: bool) -> Tiles:
+    """Return the tiles of the rows of weight other than 0; with ``columns`` there are buffers for a column's change."""
+    kept = kept_rows(rows.tensors.row_weight)
+    return Tiles(rows.loss, rows.tensors, rows.memory_budget, kept, matrix=matrix, columns=columns)
 
 
 def add_products(
@@ -25,39 +33,38 @@ def add_products(
 ) -> None:
     """``into += scale Σ_i weight_i (∂z_i)ᵀ B_i ∂z_i`` along each column, in the parts that ``into`` has.
 
-    For the Hessian the second derivative of ``z = W e + b`` is included.
+    For the Hessian the second derivative of ``z = W e + b`` is included. Where classes are cut, every column must have
+    seen all blocks of a row before any block is multiplied.
     """
-    run = CurvaturePass(rows, matrix, directed=True)
-    for tile in run.tiles():
-        kernel = tile.curvature_kernel()
-        # One block, which each column takes to its end; or many, which all must have seen before any is multiplied.
-        cut = run.plan.cuts_classes
-        kept: list[CurvatureBlock] = []
-        for block in tile.prepared(kernel):
-            for j, column in enumerate(columns if cut else ()):
-                tile.change(block, column)
-                kernel.accumulate_column(block, j)
-            if not cut:
-                kept.append(block)
-        for j, column in enumerate(columns):
-            for block in kept:
-                tile.change(block, column)
-                kernel.accumulate_column(block, j)
-            if run.group is not None:
-                kernel.reduce_column(j, run.group)
-            for block in kept:
-                kernel.multiply_column(block, j)
-                tile.take_back(block, kernel.row_factor, column, into[j], scale)
-        for block in tile.prepared(kernel, swept=True) if cut else ():
+    with curvature_tiles(rows, matrix, columns=True) as tiles:
+        for tile in tiles:
+            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
+            cut = tiles.plan.cuts_classes
+            whole: list[CurvatureBlock] = []
+            for block in prepared(tile, kernel):
+                for j, column in enumerate(columns if cut else ()):
+                    change(tile, block, column)
+                    kernel.accumulate_column(block, j)
+                if not cut:
+                    whole.append(block)
             for j, column in enumerate(columns):
-                tile.change(block, column)
-                kernel.multiply_column(block, j)
-                tile.take_back(block, kernel.row_factor, column, into[j], scale)
-    run.release()
+                for block in whole:
+                    change(tile, block, column)
+                    kernel.accumulate_column(block, j)
+                if tiles.group is not None:
+                    kernel.reduce_column(j, tiles.group)
+                for block in whole:
+                    kernel.multiply_column(block, j)
+                    add_column(tile, block, kernel.row_factor, column, into[j], scale)
+            for block in prepared(tile, kernel, again=True) if cut else ():
+                for j, column in enumerate(columns):
+                    change(tile, block, column)
+                    kernel.multiply_column(block, j)
+                    add_column(tile, block, kernel.row_factor, column, into[j], scale)
 
 
 class Diagonal(NamedTuple):
-    """Of the matrix in the weight and the bias, and each row's part of the trace, its weight included."""
+    """The diagonal in the weight and the bias, and each row's part of the trace, its weight included."""
 
     weight: Tensor | None  # (C, d)
     bias: Tensor | None  # (C,)
@@ -65,32 +72,30 @@ class Diagonal(NamedTuple):
 
 
 def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
-    """``Σ_i weight_i diag(B_i) ⊗ (e ⊙ e)``; only the rows' traces unless ``wants_diagonal``."""
-    run = CurvaturePass(rows, matrix, directed=True)
+    """Return ``Σ_i weight_i diag(B_i) ⊗ (e ⊙ e)``; only the rows' traces unless ``wants_diagonal``."""
     t = rows.tensors
-    traces = torch.zeros(len(t.input), dtype=run.dtype, device=t.input.device)
-    in_weight = torch.zeros(t.weight.shape, dtype=run.dtype, device=t.input.device) if wants_diagonal else None
+    traces = torch.zeros(len(t.input), dtype=t.dtype, device=t.input.device)
+    in_weight = torch.zeros(t.weight.shape, dtype=t.dtype, device=t.input.device) if wants_diagonal else None
     in_bias = traces.new_zeros(len(t.weight)) if wants_diagonal else None
-    for tile in run.tiles():
-        kernel = tile.curvature_kernel()
-        factor = tile.weight * rows.loss.scale**2
-        blocks = tile.prepared(kernel)
-        if run.plan.cuts_classes and not run.dense:
-            for _ in blocks:  # what stands beside a confident row's top is known after the last
-                pass
-            blocks = tile.prepared(kernel, swept=True)
-        for block in blocks:
-            assert block.v is not None
-            kernel.diagonal(block)
-            here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(run.dtype)
-            traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
-            if in_weight is not None and in_bias is not None:
-                products.back_to_weight(
-                    in_weight[block.classes], block.v, tile.map.input.square() * here, accumulate=True
-                )
-                in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
-    run.release()
-    run.sum_over_classes(traces)
+    with curvature_tiles(rows, matrix, columns=True) as tiles:
+        for tile in tiles:
+            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
+            factor = row_weight(tile) * rows.loss.scale**2
+            blocks = prepared(tile, kernel)
+            if tiles.plan.cuts_classes and rows.loss.target == "sparse":
+                for _ in blocks:  # what lies beside the largest class of a confident row is known after the last
+                    pass
+                blocks = prepared(tile, kernel, again=True)
+            for block in blocks:
+                assert block.v is not None
+                kernel.diagonal(block)
+                here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(t.dtype)
+                traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
+                if in_weight is not None and in_bias is not None:
+                    squares = tile.model.input.square() * here
+                    products.back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
+                    in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
+        tiles.sum_over_classes(traces)
     return Diagonal(in_weight, in_bias, traces)
 
 
@@ -108,28 +113,23 @@ def add_class_products(
 
     For rows of :func:`class_coefficients`; the curvature's ``Σ_i w_i B_i`` is ``diag(diagonal)`` minus the latter.
     """
-    run = CurvaturePass(rows, matrix, directed=False)
-    loss = rows.loss
-    for tile in run.tiles():
-        kernel = tile.curvature_kernel()
-        along = None if vectors is None else tile.weight.new_zeros(len(tile.weight), vectors.shape[1])
-        block = None
-        weight = tile.weight * loss.scale**2
-        for block in tile.probabilities(kernel):
-            a, b = (weight * c.to(run.dtype) for c in kernel.coefficients())
-            diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
-            if vectors is not None and along is not None:
-                along += block.z @ vectors[block.classes]
-        if along is None or into is None:
-            continue
-        run.sum_over_classes(along)
-        if run.plan.cuts_classes:
-            blocks = tile.probabilities(kernel, swept=True)
-        else:
-            blocks = iter(() if block is None else (block,))
-        for ready in blocks:
-            into[ready.classes] += ready.z.T @ (b * along)
-    run.release()
+    with curvature_tiles(rows, matrix, columns=False) as tiles:
+        for tile in tiles:
+            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
+            along = None if vectors is None else tile.model.input.new_zeros(len(tile), vectors.shape[1])
+            block = None
+            for block in probabilities(tile, kernel):
+                a, b = (row_weight(tile) * rows.loss.scale**2 * c.to(tiles.dtype) for c in kernel.coefficients())
+                diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
+                if vectors is not None and along is not None:
+                    along += block.z @ vectors[block.classes]
+            if along is None or into is None:
+                continue
+            tiles.sum_over_classes(along)
+            again = probabilities(tile, kernel, again=True) if tiles.plan.cuts_classes else iter([block])
+            for each in again:
+                if each is not None:
+                    into[each.classes] += each.z.T @ (b * along)
 
 
 def add_outer_products(
@@ -137,42 +137,105 @@ def add_outer_products(
 ) -> None:
     """``into += scale Σ_i row_factor_i g_i (g_i · column)`` with each row's own gradient ``g_i`` in (e, W, b).
 
-    The features' part of ``g_i`` is of row ``i`` alone. Rows of weight 0 have no part.
+    The features' part of ``g_i`` belongs to row ``i`` alone. Rows of weight 0 have no part.
     """
-    run = CurvaturePass(rows, HESSIAN, directed=False)
-    for tile in run.tiles():
-        kernel = tile.kernel()
-        e = tile.map.input
-        back = torch.zeros_like(e)  # Wᵀ g
-        inner = e.new_zeros(len(e), len(columns))
-        block = None
-        for block in tile.residuals(kernel):
-            own = tile.own_factor(kernel)
-            back += own * tile.to_features(block.z, tile.map.weight[block.classes])
+    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
+        for tile in tiles:
+            kernel, e = tiles.kernel(unweighted(tile)), tile.model.input
+            back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
+            block = None
+            for block in residuals(tile, kernel):
+                factor = residual_factor(tile, kernel)
+                back += factor * to_features(block.z, tile.model.weight[block.classes], tiles.dtype)
+                for j, column in enumerate(columns):
+                    if column.weight is not None:
+                        part = to_features(block.z, column.weight[block.classes], tiles.dtype)
+                        inner[:, j] += factor.squeeze(-1) * (part * e).sum(-1)
+                    if column.bias is not None:
+                        inner[:, j] += factor.squeeze(-1) * (block.z @ column.bias[block.classes].to(tiles.dtype))
             for j, column in enumerate(columns):
-                if column.weight is not None:
-                    part = tile.to_features(block.z, column.weight[block.classes])
-                    inner[:, j] += own.squeeze(-1) * (part * e).sum(-1)
-                if column.bias is not None:
-                    inner[:, j] += own.squeeze(-1) * (block.z @ column.bias[block.classes].to(run.dtype))
-        for j, column in enumerate(columns):
-            if column.input is not None:
-                inner[:, j] += (back * column.input[tile.rows].to(run.dtype)).sum(-1)
-        run.sum_over_classes(inner)
-        inner *= scale * row_factor[tile.rows].to(run.dtype).unsqueeze(-1)
-        for j, out in enumerate(into):
-            if out.input is not None:
-                out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-        if run.plan.cuts_classes:
-            blocks = tile.residuals(kernel, swept=True)
-        else:
-            blocks = iter(() if block is None else (block,))
-        for block in blocks:
-            own = tile.own_factor(kernel)
+                if column.input is not None:
+                    inner[:, j] += (back * column.input[tile.rows].to(tiles.dtype)).sum(-1)
+            tiles.sum_over_classes(inner)
+            inner *= scale * row_factor[tile.rows].to(tiles.dtype).unsqueeze(-1)
             for j, out in enumerate(into):
-                weighing = own * inner[:, j : j + 1]
-                if out.weight is not None:
-                    products.back_to_weight(out.weight[block.classes], block.z, e * weighing, accumulate=True)
-                if out.bias is not None:
-                    out.bias[block.classes].addmv_(block.z.T, weighing.squeeze(-1))
-    run.release()
+                if out.input is not None:
+                    out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
+            again = residuals(tile, kernel, again=True) if tiles.plan.cuts_classes else iter([block])
+            for each in again:
+                for j, out in enumerate(into if each is not None else ()):
+                    assert each is not None
+                    along = residual_factor(tile, kernel) * inner[:, j : j + 1]
+                    MapSums(out._replace(input=None)).add(tile.rows, each.classes, [Term(each.z, None, e, along)])
+
+
+# --- blocks and columns ----------------------------------------------------------------------------------------------
+
+
+def unweighted(tile: Tile) -> RowData:
+    """Return the rows' data with weights of 1: the passes weigh what comes back."""
+    return tile.row_data(weight=tile.model.input.new_ones(len(tile)), wants_gradient=True)
+
+
+def row_weight(tile: Tile) -> Tensor:
+    """Return the rows' weights, ``(r, 1)``."""
+    return tile.tiles.tensors.row_weight[tile.rows].to(tile.tiles.dtype).unsqueeze(-1)
+
+
+def prepared(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+    """Yield the blocks, ready for columns; ``again`` if the rows' statistics are known."""
+    loaded = None if again else tile.accumulate(kernel)
+    if not again:
+        kernel.prepare_columns()
+    blocks, group = list(tile.class_blocks()), tile.tiles.group
+    for i, (block, fresh) in enumerate(tile.blocks(loaded)):
+        kernel.prepare_block(block, fresh=fresh, again=again)
+        if group is not None and not again and i == len(blocks) - 1:
+            kernel.reduce_prepared(group)
+        yield block
+    if group is not None and not again and not blocks:
+        kernel.reduce_prepared(group)
+
+
+def probabilities(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+    """Yield the blocks with the model's probabilities in place of logits."""
+    for block in prepared(tile, kernel, again=again):
+        kernel.to_probabilities(block)
+        yield block
+
+
+def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+    """Yield the blocks with residuals in place of logits, to be multiplied by :func:`residual_factor`."""
+    loaded = None if again else tile.accumulate(kernel)
+    if not again:
+        kernel.prepare_residuals()
+    for block, fresh in tile.blocks(loaded):
+        kernel.residuals(block, fresh)
+        yield block
+
+
+def residual_factor(tile: Tile, kernel: Kernel) -> Tensor:
+    """Return the factor of the residuals of each row, ``(r, 1)``; the rows' weights are not in it."""
+    ones = tile.model.input.new_full((len(tile), 1), tile.tiles.spec.scale)
+    return ones if kernel.row_factor is None else ones * kernel.row_factor.to(ones.dtype)
+
+
+def change(tile: Tile, block: CurvatureBlock, column: Direction) -> None:
+    """Write the change of the logits along a column into ``block.v``."""
+    assert block.v is not None
+    along = column if column.input is None else column._replace(input=column.input[tile.rows])
+    tile.model.change_into(block.v, along, block.classes, tile.tiles.spec.scale)
+
+
+def add_column(
+    tile: Tile, block: CurvatureBlock, factor: Tensor | None, column: Direction, into: Direction, scale: float
+) -> None:
+    """Take the product with one column back: ``ġ W (+ g Ẇ)``, ``ġᵀ e (+ gᵀ ė)``, ``Σ ġ``."""
+    assert block.v is not None
+    outer = row_weight(tile) * (scale * tile.tiles.spec.scale)
+    of_change = outer if factor is None else outer * factor.to(block.v.dtype)
+    terms = [Term(block.v, tile.model.weight, tile.model.input, of_change)]
+    if block.residual is not None:
+        e_v = None if column.input is None else column.input[tile.rows]
+        terms.append(Term(block.residual, column.weight, e_v, outer, in_bias=False))
+    MapSums(into).add(tile.rows, block.classes, terms)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.dense import MODEL, TARGET, DenseTile
+from softcurve.head.aten.dense_tile import DenseTile
 from softcurve.head.kernel import (
     Block,
     CurvatureBlock,
@@ -102,6 +102,8 @@ class SideStatistics:
 class DenseKernel(CurvatureKernel):
     """The float64 statistics of each row; what reads or writes whole tiles is a function of ``tiles``."""
 
+    matrix: str = field(kw_only=True, default="")  # empty: residuals are formed, and no matrix
+
     def __post_init__(self) -> None:
         weight = self.data.weight
         self.tiles = backends.tile_functions(self.loss, weight.device, weight.dtype)
@@ -154,11 +156,12 @@ class DenseKernel(CurvatureKernel):
                 self.predicted = first_of_largest(self.model.offset, self.model.top, group, self.data)
             SideStatistics.merge(self.sides, group)
             return
+        sums: list[tuple[object, str]] = []
         if number == 1:
-            sums = [(self, name) for name in ("values", "surplus", "entropy", "curve")]
+            sums += [(self, name) for name in ("values", "surplus", "entropy", "curve")]
             sums += [(side, n) for side in self.sides for n in ("score", "score_rest", "mean_rest", "top_v")]
         else:
-            sums = [(side, "change") for side in self.sides]
+            sums += [(side, "change") for side in self.sides]
         parts = [getattr(owner, name).clone() for owner, name in sums]
         sum_over(parts, group)
         for (owner, name), part in zip(sums, parts, strict=True):
@@ -181,7 +184,7 @@ class DenseKernel(CurvatureKernel):
         weight = self.data.weight.unsqueeze(-1).double()
         numbers = [*model.numbers(), *target.numbers(), log_ratio, self._log_sum_exp(), weight]
         self.numbers = torch.stack(numbers).to(self.data.weight.dtype)
-        self.top = torch.cat([torch.where(side.rest < 1, side.top, -1) for side in (model, target)], -1).T
+        self.top = torch.stack([torch.where(side.rest < 1, side.top, -1).squeeze(-1) for side in (model, target)])
 
     def losses(self) -> Tensor:  # noqa: D102
         values = self.values
@@ -255,7 +258,7 @@ class DenseKernel(CurvatureKernel):
     @property
     def has_q(self) -> bool:
         """Whether the matrix, if there is one, has a ``q`` that is no multiple of ``p``."""
-        return self.matrix is not None and self.needs_q(self.loss.divergence, self.matrix)
+        return bool(self.matrix) and self.needs_q(self.loss.divergence, self.matrix)
 
     def prepare_columns(self) -> None:
         """Form ``Σ q``, and the factor of ``p`` that ``q`` is otherwise."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.dense import masses, rest_of
+from softcurve.head.aten.dense import rest_of
+from softcurve.head.aten.dense_terms import masses
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
@@ -41,8 +42,9 @@ class FastRows(Kernel):
 
     def __post_init__(self) -> None:
         weight = self.data.weight
-        self.values, self.row_factor = torch.empty_like(weight), weight.unsqueeze(-1).clone()
-        self.rest, self.target_rest = torch.empty_like(self.row_factor), torch.ones_like(self.row_factor)
+        self.values, self.factor = torch.empty_like(weight), weight.unsqueeze(-1).clone()
+        self.row_factor = self.factor
+        self.rest, self.target_rest = torch.empty_like(self.factor), torch.ones_like(self.factor)
         self.target_scale = 1.0 if self.loss.target == "teacher" else self.loss.target_scale
 
     @staticmethod
@@ -82,7 +84,6 @@ class FastRows(Kernel):
 
     def _compute_again(self, block: Block, doubtful: Tensor) -> None:
         """Overwrite some rows by what the exact formulas give, so many at a time as stay in the cache."""
-        assert self.row_factor is not None
         for rows in doubtful.split(max(1, self.data.cached // self.data.class_count)) if len(doubtful) else ():
             offset = None if self.data.offset is None else self.data.offset[rows]
             exact = DenseKernel(self.loss, replace(self.data, weight=self.data.weight[rows], offset=offset))
@@ -93,7 +94,7 @@ class FastRows(Kernel):
             self.values[rows] = exact.losses().to(self.values.dtype)
             if self.data.wants_gradient:
                 exact.residuals(anew, fresh=False)
-                block.z[rows], self.row_factor[rows] = anew.z, 1.0
+                block.z[rows], self.factor[rows] = anew.z, 1.0
                 if block.target_out is not None and anew.target_out is not None:
                     block.target_out[rows] = anew.target_out
 
@@ -151,7 +152,7 @@ class FastRows(Kernel):
         total, target_total = 1 + rest, 1 + target_rest
         weight = self.data.weight[rows].unsqueeze(-1)
         wants_gradient = self.data.wants_gradient
-        self.row_factor[rows] = weight / total
+        self.factor[rows] = weight / total
         divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         out_factor = weight * self.target_scale / target_total
         if divergence is None or isinstance(divergence, ForwardKL):
@@ -172,7 +173,7 @@ class FastRows(Kernel):
             if not isinstance(divergence, JensenShannon):
                 raise TypeError(f"the fast path does not know {type(divergence).__name__}; use DenseKernel")
             value = self._jensen_shannon(divergence.beta, z, e, y, (total, target_total), out, -out_factor)
-            self.row_factor[rows] *= divergence.beta - 1
+            self.factor[rows] *= divergence.beta - 1
         self.values[rows] = value.squeeze(-1)
         if out is not None:
             _balance(out, y, target_rest)

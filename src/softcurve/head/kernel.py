@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float
 from softcurve.head.plan import Plan
 from softcurve.head.tensors import HeadTensors
-from softcurve.losses.rows import FISHER
+from softcurve.losses.rows import FISHER, HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over, sum_over
 
@@ -131,6 +131,9 @@ class Kernel(ABC):
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
     row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
     statistics: Statistics = field(default_factory=Statistics, init=False)
+    # With respect to a sparse target's distribution, and its change along a direction.
+    target_gradient: Tensor | None = field(default=None, init=False)
+    target_product: Tensor | None = field(default=None, init=False)
 
     @abstractmethod
     def accumulate(self, number: int, block: Block) -> None:
@@ -215,7 +218,7 @@ class CurvatureKernel(Kernel, ABC):
     is multiplied. ``row_factor`` is what all products are still to be multiplied by, row by row.
     """
 
-    matrix: str | None = field(kw_only=True, default=None)  # None: residuals are formed, and no matrix
+    matrix: str = field(kw_only=True, default=HESSIAN)  # residuals are formed without it
     merges_tail: bool = field(kw_only=True, default=False)
     sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
 
@@ -229,7 +232,7 @@ class CurvatureKernel(Kernel, ABC):
 
     @abstractmethod
     def reduce_prepared(self, group: ProcessGroup) -> None:
-        """Sum what the first :meth:`prepare_block` of every block has accumulated over the processes of a sharded head."""
+        """Sum over the processes of a sharded head what the first :meth:`prepare_block` of every block has found."""
 
     @abstractmethod
     def accumulate_column(self, block: CurvatureBlock, number: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcurve.head import passes
+from softcurve.head import loop
 from softcurve.head.tensors import Directions, HeadTensors, Wanted
 from softcurve.losses.spec import LossSpec
 
@@ -47,7 +47,12 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
     tensors, loss = HeadTensors(*given), LossSpec.decode(loss)
     with _no_autocast(tensors.input):
-        outcome = passes.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
+        outcome = loop.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
+    return flattened(outcome, tensors)
+
+
+def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
+    """Return the tensors of ``head_losses``: the weighted sum of the losses, the losses, statistics and gradients."""
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
     return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
 
@@ -75,8 +80,8 @@ def _head_hessian_product(*arguments: Any) -> list[Tensor]:
     tensors, directions = HeadTensors.split(given)
     loss = LossSpec.decode(loss)
     with _no_autocast(tensors.input):
-        outcome = passes.hessian_product(
-            loss, tensors, directions, memory_budget, wanted=_six(wanted), wants_tangents=tangents
+        outcome = loop.evaluate(
+            loss, tensors, memory_budget, wanted=_six(wanted), directions=directions, tangents=tangents
         )
     return [outcome.rows, *_present(outcome.rows, *outcome.gradients)]
 

@@ -6,28 +6,29 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.curvature_tiles import CurvaturePass, RowLosses
+from softcurve.head.curvature import curvature_tiles, residuals, unweighted
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
+from softcurve.head.tensors import RowLosses
+from softcurve.head.tiles import Tile
 from softcurve.losses.rows import HESSIAN
 from softcurve.processes import max_over, sum_over
 
 
 def gradient_norms(rows: RowLosses) -> Tensor:
     """``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
-    run = CurvaturePass(rows, HESSIAN, directed=False)
     t = rows.tensors
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
-    for tile in run.tiles():
-        kernel = tile.kernel()
-        for block in tile.residuals(kernel):
-            factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
-            # In float64: the square of a small residual is below float32's range.
-            squares = [block.z[rows].double().square_().sum(-1) for rows in kernel.groups(block)]
-            norms[tile.rows] += torch.cat(squares) * factor**2
-    run.release()
-    run.sum_over_classes(norms)
+    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
+        for tile in tiles:
+            kernel = tiles.kernel(unweighted(tile))
+            for block in residuals(tile, kernel):
+                factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
+                # In float64: the square of a small residual is below float32's range.
+                squares = [block.z[some].double().square_().sum(-1) for some in kernel.groups(block)]
+                norms[tile.rows] += torch.cat(squares) * factor**2
+        tiles.sum_over_classes(norms)
     return norms.sqrt().mul_(rows.loss.scale)
 
 
@@ -58,54 +59,57 @@ def row_masses(rows: RowLosses) -> Tensor:
         return (1 - loss.smoothing) * sums + smoothed
     if weights is None:
         return ones
-    run = CurvaturePass(rows, HESSIAN, directed=False)
-    for tile in run.tiles():
-        kernel = DenseKernel(loss, tile.data())
-        tile.sweep(kernel)
-        ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
-    run.release()
+    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
+        for tile in tiles:
+            kernel = DenseKernel(loss, unweighted(tile))
+            tile.accumulate(kernel)
+            ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
     return ones
 
 
 def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
     """Classes drawn from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
-    run = CurvaturePass(rows, HESSIAN, directed=False)
     classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=rows.tensors.input.device)
-    for tile in run.tiles():
-        wanted = uniforms[tile.rows].to(torch.float64).contiguous()
-        top = tile.map.input.new_full((len(wanted), 1), -torch.inf)
-        total = torch.zeros_like(top, dtype=torch.float64)
-        for block in tile.logits():
-            z = rows.loss.logit_map.value(block.z)
-            new = torch.maximum(top, z.amax(-1, keepdim=True))
-            shift = torch.where(new == -torch.inf, 0.0, new)  # every class so far is masked
-            total = total * torch.exp((top - shift).double()) + (z - shift).exp_().sum(-1, keepdim=True).double()
-            top = new
-        left = wanted * total
-        mine = None
-        if run.group is not None:
-            top, left, mine = _own_part(top, total, wanted, run.group)
-        found = torch.zeros_like(left, dtype=torch.bool)
-        chosen = torch.zeros_like(left, dtype=torch.int64)
-        for block in tile.logits():
-            mass = (rows.loss.logit_map.value(block.z) - top).exp_()
-            cumulated = mass.cumsum(-1, dtype=torch.float64)
-            at = torch.searchsorted(cumulated, left, right=True)
-            here = at < mass.shape[-1]
-            if not here.all():
-                # Where rounding leaves all classes short of the total, the last that has mass is taken.
-                last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
-                at = torch.where(here, at, last)
-            has_mass = cumulated[:, -1:] > 0
-            chosen = torch.where(~found & has_mass, at + block.classes.start, chosen)
-            left = left - cumulated[:, -1:]
-            found |= here
-        if run.group is not None and mine is not None:
-            chosen = torch.where(mine, chosen + rows.loss.first, 0)
-            sum_over([chosen], run.group)
-        classes[tile.rows] = chosen
-    run.release()
+    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
+        for tile in tiles:
+            classes[tile.rows] = _sampled(tile, uniforms[tile.rows].to(torch.float64).contiguous())
     return classes
+
+
+def _sampled(tile: Tile, wanted: Tensor) -> Tensor:
+    """Return the classes of one tile: one pass for the mass of each row, one to find where it is reached."""
+    spec, group = tile.tiles.spec, tile.tiles.group
+    top = tile.model.input.new_full((len(wanted), 1), -torch.inf)
+    total = torch.zeros_like(top, dtype=torch.float64)
+    for block, _ in tile.blocks():
+        z = spec.logit_map.value(block.z)
+        new = torch.maximum(top, z.amax(-1, keepdim=True))
+        shift = torch.where(new == -torch.inf, 0.0, new)  # every class so far is masked
+        total = total * torch.exp((top - shift).double()) + (z - shift).exp_().sum(-1, keepdim=True).double()
+        top = new
+    left = wanted * total
+    mine = None
+    if group is not None:
+        top, left, mine = _own_part(top, total, wanted, group)
+    found = torch.zeros_like(left, dtype=torch.bool)
+    chosen = torch.zeros_like(left, dtype=torch.int64)
+    for block, _ in tile.blocks():
+        mass = (spec.logit_map.value(block.z) - top).exp_()
+        cumulated = mass.cumsum(-1, dtype=torch.float64)
+        at = torch.searchsorted(cumulated, left, right=True)
+        here = at < mass.shape[-1]
+        if not here.all():
+            # Where rounding leaves all classes short of the total, the last that has mass is taken.
+            last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
+            at = torch.where(here, at, last)
+        has_mass = cumulated[:, -1:] > 0
+        chosen = torch.where(~found & has_mass, at + block.classes.start, chosen)
+        left = left - cumulated[:, -1:]
+        found |= here
+    if group is not None and mine is not None:
+        chosen = torch.where(mine, chosen + spec.first, 0)
+        sum_over([chosen], group)
+    return chosen
 
 
 def _own_part(top: Tensor, total: Tensor, wanted: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

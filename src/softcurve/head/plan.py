@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from softcurve.head import backends
+from softcurve.head.tensors import HeadTensors
+from softcurve.losses.spec import LossSpec
+
 DEFAULT_BUDGET = {"cpu": 128 * 2**20, "cuda": 2**30}
 
 
@@ -49,12 +53,12 @@ class Plan:
 
     @property
     def entries(self) -> int:
-        """Of a tile's room: a multiple of 16, so that all rooms begin where a GPU likes to read."""
+        """The size of a tile's buffer, rounded up to a multiple of 16 so that every buffer is 64-byte aligned."""
         return -(-self.rows * self.classes // 16) * 16
 
     @property
     def bytes(self) -> int:
-        """What tiles and temporaries occupy at most."""
+        """The most that tiles and temporaries occupy."""
         each_row = self.buffers * self.classes + self.row_entries
         return int(self.itemsize * (self.rows * each_row + self.temporaries * self.cached))
 
@@ -64,7 +68,7 @@ class Plan:
             yield slice(start, min(start + self.classes, held))
 
     def __str__(self) -> str:
-        """For people."""
+        """Return one line that shows the tiles and their memory."""
         return (
             f"{self.row_count} rows × {self.class_count} classes in tiles of {self.rows} × {self.classes}, "
             f"{self.buffers:g} at a time: {self.bytes / 2**20:.1f} MiB"
@@ -122,3 +126,66 @@ def make_plan(
     classes = max(1, min(class_count, int((free - rows * row_entries) // (buffers * rows))))
     blocks = -(-class_count // classes)
     return planned(rows, -(-class_count // blocks), min(cached, rows * classes))
+
+
+def plan_pass(
+    spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, *, directed: bool, in_triton: bool
+) -> Plan:
+    """Plan a pass of first order over ``count`` rows; a ``directed`` one holds the changes beside the logits."""
+    teacher, sparse = spec.target == "teacher", spec.target == "sparse"
+    halves = [backends.residual_dtype(spec, tensors.input, tensors.weight, tensors.dtype)]
+    halves += [backends.residual_dtype(spec, tensors.target, tensors.target_weight, tensors.dtype)] if teacher else []
+
+    def needs(directed: bool) -> tuple[int | float, int, int]:
+        """Return the buffers, the cache-sized temporaries, and the numbers for each row, alive at a time."""
+        buffers: int | float = (1 + teacher) * (1 + directed) + (spec.softcap is not None and not in_triton)
+        written = 2 * (spec.target in ("probabilities", "logits"))
+        # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
+        row = (3 + 2 * directed) * _width(spec, tensors) + 32
+        if tensors.indices is not None:
+            row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
+        if in_triton:  # no temporaries but a target's gradient and numbers of rows
+            buffers += (1 + directed) * sum(half is not None for half in halves) / 2
+            return buffers + (1 + 2 * directed) * (written > 0), 0, row + 64
+        return buffers, (6 if sparse else 24) + 4 * directed + written, row
+
+    buffers, temporaries, row_entries = needs(directed)
+    return make_plan(
+        count,
+        spec.widest(len(tensors.weight)),
+        dtype=tensors.dtype,
+        device=tensors.input.device,
+        buffers=buffers,
+        temporaries=temporaries,
+        row_entries=row_entries,
+        least_pieces=sum(needs(True)[:2]),  # one least for all passes
+        least_row_entries=needs(True)[2],
+        whole_rows=not (sparse or in_triton),
+        memory_budget=budget,
+    )
+
+
+def plan_curvature(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, extra_buffers: int) -> Plan:
+    """Plan a pass of second order: ``extra_buffers`` for a column's change, for ``q`` and for the residual."""
+    row = 5 * _width(spec, tensors) + 64
+    if tensors.indices is not None:
+        row += 40 * (tensors.indices.shape[1] + 1)
+    return make_plan(
+        count,
+        spec.widest(len(tensors.weight)),
+        dtype=tensors.dtype,
+        device=tensors.input.device,
+        buffers=1 + (spec.target == "teacher") + (spec.softcap is not None) + extra_buffers,
+        temporaries=6 if spec.target == "sparse" else 24,
+        row_entries=row,
+        least_pieces=30,
+        least_row_entries=row,
+        whole_rows=False,
+        memory_budget=default_budget(tensors.input.device) if budget is None else budget,
+    )
+
+
+def _width(spec: LossSpec, tensors: HeadTensors) -> int:
+    """The features of a row, those of a teacher included."""
+    teacher = spec.target == "teacher" and tensors.target is not None
+    return tensors.input.shape[1] + (tensors.target.shape[1] if teacher and tensors.target is not None else 0)

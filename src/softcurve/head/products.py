@@ -87,9 +87,18 @@ def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 
 
 def linear_into(
-    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, accumulate: bool = False
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    accumulate: bool = False,
+    reference: Tensor | None = None,
 ) -> Tensor:
-    """``out = scale (input @ weight.T + bias)``, or added to it; ``out`` sets the dtype."""
+    """``out = scale (input @ weight.T + bias − reference)``, or added to it; ``out`` sets the dtype."""
+    if reference is not None:
+        return linear_into(out, input, weight, bias, scale=1.0).sub_(reference).mul_(scale)
     if out.dtype == torch.float32 and shared_half(input, weight) is not None:
         if bias is not None:
             row = scale * bias.to(out.dtype)
@@ -155,6 +164,9 @@ class Direction(NamedTuple):
         return short_repr(self, self._asdict())
 
 
+STILL = Direction(None, None, None)
+
+
 class LinearMap(NamedTuple):
     """``W e + b`` on a tile of rows.
 
@@ -174,12 +186,9 @@ class LinearMap(NamedTuple):
         half = shared_half(input, weight)
         return LinearMap(input.to(dtype), weight, bias, None if half is None else input)
 
-    def logits_into(self, out: Tensor, classes: slice, scale: float) -> Tensor:
-        """``scale (e Wᵀ + b − reference)`` of some classes."""
-        bias = None if self.bias is None else self.bias[classes]
-        if self.reference is None:
-            return linear_into(out, self._factor, self.weight[classes], bias, scale=scale)
-        return linear_into(out, self._factor, self.weight[classes], bias, scale=1.0).sub_(self.reference).mul_(scale)
+    def operands(self, classes: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what :func:`linear_into` multiplies for the logits of some classes: input, weight and bias."""
+        return self._factor, self.weight[classes], None if self.bias is None else self.bias[classes]
 
     def with_reference(self, scale: float, group: ProcessGroup | None) -> LinearMap:
         """The map with a constant of each row that is taken off its logits before they are scaled.

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcurve.losses.spec import LossSpec
+
 
 class HeadTensors(NamedTuple):
     """The tensors of a head's loss, rows flattened; the first six may receive gradients."""
@@ -43,3 +45,12 @@ Directions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, T
 Wanted = tuple[bool, bool, bool, bool, bool, bool]
 
 NOTHING: Wanted = (False, False, False, False, False, False)
+
+
+class RowLosses(NamedTuple):
+    """The losses of a head's rows; ``merges_tail`` says whether the unlisted classes of a list are one outcome."""
+
+    loss: LossSpec
+    tensors: HeadTensors
+    merges_tail: bool
+    memory_budget: int | None

@@ -1,4 +1,4 @@
-"""Room for tiles, which outlives a call, and for gradients.
+"""Buffers for tiles, which outlive a call, and for gradients.
 
 On the CPU, memory that is fresh from the system costs a page fault for every 4 KiB, which for a tile takes longer than
 its matrix product. So the tiles of the last pass are kept for the next, up to ``KEPT_BYTES`` in all, and Linux is asked
@@ -23,7 +23,7 @@ PAGE, MADV_HUGEPAGE = 4096, 14
 _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, so threads do not share one
 
 
-def take(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
     if device.type == "cpu":
         for i in reversed(range(len(_kept))):
@@ -60,10 +60,10 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def give_back(rooms: list[Tensor]) -> None:
+def give_back(buffers: list[Tensor]) -> None:
     """Keep what is no longer needed, the latest first, as far as ``KEPT_BYTES`` allow."""
-    _kept.extend(room for room in rooms if room.device.type == "cpu" and room.nbytes <= KEPT_BYTES)
-    while sum(room.nbytes for room in list(_kept)) > KEPT_BYTES:
+    _kept.extend(buffer for buffer in buffers if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
+    while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
         try:
             _kept.pop(0)
         except IndexError:
@@ -71,34 +71,34 @@ def give_back(rooms: list[Tensor]) -> None:
 
 
 @dataclass
-class Rooms:
-    """The rooms of one pass, by name, the same for all of its tiles.
+class Buffers:
+    """The buffers of one pass, by name, the same for all of its tiles.
 
-    They lie in one tensor as far as they fit into what was reserved: the next pass then has it, however many rooms of
-    its own it makes of it.
+    They are parts of one tensor as far as they fit into what was reserved, so that the next pass can reuse that tensor
+    however it divides it.
     """
 
     dtype: torch.dtype
     device: torch.device
     taken: list[Tensor] = field(default_factory=list)
     free: Tensor | None = None
-    rooms: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def reserve(self, size: int) -> None:
         """So many entries in one piece. On the CPU they occupy nothing until they are written."""
-        self.taken.append(take(size, self.dtype, self.device))
+        self.taken.append(reuse(size, self.dtype, self.device))
         self.free = self.taken[-1]
 
-    def room(self, name: str, size: int) -> Tensor:
+    def take(self, name: str, size: int) -> Tensor:
         """A flat tensor of at least ``size`` entries."""
-        if name not in self.rooms or self.rooms[name].numel() < size:
+        if name not in self.buffers or self.buffers[name].numel() < size:
             if self.free is None or self.free.numel() < size:
                 self.reserve(size)
             assert self.free is not None
-            self.rooms[name], self.free = self.free[:size], self.free[size:]
-        return self.rooms[name]
+            self.buffers[name], self.free = self.free[:size], self.free[size:]
+        return self.buffers[name]
 
     def release(self) -> None:
         """They are no longer needed."""
         give_back(self.taken)
-        self.taken, self.free, self.rooms = [], None, {}
+        self.taken, self.free, self.buffers = [], None, {}

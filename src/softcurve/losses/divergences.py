@@ -160,8 +160,7 @@ class Divergence(ABC):
     @property
     def is_infinite_off_target(self) -> bool:
         """Whether ``D`` is infinite where the model has mass on a class that the target excludes."""
-        one = torch.ones(1, dtype=torch.float64)
-        return not bool(self.value(Pair(one, 0 * one, math.inf * one, one)).isfinite())
+        return bool(_is_infinite_off_target(self.encode()))
 
 
 @dataclass(frozen=True)
@@ -393,6 +392,13 @@ def jensen_shannon(beta: float) -> Divergence:
     if beta == 0:
         return ForwardKL()
     return ReverseKL() if beta == 1 else JensenShannon(beta)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_infinite_off_target(encoded: str) -> bool:
+    """Evaluate the member on one class: by its encoding, which a traced graph knows as a constant."""
+    one = torch.ones(1, dtype=torch.float64)
+    return not bool(Divergence.decode(encoded).value(Pair(one, 0 * one, math.inf * one, one)).isfinite())
 
 
 LOSS_NAMES = ("cross_entropy", "forward_kl", "reverse_kl", "js")

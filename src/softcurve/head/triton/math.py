@@ -1,12 +1,13 @@
-"""Elementary functions of Triton kernels, in float32, right relatively where the hardware's are not.
+"""Launches of Triton kernels, and elementary functions that are relatively exact where the hardware's are not.
 
-``import triton`` stands only in the modules of this name, which :mod:`softcurve.head.dense_triton` imports when wanted.
+Only the modules of :mod:`softcurve.head.triton` import Triton, and :mod:`softcurve.head.backends` imports them when a
+loss runs on them.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +27,8 @@ INTERPRETED_SHAPE = (32, 256)  # an interpreted operation costs the same for one
 def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool, entries: int = ENTRIES) -> None:
     """Run ``kernel`` over the rows of ``out``, and over pieces of its classes unless a program is to see whole rows.
 
-    A kernel that sees whole rows loops over their pieces of ``BLOCK`` classes, ``ROWS`` rows at a time.
+    A kernel that sees whole rows loops over their pieces of ``BLOCK`` classes, ``ROWS`` rows at a time. An argument
+    ``NAME_stride`` that is left out is the stride of the tensor ``NAME``.
     """
     count, width = out.shape
     if count == 0 or width == 0:
@@ -34,18 +36,22 @@ def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool
     rows, block = shape(out, entries)
     grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
     warps = max(1, min(8, rows * block // 256))
-    arguments = arguments | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
-    with _on(out.device):
+    suffix = "_stride"
+    names = (name.removesuffix(suffix) for name in kernel.arg_names if name.endswith(suffix))
+    strides = {name + suffix: stride(arguments[name]) for name in names if name in arguments}
+    arguments = strides | arguments | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    # Triton launches on the current device.
+    with torch.cuda.device(out.device) if out.device.type == "cuda" else nullcontext():
         run(kernel, grid, arguments, {"num_warps": warps, "enable_fp_fusion": True})
 
 
 def run(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], options: dict[str, Any]) -> None:
-    """One launch."""
+    """Launch a kernel once: the tests look on here."""
     kernel[grid](**arguments, **options)
 
 
 def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
-    """Rows and classes that a program works on at a time."""
+    """Return how many rows and classes a program works on at a time."""
     if not isinstance(_probe, triton.runtime.JITFunction):
         return INTERPRETED_SHAPE
     block = min(triton.next_power_of_2(tile.shape[1]), entries)
@@ -53,17 +59,12 @@ def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
 
 
 def pieces(tile: Tensor, entries: int = ENTRIES) -> int:
-    """Programs over the classes of a row."""
+    """Return the number of programs over the classes of a row."""
     return int(triton.cdiv(tile.shape[1], shape(tile, entries)[1]))
 
 
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def stride(tensor: Tensor | None) -> int:
-    """Entries from a row to the next; a kernel wants classes side by side."""
+    """Return the number of entries from a row to the next; a kernel reads classes at stride 1."""
     if tensor is None:
         return 0
     assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
@@ -71,27 +72,27 @@ def stride(tensor: Tensor | None) -> int:
 
 
 def column(tensor: Tensor) -> Tensor:
-    """A number for each row, in float32."""
+    """Return a number for each row as a contiguous float32 vector."""
     return tensor.reshape(len(tensor)).to(torch.float32).contiguous()
 
 
 def jit(function: Any) -> Any:
-    """``triton.jit``, without a compilation for each kind of number that rows and the first class of a block may be."""
+    """``triton.jit`` that compiles once for all numbers of rows and first classes of a block."""
     counts = [name for name in ("rows", "first") if name in function.__code__.co_varnames]
     return triton.jit(function, do_not_specialize=counts)
 
 
 @jit
-@no_type_check
 def _probe():
-    """Whether the interpreter was on when Triton was imported shows in its type."""
+    """Show by its type whether Triton's interpreter was on when Triton was imported."""
 
 
 @jit
-@no_type_check
 def difference_exp(z, offset):
-    """``e^{z − offset}`` for ``offset`` finite. The rounding of the difference, by Knuth's two-sum, and of its product
-    with ``log2 e``, by a fused multiply-add, are made good: both show where the two are far apart."""  # noqa: D205, D209
+    """``e^{z − offset}`` for ``offset`` finite, with two roundings corrected that show where the two are far apart.
+
+    They are that of the difference, by Knuth's two-sum, and of its product with ``log2 e``, by a fused multiply-add.
+    """
     d = z - offset
     back = d - z
     error = (z - (d - back)) - (offset + back)
@@ -102,7 +103,6 @@ def difference_exp(z, offset):
 
 
 @jit
-@no_type_check
 def log1p(x):
     """For ``x > −1`` and finite: ``log u + (x − (u − 1))/u`` with ``u = 1 + x`` rounded."""
     u = 1 + x
@@ -110,7 +110,6 @@ def log1p(x):
 
 
 @jit
-@no_type_check
 def exp_excess(t):
     """``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
@@ -124,14 +123,12 @@ def exp_excess(t):
 
 
 @jit
-@no_type_check
 def clamp_half(t):
     """``t`` into [−½, ½]."""
     return tl.minimum(tl.maximum(t, -0.5), 0.5)
 
 
 @jit
-@no_type_check
 def log_mixture(t, weight, other):
     """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.losses.divergences.log_mixture`."""
     small = clamp_half(t)
@@ -147,7 +144,6 @@ def log_mixture(t, weight, other):
 
 
 @jit
-@no_type_check
 def tanh(x):
     """``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
     e = tl.exp(-2 * tl.abs(x))
@@ -161,32 +157,39 @@ def tanh(x):
 
 
 @jit
-@no_type_check
 def capped(z, softcap, temperature):
-    """``κ tanh(z/κ) / T``; a masked class stays masked."""
-    return tl.where(z == -float("inf"), z, softcap * tanh(z / softcap) / temperature)
+    """``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
+    if softcap is not None:
+        z = tl.where(z == -float("inf"), z, softcap * tanh(z / softcap) / temperature)
+    return z
 
 
 @jit
-@no_type_check
 def cap_slope(z, softcap, temperature):
-    """``4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``."""
-    e = tl.exp(-2 * tl.abs(z / softcap))
-    return 4 * e / ((1 + e) * (1 + e) * temperature)
+    """``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if softcap is not None:
+        e = tl.exp(-2 * tl.abs(z / softcap))
+        slope = 4 * e / ((1 + e) * (1 + e) * temperature)
+    return slope
 
 
 @jit
-@no_type_check
+def bend_ratio(z, softcap):
+    """``m″/m′ = −(2/κ) tanh(z/κ)``."""
+    return -2 / softcap * tanh(z / softcap)
+
+
+@jit
 def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
-    """Rows (in 64 bits: rows times classes pass 2³¹) and classes of a piece of a program, and which of them exist."""
+    """Return the rows (in 64 bits: rows times classes pass 2³¹) and classes of a piece, and which of them exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = start + tl.arange(0, BLOCK)[None, :]
     return row, at, (row < rows) & (at < classes)
 
 
 @jit
-@no_type_check
 def own_row(ROWS: tl.constexpr, rows):
-    """The rows of a program, a column, and which of them exist."""
+    """Return the rows of a program as a column, and which of them exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     return row, row < rows

@@ -1,0 +1,292 @@
+"""Cross-entropy against KL, KL in its two directions, and KL near its minimum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.optimize import minimize
+from torch import Tensor
+
+import softcurve
+from softcurve.array_types import Float
+from softcurve.cli.explain.network import History, Network
+from softcurve.cli.page.picture import FIRST, MUTED, SECOND, THIRD, line_chart, picture
+from softcurve.cli.page.render import Check, Section
+
+GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
+MODES = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # weight, mean, standard deviation
+MIDDLE = 0.0  # a point between the modes
+STARTS = [(mean, log_width) for mean in (-3.0, 0.0, 3.0) for log_width in (0.0, 1.0)]
+DIGITS = 200
+SCALES = [10 ** (k / 4) for k in range(-16, 1)]
+SMALL = 9  # the number of scales up to 0.01, where the slope is measured
+
+
+def explain_targets(network: Network) -> Section:
+    """Compare the two losses, and their gradients with respect to every parameter, on the held-out digits."""
+    digits, history = network.held_out, network.history
+    log_y, z = digits.soft.log(), network.logits(digits.x)
+    values = {
+        unit: {
+            "entropy": softcurve.entropy(log_y, base=base).mean().item(),
+            "cross_entropy": softcurve.cross_entropy(z, digits.soft, base=base).item(),
+            "divergence": softcurve.kl_divergence(log_y, z, base=base).item(),
+        }
+        for unit, base in {"nats": math.e, "bits": 2.0}.items()
+    }
+    nats, bits = values["nats"], values["bits"]
+    gaps = [ce - kl for ce, kl in zip(history.cross_entropy, history.divergence, strict=True)]
+    drift = max(abs(gap - nats["entropy"]) for gap in gaps)
+    decomposition = max(abs(v["divergence"] - (v["cross_entropy"] - v["entropy"])) for v in values.values())
+    conversion = max(abs(bits[name] * math.log(2) - nats[name]) for name in nats)
+    deviation = _gradient_deviation(network)
+    alt = "Cross-entropy and KL during the training: two curves of the same shape, H(y) apart"
+    return Section(
+        "targets",
+        "Cross-entropy and KL: the same gradient, a constant apart",
+        values={
+            "picture": picture(alt, _training, history, nats["entropy"]),
+            "rows": [(unit, *value.values()) for unit, value in values.items()],
+        },
+        figures={
+            "values": values,
+            "gradient_deviation": deviation,
+            "gap_drift": drift,
+            "steps": history.steps[-1],
+            "cross_entropy_first": history.cross_entropy[0],
+            "divergence_first": history.divergence[0],
+        },
+        checks=(
+            Check("gradients of CE and KL(y‖p) w.r.t. all parameters: largest difference", deviation, "≤", 1e-14),
+            Check("CE − KL against H(y), at every recorded step of the training", drift, "≤", 1e-13),
+            Check("KL = −H(y) + H(y, p), in nats and in bits", decomposition, "≤", 1e-14),
+            Check("bits × ln 2 = nats", conversion, "≤", 1e-14),
+        ),
+    )
+
+
+def _gradient_deviation(network: Network) -> float:
+    digits = network.held_out
+    parameters = [*network.features.parameters(), *network.head.parameters()]
+    z = network.head(network.features(digits.x))
+    ce = torch.autograd.grad(softcurve.cross_entropy(z, digits.soft), parameters, retain_graph=True)
+    kl = torch.autograd.grad(softcurve.kl_divergence(digits.soft.log(), z), parameters)
+    return max((one - other).abs().max().item() for one, other in zip(ce, kl, strict=True))
+
+
+def _training(history: History, entropy: float) -> Figure:
+    steps, ce, kl = history.steps, history.cross_entropy, history.divergence
+    constant = {"color": THIRD, "linewidth": 1, "linestyle": "--", "label": "H(y)"}
+    figure = line_chart(
+        (steps, ce, {"color": FIRST, "label": "H(y, p), cross-entropy"}),
+        (steps, kl, {"color": SECOND, "label": "D(y ‖ p), KL"}),
+        ([steps[0], steps[-1]], [entropy, entropy], constant),
+        size=(4.8, 3.0), ylim=(0, None), xlabel="training step", ylabel="held-out loss, nats",
+    )  # fmt: skip
+    figure.axes[0].fill_between(steps, kl, ce, color=THIRD, alpha=0.16, linewidth=0)
+    return figure
+
+
+def explain_directions() -> Section:
+    """Fit a discretised Gaussian to a mixture of two in both directions, from several starts."""
+    densities = [math.log(w / s) - (GRID - m).square() / (2 * s * s) for w, m, s in MODES]
+    target = torch.stack(densities).logsumexp(0).log_softmax(-1)
+    forward_minima = _minima(lambda q: softcurve.kl_divergence(target, q, reduction="sum"))
+    reverse_minima = _minima(lambda q: softcurve.kl_divergence(q, target, reduction="sum"))
+    names = ["target", "forward", "reverse", *(f"reverse, minimum {k}" for k in range(2, len(reverse_minima) + 1))]
+    logits = [target, forward_minima[0], *reverse_minima]
+    fits = {name: _describe(z, target) for name, z in zip(names, logits, strict=True)}
+    truth, forward, reverse = (fits[name] for name in names[:3])
+    edges = _towards_zero()
+    _, at_zero, swapped_at_zero = edges[-1]
+    at_mode = abs(reverse["reverse"] + math.log(MODES[0][0]))
+    moments = max(abs(forward[name] - truth[name]) for name in ("mean", "deviation"))
+    gains = reverse["forward"] - forward["forward"], forward["reverse"] - reverse["reverse"]
+    alt = "A target of two modes; the forward fit lies wide over both, the reverse fit sits on one"
+    return Section(
+        "directions",
+        "KL has a direction",
+        values={
+            "picture": picture(alt, _modes, *(z.softmax(-1).tolist() for z in logits[:3])),
+            "rows": [(name, *fit.values()) for name, fit in fits.items()],
+            "minima": len(reverse_minima),
+            "towards_zero": edges,
+        },
+        figures={
+            "fits": fits,
+            "half_half_against_one_zero_bits": at_zero,
+            "one_zero_against_half_half_bits": swapped_at_zero,
+        },
+        checks=(
+            Check("forward fit: mean and width against those of the target", moments, "≤", 1e-6),
+            Check("forward fit covers: probability near the smaller mode", forward["right"], "≥", 0.2),
+            Check("reverse fit seeks: probability near the other mode", reverse["right"], "≤", 0.01),
+            Check("reverse fit: D(Q‖P) against −log of its mode's weight", at_mode, "≤", 1e-2),
+            Check("D(P‖Q): how much lower the forward fit is", gains[0], "≥", 0.1),
+            Check("D(Q‖P): how much lower the reverse fit is", gains[1], "≥", 0.1),
+            Check("D([½, ½] ‖ [1, 0])", at_zero, "=", math.inf),
+            Check("D([1, 0] ‖ [½, ½]) in bits", swapped_at_zero, "=", 1.0),
+        ),
+    )
+
+
+def _gaussian(parameters: Float[Tensor, " 2"]) -> Float[Tensor, " bins"]:
+    """The logits of a discretised Gaussian, which are quadratic in the bin."""
+    mean, log_width = parameters[0], parameters[1]
+    return -(GRID - mean).square() * (-2 * log_width).exp() / 2
+
+
+def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins"]]:
+    """The logits at the distinct minima that the starts lead to, the best first."""
+
+    def value_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
+        parameters = torch.from_numpy(at.copy()).requires_grad_()
+        value = divergence(_gaussian(parameters))
+        (gradient,) = torch.autograd.grad(value, parameters)
+        return value.item(), gradient.numpy()
+
+    runs = [minimize(value_and_gradient, start, jac=True, options={"gtol": 1e-9}) for start in STARTS]
+    minima: list[np.ndarray] = []
+    for run in sorted(runs, key=lambda run: round(float(run.fun), 9)):
+        if all(np.abs(run.x - other).max() > 1e-3 for other in minima):
+            minima.append(run.x)
+    return [_gaussian(torch.from_numpy(at)) for at in minima]
+
+
+def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> dict[str, float]:
+    """The moments of a distribution, its probability on either side of the middle, and both divergences."""
+    q = logits.softmax(-1)
+    mean = (q * GRID).sum()
+    return {
+        "mean": mean.item(),
+        "deviation": (q * (GRID - mean).square()).sum().sqrt().item(),
+        "left": q[GRID < MIDDLE].sum().item(),
+        "right": q[GRID >= MIDDLE].sum().item(),
+        "forward": softcurve.kl_divergence(target, logits, reduction="sum").item(),
+        "reverse": softcurve.kl_divergence(logits, target, reduction="sum").item(),
+    }
+
+
+def _towards_zero() -> list[tuple[float, float, float]]:
+    """ε, D(P‖Q) and D(Q‖P) in bits for P = [½, ½] and Q = [1 − ε, ε], down to ε = 0."""
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
+    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
+    half = half.expand_as(q)
+    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
+    return list(zip(epsilon.tolist(), *pairs, strict=True))
+
+
+def _modes(target: list[float], forward: list[float], reverse: list[float]) -> Figure:
+    grid = GRID.tolist()
+    figure = line_chart(
+        (grid, forward, {"color": FIRST, "label": "Q that minimises D(P ‖ Q)"}),
+        (grid, reverse, {"color": SECOND, "label": "Q that minimises D(Q ‖ P)"}),
+        size=(4.8, 3.0), ylim=(0, None), xlabel="bin", ylabel="probability of the bin",
+    )  # fmt: skip
+    figure.axes[0].fill_between(grid, target, color=MUTED, alpha=0.35, linewidth=0, label="target P")
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].legend()
+    return figure
+
+
+def explain_minimum(network: Network, seed: int) -> Section:
+    """Change the logits of many digits by random δ of decreasing size, and compare KL with ½ δᵀJδ."""
+    z = network.logits(network.held_out.x[:DIGITS])
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    curves = [_compare(z, scale * direction) for scale in SCALES]
+    forward, backward, model, difference, backward_difference = (list(curve) for curve in zip(*curves, strict=True))
+    predicted = _third_order(z, direction)
+    errors = [_float32_errors(z, direction, scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)]
+    slope = float(np.polyfit(np.log(SCALES[:SMALL]), np.log(difference[:SMALL]), 1)[0])
+    leading = abs(difference[0] / SCALES[0] / predicted - 1)
+    float32_error = max(row["softcurve"] for row in errors)
+    line = [predicted * scale for scale in SCALES]
+    curves_alt = "KL in both directions and the quadratic model on log scales: lines that separate only near 1"
+    difference_alt = "The relative differences on log scales: straight lines of slope one"
+    return Section(
+        "minimum",
+        "KL near its minimum",
+        values={
+            "curves": picture(curves_alt, _log_log, model, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
+            "differences": picture(
+                difference_alt, _log_log, line, "scale × |κ₃| / 3κ₂", difference, backward_difference,
+                "relative difference, median",
+            ),
+            "scales_shown": list(zip(SCALES, forward, model, difference, strict=True))[::4],
+            "error_rows": [tuple(row.values()) for row in errors],
+        },
+        figures={
+            "rows": DIGITS,
+            "scales": SCALES,
+            "divergence": forward,
+            "swapped_divergence": backward,
+            "quadratic_model": model,
+            "median_relative_difference": difference,
+            "left_of_the_terms": _remainder(z, z + SCALES[0] * direction),
+            "float32_errors": errors,
+            "slope": slope,
+            "median_third_order_coefficient": predicted,
+        },
+        checks=(
+            Check("smallest KL at any scale", min(forward), "≥", 0.0),
+            Check("relative difference of KL and ½ δᵀJδ: |slope against the scale − 1|", abs(slope - 1), "≤", 0.02),
+            Check("relative difference at the smallest scale against the third cumulant", leading, "≤", 1e-2),
+            Check("KL in float32: median relative error at any scale", float32_error, "≤", 1e-6),
+        ),
+    )  # fmt: skip
+
+
+def _compare(z: Float[Tensor, "n c"], delta: Float[Tensor, "n c"]) -> tuple[float, float, float, float, float]:
+    """Mean KL in either direction, the mean model, and the median relative difference of each KL from the model."""
+    forward = softcurve.kl_divergence(z, z + delta, reduction="none")
+    backward = softcurve.kl_divergence(z + delta, z, reduction="none")
+    model = (delta * softcurve.softmax_jacobian_product(z, delta)).sum(-1) / 2
+    relative = [((way - model) / model).abs().median().item() for way in (forward, backward)]
+    return forward.mean().item(), backward.mean().item(), model.mean().item(), relative[0], relative[1]
+
+
+def _remainder(z: Float[Tensor, "n c"], moved: Float[Tensor, "n c"]) -> float:
+    """KL divided by the sum of the absolute values of its terms p log(p/q), the median over the rows."""
+    p, log_ratio = z.softmax(-1), z.log_softmax(-1) - moved.log_softmax(-1)
+    divergence = softcurve.kl_divergence(z, moved, reduction="none")
+    return (divergence / (p * log_ratio).abs().sum(-1)).median().item()
+
+
+def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:
+    """Median relative errors of two float32 sums, against float64 on the same rounded logits."""
+    at, moved = z.float(), (z + scale * direction).float()
+    truth = softcurve.kl_divergence(at.double(), moved.double(), reduction="none")
+    log_p, log_q = at.log_softmax(-1), moved.log_softmax(-1)
+    sums = {
+        "textbook": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "softcurve": softcurve.kl_divergence(at, moved, reduction="none"),
+    }
+    return {"scale": scale} | {name: ((value - truth) / truth).abs().median().item() for name, value in sums.items()}
+
+
+def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> float:
+    """The leading term of the relative difference, divided by the scale: the median of |κ₃| / 3κ₂.
+
+    κ₂ and κ₃ are the variance and the third central moment of δ under p: KL(p(z)‖p(z+δ)) = κ₂/2 + κ₃/6 + ….
+    """
+    p = z.softmax(-1)
+    centred = direction - (p * direction).sum(-1, keepdim=True)
+    second, third = (p * centred.square()).sum(-1), (p * centred.pow(3)).sum(-1)
+    return (third / (3 * second)).abs().median().item()
+
+
+def _log_log(
+    reference: Sequence[float], label: str, forward: Sequence[float], backward: Sequence[float], ylabel: str
+) -> Figure:
+    return line_chart(
+        (SCALES, reference, {"color": THIRD, "linewidth": 5, "alpha": 0.4, "label": label}),
+        (SCALES, forward, {"color": FIRST, "label": "D(p(z) ‖ p(z+δ))"}),
+        (SCALES, backward, {"color": SECOND, "linestyle": "--", "label": "D(p(z+δ) ‖ p(z))"}),
+        xscale="log", yscale="log", xlabel="scale of δ", ylabel=ylabel,
+    )  # fmt: skip

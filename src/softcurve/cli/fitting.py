@@ -1,0 +1,228 @@
+"""The command ``softcurve fit``: fit a head, write it with its record and its report, and print a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.options import FitOptions
+from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
+from softcurve.cli.report.record import FitReport, PathPoint
+from softcurve.cli.streams import encoded
+from softcurve.fit import DataError
+from softcurve.fit.atomic import check_outputs, replacing_all
+from softcurve.fit.data.opening import open_source
+from softcurve.fit.data.source import Source, rows_within
+from softcurve.fit.data.subset import split_source
+from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.head_spectrum import curvature_spectrum
+from softcurve.fit.losses import check_loss
+from softcurve.fit.path import regularisation_path
+from softcurve.fit.saved_head import SavedHead
+from softcurve.fit.solver.newton import Step
+from softcurve.fit.together import ALONE, Together, require_same
+
+SUFFIXES = {"--out": ".safetensors", "--record": ".json", "--report": ".html"}
+
+
+def fit_command(
+    options: FitOptions,
+    group: Together = ALONE,
+    *,
+    progress: bool | None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError.
+
+    The first process of a group writes and prints. ``on_step`` is called with every step of a fit.
+    """
+    _require_same_options(options, group)
+    outputs: dict[str, Path] = {}
+    with group.agreed():
+        if group.first:
+            outputs = _outputs(options)
+    Cs = _strengths(options.path)
+    source = open_source(options.data, options.target, class_count=options.class_count, together=group)
+    assert source.kind is not None
+    check_loss(options.loss, source.kind)
+    train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
+    report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
+    with group.agreed():
+        if group.first:
+            _write(report, outputs)
+
+
+def _require_same_options(options: FitOptions, group: Together) -> None:
+    """Raise DataError if a process has another option than the first.
+
+    The path of the data may differ between machines: the contents of the files are compared when they are opened.
+    """
+    values = asdict(options) | {"target": "a file" if options.target else None}
+    values["intercept"] = values.pop("fit_intercept")
+    del values["data"]
+    named = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    require_same(group, named, "start all with the same options")
+
+
+def _outputs(options: FitOptions) -> dict[str, Path]:
+    """The paths of the outputs by their options, all of which can be written."""
+    outputs = {
+        "--out": options.out,
+        "--record": options.record or options.out.with_suffix(".json"),
+        "--report": options.report or options.out.with_suffix(".html"),
+    }
+    for option, path in outputs.items():
+        if path.suffix.lower() != SUFFIXES[option]:
+            raise DataError(f"{option}: {path} must end in {SUFFIXES[option]}")
+    checkpoint = {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
+    check_outputs(outputs | checkpoint, {"DATA": options.data, "--target": options.target})
+    return outputs
+
+
+def _strengths(path: str | None) -> tuple[float, ...]:
+    try:
+        Cs = tuple(float(C) for C in path.split(",")) if path else ()
+    except ValueError as error:
+        raise DataError(f"--path: {path} must be numbers with commas between them, such as 0.01,0.1,1,10") from error
+    if not all(C > 0 for C in Cs):
+        raise DataError(f"--path: {path} must be positive numbers, the inverse strengths C of the penalty")
+    return Cs
+
+
+def _fit(
+    options: FitOptions,
+    train: Source,
+    held: Source | None,
+    Cs: Sequence[float],
+    on_step: Callable[[Step], None],
+    *,
+    progress: bool | None,
+) -> FitReport:
+    started = time.perf_counter()
+    budget = None if options.memory is None else options.memory * 2**20
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter")}
+    common |= {"precision": options.precision, "memory_budget": budget}
+    with fit_progress(options.tol, on_step, show=progress) as callbacks:
+        common |= callbacks
+        fit = fit_head(
+            train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
+        )
+        seconds = time.perf_counter() - started
+        fits = regularisation_path(train, Cs, **common) if Cs else ()
+        path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
+    bias = fit.bias if options.fit_intercept else None
+    assert train.kind is not None
+    return FitReport(
+        options=options,
+        fit=fit,
+        seconds=seconds,
+        features=train.width,
+        classes=train.classes,
+        kind=train.kind,
+        train=_diagnose(options, train, fit),
+        held=None if held is None else _diagnose(options, held, fit),
+        spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed),
+        path=path,
+    )
+
+
+def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
+    classes, width = fit.weight.shape
+    rows = None if options.memory is None else rows_within(classes, width, options.memory * 2**20)
+    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **how)
+
+
+def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: Source | None) -> PathPoint:
+    train_loss = _diagnose(options, train, fit, hardest=0).loss
+    on_held = None if held is None else _diagnose(options, held, fit, hardest=0)
+    held_loss, held_accuracy = (None, None) if on_held is None else (on_held.loss, on_held.accuracy)
+    return PathPoint(C, train_loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
+
+
+def _write(report: FitReport, outputs: dict[str, Path]) -> None:
+    from softcurve.cli.report import render_report
+
+    options, fit = report.options, report.fit
+    record = _record(report)
+    record |= dict(zip(("head", "record", "report"), map(str, outputs.values()), strict=True))
+    dtype = getattr(torch, options.dtype)
+    head = SavedHead(fit.weight.to(dtype), fit.bias.to(dtype), report.classes, options.loss, options.C)
+    if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
+        raise DataError(f"--dtype: the head is beyond the range of {options.dtype}; use float64, or scale the features")
+    page = encoded(render_report(report))  # may fail, so it comes before anything is written
+    with replacing_all(outputs) as files:
+        head.write(files["--out"])
+        history = [asdict(step) for step in fit.history]
+        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
+        files["--report"].write(page)
+        stop_if_interrupted()
+    print_table("softcurve fit", _rows(record))
+    print_record(record)
+
+
+def _record(report: FitReport) -> dict[str, Any]:
+    options, fit, train, held = report.options, report.fit, report.train, report.held
+    rows_held = 0 if held is None else held.rows
+    # Absent classes are those without a label: a distribution may give a class probability that is never the largest.
+    absent = int((train.support == 0).sum()) if report.kind == "labels" else 0
+    return {
+        "command": "fit",
+        "data": options.data,
+        "rows": train.rows + rows_held,
+        "rows_train": train.rows,
+        "rows_held_out": rows_held,
+        "features": report.features,
+        "classes": len(report.classes),
+        "classes_without_training_rows": absent,
+        "targets": report.kind,
+        **{name: getattr(options, name) for name in ("loss", "C", "fit_intercept", "seed", "precision", "dtype")},
+        **{name: getattr(fit, name) for name in ("iterations", "products", "converged", "separated")},
+        "ended": fit.reason,
+        "objective": fit.objective,
+        "gradient_max": fit.gradient_max,
+        "tol": options.tol,
+        "train_loss_nats": train.loss,
+        "train_accuracy": train.accuracy,
+        **({} if held is None else score_figures("held_out_", held)),
+        "calibration_error": (held or train).calibration.error,
+        "path": [asdict(point) for point in report.path],
+        "seconds": report.seconds,
+    }
+
+
+def _rows(record: dict[str, Any]) -> TextRows:
+    converged = "yes" if record["converged"] else "NO"
+    return [
+        ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
+        ("features", str(record["features"])),
+        ("classes", str(record["classes"])),
+        ("targets", record["targets"]),
+        ("loss", f"{record['loss']}, C = {record['C']:g}"),
+        ("Newton steps", f"{record['iterations']} ({record['products']} Hessian–vector products)"),
+        ("converged", f"{converged} (gradient maximum {record['gradient_max']:.1e}, tolerance {record['tol']:.1e})"),
+        *(("warning", warning) for warning in _warnings(record)),
+        ("training loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"),
+        *(score_rows("held-out ", "held_out_", record) if record["rows_held_out"] else ()),
+        ("calibration error", f"{record['calibration_error']:.4f}"),
+        ("seconds", f"{record['seconds']:.2f}"),
+        *((name, record[name]) for name in ("head", "record", "report")),
+    ]
+
+
+def _warnings(record: dict[str, Any]) -> list[str]:
+    warnings = [] if record["converged"] else [record["ended"]]
+    if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
+        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise max_iter or tol")
+    if record["separated"]:
+        warnings.append("the classes are separable: without a penalty the loss has no minimum; give a finite --C")
+    if absent := record["classes_without_training_rows"]:
+        classes = "1 class has" if absent == 1 else f"{absent} classes have"
+        warnings.append(f"{classes} no training row; the probability tends to zero")
+    return warnings

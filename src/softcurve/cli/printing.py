@@ -1,0 +1,139 @@
+"""What the commands print: a table for people, one JSON line for programs, and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.streams import encodable
+from softcurve.fit.diagnostics import Diagnostics
+from softcurve.fit.scores import Scores
+from softcurve.fit.solver.newton import Step
+
+TextRows = list[tuple[str, str]]
+
+
+def console() -> Console:
+    """Return a console on the standard output of this moment."""
+    return Console(highlight=False)
+
+
+def print_table(
+    title: str,
+    rows: Sequence[Sequence[str]],
+    columns: Mapping[str, Literal["left", "right"]] | None = None,
+    to: Console | None = None,
+) -> None:
+    """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""
+    table = Table(title=Text(title), show_header=columns is not None, title_justify="left")
+    if columns is None:
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+    for heading, justify in (columns or {}).items():
+        table.add_column(heading, justify=justify, no_wrap=justify == "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(encodable(cell)) for cell in row))
+    (to or console()).print(table)
+
+
+def print_record(record: Mapping[str, object]) -> None:
+    """Print the record as one line of JSON in ASCII.
+
+    A file name that is not UTF-8 holds lone surrogates, which ``os.fsencode`` turns back into its bytes.
+    """
+    print(as_json(record), flush=True)
+
+
+def as_json(record: object) -> str:
+    """JSON with null for a number that is not finite."""
+    return json.dumps(finite(record, lambda number: None), allow_nan=False)
+
+
+def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
+    """Replace every infinity and NaN, which JSON lacks, in nested mappings and sequences."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry, otherwise) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry, otherwise) for entry in value]
+    return otherwise(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
+    """The entries of a record for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
+    return {
+        f"{prefix}loss_nats": scores.loss,
+        f"{prefix}loss_bits": scores.loss / math.log(2.0),
+        f"{prefix}accuracy": scores.accuracy,
+        f"{prefix}kl_nats": scores.kl,
+    }
+
+
+def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> TextRows:
+    """The rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
+    loss, bits, accuracy, kl = (record[prefix + name] for name in ("loss_nats", "loss_bits", "accuracy", "kl_nats"))
+    rows = [(f"{label}loss", f"{loss:.6f} nats = {bits:.6f} bits"), (f"{label}accuracy", f"{accuracy:.4f}")]
+    return rows if kl is None else [*rows, (f"{label}KL(target||model)", f"{kl:.6f} nats")]
+
+
+@contextmanager
+def progress_bar(show: bool | None, *columns: ProgressColumn) -> Iterator[Progress]:
+    """Show progress on stderr, with a bar after the description; None shows it on a terminal only."""
+    stderr = Console(stderr=True)
+    disable = not (stderr.is_terminal if show is None else show)
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
+        yield progress
+
+
+@contextmanager
+def fit_progress(
+    tol: float, on_step: Callable[[Step], None], *, show: bool | None
+) -> Iterator[dict[str, Callable[[Any], None]]]:
+    """Give the callbacks of a fit that show its steps and products, and call ``on_step``.
+
+    The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
+    """
+    columns = (
+        TextColumn("objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"),
+        TextColumn("{task.fields[products]} HVPs"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with progress_bar(show, *columns) as progress:
+        task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
+        first = math.nan
+
+        def show_step(step: Step) -> None:
+            nonlocal first
+            on_step(step)
+            stop_if_interrupted()
+            if step.iteration == 0 or math.isnan(first):
+                first = step.gradient_max
+                progress.reset(task)
+            progress.update(
+                task, completed=_share(first, step.gradient_max, tol), objective=step.objective,
+                gradient=step.gradient_max, products=step.products,
+            )  # fmt: skip
+
+        def show_product(products: int) -> None:
+            stop_if_interrupted()
+            progress.update(task, products=products)
+
+        yield {"on_step": show_step, "on_product": show_product}
+
+
+def _share(first: float, now: float, tol: float) -> float:
+    """The share of the way from ``first`` down to ``tol`` on a logarithmic scale."""
+    if now <= tol:
+        return 1.0
+    return max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol else 0.0

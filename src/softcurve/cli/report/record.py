@@ -1,0 +1,68 @@
+"""What a report shows of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softcurve.cli.options import FitOptions
+from softcurve.cli.streams import encodable
+from softcurve.fit.data.source import Label, TargetKind
+from softcurve.fit.diagnostics import Diagnostics
+from softcurve.fit.fitting import Fit
+from softcurve.fit.head_spectrum import CurvatureSpectrum
+
+LONGEST_NAME = 48
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A fit with another inverse strength ``C`` of the penalty; the held-out scores are None without such rows."""
+
+    C: float
+    train_loss: float
+    held_loss: float | None
+    held_accuracy: float | None
+    weight_norm: float
+    converged: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """A fit with its options, its scores on the training rows and on any held-out rows, and its path.
+
+    ``spectrum`` may be the reason why there is none.
+    """
+
+    options: FitOptions
+    fit: Fit
+    seconds: float
+    features: int
+    classes: tuple[Label, ...]
+    kind: TargetKind
+    train: Diagnostics
+    held: Diagnostics | None = None
+    spectrum: CurvatureSpectrum | str = "it was not requested"
+    path: tuple[PathPoint, ...] = ()
+
+    @property
+    def sets(self) -> dict[str, Diagnostics]:
+        """The diagnostics by the name of their rows; the first ones judge the head."""
+        return ({} if self.held is None else {"held-out": self.held}) | {"training": self.train}
+
+    @property
+    def scores(self) -> list[tuple[object, ...]]:
+        """The rows of a table: their name, loss, any D(target‖model), accuracy, entropy, Brier score and ECE."""
+        return [
+            (name, d.loss, *([] if d.kl is None else [d.kl]), d.accuracy, d.entropy, d.brier, d.calibration.error)
+            for name, d in self.sets.items()
+        ]
+
+    @property
+    def judged(self) -> tuple[str, Diagnostics]:
+        """The name and the diagnostics of the held-out rows, or without any of the training rows."""
+        return next(iter(self.sets.items()))
+
+    def class_name(self, index: int) -> str:
+        """The name of a class on one line, short enough for a table."""
+        name = encodable(" ".join(str(self.classes[index]).split())) or "(no name)"
+        return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
