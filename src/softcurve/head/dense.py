@@ -237,6 +237,7 @@ class DenseKernel(CurvatureKernel):
             v_out=v if block.v_out is None else block.v_out,
             target_out=block.target_out,
             target_v_out=block.target_v_out,
+            seen=None if data.cuts_classes else block.raw,
             raw=None if second is None else second.raw,
             q=None if second is None else second.q,
             residual=None if second is None else second.residual,

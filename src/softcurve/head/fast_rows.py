@@ -53,7 +53,9 @@ class FastRows(Kernel):
         device, dtype = data.weight.device, data.weight.dtype
         if device.type != "cpu" or backends.serves(loss, device, dtype) or loss.processes is not None:
             return False
-        if data.cuts_classes or data.has_direction or data.wants_stats or loss.softcap is not None or loss.z_loss:
+        if loss.target == "sparse" or data.cuts_classes or data.has_direction or data.wants_stats:
+            return False
+        if loss.softcap is not None or loss.z_loss:
             return False
         if loss.is_cross_entropy:
             plain = not loss.smoothing and data.class_weight is None and loss.target != "probabilities"

@@ -201,7 +201,7 @@ class Tile:
         model = self.model
         z = linear_into(buffer("z"), *model.operands(classes), scale=spec.scale, reference=model.reference)
         block = CurvatureBlock(classes, z)
-        if spec.softcap is not None and (tiles.matrix is not None or (spec.target == "sparse" and not tiles.in_triton)):
+        if spec.softcap is not None and (tiles.matrix is not None or not tiles.in_triton):
             block.raw = buffer("raw")
         if tiles.directions is not None:
             block.v = self.model.change_into(buffer("v"), self.along, classes, spec.scale)

@@ -22,8 +22,8 @@ from softcurve.head.aten.dense_terms import (
     Terms,
     bend_ratio,
     gradient_of,
+    map_logits,
     pulled_back,
-    seen_logits,
     slope_of,
     target_logits,
     terms_of,
@@ -57,7 +57,7 @@ def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, T
     found = tile.z.new_empty(2, len(tile.z), 1)
     place = torch.full((len(tile.z), 1), -1, dtype=torch.int64, device=tile.z.device)
     for rows, part in tile.row_groups():
-        z = seen_logits(part) if side == MODEL else target_logits(part)
+        z = map_logits(part) if side == MODEL else target_logits(part)
         top = z.amax(-1, keepdim=True)
         found[0, rows] = top
         found[1, rows] = rest = rest_of((z - torch.where(top == -math.inf, 0.0, top)).exp_())
@@ -85,7 +85,9 @@ def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[Dens
         found.score[rows], found.score_rest[rows] = _sum_and_rest(part, MODEL, model.score)
         if target is not None and part.is_by_logits:
             found.target_score[rows], found.target_score_rest[rows] = _sum_and_rest(part, TARGET, target.score)
-        if part.loss.is_cross_entropy:
+        if wants_curve or part.v is not None:
+            pass  # nobody asks for the loss
+        elif part.loss.is_cross_entropy:
             found.value[rows] = -weighted(pair.y, log_p).sum(-1, keepdim=True)
         else:
             found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)

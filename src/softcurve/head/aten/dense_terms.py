@@ -129,11 +129,18 @@ def masses(
 
 
 def seen_logits(tile: DenseTile) -> Tensor:
-    """The logits that the softmax sees."""
+    """The logits that the softmax sees: after the soft cap, which is slow, so they are kept."""
+    return map_logits(tile) if tile.seen is None else tile.seen
+
+
+def map_logits(tile: DenseTile) -> Tensor:
+    """``m(z)``, into the buffer for it where the tile has one."""
     loss = tile.loss
     if loss.softcap is None or may_be_masked(tile.z):
-        return loss.logit_map.value(tile.z)
-    return torch.tanh(tile.z / loss.softcap).mul_(loss.softcap / loss.temperature)
+        seen = loss.logit_map.value(tile.z)
+    else:
+        seen = torch.tanh(tile.z / loss.softcap).mul_(loss.softcap / loss.temperature)
+    return seen if tile.seen is None else tile.seen.copy_(seen)
 
 
 def target_logits(tile: DenseTile) -> Tensor:

@@ -34,6 +34,7 @@ class DenseTile(NamedTuple):
     v_out: Tensor | None = None
     target_out: Tensor | None = None
     target_v_out: Tensor | None = None
+    seen: Tensor | None = None  # where ATen keeps what the softmax sees, if there is a soft cap and no cut of classes
     raw: Tensor | None = None  # second order: buffers for the logits before their soft cap, q, and the residual
     q: Tensor | None = None
     residual: Tensor | None = None
@@ -88,7 +89,7 @@ class DenseTile(NamedTuple):
 
 
 _BY_ROWS = frozenset(
-    ("z", "target", "v", "target_v", "out", "v_out", "target_out", "target_v_out", "raw", "q", "residual")
+    ("z", "target", "v", "target_v", "out", "v_out", "target_out", "target_v_out", "seen", "raw", "q", "residual")
 )
 
 

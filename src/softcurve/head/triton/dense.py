@@ -7,6 +7,8 @@ along a direction, and then for the residuals of both sides.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -41,6 +43,7 @@ __all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepa
 
 
 @jit
+@no_type_check
 def _softmax(
     z, z_stride, found, place, softcap, temperature, scale, rows, classes, LOGARITHM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -91,11 +94,13 @@ def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, T
 
 
 @jit
+@no_type_check
 def _store_sum(found, which, values, row, exists, rows):
     tl.store(found + which * rows + row, tl.sum(values, axis=1)[:, None], mask=exists)
 
 
 @jit
+@no_type_check
 def _sums(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, numbers,
     top, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
@@ -177,6 +182,7 @@ def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[Dens
 
 
 @jit
+@no_type_check
 def _changes(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, numbers,
     top, found, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
@@ -220,6 +226,7 @@ def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
+@no_type_check
 def _residuals(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, out, out_stride, v_out, v_out_stride,
     target_out, target_out_stride, target_v_out, target_v_out_stride, class_weight, class_share, numbers, top,

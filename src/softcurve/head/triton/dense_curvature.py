@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton.language as tl
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from softcurve.losses.rows import HESSIAN
 
 
 @jit
+@no_type_check
 def _prepare(
     z, z_stride, target, target_stride, raw, raw_stride, q, q_stride, residual, residual_stride, class_weight,
     class_share, numbers, top, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss,
@@ -49,6 +52,7 @@ def prepare(tile: DenseTile, matrix: str) -> None:
 
 
 @jit
+@no_type_check
 def _accumulate_column(
     z, z_stride, q, q_stride, raw, raw_stride, v, v_stride, top, found, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -83,6 +87,7 @@ def accumulate_column(tile: DenseTile) -> Tensor:
 
 
 @jit
+@no_type_check
 def _multiply_column(
     z, z_stride, q, q_stride, raw, raw_stride, v, v_stride, residual, residual_stride, mean, top_u, rest, factor, top,
     softcap, temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr

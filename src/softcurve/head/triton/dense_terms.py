@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import triton.language as tl
 
@@ -73,18 +73,21 @@ def launch_tile(kernel: Any, tile: DenseTile, *, by_rows: bool, entries: int = E
 
 
 @jit
+@no_type_check
 def number(numbers, which, row, exists, rows):
     """Return one number of each row from the table."""
     return tl.load(numbers + which * rows + row, mask=exists, other=0.0)
 
 
 @jit
+@no_type_check
 def times_finite(p, factor):
     """``p factor``, where a class without mass has no part in a sum."""
     return p * tl.where(p == 0, 0.0, factor)
 
 
 @jit
+@no_type_check
 def _excess(a, difference, t):
     """``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
     direct = tl.where(t == -float("inf"), float("inf"), difference - times_finite(a, t))
@@ -92,6 +95,7 @@ def _excess(a, difference, t):
 
 
 @jit
+@no_type_check
 def load_pair(
     z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM: tl.constexpr
 ):  # fmt: skip
@@ -106,6 +110,7 @@ def load_pair(
 
 
 @jit
+@no_type_check
 def pair_terms(
     seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share, uniform_each,
     inside, FAMILY: tl.constexpr
@@ -183,6 +188,7 @@ def pair_terms(
 
 
 @jit
+@no_type_check
 def pulled_back(p, score, numbers, side, is_top, row, exists, rows):
     """``s − p S``; at the top as minus the sum of all others, and the limit where ``S`` is infinite."""
     total = number(numbers, side + SCORE, row, exists, rows)
@@ -192,6 +198,7 @@ def pulled_back(p, score, numbers, side, is_top, row, exists, rows):
 
 
 @jit
+@no_type_check
 def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
     """``values`` times the derivative of the target's logits with respect to what the caller gave."""
     if LOGARITHM:
@@ -200,6 +207,7 @@ def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
 
 
 @jit
+@no_type_check
 def directions(
     v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature, target_scale,
     LOGARITHM: tl.constexpr
@@ -215,6 +223,7 @@ def directions(
 
 
 @jit
+@no_type_check
 def centred(change, numbers, side, is_top, row, exists, rows):
     """``u = v − p·v``."""
     u = change - number(numbers, side + MEAN_V, row, exists, rows)
