@@ -31,12 +31,12 @@ from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.subset import Subset, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
+from softcurve.fit.group import ALONE, Group, raised_by_all
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.solver.curvature import Curvature
+from softcurve.fit.solver.negligible_rows import negligible_rows
 from softcurve.fit.solver.preconditioner import ClassBlocks
-from softcurve.fit.solver.settled import settled_rows
-from softcurve.fit.together import ALONE, Processes, raised_by_all
 
 RNG = np.random.default_rng(0)
 ROWS, CLASSES = 331, 4
@@ -77,11 +77,11 @@ def mixed(*rows, **options) -> Case:
 
 
 def of(source, group):
-    return source if group is None else shared(source, Processes(group))
+    return source if group is None else shared(source, Group(group))
 
 
 def separable() -> tuple[np.ndarray, np.ndarray]:
-    """Most rows settle at once, and are left out of the products."""
+    """Most rows become certain at once, and are left out of the products."""
     rng = np.random.default_rng(1)
     labels = rng.integers(5, size=600)
     return rng.normal(size=(600, 8)) + 40.0 * np.eye(8)[labels] * (rng.random((600, 1)) > 0.05), labels
@@ -113,35 +113,35 @@ def classes_blocks(folder, group):
     return told(fit) | {"blocks": made}
 
 
-def settled(folder, group):
+def negligible(folder, group):
     """The rows that are left out, by number, and how many fits leave out in all processes."""
-    together = ALONE if group is None else Processes(group)
+    together = ALONE if group is None else Group(group)
     curving, of_logits = torch.tensor(np.random.default_rng(6).lognormal(sigma=3, size=(2, 500)))
     curving[::7] = 0.0
     found = {}
     for most, share in ((0.0, 1.0), (0.1, 1.0), (50.0, 0.2), (1e9, 0.9), (1e9, 0.4)):
         own = slice(*own_span(500, together))
-        rows, count = settled_rows(curving[own], most, of_logits[own], share, together)
+        rows, count = negligible_rows(curving[own], most, of_logits[own], share, together)
         numbers = torch.cat(together.gathered(rows + own.start)).sort().values
         found[f"{most} {share}"] = [numbers.tolist(), count]
     return found
 
 
 def left_out(folder, group):
-    counts, choose = [], Curvature.leave_out_settled_rows
+    counts, choose = [], Curvature.leave_out_negligible_rows
 
     def noted(self):
         choose(self)
         own = torch.zeros(1) if self._left_out is None else self._left_out.sum().float()[None]
-        counts.append(int(sum(self.together.gathered(own))))
+        counts.append(int(sum(self.group.gathered(own))))
 
-    Curvature.leave_out_settled_rows = noted
+    Curvature.leave_out_negligible_rows = noted
     try:
         # Rows without weight are the surest ones to be left out.
         weights = torch.arange(600).remainder(4).eq(0).double()
         found = told(fit_head(to_source(*separable()), tol=1e-9, group=group, sample_weight=weights))
     finally:
-        Curvature.leave_out_settled_rows = choose
+        Curvature.leave_out_negligible_rows = choose
     assert min(counts) >= 450
     return found | {"left out": counts}
 
@@ -215,7 +215,7 @@ def write_shards(folder: Path) -> None:
 
 def opened(kind: str, target: str | None = None) -> Case:
     def case(folder, group):
-        together = ALONE if group is None else Processes(group)
+        together = ALONE if group is None else Group(group)
         source = open_source(str(folder / kind), None if target is None else folder / target, together=together)
         fit = fit_head(Subset(source, np.arange(ROWS) % 5 > 0), tol=1e-9)
         return told(fit) | {"classes": [str(name) for name in source.classes], "fingerprint": source.fingerprint}
@@ -234,7 +234,7 @@ def own_rows_alone(folder, group):
 
     RawColumn._fill = noted
     try:
-        together = ALONE if group is None else Processes(group)
+        together = ALONE if group is None else Group(group)
         source = open_source(str(folder / "lists.npy"), folder / "target.npy", together=together)
         read_labels = sorted(read)
         read.clear()
@@ -262,7 +262,7 @@ def refused(name: str, attempt: Case) -> Case:
 
 
 def not_finite(folder, group):
-    together = ALONE if group is None else Processes(group)
+    together = ALONE if group is None else Group(group)
     source = open_source(str(folder / "bad.npy"), folder / "target.npy", together=together)
     fit_head(source)
 
@@ -334,7 +334,7 @@ def asked_to_stop(folder, group):
     file = folder / f"stopped-{1 if group is None else dist.get_world_size(group)}"
     if group is not None:
         asked = []
-        together = Processes(group, lambda: bool(asked) and dist.get_rank(group) == dist.get_world_size(group) - 1)
+        together = Group(group, lambda: bool(asked) and dist.get_rank(group) == dist.get_world_size(group) - 1)
         source = shared(to_source(X, LABELS), together)
         try:
             fit_head(
@@ -403,8 +403,8 @@ CASES: dict[str, Case] = {
     "JS, labels": plain(X, LABELS, loss="js", tol=1e-6),
     "weights": plain(X, SOFT, sample_weight=WEIGHTS),
     "weights, labels, mixed": mixed(X, LABELS, sample_weight=WEIGHTS),
-    "settled": settled,
-    "settled rows left out": left_out,
+    "negligible rows": negligible,
+    "negligible rows left out": left_out,
     "classes' blocks": classes_blocks,
     "wide": plain(RNG.normal(size=(30, 50)), LABELS[:30]),
     "two rows": plain(X[:2], np.array([0, 1])),

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import softcurve
+from softcurve.head.aten.sparse import Places, SparseTile
+from softcurve.losses.spec import LogitMap
 
 from . import oracle
 
@@ -396,3 +398,10 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def _pair(levels: Sequence[Any], *pair: Any) -> Any:
     return tuple(sorted(pair, key=levels.index))
+
+
+def tile_of(z: Tensor, out: Tensor | None = None, softcap: float | None = None) -> SparseTile:
+    """Logits of which no class is listed."""
+    nowhere = Places(torch.zeros(len(z), 1, dtype=torch.int64), torch.zeros(len(z), 1, dtype=torch.bool))
+    tensors = dict.fromkeys(("raw", "v", "v_out", "residual", "share"))
+    return SparseTile(z=z, out=out, listed=nowhere, logit_map=LogitMap(softcap=softcap), cached=0, **tensors)

@@ -19,11 +19,12 @@ import softcurve
 from softcurve import checks
 from softcurve.head import backends, curvature, per_row, products
 from softcurve.head.aten.dense_tile import MODEL, DenseTile
+from softcurve.head.aten.sparse import Places
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
-from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
+from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem, tile_of
 from .placement import DEVICE, ON_CPU
 from .test_curvature_head import Dense, directions, flat, posed, random_columns, second_order, whole, zeros_like
 
@@ -285,7 +286,7 @@ def test_a_guess_far_from_the_largest_logit_is_made_good(dtype: torch.dtype) -> 
     z[6, :] = -torch.inf
     z[7, :] -= 500.0
     out = torch.empty_like(z, dtype=dtype)
-    shift, total = lists.exponentials(z, out, None, 1.0)
+    shift, total = (part.squeeze(-1) for part in lists.exponentials(tile_of(z, out)))
     lse = shift.double() + total.double().log()
     assert_same(lse[:6], torch.logsumexp(z.double(), -1)[:6], "log-sum-exp", 1e-6)
     assert total[6] == 0
@@ -329,14 +330,12 @@ def test_rows_beyond_32_bits() -> None:
         z = whole_room.as_strided((2, 20), (apart, 1))
         values = torch.randn(2, 20)
         z.copy_(values)
-        sums, _ = lists.statistics(
-            z, None, None, 1.0, wants_stats=False, uniform_each=0.0, class_weight=None
-        )  # fmt: skip
+        sums, _, _ = lists.statistics(tile_of(z), wants_stats=False, leaves_residual=False)
         tile = DenseTile(LossSpec(CrossEntropy(), "logits"), 20, 40, False, z, z)
         top, rest, _ = dense.softmax(tile, MODEL, wants_place=True)
-        lists.put(z, torch.tensor([[3], [19]]), None)
+        lists.put(z, Places(torch.tensor([[3], [19]]), None), None)
         right = torch.logsumexp(values.double(), -1)
-        assert_same(sums.shift.double() + sums.total.double().log(), right, "sums", 1e-6)
+        assert_same((sums.shift + sums.total.log()).squeeze(-1), right, "sums", 1e-6)
         assert_same((top.double() + rest.double().log1p()).squeeze(-1), right, "softmax", 1e-6)
         assert z[1, 19] == -torch.inf
         assert (z == -torch.inf).sum() == 2

@@ -23,8 +23,8 @@ from softcurve.cli.fitting import fit_command
 from softcurve.cli.main import app
 from softcurve.cli.options import FitOptions
 from softcurve.fit import DataError
+from softcurve.fit.group import Group
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.together import Together
 
 from .gathered import load_rows, make_rows, split
 
@@ -330,16 +330,15 @@ def test_explain_prints_the_record_last(monkeypatch):
     assert output.startswith("a table\n")
 
 
-class Unlike(Together):
-    """A process beside another one that says something else."""
+class Unlike(Group):
+    """A process beside another one that has other values."""
 
-    size = 2
+    def __init__(self, **others):
+        super().__init__()
+        self.others = others
 
-    def __init__(self, **said):
-        self.said = said
-
-    def texts(self, text):
-        return [text, json.dumps(json.loads(text) | self.said)]
+    def values(self, value):
+        return [value, value | self.others]
 
 
 def test_an_option_that_another_process_was_not_given_is_named():

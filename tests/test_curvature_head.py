@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from softcurve.curvature.losses import HeadLosses
 from softcurve.head import curvature, per_row
+from softcurve.head import plan as plan_module
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
 from softcurve.head.tensors import RowLosses

@@ -112,8 +112,7 @@ def test_labels_against_sklearn(classes: int, rows_at_once: int | None) -> None:
     assert [(-pair.count, pair.label, pair.predicted) for pair in found.confused] == pairs
 
 
-def test_confused_pairs_are_exact_when_they_are_merged_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softcurve.fit.confusion.PENDING", 3)
+def test_confused_pairs_are_exact_when_they_are_merged_many_times() -> None:
     at = problem(400, 250)
     at.weight[5:] -= 3 * at.weight[:1]  # few classes are predicted, so that pairs repeat
     source = labelled(at)

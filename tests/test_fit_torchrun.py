@@ -165,7 +165,8 @@ def test_a_process_that_is_killed_before_the_first_step_leaves_no_state(data, tm
     processes[1].kill()
     ended = wait(processes)
     assert ended.codes == [1, -signal.SIGKILL]
-    says = f"softcurve: process 1 .* has ended or hangs, .*; start again; {checkpoint} was not yet written\n"
+    how = f"the same command starts anew, since {checkpoint} was not yet written"
+    says = f"softcurve: process 1 .* ended or stopped answering, .*; {how}\n"
     assert re.fullmatch(says, ended.errors[0])
     assert list(tmp_path.iterdir()) == [first]
 

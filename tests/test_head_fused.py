@@ -23,7 +23,7 @@ from softcurve.head import backends, curvature, products
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
-from .head_cases import BY_NAME, along, everything, problem
+from .head_cases import BY_NAME, along, everything, problem, tile_of
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     lists = backends.kernels("sparse")
     z, out = torch.randn(5, 37), torch.empty(5, 37, dtype=torch.bfloat16)
     for cap in (None, 3.0):
-        lists.exponentials(z, out, cap, 1.0)
+        lists.exponentials(tile_of(z, out, cap))
     lists.rescale(out, torch.ones(5))
     return seen
 

@@ -15,7 +15,7 @@ from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature
 from softcurve.fit.solver.newton import conjugate_gradients
-from softcurve.fit.solver.objective import Objective
+from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.losses.targets import TopK
@@ -65,11 +65,12 @@ class Problem:
         self.u = np.concatenate([centred @ basis, np.ones((rows, 1))], 1) if intercept else centred @ basis
         self.p = np.exp(log_softmax(self.u @ self.parameters.numpy().T, 1))
 
+    def problem(self, loss):
+        return FitProblem(self.source, self.weights, loss, PENALTY, AT_ONCE)
+
     def curvature(self, memory=2**20, damping=0.0, scale=1.0):
-        curvature = Curvature(
-            self.source, self.coordinates, self.weights, CLASSES, scale=scale, penalty=PENALTY, dtype=torch.float64,
-            rows_at_once=AT_ONCE, memory=memory,
-        )  # fmt: skip
+        loss = {1.0: "cross_entropy", 0.25: "js"}[scale]
+        curvature = Curvature(self.problem(loss), self.coordinates, dtype=torch.float64, memory=memory)
         for start in range(0, len(self.p), AT_ONCE):
             curvature.keep(start, torch.as_tensor(self.p[start : start + AT_ONCE]))
         curvature.move_to(self.parameters)
@@ -150,11 +151,11 @@ def test_factor_and_diagonals_are_the_dense_matrix_s(kind, damping, memory):
 @pytest.mark.parametrize(
     ("kind", "damping"), [("labels", 0.0), ("labels", 1e-3), ("distributions", 0.0), ("top_k", 0.0)]
 )
-def test_rows_left_out_are_settled(kind, damping, memory):
+def test_rows_left_out_are_negligible(kind, damping, memory):
     # Nearly every row is certain, of the wrong class too: those of labels count for nothing but with damping.
     problem = Problem(kind, size=60.0)
     curvature = problem.curvature(MEMORIES[memory], damping)
-    curvature.leave_out_settled_rows()
+    curvature.leave_out_negligible_rows()
     left_out = curvature._left_out
     if left_out is None:
         assert kind == "labels"
@@ -170,9 +171,9 @@ def test_rows_left_out_are_settled(kind, damping, memory):
     assert np.linalg.eigvalsh(lost[np.ix_(of_weights, of_weights)]).max() <= 0.1 * PENALTY
 
 
-def test_nothing_is_left_out_of_rows_that_are_not_settled():
+def test_no_row_of_notable_curvature_is_left_out():
     curvature = Problem(size=0.1).curvature()
-    curvature.leave_out_settled_rows()
+    curvature.leave_out_negligible_rows()
     assert curvature._left_out is None
 
 
@@ -256,7 +257,7 @@ CASES = [(loss, kind) for loss in LOSS_NAMES for kind in KINDS if (loss, kind) n
 @pytest.mark.parametrize(("loss", "kind"), CASES)
 def test_the_objective_and_its_gradients(loss, kind, intercept):
     problem = Problem(kind, intercept=intercept)
-    objective = Objective(problem.source, loss, PENALTY, problem.weights, problem.coordinates, CLASSES, AT_ONCE)
+    objective = Objective(problem.problem(loss), problem.coordinates)
     kept = np.zeros((ROWS, CLASSES))
     point = objective.at(problem.parameters, lambda start, p: kept.__setitem__(slice(start, start + len(p)), p.numpy()))
     np.testing.assert_allclose(kept, problem.p, atol=1e-14)
@@ -315,7 +316,7 @@ def test_approximate_inverses_are_symmetric_and_positive(preconditioner, kind):
     assert np.linalg.eigvalsh(matrix).min() > 0.0
 
 
-def test_class_blocks_bring_settled_rows_nearer_than_the_eigenbasis():
+def test_class_blocks_bring_certain_rows_nearer_than_the_eigenbasis():
     problem = Problem(rows=200, size=8.0)
     dense = problem.dense(1e-2)
     root = np.linalg.cholesky(dense)

@@ -22,19 +22,19 @@ from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
 from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
-from softcurve.fit.together import ALONE, Together, require_same
 
 SUFFIXES = {"--out": ".safetensors", "--record": ".json", "--report": ".html"}
 
 
 def fit_command(
     options: FitOptions,
-    group: Together = ALONE,
+    group: Group = ALONE,
     *,
     progress: bool | None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -59,7 +59,7 @@ def fit_command(
             _write(report, outputs)
 
 
-def _require_same_options(options: FitOptions, group: Together) -> None:
+def _require_same_options(options: FitOptions, group: Group) -> None:
     """Raise DataError if a process has another option than the first.
 
     The path of the data may differ between machines: the contents of the files are compared when they are opened.

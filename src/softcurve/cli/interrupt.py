@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM as a KeyboardInterrupt that says which it was, and that is not lost.
+"""Ctrl-C and SIGTERM as a KeyboardInterrupt whose argument is the number of the signal.
 
-A KeyboardInterrupt that is raised in a destructor or a callback Python prints and forgets: it is remembered here.
+Python prints and forgets a KeyboardInterrupt that is raised in a destructor or a callback, so the signal is kept here.
 """
 
 from __future__ import annotations
@@ -15,108 +15,98 @@ from types import FrameType
 
 __all__ = [
     "ended_by_signals",
+    "how_to_continue",
     "how_to_go_on",
     "interrupted",
-    "postpone_interrupts",
+    "raise_interrupts_when",
     "remember_interrupts",
     "stop_if_interrupted",
 ]
 
-# Seconds from which on a second signal is a second one. Before, it is taken for the first: torchrun passes on what a
-# terminal sent too; and it would end the writing of the state that the first has asked for.
-AGAIN = 5.0
+# Seconds after which another signal counts as a second one. torchrun passes on what a terminal has sent as well, and a
+# second KeyboardInterrupt would end the writing of the checkpoint that the first one has asked for.
+REPEATED = 5.0
 
-_asked = 0  # the number of the signal that came, or 0
-_since = 0.0
-_in_block: Callable[[], bool] = lambda: False  # noqa: E731
+_number = 0  # of the first signal, or 0
+_received = 0.0
+_may_raise: Callable[[], bool] = lambda: True  # noqa: E731
 
 
 def remember_interrupts() -> None:
-    """From here on a signal is raised at once, and noted for :func:`stop_if_interrupted`."""
-    global _asked
-    _asked = 0
-    _handle(_interrupted)
+    """Forget earlier signals; from here on raise a signal at once, and keep it for :func:`stop_if_interrupted`."""
+    global _number
+    _number = 0
+    raise_interrupts_when(lambda: True)
 
 
-def stop_if_interrupted() -> None:
-    """Raise KeyboardInterrupt if a signal came and its own got lost. Long work calls this at every step."""
-    if _asked:
-        raise KeyboardInterrupt(_asked)
+def raise_interrupts_when(may_raise: Callable[[], bool]) -> None:
+    """From here on raise a first signal at once only where ``may_raise()``, and otherwise only keep its number.
 
-
-def postpone_interrupts(in_block: Callable[[], bool] = lambda: False) -> None:
-    """From here on a signal is noted alone; one that comes later again is raised at once.
-
-    Processes that work together stop at one place, where they tell each other. ``in_block`` says whether they do so at
-    the end of what is being done, whatever is raised in it: that need not be waited for.
+    Several processes stop where they tell each other. A signal that comes again later is raised at once.
     """
-    global _in_block
-    _in_block = in_block
-    _handle(_noted)
+    global _may_raise
+    _may_raise = may_raise
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _handle)
 
 
 def interrupted() -> int:
-    """The number of the signal that came, or 0."""
-    return _asked
+    """Return the number of the signal that came, or 0."""
+    return _number
+
+
+def stop_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if a signal came. Long work calls this at every step."""
+    if _number:
+        raise KeyboardInterrupt(_number)
+
+
+def how_to_continue(checkpoint: Path | None) -> str:
+    """Say what the same command does after a fit has ended early."""
+    if checkpoint is None:
+        return "the same command starts anew; --checkpoint FILE keeps the state of a fit"
+    if not checkpoint.exists():
+        return f"the same command starts anew, since {checkpoint} was not yet written"
+    return f"{checkpoint} has the state, and the same command goes on"
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """End the command after an interrupt with one line, in which the notes of the interrupt stand too.
+    """End the command after an interrupt with one line, which includes the notes of the KeyboardInterrupt.
 
-    The exit code is that which a shell gives a command that the signal has ended: 130 for Ctrl-C, 143 for SIGTERM.
+    The exit code is the one that a shell reports for the signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing left to end
-            if signal.getsignal(number) in (_interrupted, _noted):
-                signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is _handle:
+                signal.signal(number, signal.SIG_IGN)  # the command is ending already
         print("softcurve:", "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
         raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
 
 
 @contextmanager
 def how_to_go_on(checkpoint: Path | None) -> Iterator[Callable[[object], None]]:
-    """Add a note to an interrupt that says how to go on with a fit. What it gives is to be called at every step.
+    """Add to an interrupt how to continue the fit. The function that is yielded must be called at every step.
 
-    Before the first one, a file that is there may be of another run.
+    Before the first step a checkpoint that exists has not been read, and may be that of another run.
     """
     steps: list[object] = []
     try:
         yield steps.append
     except KeyboardInterrupt as error:
-        if checkpoint is None:
-            error.add_note("the same command starts anew; --checkpoint FILE keeps the state of a fit")
-        elif not checkpoint.exists():
-            error.add_note(f"the same command starts anew, since {checkpoint} was not yet written")
-        elif steps:
-            error.add_note(f"{checkpoint} has the state, and the same command goes on")
-        else:
+        if checkpoint is not None and checkpoint.exists() and not steps:
             error.add_note(f"{checkpoint} was not yet read, and is as it was: give the same command again")
+        else:
+            error.add_note(how_to_continue(checkpoint))
         raise
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def _noted(number: int, frame: FrameType | None) -> None:
-    if _again(number) or _in_block():
-        raise KeyboardInterrupt(_asked)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    first = not _asked
-    if _again(number) or first:
-        raise KeyboardInterrupt(_asked)
-
-
-def _again(number: int) -> bool:
-    """Note the signal; whether another came before, and not just now."""
-    global _asked, _since
-    again = bool(_asked) and time.monotonic() - _since > AGAIN
-    if not _asked:
-        _asked, _since = number, time.monotonic()
-    return again
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _number, _received
+    first = not _number
+    if first:
+        _number, _received = number, time.monotonic()
+    if (first and _may_raise()) or time.monotonic() - _received > REPEATED:
+        raise KeyboardInterrupt(_number)

@@ -1,7 +1,7 @@
-"""The state of a fit as a safetensors file, written whole or not at all: a run that is killed goes on from it.
+"""The state of a fit as a safetensors file, written as a whole or not at all, from which a run that is killed goes on.
 
-The file holds a digest of everything else in it, so that no damage goes unnoticed. It names the rows and the options
-that it belongs to; a state of others is refused.
+The file holds a digest of everything else in it, so that any damage is noticed. It names the rows and the options of
+its run; a run with others refuses it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,24 @@ import torch
 from torch import Tensor
 
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_writable
+from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
-from softcurve.fit.tensor_file import read_tensors, write_tensors
-from softcurve.fit.together import LostProcess, Together
+from softcurve.fit.tensor_file import encode_tensors, read_tensors
 
 __all__ = ["Checkpoint", "Keeper", "digest", "digest_of_all"]
 
 FORMAT = "softcurve.fit"
 VERSION = "3"
 ANOTHER = "give another file, or the rows and options that it was written with"
-CALLED = {"rows": "digest of the rows to fit", "weights": "digest of the weights"}
+DESCRIPTIONS = {"rows": "digest of the rows to fit", "weights": "digest of the weights"}
+# The largest values of the fields of a state and of a step that are stored as JSON, by their type.
+LARGEST: dict[Any, float] = {"bool": 1, "int": 2**63 - 1, "float": sys.float_info.max}
 
 
 def digest(*pieces: Tensor) -> str:
-    """The digest of a tensor's values; it may come in pieces."""
+    """Return the digest of the values of a tensor that comes in pieces."""
     state = hashlib.sha256()
     for piece in pieces:
         state.update(piece.contiguous().numpy().tobytes())
@@ -43,11 +46,11 @@ def digest(*pieces: Tensor) -> str:
 
 
 class Checkpoint:
-    """Reads the state that belongs to these rows and options, and writes it every so many seconds.
+    """The file of the state of a fit.
 
-    ``identity`` has a digest of the rows, and the options by name. A Newton step depends on nothing but the state, so
-    that a run which goes on from it ends where it would have ended. Eigenvectors, of any sign, may come out otherwise
-    on another machine; a run goes on there from the head.
+    ``identity`` has a digest of the rows, and the options by name. A Newton step depends only on the state, so that a
+    run that goes on from it ends where it would have ended. Where another machine finds other eigenvectors, the state
+    is converted from the head.
     """
 
     def __init__(self, path: Path, coordinates: Coordinates, identity: Mapping[str, str], *, every: float) -> None:
@@ -61,47 +64,44 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def load(self, classes: int) -> State | None:
-        """The state, or ``None`` where no file is there yet. Raises DataError, and leaves the file as it is."""
+        """Return the state, or ``None`` if there is no file. Raises DataError, and leaves the file unchanged."""
         if not self.path.exists():
             return None
-        tensors, metadata = self._read()
+        try:
+            tensors, metadata = read_tensors(self.path)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
         self._require_same(metadata, ("format", "format_version"))
         if metadata.pop("digest", None) != digest_of_all(tensors, metadata):
             raise self._damaged("its content does not agree with the digest that was written with it")
         self._require_same(metadata, self.identity)
         weight = self._checked(tensors, "weight", (classes, len(self.coordinates.mean)))
         parameters = self.coordinates.parameters(weight, self._checked(tensors, "bias", (classes,)))
-        if metadata.get("axes") == self.axes:  # without the rounding of a turn
+        if metadata.get("axes") == self.axes:  # without the rounding of the conversion
             parameters = self._checked(tensors, "parameters", (classes, self.coordinates.size))
         try:
-            return _understood(metadata["state"], parameters)
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            return _decoded(metadata["state"], parameters)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._damaged("its metadata 'state' cannot be read") from error
 
     def save(self, state: State, *, now: bool = False) -> None:
-        """Write the state if it is time to, or ``now``."""
+        """Write the state if ``every`` seconds have passed since the last time, or ``now``."""
         if not now and time.monotonic() - self.written < self.every:
             return
         weight, bias = self.coordinates.head(state.parameters)
         tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
-        metadata = self.identity | {"axes": self.axes, "state": _told(state)}
-        write_tensors(self.path, tensors, metadata | {"digest": digest_of_all(tensors, metadata)})
+        metadata = self.identity | {"axes": self.axes, "state": _encoded(state)}
+        with replacing(self.path, "checkpoint") as file:
+            file.writelines(encode_tensors(tensors, metadata | {"digest": digest_of_all(tensors, metadata)}))
         self.written = time.monotonic()
 
     def _require_same(self, metadata: Mapping[str, str], names: Iterable[str]) -> None:
         for name in names:
-            found, expected = metadata.get(name), self.identity[name]
-            if found != expected:
+            if metadata.get(name) != self.identity[name]:
                 raise DataError(
-                    f"checkpoint: {self.path} is of another run: its {CALLED.get(name, name)} is {found!r}, and here "
-                    f"it is {expected!r}; {ANOTHER}"
+                    f"checkpoint: {self.path} is of another run: its {DESCRIPTIONS.get(name, name)} is "
+                    f"{metadata.get(name)!r}, and here it is {self.identity[name]!r}; {ANOTHER}"
                 )
-
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            return read_tensors(self.path)
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
 
     def _checked(self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.get(name)
@@ -116,64 +116,58 @@ class Checkpoint:
 
 
 class Keeper:
-    """Keeps the latest state of a fit, and calls ``on_step`` with every step.
+    """Keeps the latest state of a fit, also in a checkpoint if one is opened, and calls ``on_step`` with every step.
 
-    Where a file is opened, the state is kept in it; the first of several processes reads and writes it.
+    Only the first process of the group reads and writes the checkpoint.
     """
 
-    def __init__(self, together: Together, on_step: Callable[[Step], None]) -> None:
-        self.together, self.on_step = together, on_step
-        self.path: Path | None = None
+    def __init__(self, group: Group, on_step: Callable[[Step], None]) -> None:
+        self.group, self.on_step = group, on_step
         self.file: Checkpoint | None = None
         self.latest: State | None = None
 
     def open(
         self, path: Path, coordinates: Coordinates, identity: Mapping[str, str], classes: int, *, every: float
     ) -> State | None:
-        """The state that the file has, in all processes; ``None`` where there is no file yet. Raises DataError."""
-        self.path, state = path, None
-        with self.together.agreed():
-            if self.together.first:
+        """Return the state in the file, in all processes; ``None`` if there is no file yet. Raises DataError."""
+        state = None
+        with self.group.agreed():
+            if self.group.first:
                 self.file = Checkpoint(path, coordinates, identity, every=every)
                 state = self.file.load(classes)
-        said = self.together.texts("" if state is None else _told(state))[0]
-        if self.together.size == 1 or not said:
-            return state
-        parameters = torch.zeros(classes, coordinates.size, dtype=torch.float64)
-        return _understood(said, self.together.from_first(parameters if state is None else state.parameters))
+        return self.group.values(state)[0]
 
     def note(self, state: State) -> None:
-        """The state after a step, which is written if it is time to."""
+        """Keep the state after a step."""
         self.latest = state
-        with self.together.agreed():
+        with self.group.agreed():
             self._save(now=False)
             self.on_step(state.history[-1])
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, path: Path | None) -> Iterator[None]:
         """Write the latest state at the end of the block, and where it is interrupted or another process is lost."""
         try:
             yield
-            with self.together.agreed():
+            with self.group.agreed():
                 self._save(now=True)
         except KeyboardInterrupt:
             self._save(now=True)
             raise
         except LostProcess:
-            with suppress(OSError, DataError):  # the error to be shown is the loss
+            with suppress(OSError, DataError):  # the loss is the error to be shown
                 self._save(now=True)
             raise
         except OtherRows as error:
-            raise DataError(f"checkpoint: {self.path} is of other rows: {error}; {ANOTHER}") from error
+            raise DataError(f"checkpoint: {path} is of other rows: {error}; {ANOTHER}") from error
 
     def _save(self, *, now: bool) -> None:
-        # Before the first point there is nothing to go on from.
         if self.file is not None and self.latest is not None:
             self.file.save(self.latest, now=now)
 
 
 def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The digest of the names, types, shapes and values of tensors, and of all metadata."""
+    """Return the digest of the names, types, shapes and values of tensors, and of all metadata."""
     form = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
     state = hashlib.sha256(json.dumps([form, sorted(metadata.items())]).encode())
     for _, tensor in sorted(tensors.items()):
@@ -181,54 +175,27 @@ def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return state.hexdigest()
 
 
-def _told(state: State) -> str:
-    """All but the parameters."""
-    kept = {key: getattr(state, key) for key in STATE} | {"history": [asdict(step) for step in state.history]}
-    return json.dumps(kept)
+def _encoded(state: State) -> str:
+    """Return all of a state but its parameters as JSON."""
+    values = {field.name: getattr(state, field.name) for field in fields(state) if field.type in LARGEST}
+    return json.dumps(values | {"history": [asdict(step) for step in state.history]})
 
 
-def _understood(said: str, parameters: Tensor) -> State:
-    """Raises KeyError, TypeError, ValueError, OverflowError or RecursionError for what ``_told`` has not said."""
-    state = json.loads(said)
-    history = tuple(Step(**{key: kind(step[key]) for key, kind in STEP.items()}) for step in state["history"])
+def _decoded(text: str, parameters: Tensor) -> State:
+    """Return the state of a JSON text. Raises KeyError, TypeError, ValueError or RecursionError for any other text."""
+    values = json.loads(text)
+    history = tuple(Step(**_checked_fields(step, Step)) for step in values["history"])
     if not history or [step.iteration for step in history] != list(range(len(history))):
         raise ValueError("the steps must count from 0")
-    return State(parameters, history=history, **{key: kind(state[key]) for key, kind in STATE.items()})
+    return State(parameters, history=history, **_checked_fields(values, State))
 
 
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError(f"{value!r} is no truth value")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("it is no integer of 0 or more, or too large")
-    return value
-
-
-def _finite(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not finite")
-    return float(value)
-
-
-def _size(value: Any) -> float:
-    if _finite(value) < 0.0:
-        raise ValueError(f"{value!r} is below zero")
-    return float(value)
-
-
-def _size_or_infinite(value: Any) -> float:
-    return value if value == math.inf else _size(value)
-
-
-# Of a state, beside the parameters and the history; and of a step.
-STATE: dict[str, Callable[[Any], Any]] = {
-    "damping": _size, "model_error": _size_or_infinite, "failures": _count, "double": _flag, "blocks": _flag,
-}  # fmt: skip
-STEP: dict[str, Callable[[Any], Any]] = {
-    "iteration": _count, "objective": _finite, "gradient_max": _size, "products": _count, "seconds": _size,
-    "damping": _size,
-}  # fmt: skip
+def _checked_fields(values: Mapping[str, Any], record: type[State | Step]) -> dict[str, Any]:
+    """Return the fields of a record that are numbers, of the right type and range."""
+    kinds = {field.name: field.type for field in fields(record) if field.type in LARGEST}
+    for name, kind in kinds.items():
+        value, least = values[name], -LARGEST["float"] if name == "objective" else 0
+        largest = math.inf if name == "model_error" else LARGEST[kind]
+        if type(value).__name__ != kind or not least <= value <= largest:
+            raise ValueError(f"{name} must be of type {kind} and at least {least}, got {value!r}")
+    return {name: values[name] for name in kinds}

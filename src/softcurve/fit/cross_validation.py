@@ -20,14 +20,14 @@ from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import Subset
 from softcurve.fit.estimator import (
     Array,
-    Posed,
     Real,
     SoftmaxRegression,
+    TrainingData,
     Whole,
     class_weighted,
-    posed,
-    target_labels,
-    warn_of,
+    most_probable,
+    training_data,
+    warn_unless_converged,
 )
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head
 from softcurve.fit.losses import row_losses
@@ -41,27 +41,33 @@ __all__ = ["SoftmaxRegressionCV"]
 class SoftmaxRegressionCV(SoftmaxRegression):
     """:class:`SoftmaxRegression` with the ``C`` of the best mean score over the folds of a cross-validation.
 
-    The folds' fits go from the smallest C to the largest, each started from the last. All know all classes, also those
-    of which a fold has no row; of such a class a fit without rows says nothing but that it is improbable.
+    On each fold the fits go from the smallest C to the largest, each started from the last. Every fit has all classes;
+    a class without rows in a fold is only improbable.
 
     Args:
-        Cs: The inverse strengths of the penalty to try, or how many, spaced evenly from 1e-4 to 1e4 on a log scale.
-        cv: How many folds, a splitter, or an iterable of pairs (rows to fit, rows to score); by default 5. Labels are
-            stratified.
-        scoring: By default minus the mean loss of the rows held out, in nats, weighted by ``sample_weight`` but not by
+        Cs: The inverse strengths of the penalty to try, or their number, spaced evenly from 1e-4 to 1e4 on a log scale.
+        cv: The number of folds, a splitter, or an iterable of pairs (rows to fit, rows to score); by default 5. Labels
+            are stratified.
+        scoring: By default minus the mean loss of the held-out rows, in nats, weighted by ``sample_weight`` but not by
             ``class_weight``; for cross-entropy that is the mean log-likelihood. Or a scorer of scikit-learn, or its
-            name, which ``score`` then uses too; it is given labels, of a distribution or a list the most probable
-            class, and told all classes, as a fold may lack one. Where a score is NaN its fold is left out of the mean.
-        refit: Whether the head is fitted again with the best C to all rows. Otherwise C and head are the means of
-            those that were the best on each fold.
-        loss: As of :class:`SoftmaxRegression`, and so are all other arguments.
+            name, which ``score`` then uses too. It receives labels, which are the most probable classes of
+            distributions or lists, and all classes, as a fold may lack one. NaN scores are left out of the mean.
+        refit: Whether the head is fitted again to all rows with the best C. Otherwise C and head are the means of the
+            best on each fold.
+        loss: This and all other arguments are those of :class:`SoftmaxRegression`.
 
     Attributes: those of :class:`SoftmaxRegression`, and ``C_``, ``Cs_``, ``scores_`` (folds × Cs), ``mean_scores_``.
-    ``n_iter_`` counts the steps of all fits together. There is no ``objective_``, ``gradient_max_`` nor ``history_``
-    without ``refit``.
+    ``n_iter_`` counts the steps of all fits. Without ``refit`` there is no ``objective_``, ``gradient_max_`` or
+    ``history_``.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> model = SoftmaxRegressionCV(Cs=[0.1, 1.0], cv=2).fit(*load_iris(return_X_y=True))
+        >>> model.C_
+        1.0
     """
 
-    Cs: Any  # set_params takes anything
+    Cs: Any  # set_params accepts any value
     C_: float
     Cs_: Array
     scores_: Array
@@ -99,38 +105,37 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> SoftmaxRegressionCV:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
-        ``groups`` ``(n,)`` are given to the splitter, which keeps rows of one group together (``GroupKFold``).
+        ``groups`` ``(n,)`` are passed to the splitter, such as ``GroupKFold``, which keeps a group on one side.
 
-        Raises ``ValueError`` for anything that cannot be used, and warns (``ConvergenceWarning``) of fits that have not
-        converged, and of scores that are NaN.
+        Raises ``ValueError`` for arguments that cannot be used, and warns of fits that have not converged
+        (``ConvergenceWarning``) and of scores that are NaN.
         """
         self._require("tol")
         Cs = self._grid()
-        problem = posed(self, X, y, sample_weight)
-        source, weights = class_weighted(self, problem)
+        data = training_data(self, X, y, sample_weight)
+        source, weights = class_weighted(self, data)
         options = self._options(source, weights)
-        score = self._measure(problem, y, weighted=sample_weight is not None)
+        score = self._scorer(data, y, weighted=sample_weight is not None)
         scores: list[list[float]] = []
-        heads: list[tuple[Tensor, Tensor]] = []  # of each C, or the best one; summed over the folds
-        steps = late = 0
-        for train, test in self._folds(problem, groups):
-            rows, of_rows = _taken(source, weights, train)
-            fits = regularisation_path(rows, Cs, sample_weight=of_rows, **options)
+        heads: list[tuple[Tensor, Tensor]] = []  # sums over the folds, for each C or for the best one
+        steps = unconverged = 0
+        for train, test in self._folds(data, groups):
+            rows, row_weights = _selected(source, weights, train)
+            fits = regularisation_path(rows, Cs, sample_weight=row_weights, **options)
             scores.append([score(fit, test) for fit in fits])
             steps += sum(fit.iterations for fit in fits)
-            late += sum(not fit.converged and not fit.separated for fit in fits)
-            kept = fits if self.refit else [fits[_best(scores[-1])]]
-            found = [(fit.weight, fit.bias) for fit in kept]
-            heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, found, strict=True)] if heads else found
-        self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), problem.classes
-        self._warn_of_folds(late)
+            unconverged += sum(not fit.converged and not fit.separated for fit in fits)
+            kept = [(fit.weight, fit.bias) for fit in (fits if self.refit else [fits[_best(scores[-1])]])]
+            heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, kept, strict=True)] if heads else kept
+        self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), data.classes
+        self._warn_of_folds(unconverged)
         self.mean_scores_ = _mean_over_folds(self.scores_)
         means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
         if self.refit:
             best = _best(self.mean_scores_)
             self.C_ = Cs[best]
             fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
-            warn_of(fit, self)
+            warn_unless_converged(fit, self)
             self._keep(fit, like=X)
             steps += fit.iterations
         else:
@@ -140,9 +145,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         return self
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """What ``scoring`` says of the head on these rows; without one, the share of rows whose label is predicted.
+        """Return the score of ``scoring``, or without it the share of rows whose label is predicted.
 
-        A scorer is given labels, of a distribution or a list the most probable class.
+        Labels are the most probable classes of distributions or lists.
         """
         if self.scoring is None or y is None:
             return super().score(X, y, sample_weight)
@@ -152,7 +157,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         return _Scoring(self.scoring, self.classes_)(self, rows, self._labels(y), weight)
 
     def _options(self, source: Source, weights: Tensor) -> dict[str, Any]:
-        """Those of every fit."""
+        """Return the options of every fit."""
         return {
             "loss": self.loss,
             "fit_intercept": self.fit_intercept,
@@ -166,11 +171,11 @@ class SoftmaxRegressionCV(SoftmaxRegression):
             ),
         }
 
-    def _warn_of_folds(self, late: int) -> None:
-        if late:
+    def _warn_of_folds(self, unconverged: int) -> None:
+        if unconverged:
             warnings.warn(
-                f"{late} of the {self.scores_.size} fits to the folds have not converged to tol {self.tol:.1e}. Raise "
-                "max_iter or tol, or scale the features to the order of 1",
+                f"{unconverged} of the {self.scores_.size} fits to the folds have not converged to tol {self.tol:.1e}. "
+                "Raise max_iter or tol, or scale the features to the order of 1",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -192,44 +197,44 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 return [float(C) for C in given]
         raise ValueError(f"Cs must be a list of positive numbers, or how many to try; got {self.Cs!r}")
 
-    def _folds(self, problem: Posed, groups: Any) -> Iterator[tuple[Array, Array]]:
-        """The numbers of the rows to fit and of those to score; one may be there several times."""
-        numbers = np.arange(problem.source.rows)
+    def _folds(self, data: TrainingData, groups: Any) -> Iterator[tuple[Array, Array]]:
+        """Yield the numbers of the rows to fit and of those to score, which may occur several times."""
+        numbers = np.arange(data.source.rows)
         if groups is not None:
             groups = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
             if groups.shape != numbers.shape:
                 raise ValueError(f"groups must have one entry for each of {len(numbers)} rows; got {groups.shape}")
-        y = np.zeros(len(numbers)) if problem.labels is None else problem.labels
-        splitter = check_cv(5 if self.cv is None else self.cv, y, classifier=problem.labels is not None)
+        y = np.zeros(len(numbers)) if data.labels is None else data.labels
+        splitter = check_cv(5 if self.cv is None else self.cv, y, classifier=data.labels is not None)
         folds = 0
         for fold, (train, test) in enumerate(splitter.split(np.zeros(len(numbers)), y, groups)):
             folds += 1
             for rows, use in ((train, "fit"), (test, "score")):
-                if not (problem.weights.numpy()[rows] > 0).any():
+                if not (data.weights.numpy()[rows] > 0).any():
                     raise ValueError(f"fold {fold} of cv has no row with a positive weight to {use}: give fewer folds")
             yield numbers[train], numbers[test]
         if not folds:
             raise ValueError(f"cv must divide the rows at least once; {self.cv!r} has no fold")
 
-    def _measure(self, problem: Posed, y: Any, *, weighted: bool) -> Callable[[Fit, Array], float]:
-        """The score of a fit on some rows."""
+    def _scorer(self, data: TrainingData, y: Any, *, weighted: bool) -> Callable[[Fit, Array], float]:
+        """Return the function that scores a fit on some rows."""
         if self.scoring is None:
-            return lambda fit, test: -_mean_loss(self.loss, fit, *_taken(problem.source, problem.weights, test))
-        scoring = _Scoring(self.scoring, problem.classes)
-        labels = target_labels(y) if problem.labels is None else problem.labels
+            return lambda fit, test: -_mean_loss(self.loss, fit, *_selected(data.source, data.weights, test))
+        scoring = _Scoring(self.scoring, data.classes)
+        labels = most_probable(y) if data.labels is None else data.labels
 
         def score(fit: Fit, test: Array) -> float:
             head = SoftmaxRegression(loss=self.loss, fit_intercept=self.fit_intercept)
-            head.classes_, head.n_features_in_ = problem.classes, problem.source.width
-            head._keep_head(fit.weight, fit.bias, like=problem.rows)
-            weight = problem.weights.numpy()[test] if weighted else None
-            return scoring(head, problem.rows[test], labels[test], weight)
+            head.classes_, head.n_features_in_ = data.classes, data.source.width
+            head._keep_head(fit.weight, fit.bias, like=data.rows)
+            weight = data.weights.numpy()[test] if weighted else None
+            return scoring(head, data.rows[test], labels[test], weight)
 
         return score
 
 
 class _Scoring:
-    """A scorer that knows all classes, also those of which the rows that it is given have none."""
+    """A scorer that knows all classes, also those without a row among those that it scores."""
 
     def __init__(self, scoring: Any, classes: Array) -> None:
         scorer = get_scorer(scoring) if isinstance(scoring, str) else scoring
@@ -239,12 +244,12 @@ class _Scoring:
             )
         function = getattr(scorer, "_score_func", scorer)
         accepted = inspect.signature(function).parameters
-        if function is not scorer:  # of make_scorer: log_loss and others take the classes for those of the rows
+        if function is not scorer:  # made by make_scorer: log_loss and others would take the classes from the rows
             options = dict(scorer._kwargs)
             if "labels" in accepted:
                 options.setdefault("labels", classes)
             binary = len(classes) == 2 and options.get("average", "binary") == "binary"
-            if binary and "pos_label" in accepted and 1 not in classes:  # 1 is scikit-learn's own default
+            if binary and "pos_label" in accepted and 1 not in classes:  # 1 is the default of scikit-learn
                 options.setdefault("pos_label", classes[-1])
             scorer = copy.copy(scorer)
             scorer._kwargs = options
@@ -256,20 +261,19 @@ class _Scoring:
 
 
 def _best(scores: Any) -> int:
-    """The place of the largest score; a NaN is the worst."""
+    """Return the place of the largest score; NaN is the worst."""
     return int(np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.finfo(np.float64).max).argmax())
 
 
 def _mean_over_folds(scores: Array) -> Array:
-    """Of each C, over the folds where the score is no NaN; NaN where there is none."""
-    known = ~np.isnan(scores)
-    with np.errstate(invalid="ignore"):
-        means: Array = np.where(known, scores, 0.0).sum(0) / known.sum(0)
-    return means
+    """Return the mean score of each C over the folds where it is not NaN, or NaN if there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing
+        return np.asarray(np.nanmean(scores, axis=0))
 
 
-def _taken(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:
-    """The rows with these numbers, each once, and their weights times how often they are named."""
+def _selected(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:
+    """Return the rows with these numbers, each once, and their weights times the number of their occurrences."""
     times = torch.from_numpy(np.bincount(numbers, minlength=source.rows))
     return Subset(source, (times > 0).numpy()), (weights * times)[times > 0]
 

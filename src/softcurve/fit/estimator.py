@@ -22,6 +22,7 @@ from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
 from softcurve.fit.solver.newton import Step
+from softcurve.fit.targets import target_labels
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
@@ -34,37 +35,41 @@ Whole = int | np.integer[Any]
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Multinomial logistic regression, fitted by second order; the objective and coefficients of scikit-learn's.
+    """Multinomial logistic regression with scikit-learn's objective and coefficients, fitted by Newton's method.
 
     ``LogisticRegression(C=C).fit(X, y, sample_weight)`` minimises the same ``½ ‖W‖² + C Σ w_i loss_i``, and so has the
-    same ``coef_`` and ``intercept_``. Here ``y`` may also be a distribution for each row, and the loss another one.
+    same ``coef_`` and ``intercept_``. Here ``y`` may also be a distribution for each row, and there are other losses.
 
-    ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, which are the weights of a row's copies with each label;
-    a :class:`softcurve.TopK`, a teacher's list. Of the latter two the classes are 0…C-1. ``X`` is dense, sparse (made
-    dense block by block), a ``numpy.memmap`` (never held as a whole), or a torch tensor; the latter has tensors come
-    out. Losses are in nats.
+    ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, each equivalent to a copy of its row per class with the
+    class probabilities as weights; or a :class:`softcurve.TopK`. For the latter two the classes are 0…C-1. ``X`` is
+    dense, sparse (made dense block by block), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
+    which results are tensors too. Losses are in nats.
 
     Args:
         C: Inverse strength of the penalty, ``inf`` for none.
         loss: ``cross_entropy``, ``forward_kl``: D(target‖model), ``reverse_kl``: D(model‖target), or ``js`` (β = ½).
         fit_intercept: Whether there is a bias. It is not penalised.
         tol: The fit has converged when no entry of the gradient of the mean objective, ``½ ‖W‖² / (C Σ w) + Σ w loss /
-            Σ w``, exceeds this, in float64, and an undamped Newton step would gain at most ``tol / 50`` nats, which
-            depends neither on the units of the features nor on the number of classes. At least one step is made.
-        max_iter: Newton steps at most.
-        class_weight: A dict of labels and weights, or ``"balanced"``: they multiply the weights of the rows; of a
-            distribution (cross-entropy and forward KL alone) those of the row's copies. A label that is not named has
-            weight 1.
-        warm_start: Whether a second fit starts from the last one's coefficients, where the objective is lower there
-            than without.
+            Σ w``, exceeds this in float64, and an undamped Newton step would gain at most ``tol / 50`` nats, which
+            depends neither on the units of the features nor on the number of classes. At least one step is taken.
+        max_iter: Maximum number of Newton steps.
+        class_weight: A dict from labels to weights, or ``"balanced"``. They multiply the weights of the rows; for
+            distributions (only with cross-entropy and forward KL) those of the copies of each row. A label that the
+            dict does not name has weight 1.
+        warm_start: Whether another fit starts from the last coefficients, if the objective is lower there.
         precision: ``mixed``: products in float32, the objective and its gradient in float64; ``float64``; or ``auto``:
-            ``mixed``, but where float32 would save nothing.
-        memory_budget: Bytes beyond the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
+            ``mixed`` unless float32 would save nothing.
+        memory_budget: Bytes in addition to the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
         verbose: Whether each step is printed.
 
-    Attributes: ``classes_``, ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or ``(1, d)`` and ``(1,)`` of two
-    classes' difference, in the dtype of ``X``; ``n_iter_``; ``objective_`` (of the mean, in nats); ``gradient_max_``;
-    ``history_``, a record for each step; ``n_features_in_``, ``feature_names_in_``.
+    Attributes: ``classes_``; ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or for two classes ``(1, d)`` and
+    ``(1,)``, their difference, in the dtype of ``X``; ``n_iter_``; ``objective_`` (the mean, in nats);
+    ``gradient_max_``; ``history_``, a record of each step; ``n_features_in_``, ``feature_names_in_``.
+
+    Example:
+        >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
+        >>> model.predict([[0.5], [2.5]])
+        array([0, 1])
     """
 
     classes_: Array
@@ -109,12 +114,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegression:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
-        Raises ``ValueError`` for anything that cannot be used. Warns (``ConvergenceWarning``) where ``max_iter`` steps
-        were not enough, or where the loss has no minimum: without a penalty, on classes that can be separated.
+        Raises ``ValueError`` for arguments that cannot be used. Warns (``ConvergenceWarning``) if ``max_iter`` steps
+        were not enough, or if the loss has no minimum because separable classes are fitted without a penalty.
         """
         self._require("C", "tol")
-        problem = posed(self, X, y, sample_weight)
-        source, weights = class_weighted(self, problem)
+        data = training_data(self, X, y, sample_weight)
+        source, weights = class_weighted(self, data)
         fit = fit_head(
             source,
             loss=self.loss,
@@ -125,11 +130,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             max_iter=int(self.max_iter),
             precision=self.precision,
             memory_budget=self.memory_budget,
-            start=self._start(problem.classes) if self.warm_start else None,
+            start=self._start(data.classes) if self.warm_start else None,
             on_step=print if self.verbose else lambda step: None,
         )
-        warn_of(fit, self)
-        self.classes_ = problem.classes
+        warn_unless_converged(fit, self)
+        self.classes_ = data.classes
         self._keep(fit, like=X)
         return self
 
@@ -144,18 +149,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.coef_, self.intercept_ = as_given(weight, like), as_given(bias, like)
 
     def _start(self, classes: Array) -> tuple[Tensor, Tensor] | None:
-        """The last fit's head, if it has the shape of this one and is finite."""
-        if not hasattr(self, "coef_") or not np.array_equal(self._fitted_classes(), classes):
+        """Return the head of the last fit if it has the same classes and features and is finite."""
+        if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
         weight, bias = self._head()
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
         return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
 
-    def _fitted_classes(self) -> Array:
-        return np.asarray(self.classes_)
-
     def _head(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias in float64, a row for each class."""
+        """Return weight and bias in float64, with a row for each class."""
         weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
         if len(self.classes_) == 2:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
@@ -166,7 +168,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @overload
     def decision_function(self, X: Any) -> Array: ...
     def decision_function(self, X: Any) -> Array | Tensor:
-        """Logits ``(n, C)``; of two classes ``(n,)``, the second's minus the first's."""
+        """Return the logits ``(n, C)``; for two classes ``(n,)``, that of the second minus that of the first."""
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
         coef, intercept = to_tensor(self.coef_), to_tensor(self.intercept_)
@@ -179,7 +181,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @overload
     def predict_log_proba(self, X: Any) -> Array: ...
     def predict_log_proba(self, X: Any) -> Array | Tensor:
-        """Logarithms of the probabilities, ``(n, C)``."""
+        """Return the logarithms of the probabilities, ``(n, C)``."""
         logits = torch.as_tensor(self.decision_function(X))
         if logits.ndim == 1:
             logits = torch.stack([-logits / 2, logits / 2], 1)
@@ -190,27 +192,27 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     @overload
     def predict_proba(self, X: Any) -> Array: ...
     def predict_proba(self, X: Any) -> Array | Tensor:
-        """Probabilities of the classes, in the order of ``classes_``, ``(n, C)``."""
+        """Return the probabilities of the classes, in the order of ``classes_``, ``(n, C)``."""
         return as_given(torch.as_tensor(self.predict_log_proba(X)).exp(), X)
 
     def predict(self, X: Any) -> Any:
-        """The most probable class of each row, ``(n,)``; a tensor for a tensor, where the classes are numbers."""
+        """Return the most probable class of each row, ``(n,)``; for a tensor, a tensor if the classes are numbers."""
         logits = torch.as_tensor(self.decision_function(X))
         index = (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
         labels = np.asarray(self.classes_)[index.numpy()]
         return torch.as_tensor(labels) if isinstance(X, Tensor) and labels.dtype.kind in "iufb" else labels
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The share of rows whose label is predicted; the label of a distribution is its most probable class."""
+        """Return the share of rows whose label, or most probable class, is predicted."""
         if y is None:
             raise ValueError("y must be labels or distributions to score against; got None")
         return float(super().score(X, self._labels(y), sample_weight))
 
     def _labels(self, y: Any) -> Array:
-        """Labels as they are given, or those of distributions and lists."""
+        """Return labels as they are, and the most probable classes of distributions and lists."""
         require_dense(y)
-        if is_soft(y):
-            return np.asarray(np.asarray(self.classes_)[target_labels(y)])
+        if has_soft_targets(y):
+            return np.asarray(np.asarray(self.classes_)[most_probable(y)])
         return y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
 
     def _require(self, *positive: str) -> None:
@@ -232,12 +234,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
 
-# --- what comes in ------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Posed:
-    """What came, checked: ``source`` has the rows and targets, ``labels`` is ``None`` for soft targets."""
+class TrainingData:
+    """Checked arguments: ``source`` has the rows and targets, ``labels`` is ``None`` for soft targets."""
 
     rows: Any
     source: Source
@@ -246,17 +248,17 @@ class Posed:
     weights: Tensor
 
 
-def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
+def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> TrainingData:
     """Check rows, targets and weights. Raises ValueError."""
     if y is None:
         raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
     rows = features_of(estimator, X, reset=True)
     weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
     require_dense(y)
-    if is_soft(y):
+    if has_soft_targets(y):
         target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
-        return Posed(rows, source, np.arange(len(source.classes)), None, weights)
+        return TrainingData(rows, source, np.arange(len(source.classes)), None, weights)
     labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
     check_consistent_length(rows, labels)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
@@ -271,56 +273,51 @@ def posed(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Posed:
     source = to_source(
         rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
     )
-    return Posed(rows, source, classes, labels, weights)
+    return TrainingData(rows, source, classes, labels, weights)
 
 
-def class_weighted(estimator: Any, problem: Posed) -> tuple[Source, Tensor]:
-    """Targets and weights of the rows, with ``class_weight`` in them."""
-    classes, labels, weights = problem.classes, problem.labels, problem.weights
+def class_weighted(estimator: Any, data: TrainingData) -> tuple[Source, Tensor]:
+    """Return the rows with their targets, and their weights, both with ``class_weight`` applied.
+
+    The copies of a row with a distribution are weighted by the weight of their class, and the row by their sum.
+    """
+    classes, source, weights = data.classes, data.source, data.weights
     if estimator.class_weight is None:
-        return problem.source, weights
-    if labels is None:
-        return _reweighted(estimator, problem.rows, problem.source, classes, weights)
-    index = torch.as_tensor(np.searchsorted(classes, labels))
-    mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
-    return problem.source, weights * _weights_of_classes(estimator.class_weight, classes, mass)[index]
-
-
-def _reweighted(estimator: Any, rows: Any, source: Source, classes: Array, weights: Tensor) -> tuple[Source, Tensor]:
-    """Class weights of distributions: each row's copies with a label are weighted by it, and the row by their sum."""
+        return source, weights
+    if data.labels is not None:
+        index = torch.as_tensor(np.searchsorted(classes, data.labels))
+        mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
+        return source, weights * _class_weights(estimator.class_weight, classes, mass)[index]
     if source.kind != "distributions" or estimator.loss not in ("cross_entropy", "forward_kl"):
         raise ValueError(
             "class_weight of distributions is defined for the losses cross_entropy and forward_kl alone, and not for a "
             f"TopK; got loss {estimator.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
         )
     target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
-    target *= _weights_of_classes(estimator.class_weight, classes, weights @ target)
+    target *= _class_weights(estimator.class_weight, classes, weights @ target)
     mass = target.sum(1)
     target /= torch.where(mass > 0, mass, 1.0)[:, None]
     target[mass == 0] = 1.0 / len(classes)
-    return to_source(rows, target, features_name="X", target_name="y"), weights * mass
+    return to_source(data.rows, target, features_name="X", target_name="y"), weights * mass
 
 
-def _weights_of_classes(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
-    """The weight of each class, of which the rows have ``mass``; a class without any has no weight to be balanced by.
+def _class_weights(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
+    """Return the weight of each class, whose rows have the total weight ``mass``; balancing gives 0 to a mass of 0.
 
-    scikit-learn's ``compute_class_weight`` reads text such as "01" as the number 1, and divides by a mass of zero. A
-    number names a label that is its text here too.
+    scikit-learn's ``compute_class_weight`` reads text such as "01" as the number 1, and divides by a mass of zero. Here
+    a number also names the label that is its text.
     """
     if isinstance(class_weight, str):
         return torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
-    known, named, unknown = set(classes.tolist()), {}, []
-    for name, weight in class_weight.items():
-        if name in known:
-            named[name] = float(weight)
-        elif str(name) in known:
-            named.setdefault(str(name), float(weight))
-        else:
-            unknown.append(name)
-    if unknown and len(named) < len(known):  # with a weight for every class, others may be named
-        shown = ", ".join(map(repr, classes[:8].tolist())) + (", …" if len(classes) > 8 else "")
-        raise ValueError(f"class_weight names {unknown[0]!r}, which is none of the {len(classes)} classes ({shown})")
-    return torch.tensor([named.get(label, 1.0) for label in classes.tolist()], dtype=torch.float64)
+    labels = classes.tolist()
+    known = set(labels)
+    weights = {str(name): float(weight) for name, weight in class_weight.items() if str(name) in known}
+    weights |= {name: float(weight) for name, weight in class_weight.items() if name in known}
+    unknown = [name for name in class_weight if name not in weights and str(name) not in weights]
+    if unknown and len(weights) < len(labels):  # if every class has a weight, the dict may name others
+        shown = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
+        raise ValueError(f"class_weight names {unknown[0]!r}, which is none of the {len(labels)} classes ({shown})")
+    return torch.tensor([weights.get(label, 1.0) for label in labels], dtype=torch.float64)
 
 
 def require_dense(y: Any) -> None:
@@ -334,8 +331,8 @@ def require_dense(y: Any) -> None:
         )
 
 
-def is_soft(y: Any) -> bool:
-    """Whether targets are distributions or lists, not labels."""
+def has_soft_targets(y: Any) -> bool:
+    """Whether targets are distributions or lists, and not labels."""
     return (
         isinstance(y, TopK)
         or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
@@ -343,16 +340,13 @@ def is_soft(y: Any) -> bool:
     )
 
 
-def target_labels(y: Any) -> Array:
-    """The most probable class of each row's distribution."""
-    if isinstance(y, TopK):
-        return y.indices.gather(1, y.log_probs.argmax(1, keepdim=True))[:, 0].numpy()
-    labels: Array = np.asarray(y).argmax(1)
-    return labels
+def most_probable(y: Any) -> Array:
+    """Return the most probable class of each row of distributions or lists."""
+    return target_labels(y).numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
-    """Checked as scikit-learn does; but of a memory map nothing is read, as its blocks are checked on the way."""
+    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are."""
     if isinstance(X, np.memmap) and X.ndim == 2 and X.dtype.kind == "f":
         if reset:
             estimator.n_features_in_ = X.shape[1]
@@ -379,22 +373,22 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
 
 
 def to_tensor(array: Any) -> Tensor:
-    """The array's tensor; a copy where it cannot be written to, as torch would warn of it."""
+    """Return an array as a tensor. A read-only array is copied, because torch warns of it."""
     return torch.as_tensor(np.require(array, requirements=["C", "W"]) if isinstance(array, np.ndarray) else array)
 
 
-# --- what goes out ------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------------
 
 
 def as_given(result: Tensor, like: Any) -> Array | Tensor:
-    """A tensor for a tensor, or else an array; in the dtype of what came, where that is a floating-point one."""
+    """Return a tensor if ``like`` is one, otherwise an array, in the floating-point dtype of ``like`` if it has one."""
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
     return result if isinstance(like, Tensor) else result.numpy()
 
 
-def warn_of(fit: Fit, estimator: Any) -> None:
-    """Say honestly where there is no minimum, or where it was not reached."""
+def warn_unless_converged(fit: Fit, estimator: Any) -> None:
+    """Warn if the objective has no minimum, or if the fit has not reached it."""
     if fit.separated:
         warnings.warn(
             "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever "

@@ -1,4 +1,4 @@
-"""The fit of a softmax head to the rows of a source."""
+"""Fit a softmax head to the rows of a source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -17,43 +18,39 @@ from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.sharing import shared
-from softcurve.fit.data.source import Block, Source, share_of
+from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Outcome, State, Step, minimise
-from softcurve.fit.solver.objective import Objective
-from softcurve.fit.together import Processes, Together, require_same
-from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.fit.solver.objective import FitProblem, Objective
+from softcurve.fit.targets import target_labels, target_probability
+from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
-# Entries of a tile's features and logits: what the cores' caches hold.
-TILE = 2**19
+TILE = 2**19  # entries of the features and logits of a tile that the caches hold
 FEWEST_ROWS = 64
-# Of the memory budget: for tiles, for the classes' blocks, and for features and probabilities.
+# Shares of the memory budget for tiles, for the blocks of the classes, and for features and probabilities.
 FOR_TILES, FOR_BLOCKS, FOR_ROWS = 0.125, 0.25, 0.5
-# Bytes of an entry of a tile of logits: three in float32 and three in float64 are alive at a time.
-OF_LOGIT = 36
-# Multiply-adds of the logits below which waiting for a second thread costs more than it brings.
-ONE_THREAD_BELOW = 3_000_000
-# And those below which float32 saves nothing.
-DOUBLE_BELOW = 1_000_000
+LOGIT_BYTES = 36  # of a tile, for each logit: three float32 and three float64 numbers exist at a time
+# Multiply-adds of the logits below which a second thread costs more than it saves, and below which float32 does.
+ONE_THREAD_BELOW, DOUBLE_BELOW = 3_000_000, 1_000_000
 SAME = "give all of them the same arguments"
-# From zero, and from the head of a similar problem.
-FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2
+FIRST_DAMPING, WARM_DAMPING = 1.0, 1e-2  # from zero, and from the head of a similar problem
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fit(ShortRepr):
     """A fitted head: ``weight`` (C, d), ``bias`` (C,), the objective in nats, and how it was reached.
 
-    ``gradient_max`` is the largest entry of the objective's gradient in float64. ``converged`` says whether it and the
-    Newton decrement are within the tolerance, ``reason`` why the fit ended. ``separated`` says that nothing was
-    penalised and every row is on the right side: the loss then has no minimum, and falls forever as the weights grow.
+    ``gradient_max`` is the largest entry of the gradient of the objective, in float64. ``converged`` tells whether it
+    and the Newton decrement are within the tolerance, ``reason`` why the fit ended. ``separated`` tells that there is
+    no penalty and every row is classified correctly: the loss then has no minimum, and falls as the weights grow.
     """
 
     weight: Float64[Tensor, "classes d"]
@@ -89,83 +86,72 @@ def fit_head(
 ) -> Fit:
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
-    The bias is not penalised. Two classes are penalised by their one difference, as there: by ``½ ‖w_1 − w_0‖²``. It
-    has converged when no entry of this mean's gradient exceeds ``tol``, and a Newton step would gain at most
-    ``tol / 50``.
+    The bias is not penalised. For two classes the penalty is that of their difference, ``½ ‖w_1 − w_0‖²``, as in
+    scikit-learn. The fit has converged when no entry of the gradient of this mean exceeds ``tol``, and a Newton step
+    would gain at most ``tol / 50``.
 
     Args:
         source: Rows and their targets.
         loss: ``cross_entropy``, ``forward_kl``, ``reverse_kl`` or ``js``.
         C: Inverse strength of the penalty; ``inf`` for none.
         fit_intercept: Whether there is a bias; otherwise it is zero.
-        sample_weight: Of each row, ≥ 0; ones by default.
-        tol: Of the largest entry of the gradient.
-        max_iter: Newton steps at most.
-        precision: ``mixed`` multiplies in float32 and takes the objective and its gradient in float64; ``float64`` is
-            float64 throughout; ``auto`` is ``mixed``, but where float32 would save nothing. All end at the same head.
-        memory_budget: Bytes beyond the rows of the source. By default 1 GiB where they are in memory, or else 256 MiB.
-        start: Weight and bias to start from, where the objective is lower there than at the default: zeros and the
-            classes' shares.
-        coordinates: Those of :func:`coordinates_of`, for several fits to the same rows, or to some of them.
-        checkpoint: Where the state is written every ``checkpoint_every`` seconds. If it is there already, the fit goes
-            on from it; it must belong to the same rows and options.
+        sample_weight: Weights of the rows, ≥ 0; ones by default.
+        tol: Tolerance for the largest entry of the gradient.
+        max_iter: Maximum number of Newton steps.
+        precision: ``mixed`` multiplies in float32 and computes the objective and its gradient in float64; ``float64``
+            uses float64 throughout; ``auto`` is ``mixed`` unless float32 would save nothing. All end at the same head.
+        memory_budget: Bytes in addition to the rows of the source. By default 1 GiB for rows in memory, else 256 MiB.
+        start: Weight and bias to start from, if the objective is lower there than at the default start: zeros and the
+            class frequencies.
+        coordinates: The result of :func:`coordinates_of`, for several fits to the same rows or to some of them.
+        checkpoint: File in which the state is written every ``checkpoint_every`` seconds. If it exists, the fit goes on
+            from it; it must belong to the same rows and options.
         on_step: Called after every step.
         on_product: Called with the number of products so far, after each.
-        group: Processes that fit one head together. All give the same arguments, the source and ``sample_weight`` of
-            all rows, of which each reads a part of its own; the first one reads and writes the checkpoint. A source
-            that is such a part already (:func:`~softcurve.fit.data.sharing.shared`) comes with the weights of its own
-            rows, and needs no group.
+        group: Processes that fit one head together. All give the same arguments, with the source and the
+            ``sample_weight`` of all rows, of which each process reads its own share; the first one reads and writes the
+            checkpoint. A source that is a share (:func:`~softcurve.fit.data.sharing.shared`) comes with the weights of
+            its own rows, and needs no group.
 
     Raises DataError for options, rows or a checkpoint that cannot be used, in all processes of a group, and
-    :class:`~softcurve.fit.together.LostProcess` where one of them ends or does not answer within the group's timeout.
+    :class:`~softcurve.fit.group.LostProcess` if a process ends or does not answer within the timeout of the group.
     """
     if group is not None:
         source, sample_weight = own_part(source, sample_weight, group, start=start, coordinates=coordinates)
-    given: dict[str, object] = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "tol": tol, "max_iter": max_iter}
-    given |= {"precision": precision, "memory_budget": memory_budget, "checkpoint": checkpoint}
-    require_same(share_of(source).together, given, SAME)
+    share, classes = share_of(source), len(source.classes)
+    options: dict[str, object] = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision}
+    others = {"tol": tol, "max_iter": max_iter, "memory_budget": memory_budget, "checkpoint": checkpoint}
+    require_same(share.together, options | others, SAME)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
-    member = divergence_of(loss)
     _check_options(C, tol, max_iter, precision, memory_budget)
-    classes = len(source.classes)
     _check_start(start, classes, source.width)
-    share = share_of(source)
-    together = share.together
     weights, total = _weights(sample_weight, source)
     budget = _budget(source, memory_budget)
     rows_at_once = _rows_at_once(source, classes, budget)
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
     work = share.total * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
-    with _threads(work, together):
+    with _threads(work, share.together):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
-        _require_fitting(coordinates, source.width, fit_intercept)
-        objective = Objective(source, loss, penalty, weights, coordinates, classes, rows_at_once)
-
-        def curvature_in(dtype: torch.dtype) -> Curvature:
-            return Curvature(
-                source, coordinates, weights, classes, scale=member.curvature_at_agreement, penalty=penalty,
-                dtype=dtype, rows_at_once=rows_at_once, memory=int(FOR_ROWS * budget), on_product=on_product,
-            )  # fmt: skip
-
-        keeper, state = Keeper(together, on_step), None
+        _check_coordinates(coordinates, source.width, fit_intercept)
+        problem = FitProblem(source, weights, loss, penalty, rows_at_once)
+        objective = Objective(problem, coordinates)
+        curvature_in = partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product)
+        cold = partial(_cold_state, objective, total, double=double)
+        keeper, state = Keeper(share.together, on_step), None
         if checkpoint is not None:
-            options = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision, "classes": classes}
-            identity = {name: str(value) for name, value in options.items()} | _digests(source, weights)
+            identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
+            identity |= _digests(source, weights)
             state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
-
-        def cold() -> State:
-            return _cold_state(objective, total, double=double)
-
         if state is None:
             state = cold() if start is None else _warm_state(objective, *start, double=double)
-        with keeper.running():
+        with keeper.running(checkpoint):
             outcome = minimise(
                 objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=keeper.note, cold=cold if start is not None else None,
+                on_step=keeper.note, cold=None if start is None else cold,
             )  # fmt: skip
         return _fit_of(outcome, objective)
 
@@ -177,136 +163,15 @@ def coordinates_of(
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Coordinates:
-    """The coordinates that :func:`fit_head` finds first: one pass over the rows, and the eigenvectors of a covariance.
+    """Return the coordinates that :func:`fit_head` finds first, from a pass over the rows and an eigendecomposition.
 
-    They also serve a fit to some of the rows, as they span those; any mean and any axes lead to the same head.
+    They also serve a fit to some of the rows, since they span those; any mean and any axes lead to the same head.
     """
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
     rows_at_once = _rows_at_once(source, classes, _budget(source, memory_budget))
     with _threads(share.total * source.width * classes, share.together):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
-
-
-def _require_fitting(coordinates: Coordinates, width: int, fit_intercept: bool) -> None:
-    if len(coordinates.mean) != width or coordinates.intercept != fit_intercept:
-        raise DataError(
-            f"coordinates must be of {width} features and fit_intercept {fit_intercept}; got "
-            f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
-        )
-
-
-def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
-    weight, bias = objective.coordinates.head(outcome.point.parameters)
-    history = outcome.state.history
-    return Fit(
-        weight=weight,
-        bias=bias,
-        objective=outcome.point.value,
-        gradient_max=outcome.point.gradient_max,
-        iterations=len(history) - 1,
-        products=history[-1].products,
-        converged=outcome.converged,
-        reason=outcome.reason,
-        separated=not objective.penalty and _separates(objective, weight, bias),
-        history=history,
-    )
-
-
-def _separates(objective: Objective, weight: Tensor, bias: Tensor) -> bool:
-    """Whether every row's label has the largest logit: then a larger weight has a smaller loss, without end."""
-    if objective.source.kind == "top_k":
-        return False
-    against = torch.zeros(1, dtype=torch.float64)
-    with share_of(objective.source).together.summed(against):
-        for block in objective.source.blocks(objective.rows_at_once):
-            of_rows = objective.weights[block.start : block.start + len(block)] > 0
-            if not _separated(block, weight, bias)[of_rows].all():
-                against += 1.0
-                break
-    return not against
-
-
-def _separated(block: Block, weight: Tensor, bias: Tensor) -> Tensor:
-    label = block.target
-    assert isinstance(label, Tensor)
-    certain = torch.ones(len(block), dtype=torch.bool)
-    if label.is_floating_point():
-        share, label = label.max(1)
-        certain = share >= 1.0
-    logits = torch.addmm(bias, block.features.double(), weight.T)
-    of_label = logits.gather(1, label[:, None])
-    others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
-    return certain & (of_label > others)[:, 0]
-
-
-def _digests(source: Source, weights: Tensor) -> dict[str, str]:
-    """Of the rows of all processes, and of their weights, as long as tells them apart."""
-    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).together.in_order(weights))}
-
-
-def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
-    parameters = objective.coordinates.parameters(weight.double(), bias.double())
-    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
-
-
-def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
-    coordinates = objective.coordinates
-    parameters = torch.zeros(objective.classes, coordinates.size, dtype=torch.float64)
-    if coordinates.intercept:
-        shares = _class_shares(objective)
-        # As if there were one row more, spread over all classes.
-        logs = (shares + 1.0 / (total * objective.classes)).log()
-        parameters[:, -1] = logs - logs.mean()
-    return State(parameters, FIRST_DAMPING, math.inf, 0, double, False, ())
-
-
-def _class_shares(objective: Objective) -> Float64[Tensor, " classes"]:
-    shares = torch.zeros(objective.classes, dtype=torch.float64)
-    with share_of(objective.source).together.summed(shares):
-        for block in objective.source.blocks(objective.rows_at_once):
-            weights = objective.weights[block.start : block.start + len(block)]
-            assert block.target is not None
-            if not isinstance(block.target, Tensor):
-                probs = block.target.log_probs.double().exp() * weights[:, None]
-                shares.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
-            elif block.target.is_floating_point():
-                shares += weights @ block.target.double()
-            else:
-                shares.scatter_add_(0, block.target, weights)
-    return shares
-
-
-def _budget(source: Source, given: int | None) -> int:
-    return (IN_MEMORY if source.in_memory else FROM_FILES) if given is None else given
-
-
-def _rows_at_once(source: Source, classes: int, budget: int) -> int:
-    fits = int(FOR_TILES * budget) // (OF_LOGIT * classes + 16 * source.width)
-    return max(1, min(source.rows, fits, max(FEWEST_ROWS, TILE // (classes + source.width))))
-
-
-def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tensor, " rows"], float]:
-    """The weights of these rows, divided by the sum of all rows' weights; and that sum."""
-    share = share_of(source)
-    if sample_weight is None:
-        return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
-    given = torch.as_tensor(sample_weight).double()
-    with share.together.agreed():
-        if given.shape != (source.rows,):
-            raise DataError(
-                f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(given.shape)}"
-            )
-    # All of them, as their sum has the rounding that it has in one process.
-    pieces = list(share.together.in_order(given))
-    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    total = float(whole.sum())
-    if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
-        raise DataError(
-            "sample_weight must be finite, not negative, and positive somewhere, with a sum of an ordinary size; mend "
-            "or drop such rows"
-        )
-    return given / total, total
 
 
 def own_part(
@@ -317,27 +182,32 @@ def own_part(
     start: tuple[Tensor, Tensor] | None = None,
     coordinates: Coordinates | None = None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:
-    """The rows, and their weights, that this process of a group has; see :func:`fit_head`. Raises DataError.
+    """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
 
     The other arguments are only compared with those of the other processes.
     """
-    own = shared(source, Processes(group))
+    part = shared(source, Group(group))
+    share = share_of(part)
     weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
     axes = () if coordinates is None else (coordinates.mean, coordinates.basis)
     compared = {"sample_weight": (weights,), "start": start or (), "coordinates": axes}
-    require_same(share_of(own).together, {name: _of_tensors(each) for name, each in compared.items()}, SAME)
+    require_same(share.together, {name: _described(tensors) for name, tensors in compared.items()}, SAME)
     if weights is None:
-        return own, None
-    share = share_of(own)
+        return part, None
     if weights.shape != (share.total,):
         raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(weights.shape)}")
-    return own, weights[share.first : share.first + own.rows]
+    return part, weights[share.first : share.first + part.rows]
 
 
-def _of_tensors(tensors: Sequence[Tensor | None]) -> str | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in there)
-    return f"a tensor of shape {shapes} with digest {digest(*there)}" if there else None
+def is_number(value: object) -> bool:
+    """Whether a value is a real number other than a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _described(tensors: Sequence[Tensor | None]) -> str | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in present)
+    return f"a tensor of shape {shapes} with digest {digest(*present)}" if present else None
 
 
 def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
@@ -353,11 +223,6 @@ def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_b
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a real number, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) -> None:
     if start is None:
         return
@@ -371,16 +236,126 @@ def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) 
         raise DataError("start must be finite; leave it out to start from zeros")
 
 
-@contextmanager
-def _threads(work: int, together: Together) -> Iterator[None]:
-    """Keep torch to one thread where a product is a matter of microseconds; and all processes to as many.
+def _check_coordinates(coordinates: Coordinates, width: int, fit_intercept: bool) -> None:
+    if len(coordinates.mean) != width or coordinates.intercept != fit_intercept:
+        raise DataError(
+            f"coordinates must be of {width} features and fit_intercept {fit_intercept}; got "
+            f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
+        )
 
-    They add up what they all have with the same rounding then, and decide alike.
+
+def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tensor, " rows"], float]:
+    """Return the weights of these rows divided by the sum of the weights of all rows; and that sum."""
+    share = share_of(source)
+    if sample_weight is None:
+        return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
+    weights = torch.as_tensor(sample_weight).double()
+    with share.together.agreed():
+        if weights.shape != (source.rows,):
+            raise DataError(
+                f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(weights.shape)}"
+            )
+    whole = torch.cat(share.together.gathered(weights))  # so that the sum is rounded as in one process
+    total = float(whole.sum())
+    if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
+        raise DataError(
+            "sample_weight must be finite, not negative, and positive somewhere, with a sum of an ordinary size; mend "
+            "or drop such rows"
+        )
+    return weights / total, total
+
+
+def _digests(source: Source, weights: Tensor) -> dict[str, str]:
+    """Return digests of the rows and the weights of all processes."""
+    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).together.gathered(weights))}
+
+
+def _budget(source: Source, memory_budget: int | None) -> int:
+    return (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+
+
+def _rows_at_once(source: Source, classes: int, budget: int) -> int:
+    within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * source.width)
+    return max(1, min(source.rows, within_budget, max(FEWEST_ROWS, TILE // (classes + source.width))))
+
+
+@contextmanager
+def _threads(work: int, group: Group) -> Iterator[None]:
+    """Use one thread if a product takes microseconds, and otherwise as many in all processes.
+
+    What the processes compute from the same numbers is then rounded alike, and they decide alike.
     """
     threads = torch.get_num_threads()
-    fewest = -int(together.largest(-threads)[0])
-    torch.set_num_threads(1 if work < ONE_THREAD_BELOW * together.size else fewest)
+    fewest = -int(group.largest(-threads)[0])
+    torch.set_num_threads(1 if work < ONE_THREAD_BELOW * group.size else fewest)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
+    parameters = objective.coordinates.parameters(weight.double(), bias.double())
+    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
+
+
+def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
+    """Return the start at zero weights and, as bias, the logarithms of the class frequencies."""
+    problem, coordinates = objective.problem, objective.coordinates
+    parameters = torch.zeros(problem.classes, coordinates.size, dtype=torch.float64)
+    if coordinates.intercept:
+        # One more row with equal probabilities keeps the frequencies positive.
+        logs = (_class_frequencies(problem) + 1.0 / (total * problem.classes)).log()
+        parameters[:, -1] = logs - logs.mean()
+    return State(parameters, FIRST_DAMPING, math.inf, 0, double, False, ())
+
+
+def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
+    frequencies = torch.zeros(problem.classes, dtype=torch.float64)
+    with problem.group.summed(frequencies):
+        for block, weights in problem.blocks():
+            assert block.target is not None
+            if not isinstance(block.target, Tensor):
+                probs = block.target.log_probs.double().exp() * weights[:, None]
+                frequencies.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
+            elif block.target.is_floating_point():
+                frequencies += weights @ block.target.double()
+            else:
+                frequencies.scatter_add_(0, block.target, weights)
+    return frequencies
+
+
+def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
+    weight, bias = objective.coordinates.head(outcome.point.parameters)
+    history = outcome.state.history
+    return Fit(
+        weight=weight,
+        bias=bias,
+        objective=outcome.point.value,
+        gradient_max=outcome.point.gradient_max,
+        iterations=len(history) - 1,
+        products=history[-1].products,
+        converged=outcome.converged,
+        reason=outcome.reason,
+        separated=not objective.problem.penalty and _separates(objective.problem, weight, bias),
+        history=history,
+    )
+
+
+def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
+    """Whether the label of every row has the largest logit, so that larger weights always have a smaller loss."""
+    if problem.source.kind == "top_k":
+        return False
+    blocks_against = torch.zeros(1, dtype=torch.float64)
+    with problem.group.summed(blocks_against):
+        for block, weights in problem.blocks():
+            assert block.target is not None
+            label = target_labels(block.target)
+            certain = target_probability(block.target, label, problem.classes) >= 1.0
+            logits = torch.addmm(bias, block.features.double(), weight.T)
+            label_logit = logits.gather(1, label[:, None])
+            others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
+            if not (certain & (label_logit > others)[:, 0])[weights > 0].all():
+                blocks_against += 1.0
+                break
+    return not blocks_against

@@ -1,4 +1,4 @@
-"""The eigenvalues of the curvature at a fitted head, as cheaply as a report may have them."""
+"""The eigenvalues of the curvature at a fitted head, computed within the few seconds that a report may take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_forms import DenseForm
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
-from softcurve.fit.together import Together
+from softcurve.fit.targets import concatenated, is_soft, target_rows
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
@@ -26,12 +26,12 @@ __all__ = ["CurvatureSpectrum", "curvature_spectrum"]
 
 ROWS = 2000
 FEWEST_ROWS = 200
-WORK = 5e6  # rows · d · C, which some 150 products take a second or two for
-DENSE_SIZE = 1500  # up to here the matrix itself is made, and all its eigenvalues are found in half a second
-DENSE_WORK = 3e8  # rows · C · C (d + 1), of which it is made in a second
-KRONECKER_SIDE = 2048  # classes and features up to here, of which the eigenvalues take three seconds
+WORK = 5e6  # rows · d · C for which some 150 products take one or two seconds
+DENSE_SIZE = 1500  # the largest matrix whose eigenvalues are all computed, which takes half a second
+DENSE_WORK = 3e8  # rows · C · C (d + 1) for which the matrix is assembled in one second
+KRONECKER_SIDE = 2048  # the largest number of classes or features whose eigenvalues are computed, in three seconds
 PROBES, STEPS = 2, 40
-TOLERANCE = 1e-3  # relative, of the largest eigenvalues: finer than a picture shows
+TOLERANCE = 1e-3  # of the largest eigenvalues, relative: finer than a picture shows
 QUANTILES = 400
 
 
@@ -43,10 +43,10 @@ RESOLUTION: dict[Method, float] = {"dense": 1e-9, "products": 1e-3, "kronecker":
 class CurvatureSpectrum(ShortRepr):
     """Eigenvalues of the Gauss-Newton matrix of the mean loss in weight and bias, ``size × size``, on ``rows`` rows.
 
-    ``largest`` come from the largest down; those that are not found are left out. ``shares`` sum to 1 and say how large
-    a share of all eigenvalues lies at each of ``nodes``, which rise; below ``resolution`` times the largest one they
-    are not told apart. ``trace`` is exact on the rows. The ``method`` is ``"dense"``, ``"products"`` (Lanczos, on a
-    matrix that is known by its products alone) or ``"kronecker"`` (all eigenvalues of its Kronecker factors).
+    ``largest`` are in descending order and may be missing. ``shares`` sum to 1 and are the shares of the eigenvalues
+    that lie at each of the ascending ``nodes``; eigenvalues below ``resolution`` times the largest one are not
+    distinguished. ``trace`` is exact on the rows. The ``method`` is ``"dense"``, ``"products"`` (Lanczos) or
+    ``"kronecker"`` (all eigenvalues of the Kronecker approximation).
     """
 
     largest: Float64[Tensor, " k"]
@@ -70,15 +70,12 @@ def curvature_spectrum(
     rows: int = ROWS,
     seed: int = 0,
 ) -> CurvatureSpectrum | str:
-    """The spectrum on at most ``rows`` rows drawn without replacement, or the reason why it is left out.
+    """Return the spectrum on at most ``rows`` rows drawn without replacement, or the reason why it is left out.
 
-    Without ``bias`` it is that of the weight alone.
-
-    A matrix of up to 1,500 columns is made. For larger ones products are taken, on as many rows as ``rows · d · C`` of
-    5e6 allows; for more than that the Kronecker factors, up to 2,048 classes and features. Beyond, it is left out. The
-    penalty of a fit is no part of the matrix. Where the source is a share, the rows are drawn from those of all
-    processes, and the first one takes the time; the others are told that it does. Raises DataError for rows without
-    targets.
+    The matrix leaves out the penalty of a fit and, without ``bias``, the bias. It is assembled up to 1,500 columns. A
+    larger one is multiplied with vectors, on as many rows as ``rows · d · C ≤ 5e6`` allows; beyond that its Kronecker
+    factors are used, up to 2,048 classes and features. If the source is a share, the rows are drawn from those of all
+    processes, of which only the first returns a spectrum. Raises DataError for rows without targets.
     """
     if source.kind is None:
         raise DataError("data: the curvature needs rows with targets")
@@ -104,20 +101,20 @@ def curvature_spectrum(
         return "the first process has it"
     if loss == "forward_kl" and source.kind == "labels":
         loss = "cross_entropy"  # H(y) = 0 for a label
-    if isinstance(target, Tensor) and not target.is_floating_point() and loss != "cross_entropy":
+    if isinstance(target, Tensor) and not is_soft(target) and loss != "cross_entropy":
         target = nn.functional.one_hot(target, classes).double()
     if isinstance(target, TopK) and target.merges_tail and method == "dense":
-        method = "products"  # its outcomes are not the classes
+        method = "products"  # the outcomes are not the classes
     weight, bias = weight.double(), None if bias is None else bias.double()
-    here = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("FitLoss", loss))
+    head = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("FitLoss", loss))
     if method == "products":
         largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
     else:
-        values = _of_factors(here) if method == "kronecker" else _of_matrix(features, target, weight, bias, loss)
+        values = _of_factors(head) if method == "kronecker" else _of_matrix(features, target, weight, bias, loss)
         places = torch.linspace(0, size - 1, min(QUANTILES, size)).round().long()
         largest, nodes = values.flip(0)[:k], values[places]
         shares = torch.full_like(nodes, 1 / len(nodes))
-    return CurvatureSpectrum(largest, nodes, shares, here.trace(), size, sample, method, RESOLUTION[method])
+    return CurvatureSpectrum(largest, nodes, shares, head.trace(), size, sample, method, RESOLUTION[method])
 
 
 def _of_matrix(
@@ -127,9 +124,9 @@ def _of_matrix(
     bias: Float64[Tensor, " classes"] | None,
     loss: str | Divergence,
 ) -> Float64[Tensor, " size"]:
-    """All eigenvalues of the mean of ``B ⊗ ẽẽᵀ``, ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ``, ``ẽ = [e; 1]``.
+    """Return all eigenvalues of the mean of ``B ⊗ ẽẽᵀ``, ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ``, ``ẽ = [e; 1]``.
 
-    ``q`` is ``p² φ″``, or ``p`` where the Hessian of the loss is ``J``.
+    ``q`` is ``p² φ″``, or ``p`` if the Hessian of the loss is ``J``.
     """
     z = nn.functional.linear(features, weight, bias)
     p = z.softmax(-1)
@@ -142,7 +139,7 @@ def _of_matrix(
     matrix = p.new_zeros(classes, width, classes, width)
     total = q.sum(1, keepdim=True)
     for j in range(classes):
-        to_j = slice(j + 1)  # the lower triangle alone is read
+        to_j = slice(j + 1)  # eigvalsh reads only the lower triangle
         mass = (total * p[:, j, None] - q[:, j, None]) * p[:, to_j] - p[:, j, None] * q[:, to_j]
         mass[:, j] += q[:, j]
         weighted = mass[:, :, None] * wide[:, None]
@@ -169,73 +166,34 @@ def _by_products(
     density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)
     try:
         largest = operator.eigsh(min(k, size), tol=TOLERANCE, seed=seed).values.double()
-    except RuntimeError:  # it did not converge: eigenvalues that are too close, or all but zero
+    except RuntimeError:  # it has not converged: the eigenvalues are too close, or nearly zero
         largest = density.nodes.new_zeros(0)
     nodes, order = density.nodes.flatten().sort()
     shares = density.weights.flatten()[order]
     return largest, nodes, shares / shares.sum()
 
 
-def _of_factors(here: HeadCurvature) -> Float64[Tensor, " size"]:
-    """The eigenvalues of ``B ⊗ A`` are the products of theirs."""
-    factors = here.kfac(form="dense")
+def _of_factors(head: HeadCurvature) -> Float64[Tensor, " size"]:
+    """Return the eigenvalues of ``B ⊗ A``, which are the products of the eigenvalues of ``B`` and of ``A``."""
+    factors = head.kfac(form="dense")
     assert isinstance(factors.form, DenseForm)
     of_features = torch.linalg.eigvalsh(factors.features).clamp(min=0)
     return factors.form.values.outer(of_features).flatten().sort().values
 
 
 def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
-    """Features and targets of rows drawn at random, in their order."""
+    """Return the features and targets of rows drawn at random from those of all processes, in their order."""
     share = share_of(source)
-    drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds those alone
+    drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds only those
     wanted = torch.from_numpy(drawn).sort().values - share.first
-    features, targets, last = [], [], int(wanted[-1])
+    parts: list[tuple[Tensor, Tensor | TopK]] = []
     with share.together.agreed():
         for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
                 assert block.target is not None
-                features.append(block.features[here].double())
-                targets.append(_at(block.target, here))
-            if block.start + len(block) > last:
+                parts.append((block.features[here].double(), target_rows(block.target, here)))
+            if block.start + len(block) > wanted[-1]:
                 break
-    return _of_all(features, targets, source, share.together)
-
-
-def _of_all(
-    features: list[Tensor], targets: list[Tensor | TopK], source: Source, together: Together
-) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
-    """The rows that all processes have drawn, in their order."""
-    if together.size == 1:
-        return torch.cat(features), _joined(targets)
-    none = torch.zeros(0, source.width, dtype=torch.float64)
-    all_features = torch.cat(together.gathered(torch.cat([none, *features])))
-    if source.kind != "top_k":
-        like = torch.zeros(0, dtype=torch.int64)
-        if source.kind == "distributions":
-            like = torch.zeros(0, len(source.classes), dtype=torch.float64)
-        own = torch.cat([like, *(target for target in targets if isinstance(target, Tensor))])
-        return all_features, torch.cat(together.gathered(own))
-    own_lists = _joined(targets) if targets else None
-    k, bytes_each = together.largest(
-        *((own_lists.indices.shape[1], own_lists.log_probs.itemsize) if isinstance(own_lists, TopK) else (0, 0))
-    )
-    indices, log_probs = torch.zeros(0, int(k), dtype=torch.int64), torch.zeros(0, int(k), dtype=torch.float64)
-    if isinstance(own_lists, TopK):
-        indices, log_probs = own_lists.indices, own_lists.log_probs.double()
-    indices, log_probs = (torch.cat(together.gathered(each)) for each in (indices, log_probs))
-    return all_features, TopK(indices, log_probs if bytes_each == 8 else log_probs.float())
-
-
-def _at(target: BlockTarget, places: Tensor) -> Tensor | TopK:
-    if isinstance(target, TopK):
-        return TopK(target.indices[places], target.log_probs[places], target.tail)
-    return target[places]
-
-
-def _joined(targets: list[Tensor | TopK]) -> BlockTarget:
-    lists = [target for target in targets if isinstance(target, TopK)]
-    if lists:
-        indices, log_probs = (torch.cat([getattr(each, name) for each in lists]) for name in ("indices", "log_probs"))
-        return TopK(indices, log_probs, lists[0].tail)
-    return torch.cat([target for target in targets if isinstance(target, Tensor)])
+    parts = [part for of_process in share.together.values(parts) for part in of_process]
+    return torch.cat([features for features, _ in parts]), concatenated([target for _, target in parts])

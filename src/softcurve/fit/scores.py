@@ -1,76 +1,98 @@
-"""The loss and the accuracy of logits on rows, added up block by block."""
+"""The scores of logits on rows, computed once for the report, the diagnostics and ``softcurve predict``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget
+from softcurve.fit.group import Group
 from softcurve.fit.losses import row_losses
+from softcurve.fit.targets import is_soft, target_labels, target_probability
+from softcurve.functional import entropy
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 
-__all__ = ["ScoreSums", "Scores", "target_labels", "target_mass"]
+__all__ = ["RowScores", "ScoreSums", "Scores"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over rows, in nats; ``kl`` is D(target‖model), ``None`` for labels."""
+    """Means over rows, in nats: see :class:`~softcurve.fit.diagnostics.Diagnostics`."""
 
     loss: float
     accuracy: float
-    kl: float | None
+    kl: float | None  # D(target‖model); None for labels
+    entropy: float
+    brier: float
+
+
+class RowScores(NamedTuple):
+    """The scores of each row of a block; ``target_at_predicted`` is the target's probability of the predicted class."""
+
+    loss: Float64[Tensor, " rows"]
+    kl: Float64[Tensor, " rows"] | None
+    entropy: Float64[Tensor, " rows"]
+    squared_el2n: Float64[Tensor, " rows"]
+    confidence: Float64[Tensor, " rows"]
+    label_probability: Float64[Tensor, " rows"]
+    label: Int64[Tensor, " rows"]
+    predicted: Int64[Tensor, " rows"]
+    target_at_predicted: Float64[Tensor, " rows"]
 
 
 class ScoreSums:
-    """Sums over the rows of all blocks so far."""
+    """Sums of the scores over the rows of all blocks so far; ``loss`` is the name of the loss."""
 
     def __init__(self, loss: str | Divergence) -> None:
-        self.name = loss
-        self.rows = self.correct = 0
-        self.loss = 0.0
-        self.kl: float | None = None
+        self.loss = loss
+        self.rows = 0
+        self.soft = False
+        self._totals = torch.zeros(5, dtype=torch.float64)
 
-    def add(self, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> None:
-        """Count the rows of a block; the most probable class of a distribution, or of a list, is its label."""
-        losses = row_losses(self.name, logits, target)
+    def add(self, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> RowScores:
+        """Score the rows of a block, and add their scores; the most probable class of a soft target is its label."""
+        scores = _row_scores(self.loss, logits, target)
         self.rows += len(logits)
-        self.loss += losses.double().sum().item()
-        self.correct += int((logits.argmax(dim=-1) == target_labels(target)).sum())
-        if isinstance(target, TopK) or target.is_floating_point():
-            kl = losses if self.name == "forward_kl" else row_losses("forward_kl", logits, target)
-            self.kl = (self.kl or 0.0) + kl.double().sum().item()
+        self.soft = scores.kl is not None
+        right = scores.label == scores.predicted
+        columns = (scores.loss, right, scores.kl, scores.entropy, scores.squared_el2n)
+        self._totals += torch.stack([torch.zeros(()) if each is None else each.double().sum() for each in columns])
+        return scores
+
+    def add_processes(self, group: Group) -> None:
+        """Add the sums over the rows of all other processes."""
+        rows = torch.tensor([self.rows, self.soft], dtype=torch.float64)
+        with group.summed(self._totals, rows):
+            pass
+        self.rows, self.soft = int(rows[0]), bool(rows[1])
 
     def means(self) -> Scores:
-        """The figures of all rows, of which there must be one."""
-        kl = None if self.kl is None else self.kl / self.rows
-        return Scores(self.loss / self.rows, self.correct / self.rows, kl)
+        """Return the means over the rows, of which there must be one."""
+        loss, accuracy, kl, mean_entropy, brier = (self._totals / self.rows).tolist()
+        return Scores(loss, accuracy, kl if self.soft else None, mean_entropy, brier)
 
 
-def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
-    """The most probable class of each row; of equals the first."""
-    if isinstance(target, TopK):
-        return target.indices.gather(-1, target.log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
-    return target.argmax(dim=-1) if target.is_floating_point() else target
-
-
-def target_mass(target: BlockTarget, index: Int64[Tensor, " rows"], classes: int) -> Float64[Tensor, " rows"]:
-    """The probability that each row's target gives the class ``index``: of labels, one or zero.
-
-    The mass that a list leaves over belongs to the unlisted classes together; each is given an equal part of it.
-    """
-    if isinstance(target, TopK):
-        probs = target.log_probs.double().exp()
-        mass = probs.sum(-1)
-        if target.tail == "renormalize":
-            probs, over = probs / mass[:, None], torch.zeros_like(mass)
-        else:
-            over = (1.0 - mass).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
-        here = target.indices == index[:, None]
-        return torch.where(here.any(-1), (probs * here).sum(-1), over)
-    if target.is_floating_point():
-        return target.gather(-1, index[:, None]).squeeze(-1).double()
-    return (target == index).double()
+def _row_scores(loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> RowScores:
+    losses, label = row_losses(loss, logits, target).double(), target_labels(target)
+    kl = None
+    if is_soft(target):
+        kl = losses if loss == "forward_kl" else row_losses("forward_kl", logits, target).double()
+    p = logits.softmax(-1)
+    confidence, predicted = p.max(-1)
+    label_probability = p.gather(-1, label[:, None]).squeeze(-1)
+    if isinstance(target, TopK):  # the bucket of a list is one outcome
+        model, teacher = target.against(logits)
+        residual = model.softmax(-1).sub_(teacher.double().softmax(-1))
+    elif target.is_floating_point():
+        residual = p.sub_(target)
+    else:
+        residual = p.scatter_add_(-1, label[:, None], torch.full_like(label_probability, -1.0)[:, None])
+    return RowScores(
+        losses, kl, entropy(logits), residual.square_().sum(-1), confidence, label_probability, label, predicted,
+        target_probability(target, predicted, logits.shape[-1]),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Errors of the operating system, told as one message: the argument, the path, the reason and a remedy."""
+"""Errors of the operating system as one message: the argument, the path, the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ REMEDIES = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EIO: "check its disk",
 }
-# Torch and the libraries in C++ have no type of error for it.
+# torch and the C++ libraries have no error type for it.
 NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|MemoryError", re.IGNORECASE)
-ASKED_FOR = re.compile(r"(you tried|Unable) to allocate (.+?)(?=\.? Error code|$)", re.MULTILINE)
+REQUESTED = re.compile(r"(you tried|Unable) to allocate (.+?)(?=\.? Error code|$)", re.MULTILINE)
 
 
 def unusable(argument: str, path: str | Path, action: str, error: OSError) -> DataError:
-    """The error to raise where ``path`` cannot be ``action``, as in "read" or "written"."""
+    """Return the error to raise where ``path`` cannot be "read" or "written", the ``action``."""
     reason = error.strerror or str(error) or type(error).__name__
     return DataError(f"{argument}: {path} cannot be {action} ({reason}); {remedy_for(error)}")
 
 
 def remedy_for(error: OSError) -> str:
-    """What would help against an error of the operating system."""
+    """Return what to do about an error of the operating system."""
     return REMEDIES.get(error.errno or 0, "check the path and its disk")
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Say what could not be allocated if the error is of memory that has run out; otherwise return None."""
+    """Return what could not be allocated if the error says that memory has run out, and None otherwise."""
     text = str(error)
     no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if not no_memory and not (isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(text)):
         return None
-    asked = ASKED_FOR.search(text)
-    return f"out of memory: {asked[2]} could not be allocated" if asked else "out of memory"
+    requested = REQUESTED.search(text)
+    return f"out of memory: {requested[2]} could not be allocated" if requested else "out of memory"

@@ -1,12 +1,20 @@
-"""Targets that name few classes: an index, or a list with all other classes as one outcome.
+"""Targets that name few classes: an index, or a list of classes with all others as one outcome.
 
-With ``o = log Σ_{unlisted} e^z`` the loss is a loss of the ``k + 1`` logits ``c = (z_listed, o)``, which
+With ``o = log Σ_{unlisted} e^z`` the loss is a loss of the ``k + 1`` coarse logits ``c = (z_listed, o)``, which
 :mod:`softcurve.losses.rows` has in closed form. It is computed there in float64, which costs nothing beside ``C``
-classes and leaves the rounding of the tile's one sum. With ``q = e^{z − o}``, the softmax over the unlisted,
+classes and leaves the rounding of the tile's one sum. With ``q = e^{z − o}``, the softmax over the unlisted classes,
 
     ∂L/∂z = G_o q,   its change along ż:  Ġ_o q + G_o q (ż − ȯ),   ȯ = q·ż,
 
 at unlisted classes and ``G_k``, ``Ġ_k`` at listed ones. Label smoothing adds ``U lse − u·z`` with ``u = ε w / C``.
+
+A matrix of second order is ``m′ B m′``, where ``m`` is the map before the softmax (the soft cap), and the Hessian adds
+``diag(m″ ⊙ g′)``. With ``M`` the matrix of the coarse loss,
+
+    B = (∂c/∂z)ᵀ M (∂c/∂z) + κ (diag(q) − q qᵀ),
+
+where ``κ`` is the gradient with respect to ``o`` for the Hessian. For Gauss-Newton ``κ`` is what is left of that where
+the loss is convex in ``z``; a bucket is one outcome, in whose logit the loss is convex, and leaves nothing.
 """
 
 from __future__ import annotations
@@ -18,262 +26,189 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.kernel import Block, Kernel, Residuals, Statistics, first_of_largest
-from softcurve.losses import softmax
-from softcurve.losses.rows import DenseCrossEntropy, IndexCrossEntropy, LogitDivergence, RowLoss
+from softcurve.head import backends
+from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, bend_ratio, or_zero
+from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Residuals, Statistics, first_of_largest
+from softcurve.losses import rows, softmax
+from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN
 from softcurve.losses.spec import LogitMap
 from softcurve.processes import max_over, sum_over
 
-# Where a row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
-DIRECT = (0.0, 30.0)
 NO_MASS = -math.inf
 
 
 @dataclass
-class SparseKernel(Kernel):
-    """Sweep 0: the listed logits and ``o``. Then the residual is a multiple of ``e^z``, but for the listed classes."""
+class SparseKernel(CurvatureKernel):
+    """The float64 statistics of each row; what reads or writes whole tiles is a function of ``tiles``.
+
+    One sweep gathers the listed logits and ``o``. For second order a block then holds ``e^{z − shift}``, and 0 at the
+    listed classes and at one with more than half of the unlisted mass: the latter's entry ``q (v − q·v)`` is a small
+    difference, which float32 holds only as ``Σ_{k≠top}``.
+    """
 
     def __post_init__(self) -> None:
-        indices = self.data.indices
-        assert indices is not None
-        rows, self.count = indices.shape
-        zeros = torch.zeros((rows, 1), dtype=torch.float64, device=indices.device)
-        self.shift = torch.full_like(zeros, NO_MASS)
-        self.others, self.v_others = zeros, zeros.clone()  # Σ_{unlisted} e^{z − shift}, and the same sum with ż
-        # NaN until a block has it: a class that is in none must not look like one.
-        self.own, self.v_own = (zeros + math.nan).expand_as(indices), zeros.expand_as(indices)
-        self.uniform, self.v_uniform = zeros.squeeze(-1).clone(), zeros.squeeze(-1).clone()  # u·(z − shift), u·ż
-        self.uniform_mass: Tensor | float = 0.0
-        self.lowered: Tensor | None = None  # e^{shift here − shift of all processes}, to multiply what a tile holds
+        assert self.data.indices is not None
+        self.indices, weight = self.data.indices, self.data.weight
+        self.tiles = backends.tile_functions(self.loss, weight.device, weight.dtype)
+        zeros = torch.zeros((len(weight), 1), dtype=torch.float64, device=weight.device)
+        self.unlisted = SparseSums.of(zeros + NO_MASS, zeros)
+        # The listed logits and their changes, before and after the soft cap, and u of label smoothing there. NaN until
+        # a block has the class: one that is in no block must not look like a logit.
+        self.raw = self.listed = (zeros + math.nan).expand_as(self.indices)
+        self.v_raw = self.v_listed = self.share = zeros.expand_as(self.indices)
+        self.held: Tensor | None = None  # what the sweep has left for the residuals, exponentials relative to
+        self.held_shift = self.unlisted.shift
         if self.data.wants_stats:
-            self.moment = zeros.clone()  # Σ_{unlisted} e^{z − shift} (z − shift)
-            self.best = torch.full_like(zeros.squeeze(-1), NO_MASS)
-            self.predicted = torch.zeros_like(indices[:, 0])
+            self.best = torch.full_like(zeros, NO_MASS)
+            self.predicted = torch.zeros_like(self.indices[:, :1])
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
-    def accumulate(self, number: int, block: Block) -> None:
-        """Few operations look at the whole tile; what reads and writes each entry goes group by group."""
-        z, v = block.z, block.v
-        for rows in self.groups(block):
-            self.map_logits(block, rows)
-        present, where, at = self._listed(block.classes)
-        own = z.gather(-1, at).double()
-        self.own = own if where is None else torch.where(present, own, self.own)
-        if v is not None:
-            own_v = v.gather(-1, at).double()
-            self.v_own = own_v if where is None else torch.where(present, own_v, self.v_own)
-        uniform, mass, base = self._gather_uniform(block)
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
+        tile, logit_map = self._tile(block, directed=self.data.has_direction), self.loss.logit_map
+        places = tile.listed
+        self.raw = places.update(self.raw, tile.z)
+        self.listed = logit_map.value(self.raw)
+        if tile.v is not None:
+            self.v_raw = places.update(self.v_raw, tile.v)
+            self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
+        leaves_residual = self.data.wants_gradient and not self.data.cuts_classes
+        sums, column, held = self.tiles.statistics(
+            tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual
+        )
+        if not self.data.cuts_classes:
+            self.held, self.held_shift = held, sums.shift
         if self.data.wants_stats:
-            self._observe(z, block.classes.start)
-        self._put(z, where, at, NO_MASS)
-        # Of the unlisted: beside a listed class far above them they would be too small for float32.
-        top = z.amax(-1, keepdim=True)
-        direct = z.device.type == "cpu" and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
-        shift = torch.zeros_like(top) if direct else torch.where(top == -math.inf, 0.0, top)
-        others, moment = torch.empty_like(top), torch.zeros_like(self.shift)
-        for rows in self.groups(block):
-            logits = z[rows] - shift[rows] if self.data.wants_stats else None
-            mass_here = z[rows] if direct else z[rows].sub_(shift[rows])
-            torch.sum(mass_here.exp_(), -1, keepdim=True, out=others[rows])
-            if logits is not None:
-                information = torch.where(z[rows] == 0, 0.0, z[rows] * logits)
-                moment[rows] = information.sum(-1, keepdim=True).double()
-        # A block without mass leaves the shift to others, which may lie anywhere.
-        some = top != -math.inf
-        merged = torch.maximum(self.shift, torch.where(some, shift, NO_MASS).double())
-        risen = torch.where(some, shift.double() - merged, 0.0)
-        added = torch.where(some, torch.exp(risen), 0.0)
-        self._shift_to(merged)
-        if v is not None:
-            for rows in self.groups(block):
-                change = (z[rows] * v[rows]).sum(-1, keepdim=True)
-                self.v_others[rows] += change * added[rows]
-        if self.data.wants_stats:
-            self.moment += added * (moment + risen * others)
-        self.others += others.double() * added
-        if self.loss.smoothing:
-            self.uniform += uniform + mass * (base.double() - _or_zero(self.shift)).squeeze(-1)
-            self.uniform_mass = self.uniform_mass + mass
+            listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
+            top = listed.amax(-1, keepdim=True)
+            first = torch.where(listed == top, self.indices, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+            self._observe(sums.shift, column + block.classes.start)
+            self._observe(top, first)
+        if tile.share is not None:
+            share = tile.listed_share()
+            self.share = places.update(self.share, tile.share.expand_as(tile.z))
+            sums = sums._replace(
+                uniform=sums.uniform + _inner(self.listed - or_zero(sums.shift), share),
+                mass=tile.share.double().sum(),
+                uniform_change=sums.uniform_change + _inner(self.v_listed, share),
+            )
+        shift = torch.maximum(self.unlisted.shift, sums.shift)
+        self.unlisted = self.unlisted.shifted(shift).plus(sums.shifted(shift))
 
-    def _shift_to(self, shift: Tensor) -> None:
-        """Sums so far, relative to a ``shift`` that is no smaller."""
-        some = self.shift != NO_MASS
-        lowered = torch.where(some, self.shift - shift, 0.0)
-        kept = torch.where(some, torch.exp(lowered), 0.0)
-        if self.data.wants_stats:
-            self.moment = kept * (self.moment + lowered * self.others)
-        self.others, self.v_others = self.others * kept, self.v_others * kept
-        if self.loss.smoothing:
-            self.uniform += self.uniform_mass * (_or_zero(self.shift) - _or_zero(shift)).squeeze(-1)
-        self.shift = shift
+    def _observe(self, value: Tensor, at: Tensor) -> None:
+        """Take the first class of the largest logit so far."""
+        better = (value > self.best) | ((value == self.best) & (at < self.predicted) & (value > NO_MASS))
+        self.best = torch.where(better, value, self.best)
+        self.predicted = torch.where(better, at, self.predicted)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:
-        """The largest shift, then the sums, of which a listed logit has one term."""
-        shift = self.shift.clone()
+        """Reduce the largest shift, then the sums, of which a listed logit has one term."""
+        shift = self.unlisted.shift.clone()
         max_over([shift], group)
         if self.data.wants_stats:
             self.predicted = first_of_largest(self.best, self.predicted, group, self.data)
-        if not self.data.cuts_classes:
-            self.lowered = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - shift))
-        self._shift_to(shift)
-        indices = self.data.indices
-        assert indices is not None
-        here = (indices >= 0) & (indices < self.data.held)
-        self.own, self.v_own = (torch.where(here, own, 0.0) for own in (self.own, self.v_own))
-        sums = [self.own, self.others]
+        self.unlisted = self.unlisted.shifted(shift)
+        here = (self.indices >= 0) & (self.indices < self.data.held)
+        self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
+        sums = [self.listed, self.unlisted.total]
         if self.data.has_direction:
-            sums += [self.v_own, self.v_others]
+            sums += [self.v_listed, self.unlisted.change]
         if self.loss.smoothing:
-            sums += [self.uniform, self.v_uniform] if self.data.has_direction else [self.uniform]
+            sums += [self.unlisted.uniform] + [self.unlisted.uniform_change] * self.data.has_direction
         if self.data.wants_stats:
-            sums.append(self.moment)
+            sums.append(self.unlisted.moment)
         sum_over(sums, group)
 
-    def _gather_uniform(self, block: Block) -> tuple[Tensor, Tensor | float, Tensor]:
-        """``u·(z − base)`` of label smoothing in a block, ``Σ u`` and the base; ``u·ż`` on the way."""
-        if not self.loss.smoothing:
-            return self.uniform, 0.0, self.shift
-        top = block.z.amax(-1, keepdim=True)
-        base = torch.where(top == -math.inf, 0.0, top)
-        u = self._smooth(block.classes, block.z)
-        masks = bool((u == 0).any())  # a class of weight 0 has no part, also where it is masked
-
-        def inner(z: Tensor) -> Tensor:
-            return (torch.where(u == 0, 0.0, z) if masks else z) @ u
-
-        for rows in self.groups(block):
-            if block.v is not None:
-                self.v_uniform[rows] += inner(block.v[rows]).double()
-        parts = [inner(block.z[rows] - base[rows]).double() for rows in self.groups(block)]
-        return torch.cat(parts), u.double().sum(), base
-
-    def _listed(self, classes: slice, rows: slice | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Which listed classes lie in a block, where (``None``: all do), and their places in it."""
-        indices = self.data.indices
-        assert indices is not None
-        rows = slice(None) if rows is None else rows
-        places = indices[rows] - classes.start
-        width = classes.stop - classes.start
-        if width == self.data.class_count:
-            return torch.ones_like(places, dtype=torch.bool), None, places
-        present = (places >= 0) & (places < width)
-        return present, present.nonzero(), places.clamp(0, width - 1)
-
-    @staticmethod
-    def _put(z: Tensor, where: Tensor | None, at: Tensor, values: Tensor | float) -> None:
-        """``z[row, at] = values`` at the listed classes of this block."""
-        if where is None:
-            z.scatter_(-1, at, values if isinstance(values, float) else values.to(z.dtype))
-            return
-        row, slot = where.unbind(-1)
-        z[row, at[row, slot]] = values if isinstance(values, float) else values[row, slot].to(z.dtype)
-
-    def _smooth(self, classes: slice, z: Tensor) -> Tensor:
-        """``u = ε w / C`` of a block."""
-        each, weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(classes)
-        return z.new_full((z.shape[-1],), each) if weight is None else weight.to(z.dtype) * each
-
-    def _smoothing_mass(self) -> Tensor | float:
-        """``U = Σ u``."""
-        weight = self.data.class_weight
-        return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
-
-    def _observe(self, z: Tensor, first: int) -> None:
-        """The largest class so far."""
-        best, at = z.max(-1)
-        better = best.double() > self.best
-        self.best = torch.where(better, best.double(), self.best)
-        self.predicted = torch.where(better, at + first, self.predicted)
-
-    # --- the rows ----------------------------------------------------------------------------------------------------
-
     def finish(self, number: int) -> None:
-        """The loss of the coarse rows."""
+        """Form the coarse logits and their loss."""
         if self.loss.smoothing and self.loss.group is None:
             # A list of all classes has a common offset too, which u·z and U lse would each round in their own way.
-            top = self.own.amax(-1, keepdim=True)
-            self._shift_to(torch.where((self.shift == NO_MASS) & top.isfinite(), top, self.shift))
-        self.shift = _or_zero(self.shift)
+            shift, top = self.unlisted.shift, self.listed.amax(-1, keepdim=True)
+            self.unlisted = self.unlisted.shifted(torch.where((shift == NO_MASS) & top.isfinite(), top, shift))
+        self.shift, self.others = or_zero(self.unlisted.shift), self.unlisted.total
         self.row_loss, self.target = self._coarse_loss()
         # Relative to the shift, so that a common offset of the logits costs no digits; the z-loss wants them whole.
         whole = self.shift if self.data.offset is None else self.shift + self.data.offset
         offset = whole if self.loss.z_loss else torch.zeros_like(self.shift)
         others = torch.where(self.others > 0, torch.log(self.others), self.others + NO_MASS)
-        self.coarse = torch.cat([self.own - self.shift, others], -1) + offset
-        others = others + offset
+        self.coarse = torch.cat([self.listed - self.shift, others], -1) + offset
         self.lse = softmax.softmax_rows(self.coarse).log_sum_exp - offset.squeeze(-1)
         if self.data.wants_stats:
             # The entropy of the coarse row, and of the unlisted classes among themselves.
-            within = torch.where(self.others > 0, torch.log(self.others) - self.moment / self.others, 0.0)
+            within = torch.where(self.others > 0, torch.log(self.others) - self.unlisted.moment / self.others, 0.0)
             share = torch.softmax(self.coarse, -1)[:, -1:]
             entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
-            self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted)
+            self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted.squeeze(-1))
 
-    def _coarse_loss(self) -> tuple[RowLoss, Tensor]:
+    # --- the rows ----------------------------------------------------------------------------------------------------
+
+    def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
         target = self.data.target
         if target is None:
-            assert self.data.indices is not None
-            return IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.data.indices[:, 0])
+            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
         if self.loss.is_cross_entropy:
-            return DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
-        return LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
+            return rows.DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
+        return rows.LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
 
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
         if self.loss.smoothing:
-            rows = rows + self._smoothing_mass() * self.lse - self.uniform
+            rows = rows + self._smoothing_mass() * self.lse - self.unlisted.uniform.squeeze(-1)
         return rows
 
-    def coarse_gradient(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """In the coarse logits and in the target, times the rows' ``weight``."""
-        wants_target = self.data.wants_target
+    def _coarse_gradient(self, weight: Tensor, wants_target: bool) -> tuple[Tensor, Tensor | None]:
+        """``weight`` times the gradient with respect to the coarse logits, without ``−u·z``, and to the target."""
         gradient, target = self.row_loss.gradient(weight, self.coarse, self.target, (True, wants_target))
         assert gradient is not None
         if self.loss.smoothing:
             gradient = gradient + (weight * self._smoothing_mass()).unsqueeze(-1) * torch.softmax(self.coarse, -1)
         return gradient, target
 
+    def _smoothing_mass(self) -> Tensor | float:
+        """``U = Σ u``."""
+        weight = self.data.class_weight
+        return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
+
+    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
+        gradient, target = self._coarse_gradient(torch.ones_like(self.lse), self.data.target_v is not None)
+        total = _inner(gradient, self.direction)
+        if target is not None and self.data.target_v is not None:
+            total = total + _inner(target, self.data.target_v.double())
+        return (total - self.unlisted.uniform_change).squeeze(-1)
+
     # --- the residual ------------------------------------------------------------------------------------------------
 
     def prepare_residuals(self) -> None:
-        """The gradient of the coarse rows."""
-        self.gradient, self.target_gradient = self.coarse_gradient(self.data.weight.double())
-        self.beta = self._of_others(self.gradient[:, -1:])
-        self.folded = False
+        """Form the coarse gradient, its change along the direction, and from both the numbers of each row."""
+        weight, logit_map = self.data.weight.double(), self.loss.logit_map
+        gradient, self.target_gradient = self._coarse_gradient(weight, self.data.wants_target)
+        beta = self._per_exponential(gradient[:, -1:])
+        listed, listed_v, alpha = gradient[:, :-1], gradient[:, :-1], beta
+        if self.loss.smoothing:
+            listed = listed - weight.unsqueeze(-1) * self.share
+        slope = logit_map.slope(self.raw)
         if self.data.has_direction:
-            self._differentiate()
-        elif self.beta.device.type == "cpu":
-            self._fold()
+            product, alpha = self._differentiate(weight, gradient)
+            if self.loss.softcap is not None:
+                product = product * slope + bend_ratio(logit_map, self.raw) * self.v_raw * slope * listed
+            listed_v = self._unless_masked(product)
+        else:
+            # Leave β to the products' small operands, unless it is too small to divide by.
+            safe = (beta.abs() > 1e-25) & ((listed / beta).abs() < 1e25).all(-1, keepdim=True)
+            factor = self.row_factor = torch.where(safe, beta, 1.0)
+            weight, listed, beta = weight / factor.squeeze(-1), listed / factor, beta / factor
+        listed = self._unless_masked(listed * slope)
+        self.rows = SparseResiduals(self.shift, alpha, beta, weight.unsqueeze(-1), listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        if self.folded and not fresh and block.raw is None and not self.loss.smoothing:
-            _, where, at = self._listed(block.classes)
-            self._put(block.z, where, at, self.gradient[:, :-1] / self.beta)
-            return Residuals(block.z)
-        for rows in self.groups(block):
-            if fresh:
-                self._renew(block, rows)
-            self._residual(block, rows)
-        return Residuals(block.z, None, block.v, None)
+        tile = self._tile(block, directed=self.data.has_direction)
+        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.held)
+        return residuals
 
-    def _of_others(self, whole: Tensor) -> Tensor:
-        """A gradient in ``o``, as a multiple of what a tile holds."""
-        each = torch.where(self.others > 0, whole / self.others, 0.0)
-        return each if self.lowered is None else each * self.lowered
-
-    def _fold(self) -> None:
-        """Leave ``G_o / Σ e^z`` to the products' small operands, unless it is too small to divide by."""
-        listed = self.gradient[:, :-1] / self.beta
-        self.folded = bool((listed.abs() < 1e30).all()) and bool((self.beta.abs() > 1e-25).all())
-        if self.folded:
-            self.row_factor = self.beta
-
-    def _differentiate(self) -> None:
-        """The change of the coarse gradient."""
-        weight = self.data.weight.double()
-        change = torch.where(self.others > 0, self.v_others / self.others, 0.0)
-        self.direction = torch.cat([self.v_own, change], -1)
+    def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changes of the coarse gradient at the listed classes, and ``α``."""
+        change = torch.where(self.others > 0, self.unlisted.change / self.others, 0.0)
+        self.direction = torch.cat([self.v_listed, change], -1)
         target_v = None if self.data.target_v is None else self.data.target_v.double()
         product, self.target_product = self.row_loss.hessian_product(
             weight, self.coarse, self.target, self.direction, target_v
@@ -282,55 +217,161 @@ class SparseKernel(Kernel):
         if self.loss.smoothing:
             mass = (weight * self._smoothing_mass()).unsqueeze(-1)
             product = product + mass * softmax.jacobian_product(self.coarse, self.direction)
-        self.product = product
-        others_change = product[:, -1:] - self.gradient[:, -1:] * change
-        self.alpha = self._of_others(others_change)
+        return product[:, :-1], self._per_exponential(product[:, -1:] - gradient[:, -1:] * change)
 
-    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
-        gradient, target = self.row_loss.gradient(
-            torch.ones_like(self.lse), self.coarse, self.target, (True, self.data.target_v is not None)
+    def _per_exponential(self, whole: Tensor) -> Tensor:
+        """A gradient with respect to ``o``, as a multiple of the exponentials that the residuals are formed from."""
+        return torch.where(self.others > 0, whole / self.others, 0.0) * self._lowered()
+
+    def _lowered(self) -> Tensor:
+        """``e^{held shift − shift}``, which the processes of a sharded head, or other blocks, may have raised."""
+        if self.held is None:
+            return torch.ones_like(self.shift)
+        return torch.where(self.held_shift == NO_MASS, 1.0, torch.exp(self.held_shift - self.shift))
+
+    def _unless_masked(self, listed: Tensor) -> Tensor:
+        """Of the listed classes, with 0 where a soft cap's slope is 0."""
+        return listed if self.loss.softcap is None else torch.where(self.raw == NO_MASS, 0.0, listed)
+
+    # --- second order ------------------------------------------------------------------------------------------------
+
+    def prepare_columns(self) -> None:
+        """Form the coarse matrix ``M``, ``κ`` and the coarse gradient."""
+        self.curvature = self.row_loss.curvature(self.matrix, self.coarse, self.target)
+        p = self.curvature.p
+        if self.loss.smoothing:
+            mass = self._smoothing_mass()
+            self.curvature = softmax.RowCurvature(p, self.curvature.q + mass * p, self.curvature.total + mass)
+        self.gradient, _ = self._coarse_gradient(torch.ones_like(self.lse), wants_target=False)
+        some = self.others > 0
+        self.kappa = torch.where(some, self._spread(p[:, -1:]), 0.0)
+        self.inverse = torch.where(some, 1 / torch.where(some, self.others, 1.0), 0.0)
+        # Products are left as multiples of κ e^z / Σ e^z, unless that is too small to divide by.
+        scale = self.kappa * self.inverse
+        self.row_factor = self.unit = torch.where(scale > 1e-25, scale, 1.0)
+        self.top = torch.full_like(self.others, -1, dtype=torch.int64)  # see the class
+        self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
+
+    def _spread(self, p: Tensor) -> Tensor:
+        """``κ``, where ``p`` is the probability of all unlisted classes."""
+        if self.matrix == HESSIAN:
+            return self.gradient[:, -1:]
+        spread = torch.zeros_like(p)
+        if self.matrix == FISHER or (not self.merges_tail and self.loss.divergence.hessian_is_fisher):
+            mass = self.data.target if self.loss.is_cross_entropy else None
+            spread = p if mass is None else mass.double().sum(-1, keepdim=True) * p
+        if self.matrix == GAUSS_NEWTON and self.loss.z_loss:
+            lse = softmax.softmax_rows(self.coarse).log_sum_exp.unsqueeze(-1)
+            spread = spread + 2 * self.loss.z_loss * lse.clamp(min=0) * p
+        return spread + self._smoothing_mass() * p if self.loss.smoothing else spread
+
+    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
+        tile = self._tile(block, directed=False)
+        scale = None if fresh or self.held is None else self._lowered()
+        dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
+        if dominant is not None:
+            mass, column, rest = dominant
+            self.top = torch.where(column < 0, self.top, column + block.classes.start)
+            self.top_mass, self.rest = self.top_mass + mass, self.rest + rest
+        self.tiles.put(block.z, self._places(block, self.top), torch.zeros_like(self.others))
+        if block.raw is not None:  # which the listed classes have entered as masked ones
+            self.tiles.put(block.raw, tile.listed, self.raw)
+        if block.residual is not None:
+            factor = self.gradient[:, -1:] * self.inverse
+            self.tiles.form_residual(tile, block.residual, factor)
+            values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
+            self._add_kept(block, block.residual, values * self._kept_slope(block))
+
+    def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
+        sum_over([self.top_mass, self.rest], group)
+
+    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return torch.zeros_like(torch.cat([self.listed, self.others], -1)), torch.zeros_like(self.others)
+
+    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
+        """Add ``m′ v`` at the classes whose exponentials are kept at 0, and ``Σ e m′ v`` of all others."""
+        assert block.v is not None
+        kept = self._kept(block).take(block.v) * self._kept_slope(block)
+        others = self.tiles.accumulate_column(self._tile(block, directed=True))
+        before = self.sums.get(number)
+        self.sums[number] = (kept, others) if before is None else (before[0] + kept, before[1] + others)
+
+    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+        assert block.v is not None
+        kept, others = self.sums[number]
+        listed, top = kept[:, :-1], kept[:, -1:]
+        mean = (others + self.top_mass * top) * self.inverse
+        product = self.curvature.product(torch.cat([listed, mean], -1))
+        # e^z (α + β v) at an unlisted class, in multiples of the unit.
+        alpha = (product[:, -1:] - self.kappa * mean) * self.inverse / self.unit
+        beta = self.kappa * self.inverse / self.unit
+        # q_top (M_o + κ (v_top − q·v)), with v_top − q·v from the others' sums
+        apart = (top * self.rest - others) * self.inverse
+        at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * apart)
+        values = torch.cat([product[:, :-1], at_top], -1) / self.unit
+        self.tiles.multiply_column(self._tile(block, directed=True), alpha, beta, 1 / self.unit)
+        self._add_kept(block, block.v, values * self._kept_slope(block))
+
+    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
+        assert block.v is not None
+        entries = self.curvature.diagonal()
+        linear = self.kappa * self.inverse / self.unit
+        square = (entries[:, -1:] - self.kappa) * self.inverse.square() / self.unit
+        top = self.top_mass * self.inverse
+        at_top = top * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
+        values = torch.cat([entries[:, :-1], at_top], -1) / self.unit
+        self.tiles.diagonal(self._tile(block, directed=True), square, linear, 1 / self.unit)
+        self._add_kept(block, block.v, values * self._kept_slope(block) ** 2)
+
+    def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
+        p, others = self.curvature.p[:, :-1], self.curvature.p[:, -1:] * self.inverse
+        self.tiles.rescale(block.z, others)
+        self._add_kept(block, block.z, torch.cat([p, others * self.top_mass], -1))
+
+    def sum_of_q(self) -> Tensor:  # noqa: D102
+        return self.curvature.total
+
+    def _kept(self, block: Block) -> Places:
+        """The classes whose exponentials are kept at 0: the listed, and the one of more than half of the others."""
+        return self._places(block, torch.cat([self.indices, self.top], -1))
+
+    def _kept_slope(self, block: Block) -> Tensor | float:
+        """``m′`` there."""
+        return 1.0 if block.raw is None else self.loss.logit_map.slope(self._kept(block).take(block.raw))
+
+    def _add_kept(self, block: Block, tile: Tensor, values: Tensor) -> None:
+        """Add their entries, which are 0, or what a soft cap's second derivative has given them."""
+        self.tiles.put(tile, self._kept(block), values, add=True)
+
+    # --- tiles -------------------------------------------------------------------------------------------------------
+
+    def _places(self, block: Block, classes: Tensor) -> Places:
+        """Where some classes of each row stand in a block."""
+        columns, width = classes - block.classes.start, block.z.shape[-1]
+        if width == self.data.class_count and classes is self.indices:
+            return Places(columns, None)
+        return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
+
+    def _tile(self, block: Block, *, directed: bool) -> SparseTile:
+        """The tensors of a block; in second order ``v`` holds a column only once the block is prepared."""
+        share = None
+        if self.loss.smoothing:
+            each, class_weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(block.classes)
+            share = block.z.new_full(block.z.shape[1:], each) if class_weight is None else class_weight * each
+        return SparseTile(
+            z=block.z,
+            raw=block.raw,
+            v=block.v if directed else None,
+            out=block.out,
+            v_out=block.v_out,
+            residual=block.residual if isinstance(block, CurvatureBlock) else None,
+            listed=self._places(block, self.indices),
+            share=share,
+            logit_map=self.loss.logit_map,
+            cached=self.data.cached,
         )
-        assert gradient is not None
-        total = _inner(gradient, self.direction)
-        if target is not None and self.data.target_v is not None:
-            total = total + _inner(target, self.data.target_v.double())
-        if self.loss.smoothing:
-            mean = _inner(torch.softmax(self.coarse, -1), self.direction)
-            total = total + self._smoothing_mass() * mean - self.v_uniform
-        return total
-
-    def _renew(self, block: Block, rows: slice) -> None:
-        """``z ← e^{z − shift}`` with 0 at the listed, of a block computed anew."""
-        self.map_logits(block, rows)
-        z = block.z[rows]
-        z.sub_(self.shift[rows].to(z.dtype)).exp_()
-        _, where, at = self._listed(block.classes, rows)
-        self._put(z, where, at, 0.0)
-
-    def _residual(self, block: Block, rows: slice) -> None:
-        z, v = block.z[rows], None if block.v is None else block.v[rows]
-        _, where, at = self._listed(block.classes, rows)
-        listed = self.gradient[rows, :-1]
-        weight = self.data.weight[rows].to(z.dtype)
-        mapped_v = v.clone() if v is not None and block.raw is not None else None
-        if v is not None:
-            v.mul_(self.beta[rows].to(z.dtype)).add_(self.alpha[rows].to(z.dtype)).mul_(z)
-            self._put(v, where, at, self.product[rows, :-1])
-        if not self.folded:
-            z.mul_(self.beta[rows].to(z.dtype))
-        if self.loss.smoothing:
-            u = self._smooth(block.classes, z)
-            listed = listed - self.data.weight[rows].double().unsqueeze(-1) * u[at].double()
-            z.addr_(weight / self.beta[rows, 0].to(z.dtype) if self.folded else weight, u, alpha=-1)
-        self._put(z, where, at, listed / self.beta[rows] if self.folded else listed)
-        self.unmap_residuals(block, rows, mapped_v)
-
-
-def _or_zero(shift: Tensor) -> Tensor:
-    """What sums are relative to: 0 as long as there is no class with mass."""
-    return torch.where(shift == NO_MASS, 0.0, shift)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """``Σ a b`` of each row, where an infinite gradient that meets no change counts as nothing."""
-    return torch.where(b == 0, 0.0, a * b).sum(-1)
+    """``Σ a b`` of each row, where an infinite ``a`` that meets a 0 counts as nothing."""
+    return torch.where(b == 0, 0.0, a * b).sum(-1, keepdim=True)

@@ -16,8 +16,6 @@ from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Kernel
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import STILL, Direction, LinearMap, linear_into
 from softcurve.head.sparse import SparseKernel
-from softcurve.head.sparse_curvature import SparseCurvature
-from softcurve.head.sparse_triton import TritonSparseCurvature, TritonSparseKernel
 from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
@@ -78,18 +76,13 @@ class Tiles:
 
     def kernel(self, data: RowData) -> Kernel:
         """Return the kernel that gives the losses and residuals of these rows."""
-        if self.spec.target != "sparse":
-            return DenseKernel(self.spec, data)
-        if self.in_triton:
-            return TritonSparseKernel(self.spec, data, single=self.matrix is None and not self.plan.cuts_classes)
-        return SparseKernel(self.spec, data)
+        kind: type[Kernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
+        return kind(self.spec, data)
 
     def curvature_kernel(self, data: RowData, *, merges_tail: bool) -> CurvatureKernel:
         """Return the kernel that multiplies by the pass's ``matrix``."""
         assert self.matrix is not None
-        kind: type[CurvatureKernel] = TritonSparseCurvature if self.in_triton else SparseCurvature
-        if self.spec.target != "sparse":
-            kind = DenseKernel
+        kind: type[CurvatureKernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
         return kind(self.spec, data, matrix=self.matrix, merges_tail=merges_tail)
 
     def buffer(self, name: str, rows: int, classes: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -23,7 +23,8 @@ from softcurve.fit.data.labels import index_labels
 from softcurve.fit.data.read_ahead import read_ahead
 from softcurve.fit.data.soft_targets import check_distributions, check_lists, rescale, to_top_k
 from softcurve.fit.data.source import Block, BlockTarget, Label, Share, TargetKind
-from softcurve.fit.together import ALONE, Together
+from softcurve.fit.group import ALONE
+from softcurve.fit.group import Group as Together
 
 __all__ = ["ColumnSource", "assemble", "own_span"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column, Part
 from softcurve.fit.data.source import TargetKind
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group as Together
 
 __all__ = ["column_digests", "require_same_rows"]
 

@@ -13,7 +13,8 @@ from softcurve.array_types import Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.columns import Column
 from softcurve.fit.data.source import Label
-from softcurve.fit.together import ALONE, Together
+from softcurve.fit.group import ALONE
+from softcurve.fit.group import Group as Together
 
 __all__ = ["index_labels"]
 

@@ -13,7 +13,8 @@ from softcurve.fit.data.columns import ArrayColumn, Part
 from softcurve.fit.data.files.npy import npy_column
 from softcurve.fit.data.files.shards import SUFFIXES, directory_parts, file_part
 from softcurve.fit.data.source import Label
-from softcurve.fit.together import ALONE, Together
+from softcurve.fit.group import ALONE
+from softcurve.fit.group import Group as Together
 
 __all__ = ["open_source", "open_source_for"]
 

@@ -9,7 +9,7 @@ from softcurve.fit.data.column_source import ColumnSource, own_span
 from softcurve.fit.data.identity import require_same_rows
 from softcurve.fit.data.source import Source
 from softcurve.fit.data.subset import Subset
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group as Together
 
 __all__ = ["shared"]
 

@@ -9,7 +9,8 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from softcurve.array_types import Float, Int, Int64
-from softcurve.fit.together import ALONE, Together
+from softcurve.fit.group import ALONE
+from softcurve.fit.group import Group as Together
 from softcurve.losses.targets import TopK
 
 __all__ = ["Block", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]

@@ -1,8 +1,8 @@
-"""The coordinates that a head is fitted in: features about their mean, turned into the axes of their covariance.
+"""The coordinates that a head is fitted in: features about their mean, rotated to the axes of their covariance.
 
 ``z = W x + b = V u + c`` with ``u = Uᵀ(x − μ)``, ``V = W U`` and ``c = b + W μ``. The penalty is the same,
-``‖V‖ = ‖W‖``; the bias no longer fights with the mean of the features; and the Gauss-Newton matrix, ``Σ J ⊗ u uᵀ``, is
-near the diagonal in every class.
+``‖V‖ = ‖W‖``; the bias is not correlated with the weight; and the Gauss-Newton matrix, ``Σ J ⊗ u uᵀ``, is nearly
+diagonal for every class.
 """
 
 from __future__ import annotations
@@ -17,31 +17,25 @@ from torch import Tensor
 from softcurve.array_types import Bool, Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
-from softcurve.fit.together import Together
+from softcurve.fit.group import Group
 
 __all__ = ["Coordinates", "find_coordinates"]
 
-# Eigenvectors of a wider covariance take longer than they are worth.
-WIDEST = 4096
-# What they cost, in products of the fit, may be about this many: 10 d³ operations against 4 n d C for a product.
-WORTH_PRODUCTS = 60
-# Rows of fewer than their width are turned into their own span; they are held twice for it.
-SPAN_BYTES = 2**30
-
-
-# The largest spread that a column or an axis has by rounding alone, relative to its entries.
-SPREAD = 4e-15
-# The largest eigenvalue, a feature, of a singular correlation matrix: by the rounding of its sums, or of the features.
+WIDEST = 4096  # the widest features whose covariance is decomposed
+WORTH_PRODUCTS = 60  # what the eigenvectors may cost, in products: 10 d³ operations against 4 n d C for a product
+SPAN_BYTES = 2**30  # of the copy of the rows that is made to find their span, if there are fewer rows than features
+SPREAD = 4e-15  # the largest spread of a column or an axis by rounding alone, relative to its entries
+# The largest eigenvalue per feature of a singular correlation matrix, by the rounding of its sums or of the features.
 SINGULAR = {True: 4e-15, False: (16.0 * 2.0**-23) ** 2}
 
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """``mean`` is zero without an intercept; ``basis`` is ``None`` for the features' own axes.
+    """The map between a head and the parameters of the fit.
 
-    ``moments`` are the squares, about zero, of the columns that an axis is made of, each by its part in it.
-    ``redundant`` are the axes along which rows differ by rounding alone: a constant column, or the difference of a
-    column and its copy.
+    ``mean`` is zero without an intercept; ``basis`` is ``None`` for the axes of the features. ``moments`` are for each
+    axis the second moments about zero of its columns, weighted by their part in it. ``redundant`` are the axes along
+    which rows differ only by rounding: a constant column, or the difference of a column and its copy.
     """
 
     mean: Float64[Tensor, " d"]
@@ -52,50 +46,50 @@ class Coordinates:
 
     @property
     def width(self) -> int:
-        """The number of axes, without the intercept's."""
+        """The number of axes without that of the intercept."""
         return len(self.mean) if self.basis is None else self.basis.shape[1]
 
     @property
     def size(self) -> int:
-        """The parameters of a class."""
+        """The number of parameters of a class."""
         return self.width + self.intercept
 
     def penalties(self, penalty: float) -> Float64[Tensor, " size"]:
-        """What the penalty adds to the curvature of each parameter of a class: nothing for the intercept."""
-        of_all = torch.full((self.size,), penalty, dtype=torch.float64)
+        """Return the curvature of the penalty for each parameter of a class, which is 0 for the intercept."""
+        penalties = torch.full((self.size,), penalty, dtype=torch.float64)
         if self.intercept:
-            of_all[-1] = 0.0
-        return of_all
+            penalties[-1] = 0.0
+        return penalties
 
     def turned_into(self, out: Float[Tensor, "rows size"], features: Float[Tensor, "rows d"]) -> None:
-        """``[u, 1]`` of each row."""
+        """Write ``[u, 1]`` of each row to ``out``."""
         centred = features.double() - self.mean
         out[:, : self.width] = centred if self.basis is None else centred @ self.basis
         if self.intercept:
             out[:, -1] = 1.0
 
     def about_mean(self, parameters: Float[Tensor, "classes size"]) -> tuple[Tensor, Tensor | None]:
-        """``(W, c)``: for features about their mean, in the features' own axes."""
+        """Return ``(W, c)``, the parameters for centred features that are not rotated."""
         turned = parameters[:, : self.width]
         weight = turned if self.basis is None else turned @ self.basis.T.to(turned.dtype)
         return weight, parameters[:, -1] if self.intercept else None
 
     def from_mean(self, weight: Float64[Tensor, "classes d"], bias: Float64[Tensor, " classes"]) -> Tensor:
-        """The transpose of :meth:`about_mean`: gradients in ``(W, c)`` become gradients in the parameters."""
+        """Apply the transpose of :meth:`about_mean`, which maps gradients with respect to ``(W, c)``."""
         turned = weight if self.basis is None else weight @ self.basis.to(weight.dtype)
         return torch.cat([turned, bias[:, None]], 1) if self.intercept else turned
 
     def head(self, parameters: Float64[Tensor, "classes size"]) -> tuple[Tensor, Tensor]:
-        """``(W, b)`` for the features as they are."""
+        """Return ``(W, b)`` for the original features."""
         weight, bias = self.about_mean(parameters)
         return weight.contiguous(), weight.new_zeros(len(weight)) if bias is None else bias - weight @ self.mean
 
     def parameters(self, weight: Float64[Tensor, "classes d"], bias: Float64[Tensor, " classes"]) -> Tensor:
-        """The parameters of a head. What lies outside the span of the features is left out."""
+        """Return the parameters of a head, without its part outside the span of the features."""
         return self.from_mean(weight, bias + weight @ self.mean)
 
     def largest_gradient(self, weight: Tensor, bias: Tensor | None) -> float:
-        """The largest entry of the gradient in ``(W, b)``, from that in ``(W, c)`` with the penalty's part."""
+        """Return the largest entry of the gradient with respect to ``(W, b)``, from that with respect to ``(W, c)``."""
         if bias is None or not self.intercept:
             return float(weight.abs().max())
         return max(float(torch.addr(weight, bias, self.mean).abs().max()), float(bias.abs().max()))
@@ -104,7 +98,7 @@ class Coordinates:
 def find_coordinates(
     source: Source, weights: Float64[Tensor, " rows"], classes: int, *, intercept: bool, rows_at_once: int
 ) -> Coordinates:
-    """Look at all rows once; ``weights`` sum to one."""
+    """Find the coordinates in one pass over the rows; ``weights`` sum to one."""
     width, rows, together = source.width, share_of(source).total, share_of(source).together
     axes = min(width, rows)
     pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * rows * classes and axes <= WIDEST
@@ -140,10 +134,10 @@ def _coordinates(
 
 
 def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor, int]:
-    """The eigenvectors, first those of the null space, and how many these are.
+    """Return the eigenvectors of the covariance, first those of the null space, and the dimension of the null space.
 
-    The null space is that of the correlations: between columns of very different units, the rounding of the
-    covariance's largest entries hides which of the small ones is zero. Columns that are ``constant`` belong to it.
+    The null space is that of the correlation matrix, as the rounding of the largest entries of the covariance hides the
+    zeros among the entries of columns with much smaller units. It includes ``constant`` columns.
     """
     together = share_of(source).together
     scale = torch.where(constant, math.inf, covariance.diagonal().clamp(min=0.0).sqrt())
@@ -151,15 +145,15 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
     null = int((values <= SINGULAR[source.double] * len(values)).sum())
     if not null:
         return _eigh(covariance, together)[1], 0
-    # Features D x̂ that do not vary along n in x̂ do not along D⁻¹ n.
+    # Features D x̂ do not vary along D⁻¹ n if x̂ does not vary along n.
     scale = torch.where(constant, 1.0, scale)
     turned = together.from_first(torch.linalg.qr(vectors[:, :null] / scale[:, None], mode="complete").Q)
     rest = turned[:, null:]
     return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, together)[1]], 1), null
 
 
-def _eigh(matrix: Tensor, together: Together) -> tuple[Tensor, Tensor]:
-    """The first process's: another machine's may have other signs."""
+def _eigh(matrix: Tensor, together: Group) -> tuple[Tensor, Tensor]:
+    """Return the decomposition of the first process, as another machine may find other signs."""
     values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
     with together.agreed():
         if together.first:
@@ -173,7 +167,7 @@ def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tu
 
 
 def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *, turned: bool) -> Coordinates:
-    """Fewer rows than features: the optimal weight lies in the rows' span, as its penalty grows outside."""
+    """Return coordinates of the span of fewer rows than features, in which the optimal weight lies."""
     together = share_of(source).together
     features = torch.zeros(0, source.width, dtype=torch.float64)
     with together.agreed():
@@ -193,9 +187,9 @@ def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *
 
 
 class _Moments:
-    """Mass, first and second moments about the first rows' mean: far from zero nothing cancels. And squares about zero.
+    """First and second moments about the mean of the first rows, which avoids cancellation, and squares about zero.
 
-    The second moments are those of all pairs of features, or of each.
+    The second moments are those of all pairs of features, or of each feature.
     """
 
     def __init__(self, width: int, *, pairs: bool) -> None:
@@ -218,7 +212,7 @@ class _Moments:
             self.second += weights @ features.square()
 
     def mean(self) -> Tensor:
-        """``Σ w x``, the mean's part that these rows have."""
+        """Return ``Σ w x``, the part of these rows in the mean."""
         return self.first if self.origin is None else self.origin * self.mass + self.first
 
     def about(self, point: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Newton's method for a softmax head: damped where rows are wrong, its steps by preconditioned conjugate gradients.
+"""Newton's method for a softmax head, with damping in the logits and steps by preconditioned conjugate gradients.
 
-The damping μ is a trust region in the form of a multiplier (Levenberg, Marquardt): a step ``x`` minimises the
-quadratic model plus ``½ μ Σ_i |p_i − y_i| · (change of the logits of row i)²``, and μ falls and rises by how well the
-model foretold what the objective did. Measured in logits, and only where a row is still wrong, it does not hold back
-what is settled: a trust region in the parameters took hundreds of steps for thousands of rare classes, this takes ten.
+The damping μ is a trust region in the form of a multiplier (Levenberg, Marquardt): a step ``x`` minimises the quadratic
+model plus ``½ μ Σ_i |p_i − y_i| · (change of the logits of row i)²``, and μ is adapted to how well the model predicts
+the change of the objective. As it measures the logits, and only of rows with an error, it does not limit the others: a
+trust region in the parameters took hundreds of steps for thousands of rare classes, this one takes ten.
 """
 
 from __future__ import annotations
@@ -25,33 +25,32 @@ from softcurve.records import ShortRepr
 __all__ = ["OtherRows", "Outcome", "State", "Step", "minimise"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
-# Undamped from here on.
-NO_DAMPING = 1e-5
-# The residual that conjugate gradients may leave, relative to the gradient.
-LOOSEST, TIGHTEST = 0.1, 1e-4
-# The error of the last model up to which the residual counts as the next gradient, and its share of the tolerance.
-NEARLY_TRUE, ENOUGH = 0.3, 0.5
-# Of the tolerance, the nats that Newton's step may still promise at the end. By an approximate inverse, which has been
-# seen to promise ten to thirty times too little where features are nearly collinear.
-PROMISED = 0.02
+NO_DAMPING = 1e-5  # a smaller damping counts as none
+LOOSEST, TIGHTEST = 0.1, 1e-4  # the residual that conjugate gradients may leave, relative to the gradient
+# The error of the last model up to which the residual predicts the next gradient, and the share of the tolerance that
+# it must reach then.
+NEARLY_EXACT, ENOUGH = 0.3, 0.5
+# The nats that Newton's step may still gain at the end, relative to the tolerance. They are measured with an
+# approximate inverse, which has been ten to thirty times too small for nearly collinear features.
+GAIN = 0.02
 MOST_PRODUCTS = 500  # of one step
 ROUNDING = 1e-14  # of the objective
-# A step must reach this share of what was foretold, or a part of it is tried; the shortest part.
+# A step must reach this share of the predicted decrease, or a shorter one is tried, down to the shortest.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
 MOST_FAILURES = 8
-# How far, in nats, or relative to it, rounding and other axes may move the objective of a state.
-SAME_OBJECTIVE = 1e-9
-# The slope at a step's end, relative to its beginning, from which on it may pay to go on; how far at least, at most.
+SAME_OBJECTIVE = 1e-9  # how much rounding and other axes may change the objective of a state, in nats or relatively
+# The slope at the end of a step, relative to that at its beginning, from which on going farther may pay; the shortest
+# and the longest such extension.
 STILL_FALLING, WORTH_GOING_ON, FARTHEST = 0.1, 1.5, 8.0
 
 
 class OtherRows(ValueError):
-    """The objective at the parameters of a state is not the one that the state says."""
+    """The objective at the parameters of a state differs from the one in the state."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the fit stands after a step: nats, the largest entry of the gradient, products so far, seconds."""
+    """The objective in nats after a step, the largest entry of its gradient, and the products and seconds so far."""
 
     iteration: int
     objective: float
@@ -63,14 +62,14 @@ class Step:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class State(ShortRepr):
-    """All that the next step depends on."""
+    """Everything that the next step depends on."""
 
     parameters: Float64[Tensor, "classes size"]
     damping: float
-    model_error: float  # the part of the gradient that the last step's model did not foretell; or infinite
-    failures: int  # steps since the last that led on
+    model_error: float  # the part of the gradient that the model of the last step did not predict; or infinite
+    failures: int  # the number of steps since the last one that decreased the objective
     double: bool  # whether products are in float64
-    blocks: bool  # whether the preconditioner is that of the classes' blocks
+    blocks: bool  # whether the preconditioner is ClassBlocks
     history: tuple[Step, ...]
 
 
@@ -85,10 +84,10 @@ class Outcome(ShortRepr):
 
 
 class Newton:
-    """The fit from a state on; see :func:`minimise`."""
+    """A fit that starts from a state; see :func:`minimise`."""
 
     def __init__(
-        self, objective: Objective, curvature_in: Callable[[torch.dtype], Curvature], state: State, *, tol: float,
+        self, objective: Objective, curvature_in: Callable[..., Curvature], state: State, *, tol: float,
         memory_of_blocks: int, cold: Callable[[], State] | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.curvature_in, self.state, self.tol = objective, curvature_in, state, tol
@@ -96,8 +95,8 @@ class Newton:
         last = state.history[-1] if state.history else None
         self.started = time.perf_counter() - (last.seconds if last else 0.0)
         self.products = last.products if last else 0
-        self.curvature = curvature_in(_dtype(state))
-        self.point = self._first_point(cold if not state.history else None)
+        self.curvature = curvature_in(dtype=torch.float64 if state.double else torch.float32)
+        self.point = self._first_point(cold if last is None else None)
         self.curvature.move_to(self.point.parameters)
         self.prepared: tuple[float, ClassBlocks | Eigenbasis] | None = None
         if last is None:
@@ -106,82 +105,85 @@ class Newton:
             raise OtherRows(f"the objective is {self.point.value!r} there, and {last.objective!r} here")
 
     def _first_point(self, cold: Callable[[], State] | None) -> Point:
-        """The point of the state, or that of ``cold`` where the objective is lower, or has no value at the state.
+        """Return the point of the state, or that of ``cold`` if the objective is lower there or not finite here.
 
-        Far from the optimum, as after a change of the features' units, rows are certain and the curvature says nothing.
+        Far from the optimum, as after a change of the units of the features, rows are certain and have no curvature.
         """
-        lower = None if cold is None else cold()
-        bound = math.inf if lower is None else self.objective.at(lower.parameters).value
+        other = None if cold is None else cold()
+        bound = math.inf if other is None else self.objective.at(other.parameters).value
         point = self.objective.at(self.state.parameters, self.curvature.keep)
-        if lower is not None and not (point.finite and point.value <= bound):
-            self.state, point = lower, self.objective.at(lower.parameters, self.curvature.keep)
+        if other is not None and not (point.finite and point.value <= bound):
+            self.state, point = other, self.objective.at(other.parameters, self.curvature.keep)
         if not point.finite:
             self.objective.refuse_rows()
         return point
 
     def converged(self) -> bool:
-        """Whether the gradient is within the tolerance, and what Newton's step promises at most a share of it, in nats.
+        """Whether the gradient is within the tolerance, and Newton's step would gain at most a share of it, in nats.
 
-        The gradient's size depends on the units of the features, and on how many classes share the rows. Half the
-        squared Newton decrement, ``½ gᵀ H⁻¹ g``, does not: it is what the undamped step would gain. At least one step
-        is made, as both are small also where the loss is flat.
+        The size of the gradient depends on the units of the features and on the number of classes. Half the squared
+        Newton decrement, ``½ gᵀ H⁻¹ g``, which is the gain of the undamped step, does not. At least one step is taken,
+        as both are small also where the loss is flat.
         """
-        if not self.point.gradient_max <= self.tol or len(self.state.history) < 2:
+        if not self._gradient_within_tolerance():
             return False
-        # The loss of labels is at least 1 − p, and never below zero: there is no more to gain than what it is.
-        settled = self.objective.source.kind == "labels" and self.point.value <= self.tol
-        return settled or self._promised() <= PROMISED * self.tol
-
-    def _promised(self) -> float:
-        return 0.5 * _norm(self.point.gradient, self._approximation(0.0)) ** 2
+        # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
+        no_gain = self.objective.problem.source.kind == "labels" and self.point.value <= self.tol
+        return no_gain or self._gain() <= GAIN * self.tol
 
     def lacks(self) -> str:
-        """What keeps the fit from having converged where the gradient does not say it."""
-        if not self.point.gradient_max <= self.tol or len(self.state.history) < 2:
+        """Return what keeps the fit from having converged if that is not the gradient."""
+        if not self._gradient_within_tolerance():
             return ""
         return (
-            f" (the gradient is within tol, but a step may still gain {self._promised():.1e} nats a row, and "
-            f"{PROMISED * self.tol:.1e} are allowed)"
+            f" (the gradient is within tol, but a step may still gain {self._gain():.1e} nats a row, and "
+            f"{GAIN * self.tol:.1e} are allowed)"
         )
 
-    def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """The approximate inverse of the curvature with this damping, which products have from now on.
+    def _gradient_within_tolerance(self) -> bool:
+        return self.point.gradient_max <= self.tol and len(self.state.history) >= 2
 
-        A gradient has no part that is the same in all classes, but by rounding, and the inverse gives none.
+    def _gain(self) -> float:
+        return 0.5 * _norm(self.point.gradient, self._approximation(0.0)) ** 2
+
+    def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Return the approximate inverse of the curvature with this damping, and set the damping of the products.
+
+        A gradient has no part that is the same in all classes, except for rounding, and neither has the result.
         """
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
-            self.curvature.leave_out_settled_rows()
+            self.curvature.leave_out_negligible_rows()
             self.prepared = damping, ClassBlocks(self.curvature) if self.state.blocks else Eigenbasis(self.curvature)
         inverse = self.prepared[1]
-        return lambda gradient: _settled(inverse(_settled(gradient)))
+        return lambda gradient: _centred(inverse(_centred(gradient)))
 
     def step(self) -> None:
-        """One step of Newton's method, or a higher damping where it did not lead downwards."""
+        """Take one step of Newton's method, or raise the damping where it does not decrease the objective."""
         state, point, curvature = self.state, self.point, self.curvature
         inverse = self._approximation(state.damping if state.damping >= NO_DAMPING else 0.0)
         norm = _norm(point.gradient, inverse)
-        spent = curvature.products
-        step, residual, foretold = conjugate_gradients(
+        before = curvature.products
+        step, residual, predicted = conjugate_gradients(
             curvature, inverse, point.gradient,
-            # To solve the model better than it is true is lost (Eisenstat and Walker, 1996).
+            # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
-            # Where the model is nearly true, its residual is the next gradient.
-            enough=self._within_tolerance if state.model_error < NEARLY_TRUE else _never,
+            # The residual of a nearly exact model is the next gradient.
+            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else _never,
         )  # fmt: skip
-        spent = curvature.products - spent
-        there, whole = self._downhill(step, foretold)
-        # The model is of the whole step's end.
+        spent = curvature.products - before
+        there, whole = self._backtrack(step, predicted)
+        # The model predicts the gradient at the end of the whole step.
         model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm and there.finite else math.inf
-        reached = there.value - point.value
+        change = there.value - point.value
         rounding = ROUNDING * abs(point.value)
-        ratio = reached / foretold if foretold < -rounding else math.nan
-        better = reached < -rounding or (reached <= rounding and there.gradient_max < point.gradient_max)
+        ratio = change / predicted if predicted < -rounding else math.nan
+        better = change < -rounding or (change <= rounding and there.gradient_max < point.gradient_max)
         failures = 0 if better else state.failures + 1
-        # An undamped step that was solved to a tenth or better, and leaves most of the gradient, may lack digits.
+        # An undamped step that was solved to a tenth or better, but leaves most of the gradient, may lack precision.
         slow = whole and not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
         if better and whole:
-            there = self._beyond(there)
+            there = self._extend(there)
         blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
         self.state = replace(
             state,
@@ -194,29 +196,26 @@ class Newton:
         self._move_to(there if better else point, recompute=not better)
         self._note()
 
-    def _downhill(self, step: Tensor, foretold: float) -> tuple[Point, bool]:
-        """The point at the end of the step, or of a part of it where all of it leads uphill; and whether of all."""
+    def _backtrack(self, step: Tensor, predicted: float) -> tuple[Point, bool]:
+        """Shorten the step until the objective decreases; return the new point and whether the full step was taken."""
         point = self.point
         slope = float((point.gradient * step).sum())
         share = 1.0
         while True:
-            there = self.objective.at(_settled(point.parameters + share * step), self.curvature.keep)
-            reached = there.value - point.value
-            hidden = not foretold < -ROUNDING * abs(point.value)  # by rounding
-            if hidden or (there.finite and reached < SUFFICIENT * share * foretold) or share < SHORTEST:
+            there = self.objective.at(_centred(point.parameters + share * step), self.curvature.keep)
+            change = there.value - point.value
+            hidden = not predicted < -ROUNDING * abs(point.value)  # by rounding
+            if hidden or (there.finite and change < SUFFICIENT * share * predicted) or share < SHORTEST:
                 return there, share == 1.0
-            if not there.finite:
-                share *= 0.1
-                continue
-            # The parabola through both values and the slope has its minimum there.
-            share *= min(max(0.5 * share * slope / (share * slope - reached), 0.1), 0.5)
+            # The parabola through both values and the slope has its minimum at this share of the step.
+            share *= min(max(0.5 * share * slope / (share * slope - change), 0.1), 0.5) if there.finite else 0.1
 
-    def _beyond(self, there: Point) -> Point:
-        """A point farther along the step, if the objective goes on falling there.
+    def _extend(self, there: Point) -> Point:
+        """Return a point farther along the step if the objective continues to decrease there.
 
-        Where rows become certain, their loss dies away like an exponential, and each of Newton's steps gains one unit
-        of their logits, whatever is left to gain. So the slope along the step is taken as ``a + b e^(−ct)``, through
-        the values and slopes at both its ends, and followed to where it is zero.
+        Where rows become certain, their loss decreases exponentially, and each of Newton's steps changes their logits
+        by only one unit. The slope along the step is modelled as ``a + b e^(−ct)``, which agrees with the values and
+        slopes at both ends of the step, and is followed to its zero.
         """
         point = self.point
         step = there.parameters - point.parameters
@@ -224,18 +223,18 @@ class Newton:
         length = _zero_of_slope(first, last, there.value - point.value)
         if length < WORTH_GOING_ON:
             return there
-        beyond = self.objective.at(_settled(point.parameters + length * step), self.curvature.keep)
-        if beyond.finite and beyond.value < there.value:
-            return beyond
+        farther = self.objective.at(_centred(point.parameters + length * step), self.curvature.keep)
+        if farther.finite and farther.value < there.value:
+            return farther
         return self.objective.at(there.parameters, self.curvature.keep)
 
     def _within_tolerance(self, residual: Tensor, square: float) -> bool:
-        """Whether a gradient like this residual would end the fit, with room for what the model leaves out."""
-        if 0.5 * square > ENOUGH * PROMISED * self.tol:
+        """Whether a gradient like this residual would end the fit, with a margin for the error of the model."""
+        if 0.5 * square > ENOUGH * GAIN * self.tol:
             return False
         coordinates = self.objective.coordinates
         turned = residual[:, : coordinates.width]
-        # The largest entry of d is at least their norm over √d, and the norm is the same in all coordinates.
+        # The largest of d entries is at least their norm over √d, and the norm is the same in all coordinates.
         if float(turned.square().sum(1).max()) > (ENOUGH * self.tol) ** 2 * len(coordinates.mean):
             return False
         return coordinates.largest_gradient(*coordinates.about_mean(residual)) <= ENOUGH * self.tol
@@ -244,7 +243,7 @@ class Newton:
         self.point, self.prepared = point, None
         if self.state.double and self.curvature.dtype != torch.float64:
             self.products += self.curvature.products
-            self.curvature = self.curvature_in(torch.float64)
+            self.curvature = self.curvature_in(dtype=torch.float64)
             recompute = True
         self.curvature.move_to(point.parameters)
         if recompute:
@@ -261,7 +260,7 @@ class Newton:
 
 def minimise(
     objective: Objective,
-    curvature_in: Callable[[torch.dtype], Curvature],
+    curvature_in: Callable[..., Curvature],
     state: State,
     *,
     tol: float,
@@ -270,34 +269,35 @@ def minimise(
     on_step: Callable[[State], None],
     cold: Callable[[], State] | None = None,
 ) -> Outcome:
-    """Go on from ``state`` until the fit has converged to ``tol``, ``max_iter`` steps, or no progress.
+    """Take steps from ``state`` until the fit has converged to ``tol``, up to ``max_iter``, or while there is progress.
 
-    Where the objective is lower at ``cold`` than at a ``state`` without a step, it goes on from there. Raises OtherRows
-    for a state that other rows have led to.
+    ``curvature_in(dtype=...)`` makes the curvature. If ``state`` has no step yet and the objective is lower at
+    ``cold``, the fit starts there. Raises OtherRows for a state of other rows.
     """
     newton = Newton(objective, curvature_in, state, tol=tol, memory_of_blocks=memory_of_blocks, cold=cold)
     while True:
         on_step(newton.state)
-        if newton.converged():
+        converged = newton.converged()
+        if converged:
             reason = "the gradient and the Newton decrement are within the tolerance"
-            return Outcome(newton.state, newton.point, True, reason)
-        if newton.state.failures >= MOST_FAILURES:
+        elif newton.state.failures >= MOST_FAILURES:
             reason = f"rounding hides any further decrease{newton.lacks()}; {REMEDY}"
-            return Outcome(newton.state, newton.point, False, reason)
-        if len(newton.state.history) > max_iter:
+        elif len(newton.state.history) > max_iter:
             reason = f"{max_iter} steps were not enough{newton.lacks()}; raise max_iter, or {REMEDY}"
-            return Outcome(newton.state, newton.point, False, reason)
-        newton.step()
+        else:
+            newton.step()
+            continue
+        return Outcome(newton.state, newton.point, converged, reason)
 
 
 def _zero_of_slope(first: float, last: float, change: float) -> float:
-    """Where ``a + b e^(−ct)`` is zero that is ``first`` at 0, ``last`` at 1, and ``change`` in the mean between.
+    """Return the zero of ``a + b e^(−ct)`` that is ``first`` at 0, ``last`` at 1, and has the integral ``change``.
 
-    At most ``FARTHEST``. One, where the slope at 1 is hardly negative any more, or falls in another way.
+    It is at most ``FARTHEST``, and one where the slope at 1 is hardly negative, or has another form.
     """
     if not first < last < STILL_FALLING * first:
         return 1.0
-    # h(c) = 1/(1 − e^(−c)) − 1/c rises from ½, a parabola's, to 1.
+    # h(c) = 1/(1 − e^(−c)) − 1/c increases from ½, the value of a parabola, to 1.
     h = (first - change) / (first - last)
     if not 0.5 < h < 1.0:
         return min(first / (first - last), FARTHEST) if h <= 0.5 else 1.0
@@ -308,10 +308,6 @@ def _zero_of_slope(first: float, last: float, change: float) -> float:
     b = (first - last) / -math.expm1(-c)
     a = first - b
     return min(math.log(-b / a) / c, FARTHEST) if a > 0.0 else FARTHEST
-
-
-def _dtype(state: State) -> torch.dtype:
-    return torch.float64 if state.double else torch.float32
 
 
 def _next_damping(damping: float, ratio: float, better: bool) -> float:
@@ -334,8 +330,8 @@ def _norm(gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> float:
     return math.sqrt(max(float((gradient * inverse(gradient)).sum()), 0.0))
 
 
-def _settled(parameters: Tensor) -> Tensor:
-    """The same change in all classes changes no probability: of such heads, the one with the smallest norm."""
+def _centred(parameters: Tensor) -> Tensor:
+    """Subtract the mean over the classes: of the heads with the same probabilities, this one has the smallest norm."""
     return parameters - parameters.mean(0)
 
 
@@ -348,10 +344,11 @@ def conjugate_gradients(
     enough: Callable[[Tensor, float], bool],
     most: int = MOST_PRODUCTS,
 ) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:
-    """A step ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model foretells.
+    """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
-    It ends where the residual, in the preconditioner's measure, is ``tol`` times the gradient's, or where it, and its
-    square in that measure, are ``enough``.
+    It ends where the norm of the residual that the preconditioner defines is ``tol`` times that of the gradient, or
+    where the residual and its squared norm are ``enough``. :func:`softcurve.curvature.conjugate_gradients` has another
+    norm, and solves several systems to a tolerance that does not change.
     """
     x = torch.zeros_like(gradient)
     residual = -gradient
@@ -362,10 +359,10 @@ def conjugate_gradients(
         if not square > 0.0:
             break
         changed = product(along)
-        bend = float((along * changed).sum())
-        if not bend > 0.0:
+        curvature = float((along * changed).sum())
+        if not curvature > 0.0:
             break
-        length = square / bend
+        length = square / curvature
         x.add_(along, alpha=length)
         residual.sub_(changed, alpha=length)
         z = inverse(residual)

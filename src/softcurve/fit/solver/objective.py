@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +11,50 @@ from torch import Tensor
 
 from softcurve.array_types import Float64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.data.source import Block, BlockTarget, Source, share_of
+from softcurve.fit.group import Group
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.records import ShortRepr
 
-__all__ = ["Objective", "Point"]
+__all__ = ["FitProblem", "Objective", "Point"]
 
 Keep = Callable[[int, Tensor], None]
 
 
+@dataclass(frozen=True, eq=False)
+class FitProblem:
+    """The rows of a fit, their weights, which sum to one over all processes, and the loss and penalty of the objective.
+
+    ``rows_at_once`` is the largest number of rows in a block.
+    """
+
+    source: Source
+    weights: Float64[Tensor, " rows"]
+    loss: str | Divergence
+    penalty: float
+    rows_at_once: int
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.source.classes)
+
+    @property
+    def group(self) -> Group:
+        """The processes that have the rows."""
+        return share_of(self.source).together
+
+    def blocks(self) -> Iterator[tuple[Block, Float64[Tensor, " rows"]]]:
+        """Yield the rows block by block, with their weights."""
+        for block in self.source.blocks(self.rows_at_once):
+            yield block, self.weights[block.start : block.start + len(block)]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Point(ShortRepr):
-    """Where the fit stands: the objective in nats, its gradient, and the largest entry of that in weight and bias."""
+    """Parameters, the objective in nats, its gradient, and the largest entry of the gradient in weight and bias."""
 
     parameters: Float64[Tensor, "classes size"]
     value: float
@@ -33,77 +63,67 @@ class Point(ShortRepr):
 
     @property
     def finite(self) -> bool:
-        """Whether the objective and all of its gradient are finite: a step that is too long may leave their range."""
+        """Whether the objective and all of its gradient are finite, which they may not be after too long a step."""
         return math.isfinite(self.value) and bool(self.gradient.isfinite().all()) and math.isfinite(self.gradient_max)
 
 
 class Objective:
     """``Σ_i w_i loss_i + ½ penalty ‖W‖²`` with weights that sum to one."""
 
-    def __init__(
-        self,
-        source: Source,
-        loss: str | Divergence,
-        penalty: float,
-        weights: Float64[Tensor, " rows"],
-        coordinates: Coordinates,
-        classes: int,
-        rows_at_once: int,
-    ) -> None:
-        self.source, self.loss, self.penalty, self.weights = source, loss, penalty, weights
-        known = isinstance(divergence_of(loss), CrossEntropy | ForwardKL)
-        self._evaluate = _cross_entropy if known else _any_loss
-        self.coordinates, self.classes, self.rows_at_once = coordinates, classes, rows_at_once
-        # Fresh memory for every block would cost more than what is computed in it.
-        most = min(rows_at_once, source.rows)
-        self._features = torch.empty(most, source.width, dtype=torch.float64)
-        self._logits = torch.empty(most, classes, dtype=torch.float64)
+    def __init__(self, problem: FitProblem, coordinates: Coordinates) -> None:
+        self.problem, self.coordinates = problem, coordinates
+        # Allocating memory for every block would take longer than what is computed in it.
+        most = min(problem.rows_at_once, problem.source.rows)
+        self._features = torch.empty(most, problem.source.width, dtype=torch.float64)
+        self._logits = torch.empty(most, problem.classes, dtype=torch.float64)
 
     def at(self, parameters: Float64[Tensor, "classes size"], keep: Keep | None = None) -> Point:
-        """One pass over the rows; ``keep`` is given each block's first row and probabilities, to copy what it wants."""
+        """Pass over the rows; ``keep`` is called with the first row of each block and a view of its probabilities."""
         weight, bias = self.coordinates.about_mean(parameters)
         weight_out = torch.zeros_like(weight)
         bias_out = weight.new_zeros(len(weight))
         total = torch.zeros(1, dtype=torch.float64)
-        with share_of(self.source).together.summed(weight_out, bias_out, total):
-            for block in self.source.blocks(self.rows_at_once):
+        loss, penalty = self.problem.loss, self.problem.penalty
+        convex = isinstance(divergence_of(loss), CrossEntropy | ForwardKL)
+        row_losses_of = _cross_entropy if convex else _any_loss
+        with self.problem.group.summed(weight_out, bias_out, total):
+            for block, weights in self.problem.blocks():
                 count = len(block)
-                # Converted first: to subtract a float64 vector from float32 rows takes three times as long.
+                # Converting first is three times as fast as subtracting a float64 vector from float32 rows.
                 features = self._features[:count].copy_(block.features).sub_(self.coordinates.mean)
                 logits = torch.mm(features, weight.T, out=self._logits[:count])
                 if bias is not None:
                     logits += bias
                 assert block.target is not None
-                losses, residual = self._evaluate(self.loss, logits, block.target, keep, block.start)
-                of_rows = self.weights[block.start : block.start + count]
-                # A row without weight counts for nothing, also where its loss is infinite.
-                total += (of_rows * torch.where(of_rows > 0, losses, 0.0)).sum()
-                residual *= of_rows[:, None]
-                if not (of_rows > 0).all():
-                    residual[of_rows == 0] = 0.0
+                losses, residual = row_losses_of(loss, logits, block.target, keep, block.start)
+                # A row of weight zero has no part in the sums, even if its loss is infinite.
+                total += (weights * torch.where(weights > 0, losses, 0.0)).sum()
+                residual *= weights[:, None]
+                if not (weights > 0).all():
+                    residual[weights == 0] = 0.0
                 weight_out.addmm_(residual.T, features)
                 if bias is not None:
                     bias_out += residual.sum(0)
-        value = float(total) + 0.5 * self.penalty * float(weight.square().sum())
-        weight_out.add_(weight, alpha=self.penalty)
+        value = float(total) + 0.5 * penalty * float(weight.square().sum())
+        weight_out.add_(weight, alpha=penalty)
         gradient = self.coordinates.from_mean(weight_out, bias_out)
         return Point(parameters, value, gradient, self.coordinates.largest_gradient(weight_out, bias_out))
 
     def refuse_rows(self) -> None:
-        """Raise DataError for rows whose loss or gradient is not finite at zero, where no step has led yet."""
-        with share_of(self.source).together.agreed():
-            for block in self.source.blocks(self.rows_at_once):
-                refuse_zeros(self.loss, block, self.weights[block.start : block.start + len(block)])
+        """Raise DataError for rows whose loss or gradient is not finite before any step is taken."""
+        with self.problem.group.agreed():
+            for block, weights in self.problem.blocks():
+                refuse_zeros(self.problem.loss, block, weights)
         raise DataError(
-            f"data: the {self.loss} of some row, or its gradient, is not finite; scale the features to the order of 1, "
-            "and give targets for which this loss is finite"
+            f"data: the {self.problem.loss} of some row, or its gradient, is not finite; scale the features to the "
+            "order of 1, and give targets for which this loss is finite"
         )
 
 
 def _cross_entropy(
     loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
 ) -> tuple[Tensor, Tensor]:
-    """Losses and residuals ``p − y``, these in the place of the logits."""
+    """Return the losses and the residuals ``Σy p − y``, which overwrite the logits."""
     if not isinstance(target, Tensor):
         return _any_loss(loss, logits, target, keep, start)
     logits -= logits.amax(1, keepdim=True)

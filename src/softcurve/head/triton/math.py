@@ -7,7 +7,7 @@ loss runs on them.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -83,11 +83,13 @@ def jit(function: Any) -> Any:
 
 
 @jit
+@no_type_check
 def _probe():
     """Show by its type whether Triton's interpreter was on when Triton was imported."""
 
 
 @jit
+@no_type_check
 def difference_exp(z, offset):
     """``e^{z − offset}`` for ``offset`` finite, with two roundings corrected that show where the two are far apart.
 
@@ -103,6 +105,7 @@ def difference_exp(z, offset):
 
 
 @jit
+@no_type_check
 def log1p(x):
     """For ``x > −1`` and finite: ``log u + (x − (u − 1))/u`` with ``u = 1 + x`` rounded."""
     u = 1 + x
@@ -110,6 +113,7 @@ def log1p(x):
 
 
 @jit
+@no_type_check
 def exp_excess(t):
     """``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
@@ -123,12 +127,14 @@ def exp_excess(t):
 
 
 @jit
+@no_type_check
 def clamp_half(t):
     """``t`` into [−½, ½]."""
     return tl.minimum(tl.maximum(t, -0.5), 0.5)
 
 
 @jit
+@no_type_check
 def log_mixture(t, weight, other):
     """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.losses.divergences.log_mixture`."""
     small = clamp_half(t)
@@ -144,6 +150,7 @@ def log_mixture(t, weight, other):
 
 
 @jit
+@no_type_check
 def tanh(x):
     """``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
     e = tl.exp(-2 * tl.abs(x))
@@ -157,6 +164,7 @@ def tanh(x):
 
 
 @jit
+@no_type_check
 def capped(z, softcap, temperature):
     """``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
     if softcap is not None:
@@ -165,6 +173,7 @@ def capped(z, softcap, temperature):
 
 
 @jit
+@no_type_check
 def cap_slope(z, softcap, temperature):
     """``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
     slope = tl.full(z.shape, 1.0, tl.float32)
@@ -175,12 +184,14 @@ def cap_slope(z, softcap, temperature):
 
 
 @jit
+@no_type_check
 def bend_ratio(z, softcap):
     """``m″/m′ = −(2/κ) tanh(z/κ)``."""
     return -2 / softcap * tanh(z / softcap)
 
 
 @jit
+@no_type_check
 def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
     """Return the rows (in 64 bits: rows times classes pass 2³¹) and classes of a piece, and which of them exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -189,6 +200,7 @@ def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
 
 
 @jit
+@no_type_check
 def own_row(ROWS: tl.constexpr, rows):
     """Return the rows of a program as a column, and which of them exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -1,19 +1,33 @@
-"""The tiles of :mod:`softcurve.head.sparse` in Triton: each kernel is the line of its docstring, and reads a tile once.
+"""The tile functions of :class:`softcurve.head.sparse.SparseKernel` in Triton, as in :mod:`softcurve.head.aten.sparse`.
 
-The listed classes of a tile are masked with −inf beforehand (:func:`put`) and set afterwards, so no kernel compares
-its classes with a list. ``classes`` are those of the block.
+Logits stay in the tile until residuals are formed, so a soft cap needs no buffer. Each kernel reads a tile once: index
+and list targets with half-precision products read it once in all and write ``e^{z − shift}``, in half precision, once,
+with the row's factor left to the products' small operands. Where the residual takes the logits' place (float32) or
+needs the row's sum (label smoothing, a direction), or statistics are wanted, a tile is read twice.
+
+In a kernel ``None`` stands for what there is not, and ``classes`` are those of the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from softcurve.head.aten.sparse import (
+    Places,
+    SparseResiduals,
+    SparseSums,
+    SparseTile,
+    Swept,
+    diagonal,
+    form_residual,
+)
+from softcurve.head.kernel import Residuals
 from softcurve.head.triton.math import (
+    bend_ratio,
     cap_slope,
     capped,
     column,
@@ -22,123 +36,123 @@ from softcurve.head.triton.math import (
     jit,
     launch,
     own_row,
-    stride,
-    tanh,
 )
+
+# Those that are the same in Triton are named here too: the kernel takes them from this module.
+__all__ = ["accumulate_column", "diagonal", "form_residual", "multiply_column", "prepare", "put", "rescale"]
+__all__ += ["residual", "statistics"]
 
 # How far a row's largest logit may be from the shift that was guessed for it. Beyond it the row is done again. So far
 # the rounding of z − shift leaves two units of 1e-6, and e^40 sums without overflow.
 GUESS: tl.constexpr = tl.constexpr(40.0)
 
 
+def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> None:
+    """Launch a kernel, whose parameters with the names of the tile's tensors receive them."""
+    tensors = {name: tensor for name, tensor in tile._asdict().items() if name in kernel.arg_names}
+    logit_map = {"softcap": tile.logit_map.softcap, "temperature": tile.logit_map.temperature}
+    launch(kernel, tile.z, tensors | logit_map | more, by_rows=by_rows)
+
+
 @jit
 @no_type_check
 def _put(
-    tile, tile_stride, places, values, width, rows, classes, FILL: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
+    tile, tile_stride, places, values, width, rows, classes, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # Here "classes" are the places of a list, and "width" the classes of the tile.
     row, slot, exists = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
     at = tl.load(places + row * classes + slot, mask=exists, other=-1)
     inside = exists & (at >= 0) & (at < width)
     where = tile + row * tile_stride + at
-    if FILL:
-        tl.store(where, tl.full([ROWS, BLOCK], -float("inf"), tl.float32), mask=inside)
-    else:
+    value = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
+    if values is not None:
         value = tl.load(values + row * classes + slot, mask=inside, other=0.0)
         if ADD:
             value += tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        tl.store(where, value, mask=inside)
+    tl.store(where, value, mask=inside)
 
 
-def put(tile: Tensor, places: Tensor, values: Tensor | None, *, add: bool = False) -> None:
-    """``tile[row, places] = values``, or ``+=``, where the places are inside; ``−inf`` for no values."""
-    places = places.contiguous()
-    arguments = {
-        "tile": tile,
-        "tile_stride": stride(tile),
-        "places": places,
-        "values": None if values is None else values.float().contiguous(),
-        "width": tile.shape[1],
-        "FILL": values is None,
-        "ADD": add,
-    }
-    launch(_put, places, arguments, by_rows=False)
+def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
+    """Set or add to the entries of ``tile`` at the places inside; ``None`` sets −inf."""
+    columns = places.columns if places.inside is None else torch.where(places.inside, places.columns, -1)
+    values = None if values is None else values.float().contiguous()
+    arguments = {"tile": tile, "places": columns.contiguous(), "values": values, "width": tile.shape[1], "ADD": add}
+    launch(_put, columns, arguments, by_rows=False)
+
+
+@jit
+@no_type_check
+def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, exists = own_row(ROWS, rows)
+    scale = tl.load(factor + row, mask=exists, other=1.0)
+    wanted = exists & (scale != 1)
+    pieces = tl.where(tl.max(wanted.to(tl.int32)) > 0, classes, 0)
+    for start in range(0, pieces, BLOCK):
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        e = tl.load(tile + row * tile_stride + at, mask=inside & wanted, other=0.0).to(tl.float32)
+        tl.store(tile + row * tile_stride + at, e * scale, mask=inside & wanted)
+
+
+def rescale(tile: Tensor, factor: Tensor) -> None:
+    """``tile ← factor · tile`` row by row; rows whose factor is 1 are not touched."""
+    launch(_rescale, tile, {"tile": tile, "factor": column(factor)}, by_rows=True)
+
+
+# --- the sweep -------------------------------------------------------------------------------------------------------
 
 
 @jit
 @no_type_check
 def _exponentials(
-    z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes,
-    CAPPED: tl.constexpr, REDO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
     if REDO:
         first = tl.load(shift + row, mask=exists, other=0.0)
-        best = tl.load(top + row, mask=exists, other=0.0)
-        wrong = (best != -float("inf")) & ((best - first > GUESS) | (first - best > GUESS))
-        exists = exists & wrong
-        guess = best
-        pieces = tl.where(tl.max(wrong.to(tl.int32)) > 0, classes, 0)
+        guess = tl.load(top + row, mask=exists, other=0.0)
+        exists = exists & (guess != -float("inf")) & ((guess - first > GUESS) | (first - guess > GUESS))
+        pieces = tl.where(tl.max(exists.to(tl.int32)) > 0, classes, 0)
     else:
-        at = tl.arange(0, BLOCK)[None, :]
-        first = tl.load(z + row * z_stride + at, mask=exists & (at < classes), other=-float("inf"))
-        if CAPPED:
-            first = capped(first, softcap, temperature)
-        guess = tl.max(first, axis=1)[:, None]
+        _, at, inside = here(ROWS, BLOCK, rows, classes, 0)
+        first = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
+        guess = tl.max(capped(first, softcap, temperature), axis=1)[:, None]
         guess = tl.where(guess == -float("inf"), 0.0, guess)
-        best = tl.full([ROWS, 1], -float("inf"), tl.float32)
         pieces = classes
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     tops = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
     for start in range(0, pieces, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        x = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        seen = x
-        if CAPPED:
-            seen = capped(x, softcap, temperature)
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        x = tl.load(z + row * z_stride + at, mask=inside & exists, other=-float("inf"))
+        seen = capped(x, softcap, temperature)
         e = difference_exp(seen, guess)
         sums += e
         tops = tl.maximum(tops, seen)
-        if CAPPED:
+        if softcap is not None:
             e = tl.where(e == 0, 0.0, e * cap_slope(x, softcap, temperature))
-        tl.store(out + row * out_stride + at, e, mask=inside)
+        tl.store(out + row * out_stride + at, e, mask=inside & exists)
     tl.store(total + row, tl.sum(sums, axis=1)[:, None], mask=exists)
     tl.store(shift + row, guess, mask=exists)
     if not REDO:
         tl.store(top + row, tl.max(tops, axis=1)[:, None], mask=exists)
 
 
-def exponentials(z: Tensor, out: Tensor, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """``out = m′(z) e^{m(z) − shift}``; ``shift`` and ``Σ e^{m(z) − shift}`` of each row.
+def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
+    """``out = m′(z) e^{m(z) − shift}``; return ``shift`` and ``Σ e^{m(z) − shift}`` of each row.
 
     The shift is guessed from the first classes. A second launch redoes the rows whose guess was far from their largest
     logit and leaves at once for the others: nobody waits to see whether there are any.
     """
-    shift, total, top = (z.new_empty(len(z)) for _ in range(3))
-    arguments = {
-        "z": z,
-        "z_stride": stride(z),
-        "out": out,
-        "out_stride": stride(out),
-        "shift": shift,
-        "total": total,
-        "top": top,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": softcap is not None,
-    }
-    launch(_exponentials, z, arguments | {"REDO": False}, by_rows=True)
-    launch(_exponentials, z, arguments | {"REDO": True}, by_rows=True)
+    shift, total, top = (tile.z.new_empty(len(tile.z), 1) for _ in range(3))
+    for redo in (False, True):
+        _launch(_exponentials, tile, by_rows=True, shift=shift, total=total, top=top, REDO=redo)
     return shift, total
 
 
 @jit
 @no_type_check
 def _statistics(
-    z, z_stride, v, v_stride, u, found, best, softcap, temperature, uniform_each, rows, classes,
-    CAPPED: tl.constexpr, DIRECTED: tl.constexpr, STATS: tl.constexpr, SMOOTHED: tl.constexpr, WEIGHED: tl.constexpr,
+    z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
@@ -150,213 +164,132 @@ def _statistics(
     uniforms = tl.zeros([ROWS, BLOCK], tl.float32)
     uniform_masses = tl.zeros([ROWS, BLOCK], tl.float32)
     uniform_changes = tl.zeros([ROWS, BLOCK], tl.float32)
-    masked = tl.zeros([ROWS, BLOCK], tl.int32)
+    masked = tl.zeros([ROWS, BLOCK], tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        x = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        change = tl.zeros([ROWS, BLOCK], tl.float32)
-        if DIRECTED:
-            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-        if CAPPED:
-            if DIRECTED:
-                change = change * cap_slope(x, softcap, temperature)
-            x = capped(x, softcap, temperature)
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
+        x = capped(raw, softcap, temperature)
         top = tl.max(x, axis=1)[:, None]
-        if STATS:
+        if column is not None:
             chosen = tl.where(top > shift, start + tl.argmax(x, axis=1)[:, None], chosen)
         new = tl.maximum(shift, top)
         safe = tl.where(new == -float("inf"), 0.0, new)
         lowered = tl.where(shift == -float("inf"), 0.0, shift - safe)
         kept = tl.where(shift == -float("inf"), 0.0, difference_exp(shift, safe))
         e = difference_exp(x, safe)
-        if STATS:
+        if column is not None:
             moments = kept * (moments + lowered * sums) + tl.where(e == 0, 0.0, e * (x - safe))
         sums = kept * sums + e
-        if DIRECTED:
+        if v is not None:
+            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
             changes = kept * changes + tl.where(e == 0, 0.0, e * change)
-        if SMOOTHED:
-            weight = tl.full([ROWS, BLOCK], 1.0, tl.float32) * uniform_each
-            if WEIGHED:
-                weight = weight * tl.load(u + at, mask=inside, other=0.0)
+        if share is not None:
+            weight = tl.load(share + at, mask=at < classes, other=0.0)
             if start == 0:
                 base = safe
             part = inside & (weight != 0)
             finite = part & (x != -float("inf"))
             uniforms += tl.where(finite, weight * (x - base), 0.0)
             uniform_masses += tl.where(finite, weight, 0.0)
-            masked += (part & (x == -float("inf"))).to(tl.int32)
-            if DIRECTED:
-                uniform_changes += tl.where(part, weight * change, 0.0)
+            masked += (part & (x == -float("inf"))).to(tl.float32)
+            if v is not None:
+                uniform_changes += tl.where(finite, weight * change, 0.0)
         shift = new
-    # A row of the table for each number: see ListSums.
-    tl.store(found + row, shift, mask=exists)
-    tl.store(found + rows + row, tl.sum(sums, axis=1)[:, None], mask=exists)
-    if DIRECTED:
-        tl.store(found + 2 * rows + row, tl.sum(changes, axis=1)[:, None], mask=exists)
-    if STATS:
-        tl.store(found + 3 * rows + row, tl.sum(moments, axis=1)[:, None], mask=exists)
-        tl.store(best + row, chosen, mask=exists)
-    if SMOOTHED:
-        tl.store(found + 4 * rows + row, base, mask=exists)
-        tl.store(found + 5 * rows + row, tl.sum(uniforms, axis=1)[:, None], mask=exists)
-        tl.store(found + 6 * rows + row, tl.sum(uniform_masses, axis=1)[:, None], mask=exists)
-        tl.store(found + 7 * rows + row, tl.sum(masked, axis=1)[:, None].to(tl.float32), mask=exists)
-        if DIRECTED:
-            tl.store(found + 8 * rows + row, tl.sum(uniform_changes, axis=1)[:, None], mask=exists)
+    # One row of the table for each number: see statistics.
+    tl.store(table + row, shift, mask=exists)
+    tl.store(table + rows + row, tl.sum(sums, axis=1)[:, None], mask=exists)
+    tl.store(table + 2 * rows + row, tl.sum(changes, axis=1)[:, None], mask=exists)
+    tl.store(table + 3 * rows + row, tl.sum(moments, axis=1)[:, None], mask=exists)
+    raised = base - tl.where(shift == -float("inf"), 0.0, shift)
+    uniform = tl.sum(uniforms, axis=1)[:, None] + tl.sum(uniform_masses, axis=1)[:, None] * raised
+    tl.store(table + 4 * rows + row, uniform, mask=exists)
+    tl.store(table + 5 * rows + row, tl.sum(uniform_changes, axis=1)[:, None], mask=exists)
+    tl.store(table + 6 * rows + row, tl.sum(masked, axis=1)[:, None], mask=exists)
+    if column is not None:
+        tl.store(column + row, chosen, mask=exists)
 
 
-class ListSums(NamedTuple):
-    """What :func:`statistics` finds of each row, ``(rows,)``; ``masked`` counts classes of weight but without mass."""
+def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+    """Sum over the unlisted classes of a block.
 
-    shift: Tensor  # max z, or −inf
-    total: Tensor  # Σ e^{z − shift}
-    change: Tensor  # Σ e^{z − shift} ż
-    moment: Tensor  # Σ e^{z − shift} (z − shift)
-    base: Tensor
-    uniform: Tensor  # Σ u (z − base) where z is finite, and Σ u there
-    uniform_mass: Tensor
-    masked: Tensor
-    uniform_change: Tensor  # Σ u ż
+    If ``leaves_residual`` and nothing else is wanted, ``out`` receives the residual at unlisted classes, but for a
+    factor of each row.
+    """
+    z, v, share = tile.z, tile.v, tile.share
+    put(z, tile.listed, None)
+    if leaves_residual and tile.out is not None and v is None and share is None and not wants_stats:
+        shift, total = exponentials(tile)
+        return SparseSums.of(shift.double(), total.double()), None, tile.out
+    at = z.new_zeros(len(z), 1, dtype=torch.int64) if wants_stats else None
+    table = z.new_empty(7, len(z), 1)
+    _launch(_statistics, tile, by_rows=True, table=table, column=at)
+    shift, total, change, moment, uniform, uniform_change, masked = table.double()
+    if share is not None:  # infinite where a class of weight is masked, beside the listed classes, which all are
+        listed = (tile.listed_share() != 0).sum(-1, keepdim=True)
+        uniform = torch.where(masked > listed, -torch.inf, uniform)
+    smoothed = {"uniform": uniform, "uniform_change": uniform_change}
+    return SparseSums.of(shift, total, change=change, moment=moment, **smoothed), at, None
 
 
-def statistics(
-    z: Tensor,
-    v: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    *,
-    wants_stats: bool,
-    uniform_each: float,
-    class_weight: Tensor | None,
-) -> tuple[ListSums, Tensor | None]:
-    """Sums over the classes of a block, and which has the largest logit."""
-    best = z.new_zeros(len(z), dtype=torch.int64) if wants_stats else None
-    found = z.new_zeros(len(ListSums._fields), len(z))
-    arguments = {
-        "z": z,
-        "z_stride": stride(z),
-        "v": v,
-        "v_stride": stride(v),
-        "u": None if class_weight is None else class_weight.contiguous(),
-        "found": found,
-        "best": best,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "uniform_each": uniform_each,
-        "CAPPED": softcap is not None,
-        "DIRECTED": v is not None,
-        "STATS": wants_stats,
-        "SMOOTHED": uniform_each != 0,
-        "WEIGHED": class_weight is not None,
-    }
-    launch(_statistics, z, arguments, by_rows=True)
-    return ListSums(*found), best
+# --- residuals -------------------------------------------------------------------------------------------------------
 
 
 @jit
 @no_type_check
 def _residual(
-    z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, u, shift, alpha, beta, weight, softcap,
-    temperature, uniform_each, rows, classes, CAPPED: tl.constexpr, DIRECTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    WEIGHED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, share, shift, alpha, beta, weight, softcap,
+    temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
     exists = row < rows
     raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-    of_row = tl.load(shift + row, mask=exists, other=0.0)
     factor = tl.load(beta + row, mask=exists, other=0.0)
-    x = raw
-    slope = tl.full([ROWS, BLOCK], 1.0, tl.float32)
-    if CAPPED:
-        x = capped(raw, softcap, temperature)
-        slope = cap_slope(raw, softcap, temperature)
-    e = difference_exp(x, of_row)
+    x = capped(raw, softcap, temperature)
+    slope = cap_slope(raw, softcap, temperature)
+    e = difference_exp(x, tl.load(shift + row, mask=exists, other=0.0))
     gradient = factor * e
-    if SMOOTHED:
-        each = tl.full([ROWS, BLOCK], 1.0, tl.float32) * uniform_each
-        if WEIGHED:
-            each = each * tl.load(u + at, mask=inside, other=0.0)
+    if share is not None:
+        each = tl.load(share + at, mask=at < classes, other=0.0)
         gradient -= tl.load(weight + row, mask=exists, other=0.0) * each
-    if DIRECTED:
+    if v is not None:
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * slope
         product = tl.where(e == 0, 0.0, e * (factor * change + tl.load(alpha + row, mask=exists, other=0.0)))
-        if CAPPED:
-            bend = -2 / softcap * tanh(raw / softcap)
-            product = tl.where(x == -float("inf"), 0.0, product * slope + bend * change * gradient)
+        if softcap is not None:
+            bent = bend_ratio(raw, softcap) * change * gradient
+            product = tl.where(x == -float("inf"), 0.0, product * slope + bent)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
-    if CAPPED:
+    if softcap is not None:
         gradient = tl.where(x == -float("inf"), 0.0, gradient * slope)
     tl.store(out + row * out_stride + at, gradient, mask=inside)
 
 
-def residual(
-    z: Tensor,
-    v: Tensor | None,
-    out: Tensor,
-    v_out: Tensor | None,
-    rows: Sequence[Tensor],
-    softcap: float | None,
-    temperature: float,
-    *,
-    uniform_each: float,
-    class_weight: Tensor | None,
-) -> None:
-    """``out = m′ g`` and ``v_out = m′ ġ + m″ g ż`` with ``g = β e^{m(z) − shift} − w u``, ``ġ = e^{…} (β m′ ż + α)``.
+def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
+    """Form ∂L/∂z and its change along ``v``: the only function of this backend that does.
 
-    ``rows`` are shift, α, β and w. Out may be in place.
+    ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` at unlisted classes become ``m′ g`` in ``out`` and
+    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``held`` is the ``out`` that :func:`statistics` has filled, without β.
     """
-    names = ("shift", "alpha", "beta", "weight")
-    arguments = {
-        "z": z,
-        "z_stride": stride(z),
-        "v": v,
-        "v_stride": stride(v),
-        "out": out,
-        "out_stride": stride(out),
-        "v_out": v_out,
-        "v_out_stride": stride(v_out),
-        "u": None if class_weight is None else class_weight.contiguous(),
-        **{name: column(tensor) for name, tensor in zip(names, rows, strict=True)},
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "uniform_each": uniform_each,
-        "CAPPED": softcap is not None,
-        "DIRECTED": v is not None,
-        "SMOOTHED": uniform_each != 0,
-        "WEIGHED": class_weight is not None,
-    }
-    launch(_residual, z, arguments, by_rows=False)
+    out, v_out = tile.z if tile.out is None else tile.out, tile.v if tile.v_out is None else tile.v_out
+    if held is not None:
+        rescale(held, rows.beta)
+    else:
+        columns = {name: column(getattr(rows, name)) for name in ("shift", "alpha", "beta", "weight")}
+        _launch(_residual, tile, by_rows=False, **columns, out=out, v_out=v_out)
+    put(out, tile.listed, rows.listed)
+    if v_out is not None:
+        put(v_out, tile.listed, rows.listed_v)
+    return Residuals(out, None, v_out, None)
 
 
-@jit
-@no_type_check
-def _rescale(out, out_stride, scale, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, exists = own_row(ROWS, rows)
-    factor = tl.load(scale + row, mask=exists, other=1.0)
-    exists = exists & (factor != 1)
-    pieces = tl.where(tl.max(exists.to(tl.int32)) > 0, classes, 0)
-    for start in range(0, pieces, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        e = tl.load(out + row * out_stride + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + at, e * factor, mask=inside)
-
-
-def rescale(out: Tensor, scale: Tensor) -> None:
-    """``out *= scale``, row by row; rows whose scale is 1 are not touched."""
-    launch(_rescale, out, {"out": out, "out_stride": stride(out), "scale": column(scale)}, by_rows=True)
-
-
-# --- second order, many columns --------------------------------------------------------------------------------------
+# --- second order ----------------------------------------------------------------------------------------------------
 
 
 @jit
 @no_type_check
 def _prepare(
-    z, z_stride, raw, raw_stride, shift, found, place, softcap, temperature, rows, classes,
-    CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
     of_row = tl.load(shift + row, mask=exists, other=0.0)
@@ -365,13 +298,11 @@ def _prepare(
     rest = tl.zeros([ROWS, BLOCK], tl.float32)
     lower = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         x = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        if CAPPED:
+        if raw is not None:
             tl.store(raw + row * raw_stride + at, x, mask=inside)
-            x = capped(x, softcap, temperature)
-        e = difference_exp(x, of_row)
+        e = difference_exp(capped(x, softcap, temperature), of_row)
         tl.store(z + row * z_stride + at, e, mask=inside)
         best = tl.max(e, axis=1)[:, None]
         which = start + tl.argmax(e, axis=1)[:, None]
@@ -380,120 +311,77 @@ def _prepare(
         lower += tl.minimum(best, top)
         chosen = tl.where(best > top, which, chosen)
         top = tl.maximum(best, top)
-    tl.store(found + row, top, mask=exists)
-    tl.store(found + rows + row, tl.sum(rest, axis=1)[:, None] + lower, mask=exists)
+    tl.store(masses + row, top, mask=exists)
+    tl.store(masses + rows + row, tl.sum(rest, axis=1)[:, None] + lower, mask=exists)
     tl.store(place + row, chosen, mask=exists)
 
 
-def prepare(
-    z: Tensor, raw: Tensor | None, shift: Tensor, softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``z ← e^{m(z) − shift}``, ``raw = z``; of each row the largest, the sum of all others, and where it stands."""
-    found, place = z.new_empty(2, len(z)), z.new_empty(len(z), dtype=torch.int64)
-    arguments = {
-        "z": z,
-        "z_stride": stride(z),
-        "raw": raw,
-        "raw_stride": stride(raw),
-        "shift": column(shift),
-        "found": found,
-        "place": place,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": raw is not None,
-    }
-    launch(_prepare, z, arguments, by_rows=True)
-    return found[0], found[1], place
+def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
+    """Do as in ATen; ``z`` holds logits, so ``scale`` is ``None``."""
+    put(tile.z, tile.listed, None)
+    masses = tile.z.new_empty(2, len(tile.z), 1)
+    place = torch.empty_like(masses[0], dtype=torch.int64)
+    _launch(_prepare, tile, by_rows=True, shift=column(shift), masses=masses, place=place)
+    if others is None:
+        return None
+    mass, rest = masses.double()
+    above = mass > 0.5 * others
+    return torch.where(above, mass, 0.0), torch.where(above, place, -1), torch.where(above, rest, rest + mass)
 
 
 @jit
 @no_type_check
-def _gather(
-    e, e_stride, raw, raw_stride, v, v_stride, found, softcap, temperature, rows, classes,
-    CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def _accumulate_column(
+    z, z_stride, raw, raw_stride, v, v_stride, sums_out, softcap, temperature, rows, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        mass = tl.load(e + row * e_stride + at, mask=inside, other=0.0)
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-        if CAPPED:
-            change = change * cap_slope(
-                tl.load(raw + row * raw_stride + at, mask=inside, other=0.0), softcap, temperature
-            )
-        sums += mass * change
-    tl.store(found + row, tl.sum(sums, axis=1)[:, None], mask=exists)
+        if raw is not None:
+            before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
+            change = change * cap_slope(before, softcap, temperature)
+        sums += tl.load(z + row * z_stride + at, mask=inside, other=0.0) * change
+    tl.store(sums_out + row, tl.sum(sums, axis=1)[:, None], mask=exists)
 
 
-def gather(e: Tensor, raw: Tensor | None, v: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    """``Σ e m′ v`` of each row."""
-    found = e.new_empty(len(e))
-    arguments = {
-        "e": e,
-        "e_stride": stride(e),
-        "raw": raw,
-        "raw_stride": stride(raw),
-        "v": v,
-        "v_stride": stride(v),
-        "found": found,
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": raw is not None,
-    }
-    launch(_gather, e, arguments, by_rows=True)
-    return found
+def accumulate_column(tile: SparseTile) -> Tensor:
+    """Return ``Σ e m′ v`` of each row."""
+    sums = tile.z.new_empty(len(tile.z), 1)
+    _launch(_accumulate_column, tile, by_rows=True, sums_out=sums)
+    return sums.double()
 
 
 @jit
 @no_type_check
-def _multiply(
-    e, e_stride, raw, raw_stride, residual, residual_stride, v, v_stride, alpha, beta, inverse, softcap, temperature,
-    rows, classes, CAPPED: tl.constexpr, BENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def _multiply_column(
+    z, z_stride, raw, raw_stride, residual, residual_stride, v, v_stride, alpha, beta, inverse, softcap, temperature,
+    rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
     exists = row < rows
-    mass = tl.load(e + row * e_stride + at, mask=inside, other=0.0)
+    mass = tl.load(z + row * z_stride + at, mask=inside, other=0.0)
     change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
     a = tl.load(alpha + row, mask=exists, other=0.0)
     b = tl.load(beta + row, mask=exists, other=0.0)
-    if CAPPED:
+    product = (b * change + a) * mass
+    if raw is not None:
         before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
         slope = cap_slope(before, softcap, temperature)
         product = (b * slope * change + a) * mass * slope
-        if BENT:
-            bend = -2 / softcap * tanh(before / softcap)
+        if residual is not None:
             g = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
-            product += bend * g * change * tl.load(inverse + row, mask=exists, other=0.0)
-    else:
-        product = (b * change + a) * mass
+            bent = bend_ratio(before, softcap) * g * change
+            product += bent * tl.load(inverse + row, mask=exists, other=0.0)
     tl.store(v + row * v_stride + at, product, mask=inside)
 
 
-def multiply(
-    e: Tensor,
-    raw: Tensor | None,
-    residual: Tensor | None,
-    v: Tensor,
-    rows: Sequence[Tensor],
-    softcap: float | None,
-    temperature: float,
-) -> None:
-    """``v ← m′ e (β m′ v + α) + (m″/m′) g v / unit``; ``rows`` are α, β and 1/unit."""
-    arguments = {
-        "e": e,
-        "e_stride": stride(e),
-        "raw": raw,
-        "raw_stride": stride(raw),
-        "residual": residual,
-        "residual_stride": stride(residual),
-        "v": v,
-        "v_stride": stride(v),
-        **{name: column(tensor) for name, tensor in zip(("alpha", "beta", "inverse"), rows, strict=True)},
-        "softcap": 1.0 if softcap is None else softcap,
-        "temperature": temperature,
-        "CAPPED": raw is not None,
-        "BENT": raw is not None and residual is not None,
-    }
-    launch(_multiply, e, arguments, by_rows=False)
+def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
+    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
+
+    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
+    """
+    rows = {"alpha": column(alpha), "beta": column(beta), "inverse": column(inverse)}
+    _launch(_multiply_column, tile, by_rows=False, **rows)

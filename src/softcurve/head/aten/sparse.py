@@ -1,0 +1,351 @@
+"""The tile functions of :class:`softcurve.head.sparse.SparseKernel` in ATen.
+
+:mod:`softcurve.head.triton.sparse` has the same functions. Listed classes are masked with −inf before a tile is read
+and set afterwards, so no function compares its classes with a list. Sums over a row are float64 columns ``(rows, 1)``.
+The functions work in place, on groups of rows that stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.head.kernel import Residuals
+from softcurve.losses.spec import LogitMap
+
+# Where each row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
+DIRECT = (0.0, 30.0)
+
+
+class Places(NamedTuple):
+    """Columns of a tile, some in each row."""
+
+    columns: Tensor  # (rows, k); those that lie outside the tile are clamped to it
+    inside: Tensor | None  # (rows, k); None if all lie inside
+
+    def take(self, tile: Tensor) -> Tensor:
+        """Return the entries of ``tile`` at the places in float64, and 0 outside."""
+        return self.update(0.0, tile)
+
+    def update(self, values: Tensor | float, tile: Tensor) -> Tensor:
+        """Return ``values (rows, k)`` with the entries of ``tile`` at the places inside in their stead, in float64."""
+        entries = tile.gather(-1, self.columns).double()
+        return entries if self.inside is None else torch.where(self.inside, entries, values)
+
+
+class SparseTile(NamedTuple):
+    """The tensors of a block, ``(rows, classes)`` each, and what its elementwise work depends on."""
+
+    z: Tensor
+    raw: Tensor | None  # buffer for the logits before their soft cap
+    v: Tensor | None  # change of z along a direction
+    out: Tensor | None  # buffers for residuals in half precision
+    v_out: Tensor | None
+    residual: Tensor | None  # second order: m′ g′ of a Hessian
+    listed: Places
+    share: Tensor | None  # (classes,): u of label smoothing
+    logit_map: LogitMap
+    cached: int  # entries that stay in the cache
+
+    def row_groups(self) -> Iterator[slice]:
+        """Yield groups of rows that are small enough to stay in the cache."""
+        rows, classes = self.z.shape
+        step = max(1, self.cached // max(1, classes))
+        return (slice(start, start + step) for start in range(0, rows, step))
+
+    def listed_share(self) -> Tensor:
+        """Return ``u`` of the listed classes, ``(rows, k)``, and 0 for those outside the block."""
+        assert self.share is not None
+        return self.listed.take(self.share.expand_as(self.z))
+
+
+class SparseSums(NamedTuple):
+    """Sums over unlisted classes; what is not wanted is 0."""
+
+    shift: Tensor  # near max z; −inf where every class is masked
+    total: Tensor  # Σ e^{z − shift}
+    change: Tensor  # Σ e^{z − shift} ż
+    moment: Tensor  # Σ e^{z − shift} (z − shift)
+    uniform: Tensor  # Σ u (z − shift), relative to 0 for a shift of −inf
+    uniform_change: Tensor  # Σ u ż
+    mass: Tensor  # Σ u
+
+    @staticmethod
+    def of(shift: Tensor, total: Tensor, **others: Tensor) -> SparseSums:
+        """Fill in zeros for what is left out."""
+        fields = dict.fromkeys(SparseSums._fields, torch.zeros_like(total))
+        return SparseSums(**fields | others | {"shift": shift, "total": total})
+
+    def plus(self, other: SparseSums) -> SparseSums:
+        """Add sums relative to the same shift."""
+        return SparseSums(*(a + b for a, b in zip(self, other, strict=True)))._replace(shift=self.shift)
+
+    def shifted(self, shift: Tensor) -> SparseSums:
+        """Return the sums relative to a ``shift`` that is no smaller, or to any where there is no mass."""
+        some = self.shift != -math.inf
+        lowered = torch.where(some, self.shift - shift, 0.0)
+        kept = torch.where(some, torch.exp(lowered), 0.0)
+        return self._replace(
+            shift=shift,
+            total=self.total * kept,
+            change=self.change * kept,
+            moment=kept * (self.moment + lowered * self.total),
+            uniform=self.uniform + self.mass * (or_zero(self.shift) - or_zero(shift)),
+        )
+
+
+class SparseResiduals(NamedTuple):
+    """The numbers of each row from which :func:`residual` forms its entries; ``alpha`` and the last for a direction."""
+
+    shift: Tensor
+    alpha: Tensor
+    beta: Tensor
+    weight: Tensor
+    listed: Tensor  # (rows, k): the entries at the listed classes, and their changes
+    listed_v: Tensor
+
+
+Swept = tuple[SparseSums, Tensor | None, Tensor | None]
+
+
+def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
+    """Set or add to the entries of ``tile`` at the places inside; ``None`` sets −inf."""
+    columns, inside = places
+    if values is None:
+        values = tile.new_full((), -math.inf).expand_as(columns)
+    values = values.to(tile.dtype)
+    if add:
+        tile.scatter_add_(-1, columns, values if inside is None else torch.where(inside, values, 0.0))
+    elif inside is None:
+        tile.scatter_(-1, columns, values)
+    else:
+        row, slot = inside.nonzero().unbind(-1)
+        tile[row, columns[row, slot]] = values[row, slot]
+
+
+def rescale(tile: Tensor, factor: Tensor) -> None:
+    """``tile ← factor · tile`` row by row."""
+    tile.mul_(factor.to(tile.dtype))
+
+
+def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+    """Map the logits and sum over the unlisted classes; ``e^{z − shift}`` is left in ``z`` in any case.
+
+    Returns the sums, the first column of the largest logit if statistics are wanted, and the tensor with exponentials.
+    With statistics the shift is that logit.
+    """
+    z, v = tile.z, tile.v
+    put(z, tile.listed, None)
+    for rows in tile.row_groups() if tile.raw is not None else ():
+        _map_logits(tile, rows)
+    # Of the unlisted: beside a listed class far above them they would be too small for float32.
+    top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
+    shift = or_zero(top)
+    smoothed = _uniform_sums(tile, shift)
+    direct = z.device.type == "cpu" and not wants_stats and tile.share is None
+    direct = direct and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
+    if direct:
+        shift = torch.zeros_like(top)
+    total, change, moment = (torch.zeros_like(top) for _ in range(3))
+    for rows in tile.row_groups():
+        part = z[rows]
+        shifted = part if direct else torch.sub(part, shift[rows], out=None if wants_stats else part)
+        torch.sum(torch.exp(shifted, out=part), -1, keepdim=True, out=total[rows])
+        if wants_stats:
+            torch.sum(torch.where(part == 0, 0.0, shifted.mul_(part)), -1, keepdim=True, out=moment[rows])
+        if v is not None:
+            torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
+    # A block without mass leaves the shift to others, which may lie anywhere.
+    lowest = torch.where(top == -math.inf, top, shift).double()
+    wide = {"change": change.double(), "moment": moment.double()}
+    return SparseSums.of(lowest, total.double(), **wide, **smoothed), column, z
+
+
+def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
+    """Form ∂L/∂z and its change along ``v``, in place: the only function of this backend that does.
+
+    ``g = β e − w u`` and ``ġ = e (β m′ ż + α)`` with ``e = e^{m(z) − shift}`` at unlisted classes become ``m′ g`` and
+    ``m′ ġ + m″ g ż``. ``held`` is what :func:`statistics` has left, or ``None`` if ``z`` holds logits.
+    """
+    z, v, raw, share = tile.z, tile.v, tile.raw, tile.share
+    shift, alpha, beta, weight = (part.to(z.dtype) for part in (rows.shift, rows.alpha, rows.beta, rows.weight))
+    scaled = not _all_ones(beta)
+    untouched = held is not None and not scaled and v is None and share is None and raw is None
+    for group in () if untouched else tile.row_groups():
+        if held is None:
+            _exponentiate(tile, group, shift)
+        e, mapped = z[group], z[:0]
+        if v is not None:
+            mapped = v[group].clone() if raw is not None else mapped
+            v[group].mul_(beta[group]).add_(alpha[group]).mul_(e)
+        if scaled:
+            e.mul_(beta[group])
+        if share is not None:
+            e.addr_(weight[group].squeeze(-1), share, alpha=-1)
+        if raw is not None:
+            slope = tile.logit_map.slope(raw[group])
+            if v is not None:
+                v[group].mul_(slope).add_(bend_ratio(tile.logit_map, raw[group]).mul_(mapped).mul_(e))
+            e.mul_(slope)
+    put(z, tile.listed, rows.listed)
+    if v is not None:
+        put(v, tile.listed, rows.listed_v)
+    return Residuals(z, None, v, None)
+
+
+# --- second order ----------------------------------------------------------------------------------------------------
+
+
+def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
+    """``z ← e^{m(z) − shift}``, and 0 at listed classes.
+
+    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
+    ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
+    mass of all other classes of the block, which whole rows without such a class leave at 0.
+    """
+    if scale is None:
+        put(tile.z, tile.listed, None)
+    top, rest, column = torch.zeros_like(shift), torch.zeros_like(shift), torch.full_like(shift, -1, dtype=torch.int64)
+    scaled, narrow = scale is not None and not _all_ones(scale), shift.to(tile.z.dtype)
+    for rows in tile.row_groups():
+        e = tile.z[rows]
+        if scale is None:
+            _exponentiate(tile, rows, narrow)
+        elif scaled:
+            rescale(e, scale[rows])
+        if others is None:
+            continue
+        mass = e.amax(-1, keepdim=True)
+        above = mass > 0.5 * others[rows]
+        if tile.listed.inside is not None:
+            rest[rows] = torch.where(above, 0.0, e.sum(-1, keepdim=True).double())
+        row = above.squeeze(-1).nonzero().squeeze(-1)
+        if len(row):
+            confident = e[row]
+            at = confident.argmax(-1, keepdim=True)
+            column[rows][row], top[rows][row] = at, mass[row].double()
+            rest[rows][row] = confident.scatter_(-1, at, 0.0).sum(-1, keepdim=True).double()
+    return None if others is None else (top, column, rest)
+
+
+def form_residual(tile: SparseTile, out: Tensor, factor: Tensor) -> None:
+    """``out = m′ (factor · e − u)`` beside the exponentials ``e``: a Hessian's ∂L/∂z at unlisted classes."""
+    for rows in tile.row_groups():
+        part = torch.mul(tile.z[rows], factor[rows].to(out.dtype), out=out[rows])
+        if tile.share is not None:
+            part.sub_(tile.share)
+        if tile.raw is not None:
+            part.mul_(tile.logit_map.slope(tile.raw[rows]))
+
+
+def accumulate_column(tile: SparseTile) -> Tensor:
+    """Return ``Σ e m′ v`` of each row."""
+    assert tile.v is not None
+    sums = tile.z.new_empty(len(tile.z), 1)
+    for rows in tile.row_groups():
+        changes = tile.z[rows] * tile.v[rows]
+        if tile.raw is not None:
+            changes.mul_(tile.logit_map.slope(tile.raw[rows]))
+        torch.sum(changes, -1, keepdim=True, out=sums[rows])
+    return sums.double()
+
+
+def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
+    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
+
+    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
+    """
+    assert tile.v is not None
+    scaled = not _all_ones(beta)
+    alpha, beta, inverse = (part.to(tile.v.dtype) for part in (alpha, beta, inverse))
+    for rows in tile.row_groups():
+        v, (slope, bend) = tile.v[rows], _slope_and_bend(tile, rows)
+        if bend is not None:
+            bend.mul_(v).mul_(inverse[rows])
+        if slope is not None:
+            v.mul_(slope)
+        if scaled:
+            v.mul_(beta[rows])
+        v.add_(alpha[rows]).mul_(tile.z[rows])
+        if slope is not None:
+            v.mul_(slope)
+        if bend is not None:
+            v.add_(bend)
+
+
+def diagonal(tile: SparseTile, square: Tensor, linear: Tensor, inverse: Tensor) -> None:
+    """``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
+    assert tile.v is not None
+    square, linear, inverse = (part.to(tile.v.dtype) for part in (square, linear, inverse))
+    for rows in tile.row_groups():
+        v, e, (slope, bend) = tile.v[rows], tile.z[rows], _slope_and_bend(tile, rows)
+        torch.mul(e, square[rows], out=v).add_(linear[rows]).mul_(e)
+        if slope is not None:
+            v.mul_(slope.square_())
+        if bend is not None:
+            v.add_(bend.mul_(inverse[rows]))
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def bend_ratio(logit_map: LogitMap, raw: Tensor) -> Tensor:
+    """``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
+    assert logit_map.softcap is not None
+    return torch.tanh(raw / logit_map.softcap).mul_(-2 / logit_map.softcap)
+
+
+def _slope_and_bend(tile: SparseTile, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """``m′`` where there is a soft cap, and ``(m″/m′) (m′ g′)`` where there is a Hessian's residual."""
+    if tile.raw is None:
+        return None, None
+    raw = tile.raw[rows]
+    bend = None if tile.residual is None else bend_ratio(tile.logit_map, raw).mul_(tile.residual[rows])
+    return tile.logit_map.slope(raw), bend
+
+
+def _map_logits(tile: SparseTile, rows: slice) -> None:
+    """``z ← m(z)`` and ``ż ← m′(z) ż``, with the logits before it in ``raw``, where there is a soft cap."""
+    if tile.raw is None:
+        return
+    raw = tile.raw[rows].copy_(tile.z[rows])
+    tile.z[rows] = tile.logit_map.value(raw)
+    if tile.v is not None:
+        tile.v[rows] *= tile.logit_map.slope(raw)
+
+
+def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:
+    """``z ← e^{m(z) − shift}``."""
+    _map_logits(tile, rows)
+    tile.z[rows].sub_(shift[rows]).exp_()
+
+
+def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
+    """``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
+    share, columns = tile.share, tile.listed.columns
+    if share is None:
+        return {}
+    masks = bool((share == 0).any())  # a class of weight 0 has no part, also where it is masked
+    sums = {}
+    for name, tensor, less in (("uniform", tile.z, base), ("uniform_change", tile.v, torch.zeros_like(base))):
+        if tensor is not None:
+            put(tensor, tile.listed, less.expand_as(columns))
+            parts = (tensor[rows] - less[rows] for rows in tile.row_groups())
+            inner = [(torch.where(share == 0, 0.0, part) if masks else part) @ share for part in parts]
+            sums[name] = torch.cat(inner).double().unsqueeze(-1)
+    put(tile.z, tile.listed, None)
+    return sums
+
+
+def or_zero(shift: Tensor) -> Tensor:
+    """Return what sums are relative to: 0 as long as there is no class with mass."""
+    return torch.where(shift == -math.inf, 0.0, shift)
+
+
+def _all_ones(factor: Tensor) -> bool:
+    """Whether rows need no factor; not looked at where that would make the device wait."""
+    return factor.device.type == "cpu" and bool((factor == 1).all())
