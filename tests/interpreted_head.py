@@ -331,7 +331,7 @@ def test_rows_beyond_32_bits() -> None:
         values = torch.randn(2, 20)
         z.copy_(values)
         sums, _, _ = lists.statistics(tile_of(z), wants_stats=False, leaves_residual=False)
-        tile = DenseTile(LossSpec(CrossEntropy(), "logits"), 20, 40, False, z, z)
+        tile = DenseTile(LossSpec(CrossEntropy(), "logits"), 20, 40, False, True, z, z)
         top, rest, _ = dense.softmax(tile, MODEL, wants_place=True)
         lists.put(z, Places(torch.tensor([[3], [19]]), None), None)
         right = torch.logsumexp(values.double(), -1)

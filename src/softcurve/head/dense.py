@@ -223,12 +223,17 @@ class DenseKernel(CurvatureKernel):
         assert block.target is not None
         data, second = self.data, block if isinstance(block, CurvatureBlock) else None
         weighted = self.loss.is_cross_entropy and data.class_weight is not None
+        whole_rows = not data.cuts_classes and self.loss.processes is None
         v = block.v if directed else None
         return DenseTile(
             loss=self.loss,
             class_count=data.class_count,
             cached=data.cached,
             wants_target=data.wants_target or data.wants_tangents,
+            knows_scores=data.cuts_classes
+            or data.has_direction
+            or bool(self.matrix)
+            or self.loss.processes is not None,
             z=block.z,
             target=block.target,
             v=v,

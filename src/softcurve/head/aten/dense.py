@@ -15,9 +15,6 @@ from torch import Tensor
 from softcurve.checks import values_visible
 from softcurve.head.aten.dense_curvature import accumulate_column, diagonal, multiply_column, prepare
 from softcurve.head.aten.dense_terms import (
-    FIRST,
-    SECOND,
-    VALUE,
     Side,
     Terms,
     bend_ratio,
@@ -25,6 +22,7 @@ from softcurve.head.aten.dense_terms import (
     map_logits,
     pulled_back,
     slope_of,
+    sum_and_rest,
     target_logits,
     terms_of,
     weighted,
@@ -80,27 +78,26 @@ def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[Dens
     found = DenseSums(*tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1))
     label = torch.zeros((len(tile.z), 1), dtype=torch.int64, device=tile.z.device)
     for rows, part in tile.row_groups():
-        order = SECOND if wants_curve else FIRST if wants_stats or part.v is not None else VALUE
-        pair, log_p, y, model, target = terms_of(part, order)
-        found.score[rows], found.score_rest[rows] = _sum_and_rest(part, MODEL, model.score)
-        if target is not None and part.is_by_logits:
-            found.target_score[rows], found.target_score_rest[rows] = _sum_and_rest(part, TARGET, target.score)
-        if wants_curve or part.v is not None:
-            pass  # nobody asks for the loss
-        elif part.loss.is_cross_entropy:
-            found.value[rows] = -weighted(pair.y, log_p).sum(-1, keepdim=True)
+        pair, log_p, y, model, target = terms_of(part)
+        if part.knows_scores:
+            found.score[rows], found.score_rest[rows] = sum_and_rest(part, MODEL, model.score)
+            if part.wants_target and part.is_by_logits:
+                found.target_score[rows], found.target_score_rest[rows] = sum_and_rest(part, TARGET, target.score)
+        v, target_v = _directions(part)
+        if wants_curve and model.curve is not None:
+            found.curve[rows] = model.curve.sum(-1, keepdim=True)
+        elif v is not None:  # along a direction nobody asks for the loss
+            found.mean_v[rows], found.top_v[rows] = _mean_without_top(part, MODEL, model.p, v)
+            if target_v is not None and part.is_by_logits:
+                mean, top_v = _mean_without_top(part, TARGET, target.p, target_v)
+                found.target_mean_v[rows], found.target_top_v[rows] = mean, top_v
+        elif pair is None:
+            found.value[rows] = -weighted(y, log_p).sum(-1, keepdim=True)
         else:
             found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)
             found.surplus[rows] = pair.difference.sum(-1, keepdim=True)
-        if wants_curve and model.curve is not None:
-            found.curve[rows] = model.curve.sum(-1, keepdim=True)
-        v, target_v = _directions(part)
-        if v is not None:
-            found.mean_v[rows], found.top_v[rows] = _mean_without_top(part, MODEL, pair.p, v)
-        if target_v is not None and part.is_by_logits:
-            found.target_mean_v[rows], found.target_top_v[rows] = _mean_without_top(part, TARGET, y, target_v)
         if wants_stats:
-            found.entropy[rows] = -weighted(pair.p, log_p).sum(-1, keepdim=True)
+            found.entropy[rows] = -weighted(model.p, log_p).sum(-1, keepdim=True)
             found.best[rows], label[rows] = part.target.max(-1, keepdim=True)
     return found, label
 
@@ -109,22 +106,11 @@ def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
     """Return ``Σ c ⊙ u + x ⊙ u_y`` of both sides."""
     found = tile.z.new_zeros(2, len(tile.z), 1)
     for rows, part in tile.row_groups():
-        terms, (u, u_y) = terms_of(part, SECOND), _centred(part)
+        terms, (u, u_y) = terms_of(part), _centred(part)
         found[MODEL, rows] = _change_of_score(terms.model, u, u_y).sum(-1, keepdim=True)
-        if terms.target is not None and part.is_by_logits:
+        if part.wants_target and part.is_by_logits:
             found[TARGET, rows] = _change_of_score(terms.target, u_y, u).sum(-1, keepdim=True)
     return found[MODEL], found[TARGET]
-
-
-def _sum_and_rest(tile: DenseTile, side: int, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum over all classes, and over all but the top."""
-    total = values.sum(-1, keepdim=True)
-    row, column = tile.top_entries(side)
-    rest = total
-    if len(row):
-        rest = total.clone()
-        rest[row] = values[row].scatter_(-1, column.unsqueeze(-1), 0.0).sum(-1, keepdim=True)
-    return total, rest
 
 
 def _mean_without_top(tile: DenseTile, side: int, p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +136,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     tangents = tile.z.new_zeros(len(tile.z), 1) if wants_tangents else None
     for rows, part in tile.row_groups():
         weight, slope = part.number(WEIGHT), slope_of(part)
-        terms = terms_of(part, FIRST if part.v is None else SECOND)
+        terms = terms_of(part)
         gradient, in_target = gradient_of(part, terms), _target_gradient(part, terms)
         if part.v is not None:
             (v, target_v), (u, u_y) = _directions(part), _centred(part)
@@ -170,7 +156,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
 
 def _target_gradient(tile: DenseTile, terms: Terms) -> Tensor | None:
     """The same with respect to the target's logits, or to probabilities that no softmax has made."""
-    if terms.target is None or not tile.wants_target:
+    if not tile.wants_target:
         return None
     if not tile.is_by_logits:
         return terms.target.score
@@ -188,7 +174,6 @@ def _product(tile: DenseTile, terms: Terms, u: Tensor, u_y: Tensor | None) -> Te
 
 def _target_product(tile: DenseTile, terms: Terms, in_target: Tensor, u: Tensor, u_y: Tensor | None) -> Tensor:
     """The change of the gradient with respect to the target as the caller gave it."""
-    assert terms.target is not None
     if tile.is_by_logits:
         change = unless_masked(tile.target, _pulled_back_change(tile, TARGET, terms.target, u_y, u))
     else:

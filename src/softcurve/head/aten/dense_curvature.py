@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softcurve.head.aten.dense_terms import FIRST, bend_ratio, gradient_of, slope_of, terms_of, without_mean
+from softcurve.head.aten.dense_terms import bend_ratio, gradient_of, slope_of, terms_of, without_mean
 from softcurve.head.aten.dense_tile import MODEL, SCORE, DenseTile
 from softcurve.losses.rows import divergence_second_order
 
@@ -13,16 +13,17 @@ from softcurve.losses.rows import divergence_second_order
 def prepare(tile: DenseTile, matrix: str) -> None:
     """``z ← p``; the logits before their cap, ``q`` and ``m′ g`` go into the buffers that the tile has for them."""
     for _, part in tile.row_groups():
-        terms = terms_of(part, FIRST)
+        terms = terms_of(part)
         if part.residual is not None:
             gradient, slope = gradient_of(part, terms), slope_of(part)
             part.residual.copy_(gradient if slope is None else gradient.mul_(slope))
         if part.q is not None:
+            assert terms.pair is not None
             q = divergence_second_order(part.loss.divergence, matrix, terms.pair, part.number(SCORE))
-            part.q.copy_(torch.where(terms.pair.p == 0, 0.0, q))
+            part.q.copy_(torch.where(terms.model.p == 0, 0.0, q))
         if part.raw is not None:
             part.raw.copy_(part.z)
-        part.z.copy_(terms.pair.p)
+        part.z.copy_(terms.model.p)
 
 
 def accumulate_column(tile: DenseTile) -> Tensor:

@@ -7,6 +7,8 @@ are handled only where a look at the rows shows that there are some.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -27,54 +29,75 @@ from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import may_be_masked, unless_masked
 from softcurve.losses.spec import LossSpec
 
-VALUE, FIRST, SECOND = range(3)  # the order of the derivatives that terms are for
 
+class Side:
+    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first used.
 
-class Side(NamedTuple):
-    """The probabilities of one side, and the terms of the loss that :mod:`softcurve.losses.divergences` defines."""
+    :mod:`softcurve.losses.divergences` defines score, curve and cross term; a curve or cross term of 0 is ``None``.
+    """
 
-    p: Tensor  # of no meaning where a cross-entropy is evaluated without derivatives
-    score: Tensor
-    curve: Tensor | None  # None if it is 0, or below second order
-    cross: Tensor | None
+    def __init__(
+        self,
+        p: Callable[[], Tensor],
+        score: Callable[[], Tensor],
+        curve: Callable[[], Tensor | None],
+        cross: Callable[[], Tensor | None],
+    ) -> None:
+        self._p, self._score, self._curve, self._cross = p, score, curve, cross
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The probabilities."""
+        return self._p()
+
+    @cached_property
+    def score(self) -> Tensor:
+        """``s``."""
+        return self._score()
+
+    @cached_property
+    def curve(self) -> Tensor | None:
+        """``c``."""
+        return self._curve()
+
+    @cached_property
+    def cross(self) -> Tensor | None:
+        """``x``."""
+        return self._cross()
 
 
 class Terms(NamedTuple):
-    """Two distributions compared: the pair, ``log p``, and the terms seen from either side."""
+    """Two distributions compared."""
 
-    pair: Pair
+    pair: Pair | None  # None for a cross-entropy
     log_p: Tensor
-    y: Tensor  # the target's softmax, or its probabilities
+    y: Tensor  # the target as a cross-entropy weighs its classes, or the target's softmax
     model: Side
-    target: Side | None  # None if it is not wanted
+    target: Side
 
 
-def terms_of(tile: DenseTile, order: int) -> Terms:
+def terms_of(tile: DenseTile) -> Terms:
     """Compare two distributions: a cross-entropy is the member ``φ = −y log p`` with ``s = −y``, ``c = 0``, ``x = −y``.
 
     Seen from the logits of its target, a cross-entropy has ``s = c = −y log p``.
     """
-    z = seen_logits(tile)
+    z, y = seen_logits(tile), tile.target
     log_p = (z - tile.number(OFFSET)).sub_(tile.number(LOG_REST))
-    y = tile.target
     if tile.is_by_logits:
         logits = target_logits(tile)
         log_y = (logits - tile.number(OFFSET, TARGET)).sub_(tile.number(LOG_REST, TARGET))
         y = log_y.exp()
     if tile.loss.is_cross_entropy:
-        return _cross_entropy_terms(tile, log_p, y, order)
+        return _cross_entropy_terms(tile, log_p, y)
     pair = _pair(tile, log_p, log_y, z, logits, y)
-    divergence, target = tile.loss.divergence, None
-    if tile.wants_target:
-        target = _side_of(divergence.exchanged(), pair.exchanged(), order)
-    return Terms(pair, log_p, y, _side_of(divergence, pair, order), target)
+    divergence = tile.loss.divergence
+    return Terms(pair, log_p, y, _side_of(divergence, pair), _side_of(divergence.exchanged(), pair.exchanged()))
 
 
-def _side_of(divergence: Divergence, pair: Pair, order: int) -> Side:
-    score = divergence.score(pair)
-    if order < SECOND:
-        return Side(pair.p, score, None, None)
-    return Side(pair.p, score, divergence.curve(pair), divergence.cross(pair))
+def _side_of(divergence: Divergence, pair: Pair) -> Side:
+    return Side(
+        lambda: pair.p, lambda: divergence.score(pair), lambda: divergence.curve(pair), lambda: divergence.cross(pair)
+    )
 
 
 def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tensor, y: Tensor) -> Pair:
@@ -97,23 +120,24 @@ def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tens
     return Pair(p, y, ratio, difference)
 
 
-def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor, order: int) -> Terms:
+def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
     loss, weight = tile.loss, tile.class_weight
     own, whole = masses(y, loss, tile.class_count, weight, tile.class_share)
-    p, cross, target = log_p if order == VALUE else log_p.exp(), None, None
     if tile.is_by_logits:
-        cross = -own if order == SECOND else None
-        if tile.wants_target:
-            information = -weighted(own, log_p)
-            target = Side(y, information, information, cross)
-    elif tile.wants_target or order == SECOND:
-        factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
-        cross = (-factor).expand_as(p)  # with respect to probabilities that no softmax has made
-        score = cross * log_p
+        model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -own)
+        target = Side(lambda: y, lambda: -weighted(own, log_p), lambda: target.score, lambda: -own)
+        return Terms(None, log_p, whole, model, target)
+    factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
+
+    def score() -> Tensor:
+        score = -factor * log_p
         if may_be_masked(log_p):
-            score = torch.where((log_p == -math.inf) & (y == 0) | (cross == 0), 0.0, score)
-        target = Side(y, score, None, cross)
-    return Terms(Pair(p, whole, log_p, own), log_p, y, Side(p, -whole, None, cross), target)
+            score = torch.where((log_p == -math.inf) & (y == 0) | (factor == 0), 0.0, score)
+        return score
+
+    # The cross term is with respect to probabilities that no softmax has made.
+    model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -factor)
+    return Terms(None, log_p, whole, model, Side(lambda: y, score, lambda: None, lambda: -factor))
 
 
 def masses(
@@ -155,6 +179,17 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
     return torch.where(weights == 0, 0.0, products) if products.sum().isnan() else products
 
 
+def sum_and_rest(tile: DenseTile, side: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over all classes, and over all but the top."""
+    total = values.sum(-1, keepdim=True)
+    row, column = tile.top_entries(side)
+    rest = total
+    if len(row):
+        rest = total.clone()
+        rest[row] = values[row].scatter_(-1, column.unsqueeze(-1), 0.0).sum(-1, keepdim=True)
+    return total, rest
+
+
 def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
     """``m′`` of the soft cap at the logits before it."""
     return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
@@ -179,10 +214,15 @@ def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:
 
 def pulled_back(tile: DenseTile, side: int, of: Side) -> Tensor:
     """``s − p S``, at the top as minus the sum of all others, and its limit where ``S`` is infinite."""
-    total = tile.number(SCORE, side)
+    if tile.knows_scores:
+        total, at_top = tile.number(SCORE, side), tile.number(TOP_RESIDUAL, side)
+    else:
+        total, rest = sum_and_rest(tile, side, of.score)
+        at_top = -torch.expm1(-tile.number(LOG_REST, side)) * total - rest
     gradient = torch.addcmul(of.score, of.p, total, value=-1)
     row, column = tile.top_entries(side)
-    gradient[row, column] = tile.number(TOP_RESIDUAL, side)[row, 0]
+    if len(row):
+        gradient[row, column] = at_top[row, 0]
     infinite = (total == math.inf).squeeze(-1).nonzero().squeeze(-1)
     if len(infinite):
         score, p = of.score[infinite], of.p[infinite]
@@ -194,5 +234,6 @@ def without_mean(v: Tensor, mean: Tensor, tile: DenseTile, side: int, at_top: Te
     """``v − mean``, and the number that each row has for it at the top."""
     u = v - mean
     row, column = tile.top_entries(side)
-    u[row, column] = at_top[row, 0]
+    if len(row):
+        u[row, column] = at_top[row, 0]
     return u

@@ -26,6 +26,7 @@ class DenseTile(NamedTuple):
     class_count: int  # C, of which the block holds some
     cached: int  # entries that stay in the cache
     wants_target: bool  # whether the derivatives with respect to the target are wanted
+    knows_scores: bool  # whether sums and numbers have scores; if not, ATen sums them up over whole rows in residuals
     z: Tensor
     target: Tensor  # probabilities or logits, as the caller gave them
     v: Tensor | None = None  # the changes of z and target along a direction
