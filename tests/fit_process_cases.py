@@ -23,12 +23,11 @@ import torch.distributed as dist
 
 from softcurve import TopK
 from softcurve.fit import DataError
-from softcurve.fit.data.column_source import own_span
-from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.file_rows import FileRows
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source
-from softcurve.fit.data.sharing import shared
-from softcurve.fit.data.subset import Subset, split_source
+from softcurve.fit.data.row_source import own_share
+from softcurve.fit.data.subset import Subset, shared, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.group import ALONE, Group, raised_by_all
@@ -120,7 +119,8 @@ def negligible(folder, group):
     curving[::7] = 0.0
     found = {}
     for most, share in ((0.0, 1.0), (0.1, 1.0), (50.0, 0.2), (1e9, 0.9), (1e9, 0.4)):
-        own = slice(*own_span(500, together))
+        first = own_share(500, together).first
+        own = slice(first, first + own_share(500, together).rows)
         rows, count = negligible_rows(curving[own], most, of_logits[own], share, together)
         numbers = torch.cat(together.gathered(rows + own.start)).sort().values
         found[f"{most} {share}"] = [numbers.tolist(), count]
@@ -226,13 +226,13 @@ def opened(kind: str, target: str | None = None) -> Case:
 def own_rows_alone(folder, group):
     """What is read of a file is read once by all processes together."""
     read: list[tuple[int, int]] = []
-    fill = RawColumn._fill
+    read_rows, digest = FileRows.read, FileRows.digest
 
-    def noted(self, file, start, out):
-        read.append((start, start + len(out)))
-        fill(self, file, start, out)
+    def noted(self, bounds):
+        read.append((bounds[0], bounds[-1]))
+        return read_rows(self, bounds)
 
-    RawColumn._fill = noted
+    FileRows.read, FileRows.digest = noted, lambda self, most: b""  # all hash the same pieces of all rows
     try:
         together = ALONE if group is None else Group(group)
         source = open_source(str(folder / "lists.npy"), folder / "target.npy", together=together)
@@ -241,7 +241,7 @@ def own_rows_alone(folder, group):
         for _ in source.walk(10):
             pass
     finally:
-        RawColumn._fill = fill
+        FileRows.read, FileRows.digest = read_rows, digest
     rank, size = together.rank, together.size
     first, end = ROWS * rank // size, ROWS * (rank + 1) // size
     return {"labels": read_labels == [(first, end)], "rows": min(read)[0] == first and max(read)[1] == end}

@@ -8,26 +8,26 @@ import numpy as np
 
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
-from softcurve.fit.data.rows import Rows, gather
+from softcurve.fit.data.source import GatheredRows, gather
 from softcurve.fit.data.subset import holdout_mask
 
 
-def load_rows(data, target=None) -> Rows:
+def load_rows(data, target=None) -> GatheredRows:
     return gather(open_source(data, target), data)
 
 
-def load_rows_for(data, classes, width, target=None) -> Rows:
+def load_rows_for(data, classes, width, target=None) -> GatheredRows:
     return gather(open_source_for(data, classes, width, target), data)
 
 
-def make_rows(features, target, **names) -> Rows:
+def make_rows(features, target, **names) -> GatheredRows:
     return gather(to_source(features, target, **names), "target")
 
 
-def split(rows: Rows, holdout: float, seed: int) -> tuple[Rows, Rows]:
+def split(rows: GatheredRows, holdout: float, seed: int) -> tuple[GatheredRows, GatheredRows]:
     held = holdout_mask(len(rows), holdout, seed)
     return take(rows, np.flatnonzero(~held)), take(rows, np.flatnonzero(held))
 
 
-def take(rows: Rows, index) -> Rows:
+def take(rows: GatheredRows, index) -> GatheredRows:
     return replace(rows, features=rows.features[index], target=rows.target[index])

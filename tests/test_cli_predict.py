@@ -251,7 +251,7 @@ def test_predictions_can_be_targets():
         (["data.npz", "data.npz"], "data.npz is not a head that can be used: it is no safetensors"),
         (["data.safetensors", "data.npz"], "data.safetensors is not a head that can be used"),
         (["h.safetensors", "digits"], "features of digits must have 4 columns, .*; got 64"),
-        (["h.safetensors", "data.npz"], "row 5 has the label 'four', which is none of the head's 3 classes"),
+        (["h.safetensors", "data.npz"], "the first, 'four', in row 5: leave the target out"),
         (["h.safetensors", "huge.npy", "--out", "old.csv"], "logits of huge.npy overflow"),
         (["h.safetensors", "data.npz", "--out", "p.json"], "p.json has suffix '.json'; it must end"),
         (["h.safetensors", "data.npz", "--out", "none/p.npz"], "--out: there is no folder none"),
@@ -289,7 +289,7 @@ def test_damage_that_shows_late_leaves_the_old_predictions(blocks, suffix):
     soft[58] *= 2
     np.savez("late.npz", X=FEATURES, y=soft)
     message = refused("h.safetensors", "late.npz", "--out", f"p.{suffix}")
-    assert re.search("array 'y' of late.npz must sum to 1 .* the first, row 58, sums to 2", message)
+    assert re.search("array 'y' of late.npz must sum to 1 .* the first, 2, in row 58: divide", message)
 
 
 def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
@@ -301,7 +301,7 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
     monkeypatch.setattr("softcurve.cli.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
     done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy"])
     assert done.exit_code == 2
-    assert "data.npy ends before the entries of data.npy do" in done.stderr
+    assert "data.npy has changed since it was opened (200 bytes, 2080 before)" in done.stderr
     assert contents()["p.npy"] == before
     assert sorted(os.listdir()) == ["data.npy", "h.safetensors", "p.npy"]
 

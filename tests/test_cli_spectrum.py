@@ -480,7 +480,7 @@ SAVED = ["head.safetensors", "labels.npz"]
         (["head.safetensors", "none.npz"], "data: there is no file none.npz"),
         (["head.safetensors", "features.npy"], "data: features.npy has no targets; give them in an .npy file by --target"),
         (["head.safetensors", "digits"], "features of digits must have 4 columns, .*; got 64"),
-        (["head.safetensors", "other.npz"], "label 'z', which is none of the head's 3 classes"),
+        (["head.safetensors", "other.npz"], r"be labels of the head's 3 classes .* the first, 'z', in row 0: leave the target out"),
         ([*SAVED, "--loss", "reverse_kl"], "infinite for labels"),
         ([*SAVED, "--loss", "hinge"], "'hinge'"),
         ([*SAVED, "--matrix", "kfac"], "'kfac'"),

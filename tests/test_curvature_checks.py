@@ -35,7 +35,7 @@ from softcurve.curvature import (
     influence,
     split_head,
 )
-from softcurve.curvature.class_forms import DenseForm, LowRankForm
+from softcurve.curvature.class_factors import DenseClassFactor, LowRankClassFactor
 
 ROWS, CLASSES = 24, 3
 
@@ -467,7 +467,7 @@ def test_the_options_of_the_logits_that_were_declared_must_be_given():
     features, head = split_head(model, "head", softcap=30.0, temperature=2.0)
     data = [(torch.randn(6, 4), torch.zeros(6).long())]
     GGN(features, head, data, softcap=30.0, temperature=2.0)
-    with pytest.raises(ValueError, match=r"softcap must be 30\.0 as split_head was told of the model, got None"):
+    with pytest.raises(ValueError, match=r"softcap must be 30\.0 as in split_head, got None"):
         LastLayerLaplace(head, data, features=features, temperature=2.0)
     with pytest.raises(ValueError, match=r"temperature must be 2\.0"):
         influence(features, head, data, data, damping=0.1, softcap=30.0)
@@ -562,7 +562,7 @@ def test_representations_are_short(rows):
         operator.solve(torch.ones(43).double(), damping=0.1), influence(features, head, data, data, damping=0.1),
         HeadCurvature(torch.randn(6, 5), torch.randn(3, 5), torch.zeros(6).long()), operator.layout, operator.losses,
         LastLayerLaplace(head, data, features=features), factors.form, factors.classes,
-        LowRankForm(torch.ones(3), torch.ones(3, 2), 0.0), DenseForm(torch.ones(3), torch.ones(3, 3)),
+        LowRankClassFactor(torch.ones(3), torch.ones(3, 2), 0.0), DenseClassFactor(torch.ones(3), torch.ones(3, 3)),
     ]  # fmt: skip
     for record in records:
         shown = repr(record)

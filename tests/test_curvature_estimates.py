@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcurve.curvature.estimates import Estimate, diagonal, trace
+from softcurve.curvature.algorithms.estimates import Estimate, diagonal, trace
 
 from .symmetric_matrices import Matrix, with_spectrum
 

@@ -357,7 +357,7 @@ def test_bad_input_is_explained(case):
 def test_data_that_can_be_walked_once_only(argument):
     features, head, inputs = network("all")
     options = {"train_data": batches(inputs, TRAIN), "test_data": batches(inputs, TEST)}
-    with pytest.raises(TypeError, match=f"{argument} must be an iterable that can be walked again"):
+    with pytest.raises(TypeError, match=f"{argument} must be a re-iterable of batches"):
         influence(features, head, damping=0.1, **{**options, argument: iter(options[argument])})
 
 

@@ -418,7 +418,7 @@ def test_products_see_the_same_dropout(make):
     for mask, again in zip(masks[:batches], masks[batches : 2 * batches], strict=True):
         assert torch.equal(mask, again)
     seeds = {
-        setting.operator(make, seed=s, check_deterministic=False).seed_of(use, n)
+        setting.operator(make, seed=s, check_deterministic=False).network.random_seed(use, n)
         for s in (3, 4)
         for use in ("a", "b")
         for n in range(3)
@@ -574,7 +574,7 @@ class TestErrors:
         assert not operator.to_dense().any()
 
     def test_data_that_can_be_walked_once(self, make):
-        with pytest.raises(TypeError, match=r"data must be an iterable that can be walked again.*generator"):
+        with pytest.raises(TypeError, match=r"data must be a re-iterable of batches.*generator"):
             make(small_features(), small_head(), (batch for batch in batches()))
 
     def test_features_of_another_width(self, make):
@@ -688,7 +688,7 @@ for make in (Hessian, GGN, Fisher, EmpiricalFisher):
         ((features, head, [x]), {}, "data must yield (x, target) or (x, target, sample_weight), got Tensor in batch 0"),
         ((features, head, [(x, target), (x,)]), {}, "data must yield (x, target)"),
         ((features, head, [(x, target, None, None)]), {}, "data must yield (x, target)"),
-        ((features, head, 3), {}, "data must be an iterable"),
+        ((features, head, 3), {}, "data must be a re-iterable"),
         ((features, head, [(x, [0, 1, 2, 3])]), {}, "target must be"),
         ((features, head, [(x, target)]), {"ignore_index": 1.0}, "ignore_index must be"),
     ):

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from softcurve.fit import DataError, fitting
 from softcurve.fit.checkpoint import digest_of_all
-from softcurve.fit.data.column_source import ColumnSource
 from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import RowSource
 from softcurve.fit.fitting import fit_head
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -105,12 +105,12 @@ def test_a_fit_interrupted_in_any_walk_over_the_rows_goes_on(tmp_path, monkeypat
     # In the mean and the covariance, before and in the first point, in steps, in backtracking.
     options = {"checkpoint_every": 1e6, "precision": "float64"}
     whole = fit(None, **options)
-    count = interrupted_fit(monkeypatch, ColumnSource, "blocks", (), None, **options)
+    count = interrupted_fit(monkeypatch, RowSource, "blocks", (), None, **options)
     assert count > 20
     written = []
     for number in range(count):
         path = tmp_path / str(number)
-        interrupted_fit(monkeypatch, ColumnSource, "blocks", (number,), path, **options)
+        interrupted_fit(monkeypatch, RowSource, "blocks", (number,), path, **options)
         written.append(path.exists())
         torch.testing.assert_close(fit(path, **options).weight, whole.weight, atol=1e-8, rtol=0)
     assert not written[0]

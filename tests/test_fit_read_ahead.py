@@ -14,7 +14,7 @@ from softcurve.fit.data.read_ahead import read_ahead
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert [thread.name for thread in threading.enumerate() if thread.name == "read-ahead"] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")] == []
 
 
 class Reader:

@@ -205,14 +205,14 @@ def changed(array, row, column, value):
         (FEATURES, np.array([b"a", b"b", b"a", b"b", b"a"]), "labels of dtype .S1; they must be"),
         (FEATURES, NUMBERS[:, None], r"distributions of shape \(n, C\) with C of 2 or more; got \(5, 1\)"),
         (FEATURES, SOFT[:, :, None], r"got \(5, 3, 1\)"),
-        (FEATURES, WORDS[:, None].repeat(2, axis=1), "target must be probabilities; got <U3"),
+        (FEATURES, WORDS[:, None].repeat(2, axis=1), "target must be probabilities; got dtype <U3"),
         (FEATURES, changed(SOFT, 1, 2, np.nan), "target must be finite; .*in row 1, column 2"),
-        (FEATURES, changed(changed(SOFT, 1, 2, -0.5), 1, 1, 1.5), "row 1, column 2 is -0.5: .*exponential"),
-        (FEATURES, np.log(SOFT + 0.1), "row 0, column 0 is -0.51.*exponential"),
+        (FEATURES, changed(changed(SOFT, 1, 2, -0.5), 1, 1, 1.5), "-0.5, in row 1, column 2: .*exponential"),
+        (FEATURES, np.log(SOFT + 0.1), "-0.51.*, in row 0, column 0: .*exponential"),
         (
             FEATURES,
             changed(SOFT, 3, 1, 0.5),
-            "sum to 1 in every row; 1 rows do not, the first, row 3, sums to 1.5",
+            "sum to 1 in every row; 1 of rows 0 to 4 are wrong, the first, 1.5, in row 3",
         ),
     ],
 )
@@ -224,8 +224,11 @@ def test_what_cannot_be_used_is_refused(features, target, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (np.array([7, -3, 8, 40, -3]), "row 2 has the label 8, which is none of the head's 3 classes"),
-        (WORDS, "row 0 has the label 'cat'"),
+        (
+            np.array([7, -3, 8, 40, -3]),
+            r"labels of the head's 3 classes \(-3, 7, 40\); 1 of rows .* 8, in row 2: leave",
+        ),
+        (WORDS, "the first, 'cat', in row 0"),
         (
             SOFT[:, :2] / SOFT[:, :2].sum(axis=1, keepdims=True),
             "distributions over 2 classes, the head has 3",

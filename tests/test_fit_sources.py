@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError
-from softcurve.fit.data.columns import ArrayColumn, MappedColumn, SparseColumn, places
-from softcurve.fit.data.files.raw import RawColumn
+from softcurve.fit.data.files.file_rows import FileRows
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.rows import ArrayRows, SparseRows, places
 from softcurve.fit.data.source import Source
 from softcurve.fit.data.subset import Subset, split_source
 from softcurve.losses.targets import TopK
@@ -149,8 +149,19 @@ def test_shards_with_one_target_file_for_all_among_them(tmp_path, kind):
     np.save(tmp_path / "target.npy", TARGETS[kind]["target"])
     check(open_source(str(tmp_path), tmp_path / "target.npy"), kind, 5)
     np.save(tmp_path / "target.npy", TARGETS[kind]["target"][1:])
-    with pytest.raises(DataError, match=r"has 37 rows in 3 shards but target .* has 36 rows; give one target a row"):
+    with pytest.raises(
+        DataError, match=r"with its 3 shards has 37 rows but target .* has 36 rows; give one target a row"
+    ):
         open_source(str(tmp_path), tmp_path / "target.npy")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_share_without_rows_reads_nothing(tmp_path, write):
+    path = tmp_path / f"data.{WRITERS[write]}"
+    write(path, {"features": FEATURES, "target": LABELS})
+    source = open_source(str(path))
+    path.unlink()
+    assert list(source.data.features.read([5])) == []
 
 
 def test_string_labels_over_shards(tmp_path):
@@ -237,13 +248,13 @@ def test_mixed_shards_come_in_the_wider_type(tmp_path):
 @pytest.mark.parametrize(
     ("view", "column"),
     [
-        (lambda mapped: mapped, RawColumn),
-        (lambda mapped: mapped[3:-1], RawColumn),
-        (lambda mapped: np.asarray(mapped)[5:], RawColumn),
-        (lambda mapped: mapped.T, RawColumn),
-        (lambda mapped: mapped[::3], MappedColumn),
-        (lambda mapped: mapped[:, 1:3], MappedColumn),
-        (lambda mapped: mapped + 0, ArrayColumn),
+        (lambda mapped: mapped, FileRows),
+        (lambda mapped: mapped[3:-1], FileRows),
+        (lambda mapped: np.asarray(mapped)[5:], FileRows),
+        (lambda mapped: mapped.T, FileRows),
+        (lambda mapped: mapped[::3], FileRows),
+        (lambda mapped: mapped[:, 1:3], FileRows),
+        (lambda mapped: mapped + 0, ArrayRows),
     ],
 )
 @pytest.mark.parametrize("mode", ["r", "r+"])
@@ -251,7 +262,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path, view, column, mode):
     np.save(tmp_path / "x.npy", FEATURES)
     mapped = view(np.load(tmp_path / "x.npy", mmap_mode=mode))
     source = to_source(mapped)
-    assert type(source.parts[0].features) is column
+    assert type(source.data.features) is column
     np.testing.assert_array_equal(whole(source, 4)[0], np.array(mapped))
 
 
@@ -264,8 +275,8 @@ def test_a_private_map_is_read_as_it_was_changed(tmp_path):
 
 def test_sparse_rows_are_not_made_dense_at_once():
     wide = scipy.sparse.random_array((100, 10**9), density=1e-9, format="csr", rng=0)
-    assert isinstance(to_source(scipy.sparse.csr_array(FEATURES)).parts[0].features, SparseColumn)
-    assert SparseColumn(wide, "wide").shape == (100, 10**9)
+    assert isinstance(to_source(scipy.sparse.csr_array(FEATURES)).data.features, SparseRows)
+    assert SparseRows(wide, "wide").shape == (100, 10**9)
 
 
 def test_the_number_of_classes_of_lists(tmp_path):
@@ -276,7 +287,8 @@ def test_the_number_of_classes_of_lists(tmp_path):
     assert open_source(str(tmp_path / "x.npz")).classes == tuple(range(10))
     assert open_source(str(tmp_path / "x.npz"), class_count=12).classes == tuple(range(12))
     with pytest.raises(
-        DataError, match=r"array 'indices' of .*x.npz must be classes from 0 to 6; row \d+, column \d is 9"
+        DataError,
+        match=r"array 'indices' of .*x.npz must be classes from 0 to 6; .* the first, 9, in row \d+, column \d:",
     ):
         open_source(str(tmp_path / "x.npz"), class_count=7)
     npz(tmp_path / "labels.npz", {"features": FEATURES, "target": LABELS})
@@ -296,7 +308,7 @@ def test_targets_in_terms_of_the_classes_of_a_head(tmp_path):
     assert source.classes == (9, 3, 2, 1, 0)
     assert whole(source, 7)[1].tolist() == (4 - LABELS).tolist()
     with pytest.raises(
-        DataError, match=f"row {int((LABELS == 3).argmax())} has the label 3, which is none of the head's 3"
+        DataError, match=f"of the head's 3 classes .* the first, 3, in row {int((LABELS == 3).argmax())}:"
     ):
         open_source_for(str(tmp_path / "x.safetensors"), (0, 1, 2), WIDTH)
     with pytest.raises(DataError, match=r"x.safetensors must have 6 columns, .* fitted to; got 5"):
@@ -331,13 +343,13 @@ def changed(array, row, column, value):
     [
         ({"features": changed(FEATURES, 30, 2, np.nan), "target": LABELS}, r"b\..* must be finite; 1 entries .* nan, in row 30, column 2"),
         ({"features": changed(FEATURES, 9, 0, np.inf), "target": LABELS}, "must be finite; 1 entries .* inf, in row 9, column 0"),
-        ({"features": FEATURES, "target": changed(SOFT, 20, 1, 0.9 + SOFT[20, 1])}, r"'target' of .*b\..* the first, row 20, sums to 1.9"),
-        ({"features": FEATURES, "target": changed(SOFT, 21, 1, -0.5)}, "'target' of .* row 21, column 1 is -0.5"),
+        ({"features": FEATURES, "target": changed(SOFT, 20, 1, 0.9 + SOFT[20, 1])}, r"'target' of .*b\..* the first, 1.9, in row 20"),
+        ({"features": FEATURES, "target": changed(SOFT, 21, 1, -0.5)}, "'target' of .* -0.5, in row 21, column 1"),
         ({"features": FEATURES, "target": changed(SOFT, 22, 3, np.nan)}, "'target' of .* nan, in row 22, column 3"),
         ({"features": FEATURES, "indices": INDICES - 5, "log_probs": LOG_PROBS}, r"'indices' of .* must be classes from 0 to"),
-        ({"features": FEATURES, "indices": INDICES * 0, "log_probs": LOG_PROBS}, r"'indices' of .* distinct classes in each row; row 0"),
-        ({"features": FEATURES, "indices": INDICES, "log_probs": changed(LOG_PROBS, 13, 0, 0.7)}, r"'log_probs' of .* mass of at most 1 a row; row 13"),
-        ({"features": FEATURES, "indices": INDICES, "log_probs": changed(LOG_PROBS, 13, 0, np.nan)}, "'log_probs' of .*; row 13 has nan"),
+        ({"features": FEATURES, "indices": INDICES * 0, "log_probs": LOG_PROBS}, r"'indices' of .* distinct classes in each row; .* in row 0:"),
+        ({"features": FEATURES, "indices": INDICES, "log_probs": changed(LOG_PROBS, 13, 0, 0.7)}, r"'log_probs' of .* mass of at most 1 a row; .* in row 13:"),
+        ({"features": FEATURES, "indices": INDICES, "log_probs": changed(LOG_PROBS, 13, 0, np.nan)}, "'log_probs' of .* nan, in row 13"),
         ({"features": FEATURES, "indices": INDICES + 0.5, "log_probs": LOG_PROBS}, "'indices' of .* must be numbers of classes; got dtype float64"),
         ({"features": FEATURES, "indices": INDICES, "log_probs": INDICES.copy()}, "'log_probs' of .* must be log-probabilities; got dtype int64"),
         ({"features": FEATURES, "indices": INDICES[:, :2], "log_probs": LOG_PROBS}, r"one shape \(n, k\); got \(37, 2\) and \(37, 3\)"),
@@ -360,12 +372,15 @@ def test_wrong_entries_are_named_by_file_and_row(tmp_path, write, arrays, messag
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"features": FEATURES[:, :4], "target": LABELS}, r"2\..* must have 5 columns, as .*1\..*; got 4: all shards"),
-        ({"features": FEATURES, "target": SOFT}, r"2\..* comes with distributions, and .*1\..* with labels"),
-        ({"features": FEATURES} | TARGETS["top_k"], r"2\..* comes with a teacher's lists, and .*1\..* with labels"),
+        (
+            {"features": FEATURES[:, :4], "target": LABELS},
+            r"2\..* has 4 features with labels, and .*1\..* has 5 features with labels; all shards",
+        ),
+        ({"features": FEATURES, "target": SOFT}, r"2\..* with distributions over 4 classes, and .*1\..* with labels"),
+        ({"features": FEATURES} | TARGETS["top_k"], r"2\..* with a teacher's lists of 3, and .*1\..* with labels"),
         (
             {"features": FEATURES},
-            r"2\..* comes with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
+            r"2\..* with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
         ),
         ({"features": FEATURES, "target": LABELS[:-1]}, r"2\..* has 37 rows but .* has 36 rows"),
     ],
@@ -383,7 +398,9 @@ def test_a_shard_that_does_not_go_with_the_first_is_named(tmp_path, write, secon
 def test_shards_with_other_classes_or_labels_are_named(tmp_path):
     np.savez(tmp_path / "1.npz", X=FEATURES, y=SOFT)
     np.savez(tmp_path / "2.npz", X=FEATURES, y=SOFT[:, :3])
-    with pytest.raises(DataError, match=r"2\.npz must have 4 columns, as .*1\.npz; got 3: .* over the same classes"):
+    with pytest.raises(
+        DataError, match=r"2\.npz .* with distributions over 3 classes, and .*1\.npz .* over 4 classes; all shards"
+    ):
         open_source(str(tmp_path))
     np.savez(tmp_path / "1.npz", X=FEATURES, y=LABELS)
     np.savez(tmp_path / "2.npz", X=FEATURES, y=NAMES)
@@ -430,7 +447,7 @@ def test_a_header_that_lies_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"2\.npy .* pickled objects, which are never loaded"):
         opened(folder, folder)
     (folder / "2.npy").write_bytes(content[:6] + b"\x03\x00" + content[8:])
-    with pytest.raises(DataError, match=r"2\.npy .* its format is version 3\.0"):
+    with pytest.raises(DataError, match=r"2\.npy cannot be read as .*: EOF: reading array header, expected \d+ bytes"):
         opened(folder, folder)
 
 
@@ -467,7 +484,7 @@ def test_a_file_that_changes_between_walks_is_named(tmp_path, write):
     with pytest.raises(DataError, match=r"1\..* has changed since it was opened \(200 bytes, \d+ before\)"):
         whole(source)
     path.unlink()
-    with pytest.raises(DataError, match=r"1\..* cannot be opened"):
+    with pytest.raises(DataError, match=r"there is no file .*1\.\w+; check the path"):
         whole(source)
 
 
@@ -477,7 +494,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     walk = source.walk(10)
     next(walk)
     os.truncate(tmp_path / "x.npy", 600)
-    with pytest.raises(DataError, match=r"x\.npy ends before the entries of .*x\.npy do \(\d+ bytes are missing"):
+    with pytest.raises(DataError, match=r"x\.npy has changed since it was opened \(600 bytes, 1608 before\)"):
         list(walk)
     assert threading.active_count() == 1
 
@@ -623,6 +640,7 @@ def measure(source):
 measure(open_source_for(PATH, (0, 1), 500))
 measure(to_source(np.load(PATH, mmap_mode="r")))
 measure(to_source(np.load(PATH, mmap_mode="r")[:, :400]))
+measure(to_source(np.memmap(PATH, np.float32, "r", 128, (200_000, 500), "F")))
 measure(split_source(to_source(np.load(PATH, mmap_mode="r"), np.arange(200_000) % 7), 0.2, 0)[0])
 """
 
@@ -643,5 +661,5 @@ def large(tmp_path_factory):
 def test_a_file_of_400_mb_takes_two_blocks_of_memory(large, run_python):
     done = run_python(f"PATH = {str(large)!r}{WALK}")
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 4
+    assert len(found) == 5
     assert max(found) < 80

@@ -172,6 +172,12 @@ def as_integer(value: object) -> int | None:
     return None
 
 
+def require_count(name: str, value: object, least: int) -> None:
+    """Require a Python or numpy integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Require one of the given strings."""
     if value not in choices:

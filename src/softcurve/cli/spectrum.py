@@ -19,14 +19,14 @@ from softcurve.cli.options import SpectrumOptions
 from softcurve.cli.printing import TextRows, print_record, print_table, progress_bar
 from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
+from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
+from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.network import length_of
 from softcurve.curvature.operator import SymmetricOperator
-from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
-from softcurve.fit.data.rows import gather
-from softcurve.fit.data.source import Block
+from softcurve.fit.data.source import Block, gather
 from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory

@@ -1,11 +1,14 @@
-"""Second-order structure of heads and whole networks at vocabulary scale, as linear operators.
+"""Second-order matrices of heads and whole networks at vocabulary scale, as linear operators.
 
 Every matrix is known by its products, exact and streamed: no ``N × C`` logits, no ``C × C`` blocks, no Jacobians.
 """
 
-from softcurve.curvature.conjugate_gradients import Solution
-from softcurve.curvature.estimates import DiagonalEstimate, Estimate
-from softcurve.curvature.fisher import EmpiricalFisher, Fisher
+from softcurve.curvature.algorithms.conjugate_gradients import Solution
+from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
+from softcurve.curvature.algorithms.estimates import DiagonalEstimate, Estimate
+from softcurve.curvature.algorithms.spectral_density import SpectralDensity
+from softcurve.curvature.empirical_fisher import EmpiricalFisher
+from softcurve.curvature.fisher import Fisher
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.head import HeadCurvature
 from softcurve.curvature.hessian import Hessian
@@ -13,7 +16,6 @@ from softcurve.curvature.influence import Influence, influence
 from softcurve.curvature.kfac import KroneckerFactors
 from softcurve.curvature.laplace import LastLayerLaplace
 from softcurve.curvature.operator import SymmetricOperator
-from softcurve.curvature.spectrum import Eigenpairs, SpectralDensity
 from softcurve.curvature.split import split_head
 from softcurve.head.products import Direction
 

@@ -1,4 +1,4 @@
-"""The features' forward pass under fixed conditions, and the same conditions for whatever autograd runs of it later.
+"""The features' forward pass under fixed conditions, and the same conditions for its derivatives.
 
 A product evaluates the features once and differentiates them several times. A checkpoint that is not reentrant runs a
 part of the forward again in each of these derivatives, so that all of them need what the forward had: the same kernels
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-__all__ = ["FeatureMap", "eager", "parallel_wrapper"]
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
@@ -40,32 +38,26 @@ class FeatureMap:
         self.module = module
 
     def __call__(self, x: Any, seed: int, *, device: torch.device, graph: bool) -> Any:
-        """``features(x)``, or ``features(**x)`` of a mapping, in its present mode."""
+        """``features(x)``, or ``features(**x)`` of a mapping, in the module's present mode."""
         devices = [] if device.type == "cpu" else [device]
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(graph),
-            torch.random.fork_rng(devices),
-            self.conditions(),
-        ):
+        with torch.inference_mode(False), torch.set_grad_enabled(graph), torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed(seed)
-            if isinstance(x, Mapping):
-                e = self.module(**{name: _recordable(part) for name, part in x.items()})
-            else:
-                e = self.module(_recordable(x))
+            with self.conditions():
+                if isinstance(x, Mapping):
+                    e = self.module(**{name: _recordable(part) for name, part in x.items()})
+                else:
+                    e = self.module(_recordable(x))
         if graph and isinstance(e, Tensor):
-            _refuse_reentrant(e)
+            _require_no_reentrant_checkpoint(e)
         return e
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
-        """Under which the forward, and every derivative of it, runs."""
-        with ExitStack() as stack:
-            stack.enter_context(eager())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one that has second derivatives
-            stack.enter_context(_copied_buffers(self.module))  # which batch normalisation writes to
+        """The conditions of the forward and of every derivative of it."""
+        # The mathematical attention has second derivatives; batch normalisation writes to buffers.
+        with eager(), sdpa_kernel(SDPBackend.MATH), _copied_buffers(self.module):
             yield
 
 
@@ -75,48 +67,37 @@ def parallel_wrapper(module: nn.Module) -> str | None:
     return next((name for name in names if name in WRAPPERS), None)
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Compiled modules run as they were written."""
+def eager() -> Any:
+    """A context in which compiled modules run uncompiled."""
     # Where torch.compile has not been used there is no need to import it, which takes seconds.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def _copied_buffers(module: nn.Module) -> Iterator[None]:
-    """The module has copies of its buffers; a buffer that is shared stays shared."""
-    own = [
-        (part, name, buffer)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    copies: dict[int, Tensor] = {}
+    """Replace the module's buffers by copies; a buffer that is shared stays shared."""
+    tables = [part._buffers for part in module.modules()]
+    owners = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in owners}
     try:
-        for part, name, buffer in own:
-            if id(buffer) not in copies:
-                copies[id(buffer)] = buffer.clone()
-            part._buffers[name] = copies[id(buffer)]
+        for table, name, buffer in owners:
+            table[name] = copies[id(buffer)]
         yield
     finally:
-        for part, name, buffer in own:
-            part._buffers[name] = buffer
+        for table, name, buffer in owners:
+            table[name] = buffer
 
 
 def _recordable(value: Any) -> Any:
-    """Not a tensor of the inference mode, which no graph can hold."""
+    """Clone a tensor of the inference mode, which autograd cannot record."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _refuse_reentrant(e: Tensor) -> None:
+def _require_no_reentrant_checkpoint(e: Tensor) -> None:
     """The graph of a reentrant checkpoint ends at its input: the parameters within would count as unused."""
-    seen, open_ = set(), [e.grad_fn]
-    while open_:
-        node = open_.pop()
+    seen, pending = set(), [e.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
@@ -125,4 +106,4 @@ def _refuse_reentrant(e: Tensor) -> None:
                 "features must not use reentrant checkpoints, whose parameters torch.autograd.grad does not reach; "
                 "give torch.utils.checkpoint.checkpoint use_reentrant=False"
             )
-        open_.extend(before for before, _ in node.next_functions)
+        pending.extend(before for before, _ in node.next_functions)

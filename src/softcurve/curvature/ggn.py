@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.curvature.kfac import Form, KroneckerFactors, one_a_class, preconditioner
-from softcurve.curvature.network import NetworkOperator, Rows
-from softcurve.curvature.nystrom import NystromPreconditioner
-from softcurve.curvature.operator import require_count
+from softcurve.curvature.algorithms.nystrom import nystrom_preconditioner
+from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, kronecker_preconditioner
+from softcurve.curvature.network import BatchRows, Parts
+from softcurve.curvature.network_operator import NetworkOperator
 from softcurve.head.curvature import add_products
+from softcurve.head.products import Direction
 from softcurve.head.tensors import RowLosses
 from softcurve.losses.rows import GAUSS_NEWTON
 
 
 class JacobianSandwich(NetworkOperator):
-    """``Σ_i Jᵢᵀ Bᵢ Jᵢ`` with the Jacobian ``J`` of what the softmax sees and a positive semidefinite ``B``."""
+    """``Σ_i Jᵢᵀ Bᵢ Jᵢ`` with the Jacobian ``J`` of the softmax's input and a positive semidefinite ``B``."""
 
     is_positive = True
     matrix = GAUSS_NEWTON
 
-    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
-        changes = None
-        if rows.e.requires_grad:
-            u, h = self.linearized(rows, torch.zeros_like(rows.e))
-            changes = [self.pushed_forward(u, h, v, second=False)[0] for v in columns]
-        sums = self.sums(rows, into, rows.losses.tensors.dtype)
-        add_products(rows.losses, self.matrix, self.along(columns, changes), sums)
-        self.add_pulled_back(rows, [each.input for each in sums], into)
+    def _add_products(self, rows: BatchRows, columns: Tensor, sums: Sequence[Direction]) -> Sequence[Parts]:
+        add_products(rows.losses, self.matrix, self.network.directions(rows, columns)[0], sums)
+        return ()
 
-    def kfac(self, *, form: Form = "auto", rank: int = 128, seed: int = 0) -> KroneckerFactors:
+    def kfac(self, *, form: FactorForm = "auto", rank: int = 128, seed: int = 0) -> KroneckerFactors:
         """The Kronecker factors of the head's block; see :meth:`softcurve.curvature.HeadCurvature.kfac`."""
+        network, head = self.network, self.network.head
+        total = sum(rows.divisor for rows in network.rows("Rows", graph=False))
 
-        def batches() -> Iterator[RowLosses]:
-            for rows in self.rows("Kronecker factors", graph=False):
-                yield rows.losses
+        def batches() -> Iterable[RowLosses]:
+            return (rows.losses for rows in network.rows("Kronecker factors", graph=False))
 
-        total = sum(float(rows.posed.divisor(self.losses.reducer)) for rows in self.rows("Rows", graph=False))
-        total = 1.0 if self.losses.reduction == "sum" else self.over_rows(total)
-        return KroneckerFactors.of(
-            batches,
-            self.matrix,
-            1 / self._divisor(total),
-            one_a_class(self.head.weight),
-            width=self.head.in_features,
-            has_bias=self.head.bias is not None,
-            form=form,
-            rank=rank,
-            seed=seed,
-            summed=self.summed,
-        )
+        scale = 1 / network.divisor(total)
+        factor = StreamedClassFactor(batches, self.matrix, scale, head.weight, network.sum_data_shards)
+        return KroneckerFactors.of(factor, has_bias=head.bias is not None, form=form, rank=rank, seed=seed)
 
     def preconditioner(
         self,
@@ -61,60 +47,66 @@ class JacobianSandwich(NetworkOperator):
         *,
         kind: Literal["auto", "kronecker", "nystrom"] = "auto",
         products: int = 16,
-        form: Form = "auto",
+        form: FactorForm = "auto",
         rank: int = 128,
         seed: int = 0,
     ) -> Callable[[Tensor], Tensor]:
-        """For :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
+        """A preconditioner for :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
 
-        ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head; on each other
-        parameter ``1 / (mean of its diagonal + damping)``, estimated from ``products`` random products. By far the
-        better one where the head alone is trained, which may cost iterations where the features are trained with it.
-        ``"nystrom"``: of all parameters, from ``products`` random products, of which it holds as many vectors.
-        ``"auto"``: the former where the head is trained whole and nothing else is, otherwise the latter.
+        ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head, and on each other
+        parameter ``1 / (mean of its diagonal + damping)``, estimated from ``products`` random products. It is by far
+        the better one where only the head is trained, but may cost iterations where the features are trained too.
+        ``"nystrom"``: for all parameters, from ``products`` random products; it holds as many vectors.
+        ``"auto"``: the former where the whole head is trained and nothing else, otherwise the latter.
 
-        Raises ``ValueError`` where ``"kronecker"`` is asked for and the head's weight is frozen or tied, or its bias
-        alone is frozen: the factors are of both.
+        Raises ``ValueError`` for ``"kronecker"`` where the head's weight is frozen or tied, or only its bias is frozen,
+        because the factors are those of both.
         """
         checks.require_positive("damping", damping)
         checks.require_choice("kind", kind, ("auto", "kronecker", "nystrom"))
-        require_count("products", products, 1)
-        require_count("seed", seed, 0)
-        layout, head = self.layout, self.head
-        alone = not layout.of_features and layout.head_weight is not None
+        checks.require_count("products", products, 1)
+        checks.require_count("seed", seed, 0)
+        layout, has_bias = self.layout, self.network.head.bias is not None
+        frozen_bias = has_bias and layout.head_bias is None
         if kind == "auto":
-            kind = "kronecker" if alone and (head.bias is None or layout.head_bias is not None) else "nystrom"
+            only_head = not layout.of_features and layout.head_weight is not None and not frozen_bias
+            kind = "kronecker" if only_head else "nystrom"
         if kind == "nystrom":
-            like = torch.empty(layout.size, dtype=self.dtype, device=self.device)
-            return NystromPreconditioner(self.__matmul__, like, rank=products, damping=damping, seed=seed)
+            return nystrom_preconditioner(self, rank=products, damping=damping, seed=seed)
         if layout.head_weight is None or layout.head_weight in layout.of_features:
             raise ValueError("head must have a weight of its own that is trained, got one that is frozen or tied")
-        if head.bias is not None and layout.head_bias is None:
+        if frozen_bias:
             raise ValueError("head must be trained whole, got a bias that is frozen; unfreeze it, or leave it out")
-        generator = torch.Generator().manual_seed(seed)
-        probes = torch.zeros(layout.size, products, dtype=self.dtype, device=self.device)
-        elsewhere = torch.full_like(probes[:, 0], damping)
-        if layout.of_features:
-            for number in layout.of_features:
-                part = probes[layout.slices[number]]
-                part.copy_(torch.randint(2, part.shape, generator=generator) * 2 - 1)
-            entries = (probes * (self @ probes)).mean(1)
-            for number in layout.of_features:
-                elsewhere[layout.slices[number]] += entries[layout.slices[number]].mean().clamp(min=0)
         bias = None if layout.head_bias is None else layout.slices[layout.head_bias]
         factors = self.kfac(form=form, rank=rank, seed=seed)
-        return preconditioner(factors, damping, layout.slices[layout.head_weight], bias, elsewhere)
+        elsewhere = self._mean_diagonals(products, seed) + damping
+        return kronecker_preconditioner(factors, damping, layout.slices[layout.head_weight], bias, elsewhere)
+
+    def _mean_diagonals(self, products: int, seed: int) -> Tensor:
+        """The mean of the diagonal over each parameter of the features, by Hutchinson's estimate; 0 for the head."""
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
+        if not self.layout.of_features:
+            return means
+        parts = [self.layout.slices[number] for number in self.layout.of_features]
+        probes = torch.zeros(self.layout.size, products, dtype=self.dtype, device=self.device)
+        for part in parts:
+            probes[part] = (torch.randint(2, probes[part].shape, generator=generator) * 2 - 1).to(probes)
+        entries = (probes * (self @ probes)).mean(1)
+        for part in parts:
+            means[part] = entries[part].mean().clamp(min=0)
+        return means
 
 
 class GGN(JacobianSandwich):
     """``Σ_i Jᵢᵀ Bᵢ Jᵢ`` of the mean loss: the Hessian without the second derivatives of the network.
 
-    ``J`` is the Jacobian of what the softmax sees, after soft cap and temperature. Where the loss is convex in that
+    ``J`` is the Jacobian of the softmax's input, after soft cap and temperature. Where the loss is convex in that
     (cross-entropy, forward KL) ``B`` is its Hessian ``(Σy) (diag(p) − p pᵀ)``, and the matrix is the Fisher. Reverse KL
     and JS are convex in the probabilities instead, and ``B = J_p diag(φ″) J_p`` with the softmax's ``J_p``: again
     ``diag(p) − p pᵀ`` for reverse KL. A :class:`~softcurve.TopK` with a bucket is compared outcome by outcome, the
-    bucket being one of them; of a z-loss ``2 λ (p pᵀ + max(lse, 0) J_p)`` is kept. So it is positive semidefinite for
-    every loss, and equals the Hessian of the loss in the logits at ``p = y``.
+    bucket being one of them. Of a z-loss ``2 λ (p pᵀ + max(lse, 0) J_p)`` is kept. So the matrix is positive
+    semidefinite for every loss, and equals the Hessian of the loss with respect to the logits at ``p = y``.
 
     Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002.
     """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from softcurve.curvature.network import NetworkOperator, Rows
+from softcurve.curvature.network import BatchRows, Parts
+from softcurve.curvature.network_operator import NetworkOperator
 from softcurve.head import loop
 from softcurve.head.curvature import add_products
+from softcurve.head.products import Direction
 from softcurve.losses.rows import HESSIAN
 
 
@@ -17,17 +21,18 @@ class Hessian(NetworkOperator):
         features: a module that maps a batch ``x`` (``**x``, if it is a mapping) to ``e (..., d)``, run in its present
             mode; its buffers are not changed.
         head: an ``nn.Linear`` from ``d`` to the classes; its weight may be tied to a parameter of the features.
-        data: batches ``(x, target)`` or ``(x, target, sample_weight)``, walked once for each product.
+        data: a re-iterable of batches ``(x, target)`` or ``(x, target, sample_weight)``, read once for each product.
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
-        seed: of dropout, with the batch's number: every product sees the same masks, given the same batches.
-        progress: a bar over the batches of each product.
-        process_group: of processes that each walk rows of their own; the matrix is of all rows, the same in each.
+        seed: the seed of dropout, together with the batch's number: given the same batches, every product sees the
+            same masks.
+        progress: show a progress bar over the batches of each product.
+        process_group: processes that each iterate over rows of their own; the matrix is of all rows, the same in each.
         check_deterministic: compare two passes over features and data at the start, without a graph, and raise
             ``ValueError`` where they differ: dropout or batch normalisation in training mode over batches that change,
-            random augmentation or sampling, noise of the features' own. Rows in another order are no fault unless the
-            matrix depends on it. Of batches in a list the first is enough.
+            random augmentation or sampling, noise inside the features. Rows may come in another order unless the
+            matrix depends on it. Of batches in a list only the first is compared.
 
-    Further options are those of :func:`softcurve.linear_cross_entropy` and its kin, ``reduction`` among them:
+    Further options are those of :func:`softcurve.linear_cross_entropy` and the other losses, among them ``reduction``:
     ``"mean"`` (over the rows of all batches together), ``"batchmean"`` or ``"sum"``. The matrix acts on the parameters
     that require gradients, of the features, then of the head, in ``named_parameters`` order, a tied one once.
 
@@ -38,17 +43,13 @@ class Hessian(NetworkOperator):
     Source: the chain rule: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
     """
 
-    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
-        losses = rows.losses
-        changes, terms = None, None
+    def _add_products(self, rows: BatchRows, columns: Tensor, sums: Sequence[Direction]) -> Sequence[Parts]:
+        losses, cotangent = rows.losses, None
         if rows.e.requires_grad:
             wanted = (True, False, False, False, False, False)
             gradient = loop.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
             assert gradient is not None
-            u, h = self.linearized(rows, self.own_share(gradient))
-            changes, terms = zip(*(self.pushed_forward(u, h, v, second=True) for v in columns), strict=True)
-        sums = self.sums(rows, into, losses.tensors.dtype)
-        add_products(losses, HESSIAN, self.along(columns, changes), sums)
-        self.add_pulled_back(rows, [each.input for each in sums], into)
-        for j, parts in enumerate(terms or ()):
-            self.add_parts(parts, into[j])
+            cotangent = self.network.class_share(gradient)
+        directions, terms = self.network.directions(rows, columns, cotangent)
+        add_products(losses, HESSIAN, directions, sums)
+        return terms

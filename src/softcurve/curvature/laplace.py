@@ -1,13 +1,14 @@
 """A Laplace posterior of a head: normal, around its trained weight and bias, with the curvature as precision.
 
 ``N(θ*, (H + δ I)⁻¹)`` with ``θ* = [W | b]``, the prior ``N(0, I/δ)`` and the Gauss-Newton matrix ``H`` of the sum of
-the rows' losses, ``Σ_i B_i ⊗ ẽ_i ẽ_iᵀ`` over ``ẽ = [e; 1]`` (the 1 with a bias). Two forms of ``H`` are offered:
+the rows' losses, ``Σ_i B_i ⊗ ẽ_i ẽ_iᵀ`` over ``ẽ = [e; 1]`` (the 1 with a bias). ``H`` has one of two structures:
 
 - ``"kronecker"``: ``B ⊗ A`` (:mod:`softcurve.curvature.kfac`). With ``A = U diag(a) Uᵀ`` the variance of a logit is
   ``Σ_j (ẽ·u_j)² [(a_j B + δ I)⁻¹]_kk``, one product of ``(n, d)`` and ``(d, C)``.
 - ``"diagonal"``: the exact diagonal ``h``; the variance is ``(ẽ ⊙ ẽ) · 1/(h_k + δ)``.
 
-No Jacobian of the logits in the parameters, ``(n, C, C d)``, and no covariance ``C × C`` of a row is made.
+Neither the Jacobian of the logits with respect to the parameters, ``(n, C, C d)``, nor a row's covariance ``C × C`` is
+ever formed.
 
 MacKay 1992, "The evidence framework applied to classification networks".
 Ritter, Botev, Barber 2018, "A scalable Laplace approximation for neural networks".
@@ -19,10 +20,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
-from softcurve.curvature.class_forms import ClassForm
+from softcurve.curvature.class_factors import ClassFactor
 from softcurve.curvature.ggn import GGN
-from softcurve.curvature.kfac import Form
+from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.linear_head import require_head
-from softcurve.curvature.network import Batch
-from softcurve.curvature.operator import require_count
+from softcurve.curvature.network import Batch, SplitNetwork
+from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.options import LikelihoodOptions, with_options_of
 from softcurve.extras import needed
 from softcurve.head import curvature, loop
 from softcurve.head.plan import DEFAULT_BUDGET
@@ -45,36 +46,34 @@ from softcurve.head.sharded import lies_over_processes
 from softcurve.losses.rows import GAUSS_NEWTON
 from softcurve.losses.spec import LogitMap
 from softcurve.records import dataclass_repr
-from softcurve.typing import Integer, Number
-
-__all__ = ["LastLayerLaplace"]
 
 
 class LastLayerLaplace:
     """``N([W | b], (H + prior_precision I)⁻¹)``, a posterior of ``head`` given ``data``.
 
     Args:
-        head: an ``nn.Linear``, trained; what a posterior should be around is its mode, so a weight decay that it was
-            trained with is the natural prior: ``prior_precision = N · weight_decay`` for a mean loss. It is copied.
-        data: batches ``(x, target)`` or ``(x, target, sample_weight)`` that can be walked again. Weights of rows and
-            classes count as if a row came so many times; soft labels and smoothing share a row between classes.
+        head: a trained ``nn.Linear``, which is copied. The posterior should be around its mode, so a weight decay that
+            it was trained with is the natural prior: ``prior_precision = N · weight_decay`` for a mean loss.
+        data: a re-iterable of batches ``(x, target)`` or ``(x, target, sample_weight)``. Weights of rows and classes
+            count as if a row occurred that many times; soft labels and smoothing share a row between classes.
         features: maps a batch ``x`` to ``e (..., d)``, in its present mode; ``None`` where ``x`` is ``e`` itself.
         structure: ``"kronecker"`` or ``"diagonal"``.
         prior_precision: ``δ``, of each weight and bias.
-        form, rank: how the Kronecker class factor is held: ``"dense"`` ``(C, C)``, ``"low_rank"`` ``(C, rank)``
-            or ``"auto"``, dense up to 2,048 classes. A form of low rank is above ``B``: what it leaves out makes
+        form, rank: the explicit form of the Kronecker class factor: ``"dense"`` ``(C, C)``, ``"low_rank"``
+            ``(C, rank)`` or ``"auto"``, dense up to 2,048 classes. A form of low rank is above ``B``, which makes
             variances smaller.
         weight, ignore_index, label_smoothing, temperature, softcap, shift, memory_budget: as in
-            :func:`softcurve.linear_cross_entropy`, the negative logarithm of the likelihood, summed over rows, in nats.
-        seed: of dropout, and of a class factor of low rank.
+            :func:`softcurve.linear_cross_entropy`, the negative log-likelihood, summed over rows, in nats.
+        seed: the seed of dropout, and of a class factor of low rank.
         progress, process_group, check_deterministic: as in :class:`~softcurve.curvature.Hessian`.
 
-    Nothing here records a graph. An instance does not change: what gives another prior gives another instance.
+    Nothing here records a graph. Instances are immutable: methods that change the prior return a new instance.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch.
     """
 
+    @with_options_of(NetworkOperator, without=("loss", "beta", "z_loss", "reduction", "base"))
     def __init__(
         self,
         head: nn.Linear,
@@ -83,47 +82,41 @@ class LastLayerLaplace:
         features: nn.Module | None = None,
         structure: Literal["kronecker", "diagonal"] = "kronecker",
         prior_precision: float = 1.0,
-        form: Form = "auto",
+        form: FactorForm = "auto",
         rank: int = 128,
-        weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: Integer | None = None,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        shift: Integer = 0,
-        memory_budget: Integer | None = None,
         seed: int = 0,
         progress: bool = False,
         process_group: ProcessGroup | None = None,
         check_deterministic: bool = True,
+        **options: Unpack[LikelihoodOptions],
     ) -> None:
         checks.require_choice("structure", structure, ("kronecker", "diagonal"))
         checks.require_positive("prior_precision", prior_precision)
         self.features = nn.Identity() if features is None else features
-        self.head = _copied(head)
-        rows = GGN(
-            self.features, self.head, data, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            temperature=temperature, softcap=softcap, shift=shift, reduction="sum", memory_budget=memory_budget,
-            seed=seed, progress=progress, process_group=process_group, check_deterministic=check_deterministic,
+        self.head = _copy_parameters(head)
+        operator = GGN(
+            self.features, self.head, data, reduction="sum", seed=seed, progress=progress, process_group=process_group,
+            check_deterministic=check_deterministic, **options,
         )  # fmt: skip
-        self._map, self._seed = rows.map, rows.seed_of("features", 0)
-        self.logit_map = LogitMap.of(rows.losses.temperature, rows.losses.softcap)
-        self.log_likelihood = _log_likelihood(rows)
-        budget = require_budget(rows.losses.memory_budget)
+        network = operator.network
+        self._map, self._seed = network.map, network.random_seed("features", 0)
+        self.logit_map = LogitMap.of(operator.losses.temperature, operator.losses.softcap)
+        self.log_likelihood = _log_likelihood(network)
+        budget = require_budget(operator.losses.memory_budget)
         if budget is None:
             budget = DEFAULT_BUDGET.get(self.head.weight.device.type, 2**28)
-        self.structure: Structure
+        prior = float(prior_precision)
+        self.structure: DiagonalPrecision | KroneckerPrecision
         if structure == "diagonal":
-            self.structure = Diagonal(float(prior_precision), budget, *_diagonal_of(rows))
+            self.structure = DiagonalPrecision(prior, budget, *_diagonal_of(network))
         else:
-            factors = rows.kfac(form=form, rank=rank, seed=seed)
-            values, vectors = factors.feature_spectrum()
-            self.structure = Kronecker(float(prior_precision), budget, values.double(), vectors, factors.form.double())
+            factors = operator.kfac(form=form, rank=rank, seed=seed)
+            values, vectors = factors.feature_spectrum
+            self.structure = KroneckerPrecision(prior, budget, values.double(), vectors, factors.form)
 
     def __repr__(self) -> str:
-        """One line."""
         shape = f"classes={self.head.out_features}, features={self.head.in_features}"
-        kind = type(self.structure).__name__.lower()
+        kind = "diagonal" if isinstance(self.structure, DiagonalPrecision) else "kronecker"
         return f"LastLayerLaplace(structure={kind!r}, prior_precision={self.prior_precision:.6g}, {shape})"
 
     @property
@@ -131,10 +124,8 @@ class LastLayerLaplace:
         """``δ``."""
         return self.structure.prior
 
-    # --- the prior ---------------------------------------------------------------------------------------------------
-
     def with_prior_precision(self, prior_precision: float) -> LastLayerLaplace:
-        """The same curvature under another prior; nothing is computed again."""
+        """The same curvature under another prior, without another pass over the data."""
         checks.require_positive("prior_precision", prior_precision)
         other = copy.copy(self)
         other.structure = replace(self.structure, prior=float(prior_precision))
@@ -143,20 +134,20 @@ class LastLayerLaplace:
     def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Float64[Tensor, "*precisions"]:
         """``log p(D) ≈ log p(D|θ*) − ½ (δ ‖θ*‖² + log det(I + H/δ))``, in nats, for each of ``prior_precision``.
 
-        That is ``log p(D|θ*) + log N(θ*; 0, I/δ) + ½ P log 2π − ½ log det(H + δ I)``, and concave in ``log δ``. Up to a
-        constant only where rows have weights or soft labels. For a class factor of low rank each value costs ``d``
-        decompositions of ``(C, rank)``. Source: MacKay 1992; Immer et al. 2021, "Scalable marginal likelihood
+        That is ``log p(D|θ*) + log N(θ*; 0, I/δ) + ½ P log 2π − ½ log det(H + δ I)``, and concave in ``log δ``. It is
+        only up to a constant where rows have weights or soft labels. For a class factor of low rank each value costs
+        ``d`` decompositions of ``(C, rank)``. Source: MacKay 1992; Immer et al. 2021, "Scalable marginal likelihood
         estimation for model selection in deep learning".
 
         Raises:
             ValueError: a precision is not a finite number above 0.
         """
-        given = self.prior_precision if prior_precision is None else prior_precision
-        asked = torch.as_tensor(given, dtype=torch.float64)
-        if not (asked.isfinite() & (asked > 0)).all():
-            raise ValueError(f"prior_precision must hold finite numbers above 0, got {given!r}")
-        found = [self._evidence(prior) for prior in asked.flatten().tolist()]
-        return torch.tensor(found, dtype=torch.float64).reshape(asked.shape)
+        precision = self.prior_precision if prior_precision is None else prior_precision
+        precisions = torch.as_tensor(precision, dtype=torch.float64)
+        if not (precisions.isfinite() & (precisions > 0)).all():
+            raise ValueError(f"prior_precision must hold finite numbers above 0, got {precision!r}")
+        evidence = [self._evidence(prior) for prior in precisions.flatten().tolist()]
+        return torch.tensor(evidence, dtype=torch.float64).reshape(precisions.shape)
 
     def optimize_prior_precision(
         self, *, bounds: tuple[float, float] = (1e-6, 1e6), tol: float = 1e-6
@@ -164,38 +155,34 @@ class LastLayerLaplace:
         """The same posterior with the ``δ`` of the largest evidence within ``bounds``, to ``tol`` relatively.
 
         The evidence has one maximum: there ``δ ‖θ*‖² = Σ h/(h + δ)``, the number of well-determined parameters. Where
-        it still rises at a bound, it is that bound. By Brent's method in ``log δ``; needs scipy.
+        it still rises at a bound, the result is that bound. Brent's method in ``log δ``; needs scipy.
         """
         low, high = bounds
-        checks.require_positive("bounds", low)
-        checks.require_positive("bounds", high)
-        checks.require_positive("tol", tol)
+        for name, value in (("bounds", low), ("bounds", high), ("tol", tol)):
+            checks.require_positive(name, value)
         if low >= high:
             raise ValueError(f"bounds must be a smaller and a larger prior precision, got {bounds}")
         with needed("optimize_prior_precision", "fit"):
             from scipy.optimize import minimize_scalar
-        found = minimize_scalar(
-            lambda s: -self._evidence(math.exp(s)),
-            bounds=(math.log(low), math.log(high)),
-            method="bounded",
-            options={"xatol": tol},
+        limits = math.log(low), math.log(high)
+        best = minimize_scalar(
+            lambda s: -self._evidence(math.exp(s)), bounds=limits, method="bounded", options={"xatol": tol}
         )
-        return self.with_prior_precision(math.exp(float(found.x)))
+        return self.with_prior_precision(math.exp(float(best.x)))
 
     def _evidence(self, prior: float) -> float:
         square = sum(float(p.detach().double().square().sum()) for p in self.head.parameters())
         return self.log_likelihood - (prior * square + replace(self.structure, prior=prior).log_ratio()) / 2
 
-    # --- predictions -------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def predictive_variance(self, x: Any) -> Float[Tensor, "*rows classes"]:
         """``diag(J Σ Jᵀ)``: the posterior variance of each logit ``W e + b``, before soft cap and temperature.
 
-        ``x`` is what ``features`` takes; ``e (..., d)`` itself where there are none.
+        ``x`` is an input of ``features``, or ``e (..., d)`` itself where there are none.
         """
         e = self._features_of(x)
-        return self.structure.variance(e.reshape(-1, e.shape[-1]), self._bias() is not None).reshape(*e.shape[:-1], -1)
+        variance = self.structure.variance(e.reshape(-1, e.shape[-1]), self._bias() is not None)
+        return variance.reshape(*e.shape[:-1], -1)
 
     @torch.no_grad()
     def predict_proba(
@@ -204,34 +191,30 @@ class LastLayerLaplace:
         """The probabilities of the classes, averaged over the posterior as ``correction`` says.
 
         ``"probit"``: ``softmax(z / √(1 + π/8 var))`` (MacKay 1992; Lu, Ie, Sha 2020); ``"mc"``: the mean of ``samples``
-        softmaxes of normal logits, independent of one another, with these variances, drawn from ``seed``; ``"none"``:
-        the softmax at the mean. The soft cap and the temperature are between logits and softmax; for the probit the
-        variances pass them by their slope. All rows see the same draws, so that a row does not depend on its batch.
+        softmaxes of independent normal logits with these variances, drawn from ``seed``; ``"none"``: the softmax at the
+        mean. Soft cap and temperature are applied to the logits before the softmax; for the probit their slope scales
+        the variances. All rows share the draws, so that a row does not depend on its batch.
         """
         checks.require_choice("correction", correction, ("probit", "mc", "none"))
-        require_count("samples", samples, 1)
+        checks.require_count("samples", samples, 1)
         e = self._features_of(x)
         flat, bias = e.reshape(-1, e.shape[-1]), self._bias()
         classes = self.head.out_features
         exact = correction == "none"
-        found = (
-            flat.new_empty(len(flat), classes) if exact else self.structure.variance(flat, bias is not None)
-        )  # a row's variances are replaced by its probabilities
-        step = self.structure.fitting(6 * classes * flat.itemsize)
-        for start in range(0, len(flat), step):
-            rows = slice(start, start + step)
-            variance = found[rows]
+        output = flat.new_empty(len(flat), classes) if exact else self.structure.variance(flat, bias is not None)
+        for rows in slices(len(flat), 6 * classes * flat.itemsize, self.structure.budget):
+            variance = output[rows]  # replaced by the rows' probabilities
             z = linear_into(torch.empty_like(variance), flat[rows], self.head.weight.detach(), bias, scale=1.0)
             if correction == "mc":
-                variance.copy_(self._sampled(z, variance.sqrt(), samples, seed))
+                variance.copy_(self._mean_softmax(z, variance.sqrt(), samples, seed))
                 continue
             mapped = self.logit_map.value(z)
             if not exact:
                 mapped = mapped / torch.sqrt(1 + math.pi / 8 * self.logit_map.slope(z).square() * variance)
             torch.softmax(mapped, -1, out=variance)
-        return found.reshape(*e.shape[:-1], classes)
+        return output.reshape(*e.shape[:-1], classes)
 
-    def _sampled(self, z: Tensor, deviation: Tensor, samples: int, seed: int) -> Tensor:
+    def _mean_softmax(self, z: Tensor, deviation: Tensor, samples: int, seed: int) -> Tensor:
         """The mean of the softmax of ``z + deviation ⊙ ε``."""
         generator = torch.Generator().manual_seed(seed)
         total = torch.zeros_like(z)
@@ -245,166 +228,140 @@ class LastLayerLaplace:
         return None if bias is None else bias.detach()
 
     def _features_of(self, x: Any) -> Tensor:
-        """In the dtype of the computation; dropout in training mode is drawn as for the first batch of the data."""
-        wanted, weight = self.head.in_features, self.head.weight
+        """The features in the computation's dtype; dropout in training mode is that of the data's first batch."""
+        width, weight = self.head.in_features, self.head.weight
         e = self._map(x, self._seed, device=weight.device, graph=False)
-        if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != wanted:
+        if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != width:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
-            raise ValueError(f"x must have floating-point features of shape (..., {wanted}), as head takes, got {came}")
+            raise ValueError(f"x must have floating-point features of shape (..., {width}), as head takes, got {came}")
         if e.device != weight.device:
             raise ValueError(f"x must have features on head's device {weight.device}, got {e.device}; move it there")
         return e.detach().to(torch.promote_types(torch.promote_types(e.dtype, weight.dtype), torch.float32))
 
 
-# --- what the curvature is held as -----------------------------------------------------------------------------------
+def slices(count: int, each: int, budget: int) -> list[slice]:
+    """Slices of ``count`` items of ``each`` bytes that need at most ``budget`` bytes, but hold at least one item."""
+    step = max(1, budget // each)
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 @dataclass(frozen=True, eq=False)
-class Structure(ABC):
-    """A form of ``H + prior I``; what it needs beyond results, and what it holds, stays within ``budget`` bytes."""
+class DiagonalPrecision:
+    """The exact diagonal of ``H``; temporary tensors take at most ``budget`` bytes."""
 
     prior: float
     budget: int
-
-    @abstractmethod
-    def log_ratio(self) -> float:
-        """``log det(I + H / prior)``."""
-
-    @abstractmethod
-    def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
-        """``ẽᵀ [(H + prior I)⁻¹]_kk ẽ`` of each row and class."""
-
-    def fitting(self, each: int) -> int:
-        """How many things of ``each`` bytes are in hand at a time; at least one."""
-        return max(1, self.budget // each)
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal(Structure):
-    """The exact diagonal of ``H``."""
-
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, " classes"] | None
 
     __repr__ = dataclass_repr
 
     def log_ratio(self) -> float:
-        """``Σ log1p(h / prior)``."""
-        found = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
-        for part in self.weight.split(self.fitting(3 * 8 * self.weight.shape[1])):
-            found += float(torch.log1p(part.double() / self.prior).sum())
-        return found
+        """``log det(I + H / prior) = Σ log1p(h / prior)``."""
+        total = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
+        for classes in slices(len(self.weight), 3 * 8 * self.weight.shape[1], self.budget):
+            total += float(torch.log1p(self.weight[classes].double() / self.prior).sum())
+        return total
 
     def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
         """``(e ⊙ e) @ (1 / (h + prior))ᵀ``, some rows and classes at a time."""
-        found = e.new_empty(len(e), len(self.weight))
-        step = self.fitting(4 * e.itemsize * e.shape[1])
-        for start in range(0, len(self.weight), step):
-            classes = slice(start, start + step)
+        variance = e.new_empty(len(e), len(self.weight))
+        bytes_each = 4 * e.itemsize * e.shape[1]
+        for classes in slices(len(self.weight), bytes_each, self.budget):
             inverse = (1 / (self.weight[classes] + self.prior)).to(e.dtype)
-            for first in range(0, len(e), step):
-                rows = slice(first, first + step)
-                torch.matmul(e[rows].square(), inverse.T, out=found[rows, classes])
+            for rows in slices(len(e), bytes_each, self.budget):
+                torch.matmul(e[rows].square(), inverse.T, out=variance[rows, classes])
         if self.bias is not None:
-            found += (1 / (self.bias + self.prior)).to(e.dtype)
-        return found
+            variance += (1 / (self.bias + self.prior)).to(e.dtype)
+        return variance
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker(Structure):
-    """``B ⊗ A`` with ``A = vectors diag(values) vectorsᵀ``; the form of ``B`` is in float64."""
+class KroneckerPrecision:
+    """``B ⊗ A`` with ``A = vectors diag(values) vectorsᵀ`` and ``form`` for ``B``; its inverses are in float64."""
 
+    prior: float
+    budget: int
     values: Float64[Tensor, " d"]
     vectors: Float[Tensor, "d d"]
-    form: ClassForm
+    form: ClassFactor
 
     __repr__ = dataclass_repr
 
     def log_ratio(self) -> float:
-        """``Σ_j log det(a_j / prior B + I)``."""
-        found = 0.0
-        for part in self.values.split(self._step):
-            damped = self.form.damped(part, self.prior, name="prior_precision")
-            found += float((damped.log_determinants() - self.form.classes * math.log(self.prior)).sum())
-        return found
+        """``log det(I + H / prior) = Σ_j log det(a_j / prior B + I)``."""
+        total = 0.0
+        for part in self._parts():
+            damped = self.form.damped(self.values[part], self.prior, name="prior_precision")
+            total += float((damped.log_determinants() - self.form.classes * math.log(self.prior)).sum())
+        return total
 
     def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
         """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
-        found = e.new_zeros(len(e), self.form.classes)
+        variance = e.new_zeros(len(e), self.form.classes)
         vectors = self.vectors.to(e.dtype)
-        for start in range(0, len(self.values), self._step):
-            columns = slice(start, start + self._step)
-            inverse = (self._whole if self._is_kept else self._inverse_diagonal(columns)).to(e.dtype)
-            step = self.fitting(4 * e.itemsize * inverse.shape[1])
-            for first in range(0, len(e), step):
-                rows = slice(first, first + step)
-                along = e[rows] @ vectors[: e.shape[1], columns]
+        parts = self._parts()
+        for part in parts:
+            inverse = (self._inverse_diagonals if len(parts) == 1 else self._inverse_diagonal(part)).to(e.dtype)
+            for rows in slices(len(e), 4 * e.itemsize * inverse.shape[1], self.budget):
+                along = e[rows] @ vectors[: e.shape[1], part]
                 if has_bias:
-                    along += vectors[-1, columns]
-                found[rows].addmm_(along.square_(), inverse.T)
-        return found
+                    along += vectors[-1, part]
+                variance[rows].addmm_(along.square_(), inverse.T)
+        return variance
 
-    @property
-    def _step(self) -> int:
-        """Eigenvectors at a time."""
-        return self.fitting(4 * 8 * self.form.classes)
-
-    @property
-    def _is_kept(self) -> bool:
-        """Whether the inverse diagonals of all eigenvectors are within the budget, and so kept for the next call."""
-        return self._step >= len(self.values)
+    def _parts(self) -> list[slice]:
+        """The eigenvectors, as many at a time as the budget allows."""
+        return slices(len(self.values), 4 * 8 * self.form.classes, self.budget)
 
     @functools.cached_property
-    def _whole(self) -> Tensor:
+    def _inverse_diagonals(self) -> Tensor:
+        """Those of all eigenvectors, kept for the next call where they fit within the budget."""
         return self._inverse_diagonal(slice(None))
 
-    def _inverse_diagonal(self, columns: slice) -> Tensor:
+    def _inverse_diagonal(self, part: slice) -> Tensor:
         """``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``."""
-        return self.form.damped(self.values[columns], self.prior, name="prior_precision").inverse_diagonal()
+        return self.form.damped(self.values[part], self.prior, name="prior_precision").inverse_diagonal()
 
 
-# --- from the data ---------------------------------------------------------------------------------------------------
-
-
-def _copied(head: nn.Linear) -> nn.Linear:
-    """The parameters alone, free of ties, hooks and freezing: later training does not move the posterior."""
+def _copy_parameters(head: nn.Linear) -> nn.Linear:
+    """A head without ties, hooks and freezing, so that later training does not move the posterior."""
     require_head(head)
     if lies_over_processes(head.weight):
         raise TypeError("head must hold plain tensors, got a DTensor; gather it by head.weight.full_tensor() first")
-    own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-    own.weight = nn.Parameter(head.weight.detach().clone())
-    if head.bias is not None:
-        own.bias = nn.Parameter(head.bias.detach().clone())
-    if not all(parameter.detach().isfinite().all() for parameter in own.parameters()):
-        raise ValueError(
-            "head must hold finite numbers, got NaN or infinity, of which no normal distribution is the mean; leave "
-            "out classes that are masked"
-        )
-    return own
+    copied = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+    for name, parameter in head.named_parameters():
+        if not parameter.detach().isfinite().all():
+            raise ValueError(
+                "head must hold finite numbers, got NaN or infinity, of which no normal distribution is the mean; "
+                "leave out classes that are masked"
+            )
+        setattr(copied, name, nn.Parameter(parameter.detach().clone()))
+    return copied
 
 
-def _log_likelihood(network: GGN) -> float:
+def _log_likelihood(network: SplitNetwork) -> float:
     """``Σ weight_i log p(y_i)``."""
-    found, counted = 0.0, 0.0
+    total, counted = 0.0, 0.0
     for rows in network.rows("Log-likelihood", graph=False):
         loss, tensors, _, budget = rows.losses
         losses = loop.evaluate(loss, tensors, budget).rows.double()
-        found -= float((losses * tensors.row_weight.double()).sum())
+        total -= float((losses * tensors.row_weight.double()).sum())
         counted += float((tensors.row_weight != 0).sum())
-    if not network.over_rows(counted):
+    if not network.sum_number(counted):
         raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
-    return network.over_rows(found)
+    return network.sum_number(total)
 
 
-def _diagonal_of(network: GGN) -> tuple[Tensor, Tensor | None]:
-    """In weight and bias. A rounding error below 0 is none."""
-    weight = torch.zeros_like(network.head.weight.detach(), dtype=network.dtype)
+def _diagonal_of(network: SplitNetwork) -> tuple[Tensor, Tensor | None]:
+    """The diagonal of ``H`` in weight and bias, without rounding errors below 0."""
+    weight = torch.zeros_like(network.head.weight.detach(), dtype=network.layout.dtype)
     bias = weight.new_zeros(len(weight))
     for rows in network.rows("Diagonal", graph=False):
-        found = curvature.diagonal(rows.losses, GAUSS_NEWTON, wants_diagonal=True)
-        assert found.weight is not None
-        assert found.bias is not None
-        weight += found.weight
-        bias += found.bias
-    weight, bias = network.summed(weight), network.summed(bias)
+        in_weight, in_bias, _ = curvature.diagonal(rows.losses, GAUSS_NEWTON, wants_diagonal=True)
+        assert in_weight is not None
+        assert in_bias is not None
+        weight += in_weight
+        bias += in_bias
+    weight, bias = network.sum_data_shards(weight), network.sum_data_shards(bias)
     return weight.clamp_(min=0), None if network.head.bias is None else bias.clamp_(min=0)

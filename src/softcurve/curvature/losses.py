@@ -1,14 +1,15 @@
-"""Which loss of a head a matrix of second order belongs to: the options of the public losses, kept for many batches."""
+"""The loss whose second-order matrix is computed: the options of the public losses, kept for many batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from typing import get_args
 
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.curvature.options import LossName, ReductionName
 from softcurve.head.problem import (
     Head,
     Posed,
@@ -26,33 +27,12 @@ from softcurve.losses.targets import Probabilities, Target
 from softcurve.records import dataclass_repr
 from softcurve.typing import Integer, Number
 
-LossName = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
-Loss = LossName | Divergence
-Reduction = Literal["mean", "sum", "batchmean"]
-
-
-class LossOptions(TypedDict, total=False):
-    """The options of a loss by name; their meaning and defaults are those of :class:`HeadLosses`."""
-
-    loss: Loss
-    beta: Number
-    weight: Tensor | None
-    ignore_index: Integer | None
-    label_smoothing: Number
-    temperature: Number
-    softcap: Number | None
-    z_loss: Number
-    shift: Integer
-    reduction: Reduction
-    base: Number
-    memory_budget: Integer | None
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLosses:
-    """The loss of a batch of features and a head, as :func:`softcurve.linear_cross_entropy` and its kin name it."""
+    """A loss of features and a head, with the options of :func:`softcurve.linear_cross_entropy` and its divergences."""
 
-    loss: Loss = "cross_entropy"
+    loss: LossName | Divergence = "cross_entropy"
     beta: Number = 0.5
     weight: Tensor | None = None
     ignore_index: Integer | None = None
@@ -61,7 +41,7 @@ class HeadLosses:
     softcap: Number | None = None
     z_loss: Number = 0.0
     shift: Integer = 0
-    reduction: Reduction = "mean"
+    reduction: ReductionName = "mean"
     base: Number = math.e
     memory_budget: Integer | None = None
 
@@ -69,7 +49,7 @@ class HeadLosses:
 
     def __post_init__(self) -> None:
         divergence_of(self.loss, argument="loss")
-        checks.require_choice("reduction", self.reduction, get_args(Reduction))
+        checks.require_choice("reduction", self.reduction, get_args(ReductionName))
         beta = checks.require_between("beta", self.beta, 0.0, 1.0)
         checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
         checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
@@ -92,15 +72,15 @@ class HeadLosses:
 
     @property
     def reducer(self) -> Reducer:
-        """How rows become one number."""
+        """The reduction over rows, with its unit."""
         return Reducer.of(self.reduction, self.base)
 
     def pose(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
     ) -> Posed:
-        """The loss of a batch, not reduced yet. Raises what the public loss raises.
+        """The loss of a batch before the reduction; the errors are those of the public loss.
 
-        A plain floating-point target is probabilities for every loss: a data loader can give no others.
+        A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.
         """
         if not self.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
             target = Probabilities(target)
@@ -131,7 +111,7 @@ class HeadLosses:
         )
 
     def rows(self, posed: Posed) -> RowLosses:
-        """The rows of a batch as the passes take them, weighted as in the sum over all rows, in units of ``base``."""
+        """The rows of a batch for the passes over tiles, weighted as in the sum over all rows, in units of ``base``."""
         tensors = posed.tensors((posed.weight / self.reducer.nats).detach())
         tensors = tensors._replace(
             **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}

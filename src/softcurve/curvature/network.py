@@ -1,16 +1,16 @@
-"""A network as features and a head over data that is walked in batches, and what its matrices of second order share.
+"""A network as features and a head over batches of data: what the operators, the influence and Laplace have in common.
 
-The head is streamed (:mod:`softcurve.head.curvature`); the features are autograd's. One graph of a batch serves all
-columns: with ``e = f(θ)`` and ``h(u) = Jᵀu``, the derivative of ``v·h`` is ``J v`` in ``u`` and, at ``u = ∂L/∂e``, the
-second-order term ``(Σ u ∂²e) v`` in ``θ``. So there is no finite difference and no forward mode, which many kernels
-lack, and all columns see the same dropout. Features and data are checked to be the same in each pass.
+The head is streamed (:mod:`softcurve.head.curvature`); the features are differentiated by autograd. One graph of a
+batch serves all columns: with ``e = f(θ)`` and ``h(u) = Jᵀu``, the derivative of ``v·h`` is ``J v`` with respect to
+``u`` and, at ``u = ∂L/∂e``, the second-order term ``(Σ u ∂²e) v`` with respect to ``θ``. So there are no finite
+differences and no forward mode, which many kernels lack, and all columns see the same dropout masks.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
-from abc import abstractmethod
+import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -20,218 +20,220 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.array_types import Float
-from softcurve.curvature.determinism import require_deterministic, require_fixed_order
 from softcurve.curvature.features import FeatureMap
 from softcurve.curvature.linear_head import require_head
-from softcurve.curvature.losses import HeadLosses, Loss, Reduction
-from softcurve.curvature.operator import SymmetricOperator, require_count
-from softcurve.curvature.parameters import Layout
+from softcurve.curvature.losses import HeadLosses
 from softcurve.curvature.split import require_same_logits
 from softcurve.extras import needed
-from softcurve.head.problem import Posed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.head.tensors import RowLosses
 from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
-from softcurve.typing import Integer, Number
 
 Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
+Parts = Sequence[Tensor]  # one tensor for each trained parameter of the features
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A batch behind the features: the head's rows, and the graph of the features."""
+class Layout:
+    """The trained parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    slices: tuple[slice, ...]
+    of_features: tuple[int, ...]  # the parameters that the features use
+    head_weight: int | None  # None where it is frozen
+    head_bias: int | None
+    size: int  # of the flat vector
+    dtype: torch.dtype  # of the flat vector: at least float32
+
+    @staticmethod
+    def of(features: nn.Module, head: nn.Linear) -> Layout:
+        """Raises ``ValueError`` if nothing requires a gradient."""
+        named: dict[Tensor, str] = {}
+        for prefix, module in (("features", features), ("head", head)):
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    named.setdefault(parameter, f"{prefix}.{name}")
+        if not named:
+            raise ValueError("features and head must have a parameter that requires a gradient, got none; unfreeze one")
+        places = {parameter: number for number, parameter in enumerate(named)}
+        ends = list(itertools.accumulate((parameter.numel() for parameter in named), initial=0))
+        return Layout(
+            tuple(named.values()),
+            tuple(named),
+            tuple(itertools.starmap(slice, itertools.pairwise(ends))),
+            tuple(sorted({places[p] for p in features.parameters() if p in places})),
+            places.get(head.weight),
+            None if head.bias is None else places.get(head.bias),
+            ends[-1],
+            functools.reduce(torch.promote_types, (parameter.dtype for parameter in named), torch.float32),
+        )
+
+    def __repr__(self) -> str:
+        return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
+
+    def view(self, flat: Tensor, number: int) -> Tensor:
+        """A parameter's part of a flat vector, in the parameter's shape."""
+        return flat[self.slices[number]].view(self.tensors[number].shape)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRows:
+    """The head's rows of a batch, with the graph of the features."""
 
     number: int
-    e: Tensor  # (n, d), with the graph where a parameter of the features is trained
-    posed: Posed
+    e: Tensor  # (n, d), with a graph where a parameter of the features is trained
     losses: RowLosses
+    divisor: float  # the batch's share of what the sum over all rows is divided by
 
 
-class NetworkOperator(SymmetricOperator):
-    """A matrix of second order of ``loss(head(features(x)), target)`` over all of ``data``."""
+@dataclass(eq=False)
+class SplitNetwork:
+    """``head(features(x))`` over all batches of ``data``, with the loss of the head."""
 
-    def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        loss: Loss = "cross_entropy",
-        beta: Number = 0.5,
-        weight: Float[Tensor, " classes"] | None = None,
-        ignore_index: Integer | None = None,
-        label_smoothing: Number = 0.0,
-        temperature: Number = 1.0,
-        softcap: Number | None = None,
-        z_loss: Number = 0.0,
-        shift: Integer = 0,
-        reduction: Reduction = "mean",
-        base: Number = math.e,
-        memory_budget: Integer | None = None,
-        seed: int = 0,
-        progress: bool = False,
-        process_group: ProcessGroup | None = None,
-        check_deterministic: bool = True,
-    ) -> None:
-        self.map = FeatureMap(features)
-        require_head(head)
-        require_walkable("data", data)
-        require_count("seed", seed, 0)
-        self.losses = HeadLosses(
-            loss=loss, beta=beta, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            temperature=temperature, softcap=softcap, z_loss=z_loss, shift=shift, reduction=reduction, base=base,
-            memory_budget=memory_budget,
-        )  # fmt: skip
-        self.features, self.head, self.data = features, head, data
-        self.seed, self.progress, self.process_group = seed, progress, process_group
-        self.layout = Layout.of(features, head)
-        for name, parameter in features.named_parameters():
+    features: nn.Module
+    head: nn.Linear
+    data: Iterable[Batch]
+    losses: HeadLosses
+    seed: int
+    progress: bool
+    process_group: ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        self.map = FeatureMap(self.features)
+        require_head(self.head)
+        require_reiterable("data", self.data)
+        checks.require_count("seed", self.seed, 0)
+        self.layout = Layout.of(self.features, self.head)
+        self.class_group = class_group(self.head.weight)
+        for name, parameter in self.features.named_parameters():
             if lies_over_processes(parameter):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )
-        logit_map = LogitMap.of(temperature, softcap)
-        require_same_logits(features, logit_map.temperature, logit_map.softcap)
-        if check_deterministic:
-            if self.by_order:
-                require_fixed_order("data", data)
-            require_deterministic(self, "data", ordered=self.by_order)
-
-    @property
-    def by_order(self) -> bool:
-        """Whether the matrix depends on the order of the rows, though features do not."""
-        return False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(P, P)`` for ``P`` trainable parameters."""
-        return self.layout.size, self.layout.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """At least float32."""
-        return self.layout.dtype
+        logit_map = LogitMap.of(self.losses.temperature, self.losses.softcap)
+        require_same_logits(self.features, logit_map.temperature, logit_map.softcap)
 
     @property
     def device(self) -> torch.device:
-        """The head's."""
+        """The device of the head."""
         return self.head.weight.device
 
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector ``(P,)`` as parameters by name."""
-        if vector.shape != (self.layout.size,):
-            raise ValueError(f"vector must be of shape ({self.layout.size},), got {checks.describe(vector)}")
-        return self.layout.split(vector)
-
-    # --- data --------------------------------------------------------------------------------------------------------
-
-    def rows(self, description: str, *, graph: bool = True) -> Iterator[Rows]:
-        """The batches, with the features' ``graph``; dropout is drawn from the seed and the batch's number."""
-        batches = _with_progress(self.data, description) if self.progress else self.data
-        for number, batch in enumerate(batches):
-            _, target, sample_weight = _unpacked(batch, number)
+    def rows(self, description: str, *, graph: bool = True) -> Iterator[BatchRows]:
+        """Iterate over the batches, with the ``graph`` of the features or without."""
+        for number, batch in enumerate(_with_progress(self.data, description) if self.progress else self.data):
+            _, target, sample_weight = _unpack(batch, number)
             e = self.features_of(batch, number, graph=graph)
             posed = self.losses.pose(e, self.head.weight, self.head.bias, target, sample_weight)
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 flat = e.reshape(-1, e.shape[-1])
-            yield Rows(number, flat, posed, self.losses.rows(posed))
+            yield BatchRows(number, flat, self.losses.rows(posed), float(posed.divisor(self.losses.reducer)))
 
-    def seed_of(self, use: str, number: int) -> int:
-        """Of a batch, mixed by a hash: neighbouring seeds, batches and uses of random numbers share none."""
-        # Batches of one number are different ones in each process.
+    def random_seed(self, use: str, number: int) -> int:
+        """A seed for one use of random numbers in one batch; the hash keeps neighbouring seeds and uses apart."""
+        # Batches of the same number are different ones in each process.
         process = f"{self.process_group.rank()} " if self.process_group is not None else ""
         mixed = hashlib.blake2b(f"{process}{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
         return int.from_bytes(mixed.digest(), "little")
 
     def features_of(self, batch: Any, number: int, *, graph: bool) -> Tensor:
-        """The features of a batch, of which the head takes the last dimension."""
-        x = _unpacked(batch, number)[0]
-        e = self.map(x, self.seed_of("features", number), device=self.device, graph=graph)
-        wanted = self.head.in_features
-        if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != wanted:
+        """The features of a batch, ``(..., d)``; dropout is drawn from the seed and the batch's number."""
+        x = _unpack(batch, number)[0]
+        e = self.map(x, self.random_seed("features", number), device=self.device, graph=graph)
+        width = self.head.in_features
+        if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != width:
             came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(
-                f"features must map x to a tensor of shape (..., {wanted}), as wide as head, "
-                f"got {came} in batch {number}"
+                f"features must map x to a tensor of shape (..., {width}), as head takes, got {came} in batch {number}"
             )
         if lies_over_processes(e):
             raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")
         return e
 
-    # --- products ----------------------------------------------------------------------------------------------------
+    # Sums over processes: those that hold other classes of a sharded head, and those that iterate over other data.
 
-    def _columns(self, vectors: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            columns = vectors.T.clone() if vectors.is_inference() else vectors.T
-            return self._rows_of_columns(columns.contiguous()).T  # a parameter's part of a row is contiguous
-
-    def _rows_of_columns(self, columns: Tensor) -> Tensor:
-        into = torch.zeros_like(columns)
-        total = 0.0
-        if len(columns):
-            for rows in self.rows(f"{type(self).__name__} product"):
-                total += float(rows.posed.divisor(self.losses.reducer)) if self.losses.reduction != "sum" else 0.0
-                self._add(rows, columns, into)
-            self.over_classes(into).div_(self._divisor(self.over_rows(total)))
-        return self.summed(into)
-
-    def over_classes(self, part: Tensor) -> Tensor:
-        """Of a sharded head each process has filled in its classes, and its part of the features' sum; in place."""
-        if (shared := class_group(self.head.weight)) is not None:
-            sum_over([part], shared)
+    def sum_class_shards(self, part: Tensor) -> Tensor:
+        """Sum in place over the processes of a sharded head, each of which has filled in its classes."""
+        if self.class_group is not None:
+            sum_over([part], self.class_group)
         return part
 
-    def own_share(self, whole: Tensor) -> Tensor:
-        """What :meth:`over_classes` makes whole again."""
-        shared = class_group(self.head.weight)
-        return whole if shared is None else whole / shared.size()
+    def class_share(self, whole: Tensor) -> Tensor:
+        """This process's share of a tensor that :meth:`sum_class_shards` is to restore."""
+        return whole if self.class_group is None else whole / self.class_group.size()
 
-    def summed(self, part: Tensor) -> Tensor:
-        """Over the processes that walk other data, in place."""
+    def sum_data_shards(self, part: Tensor) -> Tensor:
+        """Sum in place over the processes that iterate over other data."""
         if self.process_group is not None:
             sum_over([part], self.process_group)
         return part
 
-    def over_rows(self, total: float) -> float:
-        """As :meth:`summed`, of a number."""
-        return float(self.summed(torch.tensor(total, dtype=torch.float64, device=self.device)))
+    def sum_number(self, number: float) -> float:
+        """As :meth:`sum_data_shards`, for a number."""
+        return float(self.sum_data_shards(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
-    def over_everyone(self, count: float) -> float:
-        """The sum of a number over all processes that have a part in the products."""
-        if self.process_group is None and class_group(self.head.weight) is None:
-            return count
-        total = torch.tensor(count, dtype=torch.float64, device=self.device)
-        return float(self.summed(self.over_classes(total)))
+    def any_process(self, condition: bool) -> bool:
+        """Whether the condition holds in any process that has a part in the products."""
+        if self.process_group is None and self.class_group is None:
+            return condition
+        count = torch.tensor(float(condition), dtype=torch.float64, device=self.device)
+        return bool(self.sum_data_shards(self.sum_class_shards(count)))
 
-    def _divisor(self, total: float) -> float:
+    def divisor(self, total: float, name: str = "data") -> float:
+        """What the sum over all rows is divided by, from the ``total`` of this process's batches.
+
+        Raises:
+            ValueError: it is 0; ``name`` is that of the argument that holds the rows.
+        """
         if self.losses.reduction == "sum":
             return 1.0
+        total = self.sum_number(total)
         if total == 0:
-            raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
+            raise ValueError(f"{name} must hold a row that counts, got none; see ignore_index and sample weights")
         return total
 
-    @abstractmethod
-    def _add(self, rows: Rows, columns: Tensor, into: Tensor) -> None:
-        """The sum over a batch's rows along each of ``columns (k, P)``, added to ``into``."""
+    # Derivatives of the features, and the head's part of flat vectors.
 
-    # --- what batches are made of ------------------------------------------------------------------------------------
+    @property
+    def trained(self) -> list[Tensor]:
+        """The trained parameters that the features use."""
+        return [self.layout.tensors[number] for number in self.layout.of_features]
 
-    def along(self, columns: Tensor, changes: Sequence[Tensor] | None) -> list[Direction]:
-        """Each column as the head sees it; ``changes`` are the features' own, one a column."""
+    def directions(
+        self, rows: BatchRows, columns: Tensor, cotangent: Tensor | None = None
+    ) -> tuple[list[Direction], list[Parts]]:
+        """Each of ``columns (k, P)`` as a change of the head's input, ``J v``, weight and bias.
+
+        With a ``cotangent`` ``u (n, d)`` also the second-order terms ``(Σ u ∂²e) v`` of each column.
+        """
+        if not rows.e.requires_grad:
+            return [Direction(None, *self._head_parts(column)) for column in columns], []
+        u = torch.zeros_like(rows.e) if cotangent is None else cotangent.detach().to(rows.e.dtype)
+        wanted = [u.requires_grad_(), *(self.trained if cotangent is not None else ())]
+        with torch.enable_grad(), self.map.conditions():
+            h = torch.autograd.grad(rows.e, self.trained, u, create_graph=True, materialize_grads=True)
+        moving = [(part, number) for part, number in zip(h, self.layout.of_features, strict=True) if part.requires_grad]
+        changes = [self._push_forward(moving, wanted, column) for column in columns]
+        directions = [Direction(e, *self._head_parts(v)) for (e, *_), v in zip(changes, columns, strict=True)]
+        return directions, [terms for _, *terms in changes]
+
+    def _push_forward(self, moving: Sequence[tuple[Tensor, int]], wanted: Parts, column: Tensor) -> Parts:
+        """The derivatives of ``v·h`` with respect to ``wanted``, from the parts of ``h`` and their parameters."""
+        if not moving:
+            return [torch.zeros_like(each) for each in wanted]
+        outputs = [part for part, _ in moving]
+        along = [self.layout.view(column, number).to(part.dtype) for part, number in moving]
+        with self.map.conditions():
+            return torch.autograd.grad(outputs, wanted, along, retain_graph=True, materialize_grads=True)
+
+    def sums(self, rows: BatchRows, into: Tensor) -> list[Direction]:
+        """Where the head's passes add: new zeros for the features, views of ``into (k, P)`` for the parameters."""
+        has_graph, dtype = rows.e.requires_grad, rows.losses.tensors.dtype
         return [
-            Direction(None if changes is None else changes[j], *self._head_parts(column))
-            for j, column in enumerate(columns)
-        ]
-
-    def sums(self, rows: Rows, into: Tensor, dtype: torch.dtype) -> list[Direction]:
-        """Where the head's passes add: the features' part anew, the parameters' part in ``into`` itself."""
-        moves = rows.e.requires_grad
-        return [
-            Direction(torch.zeros_like(rows.e, dtype=dtype, requires_grad=False) if moves else None, *parts)
+            Direction(torch.zeros_like(rows.e, dtype=dtype, requires_grad=False) if has_graph else None, *parts)
             for parts in map(self._head_parts, into)
         ]
 
@@ -243,72 +245,39 @@ class NetworkOperator(SymmetricOperator):
         )
         return weight, bias
 
-    def add_pulled_back(self, rows: Rows, in_features: Sequence[Tensor | None], into: Tensor) -> None:
-        """``into += (∂e/∂θ)ᵀ`` of each column's gradient in the features."""
-        for j, cotangent in enumerate(in_features):
+    def add_pulled_back(self, rows: BatchRows, sums: Sequence[Direction], into: Tensor) -> None:
+        """``into += (∂e/∂θ)ᵀ`` of the features' part of each of ``sums``."""
+        for j, (cotangent, _, _) in enumerate(sums):
             if cotangent is not None and rows.e.requires_grad:
                 with self.map.conditions():
-                    found = torch.autograd.grad(
-                        rows.e, self.moving, cotangent.to(rows.e.dtype), retain_graph=True, allow_unused=True
-                    )
-                self.add_parts(found, into[j])
+                    wide = cotangent.to(rows.e.dtype)
+                    parts = torch.autograd.grad(rows.e, self.trained, wide, retain_graph=True, materialize_grads=True)
+                self.add_parts(parts, into[j])
 
-    def add_parts(self, parts: Sequence[Tensor | None], flat: Tensor) -> None:
-        """Gradients in :attr:`moving`, added to a flat vector."""
+    def add_parts(self, parts: Parts, flat: Tensor) -> None:
+        """Add gradients with respect to :attr:`trained` to a flat vector."""
         for number, part in zip(self.layout.of_features, parts, strict=True):
-            if part is not None:
-                self.layout.view(flat, number).add_(part)
-
-    @property
-    def moving(self) -> list[nn.Parameter]:
-        """The trained parameters that the features use."""
-        return [self.layout.tensors[number] for number in self.layout.of_features]
-
-    def linearized(self, rows: Rows, cotangent: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """``u``, a leaf that holds ``cotangent``, and ``h = Jᵀu`` with its graph."""
-        u = cotangent.detach().to(rows.e.dtype).requires_grad_()
-        with torch.enable_grad(), self.map.conditions():
-            h = torch.autograd.grad(rows.e, self.moving, u, create_graph=True, allow_unused=True)
-        return u, h
-
-    def pushed_forward(
-        self, u: Tensor, h: Sequence[Tensor | None], column: Tensor, *, second: bool
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """``J v``, and the second-order term in :attr:`moving` if it is wanted."""
-        pairs = [
-            (part, self.layout.view(column, number).to(part.dtype))
-            for number, part in zip(self.layout.of_features, h, strict=True)
-            if part is not None and part.requires_grad
-        ]
-        moving = self.moving if second else []
-        if not pairs:
-            return torch.zeros_like(u), (None,) * len(moving)
-        outputs, directions = zip(*pairs, strict=True)
-        with self.map.conditions():
-            change, *terms = torch.autograd.grad(
-                outputs, [u, *moving], directions, retain_graph=True, allow_unused=True
-            )
-        return torch.zeros_like(u) if change is None else change, tuple(terms)
+            self.layout.view(flat, number).add_(part)
 
 
-def require_walkable(name: str, data: object) -> None:
-    """Data for more than one pass."""
+def require_reiterable(name: str, data: object) -> None:
+    """Require an iterable that starts again with each loop: every product reads all of the data."""
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
         raise TypeError(
-            f"{name} must be an iterable that can be walked again, such as a list or a DataLoader, got "
-            f"{type(data).__name__}; make it a list"
+            f"{name} must be a re-iterable of batches, such as a list or a DataLoader, got {type(data).__name__}; "
+            "make it a list"
         )
 
 
 def length_of(data: Iterable[Any]) -> int | None:
-    """How many batches, where that is known: a ``DataLoader`` of an iterable dataset has a length only in name."""
+    """The number of batches, where it is known: a ``DataLoader`` of an iterable dataset has no working length."""
     try:
         return len(data) if isinstance(data, Sized) else None
     except TypeError:
         return None
 
 
-def _unpacked(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:
+def _unpack(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(
             f"data must yield (x, target) or (x, target, sample_weight), got {type(batch).__name__} in batch {number}; "

@@ -1,41 +1,44 @@
-"""A model cut at its head, wherever in it the head sits."""
+"""Split a model into its features and its head, wherever in the model the head is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from softcurve.curvature.behind_head import adapter_parts, require_nothing_beside, warn_of_logit_maps, warn_of_wrapper
 from softcurve.curvature.features import eager, parallel_wrapper
-from softcurve.curvature.linear_head import class_name, require_head
+from softcurve.curvature.linear_head import (
+    adapter_parts,
+    class_name,
+    require_head,
+    require_nothing_beside,
+    warn_of_logit_maps,
+    warn_of_wrapper,
+)
 from softcurve.losses.spec import LogitMap
 from softcurve.typing import Number
 
-__all__ = ["HeadInput", "require_same_logits", "split_head"]
-
-COMPILED = "_orig_mod"  # what torch.compile calls the module that it wraps
+COMPILED = "_orig_mod"  # torch.compile's name for the module that it wraps
 
 
 class HeadInput(nn.Module):
-    """What a model gives its head. The model stops there: nothing of the head or behind it is computed."""
+    """The input of a model's head. The model stops there: nothing of the head or behind it is computed."""
 
     def __init__(
         self,
         model: nn.Module,
         head: nn.Linear,
-        ancestors: tuple[nn.Module, ...] = (),
-        *,
-        softcap: Number | None = None,
-        temperature: Number = 1.0,
-        compiled: bool = False,
+        ancestors: tuple[nn.Module, ...],
+        softcap: Number | None,
+        temperature: Number,
+        compiled: bool,
     ) -> None:
         super().__init__()
         self.model = model
         self.softcap, self.temperature = softcap, temperature
-        # In tuples, so that they are no submodules twice.
+        # In tuples, so that they are not registered as submodules twice.
         self._head, self._ancestors = (head,), ancestors
         self._is_compiled, self._was_called = compiled, False
 
@@ -49,37 +52,32 @@ class HeadInput(nn.Module):
         with ExitStack() as stack:
             watched = () if self._was_called else self._ancestors
             for module, hook in (*((each, enter) for each in watched), (self._head[0], _stop)):
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if self._is_compiled:
                 stack.enter_context(eager())  # a compiled graph would hold the head
             try:
                 self.model(*args, **kwargs)
-            except _Reached as reached:
-                features = reached.features
-            else:
                 raise ValueError("model must call its head, got a model that returned without; name another module")
-        if not self._was_called:
-            self._was_called = True
-            if entered and entered[-1][1] is features:
-                warn_of_wrapper(entered[-1][0], self._head[0], features)
+            except _HeadReached as reached:
+                features = reached.features
+        if not self._was_called and entered and entered[-1][1] is features:
+            warn_of_wrapper(entered[-1][0], self._head[0], features)
+        self._was_called = True
         return features
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters of the model but those that belong to the head alone."""
-        seen: set[int] = set()
-        for name, module in self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
-            if module is self._head[0]:
-                continue
-            for own, parameter in module._parameters.items():
-                if parameter is not None and not (remove_duplicate and id(parameter) in seen):
-                    seen.add(id(parameter))
-                    yield f"{name}.{own}" if name else own, parameter
+        """All parameters of the model except those that belong to the head alone."""
+
+        def members(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
+            return () if module is self._head[0] else module._parameters.items()
+
+        yield from self._named_members(members, prefix, recurse, remove_duplicate)
 
 
-class _Reached(BaseException):
-    """The head was called. No ``except Exception`` of the model stops it."""
+class _HeadReached(BaseException):
+    """Raised when the head is called; no ``except Exception`` of the model stops it."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -87,65 +85,57 @@ class _Reached(BaseException):
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise _Reached(args[0] if args else kwargs["input"])
+    raise _HeadReached(args[0] if args else kwargs["input"])
 
 
 def split_head(
     model: nn.Module, head: str, *, softcap: float | None = None, temperature: float = 1.0
 ) -> tuple[HeadInput, nn.Linear]:
-    """``features, head`` of a model: ``head(features(x))`` is what ``model(x)`` makes of its logits.
+    """Split a model into ``features, head`` such that ``head(features(x))`` are the logits of ``model(x)``.
 
     Args:
-        model: any module that calls its head once, and what precedes it with autograd. At a second call it does not
-            arrive; parameters that are used behind the head alone count, with zeros in every matrix. What
-            ``torch.compile`` has made of it, or of a part around the head, runs as it was written.
+        model: any module that calls its head once, after differentiable computations. Only the first call is seen.
+            Parameters that are used only behind the head count, with zeros in every matrix. Compiled modules around the
+            head run uncompiled.
         head: the dotted name of an ``nn.Linear`` in it, such as ``"lm_head"`` or ``"decoder.output"``.
-        softcap, temperature: what the model does to its logits, which ``features`` and ``head`` leave out; the losses
-            and operators need the same options, and operators refuse others.
+        softcap, temperature: the model's map of its logits, which ``features`` and ``head`` leave out; the losses and
+            operators need the same options, and operators refuse others.
 
-    A weight that is tied to an embedding stays tied: it is a parameter of the features too.
+    A weight that is tied to an embedding stays tied and is a parameter of the features too.
 
     Warns (``UserWarning``) where the logits seem to be more than the head's output: a soft cap or a scale in the
     model's ``config`` that differs from the arguments, an adapter beside the head, a module around it.
 
     Raises:
-        ValueError: there is no such module, or it has one class. TypeError: it is no ``nn.Linear``, computes something
-            else than ``W e + b``, or stands in a wrapper for several processes (``DistributedDataParallel``, FSDP),
-            whose forward, which would synchronise the training, does not end.
+        ValueError: there is no such module, or it has one class.
+        TypeError: it is no ``nn.Linear``, computes something else than ``W e + b``, or is inside a wrapper for several
+            processes (``DistributedDataParallel``, FSDP), whose forward must run to its end to synchronise gradients.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     LogitMap(temperature, softcap)
     path, compiled = _path_to(model, head)
-    *ancestors, found = path
-    if not isinstance(found, nn.Linear):
-        raise TypeError(_not_linear(found, head))
-    require_head(found)
-    watched = tuple(ancestors)
-    if ancestors and not require_nothing_beside(path, head):
-        watched = ()
+    *ancestors, module = path
+    if not isinstance(module, nn.Linear):
+        raise TypeError(_not_linear(module, head))
+    require_head(module)
+    watched = tuple(ancestors) if ancestors and require_nothing_beside(path, head) else ()
     warn_of_logit_maps(ancestors, softcap, temperature)
-    cut = HeadInput(path[0], found, watched, softcap=softcap, temperature=temperature, compiled=compiled)
-    return cut, found
+    return HeadInput(path[0], module, watched, softcap, temperature, compiled), module
 
 
 def require_same_logits(features: nn.Module, temperature: float, softcap: float | None) -> None:
-    """The options of the logits that ``split_head`` was given, if it was given any and made ``features``."""
-    if not isinstance(features, HeadInput):
-        return
-    for name, wanted, found, neutral in (
-        ("softcap", features.softcap, softcap, None),
-        ("temperature", features.temperature, temperature, 1.0),
-    ):
-        if wanted not in (neutral, found):
-            raise ValueError(f"{name} must be {wanted} as split_head was told of the model, got {found}")
+    """Require the softcap and the temperature that ``split_head`` was given, if it made ``features``."""
+    for name, value, neutral in (("softcap", softcap, None), ("temperature", temperature, 1.0)):
+        declared = getattr(features, name) if isinstance(features, HeadInput) else neutral
+        if declared not in (neutral, value):
+            raise ValueError(f"{name} must be {declared} as in split_head, got {value}")
 
 
 def _path_to(model: nn.Module, head: str) -> tuple[tuple[nn.Module, ...], bool]:
-    """The modules from the model down to its head, as they were written, and whether one of them is compiled."""
+    """The uncompiled modules from the model down to its head, and whether one of them is compiled."""
     module, compiled = model, False
-    place: list[str] = []
-    path: list[nn.Module] = []
+    place, path = "", []
     for part in ["", *(part for part in head.split(".") if part not in ("", COMPILED))]:
         if part:
             inner = module._modules.get(part)
@@ -153,12 +143,12 @@ def _path_to(model: nn.Module, head: str) -> tuple[tuple[nn.Module, ...], bool]:
                 raise ValueError(
                     f"head must be the name of a Linear of the model, one of {_linear_names(model)}, got {head!r}"
                 )
-            module, place = inner, [*place, part]
+            module, place = inner, f"{place}.{part}".strip(".")
         while COMPILED in module._modules and isinstance(written := module._modules[COMPILED], nn.Module):
-            # The whole model is run as it was written; within it, the compiled part is still what is called.
+            # The model itself is called uncompiled; within it, the compiled part is still called.
             module, compiled = written, compiled or bool(part)
         compiled = compiled or module._compiled_call_impl is not None
-        _require_one_process(module, ".".join(place))
+        _require_one_process(module, place)
         path.append(module)
     return tuple(path), compiled
 
@@ -177,18 +167,18 @@ def _require_one_process(module: nn.Module, place: str) -> None:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [".".join(part for part in name.split(".") if part != COMPILED) for name in names]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}") for name in names]
 
 
-def _not_linear(found: nn.Module, head: str) -> str:
-    """Why the module is none, and what to do about it."""
-    said = f"head must name a torch.nn.Linear, got {class_name(found)} at {head!r}"
-    if adapter_parts(found):
+def _not_linear(module: nn.Module, head: str) -> str:
+    """The error message for a module that is no ``nn.Linear``, with the remedy."""
+    message = f"head must name a torch.nn.Linear, got {class_name(module)} at {head!r}"
+    if adapter_parts(module):
         return (
-            f"{said}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into the "
-            "weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
+            f"{message}, a Linear with an adapter, whose logits are not those of one weight; merge the adapter into "
+            "the weight first (model.merge_and_unload() in PEFT), not the Linear inside it, which would leave it out"
         )
-    if inside := _linear_names(found):
-        return f"{said}; inside it are {inside}, of which one may be named if nothing is done to its output"
-    return said
+    if inside := _linear_names(module):
+        return f"{message}; inside it are {inside}, of which one may be named if nothing is done to its output"
+    return message

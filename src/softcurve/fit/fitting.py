@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Keeper, digest
-from softcurve.fit.data.sharing import shared
 from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
@@ -110,7 +110,7 @@ def fit_head(
         on_product: Called with the number of products so far, after each.
         group: Processes that fit one head together. All give the same arguments, with the source and the
             ``sample_weight`` of all rows, of which each process reads its own share; the first one reads and writes the
-            checkpoint. A source that is a share (:func:`~softcurve.fit.data.sharing.shared`) comes with the weights of
+            checkpoint. A source that is a share (:func:`~softcurve.fit.data.subset.shared`) comes with the weights of
             its own rows, and needs no group.
 
     Raises DataError for options, rows or a checkpoint that cannot be used, in all processes of a group, and

@@ -100,8 +100,6 @@ class Group:
                 dist.all_gather_object(values, value, group=self.processes)
         return values
 
-    texts = values
-
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, by rank; they may differ in length."""
         if self.processes is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
-from softcurve.curvature.class_forms import DenseForm
+from softcurve.curvature.class_factors import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.targets import concatenated, is_soft, target_rows
@@ -176,7 +176,7 @@ def _by_products(
 def _of_factors(head: HeadCurvature) -> Float64[Tensor, " size"]:
     """Return the eigenvalues of ``B ⊗ A``, which are the products of the eigenvalues of ``B`` and of ``A``."""
     factors = head.kfac(form="dense")
-    assert isinstance(factors.form, DenseForm)
+    assert isinstance(factors.form, DenseClassFactor)
     of_features = torch.linalg.eigvalsh(factors.features).clamp(min=0)
     return factors.form.values.outer(of_features).flatten().sort().values
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.decoding import check_file
+from softcurve.fit.data.files.file_rows import check_file
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
 from softcurve.fit.tensor_file import encode_tensors, read_tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from softcurve.fit.data.files.safetensors import opened_tensors
+from softcurve.fit.data.files.arrays import opened_tensors
 from softcurve.fit.system_errors import out_of_memory
 
 __all__ = ["encode_tensors", "read_tensors"]

@@ -77,7 +77,9 @@ def evaluate(
                 if any(in_tensors) or tangents:
                     kernel.prepare_residuals()
                     for block, fresh in tile.blocks(loaded):
-                        results.add(tile, block.classes, kernel.residuals(block, fresh), kernel.row_factor)
+                        residuals = kernel.residuals(block, fresh)
+                        if any(in_tensors):
+                            results.add(tile, block.classes, residuals, kernel.row_factor)
                 results.add_rows(tile, kernel, tangents=tangents)
     return results.outcome(None if directions is None else [t if t is None else t.dtype for t in tensors[:6]])
 

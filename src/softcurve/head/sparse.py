@@ -39,11 +39,11 @@ NO_MASS = -math.inf
 
 @dataclass
 class SparseKernel(CurvatureKernel):
-    """The float64 statistics of each row; what reads or writes whole tiles is a function of ``tiles``.
+    """The statistics of each row in float64; the functions of ``tiles`` do what reads or writes whole tiles.
 
-    One sweep gathers the listed logits and ``o``. For second order a block then holds ``e^{z − shift}``, and 0 at the
-    listed classes and at one with more than half of the unlisted mass: the latter's entry ``q (v − q·v)`` is a small
-    difference, which float32 holds only as ``Σ_{k≠top}``.
+    One sweep gathers the listed logits and ``o``. For second order a block then holds ``e^{z − shift}``, but 0 at the
+    classes kept apart: the listed, and one with more than half of the unlisted mass, whose entry ``q (v − q·v)`` is a
+    small difference that float32 resolves only as ``Σ_{k≠top}``.
     """
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class SparseKernel(CurvatureKernel):
         # a block has the class: one that is in no block must not look like a logit.
         self.raw = self.listed = (zeros + math.nan).expand_as(self.indices)
         self.v_raw = self.v_listed = self.share = zeros.expand_as(self.indices)
-        self.held: Tensor | None = None  # what the sweep has left for the residuals, exponentials relative to
-        self.held_shift = self.unlisted.shift
+        self.exponentials: Tensor | None = None  # what the sweep has left of whole rows, and their shift
+        self.exponentials_shift = self.unlisted.shift
         if self.data.wants_stats:
             self.best = torch.full_like(zeros, NO_MASS)
             self.predicted = torch.zeros_like(self.indices[:, :1])
@@ -73,11 +73,11 @@ class SparseKernel(CurvatureKernel):
             self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
         leaves_residual = self.data.wants_gradient and not self.data.cuts_classes
-        sums, column, held = self.tiles.statistics(
+        sums, column, exponentials = self.tiles.statistics(
             tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual
         )
         if not self.data.cuts_classes:
-            self.held, self.held_shift = held, sums.shift
+            self.exponentials, self.exponentials_shift = exponentials, sums.shift
         if self.data.wants_stats:
             listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
             top = listed.amax(-1, keepdim=True)
@@ -96,7 +96,7 @@ class SparseKernel(CurvatureKernel):
         self.unlisted = self.unlisted.shifted(shift).plus(sums.shifted(shift))
 
     def _observe(self, value: Tensor, at: Tensor) -> None:
-        """Take the first class of the largest logit so far."""
+        """Keep the first class of the largest logit so far."""
         better = (value > self.best) | ((value == self.best) & (at < self.predicted) & (value > NO_MASS))
         self.best = torch.where(better, value, self.best)
         self.predicted = torch.where(better, at, self.predicted)
@@ -157,7 +157,7 @@ class SparseKernel(CurvatureKernel):
         return rows
 
     def _coarse_gradient(self, weight: Tensor, wants_target: bool) -> tuple[Tensor, Tensor | None]:
-        """``weight`` times the gradient with respect to the coarse logits, without ``−u·z``, and to the target."""
+        """Return ``weight`` times the gradients with respect to the coarse logits, without ``−u·z``, and the target."""
         gradient, target = self.row_loss.gradient(weight, self.coarse, self.target, (True, wants_target))
         assert gradient is not None
         if self.loss.smoothing:
@@ -202,7 +202,7 @@ class SparseKernel(CurvatureKernel):
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         tile = self._tile(block, directed=self.data.has_direction)
-        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.held)
+        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
         return residuals
 
     def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,17 +220,17 @@ class SparseKernel(CurvatureKernel):
         return product[:, :-1], self._per_exponential(product[:, -1:] - gradient[:, -1:] * change)
 
     def _per_exponential(self, whole: Tensor) -> Tensor:
-        """A gradient with respect to ``o``, as a multiple of the exponentials that the residuals are formed from."""
-        return torch.where(self.others > 0, whole / self.others, 0.0) * self._lowered()
+        """Return a gradient with respect to ``o`` as a multiple of the exponentials that form the residuals."""
+        return torch.where(self.others > 0, whole / self.others, 0.0) * self._raised_factor()
 
-    def _lowered(self) -> Tensor:
-        """``e^{held shift − shift}``, which the processes of a sharded head, or other blocks, may have raised."""
-        if self.held is None:
+    def _raised_factor(self) -> Tensor:
+        """Return ``e^{shift of the exponentials − shift}``: other processes of a sharded head may have raised it."""
+        if self.exponentials is None:
             return torch.ones_like(self.shift)
-        return torch.where(self.held_shift == NO_MASS, 1.0, torch.exp(self.held_shift - self.shift))
+        return torch.where(self.exponentials_shift == NO_MASS, 1.0, torch.exp(self.exponentials_shift - self.shift))
 
     def _unless_masked(self, listed: Tensor) -> Tensor:
-        """Of the listed classes, with 0 where a soft cap's slope is 0."""
+        """Return the entries of listed classes, with 0 where a soft cap's slope is 0."""
         return listed if self.loss.softcap is None else torch.where(self.raw == NO_MASS, 0.0, listed)
 
     # --- second order ------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class SparseKernel(CurvatureKernel):
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
 
     def _spread(self, p: Tensor) -> Tensor:
-        """``κ``, where ``p`` is the probability of all unlisted classes."""
+        """Return ``κ``; ``p`` is the probability of all unlisted classes."""
         if self.matrix == HESSIAN:
             return self.gradient[:, -1:]
         spread = torch.zeros_like(p)
@@ -267,20 +267,20 @@ class SparseKernel(CurvatureKernel):
 
     def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
         tile = self._tile(block, directed=False)
-        scale = None if fresh or self.held is None else self._lowered()
+        scale = None if fresh or self.exponentials is None else self._raised_factor()
         dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
         if dominant is not None:
             mass, column, rest = dominant
             self.top = torch.where(column < 0, self.top, column + block.classes.start)
             self.top_mass, self.rest = self.top_mass + mass, self.rest + rest
         self.tiles.put(block.z, self._places(block, self.top), torch.zeros_like(self.others))
-        if block.raw is not None:  # which the listed classes have entered as masked ones
+        if block.raw is not None:  # where the listed classes stand as masked ones
             self.tiles.put(block.raw, tile.listed, self.raw)
         if block.residual is not None:
             factor = self.gradient[:, -1:] * self.inverse
             self.tiles.form_residual(tile, block.residual, factor)
             values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
-            self._add_kept(block, block.residual, values * self._kept_slope(block))
+            self._add_apart(block, block.residual, values * self._apart_slope(block))
 
     def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
@@ -289,28 +289,28 @@ class SparseKernel(CurvatureKernel):
         return torch.zeros_like(torch.cat([self.listed, self.others], -1)), torch.zeros_like(self.others)
 
     def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
-        """Add ``m′ v`` at the classes whose exponentials are kept at 0, and ``Σ e m′ v`` of all others."""
+        """Add ``m′ v`` at the classes kept apart, and ``Σ e m′ v`` of all others."""
         assert block.v is not None
-        kept = self._kept(block).take(block.v) * self._kept_slope(block)
+        apart = self._apart(block).take(block.v) * self._apart_slope(block)
         others = self.tiles.accumulate_column(self._tile(block, directed=True))
         before = self.sums.get(number)
-        self.sums[number] = (kept, others) if before is None else (before[0] + kept, before[1] + others)
+        self.sums[number] = (apart, others) if before is None else (before[0] + apart, before[1] + others)
 
     def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
         assert block.v is not None
-        kept, others = self.sums[number]
-        listed, top = kept[:, :-1], kept[:, -1:]
+        apart, others = self.sums[number]
+        listed, top = apart[:, :-1], apart[:, -1:]
         mean = (others + self.top_mass * top) * self.inverse
         product = self.curvature.product(torch.cat([listed, mean], -1))
         # e^z (α + β v) at an unlisted class, in multiples of the unit.
         alpha = (product[:, -1:] - self.kappa * mean) * self.inverse / self.unit
         beta = self.kappa * self.inverse / self.unit
         # q_top (M_o + κ (v_top − q·v)), with v_top − q·v from the others' sums
-        apart = (top * self.rest - others) * self.inverse
-        at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * apart)
+        centred = (top * self.rest - others) * self.inverse
+        at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * centred)
         values = torch.cat([product[:, :-1], at_top], -1) / self.unit
         self.tiles.multiply_column(self._tile(block, directed=True), alpha, beta, 1 / self.unit)
-        self._add_kept(block, block.v, values * self._kept_slope(block))
+        self._add_apart(block, block.v, values * self._apart_slope(block))
 
     def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
         assert block.v is not None
@@ -321,39 +321,39 @@ class SparseKernel(CurvatureKernel):
         at_top = top * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
         values = torch.cat([entries[:, :-1], at_top], -1) / self.unit
         self.tiles.diagonal(self._tile(block, directed=True), square, linear, 1 / self.unit)
-        self._add_kept(block, block.v, values * self._kept_slope(block) ** 2)
+        self._add_apart(block, block.v, values * self._apart_slope(block) ** 2)
 
     def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
         p, others = self.curvature.p[:, :-1], self.curvature.p[:, -1:] * self.inverse
         self.tiles.rescale(block.z, others)
-        self._add_kept(block, block.z, torch.cat([p, others * self.top_mass], -1))
+        self._add_apart(block, block.z, torch.cat([p, others * self.top_mass], -1))
 
     def sum_of_q(self) -> Tensor:  # noqa: D102
         return self.curvature.total
 
-    def _kept(self, block: Block) -> Places:
-        """The classes whose exponentials are kept at 0: the listed, and the one of more than half of the others."""
+    def _apart(self, block: Block) -> Places:
+        """Return the places of the classes kept apart: the listed, and the one of more than half of the others."""
         return self._places(block, torch.cat([self.indices, self.top], -1))
 
-    def _kept_slope(self, block: Block) -> Tensor | float:
-        """``m′`` there."""
-        return 1.0 if block.raw is None else self.loss.logit_map.slope(self._kept(block).take(block.raw))
+    def _apart_slope(self, block: Block) -> Tensor | float:
+        """Return ``m′`` at the classes kept apart."""
+        return 1.0 if block.raw is None else self.loss.logit_map.slope(self._apart(block).take(block.raw))
 
-    def _add_kept(self, block: Block, tile: Tensor, values: Tensor) -> None:
-        """Add their entries, which are 0, or what a soft cap's second derivative has given them."""
-        self.tiles.put(tile, self._kept(block), values, add=True)
+    def _add_apart(self, block: Block, tile: Tensor, values: Tensor) -> None:
+        """Add the entries of the classes kept apart to what a soft cap's second derivative gives them, else 0."""
+        self.tiles.put(tile, self._apart(block), values, add=True)
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 
     def _places(self, block: Block, classes: Tensor) -> Places:
-        """Where some classes of each row stand in a block."""
+        """Return where some classes of each row stand in a block."""
         columns, width = classes - block.classes.start, block.z.shape[-1]
         if width == self.data.class_count and classes is self.indices:
             return Places(columns, None)
         return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
 
     def _tile(self, block: Block, *, directed: bool) -> SparseTile:
-        """The tensors of a block; in second order ``v`` holds a column only once the block is prepared."""
+        """Bundle the tensors of a block; ``directed`` if its ``v`` is a change of the logits already."""
         share = None
         if self.loss.smoothing:
             each, class_weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(block.classes)
@@ -373,5 +373,5 @@ class SparseKernel(CurvatureKernel):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """``Σ a b`` of each row, where an infinite ``a`` that meets a 0 counts as nothing."""
+    """Return ``Σ a b`` of each row, where an infinite ``a`` times 0 is 0."""
     return torch.where(b == 0, 0.0, a * b).sum(-1, keepdim=True)

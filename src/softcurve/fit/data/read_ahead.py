@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from queue import SimpleQueue
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 __all__ = ["read_ahead"]
 
 T = TypeVar("T")
+END = object()
 
 
 def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Equals ``iterator``, which a thread advances, one item ahead.
+    """Yield what ``iterator`` yields; a thread advances it, one item ahead.
 
-    Item ``i + 2`` is begun only when item ``i + 1`` has been asked for, so an iterator may take two buffers in turn for
-    items that are valid until the next is asked for. What the iterator raises is raised here, with its traceback. The
-    thread ends, and closes the iterator, when this generator is exhausted or closed, or an exception goes through it.
+    Item ``i + 2`` is begun only when item ``i + 1`` has been asked for. What the iterator raises is raised here, with
+    its traceback. The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an
+    exception goes through it.
     """
-    wanted = threading.Semaphore(1)
-    ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
-    stop = threading.Event()
-    thread = threading.Thread(target=_advance, args=(iterator, wanted, ready, stop), name="read-ahead", daemon=True)
-    thread.start()
+    ahead: Future[Any] | None = None
     try:
-        while (found := ready.get()) is not None:
-            if isinstance(found, BaseException):
-                try:
-                    raise found
-                finally:
-                    del found  # the traceback refers to this frame: no cycle
-            wanted.release()
-            yield found[0]
-            del found  # or the item would live on while the next is waited for
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = thread.submit(next, iterator, END)
+            while (item := ahead.result()) is not END:
+                ahead = thread.submit(next, iterator, END)
+                yield item
+                del item  # or it would live on while the next is waited for
     finally:
-        stop.set()
-        wanted.release()
-        thread.join()
-
-
-def _advance(
-    iterator: Iterator[T],
-    wanted: threading.Semaphore,
-    ready: SimpleQueue[tuple[T] | BaseException | None],
-    stop: threading.Event,
-) -> None:
-    try:
-        while wanted.acquire() and not stop.is_set():
-            try:
-                item = (next(iterator),)
-            except StopIteration:
-                break
-            ready.put(item)
-            del item
-        close = getattr(iterator, "close", None)
-        if close is not None:
-            close()
-    except BaseException as error:  # also what would end a thread in silence
-        ready.put(error)
-    else:
-        ready.put(None)
+        del ahead  # an error that it holds refers to this frame: no cycle
+        getattr(iterator, "close", lambda: None)()

@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Int, Int64
-from softcurve.fit.group import ALONE
-from softcurve.fit.group import Group as Together
+from softcurve.array_types import Float, Float64, Int, Int64
+from softcurve.fit import DataError
+from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
 
-__all__ = ["Block", "Label", "Share", "Source", "TargetKind", "rows_within", "share_of"]
+__all__ = [
+    "Block", "BlockTarget", "GatheredRows", "Label", "Share", "Source", "TargetKind", "gather", "rows_within",
+    "share_of",
+]  # fmt: skip
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.
 BUDGET, AT_A_TIME = 64_000_000, 8
-
 
 Label = int | str  # a bool is an int
 TargetKind = Literal["labels", "distributions", "top_k"]
@@ -27,9 +31,9 @@ BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive rows: ``start`` is the first one's number. Valid until the next block is asked for.
+    """Consecutive rows: ``start`` is the first one's number. It may share memory with the source: do not change it.
 
-    ``numbers`` are those that people know the rows by, where the source is a part of another; else they count on.
+    ``numbers`` are those of the rows in the source that this one is a part of; else they count on from ``start``.
     """
 
     start: int
@@ -41,7 +45,7 @@ class Block:
         return len(self.features)
 
     def number(self, row: int) -> int:
-        """The number that people know the block's ``row`` by."""
+        """Return the number of the block's ``row`` for people."""
         return self.start + row if self.numbers is None else int(self.numbers[row])
 
 
@@ -49,55 +53,80 @@ class Block:
 class Source(Protocol):
     """Rows with their targets, in an order that never changes."""
 
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-
-    @property
-    def width(self) -> int:
-        """The number d of features."""
-
-    @property
-    def classes(self) -> tuple[Label, ...]:
-        """What the classes are called; empty without targets."""
-
-    @property
-    def kind(self) -> TargetKind | None:
-        """What a block's target is; ``None`` without targets."""
-
-    @property
-    def double(self) -> bool:
-        """Whether features come in float64, not float32."""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the rows are held in memory anyway, so that walking them costs no reading."""
+    rows: int
+    width: int  # the number d of features
+    classes: tuple[Label, ...]  # their names; empty without targets
+    kind: TargetKind | None  # what a block's target is; None without targets
+    double: bool  # whether features come in float64, not float32
+    in_memory: bool  # whether the rows are held in memory anyway, so that walking them costs no reading
 
     @property
     def fingerprint(self) -> str:
         """A digest that changes when the rows do: a checkpoint belongs to one."""
 
     def blocks(self, at_most: int) -> Iterator[Block]:
-        """All rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
 
 
 @dataclass(frozen=True)
 class Share:
     """Which rows of a larger whole a source has: those of one process among several, one after the other.
 
-    ``first`` is the number of its first row there, ``total`` how many rows all processes have together.
+    ``first`` is the number of the first of its ``rows`` there, ``total`` how many rows all processes have.
     """
 
     first: int
+    rows: int
     total: int
-    together: Together
+    together: Group
 
 
 def share_of(source: Source) -> Share:
-    """What a source says in ``share``; one that has none is the whole."""
-    return getattr(source, "share", None) or Share(0, source.rows, ALONE)
+    """Return the ``share`` of a source; one that has none is the whole."""
+    return getattr(source, "share", None) or Share(0, source.rows, source.rows, ALONE)
 
 
 def rows_within(classes: int, width: int, budget: int | None = None) -> int:
-    """How many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
+    """Return how many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
     return max(1, min(budget or BUDGET, BUDGET) // (8 * AT_A_TIME * max(classes, width)))
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredRows:
+    """Features with a target for each row: indices into ``classes``, or distributions over them."""
+
+    features: Float64[np.ndarray, "rows d"]
+    target: Int64[np.ndarray, " rows"] | Float64[np.ndarray, "rows classes"]
+    classes: tuple[Label, ...]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the targets are distributions."""
+        return self.target.ndim == 2
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def tensors(
+        self, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"] | Float[Tensor, "rows classes"]]:
+        """Return features and target, distributions in ``dtype`` too. Raises DataError on overflow."""
+        features = torch.tensor(self.features, dtype=dtype)
+        if not features.isfinite().all():
+            raise DataError(f"data: features go beyond the range of {dtype}; scale them, or use float64")
+        return features, torch.tensor(self.target, dtype=dtype if self.soft else torch.int64)
+
+
+def gather(source: Source, name: str) -> GatheredRows:
+    """Read all rows of a source with labels or distributions; errors call it ``name``. Raises DataError."""
+    if source.kind == "top_k":
+        raise DataError(f"data: {name} has a teacher's lists for targets; give labels or distributions here")
+    if source.kind is None:
+        raise DataError(f"data: {name} has no targets; give them in an .npy file by --target")
+    features = np.empty((source.rows, source.width), np.float64)
+    targets = []
+    for block in source.blocks(rows_within(len(source.classes), source.width)):
+        assert isinstance(block.target, Tensor)
+        features[block.start : block.start + len(block)] = block.features
+        targets.append(block.target.numpy())
+    return GatheredRows(features, np.concatenate(targets), source.classes)

@@ -1,4 +1,4 @@
-"""Some of the rows of a source: the two sides of a hold-out."""
+"""Some of the rows of a source: the two sides of a hold-out, or the share of a process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Block, Label, Share, Source, TargetKind, share_of
+from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
+from softcurve.fit.data.source import Block, Share, Source, share_of
+from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
 
-__all__ = ["Subset", "holdout_mask", "split_source"]
+__all__ = ["Subset", "holdout_mask", "shared", "split_source"]
 
 
 class Subset:
@@ -27,65 +29,29 @@ class Subset:
         whole = share_of(source)
         if len(mask) != whole.total:
             raise DataError(f"mask must have an entry for each of the {whole.total} rows; got {len(mask)}")
-        self.source = source
-        self.mask = mask
-        self._own = mask[whole.first : whole.first + source.rows]
-        self._rows = int(np.count_nonzero(self._own))
-        before = int(np.count_nonzero(mask[: whole.first]))
-        self.share = Share(before, int(np.count_nonzero(mask)), whole.together)
-
-    @property
-    def rows(self) -> int:
-        """How many are in it."""
-        return self._rows
-
-    @property
-    def width(self) -> int:
-        """As the source's."""
-        return self.source.width
-
-    @property
-    def classes(self) -> tuple[Label, ...]:
-        """As the source's, whether or not a row here is of each."""
-        return self.source.classes
-
-    @property
-    def kind(self) -> TargetKind | None:
-        """As the source's."""
-        return self.source.kind
-
-    @property
-    def double(self) -> bool:
-        """As the source's."""
-        return self.source.double
-
-    @property
-    def in_memory(self) -> bool:
-        """As the source's."""
-        return self.source.in_memory
+        self.source, self.mask = source, mask
+        self.width, self.classes, self.kind = source.width, source.classes, source.kind
+        self.double, self.in_memory = source.double, source.in_memory
+        self._chosen = mask[whole.first : whole.first + source.rows]
+        self.rows = int(np.count_nonzero(self._chosen))
+        before, total = (int(np.count_nonzero(mask[:end])) for end in (whole.first, None))
+        self.share = Share(before, self.rows, total, whole.together)
 
     @property
     def fingerprint(self) -> str:
-        """Of the source's and of which rows are in it."""
+        """The digest of the source's fingerprint and of the mask."""
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[Block]:
-        """The rows in order; a block is what is left of one of the source's."""
+        """Yield the rows in order; a block is what is left of one of the source's."""
         start = 0
-        features: Tensor | None = None
         for block in self.source.blocks(at_most):
-            index = torch.from_numpy(np.flatnonzero(self._own[block.start : block.start + len(block)]))
-            if not len(index):
-                continue
-            if len(index) == len(block):
-                chosen = block.features
-            else:  # into a buffer of its own: a view of the source's rows must stay as it is
-                if features is None or len(features) < len(index):
-                    features = block.features.new_empty(len(block), self.width)
-                chosen = torch.index_select(block.features, 0, index, out=features[: len(index)])
-            numbers = index + block.start if block.numbers is None else block.numbers[index]
-            yield Block(start, chosen, _chosen(block.target, index), numbers)
-            start += len(index)
+            index = torch.from_numpy(np.flatnonzero(self._chosen[block.start : block.start + len(block)]))
+            if len(index):
+                features = block.features if len(index) == len(block) else block.features[index]
+                numbers = index + block.start if block.numbers is None else block.numbers[index]
+                yield Block(start, features, _rows_of(block.target, index), numbers)
+                start += len(index)
 
 
 def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Subset]:
@@ -98,7 +64,7 @@ def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Sub
 
 
 def holdout_mask(rows: int, holdout: float, seed: int) -> Bool[np.ndarray, " rows"]:
-    """Which rows are held out: a random share. Raises DataError where either side would be empty."""
+    """Draw the rows that are held out. Raises DataError where either side would be empty."""
     held = round(holdout * rows) if 0.0 < holdout < 1.0 else 0
     if not 0 < held < rows:
         raise DataError(
@@ -110,7 +76,26 @@ def holdout_mask(rows: int, holdout: float, seed: int) -> Bool[np.ndarray, " row
     return mask
 
 
-def _chosen(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
+def shared(source: Source, together: Group) -> Source:
+    """Return the part of a source's rows that this process has; it reads no others. All give the same source.
+
+    Raises DataError for a source of another kind than those of this library, one that is a part already, or one that
+    has other entries in another process.
+    """
+    if isinstance(source, Subset):
+        return Subset(shared(source.source, together), source.mask)
+    if not isinstance(source, RowSource) or source.share.together.size > 1:
+        raise DataError(
+            "source must be made by to_source or open_source, and be no part of one, to be shared among processes; "
+            "leave the group out where it is a part already"
+        )
+    require_same_rows(source.data, together)
+    share = own_share(source.rows, together)
+    index = None if source.index is None else source.index[share.first : share.first + share.rows]
+    return RowSource(source.data, source.classes, index, share)
+
+
+def _rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
     if isinstance(target, TopK):
         return TopK(target.indices[index], target.log_probs[index], target.tail)
     return None if target is None else target[index]

@@ -165,18 +165,19 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
     return SparseSums.of(lowest, total.double(), **wide, **smoothed), column, z
 
 
-def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
+def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``, in place: the only function of this backend that does.
 
     ``g = β e − w u`` and ``ġ = e (β m′ ż + α)`` with ``e = e^{m(z) − shift}`` at unlisted classes become ``m′ g`` and
-    ``m′ ġ + m″ g ż``. ``held`` is what :func:`statistics` has left, or ``None`` if ``z`` holds logits.
+    ``m′ ġ + m″ g ż``. ``exponentials`` are what :func:`statistics` has left,
+    or ``None`` if ``z`` holds logits.
     """
     z, v, raw, share = tile.z, tile.v, tile.raw, tile.share
     shift, alpha, beta, weight = (part.to(z.dtype) for part in (rows.shift, rows.alpha, rows.beta, rows.weight))
     scaled = not _all_ones(beta)
-    untouched = held is not None and not scaled and v is None and share is None and raw is None
+    untouched = exponentials is not None and not scaled and v is None and share is None and raw is None
     for group in () if untouched else tile.row_groups():
-        if held is None:
+        if exponentials is None:
             _exponentiate(tile, group, shift)
         e, mapped = z[group], z[:0]
         if v is not None:

@@ -38,7 +38,7 @@ from softcurve.head.triton.math import (
     own_row,
 )
 
-# Those that are the same in Triton are named here too: the kernel takes them from this module.
+# The functions of ATen that serve here as well are named too: the kernel takes all of them from this module.
 __all__ = ["accumulate_column", "diagonal", "form_residual", "multiply_column", "prepare", "put", "rescale"]
 __all__ += ["residual", "statistics"]
 
@@ -264,15 +264,16 @@ def _residual(
     tl.store(out + row * out_stride + at, gradient, mask=inside)
 
 
-def residual(tile: SparseTile, rows: SparseResiduals, held: Tensor | None) -> Residuals:
+def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``: the only function of this backend that does.
 
     ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` at unlisted classes become ``m′ g`` in ``out`` and
-    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``held`` is the ``out`` that :func:`statistics` has filled, without β.
+    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``exponentials`` are the ``out`` that :func:`statistics` has filled,
+    where β is missing.
     """
     out, v_out = tile.z if tile.out is None else tile.out, tile.v if tile.v_out is None else tile.v_out
-    if held is not None:
-        rescale(held, rows.beta)
+    if exponentials is not None:
+        rescale(exponentials, rows.beta)
     else:
         columns = {name: column(getattr(rows, name)) for name in ("shift", "alpha", "beta", "weight")}
         _launch(_residual, tile, by_rows=False, **columns, out=out, v_out=v_out)
@@ -317,7 +318,7 @@ def _prepare(
 
 
 def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
-    """Do as in ATen; ``z`` holds logits, so ``scale`` is ``None``."""
+    """Do what the function in ATen does, from logits: ``scale`` is ``None``."""
     put(tile.z, tile.listed, None)
     masses = tile.z.new_empty(2, len(tile.z), 1)
     place = torch.empty_like(masses[0], dtype=torch.int64)

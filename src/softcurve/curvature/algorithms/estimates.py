@@ -1,50 +1,51 @@
-"""The trace and the diagonal of a symmetric matrix from its products with random vectors.
+"""Estimates of the trace and the diagonal of a symmetric matrix from its products with random vectors.
 
 Every estimate is unbiased and carries a standard error that is computed from its own samples.
 
-Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990: ``E ωᵀA ω = tr A``.
-Bekas, Kokiopoulou, Saad, An estimator for the diagonal of a matrix, 2007: ``E ω ⊙ A ω = diag A`` for signs ``ω``.
-Meyer, Musco, Musco, Woodruff, Hutch++: Optimal stochastic trace estimation, 2021: the trace on the range of a sketch
-exactly, the rest by Hutchinson.
-Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation, 2024: every vector
-serves as a sketch for all others and as a sample beyond their range.
+Hutchinson 1990, A stochastic estimator of the trace of the influence matrix: ``E ωᵀA ω = tr A``.
+Bekas, Kokiopoulou, Saad 2007, An estimator for the diagonal of a matrix: ``E ω ⊙ A ω = diag A`` for signs ``ω``.
+Meyer, Musco, Musco, Woodruff 2021, Hutch++: Optimal stochastic trace estimation: the exact trace on the range of a
+sketch, plus Hutchinson's estimate of the rest.
+Epperly, Tropp, Webber 2024, XTrace: Making the most of every sample in stochastic trace estimation: every vector is
+part of the sketch for all others and a sample outside the others' range.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
-from softcurve.curvature.operator import (
-    DiagonalMethod,
+from softcurve.curvature.algorithms.matrix import (
     Distribution,
-    SymmetricOperator,
-    TraceMethod,
+    SymmetricMatrix,
+    dots,
     identity_columns,
-    require_count,
+    inner,
+    product,
+    random_chunks,
+    random_columns,
     working_dtype,
 )
 from softcurve.records import dataclass_repr
 
-__all__ = ["DiagonalEstimate", "Estimate", "diagonal", "trace"]
+TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
+DiagonalMethod = Literal["xdiag", "hutchinson"]
 
 LEAST_PRODUCTS = {"hutchinson": 2, "hutch++": 4, "xtrace": 4, "xdiag": 4}  # for a standard error
-ROWS_AT_ONCE = 1 << 16  # widened to float64 for an inner product
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard error; 0 where the number is exact, NaN where there is a single sample.
+    """A number with its standard error, which is 0 for an exact number and NaN for a single sample.
 
-    ``samples`` of the estimate from ``products`` of the matrix with a vector, by ``method`` (``"exact"``: the matrix
-    was no larger than the products allowed, and they were those with the identity).
+    It is made of ``samples`` samples from ``products`` matrix-vector products. ``method`` is ``"exact"`` where the
+    budget of products covered the whole matrix.
     """
 
     value: float
@@ -53,8 +54,14 @@ class Estimate:
     products: int
     method: str
 
+    @staticmethod
+    def mean_of(samples: Float64[Tensor, " k"], products: int, method: str) -> Estimate:
+        """The mean of independent samples."""
+        error = samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+        return Estimate(samples.mean().item(), error, len(samples), products, method)
+
     def __str__(self) -> str:
-        value, error = _rounded_together(self.value, self.standard_error)
+        value, error = _round_to_error(self.value, self.standard_error)
         return f"{value} ± {error} ({self.method}, {self.products} products)"
 
 
@@ -72,7 +79,7 @@ class DiagonalEstimate:
 
 
 def trace(
-    operator: SymmetricOperator,
+    matrix: SymmetricMatrix,
     *,
     method: TraceMethod = "xtrace",
     products: int = 64,
@@ -83,36 +90,39 @@ def trace(
     """``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
 
     The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
-    spectrum decays; where it is flat, they gain nothing with random signs, and Hutchinson is better. They
-    are exact for a rank below ``products/3`` and ``products/2``, and hold about three times as many columns of length
-    ``n`` as there are products (in the operator's dtype, at least float32); Hutchinson holds ``columns_at_once``.
-    From ``products ≥ n`` on, the trace is exact, by ``n`` products with the identity.
+    spectrum decays. Where it is flat, Hutchinson with random signs is better. The other two are exact for a rank below
+    ``products/3`` and ``products/2``, and hold about three times as many columns of length ``n`` as there are products
+    (in the matrix's dtype, at least float32). Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on the trace
+    is exact, by ``n`` products with the identity.
 
-    The standard error is that of the mean of independent samples for Hutchinson and for the part of Hutch++ beyond the
-    sketch. XTrace's samples are exchangeable, not independent: their covariance is estimated and counted. Of few
-    samples (below some 30 products) it is itself a rough estimate, and covers the truth less often than a normal one.
+    The standard error is that of the mean of independent samples for Hutchinson and for Hutch++ outside the sketch.
+    XTrace's samples are exchangeable, not independent, and their covariance is estimated too. From few samples (below
+    some 30 products) the standard error is itself rough and covers the truth less often than a normal one.
 
-    The vectors are drawn from ``seed`` on the CPU, alike on every device and for every ``columns_at_once``.
+    The vectors are drawn from ``seed`` on the CPU and do not depend on the device or on ``columns_at_once``.
 
     Raises:
         ValueError: an unknown method or distribution, or fewer products than the method needs for a standard error.
     """
     checks.require_choice("method", method, get_args(TraceMethod))
     checks.require_choice("distribution", distribution, get_args(Distribution))
-    _require_budget(operator, method, products, columns_at_once)
-    if products >= operator.shape[0]:
-        return _exact_trace(operator, columns_at_once)
-    draws = Draws(operator, distribution, seed)
+    _require_budget(matrix, method, products, columns_at_once)
+    n = matrix.shape[0]
+    if products >= n:
+        return Estimate(_exact_diagonal(matrix, columns_at_once).values.double().sum().item(), 0.0, n, n, "exact")
     if method == "hutchinson":
-        samples = torch.cat([_dots(v, _products(operator, v)) for v in draws.chunks(products, columns_at_once)])
-        return _mean(samples, products, method)
+        chunks = random_chunks(matrix, products, columns_at_once, seed=seed, distribution=distribution)
+        return Estimate.mean_of(torch.cat([dots(v, product(matrix, v)) for v in chunks]), products, method)
     if method == "hutch++":
-        return _hutch_plus_plus(operator, draws, products, columns_at_once)
-    return _xtrace(operator, draws, products // 2, columns_at_once)
+        sketched = products // 3
+        vectors = random_columns(matrix, products - sketched, seed=seed, distribution=distribution)
+        return _hutch_plus_plus(matrix, vectors, sketched, columns_at_once)
+    vectors = random_columns(matrix, products // 2, seed=seed, distribution=distribution)
+    return _xtrace(matrix, vectors, columns_at_once, is_normal=distribution == "normal")
 
 
 def diagonal(
-    operator: SymmetricOperator,
+    matrix: SymmetricMatrix,
     *,
     method: DiagonalMethod = "xdiag",
     products: int = 64,
@@ -121,65 +131,36 @@ def diagonal(
 ) -> DiagonalEstimate:
     """``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
 
-    XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products;
-    Hutchinson holds ``columns_at_once``.
-    From ``products ≥ n`` on, the diagonal is exact, by ``n`` products with the
-    identity. Standard errors, ``seed`` and errors raised are as for :func:`trace`.
+    XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products.
+    Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on the diagonal is exact, by ``n`` products with the
+    identity. Standard errors, ``seed`` and the errors raised are those of :func:`trace`.
     """
     checks.require_choice("method", method, get_args(DiagonalMethod))
-    _require_budget(operator, method, products, columns_at_once)
-    if products >= operator.shape[0]:
-        return _exact_diagonal(operator, columns_at_once)
-    draws = Draws(operator, "rademacher", seed)
+    _require_budget(matrix, method, products, columns_at_once)
+    if products >= matrix.shape[0]:
+        return _exact_diagonal(matrix, columns_at_once)
     if method == "hutchinson":
-        return _hutchinson_diagonal(operator, draws, products, columns_at_once)
-    return _xdiag(operator, draws, products // 2, columns_at_once)
+        return _hutchinson_diagonal(matrix, products, seed, columns_at_once)
+    return _xdiag(matrix, random_columns(matrix, products // 2, seed=seed, distribution="rademacher"), columns_at_once)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Columns of independent entries of mean 0 and variance 1, one after another from a seed."""
-
-    operator: SymmetricOperator
-    distribution: Distribution
-    seed: int
-
-    def chunks(self, count: int, columns_at_once: int) -> Iterator[Float[Tensor, "n k"]]:
-        """``count`` columns from the first on, in matrices of ``columns_at_once``."""
-        generator = torch.Generator().manual_seed(self.seed)
-        column = torch.empty(self.operator.shape[0], dtype=torch.float64)
-        for start in range(0, count, columns_at_once):
-            chunk = torch.empty(len(column), min(columns_at_once, count - start), dtype=working_dtype(self.operator))
-            for i in range(chunk.shape[1]):
-                if self.distribution == "normal":
-                    chunk[:, i] = column.normal_(generator=generator)
-                else:
-                    chunk[:, i] = column.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-            yield chunk.to(self.operator.device)
-
-    def columns(self, count: int) -> Float[Tensor, "n {count}"]:
-        """The first ``count`` columns."""
-        (columns,) = self.chunks(count, count)
-        return columns
-
-
-def _hutch_plus_plus(operator: SymmetricOperator, draws: Draws, products: int, columns_at_once: int) -> Estimate:
+def _hutch_plus_plus(
+    matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], sketched: int, columns_at_once: int
+) -> Estimate:
     """``tr QᵀA Q`` plus Hutchinson's mean of ``(Pω)ᵀA(Pω)``, ``P = I − QQᵀ``: a third of the products each."""
-    sketched = products // 3
-    sampled = products - 2 * sketched
-    vectors = draws.columns(sketched + sampled)
-    basis, _ = torch.linalg.qr(_products(operator, vectors[:, :sketched], columns_at_once))
-    inside = _dots(basis, _products(operator, basis, columns_at_once)).sum().item()
+    basis, _ = torch.linalg.qr(product(matrix, vectors[:, :sketched], columns_at_once))
+    inside = dots(basis, product(matrix, basis, columns_at_once)).sum().item()
     outside = vectors[:, sketched:]
-    for _ in range(2):  # once leaves what Q lacks of orthogonality
-        outside = outside - basis @ _inner(basis, outside).to(basis.dtype)
-    rest = _mean(_dots(outside, _products(operator, outside, columns_at_once)), products, "hutch++")
-    return Estimate(inside + rest.value, rest.standard_error, sampled, products, "hutch++")
+    for _ in range(2):  # the second projection removes what rounding leaves of Q in the first
+        outside = outside - basis @ inner(basis, outside).to(basis.dtype)
+    products = sketched + vectors.shape[1]
+    rest = Estimate.mean_of(dots(outside, product(matrix, outside, columns_at_once)), products, "hutch++")
+    return Estimate(inside + rest.value, rest.standard_error, rest.samples, products, "hutch++")
 
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOut:
-    """An orthonormal basis ``Q`` of the range of ``Y`` and, in its coordinates, what each column alone brings.
+    """An orthonormal basis ``Q`` of the range of ``Y`` and, in its coordinates, the direction only column i adds.
 
     ``Q(I − s_i s_iᵀ)Qᵀ`` projects onto the range of ``Y`` without column i: ``s_i`` is the unit vector orthogonal to
     the coordinates of all other columns (``R^{−T} e_i``, normalised, for an invertible R of ``Y = QR``), and 0 where
@@ -228,7 +209,9 @@ def _exchangeable_error(
     return (samples.var(-1) / samples.shape[-1] + covariance.clamp(min=0)).sqrt()
 
 
-def _xtrace(operator: SymmetricOperator, draws: Draws, count: int, columns_at_once: int) -> Estimate:
+def _xtrace(
+    matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_once: int, *, is_normal: bool
+) -> Estimate:
     """The mean over i of ``tr Q_iᵀA Q_i + (P_i ω_i)ᵀA(P_i ω_i)``, ``Q_i`` the range of all columns of ``AΩ`` but i.
 
     In the coordinates of the whole range Q, with ``H = QᵀAQ`` and ``v_i = (I − s_i s_iᵀ)Qᵀω_i``, these are
@@ -236,23 +219,20 @@ def _xtrace(operator: SymmetricOperator, draws: Draws, count: int, columns_at_on
     ``‖P_i ω_i‖² = n − rank Q_i`` (the paper's §2.3): their direction is uniform there, whatever their length.
     Without vector j, ``P_i ω_i`` gains ``Q u_ij (u_ij·Qᵀω_i)``.
     """
-    n = operator.shape[0]
-    vectors = draws.columns(count)
-    images = _products(operator, vectors, columns_at_once)
+    n, count = vectors.shape
+    images = product(matrix, vectors, columns_at_once)
     out = LeaveOneOut.of(images)
     basis, s = out.basis, out.directions
-    images_of_basis = _products(operator, basis, columns_at_once)
-    inside = _inner(basis, images_of_basis)
-    coordinates = _inner(basis, vectors)
+    images_of_basis = product(matrix, basis, columns_at_once)
+    inside = inner(basis, images_of_basis)
+    coordinates = inner(basis, vectors)
     kept = out.without(coordinates).to(basis.dtype)
     outside = vectors - basis @ kept
-    slopes = _inner(images_of_basis, outside)
-    squares = _dots(outside, images - images_of_basis @ kept)
-    lengths = _dots(outside, outside)
+    slopes = inner(images_of_basis, outside)
+    squares = dots(outside, images - images_of_basis @ kept)
+    lengths = dots(outside, outside)
     ranks = basis.shape[1] - s.square().sum(0)
-    normal = draws.distribution == "normal"
-
-    scaled = squares * (n - ranks) / lengths if normal else squares
+    scaled = squares * (n - ranks) / lengths if is_normal else squares
     inside_s = inside @ s
     samples = scaled + inside.trace() - (s * inside_s).sum(0)
     changes = torch.empty(count, count, dtype=torch.float64, device=s.device)  # δ_ij
@@ -263,7 +243,7 @@ def _xtrace(operator: SymmetricOperator, draws: Draws, count: int, columns_at_on
         curvature = (u * inside_u).sum(1)
         along, slope = ((t[:, i].mT.unsqueeze(1) @ u).squeeze(1) for t in (coordinates, slopes))
         square = squares[i].unsqueeze(1) + 2 * along * slope + along.square() * curvature
-        if normal:
+        if is_normal:
             length = lengths[i].unsqueeze(1) + along.square()
             square = square * (n - ranks[i].unsqueeze(1) + u.square().sum(1)) / length
         changes[i] = curvature + scaled[i].unsqueeze(1) - square
@@ -273,23 +253,23 @@ def _xtrace(operator: SymmetricOperator, draws: Draws, count: int, columns_at_on
     return Estimate(samples.mean().item(), error, count, count + basis.shape[1], "xtrace")
 
 
-def _xdiag(operator: SymmetricOperator, draws: Draws, count: int, columns_at_once: int) -> DiagonalEstimate:
+def _xdiag(matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_once: int) -> DiagonalEstimate:
     """The mean over i of ``diag Q_iQ_iᵀA + ω_i ⊙ (I − Q_iQ_iᵀ)A ω_i`` for signs ``ω_i``, ``Q_i`` as for XTrace.
 
     With ``y_i = A ω_i`` in the range Q: ``t_i = diag QQᵀA − Qs_i ⊙ AQs_i + ω_i ⊙ Qs_i (s_i·Qᵀy_i)`` and, since
     ``s_j·Qᵀy_i = 0``, ``δ_ij = Qu_ij ⊙ AQu_ij − ω_i ⊙ Qu_ij (u_ij·Qᵀy_i)`` with
     ``u_ij·Qᵀy_i = −(s_i·s_j)(s_i·Qᵀy_i)/‖s_j − s_i(s_i·s_j)‖``. Row by row of the matrix, in float64.
     """
-    vectors = draws.columns(count)
-    images = _products(operator, vectors, columns_at_once)
+    n, count = vectors.shape
+    images = product(matrix, vectors, columns_at_once)
     out = LeaveOneOut.of(images)
-    images_of_basis = _products(operator, out.basis, columns_at_once)
-    lengths = (out.directions * _inner(out.basis, images)).sum(0)
+    images_of_basis = product(matrix, out.basis, columns_at_once)
+    lengths = (out.directions * inner(out.basis, images)).sum(0)
     cosines, sines = out.cosines, out.sines
     bends = (lengths.unsqueeze(1) * cosines / sines).fill_diagonal_(0)
     values, errors = torch.empty_like(vectors[:, 0]), torch.empty_like(vectors[:, 0])
     block = max(1, (1 << 20) // count**2)
-    for rows in (slice(start, start + block) for start in range(0, operator.shape[0], block)):
+    for rows in (slice(start, start + block) for start in range(0, n, block)):
         omega, q, aq = (t[rows].double() for t in (vectors, out.basis, images_of_basis))
         qs, aqs = q @ out.directions, aq @ out.directions
         samples = (q * aq).sum(1, keepdim=True) + qs * (omega * lengths - aqs)
@@ -301,15 +281,13 @@ def _xdiag(operator: SymmetricOperator, draws: Draws, count: int, columns_at_onc
     return DiagonalEstimate(values, errors, count, count + out.basis.shape[1], "xdiag")
 
 
-def _hutchinson_diagonal(
-    operator: SymmetricOperator, draws: Draws, products: int, columns_at_once: int
-) -> DiagonalEstimate:
-    """The mean of ``ω ⊙ A ω``; mean and squared deviations are merged chunk by chunk (Chan, Golub, LeVeque 1983)."""
-    mean = torch.zeros(operator.shape[0], dtype=working_dtype(operator), device=operator.device)
+def _hutchinson_diagonal(matrix: SymmetricMatrix, products: int, seed: int, columns_at_once: int) -> DiagonalEstimate:
+    """The mean of ``ω ⊙ A ω``; means and squared deviations of chunks are merged (Chan, Golub, LeVeque 1983)."""
+    mean = torch.zeros(matrix.shape[0], dtype=working_dtype(matrix), device=matrix.device)
     deviations = torch.zeros_like(mean)
     seen = 0
-    for vectors in draws.chunks(products, columns_at_once):
-        samples = vectors * _products(operator, vectors)
+    for vectors in random_chunks(matrix, products, columns_at_once, seed=seed, distribution="rademacher"):
+        samples = vectors * product(matrix, vectors)
         chunk = samples.mean(1)
         count = samples.shape[1]
         shift = chunk - mean
@@ -319,56 +297,19 @@ def _hutchinson_diagonal(
     return DiagonalEstimate(mean, (deviations / (seen - 1) / seen).sqrt(), seen, seen, "hutchinson")
 
 
-def _exact_diagonal(operator: SymmetricOperator, columns_at_once: int) -> DiagonalEstimate:
-    n = operator.shape[0]
-    values = torch.empty(n, dtype=working_dtype(operator), device=operator.device)
+def _exact_diagonal(matrix: SymmetricMatrix, columns_at_once: int) -> DiagonalEstimate:
+    n = matrix.shape[0]
+    values = torch.empty(n, dtype=working_dtype(matrix), device=matrix.device)
     for start in range(0, n, columns_at_once):
-        chunk = identity_columns(operator, start, min(start + columns_at_once, n))
-        values[start : start + chunk.shape[1]] = _products(operator, chunk)[start:].diagonal()
+        chunk = identity_columns(matrix, start, min(start + columns_at_once, n))
+        values[start : start + chunk.shape[1]] = product(matrix, chunk)[start:].diagonal()
     return DiagonalEstimate(values, torch.zeros_like(values), n, n, "exact")
 
 
-def _exact_trace(operator: SymmetricOperator, columns_at_once: int) -> Estimate:
-    n = operator.shape[0]
-    return Estimate(_exact_diagonal(operator, columns_at_once).values.double().sum().item(), 0.0, n, n, "exact")
-
-
-def _products(
-    operator: SymmetricOperator, vectors: Float[Tensor, "n k"], columns_at_once: int | None = None
-) -> Float[Tensor, "n k"]:
-    """``A V``, ``columns_at_once`` (all) at a time, in the working dtype."""
-    products = torch.empty_like(vectors, dtype=working_dtype(operator))
-    if vectors.shape[1]:
-        for into, chunk in zip(*(t.split(columns_at_once or t.shape[1], 1) for t in (products, vectors)), strict=True):
-            into.copy_(operator @ chunk)
-    if not products.isfinite().all():
-        raise ValueError("operator must give finite products, got NaN or infinity; look for where they come from")
-    return products
-
-
-def _inner(a: Float[Tensor, "n k"], b: Float[Tensor, "n m"]) -> Float64[Tensor, "k m"]:
-    """``aᵀb`` in float64, by blocks of rows so that no wide copy of either is held."""
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for rows_a, rows_b in zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True):
-        total.addmm_(rows_a.double().mT, rows_b.double())
-    return total
-
-
-def _dots(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float64[Tensor, " k"]:
-    """``a_i·b_i`` of the columns, in float64."""
-    blocks = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
-    return torch.stack([torch.linalg.vecdot(x.double(), y.double(), dim=0) for x, y in blocks]).sum(0)
-
-
-def _mean(samples: Float64[Tensor, " k"], products: int, method: str) -> Estimate:
-    error = samples.std().item() / math.sqrt(len(samples))
-    return Estimate(samples.mean().item(), error, len(samples), products, method)
-
-
-def _require_budget(operator: SymmetricOperator, method: str, products: int, columns_at_once: int) -> None:
-    require_count("products", products, 1)
-    require_count("columns_at_once", columns_at_once, 1)
-    n = operator.shape[0]
+def _require_budget(matrix: SymmetricMatrix, method: str, products: int, columns_at_once: int) -> None:
+    checks.require_count("products", products, 1)
+    checks.require_count("columns_at_once", columns_at_once, 1)
+    n = matrix.shape[0]
     least = min(LEAST_PRODUCTS[method], n)
     if products < least:
         raise ValueError(
@@ -377,8 +318,8 @@ def _require_budget(operator: SymmetricOperator, method: str, products: int, col
         )
 
 
-def _rounded_together(value: float, error: float) -> tuple[str, str]:
-    """The error to two digits and the value to the same decimal place; an exact value to twelve digits."""
+def _round_to_error(value: float, error: float) -> tuple[str, str]:
+    """Format the error to two digits and the value to the same decimal place; an exact value to twelve digits."""
     if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
         return f"{value:.12g}", f"{error:.2g}"
     place = math.floor(math.log10(error)) - 1

@@ -1,0 +1,211 @@
+"""Solutions of ``(A + damping I) x = b`` by preconditioned conjugate gradients (Hestenes, Stiefel 1952).
+
+The columns of ``b`` share the passes of one product over the data, each with its own step lengths. Two things differ
+from the textbook: a column whose recurrence meets the tolerance restarts from its true residual if that does not, and a
+direction along which the curvature is not positive ends its column as indefinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcurve import checks
+from softcurve.array_types import Bool, Float, Float64
+from softcurve.curvature.algorithms.matrix import SymmetricMatrix, dots, product, working_dtype
+from softcurve.records import dataclass_repr
+from softcurve.warn import warn_caller
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """``x`` and how well it solves the system, with one entry per column, or a number for a single vector.
+
+    ``residuals`` are ``‖b − (A + damping I)x‖ / ‖b‖``, computed from ``x`` and not from the recurrence; ``converged``
+    is whether they are within the tolerance. An ``indefinite`` column met a direction of curvature ≤ 0 and keeps the
+    iterate before it; on a singular matrix without damping that may be far out, as its residual shows.
+    ``iterations`` is the largest over the columns, ``products`` the sum.
+    """
+
+    x: Float[Tensor, "n ..."]
+    iterations: int
+    residuals: Float64[Tensor, "*columns"]
+    converged: Bool[Tensor, "*columns"]
+    indefinite: Bool[Tensor, "*columns"]
+    products: int
+
+    __repr__ = dataclass_repr
+
+
+def solve(
+    matrix: SymmetricMatrix,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    tol: float = 1e-6,
+    max_iterations: int | None = None,
+    x0: Tensor | None = None,
+) -> Solution:
+    """``x`` of ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
+
+    ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite
+    matrix near the inverse does. ``x0`` (default zero) is the start, ``max_iterations`` (default ``10 n``) the limit.
+    A column of zeros has the solution zero. Vectors are in the matrix's dtype, at least float32, inner products in
+    float64. Warns (``UserWarning``) where a column has not converged, with the residual reached and the one requested.
+
+    Raises:
+        TypeError: ``b`` or ``x0`` is not a real floating-point tensor.
+        ValueError: shapes or devices do not fit, an option is out of range, the products are not finite, or the
+            preconditioner is not positive definite.
+    """
+    solution = conjugate_gradients(matrix, b, damping, preconditioner, tol, max_iterations, x0)
+    warn_unless_converged("solve", solution.residuals, solution.indefinite, tol, solution.iterations)
+    return solution
+
+
+def warn_unless_converged(
+    name: str, residuals: Float64[Tensor, "*columns"], indefinite: Bool[Tensor, "*columns"], tol: float, iterations: int
+) -> None:
+    """Warn if a residual is above ``tol``; ``name`` is that of the public function."""
+    failed = ~(residuals <= tol)
+    if not failed.any():
+        return
+    systems = "" if residuals.ndim == 0 else f" in {int(failed.sum())} of {residuals.numel()} columns"
+    remedy = "raise max_iterations or damping, or give a preconditioner"
+    if (indefinite & failed).any():
+        remedy = "a direction of curvature <= 0 was met: raise damping, or solve with GGN in place of Hessian"
+    elif residuals[failed].max() < 1e-3:
+        remedy += "; a residual that no longer falls is at the precision of the dtype: raise tol or use float64"
+    warn_caller(
+        f"{name} has not converged{systems}: the relative residual is {float(residuals[failed].max()):.3g} after "
+        f"{iterations} iterations, requested is tol={tol:g}; {remedy}"
+    )
+
+
+def conjugate_gradients(
+    matrix: SymmetricMatrix,
+    b: Tensor,
+    damping: float,
+    preconditioner: Callable[[Tensor], Tensor] | None,
+    tol: float,
+    max_iterations: int | None,
+    x0: Tensor | None = None,
+) -> Solution:
+    """As :func:`solve`, without the warning."""
+    checks.require_between("damping", damping, 0.0, math.inf)
+    checks.require_positive("tol", tol)
+    max_iterations = 10 * matrix.shape[0] if max_iterations is None else max_iterations
+    checks.require_count("max_iterations", max_iterations, 0)
+    columns = _as_columns("b", b, matrix)
+    if x0 is not None and x0.shape != b.shape:
+        raise ValueError(f"x0 must be of b's shape {tuple(b.shape)}, got {tuple(x0.shape)}")
+    x = torch.zeros_like(columns) if x0 is None else _as_columns("x0", x0, matrix).clone()
+    system = _DampedSystem(matrix, damping, preconditioner)
+    norms = dots(columns, columns).sqrt()
+    x[:, norms == 0] = 0
+    iterations, relative, indefinite = _iterate(system, columns, x, norms, tol, max_iterations)
+    residuals, converged, indefinite = (t.reshape(b.shape[1:]) for t in (relative, relative <= tol, indefinite))
+    return Solution(x.reshape(b.shape), iterations, residuals, converged, indefinite, system.products)
+
+
+def _iterate(
+    system: _DampedSystem, b: Tensor, x: Tensor, norms: Tensor, tol: float, max_iterations: int
+) -> tuple[int, Tensor, Tensor]:
+    """Improve ``x`` in place; return the iterations, the true relative residuals, and which columns are indefinite."""
+    relative = (norms != 0).double()
+    indefinite, stale = torch.zeros_like(norms, dtype=torch.bool), torch.zeros_like(norms, dtype=torch.bool)
+    rounding = torch.finfo(x.dtype).eps
+    active = norms.nonzero().squeeze(1)
+    r = b[:, active]
+    if x.any():
+        r = r - system.product(x[:, active])
+        relative[active] = dots(r, r).sqrt() / norms[active]
+    keep = relative[active] > tol
+    active, r = active[keep], r[:, keep]
+    p, rho = system.preconditioned(r)
+    iterations = 0
+    while len(active) and iterations < max_iterations:
+        iterations += 1
+        q = system.product(p)
+        curvature = dots(p, q)
+        # Below this bound the sign of a curvature is that of rounding errors.
+        flat = curvature <= rounding * (dots(p, p) * dots(q, q)).sqrt()
+        indefinite[active[flat]] = True
+        active, r, p, q = active[~flat], r[:, ~flat], p[:, ~flat], q[:, ~flat]
+        rho, curvature = rho[~flat], curvature[~flat]
+
+        step = (rho / curvature).to(x.dtype)
+        x[:, active] += step * p
+        r = r - step * q
+        stale[active] = True
+        near = dots(r, r).sqrt() <= tol * norms[active]
+        keep = torch.ones_like(near)
+        if near.any():
+            checked = active[near]
+            r[:, near] = b[:, checked] - system.product(x[:, checked])
+            true = dots(r[:, near], r[:, near]).sqrt() / norms[checked]
+            # A residual that has not halved since it was last computed is as small as the dtype lets it be.
+            keep[near] = (true > tol) & (true <= relative[checked] / 2)
+            relative[checked], stale[checked] = true, False
+        active, r, p, rho, near = active[keep], r[:, keep], p[:, keep], rho[keep], near[keep]
+        z, fresh = system.preconditioned(r)
+        p = z + torch.where(near, 0.0, fresh / rho).to(x.dtype) * p
+        rho = fresh
+    if stale.any():
+        r = b[:, stale] - system.product(x[:, stale])
+        relative[stale] = dots(r, r).sqrt() / norms[stale]
+    return iterations, relative, indefinite
+
+
+@dataclass(eq=False)
+class _DampedSystem:
+    """``A + damping I`` and the preconditioner; it counts the products."""
+
+    matrix: SymmetricMatrix
+    damping: float
+    preconditioner: Callable[[Tensor], Tensor] | None
+    products: int = 0
+
+    def product(self, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """``(A + damping I) p``."""
+        self.products += p.shape[1]
+        q = product(self.matrix, p)
+        return q + self.damping * p if self.damping else q
+
+    def preconditioned(self, r: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "n k"], Float64[Tensor, " k"]]:
+        """``z = M r`` and ``r·z > 0``."""
+        if self.preconditioner is None or r.shape[1] == 0:
+            return r, dots(r, r)
+        z = self.preconditioner(r)
+        if not isinstance(z, Tensor) or z.shape != r.shape:
+            came = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"preconditioner must map (n, k) to (n, k), got {came} from shape {tuple(r.shape)}")
+        z = z.detach().to(r.dtype)
+        rho = dots(r, z)
+        if not ((rho > 0) | (r == 0).all(0)).all():
+            raise ValueError(
+                f"preconditioner must be positive definite, got r·Mr = {rho.min().item():.3g} of a residual r; "
+                "leave it out, or damp it"
+            )
+        return z, rho
+
+
+def _as_columns(name: str, vectors: Tensor, matrix: SymmetricMatrix) -> Float[Tensor, "n k"]:
+    """``(n, k)`` in the working dtype, from ``(n,)`` or ``(n, k)``."""
+    checks.require_tensor(name, vectors)
+    if not vectors.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {vectors.dtype}; convert it with {name}.float()")
+    n = matrix.shape[0]
+    if vectors.ndim not in (1, 2) or vectors.shape[0] != n:
+        raise ValueError(f"{name} must be of shape ({n},) or ({n}, k), got {checks.describe(vectors)}")
+    if vectors.device != matrix.device:
+        raise ValueError(f"{name} must be on the operator's device {matrix.device}, got {vectors.device}")
+    vectors = vectors.detach().to(working_dtype(matrix))
+    if not vectors.isfinite().all():
+        raise ValueError(f"{name} must hold finite numbers, got NaN or infinity; look for where they come from")
+    return vectors.unsqueeze(1) if vectors.ndim == 1 else vectors

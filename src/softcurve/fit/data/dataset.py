@@ -1,0 +1,144 @@
+"""Features with the targets of the same rows, as they are stored: by which names, and what both must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softcurve.fit import DataError
+from softcurve.fit.data.rows import ArrayRows, Rows, Shards, SparseRows
+from softcurve.fit.data.source import TargetKind
+
+__all__ = ["FEATURES", "LISTS", "Dataset", "describe_names", "join", "named_dataset", "target_names"]
+
+FEATURES, TARGET, LISTS = ("features", "X"), ("target", "y"), ("indices", "log_probs")
+OTHER_TARGET = ("labels",)  # where no array is named target or y
+# The kinds of dtypes that a target's arrays may have, and what they are.
+DTYPES = {
+    "distributions": [("iufb", "probabilities")],
+    "top_k": [("iu", "numbers of classes"), ("f", "log-probabilities")],
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows with a target of one array, a teacher's lists of two (indices and log-probabilities), or none."""
+
+    features: Rows
+    targets: tuple[Rows, ...] = ()
+    absent: str = "none is given"  # why there is no target
+
+    @property
+    def kind(self) -> TargetKind | None:
+        """What the target is, by its number of arrays and dimensions."""
+        if len(self.targets) == 2:
+            return "top_k"
+        return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
+
+    @property
+    def described(self) -> str:
+        """The features and the target in words, without the number of rows."""
+        target = f"no targets ({self.absent})" if self.kind is None else "labels"
+        if self.kind in ("distributions", "top_k"):
+            what = "distributions over {} classes" if self.kind == "distributions" else "a teacher's lists of {}"
+            target = what.format(self.targets[0].shape[1])
+        return f"{self.features.shape[1]} features with {target}"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing is read from files."""
+        return all(isinstance(rows, ArrayRows | SparseRows) for rows in (self.features, *self.targets))
+
+    def check(self) -> None:
+        """Raise DataError for arrays whose shapes or dtypes cannot be those of features and targets."""
+        name, shape = self.features.name, self.features.shape
+        dtypes = [("iufb", "real numbers"), *DTYPES.get(self.kind or "", ())]
+        for rows, (kinds, what) in zip((self.features, *self.targets), dtypes, strict=False):
+            if rows.dtype.kind not in kinds:
+                raise DataError(f"{rows.name} must be {what}; got dtype {rows.dtype}: convert them")
+        if len(shape) != 2:
+            remedy = "reshape to (n, 1)" if len(shape) == 1 else "flatten every row"
+            raise DataError(f"{name} must have shape (n, d); got {shape}: {remedy}")
+        if 0 in shape:
+            raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
+        shapes = [target.shape for target in self.targets]
+        for target in self.targets:
+            if target.shape[:1] != shape[:1]:
+                has = f"{target.shape[0]} rows" if target.shape else "a single value"
+                raise DataError(f"{name} has {shape[0]} rows but {target.name} has {has}; give one target a row")
+        if self.kind == "top_k" and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]):
+            raise DataError(
+                f"{self.targets[0].name} and {self.targets[1].name} must have one shape (n, k); got {shapes[0]} and "
+                f"{shapes[1]}: give each listed class its log-probability"
+            )
+        if self.kind == "distributions" and (len(shapes[0]) != 2 or shapes[0][1] < 2):
+            raise DataError(
+                f"{self.targets[0].name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or "
+                f"more; got {shapes[0]}: reshape it"
+            )
+
+
+def join(datasets: Sequence[Dataset], name: str) -> Dataset:
+    """Return the rows of all datasets as one. Raises DataError for one that does not go with the first."""
+    for dataset in datasets:
+        dataset.check()
+        if dataset.described != datasets[0].described:
+            raise DataError(
+                f"{dataset.features.name} has {dataset.described}, and {datasets[0].features.name} has "
+                f"{datasets[0].described}; all shards need the same features and the same kind of target"
+            )
+    targets = zip(*(dataset.targets for dataset in datasets), strict=True)
+    features = Shards([dataset.features for dataset in datasets], name)
+    return Dataset(features, tuple(Shards(shards, shards[0].name) for shards in targets), datasets[0].absent)
+
+
+def named_dataset(
+    path: Path,
+    what: str,
+    names: Sequence[str],
+    rows: Callable[[str], Rows],
+    with_target: bool,
+    features: Rows | None = None,
+) -> Dataset:
+    """Choose among arrays, tensors or columns (``what``) of these names; ``rows`` opens one by its name.
+
+    Raises DataError where there are no features, or where more than one name is the same thing's.
+    """
+    if features is None:
+        if (name := _only(path, what, names, FEATURES)) is None:
+            wanted = " or ".join(FEATURES)
+            raise DataError(f"data: {path} has no {what} named {wanted}; it has {describe_names(names)}: rename one")
+        features = rows(name)
+    target = _only(path, what, names, target_names(names))
+    lists = [name for name in LISTS if name in names]
+    if not with_target:
+        return Dataset(features, absent="another is given")
+    if len(lists) == len(LISTS):
+        if target is not None:
+            raise DataError(f"data: {path} has both {target!r} and {' and '.join(LISTS)}; keep one kind of target")
+        return Dataset(features, tuple(map(rows, LISTS)))
+    if target is not None:
+        return Dataset(features, (rows(target),))
+    absent = f"no {what} named {', '.join(TARGET)} or {', '.join(OTHER_TARGET)}"
+    if lists:
+        absent += f", and {lists[0]} without {LISTS[1 - LISTS.index(lists[0])]}"
+    return Dataset(features, absent=absent)
+
+
+def target_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return what the target may be called in a file that holds these names."""
+    return TARGET if any(name in names for name in TARGET) else OTHER_TARGET
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """List some names in words."""
+    shown = ", ".join(repr(name) for name in names[:10])
+    return (shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "none at all"
+
+
+def _only(path: Path, what: str, names: Sequence[str], wanted: tuple[str, ...]) -> str | None:
+    present = [name for name in wanted if name in names]
+    if len(present) > 1:
+        raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
+    return present[0] if present else None

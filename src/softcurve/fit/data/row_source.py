@@ -1,0 +1,193 @@
+"""The one source of rows, for memory, files and shards: it walks them block by block and checks their entries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcurve.array_types import Int64
+from softcurve.fit import DataError
+from softcurve.fit.data.capacity import require_head, require_rows
+from softcurve.fit.data.dataset import Dataset
+from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
+from softcurve.fit.data.read_ahead import read_ahead
+from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
+from softcurve.fit.data.source import Block, BlockTarget, Label, Share
+from softcurve.fit.group import ALONE, Group
+
+__all__ = ["RowSource", "assemble", "own_share", "require_same_rows"]
+
+ENTRIES = 65536  # of labels or of lists that are read at a time, where classes are looked for
+MOST = 2**28  # bytes that are hashed of the features, and of each other array. At 500 MB/s they take half a second.
+
+
+class RowSource:
+    """A share of the rows of a dataset. A block ends where a shard does.
+
+    Labels are held as indices; features, distributions and lists are read in each walk, those of files by a thread,
+    one block ahead, so that two blocks are in memory at a time. Distributions come in float64, rescaled to sum to one.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        classes: tuple[Label, ...],
+        index: Int64[np.ndarray, " rows"] | None,  # the labels
+        share: Share,
+    ) -> None:
+        self.data, self.classes, self.index, self.in_memory = data, classes, index, data.in_memory
+        self.share, self.rows = share, share.rows
+        self.kind, self.width = data.kind, data.features.shape[1]
+        self.dtype: np.dtype[Any] = float_dtype(data.features)
+        self.double: bool = self.dtype == np.float64
+        self._stored: tuple[Rows, ...] = (data.features, *(data.targets if index is None else ()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of the labels and of 256 MiB of each other array, or of all of it where it takes less.
+
+        It is that of the rows of all processes, which must ask for it at the same time.
+        """
+        state = hashlib.sha256(repr((self.share.total, self.kind, self.classes)).encode())
+        if self.index is not None:
+            for piece in self.share.together.in_order(torch.from_numpy(self.index)):
+                state.update(piece.numpy().tobytes())
+        with self.share.together.agreed():
+            for rows in self._stored:
+                state.update(rows.digest(MOST))
+        return state.hexdigest()
+
+    def blocks(self, at_most: int) -> Iterator[Block]:
+        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+        if at_most < 1:
+            raise DataError(f"at_most must be 1 row or more; got {at_most}")
+        # What is in memory has been checked when the source was made.
+        return self.walk(at_most, check=False) if self.in_memory else read_ahead(self.walk(at_most))
+
+    def walk(self, at_most: int, *, check: bool = True) -> Iterator[Block]:
+        """Yield the same blocks without a thread; ``check`` refuses features that are not finite."""
+        first, bounds = self.share.first, _bounds(self.data, self.share, at_most)
+        arrays = (rows.read(bounds) for rows in self._stored)
+        for (start, stop), features, *targets in zip(pairwise(bounds), *arrays, strict=True):
+            features = np.require(features, self.dtype, ["C", "W"])
+            if check:
+                require_finite(features, self.data.features, start, "drop or fill such rows")
+            numbers = torch.arange(start, stop) if first else None
+            yield Block(start - first, torch.from_numpy(features), self._target(targets, start, stop), numbers)
+
+    def _target(self, read: list[NDArray[Any]], start: int, stop: int) -> BlockTarget | None:
+        if self.index is not None:
+            return torch.from_numpy(self.index[start - self.share.first : stop - self.share.first])
+        targets = self.data.targets
+        if self.kind == "distributions":
+            return torch.from_numpy(rescale(read[0], targets[0], start))
+        if self.kind == "top_k":
+            return to_top_k(read, len(self.classes), targets, start)
+        return None
+
+
+def assemble(
+    data: Dataset,
+    *,
+    classes: tuple[Label, ...] | None = None,
+    class_count: int | None = None,
+    together: Group = ALONE,
+) -> RowSource:
+    """Check what can be seen without reading all, read the labels, and make a dataset a source.
+
+    Targets are in terms of ``classes`` where they are given. ``class_count`` is that of a teacher's lists, by default
+    the largest index and one. Of several processes, each has a share. Raises DataError.
+    """
+    kind = data.kind
+    with together.agreed():
+        data.check()
+        if class_count is not None and (class_count < 2 or kind == "labels"):
+            what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
+            raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
+        if kind is not None:
+            require_rows(data.features.shape[0], data.features.name)
+    require_same_rows(data, together)
+    share = own_share(data.features.shape[0], together)
+    index, count = None, 0
+    if kind == "labels":
+        names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, together)
+        count = len(names)
+    elif kind is not None:
+        with together.agreed():
+            count = _class_count(data, share, class_count, classes)
+        count = int(together.largest(count)[0])
+    if kind is not None and classes is None:
+        with together.agreed():
+            origin = data.targets[0].name if class_count is None else "class_count"
+            require_head(count, data.features.shape[1], origin)
+        classes = names if kind == "labels" else tuple(range(count))
+    source = RowSource(data, classes if kind and classes else (), index, share)
+    if source.in_memory:
+        with together.agreed():
+            for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
+                pass
+    return source
+
+
+def own_share(rows: int, together: Group) -> Share:
+    """Return the share of so many rows that a process has."""
+    first, end = (rows * rank // together.size for rank in (together.rank, together.rank + 1))
+    return Share(first, end - first, rows, together)
+
+
+def _bounds(data: Dataset, share: Share, at_most: int) -> list[int]:
+    """Return the numbers of the rows of a share at which blocks begin, and of the row after its last."""
+    first, end = share.first, share.first + share.rows
+    shards = accumulate(shard.shape[0] for shard in shards_of(data.features))
+    edges = [first, *(edge for edge in shards if first < edge < end), end]
+    return [*(row for start, stop in pairwise(edges) for row in range(start, stop, at_most)), end]
+
+
+def _class_count(data: Dataset, share: Share, class_count: int | None, classes: tuple[Label, ...] | None) -> int:
+    """Return the number of classes of distributions or lists, that of a given number or of given classes if any."""
+    count, target = class_count if classes is None else len(classes), data.targets[0]
+    if data.kind == "distributions":
+        if count is not None and target.shape[1] != count:
+            says = "class_count is" if classes is None else "the head has"
+            raise DataError(
+                f"{target.name} has distributions over {target.shape[1]} classes, {says} {count}: give targets over "
+                "these classes, in their order"
+            )
+        return target.shape[1]
+    if count is not None:
+        return count
+    pieces = target.read(_bounds(data, share, max(1, ENTRIES // target.shape[1])))
+    return max([1, *(int(piece.max()) for piece in pieces)]) + 1  # a head has two classes or more
+
+
+def require_same_rows(data: Dataset, together: Group) -> None:
+    """Raise DataError, in all processes, where one of them sees other rows than the first, as in other files."""
+    if together.size == 1:
+        return
+    with together.agreed():
+        arrays = [
+            (name, digest.hex()) for rows in (data.features, *data.targets) for name, digest in digests(rows, MOST)
+        ]
+    texts = together.values(json.dumps((f"{data.features.shape[0]} rows of {data.described}", arrays)))
+    first_shape, first_arrays = json.loads(texts[0])
+    with together.agreed():
+        for other, (shape, arrays) in enumerate(map(json.loads, texts)):
+            pairs = zip(first_arrays, arrays, strict=False)
+            unlike = next(((name, other_name) for (name, a), (other_name, b) in pairs if a != b), None)
+            if shape != first_shape:
+                what = f"process 0 has {first_shape}, and process {other} has {shape}"
+            elif unlike is not None:
+                what = f"{unlike[0]} in process 0 and {unlike[1]} in process {other} have other entries"
+            elif len(arrays) != len(first_arrays):
+                what = "the processes have other numbers of files"
+            else:
+                continue
+            raise DataError(f"data: {what}; give all of them the same files")
