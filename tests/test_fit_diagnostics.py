@@ -17,7 +17,7 @@ from torch import Tensor
 from softcurve.curvature import GGN
 from softcurve.fit import DataError
 from softcurve.fit.data.memory import to_source
-from softcurve.fit.data.source import BUDGET, Block
+from softcurve.fit.data.source import BUDGET, RowBlock
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
@@ -49,7 +49,7 @@ class Held:
     def double(self) -> bool:
         return self.features.dtype == torch.float64
 
-    def blocks(self, at_most: int) -> Iterator[Block]:
+    def blocks(self, at_most: int) -> Iterator[RowBlock]:
         self.asked.append(at_most)
         start, size = 0, at_most
         while start < self.rows:
@@ -58,7 +58,7 @@ class Held:
                 target = TopK(self.target.indices[here], self.target.log_probs[here], self.target.tail)
             else:
                 target = None if self.target is None else self.target[here]
-            yield Block(start, self.features[here], target)
+            yield RowBlock(start, self.features[here], target)
             start += size
             if self.ragged:
                 size = 1 + (size * 7 + 3) % at_most

@@ -20,7 +20,7 @@ from softcurve.cli.page.picture import decades, picture
 from softcurve.cli.page.render import seconds, show
 from softcurve.cli.report import FitReport, PathPoint, render_report
 from softcurve.cli.report.scores import IN_A_TABLE
-from softcurve.fit.data.source import Block
+from softcurve.fit.data.source import RowBlock
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import curvature_spectrum
@@ -54,10 +54,10 @@ class Held:
     def kind(self) -> str:
         return "distributions" if self.target.is_floating_point() else "labels"
 
-    def blocks(self, at_most: int) -> Iterator[Block]:
+    def blocks(self, at_most: int) -> Iterator[RowBlock]:
         for start in range(0, self.rows, at_most):
             here = slice(start, start + at_most)
-            yield Block(start, self.features[here], self.target[here])
+            yield RowBlock(start, self.features[here], self.target[here])
 
 
 class Reader(HTMLParser):

@@ -26,7 +26,7 @@ from softcurve.curvature.operator import SymmetricOperator
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
-from softcurve.fit.data.source import Block, gather
+from softcurve.fit.data.source import RowBlock, gather
 from softcurve.fit.losses import check_loss, refuse_zeros
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
@@ -119,7 +119,7 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
     check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = DTYPES[options.dtype] or saved.weight.dtype
     features, target = rows.tensors(dtype)
-    refuse_zeros(loss, Block(0, features, target))
+    refuse_zeros(loss, RowBlock(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
     batch = min(options.batch_size or len(rows), len(rows))

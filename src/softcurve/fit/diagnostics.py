@@ -11,7 +11,7 @@ from torch import Tensor
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.confusion import ConfusedPair, Confusion
-from softcurve.fit.data.source import Block, Source, TargetKind, rows_within, share_of
+from softcurve.fit.data.source import RowBlock, Source, TargetKind, rows_within, share_of
 from softcurve.fit.group import Group
 from softcurve.fit.scores import RowScores, ScoreSums
 from softcurve.losses.divergences import Divergence
@@ -158,7 +158,7 @@ class _HardestRows:
         self.rows: list[HardRow] = []
         self.features = torch.zeros(0, width, dtype=torch.float64) if width <= KEPT_WIDTH else None
 
-    def add(self, block: Block, scores: RowScores) -> None:
+    def add(self, block: RowBlock, scores: RowScores) -> None:
         el2n = scores.squared_el2n.sqrt()
         order = el2n.argsort(descending=True, stable=True)[: self.at_most]
         columns = (el2n, scores.label, scores.predicted, scores.label_probability, scores.loss)

@@ -23,7 +23,7 @@ from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
-from softcurve.fit.solver.newton import Outcome, State, Step, minimise
+from softcurve.fit.solver.newton import NewtonOutcome, State, Step, minimise
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.targets import target_labels, target_probability
 from softcurve.losses.divergences import Divergence
@@ -325,7 +325,7 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     return frequencies
 
 
-def _fit_of(outcome: Outcome, objective: Objective) -> Fit:
+def _fit_of(outcome: NewtonOutcome, objective: Objective) -> Fit:
     weight, bias = objective.coordinates.head(outcome.point.parameters)
     history = outcome.state.history
     return Fit(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Block, BlockTarget, TargetKind
+from softcurve.fit.data.source import BlockTarget, RowBlock, TargetKind
 from softcurve.functional import cross_entropy, divergence
 from softcurve.losses.divergences import LOSS_NAMES, CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.targets import Probabilities, Target
@@ -25,7 +25,7 @@ def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
         )
 
 
-def refuse_zeros(loss: str | Divergence, block: Block, weights: Float64[Tensor, " rows"] | None = None) -> None:
+def refuse_zeros(loss: str | Divergence, block: RowBlock, weights: Float64[Tensor, " rows"] | None = None) -> None:
     """Raise DataError where a row of positive weight has a target of 0 and the loss is infinite there, as ``p > 0``."""
     target = block.target
     if (

@@ -20,7 +20,7 @@ from softcurve.fit.data.dataset import Dataset
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
 from softcurve.fit.data.read_ahead import read_ahead
 from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
-from softcurve.fit.data.source import Block, BlockTarget, Label, Share
+from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share
 from softcurve.fit.group import ALONE, Group
 
 __all__ = ["RowSource", "assemble", "own_share", "require_same_rows"]
@@ -65,14 +65,14 @@ class RowSource:
                 state.update(rows.digest(MOST))
         return state.hexdigest()
 
-    def blocks(self, at_most: int) -> Iterator[Block]:
+    def blocks(self, at_most: int) -> Iterator[RowBlock]:
         """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
         if at_most < 1:
             raise DataError(f"at_most must be 1 row or more; got {at_most}")
         # What is in memory has been checked when the source was made.
         return self.walk(at_most, check=False) if self.in_memory else read_ahead(self.walk(at_most))
 
-    def walk(self, at_most: int, *, check: bool = True) -> Iterator[Block]:
+    def walk(self, at_most: int, *, check: bool = True) -> Iterator[RowBlock]:
         """Yield the same blocks without a thread; ``check`` refuses features that are not finite."""
         first, bounds = self.share.first, _bounds(self.data, self.share, at_most)
         arrays = (rows.read(bounds) for rows in self._stored)
@@ -81,7 +81,7 @@ class RowSource:
             if check:
                 require_finite(features, self.data.features, start, "drop or fill such rows")
             numbers = torch.arange(start, stop) if first else None
-            yield Block(start - first, torch.from_numpy(features), self._target(targets, start, stop), numbers)
+            yield RowBlock(start - first, torch.from_numpy(features), self._target(targets, start, stop), numbers)
 
     def _target(self, read: list[NDArray[Any]], start: int, stop: int) -> BlockTarget | None:
         if self.index is not None:

@@ -16,7 +16,15 @@ from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
 
 __all__ = [
-    "Block", "BlockTarget", "GatheredRows", "Label", "Share", "Source", "TargetKind", "gather", "rows_within",
+    "BlockTarget",
+    "GatheredRows",
+    "Label",
+    "RowBlock",
+    "Share",
+    "Source",
+    "TargetKind",
+    "gather",
+    "rows_within",
     "share_of",
 ]  # fmt: skip
 
@@ -30,7 +38,7 @@ BlockTarget = Int[Tensor, " rows"] | Float[Tensor, "rows classes"] | TopK
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class RowBlock:
     """Consecutive rows: ``start`` is the first one's number. It may share memory with the source: do not change it.
 
     ``numbers`` are those of the rows in the source that this one is a part of; else they count on from ``start``.
@@ -64,7 +72,7 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """A digest that changes when the rows do: a checkpoint belongs to one."""
 
-    def blocks(self, at_most: int) -> Iterator[Block]:
+    def blocks(self, at_most: int) -> Iterator[RowBlock]:
         """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
-from softcurve.fit.data.source import Block, Share, Source, share_of
+from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
 
@@ -42,7 +42,7 @@ class Subset:
         """The digest of the source's fingerprint and of the mask."""
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
-    def blocks(self, at_most: int) -> Iterator[Block]:
+    def blocks(self, at_most: int) -> Iterator[RowBlock]:
         """Yield the rows in order; a block is what is left of one of the source's."""
         start = 0
         for block in self.source.blocks(at_most):
@@ -50,7 +50,7 @@ class Subset:
             if len(index):
                 features = block.features if len(index) == len(block) else block.features[index]
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
-                yield Block(start, features, _rows_of(block.target, index), numbers)
+                yield RowBlock(start, features, _rows_of(block.target, index), numbers)
                 start += len(index)
 
 

@@ -24,7 +24,7 @@ from softcurve.fit.targets import target_rows
 from softcurve.losses.divergences import divergence_of
 from softcurve.losses.targets import TopK
 
-__all__ = ["Curvature", "Tile"]
+__all__ = ["Curvature", "CurvatureTile"]
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
@@ -32,7 +32,7 @@ LEFT_OUT, LEFT_OUT_OF_INTERCEPTS = 0.1, 0.01
 
 
 @dataclass(eq=False)
-class Tile:
+class CurvatureTile:
     """Some rows: features in the coordinates of the fit, probabilities, weights and target."""
 
     numbers: slice | Tensor  # (r,)
@@ -190,7 +190,7 @@ class Curvature:
     def _factor(self) -> float:
         return self.scale * (1.0 + OF_CURVATURE * self.damping)
 
-    def _row_diagonals(self, tile: Tile, basis: Tensor | None) -> Tensor:
+    def _row_diagonals(self, tile: CurvatureTile, basis: Tensor | None) -> Tensor:
         """Return the diagonals of the rows' matrices over the classes."""
         p = tile.probabilities
         diagonals = p - p.square() if basis is None else (p @ basis.square()).sub_((p @ basis).square_())
@@ -200,7 +200,7 @@ class Curvature:
             diagonals.add_(errors if basis is None else errors @ basis.square(), alpha=self.damping)
         return tile.weighted(diagonals)
 
-    def _logit_product(self, tile: Tile, change: Tensor) -> Tensor:
+    def _logit_product(self, tile: CurvatureTile, change: Tensor) -> Tensor:
         """Replace a change ``v`` of the logits by ``w ((1 + τμ) κ J + μ diag|p − y|) v``."""
         p, mu = tile.probabilities, self.damping
         diagonal = factor = self._factor()
@@ -231,7 +231,7 @@ class Curvature:
         weight, bias = self.coordinates.about_mean(parameters)
         return (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).to(self.dtype)
 
-    def _tiles(self) -> Iterator[Tile]:
+    def _tiles(self) -> Iterator[CurvatureTile]:
         for start, features, target in self._rows():
             end = start + len(features)
             numbers: slice | Tensor = slice(start, end)
@@ -243,7 +243,10 @@ class Curvature:
                 target = None if target is None else target_rows(target, kept)
                 end = int(numbers[-1]) + 1
             stored = self.probabilities[numbers] if end <= len(self.probabilities) else self._softmax(features)
-            yield Tile(numbers, features, stored, None if self.weights is None else self.weights[numbers], target)
+            weights = None if self.weights is None else self.weights[numbers]
+            yield CurvatureTile(numbers, features, stored, weights, target)
+                numbers, features, stored, None if self.weights is None else self.weights[numbers], target
+            )
 
     def _softmax(self, features: Tensor) -> Tensor:
         assert self.parameters is not None
@@ -275,7 +278,7 @@ class Curvature:
         return out
 
 
-def _errors(tile: Tile) -> Tensor:
+def _errors(tile: CurvatureTile) -> Tensor:
     """Return ``|p − y|`` for all classes."""
     classes, correction = _listed_errors(tile)
     if classes is not None:
@@ -284,7 +287,7 @@ def _errors(tile: Tile) -> Tensor:
     return (tile.probabilities - tile.target).abs_()
 
 
-def _listed_errors(tile: Tile) -> tuple[Tensor | None, Tensor]:
+def _listed_errors(tile: CurvatureTile) -> tuple[Tensor | None, Tensor]:
     """Return the classes that a label or a list names, ``(r, k)``, and ``|p − y| − p`` there."""
     target, p = tile.target, tile.probabilities
     if isinstance(target, TopK):

@@ -22,7 +22,7 @@ from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
 
-__all__ = ["OtherRows", "Outcome", "State", "Step", "minimise"]
+__all__ = ["NewtonOutcome", "OtherRows", "State", "Step", "minimise"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5  # a smaller damping counts as none
@@ -74,7 +74,7 @@ class State(ShortRepr):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Outcome(ShortRepr):
+class NewtonOutcome(ShortRepr):
     """The last state, and why the fit ended."""
 
     state: State
@@ -268,7 +268,7 @@ def minimise(
     memory_of_blocks: int,
     on_step: Callable[[State], None],
     cold: Callable[[], State] | None = None,
-) -> Outcome:
+) -> NewtonOutcome:
     """Take steps from ``state`` until the fit has converged to ``tol``, up to ``max_iter``, or while there is progress.
 
     ``curvature_in(dtype=...)`` makes the curvature. If ``state`` has no step yet and the objective is lower at
@@ -287,7 +287,7 @@ def minimise(
         else:
             newton.step()
             continue
-        return Outcome(newton.state, newton.point, converged, reason)
+        return NewtonOutcome(newton.state, newton.point, converged, reason)
 
 
 def _zero_of_slope(first: float, last: float, change: float) -> float:

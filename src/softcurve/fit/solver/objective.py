@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softcurve.array_types import Float64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Block, BlockTarget, Source, share_of
+from softcurve.fit.data.source import BlockTarget, RowBlock, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
@@ -46,7 +46,7 @@ class FitProblem:
         """The processes that have the rows."""
         return share_of(self.source).together
 
-    def blocks(self) -> Iterator[tuple[Block, Float64[Tensor, " rows"]]]:
+    def blocks(self) -> Iterator[tuple[RowBlock, Float64[Tensor, " rows"]]]:
         """Yield the rows block by block, with their weights."""
         for block in self.source.blocks(self.rows_at_once):
             yield block, self.weights[block.start : block.start + len(block)]
