@@ -17,7 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import backends, curvature, per_row, products
+from softcurve.head import backends, curvature, loop, per_row, products
 from softcurve.head.aten.dense_tile import MODEL, DenseTile
 from softcurve.head.aten.sparse import Places
 from softcurve.head.products import Direction
@@ -179,7 +179,7 @@ def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
 ) -> None:
     """Where nobody looks at values, or leaves out rows by them."""
     monkeypatch.setattr(checks, "values_visible", lambda *_: False)
-    monkeypatch.setattr(passes, "kept_rows", lambda weight: slice(0, len(weight)))
+    monkeypatch.setattr(loop, "kept_rows", lambda weight: slice(0, len(weight)))
     z, t, w = torch.randn(4, 9), torch.randn(4, 9), torch.eye(9).requires_grad_()
     t[1] = -torch.inf
     function = getattr(softcurve, f"linear_{loss}")

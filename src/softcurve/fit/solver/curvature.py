@@ -245,8 +245,6 @@ class Curvature:
             stored = self.probabilities[numbers] if end <= len(self.probabilities) else self._softmax(features)
             weights = None if self.weights is None else self.weights[numbers]
             yield CurvatureTile(numbers, features, stored, weights, target)
-                numbers, features, stored, None if self.weights is None else self.weights[numbers], target
-            )
 
     def _softmax(self, features: Tensor) -> Tensor:
         assert self.parameters is not None
