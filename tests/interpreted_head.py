@@ -17,7 +17,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import backends, curvature, per_row, products
+from softcurve.head import backends, curvature, loop, per_row, products
+from softcurve.head.aten.dense_tile import MODEL, DenseTile
 from softcurve.head.aten.sparse import Places
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
@@ -178,7 +179,7 @@ def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
 ) -> None:
     """Where nobody looks at values, or leaves out rows by them."""
     monkeypatch.setattr(checks, "values_visible", lambda *_: False)
-    monkeypatch.setattr(passes, "kept_rows", lambda weight: slice(0, len(weight)))
+    monkeypatch.setattr(loop, "kept_rows", lambda weight: slice(0, len(weight)))
     z, t, w = torch.randn(4, 9), torch.randn(4, 9), torch.eye(9).requires_grad_()
     t[1] = -torch.inf
     function = getattr(softcurve, f"linear_{loss}")
@@ -330,11 +331,12 @@ def test_rows_beyond_32_bits() -> None:
         values = torch.randn(2, 20)
         z.copy_(values)
         sums, _, _ = lists.statistics(tile_of(z), wants_stats=False, leaves_residual=False)
-        top, rest, _ = dense.softmax(z, None, 1.0, 1.0, logarithm=False)
+        tile = DenseTile(LossSpec(CrossEntropy(), "logits"), 20, 40, False, True, z, z)
+        top, rest, _ = dense.softmax(tile, MODEL, wants_place=True)
         lists.put(z, Places(torch.tensor([[3], [19]]), None), None)
         right = torch.logsumexp(values.double(), -1)
         assert_same((sums.shift + sums.total.log()).squeeze(-1), right, "sums", 1e-6)
-        assert_same(top.double() + rest.double().log1p(), right, "softmax", 1e-6)
+        assert_same((top.double() + rest.double().log1p()).squeeze(-1), right, "softmax", 1e-6)
         assert z[1, 19] == -torch.inf
         assert (z == -torch.inf).sum() == 2
         del z, whole_room

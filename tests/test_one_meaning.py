@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 from softcurve.curvature import HeadCurvature
-from softcurve.head.dense_triton import TritonDenseKernel
+from softcurve.head import backends
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import Divergence, JensenShannon
 from softcurve.losses.spec import LossSpec
@@ -625,10 +624,8 @@ def test_a_member_of_ones_own_is_right() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_member_that_is_not_known_is_refused_by_triton() -> None:
-    kernel = SimpleNamespace(loss=SimpleNamespace(is_cross_entropy=False, divergence=Halved()), by_logits=True)
-    terms = SimpleNamespace(SOFTMAX=0, PROBABILITIES=1, FORWARD=2, REVERSE=3, JENSEN_SHANNON=4)
     with pytest.raises(TypeError, match=r"divergence.*Halved"):
-        TritonDenseKernel._family(kernel, terms)
+        backends.kernels("dense_terms").family(LossSpec(Halved(), "logits"))
 
 
 # --- 11. numbers, vocabularies, layouts --------------------------------------------------------------------------------

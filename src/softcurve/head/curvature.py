@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import products
-from softcurve.head.dense import DenseCurvature
+from softcurve.head.dense import DenseKernel
 from softcurve.head.gradients import MapSums, Term, to_features
 from softcurve.head.kernel import CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.products import Direction
@@ -103,7 +103,7 @@ def class_coefficients(rows: RowLosses, matrix: str) -> bool:
     """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
     bucket = rows.merges_tail and matrix != FISHER
     plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
-    return plain and not DenseCurvature.needs_q(rows.loss.divergence, matrix)
+    return plain and not DenseKernel.needs_q(rows.loss.divergence, matrix)
 
 
 def add_class_products(

@@ -72,7 +72,7 @@ def evaluate(
                     wants_tangents=tangents,
                     has_direction=directed,
                 )
-                kernel = tiles.kernel(data)
+                kernel = tile.kernel(data)
                 loaded = tile.accumulate(kernel)
                 if any(in_tensors) or tangents:
                     kernel.prepare_residuals()

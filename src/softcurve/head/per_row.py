@@ -61,7 +61,7 @@ def row_masses(rows: RowLosses) -> Tensor:
         return ones
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel = DenseKernel(loss, unweighted(tile))
+            kernel = DenseKernel(loss, unweighted(tile), matrix=HESSIAN)
             tile.accumulate(kernel)
             ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
     return ones

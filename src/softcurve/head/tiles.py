@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softcurve.head import backends, workspace
-from softcurve.head.dense import DenseCurvature, DenseKernel
-from softcurve.head.dense_triton import TritonDenseCurvature, TritonDenseKernel
+from softcurve.head.dense import DenseKernel
+from softcurve.head.fast_rows import FastRows
 from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Kernel, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import STILL, Direction, LinearMap, linear_into
@@ -49,7 +49,7 @@ class Tiles:
         self.in_triton = backends.serves(spec, t.input.device, t.dtype)
         self.count = len(t.input[self.rows]) if isinstance(self.rows, slice) else len(self.rows)
         self.wants_q = (
-            self.columns and spec.target != "sparse" and DenseCurvature.needs_q(spec.divergence, self.matrix or HESSIAN)
+            self.columns and spec.target != "sparse" and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
         )
         self.wants_residual = self.columns and self.matrix == HESSIAN
         self.buffers = workspace.Buffers(t.dtype, t.input.device)
@@ -76,16 +76,13 @@ class Tiles:
 
     def kernel(self, data: RowData) -> Kernel:
         """Return the kernel that gives the losses and residuals of these rows."""
-        if self.spec.target == "sparse":
-            return SparseKernel(self.spec, data)
-        return TritonDenseKernel(self.spec, data) if self.in_triton else DenseKernel(self.spec, data)
+        kind: type[Kernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
+        return kind(self.spec, data)
 
     def curvature_kernel(self, data: RowData, *, merges_tail: bool) -> CurvatureKernel:
         """Return the kernel that multiplies by the pass's ``matrix``."""
         assert self.matrix is not None
-        kind: type[CurvatureKernel] = SparseKernel
-        if self.spec.target != "sparse":
-            kind = TritonDenseCurvature if self.in_triton else DenseCurvature
+        kind: type[CurvatureKernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
         return kind(self.spec, data, matrix=self.matrix, merges_tail=merges_tail)
 
     def buffer(self, name: str, rows: int, classes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -149,6 +146,33 @@ class Tile:
             if self.tiles.group is not None:
                 kernel.reduce_over(number, self.tiles.group)
             kernel.finish(number)
+        return block
+
+    def kernel(self, data: RowData) -> Kernel:
+        """Return the kernel that gives the losses and residuals of these rows, and does so fast where it can."""
+        if FastRows.serves(self.tiles.spec, data):
+            return FastRows(self.tiles.spec, data, again=self.again, scratch=self.tiles.scratch)
+        return self.tiles.kernel(data)
+
+    def again(self, rows: Tensor) -> Block:
+        """Compute the logits and the target of some rows of the tile again, in memory of their own."""
+        tiles, spec, everything = self.tiles, self.tiles.spec, slice(0, len(self.model.weight))
+
+        def logits(map: LinearMap, scale: float) -> Tensor:
+            operands, reference = map._replace(input=map.input[rows]).operands(everything), map.reference
+            reference = None if reference is None else reference[rows]
+            return linear_into(
+                map.input.new_empty(len(rows), everything.stop), *operands, scale=scale, reference=reference
+            )
+
+        block = Block(everything, logits(self.model, spec.scale))
+        if self.teacher is not None:
+            block.target = logits(self.teacher, spec.target_scale)
+        else:
+            chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
+            block.target = self.given_target(chosen, everything)
+        if any(tiles.wanted[3:]):
+            block.target_out = torch.empty_like(block.z)
         return block
 
     def class_blocks(self) -> Iterator[slice]:

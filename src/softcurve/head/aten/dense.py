@@ -1,0 +1,233 @@
+"""The tile functions of :class:`softcurve.head.dense.DenseKernel` in ATen.
+
+:mod:`softcurve.head.triton.dense` has the same functions. They work on groups of rows that stay in the cache, and leave
+logits as they are until :func:`residuals` writes over them. Two softmaxes are compared, the model's and the target's;
+``side`` says which of them a function is about.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from softcurve.checks import values_visible
+from softcurve.head.aten.dense_curvature import accumulate_column, diagonal, multiply_column, prepare
+from softcurve.head.aten.dense_terms import (
+    Side,
+    Terms,
+    bend_ratio,
+    gradient_of,
+    map_logits,
+    pulled_back,
+    slope_of,
+    sum_and_rest,
+    target_logits,
+    terms_of,
+    weighted,
+    without_mean,
+)
+from softcurve.head.aten.dense_tile import (
+    CHANGE,
+    LSE,
+    MEAN_V,
+    MODEL,
+    SCORE,
+    TARGET,
+    TOP_U,
+    WEIGHT,
+    DenseSums,
+    DenseTile,
+)
+from softcurve.losses.softmax import unless_masked
+
+__all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepare", "residuals", "softmax", "sums"]
+
+# --- statistics of a row ---------------------------------------------------------------------------------------------
+
+
+def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's largest logit, ``Σ e^{z − max}`` without one class that has it, and that class's column.
+
+    Without ``wants_place`` the column is −1 in a row whose largest class has at most half of the mass.
+    """
+    found = tile.z.new_empty(2, len(tile.z), 1)
+    place = torch.full((len(tile.z), 1), -1, dtype=torch.int64, device=tile.z.device)
+    for rows, part in tile.row_groups():
+        z = map_logits(part) if side == MODEL else target_logits(part)
+        top = z.amax(-1, keepdim=True)
+        found[0, rows] = top
+        found[1, rows] = rest = rest_of((z - torch.where(top == -math.inf, 0.0, top)).exp_())
+        some = slice(None) if wants_place else (rest < 1).squeeze(-1).nonzero().squeeze(-1)
+        place[rows][some] = z[some].argmax(-1, keepdim=True)
+    return found[0], found[1], place
+
+
+def rest_of(exponentials: Tensor) -> Tensor:
+    """Return ``Σ e^{z − max} − 1`` of each row, which leaves out the 1 of the largest class exactly."""
+    rest = exponentials.sum(-1, keepdim=True).sub_(1)
+    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    if len(confident):
+        rest[confident] = torch.frac(exponentials[confident]).sum(-1, keepdim=True)
+    return rest
+
+
+def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[DenseSums, Tensor]:
+    """Return the sums over the block's classes, and the column of the target's largest entry."""
+    found = DenseSums(*tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1))
+    label = torch.zeros((len(tile.z), 1), dtype=torch.int64, device=tile.z.device)
+    for rows, part in tile.row_groups():
+        pair, log_p, y, model, target = terms_of(part)
+        if part.knows_scores:
+            found.score[rows], found.score_rest[rows] = sum_and_rest(part, MODEL, model.score)
+            if part.wants_target and part.is_by_logits:
+                found.target_score[rows], found.target_score_rest[rows] = sum_and_rest(part, TARGET, target.score)
+        v, target_v = _directions(part)
+        if wants_curve and model.curve is not None:
+            found.curve[rows] = model.curve.sum(-1, keepdim=True)
+        elif v is not None:  # along a direction nobody asks for the loss
+            found.mean_v[rows], found.top_v[rows] = _mean_without_top(part, MODEL, model.p, v)
+            if target_v is not None and part.is_by_logits:
+                mean, top_v = _mean_without_top(part, TARGET, target.p, target_v)
+                found.target_mean_v[rows], found.target_top_v[rows] = mean, top_v
+        elif pair is None:
+            found.value[rows] = -weighted(y, log_p).sum(-1, keepdim=True)
+        else:
+            found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)
+            found.surplus[rows] = pair.difference.sum(-1, keepdim=True)
+        if wants_stats:
+            found.entropy[rows] = -weighted(model.p, log_p).sum(-1, keepdim=True)
+            found.best[rows], label[rows] = part.target.max(-1, keepdim=True)
+    return found, label
+
+
+def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
+    """Return ``Σ c ⊙ u + x ⊙ u_y`` of both sides."""
+    found = tile.z.new_zeros(2, len(tile.z), 1)
+    for rows, part in tile.row_groups():
+        terms, (u, u_y) = terms_of(part), _centred(part)
+        found[MODEL, rows] = _change_of_score(terms.model, u, u_y).sum(-1, keepdim=True)
+        if part.wants_target and part.is_by_logits:
+            found[TARGET, rows] = _change_of_score(terms.target, u_y, u).sum(-1, keepdim=True)
+    return found[MODEL], found[TARGET]
+
+
+def _mean_without_top(tile: DenseTile, side: int, p: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``Σ p v`` over all classes but the top, and ``v`` at the top."""
+    mean, top = weighted(p, v).sum(-1, keepdim=True), torch.zeros_like(p[:, :1])
+    row, column = tile.top_entries(side)
+    if len(row):
+        others = p[row].scatter_(-1, column.unsqueeze(-1), 0.0)
+        mean[row] = weighted(others, v[row]).sum(-1, keepdim=True)
+        top[row, 0] = v[row, column]
+    return mean, top
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
+    """Form ∂L/∂z, ∂L/∂target and their changes along a direction: the only function of this backend that does.
+
+    They are multiplied by the rows' weights and written into the tile's ``out``, ``v_out`` etc., which may be ``z`` and
+    ``v`` themselves. Returns the change of each row's loss, ``(rows, 1)``, if it is wanted.
+    """
+    tangents = tile.z.new_zeros(len(tile.z), 1) if wants_tangents else None
+    for rows, part in tile.row_groups():
+        weight, slope = part.number(WEIGHT), slope_of(part)
+        terms = terms_of(part)
+        gradient, in_target = gradient_of(part, terms), _target_gradient(part, terms)
+        if part.v is not None:
+            (v, target_v), (u, u_y) = _directions(part), _centred(part)
+            if tangents is not None:
+                tangents[rows] = _inner(gradient, v) + _inner(in_target, target_v)
+            product = _product(part, terms, u, u_y)
+            if slope is not None and v is not None:
+                product.mul_(slope).addcmul_(bend_ratio(part, part.z).mul_(v), gradient)
+            if in_target is not None and part.target_v_out is not None:
+                _write(part.target_v_out, _target_product(part, terms, in_target, u, u_y), weight)
+            _write(part.v_out, product, weight)
+        if in_target is not None and part.target_out is not None:
+            _write(part.target_out, _through_target(part, in_target), weight)
+        _write(part.out, gradient if slope is None else gradient.mul_(slope), weight)
+    return tangents
+
+
+def _target_gradient(tile: DenseTile, terms: Terms) -> Tensor | None:
+    """The same with respect to the target's logits, or to probabilities that no softmax has made."""
+    if not tile.wants_target:
+        return None
+    if not tile.is_by_logits:
+        return terms.target.score
+    return unless_masked(tile.target, pulled_back(tile, TARGET, terms.target))
+
+
+def _product(tile: DenseTile, terms: Terms, u: Tensor, u_y: Tensor | None) -> Tensor:
+    """The change of :func:`gradient_of`."""
+    product, z_loss = _pulled_back_change(tile, MODEL, terms.model, u, u_y), tile.loss.z_loss
+    if z_loss:
+        mean = tile.number(MEAN_V)
+        product.addcmul_(terms.model.p, (tile.number(LSE) * u).add_(mean), value=2 * z_loss)
+    return unless_masked(tile.z, product)
+
+
+def _target_product(tile: DenseTile, terms: Terms, in_target: Tensor, u: Tensor, u_y: Tensor | None) -> Tensor:
+    """The change of the gradient with respect to the target as the caller gave it."""
+    if tile.is_by_logits:
+        change = unless_masked(tile.target, _pulled_back_change(tile, TARGET, terms.target, u_y, u))
+    else:
+        change = _change_of_score(terms.target, u_y, u)
+    product = _through_target(tile, change)
+    if tile.takes_logarithm and tile.target_v is not None:
+        bend = in_target * tile.target_v / tile.target.square()
+        product = product - torch.where(tile.target > 0, bend, 0.0) * tile.target_scale
+    return product
+
+
+def _pulled_back_change(tile: DenseTile, side: int, of: Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
+    """``ṡ − p Σṡ − p ⊙ u S`` with ``ṡ = c ⊙ u + x ⊙ u_other``."""
+    product = _change_of_score(of, u, u_other).addcmul_(of.p, tile.number(CHANGE, side), value=-1)
+    return product if u is None else product.addcmul_(of.p * u, tile.number(SCORE, side), value=-1)
+
+
+def _change_of_score(of: Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
+    """``ṡ = c ⊙ u + x ⊙ u_other``."""
+    change = torch.zeros_like(of.p) if of.curve is None or u is None else of.curve * u
+    return change if of.cross is None or u_other is None else change.addcmul_(of.cross, u_other)
+
+
+def _directions(tile: DenseTile) -> tuple[Tensor | None, Tensor | None]:
+    """The changes of what the softmax sees, and of the target's logits (or of probabilities, if there are none)."""
+    v, slope = tile.v, slope_of(tile)
+    if v is not None and slope is not None:
+        v = v * slope
+    return v, None if tile.target_v is None else _through_target(tile, tile.target_v)
+
+
+def _centred(tile: DenseTile) -> tuple[Tensor, Tensor | None]:
+    """``u = v − p·v`` on both sides; the change itself of probabilities that no softmax has made."""
+    v, target_v = _directions(tile)
+    assert v is not None
+    if target_v is not None and tile.is_by_logits:
+        target_v = without_mean(target_v, tile.number(MEAN_V, TARGET), tile, TARGET, tile.number(TOP_U, TARGET))
+    return without_mean(v, tile.number(MEAN_V), tile, MODEL, tile.number(TOP_U)), target_v
+
+
+def _through_target(tile: DenseTile, values: Tensor) -> Tensor:
+    """``values`` times the derivative of the target's logits with respect to what the caller gave."""
+    if tile.takes_logarithm:
+        values = torch.where(tile.target > 0, values / tile.target, 0.0)
+    return values if tile.target_scale == 1 else values * tile.target_scale
+
+
+def _inner(gradient: Tensor | None, v: Tensor | None) -> Tensor | float:
+    return 0.0 if gradient is None or v is None else (gradient * v).sum(-1, keepdim=True)
+
+
+def _write(out: Tensor | None, values: Tensor, weight: Tensor) -> None:
+    """``out ← weight ⊙ values``, and exactly 0 in a row of weight 0, where ``0 · NaN`` may stand."""
+    assert out is not None
+    torch.mul(values, weight, out=out)
+    if not values_visible(weight) or not weight.all():
+        out.masked_fill_(weight == 0, 0.0)

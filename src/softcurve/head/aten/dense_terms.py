@@ -1,0 +1,239 @@
+"""The terms of two distributions on the classes of a tile, and the gradient that they make, in ATen.
+
+``torch.where`` costs as much as five exponentials on the CPU, so rare entries (masked classes, classes without mass)
+are handled only where a look at the rows shows that there are some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.head.aten.dense_tile import (
+    LOG_RATIO,
+    LOG_REST,
+    LSE,
+    MODEL,
+    OFFSET,
+    SCORE,
+    TARGET,
+    TOP_RESIDUAL,
+    DenseTile,
+)
+from softcurve.losses.divergences import Divergence, Pair
+from softcurve.losses.softmax import may_be_masked, unless_masked
+from softcurve.losses.spec import LossSpec
+
+
+class Side:
+    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first used.
+
+    :mod:`softcurve.losses.divergences` defines score, curve and cross term; a curve or cross term of 0 is ``None``.
+    """
+
+    def __init__(
+        self,
+        p: Callable[[], Tensor],
+        score: Callable[[], Tensor],
+        curve: Callable[[], Tensor | None],
+        cross: Callable[[], Tensor | None],
+    ) -> None:
+        self._p, self._score, self._curve, self._cross = p, score, curve, cross
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The probabilities."""
+        return self._p()
+
+    @cached_property
+    def score(self) -> Tensor:
+        """``s``."""
+        return self._score()
+
+    @cached_property
+    def curve(self) -> Tensor | None:
+        """``c``."""
+        return self._curve()
+
+    @cached_property
+    def cross(self) -> Tensor | None:
+        """``x``."""
+        return self._cross()
+
+
+class Terms(NamedTuple):
+    """Two distributions compared."""
+
+    pair: Pair | None  # None for a cross-entropy
+    log_p: Tensor
+    y: Tensor  # the target as a cross-entropy weighs its classes, or the target's softmax
+    model: Side
+    target: Side
+
+
+def terms_of(tile: DenseTile) -> Terms:
+    """Compare two distributions: a cross-entropy is the member ``φ = −y log p`` with ``s = −y``, ``c = 0``, ``x = −y``.
+
+    Seen from the logits of its target, a cross-entropy has ``s = c = −y log p``.
+    """
+    z, y = seen_logits(tile), tile.target
+    log_p = (z - tile.number(OFFSET)).sub_(tile.number(LOG_REST))
+    if tile.is_by_logits:
+        logits = target_logits(tile)
+        log_y = (logits - tile.number(OFFSET, TARGET)).sub_(tile.number(LOG_REST, TARGET))
+        y = log_y.exp()
+    if tile.loss.is_cross_entropy:
+        return _cross_entropy_terms(tile, log_p, y)
+    pair = _pair(tile, log_p, log_y, z, logits, y)
+    divergence = tile.loss.divergence
+    return Terms(pair, log_p, y, _side_of(divergence, pair), _side_of(divergence.exchanged(), pair.exchanged()))
+
+
+def _side_of(divergence: Divergence, pair: Pair) -> Side:
+    return Side(
+        lambda: pair.p, lambda: divergence.score(pair), lambda: divergence.curve(pair), lambda: divergence.cross(pair)
+    )
+
+
+def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tensor, y: Tensor) -> Pair:
+    """Both distributions and their log-ratio, right relatively even where the two nearly agree.
+
+    There the difference of the logits is exact, as that of two log-probabilities is not. Where the offsets of the rows
+    differ, it is rounded at the size of the offsets.
+    """
+    p = log_p.exp()
+    ratio = (z - logits).sub_(tile.number(LOG_RATIO))
+    apart = ((tile.number(OFFSET) - tile.number(OFFSET, TARGET)).abs() >= 1).squeeze(-1)
+    if apart.any():
+        ratio[apart] = log_p[apart] - log_y[apart]
+    if may_be_masked(z) and may_be_masked(logits):
+        ratio = torch.where((z == -math.inf) & (logits == -math.inf), 0.0, ratio)
+    # p − y, where the two are near as y (p/y − 1); lerp selects one of two finite numbers at a tenth of where's time.
+    near = torch.clamp(ratio, -0.5, 0.5)
+    is_near = torch.eq(ratio, near, out=torch.empty_like(p))
+    difference = torch.lerp(p - y, near.expm1_().mul_(y), is_near)
+    return Pair(p, y, ratio, difference)
+
+
+def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
+    loss, weight = tile.loss, tile.class_weight
+    own, whole = masses(y, loss, tile.class_count, weight, tile.class_share)
+    if tile.is_by_logits:
+        model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -own)
+        target = Side(lambda: y, lambda: -weighted(own, log_p), lambda: target.score, lambda: -own)
+        return Terms(None, log_p, whole, model, target)
+    factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
+
+    def score() -> Tensor:
+        score = -factor * log_p
+        if may_be_masked(log_p):
+            score = torch.where((log_p == -math.inf) & (y == 0) | (factor == 0), 0.0, score)
+        return score
+
+    # The cross term is with respect to probabilities that no softmax has made.
+    model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -factor)
+    return Terms(None, log_p, whole, model, Side(lambda: y, score, lambda: None, lambda: -factor))
+
+
+def masses(
+    y: Tensor, loss: LossSpec, class_count: int, weight: Tensor | None, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``w (1 − ε) y`` and, with what label smoothing adds, ``w (1 − ε) y + w′ ε / C``: a cross-entropy's target."""
+    own = y * (1 - loss.smoothing) if loss.smoothing else y
+    own = own if weight is None else own * weight
+    if not loss.smoothing:
+        return own, own
+    each = loss.smoothing / class_count
+    return own, own + (each if share is None else each * share)
+
+
+def seen_logits(tile: DenseTile) -> Tensor:
+    """The logits that the softmax sees: after the soft cap, which is slow, so they are kept."""
+    return map_logits(tile) if tile.seen is None else tile.seen
+
+
+def map_logits(tile: DenseTile) -> Tensor:
+    """``m(z)``, into the buffer for it where the tile has one."""
+    loss = tile.loss
+    if loss.softcap is None or may_be_masked(tile.z):
+        seen = loss.logit_map.value(tile.z)
+    else:
+        seen = torch.tanh(tile.z / loss.softcap).mul_(loss.softcap / loss.temperature)
+    return seen if tile.seen is None else tile.seen.copy_(seen)
+
+
+def target_logits(tile: DenseTile) -> Tensor:
+    """The logits whose softmax is the target."""
+    logits = torch.log(tile.target) if tile.takes_logarithm else tile.target
+    return logits if tile.target_scale == 1 else logits * tile.target_scale
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """``weights ⊙ values``, where a class of weight 0 has no part, also beside an infinite value."""
+    products = weights * values
+    return torch.where(weights == 0, 0.0, products) if products.sum().isnan() else products
+
+
+def sum_and_rest(tile: DenseTile, side: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over all classes, and over all but the top."""
+    total = values.sum(-1, keepdim=True)
+    row, column = tile.top_entries(side)
+    rest = total
+    if len(row):
+        rest = total.clone()
+        rest[row] = values[row].scatter_(-1, column.unsqueeze(-1), 0.0).sum(-1, keepdim=True)
+    return total, rest
+
+
+def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
+    """``m′`` of the soft cap at the logits before it."""
+    return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
+
+
+def bend_ratio(tile: DenseTile, raw: Tensor) -> Tensor:
+    """``m″/m′ = −(2/κ) tanh(z/κ)`` of the soft cap."""
+    assert tile.loss.softcap is not None
+    return torch.tanh(raw / tile.loss.softcap).mul_(-2 / tile.loss.softcap)
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:
+    """∂L/∂z of what the softmax sees."""
+    gradient = pulled_back(tile, MODEL, terms.model)
+    if tile.loss.z_loss:
+        gradient.addcmul_(terms.model.p, tile.number(LSE), value=2 * tile.loss.z_loss)
+    return unless_masked(tile.z, gradient)
+
+
+def pulled_back(tile: DenseTile, side: int, of: Side) -> Tensor:
+    """``s − p S``, at the top as minus the sum of all others, and its limit where ``S`` is infinite."""
+    if tile.knows_scores:
+        total, at_top = tile.number(SCORE, side), tile.number(TOP_RESIDUAL, side)
+    else:
+        total, rest = sum_and_rest(tile, side, of.score)
+        at_top = -torch.expm1(-tile.number(LOG_REST, side)) * total - rest
+    gradient = torch.addcmul(of.score, of.p, total, value=-1)
+    row, column = tile.top_entries(side)
+    if len(row):
+        gradient[row, column] = at_top[row, 0]
+    infinite = (total == math.inf).squeeze(-1).nonzero().squeeze(-1)
+    if len(infinite):
+        score, p = of.score[infinite], of.p[infinite]
+        gradient[infinite] = torch.where(score == math.inf, score, torch.where(p > 0, -math.inf, 0.0).to(p.dtype))
+    return gradient
+
+
+def without_mean(v: Tensor, mean: Tensor, tile: DenseTile, side: int, at_top: Tensor) -> Tensor:
+    """``v − mean``, and the number that each row has for it at the top."""
+    u = v - mean
+    row, column = tile.top_entries(side)
+    if len(row):
+        u[row, column] = at_top[row, 0]
+    return u

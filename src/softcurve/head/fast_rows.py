@@ -1,0 +1,234 @@
+"""A fast path for targets that cover every class, on tiles of whole rows on the CPU: few passes over a tile.
+
+The formulas are those of :mod:`softcurve.losses.divergences` without the branches that only masked, nearly equal or
+extremely confident rows need. Rows whose statistics do not vouch for four digits are computed again by
+:class:`softcurve.head.dense.DenseKernel`. With ``e = e^{z − max z}`` and ``S = Σ e``, so ``p = e / S``, a residual is
+left as a multiple of ``e``, and ``1 / S`` goes with the row's weight into ``row_factor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from softcurve.head import backends
+from softcurve.head.aten.dense import rest_of
+from softcurve.head.aten.dense_terms import masses
+from softcurve.head.dense import DenseKernel
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors
+from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
+from softcurve.losses.spec import LossSpec
+
+# At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
+# logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows.
+LEAST_VALUE = 1e-2
+LEAST_REST = 1e-9
+
+
+@dataclass
+class FastRows(Kernel):
+    """Losses and residuals of whole rows in one sweep.
+
+    ``again(rows)`` returns a block with the logits and the target of some rows, computed anew; ``scratch(i)`` is a
+    buffer for a group of rows, the same for every tile.
+    """
+
+    again: Callable[[Tensor], Block] = field(kw_only=True)
+    scratch: Callable[[int], Tensor] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        weight = self.data.weight
+        self.values, self.factor = torch.empty_like(weight), weight.unsqueeze(-1).clone()
+        self.row_factor = self.factor
+        self.rest, self.target_rest = torch.empty_like(self.factor), torch.ones_like(self.factor)
+        self.target_scale = 1.0 if self.loss.target == "teacher" else self.loss.target_scale
+
+    @staticmethod
+    def serves(loss: LossSpec, data: RowData) -> bool:
+        """Whether the fast path knows the loss and all that is wanted of it."""
+        device, dtype = data.weight.device, data.weight.dtype
+        if device.type != "cpu" or backends.serves(loss, device, dtype) or loss.processes is not None:
+            return False
+        if loss.target == "sparse" or data.cuts_classes or data.has_direction or data.wants_stats:
+            return False
+        if loss.softcap is not None or loss.z_loss:
+            return False
+        if loss.is_cross_entropy:
+            plain = not loss.smoothing and data.class_weight is None and loss.target != "probabilities"
+            return plain or not data.wants_target
+        divergence = loss.divergence
+        known = isinstance(divergence, ForwardKL | ReverseKL)
+        known |= isinstance(divergence, JensenShannon) and 0.01 <= divergence.beta <= 0.99
+        return known and loss.target != "probabilities"
+
+    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
+        for rows in self.groups(block):
+            z, target = block.z[rows], block.target_of(rows)
+            e = self._buffer(0, z)
+            self.rest[rows] = rest = _exponentials(z, e)
+            if self.loss.is_cross_entropy and not self.data.wants_target:
+                self._compare_with_probabilities(z, e, rest, self._masses(target, rows), rows)
+            else:
+                out = block.target_out[rows] if self.data.wants_gradient and block.target_out is not None else None
+                self._compare_with_logits(z, e, rest, target, out, rows)
+            if self.data.wants_gradient:
+                _balance(z, e, rest)
+        self._compute_again(block, (~self._is_sure()).nonzero().squeeze(-1))
+
+    def _is_sure(self) -> Tensor:
+        least = 0.0 if self.loss.is_cross_entropy else LEAST_VALUE * self.loss.divergence.curvature_at_agreement
+        sure = (self.values > least) & self.values.isfinite()
+        return sure & ((self.rest > LEAST_REST) & (self.target_rest > LEAST_REST)).squeeze(-1)
+
+    def _compute_again(self, block: Block, doubtful: Tensor) -> None:
+        """Overwrite some rows by what the exact formulas give, so many at a time as stay in the cache."""
+        for rows in doubtful.split(max(1, self.data.cached // self.data.class_count)) if len(doubtful) else ():
+            offset = None if self.data.offset is None else self.data.offset[rows]
+            exact = DenseKernel(self.loss, replace(self.data, weight=self.data.weight[rows], offset=offset))
+            anew = self.again(rows)
+            for number in range(exact.sweeps):
+                exact.accumulate(number, anew)
+                exact.finish(number)
+            self.values[rows] = exact.losses().to(self.values.dtype)
+            if self.data.wants_gradient:
+                exact.residuals(anew, fresh=False)
+                block.z[rows], self.factor[rows] = anew.z, 1.0
+                if block.target_out is not None and anew.target_out is not None:
+                    block.target_out[rows] = anew.target_out
+
+    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        raise NotImplementedError("the fast path serves whole rows only; use DenseKernel for a sharded head")
+
+    def finish(self, number: int) -> None:
+        """Do nothing: every row is complete."""
+
+    def losses(self) -> Tensor:  # noqa: D102
+        return self.values
+
+    def prepare_residuals(self) -> None:
+        """Do nothing: the sweep has left the residuals."""
+
+    def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
+        return Residuals(block.z, block.target_out)
+
+    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
+        raise NotImplementedError("the fast path knows no directions; use DenseKernel")
+
+    # --- one group of rows -------------------------------------------------------------------------------------------
+
+    def _buffer(self, number: int, like: Tensor) -> Tensor:
+        return self.scratch(number)[: like.numel()].view(like.shape)
+
+    def _masses(self, target: Tensor, rows: slice) -> Tensor:
+        """A cross-entropy's target, any mass on each class."""
+        y, (weight, share) = target, class_factors(self.data.class_weight)
+        if self.loss.target != "probabilities":
+            logits = target if self.loss.target == "teacher" else self._buffer(2, target).copy_(target)
+            y = self._buffer(1, target)
+            self.target_rest[rows] = rest = _exponentials(logits, y)
+            y.div_(1 + rest)
+        return masses(y, self.loss, self.data.class_count, weight, share)[1]
+
+    def _compare_with_probabilities(self, z: Tensor, e: Tensor, rest: Tensor, y: Tensor, rows: slice) -> None:
+        """``mass·log S − y·z``; residual ``mass·p − y``."""
+        mass = y.sum(-1, keepdim=True)
+        self.values[rows] = (mass * torch.log1p(rest) - z.mul_(y).sum(-1, keepdim=True)).squeeze(-1)
+        if self.data.wants_gradient:
+            torch.sub(e.mul_(mass / (1 + rest)), y, out=z)
+
+    def _compare_with_logits(
+        self, z: Tensor, e: Tensor, rest: Tensor, given: Tensor, out: Tensor | None, rows: slice
+    ) -> None:
+        y, t = self._buffer(1, z), given
+        if self.loss.target != "teacher":  # not ours to overwrite
+            t = self._buffer(2, z).copy_(given)
+            if self.target_scale != 1:
+                t.mul_(self.target_scale)
+        target_rest = _exponentials(t, y)
+        self.target_rest[rows] = target_rest
+        log_rest, target_log_rest = torch.log1p(rest), torch.log1p(target_rest)
+        total, target_total = 1 + rest, 1 + target_rest
+        weight = self.data.weight[rows].unsqueeze(-1)
+        wants_gradient = self.data.wants_gradient
+        self.factor[rows] = weight / total
+        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
+        out_factor = weight * self.target_scale / target_total
+        if divergence is None or isinstance(divergence, ForwardKL):
+            # s = −log p or log y/p
+            s = torch.sub(log_rest, z, out=z) if divergence is None else torch.sub(t, z, out=z)
+            if divergence is not None:
+                s.add_(log_rest - target_log_rest)
+            value = _pull(s, y, target_total, out, out_factor)
+            if wants_gradient:
+                torch.sub(e, y.mul_(total / target_total) if out is None else y * (total / target_total), out=z)
+        elif isinstance(divergence, ReverseKL):
+            s = self._buffer(2, z)
+            torch.sub(z, t, out=s).sub_(log_rest - target_log_rest)
+            value = _pull(s, e, total, z if wants_gradient else None)
+            if out is not None:
+                torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
+        else:
+            if not isinstance(divergence, JensenShannon):
+                raise TypeError(f"the fast path does not know {type(divergence).__name__}; use DenseKernel")
+            value = self._jensen_shannon(divergence.beta, z, e, y, (total, target_total), out, -out_factor)
+            self.factor[rows] *= divergence.beta - 1
+        self.values[rows] = value.squeeze(-1)
+        if out is not None:
+            _balance(out, y, target_rest)
+
+    def _jensen_shannon(
+        self,
+        beta: float,
+        z: Tensor,
+        e: Tensor,
+        y: Tensor,
+        totals: tuple[Tensor, Tensor],
+        out: Tensor | None,
+        out_factor: Tensor,
+    ) -> Tensor:
+        """By ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))``, not as a difference."""
+        total, target_total = totals
+        model_side = self._buffer(2, z)
+        # Clamped, for a class without mass on either side: 0 times a finite logarithm.
+        torch.div(y, e, out=z).mul_(total / target_total).clamp_(1e-35, 1e35)
+        torch.sub(z, 1, out=model_side).mul_(beta).log1p_()
+        z.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
+        to_target = _pull(z, y, target_total, out, out_factor * beta)
+        to_model = _pull(model_side, e, total, z if self.data.wants_gradient else None)
+        return -(beta * to_target + (1 - beta) * to_model)
+
+
+def _exponentials(z: Tensor, out: Tensor) -> Tensor:
+    """``z ← z − max``, ``out = e^z``; ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
+    z.sub_(z.amax(-1, keepdim=True))
+    torch.exp(z, out=out)
+    return rest_of(out)
+
+
+def _confident(rest: Tensor) -> Tensor | None:
+    """The rows whose largest class has more than one half."""
+    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    return confident if confident.numel() else None
+
+
+def _pull(s: Tensor, e: Tensor, total: Tensor, out: Tensor | None, factor: Tensor | None = None) -> Tensor:
+    """``Σ p s`` of ``p = e / total``; ``out = factor · e (s − Σ p s)``. ``s`` is overwritten."""
+    s.mul_(e)
+    mean = s.sum(-1, keepdim=True).div_(total)
+    if out is not None:
+        torch.addcmul(s, e, -mean, out=out)
+        if factor is not None:
+            out.mul_(factor)
+    return mean
+
+
+def _balance(gradient: Tensor, e: Tensor, rest: Tensor) -> None:
+    """A class above one half takes up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
+    confident = _confident(rest)
+    if confident is not None:
+        top = e[confident].argmax(-1)
+        gradient[confident, top] -= gradient[confident].sum(-1)

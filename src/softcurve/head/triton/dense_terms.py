@@ -1,0 +1,230 @@
+"""The elementwise formulas of :mod:`softcurve.losses.divergences` in Triton, in float32, and their launch.
+
+``FAMILY`` names the member. In a kernel ``None`` stands for a tensor that there is not, and ``numbers`` is the table of
+:class:`softcurve.head.aten.dense_tile.DenseTile`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import triton.language as tl
+
+from softcurve.head.aten import dense_tile
+from softcurve.head.aten.dense_tile import DenseTile
+from softcurve.head.backends import MEMBERS
+from softcurve.head.triton.math import (
+    cap_slope,
+    capped,
+    clamp_half,
+    difference_exp,
+    exp_excess,
+    jit,
+    launch,
+    log_mixture,
+)
+from softcurve.losses.spec import LossSpec
+
+# A cross-entropy against probabilities, one against a softmax, then the divergences.
+PROBABILITIES, SOFTMAX, FORWARD, REVERSE, JENSEN_SHANNON = (tl.constexpr(number) for number in range(5))
+
+OFFSET, LOG_REST, UNIT = map(tl.constexpr, (dense_tile.OFFSET, dense_tile.LOG_REST, dense_tile.UNIT))
+SCORE, TOP_RESIDUAL = map(tl.constexpr, (dense_tile.SCORE, dense_tile.TOP_RESIDUAL))
+MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (dense_tile.MEAN_V, dense_tile.TOP_U, dense_tile.CHANGE))
+OF_TARGET = tl.constexpr(dense_tile.SIDE_NUMBERS)  # from a number of the model to the same number of the target
+LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (dense_tile.LOG_RATIO, dense_tile.LSE, dense_tile.WEIGHT))
+
+# Entries of a tile for a program that holds many numbers for each of them.
+ENTRIES = 1024
+
+
+def family(loss: LossSpec) -> Any:
+    """Return the ``FAMILY`` of a loss; raise ``TypeError`` for a divergence without terms in Triton."""
+    if loss.is_cross_entropy:
+        return PROBABILITIES if loss.target == "probabilities" else SOFTMAX
+    if type(loss.divergence) not in MEMBERS:
+        raise TypeError(
+            f"divergence must be one of {', '.join(member.__name__ for member in MEMBERS)} for the Triton kernels, "
+            f"got {type(loss.divergence).__name__}"
+        )
+    return globals()[MEMBERS[type(loss.divergence)]]
+
+
+def launch_tile(kernel: Any, tile: DenseTile, *, by_rows: bool, entries: int = ENTRIES, **more: Any) -> None:
+    """Launch a kernel, whose parameters receive what of the tile, its loss and ``more`` has their names."""
+    loss, target = tile.loss, tile.target
+    beta = getattr(loss.divergence, "beta", 0.5)
+    values = tile._asdict() | {
+        "target": target if target.shape[-1] <= 1 or target.stride(-1) == 1 else target.contiguous(),
+        "softcap": loss.softcap,
+        "temperature": loss.temperature,
+        "target_scale": tile.target_scale,
+        "beta": beta,
+        "beta_rest": 1 - beta,
+        "own_share": 1 - loss.smoothing,
+        "uniform_each": loss.smoothing / tile.class_count,
+        "z_loss": loss.z_loss,
+        "FAMILY": family(loss).value,
+        "LOGARITHM": tile.takes_logarithm,
+    }
+    values |= more
+    arguments = {name: values[name] for name in kernel.arg_names if name in values}
+    launch(kernel, tile.z, arguments, by_rows=by_rows, entries=entries)
+
+
+@jit
+@no_type_check
+def number(numbers, which, row, exists, rows):
+    """Return one number of each row from the table."""
+    return tl.load(numbers + which * rows + row, mask=exists, other=0.0)
+
+
+@jit
+@no_type_check
+def times_finite(p, factor):
+    """``p factor``, where a class without mass has no part in a sum."""
+    return p * tl.where(p == 0, 0.0, factor)
+
+
+@jit
+@no_type_check
+def _excess(a, difference, t):
+    """``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
+    direct = tl.where(t == -float("inf"), float("inf"), difference - times_finite(a, t))
+    return tl.where(tl.abs(t) < 0.5, a * exp_excess(clamp_half(t)), direct)
+
+
+@jit
+@no_type_check
+def load_pair(
+    z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM: tl.constexpr
+):  # fmt: skip
+    """Return the logits before and after their map, the target as given, and its logits; −inf outside the tile."""
+    raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
+    given = tl.load(target + row * target_stride + at, mask=inside, other=0.0).to(tl.float32)
+    t = given
+    if LOGARITHM:
+        t = tl.log(given)
+    t = tl.where(inside, t * target_scale, -float("inf"))
+    return raw, capped(raw, softcap, temperature), given, t
+
+
+@jit
+@no_type_check
+def pair_terms(
+    seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share, uniform_each,
+    inside, FAMILY: tl.constexpr
+):  # fmt: skip
+    """Return ``p``, score, curve and cross term of both sides; the value, ``−log p``, and ``p − y``."""
+    offset = number(numbers, OFFSET, row, exists, rows)
+    log_rest = number(numbers, LOG_REST, row, exists, rows)
+    p = difference_exp(seen, offset) * number(numbers, UNIT, row, exists, rows)
+    minus_log_p = log_rest - (seen - offset)
+    t_offset = number(numbers, OF_TARGET + OFFSET, row, exists, rows)
+    t_unit = number(numbers, OF_TARGET + UNIT, row, exists, rows)
+    if FAMILY <= SOFTMAX:
+        factor = tl.where(inside, own_share, 0.0)
+        uniform = tl.where(inside, uniform_each, 0.0)
+        if class_weight is not None:
+            factor = factor * tl.load(class_weight + at, mask=inside, other=0.0)
+            uniform = uniform * tl.load(class_share + at, mask=inside, other=0.0)
+        t_p = given
+        if FAMILY == SOFTMAX:
+            t_p = difference_exp(t, t_offset) * t_unit
+        own = factor * t_p
+        y = own + uniform
+        score = -y
+        curve = tl.zeros_like(p)
+        value = tl.where(y == 0, 0.0, y * minus_log_p)
+        difference = tl.zeros_like(p)
+        if FAMILY == SOFTMAX:
+            cross = -own
+            t_score = tl.where(own == 0, 0.0, own * minus_log_p)
+            t_curve = t_score
+        else:
+            cross = -factor
+            nothing = (seen == -float("inf")) & (given == 0)
+            t_score = tl.where(nothing | (factor == 0), 0.0, factor * minus_log_p)
+            t_curve = tl.zeros_like(p)
+        t_cross = cross
+    else:
+        t_log_rest = number(numbers, OF_TARGET + LOG_REST, row, exists, rows)
+        y = difference_exp(t, t_offset) * t_unit
+        # The difference of the logits is exact where they nearly agree; where the rows' offsets differ it is rounded.
+        near = (seen - t) - number(numbers, LOG_RATIO, row, exists, rows)
+        far = ((seen - offset) - (t - t_offset)) - (log_rest - t_log_rest)
+        ratio = tl.where(tl.abs(offset - t_offset) < 1, near, far)
+        ratio = tl.where((seen == -float("inf")) & (t == -float("inf")), 0.0, ratio)
+        small = clamp_half(ratio)
+        difference = tl.where(tl.abs(ratio) < 0.5, y * (small + exp_excess(small)), p - y)
+        t_p = y
+        if FAMILY == FORWARD:
+            value = _excess(y, difference, ratio)
+            score = difference
+            curve = p
+            cross = -y
+            t_score = times_finite(y, -ratio)
+            t_curve = times_finite(y, 1 - ratio)
+        elif FAMILY == REVERSE:
+            value = _excess(p, -difference, -ratio)
+            score = times_finite(p, ratio)
+            curve = times_finite(p, ratio + 1)
+            cross = -p
+            t_score = -difference
+            t_curve = y
+        else:
+            to_mixture = log_mixture(-ratio, beta, beta_rest)  # log m/p
+            t_to_mixture = log_mixture(ratio, beta_rest, beta)  # log m/y
+            value = beta_rest * _excess(p, -beta * difference, to_mixture)
+            value += beta * _excess(y, beta_rest * difference, t_to_mixture)
+            score = -beta_rest * times_finite(p, to_mixture)
+            t_score = -beta * times_finite(y, t_to_mixture)
+            harmonic = beta * beta_rest * p * tl.exp(-t_to_mixture)
+            curve = score + harmonic
+            t_curve = t_score + harmonic
+            cross = -harmonic
+        t_cross = cross
+    return p, score, curve, cross, t_p, t_score, t_curve, t_cross, value, minus_log_p, difference
+
+
+@jit
+@no_type_check
+def pulled_back(p, score, numbers, side, is_top, row, exists, rows):
+    """``s − p S``; at the top as minus the sum of all others, and the limit where ``S`` is infinite."""
+    total = number(numbers, side + SCORE, row, exists, rows)
+    gradient = tl.where(is_top, number(numbers, side + TOP_RESIDUAL, row, exists, rows), score - p * total)
+    limit = tl.where(score == float("inf"), score, tl.where(p > 0, -float("inf"), 0.0))
+    return tl.where(total == float("inf"), limit, gradient)
+
+
+@jit
+@no_type_check
+def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
+    """``values`` times the derivative of the target's logits with respect to what the caller gave."""
+    if LOGARITHM:
+        values = tl.where(given > 0, values / given, 0.0)
+    return values * target_scale
+
+
+@jit
+@no_type_check
+def directions(
+    v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature, target_scale,
+    LOGARITHM: tl.constexpr
+):  # fmt: skip
+    """Return the changes of what the softmax sees, of the target as given, and of the target's logits."""
+    change = tl.zeros_like(raw)
+    moved = tl.zeros_like(raw)
+    if v is not None:
+        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
+    if target_v is not None:
+        moved = tl.load(target_v + row * target_v_stride + at, mask=inside, other=0.0).to(tl.float32)
+    return change, moved, through_target(moved, given, target_scale, LOGARITHM)
+
+
+@jit
+@no_type_check
+def centred(change, numbers, side, is_top, row, exists, rows):
+    """``u = v − p·v``."""
+    u = change - number(numbers, side + MEAN_V, row, exists, rows)
+    return tl.where(is_top, number(numbers, side + TOP_U, row, exists, rows), u)
