@@ -20,7 +20,7 @@ from softcurve import checks
 from softcurve.head import curvature, fused, passes, products, row_forms
 from softcurve.head.products import Direction
 
-from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
+from .cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem
 from .placement import DEVICE, ON_CPU
 from .test_curvature_head import Dense, directions, flat, posed, random_columns, second_order, whole, zeros_like
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import softcurve
 
-from . import head_cases
-from .head_cases import CASES, INDICES, Problem, everything, problem
+from . import cases
+from .cases import CASES, INDICES, Problem, everything, problem
 from .process_cases import Cases, begin, distance
 
 # Where each argument lies: the classes over the processes, the rows over all, or over the same processes.
@@ -63,7 +63,7 @@ def derivatives(value: Tensor, arguments: tuple[Tensor, ...]) -> Iterator[Tensor
         if isinstance(argument, DTensor):
             assert isinstance(gradient, DTensor), type(gradient)
             assert gradient.placements == argument.placements, (gradient.placements, argument.placements)
-    inner = head_cases.along([whole(gradient) for gradient in first])
+    inner = cases.along([whole(gradient) for gradient in first])
     yield from (whole(gradient) for gradient in first)
     for second in torch.autograd.grad(inner, arguments, materialize_grads=True):
         yield whole(second)

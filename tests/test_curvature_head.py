@@ -18,8 +18,7 @@ from softcurve.head.curvature_tiles import RowLosses
 from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
 
-from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
-from .head_cases import (
+from .cases import (
     BIASLESS_TEACHER,
     BY_NAME,
     CASES,
@@ -32,6 +31,7 @@ from .head_cases import (
     least_of,
     problem,
 )
+from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
 
 Columns = list[tuple[Tensor, ...]]
 Pass = Callable[[RowLosses], Any]

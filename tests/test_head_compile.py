@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softcurve
 
-from .head_cases import CASES, Case, along, directions, everything, problem
-from .test_head_transforms import FEW, everywhere
+from .cases import BY_NAME, CASES, Case, along, directions, everything, problem
+from .test_transforms import FEW as FEW_NAMES
+from .test_transforms import everywhere
+
+FEW = [BY_NAME[name] for name in FEW_NAMES]
 
 # torch's own doing when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

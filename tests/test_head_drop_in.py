@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import softcurve
 
-from .head_cases import assert_same, derivatives
+from .cases import assert_same, derivatives
 
 CLASSES, FEATURES = 5, 3
 WEIGHT = torch.tensor([0.3, 1.7, 0.0, 2.0, 0.9], dtype=torch.float64)

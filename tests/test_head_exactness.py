@@ -16,7 +16,7 @@ import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 
 from . import oracle
-from .head_cases import BY_NAME, CASES, Case, assert_same, least_of, problem
+from .cases import BY_NAME, CASES, Case, assert_same, least_of, problem
 from .placement import DEVICE, ON_CPU
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")

@@ -21,7 +21,7 @@ import torch
 from softcurve import checks
 from softcurve.head import curvature, fused, products
 
-from .head_cases import BY_NAME, along, everything, problem
+from .cases import BY_NAME, along, everything, problem
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
 
 ROOT = Path(__file__).resolve().parent.parent

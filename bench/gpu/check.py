@@ -38,9 +38,11 @@ FILES = {
     "kernels": ("tests/interpreted_head.py", 4),
     "exactness": ("tests/test_head_exactness.py", 4),
     "memory": ("tests/test_head_memory.py", 1),
-    "conformance": ("tests/test_head_conformance.py", 4),
-    "transforms": ("tests/test_head_transforms.py", 4),
-    "bad input": ("tests/test_head_bad_input.py", 1),
+    "conformance": ("tests/test_conformance.py", 4),
+    "head": ("tests/test_head_conformance.py", 2),
+    "transforms": ("tests/test_transforms.py", 4),
+    "transforms of a head": ("tests/test_head_transforms.py", 4),
+    "bad input": ("tests/test_bad_input.py", 1),
 }
 # What the interpreter, which is slow, is asked of the head's exactness.
 INTERPRETED = "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or minus_infinity"
