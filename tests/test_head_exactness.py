@@ -16,7 +16,8 @@ import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 
 from . import oracle
-from .cases import BY_NAME, CASES, Case, assert_same, least_of, problem
+from .cases import BIASLESS_TEACHER, BY_NAME, CASES, Case, assert_same, least_of, problem
+from .pairwise import pairwise
 from .placement import DEVICE, ON_CPU
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -81,10 +82,13 @@ def confident_truth(
     )
 
 
-@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
-@pytest.mark.parametrize("others", [1, 9, 400])
-@pytest.mark.parametrize("made", [on_a_grid, off_the_grid])
-@pytest.mark.parametrize("kind", CERTAIN)
+CONFIDENT = [
+    pytest.param(*s.values(), id=f"{s['kind']}-{s['made'].__name__}-{s['others']}-{'right' if s['right'] else 'wrong'}")
+    for s in pairwise({"kind": tuple(CERTAIN), "made": (on_a_grid, off_the_grid), "others": (1, 9, 400), "right": (True, False)})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "made", "others", "right"), CONFIDENT)
 def test_confident_row(kind: str, made: Callable[[float, int], Tensor], others: int, right: bool) -> None:
     """Loss and gradients in float32, relatively right, from a hesitant row to one of e^−80; whole or in class tiles."""
     at = 1 if right else 0
@@ -225,8 +229,11 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in DIVERGENCES for dtype in (torch.float64, torch.float32, torch.bfloat16)
+     if name not in ("js0", "js1") or dtype == torch.float32],
+)  # fmt: skip
 def test_never_negative_and_zero_at_itself(name: str, dtype: torch.dtype) -> None:
     """A teacher that is the student, one that is nearly so, and anything between."""
     divergence = DIVERGENCES[name]
@@ -298,13 +305,20 @@ HALF: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 7), (33, 16, 129), (507, 123, 1013)])
-@pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_worse_than_dense(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+HALVES = pairwise(
+    {
+        "name": tuple(HALF),
+        "dtype": (torch.bfloat16, torch.float16),
+        "shape": ((5, 3, 7), (33, 16, 129), (507, 123, 1013)),
+    }
+)
+
+
+@pytest.mark.parametrize("setting", HALVES, ids=lambda s: "-".join(map(str, s.values())))
+def test_half_precision_is_no_worse_than_dense(setting: dict[str, Any]) -> None:
     """Loss and every gradient, in norm, against float64 on the very same numbers."""
-    rows, features, classes = shape
-    ours, dense = HALF[name]
+    (rows, features, classes), dtype = setting["shape"], setting["dtype"]
+    ours, dense = HALF[setting["name"]]
     for _ in range(2):
         x, t = torch.randn(2, rows, features)
         w, h = 1.5 * torch.randn(2, classes, features) / math.sqrt(features)
@@ -466,9 +480,19 @@ def test_zeros_in_probabilities() -> None:
 # --- offsets -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offset", [1e4, -1e4, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["index", "smoothed", "Logits", "teacher", "bucket", *DIVERGENCES])
+@pytest.mark.parametrize(
+    ("name", "dtype", "offset"),
+    [
+        pytest.param(*s.values(), id=f"{s['name']}-{s['dtype']}-{s['offset']:g}")
+        for s in pairwise(
+            {
+                "name": ("index", "smoothed", "Logits", "teacher", "bucket", "forward", "reverse", "js"),
+                "dtype": (torch.float32, torch.float64),
+                "offset": (1e4, -1e4, 1.0),
+            }
+        )
+    ],
+)
 def test_offset(name: str, dtype: torch.dtype, offset: float) -> None:
     """Logits on a grid that the offset leaves exact: loss and gradient know nothing of it, in any tiling."""
     grid = 2.0**10 if dtype == torch.float32 else 2.0**38
@@ -511,11 +535,17 @@ def test_huge_logits(scale: float) -> None:
 # --- nothing wrong passes silently -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reduction", "poison"), [("none", NAN), ("mean", INF)])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "reduction", "poison"),
+    [
+        pytest.param(case, *(("none", NAN) if n % 2 else ("mean", INF)), id=str(case))
+        for n, case in enumerate(CASES)
+        if case.kind is not BIASLESS_TEACHER
+    ],
+)
 def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: float) -> None:
     """One bad entry in any argument, in a class far from the target's: an error, or a loss that is no finite number."""
-    posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 301)
+    posed = problem(case, {"bias": True, "sample_weight": True}, reduction, (3,), 4, 61)
     # Features above 0, of teachers too: below it, an infinite weight would mask its class.
     frozen = [
         a.detach().abs() if n == "input" or (n == "target 0" and "Teacher" in str(case)) else a.detach()

@@ -45,7 +45,7 @@ FILES = {
     "bad input": ("tests/test_bad_input.py", 1),
 }
 # What the interpreter, which is slow, is asked of the head's exactness.
-INTERPRETED = "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or minus_infinity"
+INTERPRETED = "(test_confident_row and -9-) or (test_offset and float32 and 10000) or minus_infinity"
 PYTEST = (
     "-q",
     "--tb=short",
