@@ -31,10 +31,10 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cross_entropy-bucket", "reverse-LinearTeacher"])
+@pytest.mark.parametrize("name", ["cross_entropy-bucket", "forward-Logits"])
 def test_gradcheck_of_tiles(name: str) -> None:
     """With rows and classes cut."""
-    posed = problem(BY_NAME[name], everything(BY_NAME[name]), "none", (3,), 2, 21)
+    posed = problem(BY_NAME[name], everything(BY_NAME[name]), "none", (2,), 1, 19)
     budget = posed.budget("least")
 
     def ours(*arguments: Tensor) -> Tensor:
