@@ -36,7 +36,8 @@ GRACE = 30.0  # seconds that the benchmark may take beyond its total
 # Each file, and in how many shares it is run at the same time. What may hang or crash most comes first.
 FILES = {
     "kernels": ("tests/interpreted_head.py", 4),
-    "exactness": ("tests/test_head_exactness.py", 4),
+    "exactness": ("tests/test_exactness.py", 4),
+    "exactness of a head": ("tests/test_head_exactness.py", 2),
     "memory": ("tests/test_head_memory.py", 1),
     "conformance": ("tests/test_conformance.py", 4),
     "head": ("tests/test_head_conformance.py", 2),
@@ -45,7 +46,7 @@ FILES = {
     "bad input": ("tests/test_bad_input.py", 1),
 }
 # What the interpreter, which is slow, is asked of the head's exactness.
-INTERPRETED = "(test_confident_row and -9-) or (test_offset and float32 and 10000) or minus_infinity"
+INTERPRETED = "(test_confident_row and head and -9-) or (test_offset and float32 and 10000) or minus_infinity"
 PYTEST = (
     "-q",
     "--tb=short",
@@ -124,7 +125,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):  # its arrays would count
             continue
         few = () if options.device == "cuda" else ("-m", "not slow")
-        if interpreted and name == "exactness":
+        if interpreted and name.startswith("exactness"):
             few = (*few, "-k", INTERPRETED)
         shares = min(shares, options.processes)
         jobs += [Job(name, (file, *few), (n, shares)) for n in range(shares)]
