@@ -112,6 +112,7 @@ def all_losses(mesh: DeviceMesh) -> Cases:
     for number, s in enumerate(settings()):
         case = BY_NAME[f"{s['loss']}-{s['kind']}"]
         few = ("softcap", "label_smoothing", "shift") if s["options"] == "few" else ()
+        few = (*few, "shift") if s["by_rows"] else few  # with which a sample weight must not require gradients
         torch.manual_seed(number)
         p = problem(case, everything(case, *few), s["reduction"], rows=(3, 4), classes=s["classes"])
         budget = {} if s["budget"] is None else {"memory_budget": p.least_budget}

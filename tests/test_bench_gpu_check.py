@@ -123,7 +123,7 @@ def check(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[
 @pytest.mark.slow
 def test_the_whole_command(tmp_path: Path) -> None:
     """One test of each function of a file, and the benchmark of a tiny shape, each case in its own process."""
-    few = ("--device", "cpu", "--processes", "1", "--at-most", "1", "--job", "bad input", "--bench", "60")
+    few = ("--device", "cpu", "--processes", "1", "--at-most", "1", "--job", "bad input", "--bench", "120")
     done, report = check(tmp_path, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -24,6 +24,7 @@ from bench.heads import Shape
 from bench.tables import Record
 
 ROUNDS_SHARE, ROUNDS_MOST = 1 / 3, 15.0  # of a case's seconds, left for the rounds
+ROUNDS_ON_CPU = 2.0  # seconds at most where the command itself is tried, and no device measured
 GRACE = 45.0  # seconds beyond its share after which a process is killed
 LAST_LINE = 160  # characters
 
@@ -55,7 +56,7 @@ def time_is_up(name: str, shape: Shape) -> Record:
 
 def command(name: str, shape: Shape, seconds: float, out: Path, options: Sequence[str]) -> list[str]:
     """One case in its own process, whose time runs from now on."""
-    rounds = min(ROUNDS_MOST, ROUNDS_SHARE * seconds)
+    rounds = min(ROUNDS_ON_CPU if "cpu" in options else ROUNDS_MOST, ROUNDS_SHARE * seconds)
     own = ["--case", name, "--shapes", ",".join(map(str, shape)), "--out", str(out), "--long", f"{rounds:.1f}"]
     own += ["--total", f"{seconds - rounds:.1f}", "--since", f"{time.monotonic():.1f}"]
     return [sys.executable, "-m", "bench", "gpu", "--together", *own, *options]
