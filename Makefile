@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## fit a head to the digits, then write the page that explain
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(INSTALLED) ## check style, formatting, types and the order of imports
 	$(BIN)/ruff check

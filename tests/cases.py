@@ -1,271 +1,404 @@
-"""Every divergence × target kind, each with the dense formula that it must equal: what the suites are parametrised by."""
+"""Each loss × kind of target × options, on logits or on a linear head, with the dense computation that it must equal.
+
+The dense side is plain torch and ``oracle``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import softcurve
+from softcurve.head.aten.sparse import Places, SparseTile
+from softcurve.losses.spec import LogitMap
 
 from . import oracle
 
 Leaves = tuple[Tensor, ...]
+Rows = tuple[int, ...]
+LISTED = 5  # classes in a top-k list, where there are as many
 
 # --- target kinds ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of target: the tensors it is made of, how they are made into one, and what it means."""
+    """A kind of target. ``indices`` are the class of each row, or the listed classes of each row; ``leaves`` its floats."""
 
     name: str
-    leaves: Callable[[tuple[int, ...], int], Leaves]
-    target: Callable[..., Any]
-    raw: Callable[..., Tensor]  # logits of the target over the classes, or over list and rest
-    listed: bool = False  # whether over list and rest
+    leaves: Callable[[Rows, int, Tensor], Leaves]
+    target: Callable[..., Any]  # (indices, *leaves): what the head is given
+    raw: Callable[..., Tensor]  # (z, indices, *leaves): log y, up to a constant; over list and rest for a bucket
+    listed: bool = False
+    tiles: int = 3  # five eighths of so many times the logits cut them in two or more
+
+    def indices(self, rows: Rows, classes: int) -> Tensor:
+        if self.listed:
+            return torch.rand(*rows, classes).topk(min(LISTED, classes)).indices
+        return torch.randint(classes, rows)
 
 
-def classes_of(z: Tensor) -> Tensor:
-    """A class for each row, all classes in turn."""
-    return (torch.arange(math.prod(z.shape[:-1])) * 2 % z.shape[-1]).reshape(z.shape[:-1])
+def _logits(*shape: int) -> Tensor:
+    return 1.5 * torch.randn(shape, dtype=torch.float64)
 
 
-def list_of(z: Tensor) -> Tensor:
-    """Two distinct classes for each row, out of order."""
-    first = classes_of(z)
-    return torch.stack([first, (first + z.shape[-1] - 1) % z.shape[-1]], -1)
+def _mass_of_any_size(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return ((0.5 + torch.rand(*rows, 1, dtype=torch.float64)) * torch.softmax(_logits(*rows, classes), -1),)
 
 
-def _logits(rows: tuple[int, ...], classes: int) -> Tensor:
-    return 1.5 * torch.randn(*rows, classes, dtype=torch.float64)
+def _probabilities(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return (torch.softmax(_logits(*rows, classes), -1),)
 
 
-def _list_leaves(rows: tuple[int, ...], classes: int) -> Leaves:
-    z = _logits(rows, classes)
-    return (torch.log_softmax(z, -1).gather(-1, list_of(z)),)
+def _log_probs(rows: Rows, classes: int, indices: Tensor) -> Leaves:
+    return (torch.log_softmax(_logits(*rows, classes), -1).gather(-1, indices),)
 
 
-def _list_and_rest(z: Tensor, log_probs: Tensor) -> Tensor:
+def _teacher(rows: Rows, classes: int, _: Tensor) -> Leaves:
+    return _logits(*rows, 3), _logits(classes, 3) / 2, _logits(classes) / 2
+
+
+def _one_hot(z: Tensor, indices: Tensor) -> Tensor:
+    return torch.zeros_like(z).scatter(-1, indices.unsqueeze(-1), 1.0)
+
+
+def _list_only(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    return torch.full_like(z, -math.inf).scatter(-1, indices, log_probs)
+
+
+def _list_and_rest(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    if indices.shape[-1] == z.shape[-1]:  # there is no rest
+        return _list_only(z, indices, log_probs)
     return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)
 
 
-def _list_only(z: Tensor, log_probs: Tensor) -> Tensor:
-    return torch.full_like(z, -math.inf).scatter(-1, list_of(z), log_probs)
-
-
-def _teacher_leaves(rows: tuple[int, ...], classes: int) -> Leaves:
-    return _logits(rows, 2), _logits((classes,), 2), _logits((), classes)
-
-
-def _probabilities(rows: tuple[int, ...], classes: int) -> Leaves:
-    return (torch.softmax(_logits(rows, classes), -1),)
-
-
-INDICES = Kind(
-    "indices", lambda rows, classes: (), lambda z: classes_of(z), lambda z: torch.eye(z.shape[-1])[classes_of(z)].log()
-)
-FLOAT = Kind("float", _probabilities, lambda z, y: y, lambda z, y: y.log())
-PROBABILITIES = Kind("Probabilities", _probabilities, lambda z, y: softcurve.Probabilities(y), lambda z, y: y.log())
+INDICES = Kind("indices", lambda *_: (), lambda i: i, lambda z, i: _one_hot(z, i).log(), tiles=2)
+FLOAT = Kind("float", _mass_of_any_size, lambda _, y: y, lambda z, _, y: y.log())
+PROBABILITIES = Kind("Probabilities", _probabilities, lambda _, y: softcurve.Probabilities(y), lambda z, _, y: y.log())
 LOGITS = Kind(
-    "Logits", lambda rows, classes: (_logits(rows, classes),), lambda z, t: softcurve.Logits(t), lambda z, t: t
+    "Logits", lambda rows, classes, _: (_logits(*rows, classes),), lambda _, t: softcurve.Logits(t), lambda z, _, t: t
 )
-BUCKET = Kind(
-    "bucket", _list_leaves, lambda z, t: softcurve.TopK(list_of(z), t, tail="bucket"), _list_and_rest, listed=True
-)
+BUCKET = Kind("bucket", _log_probs, lambda i, t: softcurve.TopK(i, t), _list_and_rest, listed=True)
 RENORMALIZED = Kind(
-    "renormalize", _list_leaves, lambda z, t: softcurve.TopK(list_of(z), t, tail="renormalize"), _list_only
+    "renormalize",
+    _log_probs,
+    lambda i, t: softcurve.TopK(i, t, tail="renormalize"),
+    _list_only,
+    listed=True,
 )
 TEACHER = Kind(
     "LinearTeacher",
-    _teacher_leaves,
-    lambda z, *t: softcurve.LinearTeacher(*t),
-    lambda z, e, w, b: torch.nn.functional.linear(e, w, b),
+    _teacher,
+    lambda _, *t: softcurve.LinearTeacher(*t),
+    lambda z, _, e, w, b: F.linear(e, w, b),
+    tiles=4,
 )
-NONE = Kind("none", lambda rows, classes: (), lambda z: None, lambda z: z)
+BIASLESS_TEACHER = Kind(
+    "LinearTeacher without bias",
+    lambda rows, classes, i: _teacher(rows, classes, i)[:2],
+    lambda _, *t: softcurve.LinearTeacher(*t),
+    lambda z, _, e, w: F.linear(e, w),
+    tiles=4,
+)
 
-KINDS = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER)
-DISTRIBUTIONS = (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER)
+# --- losses ------------------------------------------------------------------------------------------------------------
 
-# --- divergences -------------------------------------------------------------------------------------------------------
+LOGIT_ROUTE, HEAD_ROUTE = "logits", "head"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss against a kind of target. ``ours`` and ``dense`` take ``(z, leaves, sample_weight, weight, reduction, options)``."""
+    """A loss against a kind of target. ``rows(log_y, log_p)`` is the divergence; ``None`` is cross-entropy.
+
+    ``function`` is the public function on logits; ``options`` are those that select the divergence.
+    """
 
     name: str
     kind: Kind
-    ours: Callable[..., Tensor]
-    dense: Callable[..., Tensor]
+    function: str
+    rows: Callable[[Tensor, Tensor], Tensor] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model_first: bool = False  # D(model, target), which only the functions on logits can compute for every divergence
 
     def __str__(self) -> str:
         return f"{self.name}-{self.kind.name}"
 
     @property
     def is_cross_entropy(self) -> bool:
-        return self.name == "cross_entropy"
+        return self.rows is None
+
+    def knows(self, option: str, route: str = HEAD_ROUTE) -> bool:
+        """Whether the option makes sense here; where it does not, it is an error (test_bad_input.py)."""
+        bucket, indices, head = self.kind is BUCKET, self.kind is INDICES, route == HEAD_ROUTE
+        return {
+            "bias": head,
+            "weight": self.is_cross_entropy and not bucket,
+            "label_smoothing": self.is_cross_entropy,
+            "z_loss": self.is_cross_entropy,
+            "softcap": self.is_cross_entropy or head,
+            "ignore_index": indices,
+            "shift": indices and head,
+            "temperature": self.is_cross_entropy or not bucket,
+        }.get(option, True)
+
+    # The functions are looked up when they are called.
+    def on_head(self, x: Tensor, linear_weight: Tensor, target: Any, **options: Any) -> Any:
+        direction = {"direction": "reverse"} if self.model_first else {}
+        return getattr(softcurve, f"linear_{self.function}")(
+            x, linear_weight, target, **direction, **self.options, **options
+        )
+
+    def on_logits(self, z: Tensor, target: Any, **options: Any) -> Any:
+        sides = (z, target) if self.model_first or self.is_cross_entropy else (target, z)
+        return getattr(softcurve, self.function)(*sides, **self.options, **options)
 
 
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def _exchanged(rows: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda log_y, log_p: rows(log_p, log_y)
 
 
-def _our_cross_entropy(kind: Kind, z: Tensor, leaves: Leaves, sample_weight, weight, reduction, **options) -> Tensor:
-    target = kind.target(z, *leaves)
-    if (ignore_index := options.get("ignore_index")) is not None:
-        target = torch.where(_ignored(z, ignore_index), ignore_index, target)
-    given = _given(sample_weight=sample_weight, weight=weight)
-    return softcurve.cross_entropy(z, target, reduction=reduction, **given, **options)
+def _js(name: str, kind: Kind, beta: float, *, model_first: bool = False) -> Case:
+    rows = partial(oracle.js_rows, beta=beta)
+    rows = _exchanged(rows) if model_first else rows
+    return Case(name, kind, "js_divergence", rows, {"beta": beta}, model_first)
 
 
-def _ignored(z: Tensor, ignore_index: int) -> Tensor:
-    """Every third row, and those whose class is the one that is ignored."""
-    third = (torch.arange(math.prod(z.shape[:-1])) % 3 == 0).reshape(z.shape[:-1])
-    return third | (classes_of(z) == ignore_index)
-
-
-def _dense_cross_entropy(
-    kind: Kind, z: Tensor, leaves: Leaves, sample_weight, weight, reduction, ignore_index=None, **options
-) -> Tensor:
-    raw = kind.raw(z, *leaves)
-    # A float tensor is taken as it is; everything else is a softmax.
-    y = leaves[0] if kind in (FLOAT, PROBABILITIES) else torch.softmax(raw, -1).to(z.dtype)
-    indices = list_of(z) if kind.listed else None
-    rows = oracle.cross_entropy_rows(z, y, weight=weight, indices=indices, **options)
-    mass = torch.ones_like(rows) if kind is not INDICES or weight is None else weight[classes_of(z)]
-    if ignore_index is not None:
-        rows, mass = (torch.where(_ignored(z, ignore_index), 0.0, t) for t in (rows, mass))
-    return oracle.reduced(rows, reduction, sample_weight, mass)
-
-
-def _our_divergence(
-    loss: Callable[..., Tensor],
-    exchanged: bool,
-    kind: Kind,
-    z: Tensor,
-    leaves: Leaves,
-    sample_weight,
-    _,
-    reduction,
-    **options,
-) -> Tensor:
-    sides = (z, kind.target(z, *leaves)) if exchanged else (kind.target(z, *leaves), z)
-    return loss(*sides, reduction=reduction, **_given(sample_weight=sample_weight), **options)
-
-
-def _dense_divergence(
-    rows: Callable[[Tensor, Tensor], Tensor],
-    kind: Kind,
-    z: Tensor,
-    leaves: Leaves,
-    sample_weight,
-    _,
-    reduction,
-    **options,
-) -> Tensor:
-    temperature = options.get("temperature", 1.0)
-    log_y = torch.log_softmax(kind.raw(z, *leaves) / temperature, -1)
-    seen = z / temperature
-    log_p = torch.log_softmax(oracle.listed_and_rest(seen, list_of(z)) if kind.listed else seen, -1)
-    return oracle.reduced(rows(log_y, log_p), reduction, sample_weight) / math.log(options.get("base", math.e))
-
-
-def _divergence_cases() -> list[Case]:
-    cases = []
-    for kind in DISTRIBUTIONS:
-        forward, reverse = oracle.kl_rows, lambda log_y, log_p: oracle.kl_rows(log_p, log_y)
-        members = [
-            ("forward", softcurve.kl_divergence, False, forward),
-            ("reverse", softcurve.kl_divergence, True, reverse),
-        ]
-        for beta in (0.0, 0.3, 0.5, 1.0):
-            ours, dense = partial(softcurve.js_divergence, beta=beta), partial(oracle.js_rows, beta=beta)
-            members.append((f"js{beta:g}", ours, False, dense))
-        swapped = lambda log_y, log_p: oracle.js_rows(log_p, log_y, 0.3)  # noqa: E731
-        members.append(("js0.3 exchanged", partial(softcurve.js_divergence, beta=0.3), True, swapped))
-        infinite = ("reverse", "js1") if kind is RENORMALIZED else ()
-        cases += [
-            Case(name, kind, partial(_our_divergence, ours, exchanged, kind), partial(_dense_divergence, dense, kind))
-            for name, ours, exchanged, dense in members
-            if name not in infinite
-        ]
+def _cases() -> list[Case]:
+    kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER)
+    cases = [Case("cross_entropy", kind, "cross_entropy") for kind in kinds]
+    for kind in (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER):
+        cases.append(Case("forward", kind, "kl_divergence", oracle.kl_rows))
+        if kind is not RENORMALIZED:  # infinite
+            cases.append(Case("reverse", kind, "kl_divergence", _exchanged(oracle.kl_rows), model_first=True))
+        cases.append(_js("js0.3", kind, 0.3))
     return cases
 
 
-CROSS_ENTROPIES = [
-    Case("cross_entropy", kind, partial(_our_cross_entropy, kind), partial(_dense_cross_entropy, kind))
-    for kind in KINDS
-]
-DIVERGENCES = _divergence_cases()
-ENTROPY = Case(
-    "entropy",
-    NONE,
-    lambda z, leaves, sample_weight, weight, reduction, **options: softcurve.entropy(z, **options),
-    lambda z, leaves, sample_weight, weight, reduction, base=math.e: oracle.entropy_rows(z) / math.log(base),
-)
-CASES = [*CROSS_ENTROPIES, *DIVERGENCES, ENTROPY]
+CASES = _cases()
+EXCHANGED = [_js("js0.3 exchanged", kind, 0.3, model_first=True) for kind in (LOGITS, BUCKET, RENORMALIZED, TEACHER)]
+CASES_OF = {LOGIT_ROUTE: [case for case in CASES if case.kind is not BIASLESS_TEACHER] + EXCHANGED, HEAD_ROUTE: CASES}
+BY_NAME = {str(case): case for case in [*CASES, *EXCHANGED]}
 
+# --- problems ----------------------------------------------------------------------------------------------------------
 
-# --- options -----------------------------------------------------------------------------------------------------------
-
-SINGLE = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "softcap": {"softcap": 2.5},
-    "z_loss": {"z_loss": 0.3},
-    "label_smoothing": {"label_smoothing": 0.2},
-    "weight": {"weight": True},
-    "sample_weight": {"sample_weight": True},
-    "ignore_index": {"ignore_index": -100},
-    "ignore_class": {"ignore_index": 1},
-    "bits": {"base": 2.0},
+# What each option is when it is on.
+OPTIONS: dict[str, Any] = {
+    "bias": True,
+    "weight": True,
+    "sample_weight": True,
+    "label_smoothing": 0.2,
+    "ignore_index": -100,
+    "temperature": 0.7,
+    "softcap": 2.5,
+    "z_loss": 0.3,
+    "shift": 2,
+    "base": 2.0,
 }
-SINGLE["everything"] = {name: value for options in SINGLE.values() for name, value in options.items()}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
-def options_for(case: Case, name: str) -> dict[str, Any] | None:
-    """The options that the loss knows of those in the set; ``None`` where none of them is left to try."""
-    known = {"base"} if case is ENTROPY else {"base", "temperature", "sample_weight"}
-    if case.is_cross_entropy:
-        known |= {"softcap", "z_loss", "label_smoothing", "weight"} - ({"weight"} if case.kind is BUCKET else set())
-        known |= {"ignore_index"} if case.kind is INDICES else set()
-    elif case.kind is BUCKET:
-        known -= {"temperature"}
-    options = {key: value for key, value in SINGLE[name].items() if key in known}
-    return options if options or name == "plain" else None
+def everything(case: Case, *without: str) -> dict[str, Any]:
+    """All the options that the loss knows; :func:`problem` leaves out those of a head where there is none."""
+    return {name: value for name, value in OPTIONS.items() if case.knows(name) and name not in without}
 
 
-def reductions_for(case: Case) -> tuple[str, ...]:
-    return ("none",) if case is ENTROPY else ("none", "sum", "mean", "batchmean")
+class Stats(NamedTuple):
+    """What ``return_stats`` must hold."""
+
+    lse: Tensor
+    entropy: Tensor
+    predicted: Tensor
+    correct: Tensor
 
 
 @dataclass(frozen=True)
 class Problem:
     """A case with options, a reduction and numbers: ``ours(*arguments)`` must equal ``dense(*arguments)``."""
 
-    ours: Callable[..., Tensor]
-    dense: Callable[..., Tensor]
-    arguments: Leaves  # logits, the target's tensors, and the sample weight where there is one
+    case: Case
+    options: Mapping[str, Any]  # as the function takes them, tensors apart
+    indices: Tensor
+    weight: Tensor | None  # of the classes: a constant, as in torch
+    names: tuple[str, ...]
+    arguments: Leaves = field(repr=False)  # every one requires gradients
+
+    # --- ours
+
+    def ours(self, *arguments: Tensor, **more: Any) -> Any:
+        """The loss, or ``(loss, stats)``."""
+        named, leaves = self._named(arguments)
+        given = {name: named[name] for name in ("linear_bias", "sample_weight") if name in named}
+        if self.weight is not None:
+            given["weight"] = self.weight
+        target = self.case.kind.target(self.indices, *leaves)
+        if "logits" in named:
+            return self.case.on_logits(named["logits"], target, **given, **self.options, **more)
+        return self.case.on_head(named["input"], named["linear_weight"], target, **given, **self.options, **more)
+
+    @cached_property
+    def least_budget(self) -> int:
+        """The least budget that works, as the error of one that does not says."""
+        with pytest.raises(ValueError, match="memory_budget") as refused:
+            self.ours(*self.arguments, memory_budget=1)
+        return least_of(str(refused.value))
+
+    def budget(self, name: str) -> int | None:
+        """``whole``: the default, which holds all of these logits. ``tiles``: a few times their size, which cuts them."""
+        entries = math.prod(self.arguments[0].shape[:-1]) * len(self.arguments[1])
+        tiles = 5 * self.case.kind.tiles * entries
+        return {
+            "whole": lambda: None,
+            "tiles": lambda: max(tiles, self.least_budget),
+            "least": lambda: self.least_budget,
+        }[name]()
+
+    # --- dense
+
+    def dense(self, *arguments: Tensor) -> Tensor:
+        named, leaves = self._named(arguments)
+        z, indices, sample_weight = self._logits(named), self.indices, named.get("sample_weight")
+        if s := self.options.get("shift", 0):
+            z, indices = z[..., :-s, :], indices[..., s:]
+            sample_weight = None if sample_weight is None else sample_weight[..., s:]
+        kept = self._kept(indices)
+        indices = indices if self.case.kind.listed else torch.where(kept, indices, 0)
+        rows = torch.where(kept, self._dense_rows(z, indices, leaves), 0.0)
+        counts_class = self.weight is not None and self.case.kind is INDICES
+        mass = torch.where(kept, self.weight[indices] if counts_class else torch.ones_like(rows), 0.0)
+        leading = arguments[0].shape[:-1]
+        value = oracle.reduced(rows, self.options["reduction"], sample_weight, mass, leading[0] if leading else 1)
+        return F.pad(value, (0, s)) if s and self.options["reduction"] == "none" else value
+
+    def _dense_rows(self, z: Tensor, indices: Tensor, leaves: Leaves) -> Tensor:
+        kind, options = self.case.kind, self.options
+        raw = kind.raw(z, indices, *leaves)
+        temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
+        coarse = kind is BUCKET and indices.shape[-1] < z.shape[-1]
+        if self.case.rows is None:
+            y = leaves[0] if kind in (FLOAT, PROBABILITIES) else torch.softmax(raw, -1)
+            known = ("label_smoothing", "temperature", "softcap", "z_loss", "base")
+            return oracle.cross_entropy_rows(
+                z,
+                y,
+                weight=self.weight,
+                indices=indices if coarse else None,
+                **{name: options[name] for name in known if name in options},
+            )
+        seen = oracle.seen_by_softmax(z, temperature, softcap)
+        log_p = torch.log_softmax(oracle.listed_and_rest(seen, indices) if coarse else seen, -1)
+        return self.case.rows(torch.log_softmax(raw / temperature, -1), log_p) / math.log(options.get("base", math.e))
+
+    def dense_stats(self) -> Stats:
+        named, leaves = self._named(tuple(a.detach() for a in self.arguments))
+        z = self._logits(named)
+        seen = oracle.seen_by_softmax(z, self.options.get("temperature", 1.0), self.options.get("softcap"))
+        kind, s = self.case.kind, self.options.get("shift", 0)
+        if kind.listed:
+            best = self.indices.gather(-1, leaves[0].argmax(-1, keepdim=True)).squeeze(-1)
+        else:
+            best = self.indices if kind is INDICES else kind.raw(z, self.indices, *leaves).argmax(-1)
+        meant = torch.where(self._kept(self.indices), best, -1)
+        if s:
+            meant = torch.cat([meant[..., s:], torch.full_like(meant[..., :s], -1)], -1)
+        entropy = oracle.entropy_rows(seen) / math.log(self.options.get("base", math.e))
+        return Stats(torch.logsumexp(seen, -1), entropy, seen.argmax(-1), seen.argmax(-1) == meant)
+
+    def _kept(self, indices: Tensor) -> Tensor:
+        rows = indices[..., 0] if self.case.kind.listed else indices
+        if self.case.kind is not INDICES:
+            return torch.ones(rows.shape, dtype=torch.bool)
+        return rows != self.options.get("ignore_index", -100)
+
+    def _logits(self, named: Mapping[str, Tensor]) -> Tensor:
+        if "logits" in named:
+            return named["logits"]
+        return F.linear(named["input"], named["linear_weight"], named.get("linear_bias"))
+
+    def _named(self, arguments: Sequence[Tensor]) -> tuple[dict[str, Tensor], Leaves]:
+        named = dict(zip(self.names, arguments, strict=True))
+        return named, tuple(named[name] for name in self.names if name.startswith("target"))
 
 
-def problem(case: Case, option: str, reduction: str, rows: tuple[int, ...] = (3,), classes: int = 4) -> Problem:
-    """Every floating-point tensor that may require gradients is an argument and does; a class weight may not."""
-    options = options_for(case, option)
-    assert options is not None
-    of_rows, of_classes = options.pop("sample_weight", False), options.pop("weight", False)
-    leaves = case.kind.leaves(rows, classes)
-    weights = [0.5 + torch.rand(rows, dtype=torch.float64)] if of_rows else []
+def problem(
+    case: Case,
+    options: Mapping[str, Any] | None = None,
+    reduction: str = "mean",
+    rows: Rows = (4,),
+    features: int = 3,
+    classes: int = 6,
+    route: str = HEAD_ROUTE,
+) -> Problem:
+    """Random numbers: logits of a few units; every third row ignored where rows are; a row whose weight is 0."""
+    options = {name: value for name, value in (options or {}).items() if case.knows(name, route)}
+    biased, of_rows, of_classes = (options.pop(name, False) for name in ("bias", "sample_weight", "weight"))
+    indices = case.kind.indices(rows, classes) if math.prod(rows) else torch.zeros(rows, dtype=torch.int64)
+    if case.kind.listed and not math.prod(rows):
+        indices = torch.zeros(*rows, min(LISTED, classes), dtype=torch.int64)
+    if "ignore_index" in options and math.prod(rows) > 2:
+        indices.view(-1)[::3] = options["ignore_index"]
+    made = {"logits": _logits(*rows, classes)} if route == LOGIT_ROUTE else {
+        "input": torch.randn(*rows, features, dtype=torch.float64),
+        "linear_weight": _logits(classes, features) / math.sqrt(features),
+    }  # fmt: skip
+    if biased:
+        made["linear_bias"] = _logits(classes) / 2
+    for n, leaf in enumerate(case.kind.leaves(rows, classes, indices)):
+        made[f"target {n}"] = leaf
+    if of_rows:
+        made["sample_weight"] = 0.5 + torch.rand(rows, dtype=torch.float64)
+        made["sample_weight"].view(-1)[1:2] = 0.0
     weight = 0.5 + torch.rand(classes, dtype=torch.float64) if of_classes else None
+    if weight is not None and classes > 2:
+        weight[2] = 0.0
+    arguments = tuple(tensor.requires_grad_() for tensor in made.values())
+    return Problem(case, options | {"reduction": reduction}, indices, weight, tuple(made), arguments)
 
-    def call(function: Callable[..., Tensor], z: Tensor, *rest: Tensor) -> Tensor:
-        sample_weight = rest[-1] if of_rows else None
-        return function(z, rest[: len(leaves)], sample_weight, weight, reduction, **options)
 
-    arguments = tuple(t.detach().requires_grad_() for t in (_logits(rows, classes), *leaves, *weights))
-    return Problem(partial(call, case.ours), partial(call, case.dense), arguments)
+def least_of(message: str) -> int:
+    """The bytes of "at least … bytes"."""
+    found = re.search(r"at least (\d+) bytes", message)
+    assert found, message
+    return int(found[1])
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------------
+
+
+def derivatives(value: Tensor, arguments: Leaves) -> list[Tensor]:
+    """The gradient in every argument, and that of its product with a fixed direction: a Hessian product."""
+    first = torch.autograd.grad(value.sin().sum(), arguments, create_graph=True, materialize_grads=True)
+    return [*first, *torch.autograd.grad(along(first), arguments, materialize_grads=True)]
+
+
+def along(tensors: Sequence[Tensor]) -> Tensor:
+    """The product with a fixed direction."""
+    return sum(((t * d).sum() for t, d in zip(tensors, directions(tensors), strict=True)), start=torch.zeros(()))
+
+
+def directions(tensors: Sequence[Tensor]) -> Leaves:
+    return tuple(torch.arange(t.numel(), dtype=t.dtype).add(0.3).cos().reshape(t.shape) for t in tensors)
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str = "", bound: float = 1e-10) -> None:
+    """Of one shape and dtype, and within ``bound`` of the largest entry; a zero of 1e-17 is one."""
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), what
+    if not expected.numel():
+        return
+    error = (got - expected).abs().max().item()
+    assert error <= bound * max(expected.abs().max().item(), 1e-3), f"{what}: {error}"
+
+
+def tile_of(z: Tensor, out: Tensor | None = None, softcap: float | None = None) -> SparseTile:
+    """Logits of which no class is listed."""
+    nowhere = Places(torch.zeros(len(z), 1, dtype=torch.int64), torch.zeros(len(z), 1, dtype=torch.bool))
+    tensors = dict.fromkeys(("raw", "v", "v_out", "residual", "share"))
+    return SparseTile(z=z, out=out, listed=nowhere, logit_map=LogitMap(softcap=softcap), cached=0, **tensors)

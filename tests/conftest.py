@@ -1,6 +1,6 @@
-"""Every test: shapes checked at run time, one seed, one thread; fresh processes for what must go without.
+"""Every test runs with shapes checked, from one seed, on one thread; fresh processes serve what must go without.
 
-The head's tests also run where torch, triton and pytest are all there is: without the checks of shapes, then.
+The head's tests also run where only torch, triton and pytest are installed, without the checks of shapes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ place_tensors()
 
 # What torch does to itself when its inductor is first used, and nothing that a caller could change.
 INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+
+
+# Their tests share a fixture that takes seconds to make, so that one worker runs all of them (make test).
+SHARES_A_FIXTURE = {
+    *("test_bad_input", "test_examples", "test_explain"),
+    *("test_fit_processes", "test_fit_torchrun", "test_tiny_lm"),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.stem in SHARES_A_FIXTURE:
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import oracle
-from .head_cases import BUCKET, FLOAT, INDICES, PROBABILITIES, Leaves, Problem
+from .cases import BUCKET, FLOAT, INDICES, PROBABILITIES, Leaves, Problem
 
 MATRICES = ("hessian", "gauss_newton", "fisher")
 

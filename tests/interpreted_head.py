@@ -24,7 +24,20 @@ from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
-from .head_cases import BY_NAME, CASES, Case, Problem, along, assert_same, everything, least_of, problem, tile_of
+from .cases import (
+    BIASLESS_TEACHER,
+    BY_NAME,
+    CASES,
+    Case,
+    Problem,
+    along,
+    assert_same,
+    everything,
+    least_of,
+    problem,
+    tile_of,
+)  # fmt: skip
+from .pairwise import pairwise
 from .placement import DEVICE, ON_CPU
 from .test_curvature_head import Dense, directions, flat, posed, random_columns, second_order, whole, zeros_like
 
@@ -33,7 +46,8 @@ pytestmark = pytest.mark.usefixtures("without_shape_checks")
 math, lists, dense, dense_curvature = (
     backends.kernels(name) for name in ("math", "sparse", "dense", "dense_curvature")
 )
-SMALL = (4, 16)  # so that few rows and classes are several programs, and several steps of each
+SMALL = (2, 8)  # so that few rows and classes are several programs, and several steps of each
+ROWS, CLASSES = 3, 13
 RAN: set[Any] = set()
 
 
@@ -86,36 +100,33 @@ def assert_equals_dense(given: Problem, budget: int | None = None, bound: float 
         assert_same(found.double(), right, name, 2 * bound if name.startswith("second") else bound)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind is not BIASLESS_TEACHER], ids=str)
 def test_equals_the_dense_loss(case: Case) -> None:
     """Value, gradients and a Hessian product, with every option."""
-    assert_equals_dense(problem(case, everything(case), "none", (5,), 3, 37))
+    assert_equals_dense(problem(case, everything(case), "none", (ROWS,), 3, CLASSES))
 
 
 KINDS_OF_TILES = (
     "cross_entropy-indices",
     "cross_entropy-float",
-    "cross_entropy-Logits",
     "cross_entropy-LinearTeacher",
     "cross_entropy-bucket",
     "forward-Probabilities",
-    "forward-LinearTeacher",
     "reverse-Logits",
     "js0.3-LinearTeacher",
-    "js0.3-bucket",
 )
 
 
 @pytest.mark.parametrize("name", KINDS_OF_TILES)
 def test_equals_the_dense_loss_where_classes_are_cut(name: str) -> None:
-    given = problem(BY_NAME[name], {"bias": True}, "mean", (3,), 3, 37)
+    given = problem(BY_NAME[name], {"bias": True}, "mean", (2,), 3, 21)
     assert_equals_dense(given, narrowed(given)[0].least_budget)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy-indices", "cross_entropy-bucket", "reverse-Logits"])
 @pytest.mark.parametrize("budget", ["whole", "least"])
 def test_statistics(name: str, budget: str) -> None:
-    ours, truth = narrowed(problem(BY_NAME[name], everything(BY_NAME[name]), "sum", (5,), 3, 37))
+    ours, truth = narrowed(problem(BY_NAME[name], everything(BY_NAME[name]), "sum", (ROWS,), 3, CLASSES))
     _, stats = ours.ours(*ours.arguments, memory_budget=ours.budget(budget), return_stats=True)
     right = truth.dense_stats()
     assert_same(stats.lse.double(), right.lse, "lse", 2e-6)
@@ -124,8 +135,17 @@ def test_statistics(name: str, budget: str) -> None:
     assert torch.equal(stats.correct, right.correct)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy-indices", "forward-bucket", "reverse-Logits", "js0.3-LinearTeacher"])
-@pytest.mark.parametrize(("rows", "classes"), [(37, 1013), (1, 7), (3, 1)])
+@pytest.mark.parametrize(
+    ("name", "rows", "classes"),
+    [
+        ("cross_entropy-indices", 37, 1013),
+        ("js0.3-LinearTeacher", 37, 1013),
+        ("forward-bucket", 1, 7),
+        ("reverse-Logits", 1, 7),
+        ("cross_entropy-indices", 3, 1),
+        ("reverse-Logits", 3, 1),
+    ],
+)
 def test_ragged(name: str, rows: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows and classes as fill no program; a row; a class."""
     if rows == 37:
@@ -218,14 +238,22 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]
     return multiplied
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", ["plain", "everything"])
 @pytest.mark.parametrize(
-    "name", ["cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "reverse-Logits"]
+    "setting",
+    pairwise(
+        {
+            "name": ("cross_entropy-indices", "cross_entropy-bucket", "forward-LinearTeacher", "reverse-Logits"),
+            "options": ("plain", "everything"),
+            "dtype": (torch.bfloat16, torch.float16),
+        }
+    ),
+    ids=lambda setting: "-".join(map(str, setting.values())),
 )
 def test_half_precision_is_no_worse_than_dense(
-    name: str, options: str, dtype: torch.dtype, half_products: list[torch.dtype]
+    setting: dict[str, Any], half_products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(math, "INTERPRETED_SHAPE", (32, 16))
+    name, options, dtype = setting.values()
     case = BY_NAME[name]
     given = problem(case, everything(case) if options == "everything" else {}, "sum", (17,), 13, 101)
     ours, truth = narrowed(given, dtype)
@@ -246,8 +274,11 @@ def test_half_precision_is_no_worse_than_dense(
         assert ours_off <= torch.maximum(plain_off, rounding), what
 
 
-def test_weight_gradients_of_half_precision_add_up_in_float32(half_products: list[torch.dtype]) -> None:
+def test_weight_gradients_of_half_precision_add_up_in_float32(
+    half_products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many tiles of rows: a sum in bfloat16 would stop to grow at 256 of its terms."""
+    monkeypatch.setattr(math, "INTERPRETED_SHAPE", (256, 4))
     x, w = torch.ones(2048, 1, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.bfloat16, requires_grad=True)
     target = torch.zeros(2048, dtype=torch.int64)
     budget = 40_000
@@ -345,12 +376,25 @@ def test_rows_beyond_32_bits() -> None:
 # --- second order --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("budget", ["whole", "least"])
 @pytest.mark.parametrize(
-    "name", ["cross_entropy-indices", "forward-bucket", "cross_entropy-Logits", "reverse-Logits", "js0.3-LinearTeacher"]
+    "setting",
+    pairwise(
+        {
+            "name": (
+                "cross_entropy-indices",
+                "forward-bucket",
+                "cross_entropy-Logits",
+                "reverse-Logits",
+                "js0.3-LinearTeacher",
+            ),
+            "budget": ("whole", "least"),
+            "matrix": ("hessian", "gauss_newton"),
+        }
+    ),
+    ids=lambda setting: "-".join(setting.values()),
 )
-def test_curvature_products(name: str, budget: str, matrix: str) -> None:
+def test_curvature_products(setting: dict[str, str]) -> None:
+    name, budget, matrix = setting.values()
     ours, truth = narrowed(posed(name, "everything", "whole"))
     right = Dense(truth)
     columns = [tuple(part.float().double() for part in column) for column in random_columns(right.head)]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import softcurve
 from softcurve import nn
 
-from .head_cases import least_of
+from .cases import least_of
 
 LOSSES = ("cross_entropy", "forward", "reverse", "js")
 BETA = 0.3

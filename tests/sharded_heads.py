@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +14,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import softcurve
 
-from . import head_cases
-from .head_cases import CASES, INDICES, Problem, everything, problem
+from . import cases
+from .cases import BY_NAME, CASES, Problem, everything, problem
+from .pairwise import pairwise
 from .process_cases import Cases, begin, distance
 
-# Where each argument lies: the classes over the processes, the rows over all, or over the same processes.
-ROW_TENSORS = ("input", "sample_weight")
+IN_TWO_DIMENSIONS = (
+    "cross_entropy-indices",
+    "cross_entropy-float",
+    "cross_entropy-bucket",
+    "forward-LinearTeacher",
+    "forward-renormalize",
+    "reverse-Logits",
+    "js0.3-LinearTeacher",
+    "js0.3-bucket",
+)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -63,7 +71,7 @@ def derivatives(value: Tensor, arguments: tuple[Tensor, ...]) -> Iterator[Tensor
         if isinstance(argument, DTensor):
             assert isinstance(gradient, DTensor), type(gradient)
             assert gradient.placements == argument.placements, (gradient.placements, argument.placements)
-    inner = head_cases.along([whole(gradient) for gradient in first])
+    inner = cases.along([whole(gradient) for gradient in first])
     yield from (whole(gradient) for gradient in first)
     for second in torch.autograd.grad(inner, arguments, materialize_grads=True):
         yield whole(second)
@@ -83,30 +91,32 @@ def compare(name: str, p: Problem, mesh: DeviceMesh, *, by_rows: bool, **more: A
         yield f"{name}: derivative {number}", distance(got.detach(), wanted.detach()), 1e-10
 
 
+def settings() -> list[dict[str, Any]]:
+    """Any two of kind of target, divergence, number of classes, placement, reduction, options and budget meet in one."""
+
+    def possible(name: str, level: Any, other: str, value: Any) -> bool:
+        if (name, other) == ("kind", "loss"):
+            return f"{value}-{level}" in BY_NAME
+        if name == "kind" and other == "classes" and value == 1:
+            return not BY_NAME[f"cross_entropy-{level}"].kind.listed
+        return True
+
+    kinds = [case.kind.name for case in CASES if case.is_cross_entropy]
+    factors = {"kind": kinds, "loss": ("cross_entropy", "forward", "reverse", "js0.3"), "classes": (11, 7, 2, 1, 90)}
+    factors |= {"by_rows": (False, True), "options": ("everything", "few"), "budget": (None, "least")}
+    return pairwise(factors | {"reduction": ("mean", "none", "sum")}, possible)
+
+
 def all_losses(mesh: DeviceMesh) -> Cases:
-    """Uneven shards, and fewer classes than processes."""
-    for number, case in enumerate(CASES):
-        for classes, by_rows, reduction in (
-            (11, False, "mean"),
-            (7, True, "none"),
-            (2, True, "sum"),
-            (1, False, "mean"),
-        ):
-            options = everything(case) if number % 2 else everything(case, "softcap", "label_smoothing", "shift")
-            torch.manual_seed(number)
-            p = problem(case, options, reduction, rows=(3, 4), classes=classes)
-            if case.kind.listed and classes < 2:
-                continue
-            yield from compare(f"{case} C={classes} rows={by_rows} {reduction}", p, mesh, by_rows=by_rows)
-
-
-def small_budgets(mesh: DeviceMesh) -> Cases:
-    """Class blocks within each shard."""
-    for case in CASES:
-        torch.manual_seed(1)
-        p = problem(case, everything(case), "mean", rows=(5,), classes=90)
-        budget = p.least_budget
-        yield from compare(f"{case} least budget", p, mesh, by_rows=False, memory_budget=budget)
+    """Uneven shards, fewer classes than processes, and with the least budget class blocks within each shard."""
+    for number, s in enumerate(settings()):
+        case = BY_NAME[f"{s['loss']}-{s['kind']}"]
+        few = ("softcap", "label_smoothing", "shift") if s["options"] == "few" else ()
+        few = (*few, "shift") if s["by_rows"] else few  # with which a sample weight must not require gradients
+        torch.manual_seed(number)
+        p = problem(case, everything(case, *few), s["reduction"], rows=(3, 4), classes=s["classes"])
+        budget = {} if s["budget"] is None else {"memory_budget": p.least_budget}
+        yield from compare(f"{number} {s}", p, mesh, by_rows=s["by_rows"], **budget)
 
 
 def unusual_rows(mesh: DeviceMesh) -> Cases:
@@ -283,7 +293,8 @@ def two_dimensions() -> Cases:
     if count % 2:
         return
     mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("rows", "classes"))
-    for number, case in enumerate(CASES):
+    for number, name in enumerate(IN_TWO_DIMENSIONS):
+        case = BY_NAME[name]
         torch.manual_seed(number)
         p = problem(case, everything(case, "shift"), ("mean", "batchmean", "none")[number % 3], rows=(5, 2), classes=7)
         placed: dict[str, Any] = {"input": [Shard(0), Replicate()], "linear_weight": [Replicate(), Shard(0)]}
@@ -297,9 +308,7 @@ def two_dimensions() -> Cases:
         for at, (got, wanted) in enumerate(zip(found, alone, strict=True)):
             yield f"2-D {case}: derivative {at}", distance(got.detach(), wanted.detach()), 1e-10
     # A shift looks over the edge of a process's part of a sequence.
-    p = problem(
-        replace(next(c for c in CASES if c.kind is INDICES)), {"shift": 1, "ignore_index": -100}, rows=(3, 6), classes=7
-    )
+    p = problem(BY_NAME["cross_entropy-indices"], {"shift": 1, "ignore_index": -100}, rows=(3, 6), classes=7)
     given = spread(p, mesh, {"input": [Shard(1), Replicate()], "linear_weight": [Replicate(), Shard(0)]})
     yield "2-D shift", distance(whole(p.ours(*given)).detach(), p.ours(*p.arguments).detach()), 1e-10
 
@@ -307,7 +316,6 @@ def two_dimensions() -> Cases:
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from all_losses(mesh)
-    yield from small_budgets(mesh)
     yield from unusual_rows(mesh)
     yield from half_precision(mesh)
     yield from refused(mesh)

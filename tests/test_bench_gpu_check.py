@@ -127,10 +127,10 @@ def test_the_whole_command(tmp_path: Path) -> None:
     done, report = check(tmp_path, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert "| bad input | 2 | 0 | 0 | 0 | 0 | 0 |" in done.stdout
+    assert "| bad input | 4 | 0 | 0 | 0 | 0 | 0 |" in done.stdout
     assert lines[-1] == f"All figures: {tmp_path / 'check.json'}"
     (tests,) = report["tests"].values()
-    assert tests["counts"] == {"passed": 2}
+    assert tests["counts"] == {"passed": 4}
     assert [case["case"] for case in report["bench"]["cases"]] == ["cross-entropy", "forward-kl", "js"]
     for name in ("tests.log", "bench.log", "gpu.json"):
         assert (tmp_path / name).stat().st_size > 0

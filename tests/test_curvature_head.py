@@ -19,8 +19,7 @@ from softcurve.head.plan import Plan, make_plan
 from softcurve.head.products import Direction
 from softcurve.head.tensors import RowLosses
 
-from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
-from .head_cases import (
+from .cases import (
     BIASLESS_TEACHER,
     BY_NAME,
     CASES,
@@ -33,6 +32,7 @@ from .head_cases import (
     least_of,
     problem,
 )
+from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
 
 Columns = list[tuple[Tensor, ...]]
 Pass = Callable[[RowLosses], Any]

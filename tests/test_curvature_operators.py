@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import softcurve
 from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian, fisher
 
+from .cases import BY_NAME, CASES, Case, Rows, assert_same, everything, problem
 from .curvature_oracle import DenseNetwork, DenseRows, Network, batch_of, loss_options, row_gradients
-from .head_cases import BY_NAME, CASES, Case, Rows, assert_same, everything, problem
 
 BOUND = 1e-9
 CLASSES, WIDTH = 6, 3

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import softcurve
 
-from .head_cases import assert_same, derivatives
+from .cases import assert_same, derivatives
+from .pairwise import pairwise
 
 CLASSES, FEATURES = 5, 3
 WEIGHT = torch.tensor([0.3, 1.7, 0.0, 2.0, 0.9], dtype=torch.float64)
@@ -29,16 +30,17 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "K=3": ((2,), (1, 3, 2)),
     "K=1 of one": ((3,), (1,)),
 }
-OPTIONS = [
-    {"weight": weight, "ignore_index": ignore_index, "label_smoothing": smoothing, "reduction": reduction}
-    for weight, ignore_index, smoothing, reduction in itertools.product(
-        (None, WEIGHT), (None, -100, 2, 7), (0.0, 0.15, 1.0), ("none", "sum", "mean")
-    )
-]
+FACTORS: dict[str, Any] = {
+    "shape": tuple(SHAPES),
+    "biased": (False, True),
+    "weight": (None, WEIGHT),
+    "label_smoothing": (0.0, 0.15, 1.0),
+    "reduction": ("none", "sum", "mean"),
+}
 
 
-def shown(options: dict[str, Any]) -> str:
-    return "-".join("weighted" if isinstance(v, Tensor) else str(v) for v in options.values())
+def shown(setting: dict[str, Any]) -> str:
+    return "-".join("weighted" if isinstance(v, Tensor) else str(v) for v in setting.values())
 
 
 def leaves(shape: str, biased: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -77,22 +79,18 @@ def assert_equal(arguments: list[Tensor], target: Tensor, second: bool = False, 
         assert_same(got, expected)
 
 
-def some_shapes(options: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Two for each set of options, with or without bias, so that over all sets every level meets every shape."""
-    n, names = [o is options for o in OPTIONS].index(True), list(SHAPES)
-    return [(names[n % 7], n % 2 == 0), (names[(3 * n + 1) % 7], n % 5 < 2)]
+@pytest.mark.parametrize("setting", pairwise(FACTORS | {"ignore_index": (None, -100, 2, 7)}), ids=shown)
+def test_class_indices(setting: dict[str, Any]) -> None:
+    shape, biased, *_ = setting.values()
+    options = {name: value for name, value in setting.items() if name not in ("shape", "biased")}
+    assert_equal(leaves(shape, biased), indices_for(shape, options["ignore_index"]), **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=shown)
-def test_class_indices(options: dict[str, Any]) -> None:
-    for shape, biased in some_shapes(options):
-        assert_equal(leaves(shape, biased), indices_for(shape, options["ignore_index"]), **options)
-
-
-@pytest.mark.parametrize("options", [o for o in OPTIONS if o["ignore_index"] is None], ids=shown)
-def test_probabilities(options: dict[str, Any]) -> None:
-    for shape in SHAPES:
-        assert_equal(leaves(shape, len(shape) % 2 == 1), probabilities_for(shape), **options)
+@pytest.mark.parametrize("setting", pairwise(FACTORS), ids=shown)
+def test_probabilities(setting: dict[str, Any]) -> None:
+    shape, biased, *_ = setting.values()
+    options = {name: value for name, value in setting.items() if name not in ("shape", "biased")}
+    assert_equal(leaves(shape, biased), probabilities_for(shape), **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

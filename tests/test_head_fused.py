@@ -23,7 +23,7 @@ from softcurve.head import backends, curvature, products
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
-from .head_cases import BY_NAME, along, everything, problem, tile_of
+from .cases import BY_NAME, along, everything, problem, tile_of
 from .test_curvature_head import HEAD, directions, posed, whole, zeros_like
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +34,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 INTERPRETED = {
     "kernels": ["tests/interpreted_head.py"],
     "exactness": [
+        "tests/test_exactness.py",
         "tests/test_head_exactness.py",
         "-k",
-        "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or a_bias_of_minus_infinity",
+        "(test_confident_row and head and -9-) or (test_offset and float32 and 10000) or a_bias_of_minus_infinity",
     ],
 }
 

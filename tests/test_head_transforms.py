@@ -1,4 +1,4 @@
-"""The head's autograd contract: every transform of torch.func and of autograd, up to the second order, equal to the dense ones."""
+"""What the head's autograd has beyond the table of test_transforms.py: tiles, vmap over heads, frozen arguments, autocast."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import softcurve
 from softcurve.head import workspace
 
-from .head_cases import BY_NAME, CASES, REDUCTIONS, Case, Problem, along, assert_same, directions, everything, problem
+from .cases import BIASLESS_TEACHER, BY_NAME, CASES, Case, along, assert_same, directions, everything, problem
 from .placement import DEVICE
 from .test_head_conformance import products_of
+from .test_transforms import CHOSEN, FEW, TRANSFORMS, assert_equal, everywhere, small
 
 pytestmark = [
     pytest.mark.usefixtures("without_shape_checks"),
@@ -26,54 +27,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
 ]
 
-Function = Callable[..., Tensor]
-
-# A kind of target for each way that a target can enter a tile.
-CHOSEN = [
-    BY_NAME[name]
-    for name in (
-        "cross_entropy-indices",
-        "cross_entropy-float",
-        "cross_entropy-Logits",
-        "cross_entropy-bucket",
-        "cross_entropy-renormalize",
-        "cross_entropy-LinearTeacher",
-        "forward-Probabilities",
-        "forward-LinearTeacher",
-        "forward-bucket",
-        "reverse-Logits",
-        "reverse-LinearTeacher",
-        "reverse-bucket",
-        "js0.3-LinearTeacher",
-        "js0.3-bucket",
-        "js0.3-renormalize",
-    )
-]
-FEW = [BY_NAME[n] for n in ("cross_entropy-indices", "cross_entropy-bucket", "forward-Logits", "reverse-LinearTeacher")]
+# --- tiles ---------------------------------------------------------------------------------------------------------------
 
 
-def small(case: Case, reduction: str = "none", rows: tuple[int, ...] = (2,)) -> Problem:
-    """With everything on; without the shift, which needs a dimension that vmap takes away."""
-    return problem(case, everything(case, "shift"), reduction, rows, 2, 4)
-
-
-# --- against differences -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("case", "reduction"), [(c, r) for c, r in zip(CHOSEN, 4 * REDUCTIONS, strict=False)], ids=str)
-def test_gradcheck_and_gradgradcheck(case: Case, reduction: str) -> None:
-    """Reverse, forward and batched mode, forward over reverse and reverse over reverse, at random directions."""
-    posed = problem(case, everything(case), reduction, (4,), 2, 5)
-    modes = {"check_batched_grad": True, "fast_mode": True}
-    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True, check_batched_forward_grad=True, **modes)
-    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_gradcheck_of_tiles(case: Case) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cross_entropy-bucket", "forward-Logits"])
+def test_gradcheck_of_tiles(name: str) -> None:
     """With rows and classes cut."""
-    posed = problem(case, everything(case), "none", (4,), 2, 301)
-    budget = posed.budget("tiles")
+    posed = problem(BY_NAME[name], everything(BY_NAME[name]), "none", (2,), 1, 19)
+    budget = posed.budget("least")
 
     def ours(*arguments: Tensor) -> Tensor:
         return posed.ours(*arguments, memory_budget=budget)
@@ -82,89 +44,19 @@ def test_gradcheck_of_tiles(case: Case) -> None:
     assert gradgradcheck(ours, posed.arguments, check_fwd_over_rev=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_entry_by_entry(case: Case) -> None:
-    posed = problem(case, {"bias": True}, "none", (2,), 2, 3)
-    assert gradcheck(posed.ours, posed.arguments, check_forward_ad=True)
-    assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True)
-
-
-# --- torch.func --------------------------------------------------------------------------------------------------------
-
-
-def everywhere(arguments: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(range(len(arguments)))
-
-
-TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
-    "grad": lambda f, a: grad(f, everywhere(a))(*a),
-    "grad in input": lambda f, a: grad(f)(*a),
-    "grad in weight": lambda f, a: grad(f, 1)(*a),
-    "grad_and_value": lambda f, a: grad_and_value(f, everywhere(a))(*a),
-    "vjp": lambda f, a: vjp(f, *a)[1](torch.tensor(0.7, dtype=torch.float64)),
-    "jvp": lambda f, a: jvp(f, a, directions(a)),
-    "jvp in input": lambda f, a: jvp(lambda x: f(x, *a[1:]), a[:1], directions(a[:1])),
-    "jvp in weight": lambda f, a: jvp(lambda w: f(a[0], w, *a[2:]), a[1:2], directions(a[1:2])),
-    "jacrev": lambda f, a: jacrev(f, everywhere(a))(*a),
-    "jacfwd": lambda f, a: jacfwd(f, everywhere(a))(*a),
-    "hessian in input": lambda f, a: hessian(f)(*a),
-    "hessian in weight": lambda f, a: hessian(f, 1)(*a),
-    "jvp(grad)": lambda f, a: jvp(grad(f, everywhere(a)), a, directions(a)),
-    "vjp(grad)": lambda f, a: vjp(grad(f, everywhere(a)), *a)[1](directions(a)),
-    "jvp(jvp)": lambda f, a: jvp(lambda *b: jvp(f, b, directions(a))[1], a, directions(a)),
-    "grad(jvp)": lambda f, a: grad(lambda *b: jvp(f, b, directions(a))[1], everywhere(a))(*a),
-    "grad(grad)": lambda f, a: grad(lambda *b: along(grad(f, everywhere(a))(*b)), everywhere(a))(*a),
-    "vmap(jvp(grad))": lambda f, a: vmap(lambda *v: jvp(grad(f, everywhere(a)), a, v)[1])(
-        *(torch.stack([d, -0.4 * d.flip(-1)]) for d in directions(a))
-    ),
-}
-
-# Whole matrices of second derivatives, each entry of which is a pass.
-MATRICES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
-    "hessian": lambda f, a: hessian(f, everywhere(a))(*a),
-    "jacrev(jacrev)": lambda f, a: jacrev(jacrev(f, everywhere(a)), everywhere(a))(*a),
-    "jacrev(jacfwd)": lambda f, a: jacrev(jacfwd(f, everywhere(a)), everywhere(a))(*a),
-    "jacfwd(jacfwd)": lambda f, a: jacfwd(jacfwd(f, everywhere(a)), everywhere(a))(*a),
-}
-
-
-def assert_equal(got: Any, expected: Any, bound: float = 1e-10) -> None:
-    got, expected = pytree.tree_leaves(got), pytree.tree_leaves(expected)
-    assert len(got) == len(expected)
-    for n, (one, other) in enumerate(zip(got, expected, strict=True)):
-        assert_same(one, other, f"output {n}", bound)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_func(case: Case, transform: str) -> None:
-    posed = small(case)
-    arguments = tuple(a.detach() for a in posed.arguments)
-    ours, dense = (lambda *a, f=f: f(*a).sin().sum() for f in (posed.ours, posed.dense))
-    assert_equal(TRANSFORMS[transform](ours, arguments), TRANSFORMS[transform](dense, arguments))
-
-
-@pytest.mark.parametrize("transform", MATRICES)
-@pytest.mark.parametrize("case", FEW[:3], ids=str)
-def test_matrices(case: Case, transform: str) -> None:
-    posed = small(case, rows=(1,))
-    arguments = tuple(a.detach() for a in posed.arguments)
-    ours, dense = (lambda *a, f=f: f(*a).sin().sum() for f in (posed.ours, posed.dense))
-    assert_equal(MATRICES[transform](ours, arguments), MATRICES[transform](dense, arguments))
-
-
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vjp(grad)", "vmap(jvp(grad))"])
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_func_of_tiles(case: Case, transform: str) -> None:
+@pytest.mark.parametrize("name", FEW)
+def test_func_of_tiles(name: str, transform: str) -> None:
+    case = BY_NAME[name]
     posed = problem(case, everything(case, "shift"), "mean", (3,), 1, 21)
     budget, arguments = posed.budget("least"), tuple(a.detach() for a in posed.arguments)
     got = TRANSFORMS[transform](lambda *a: posed.ours(*a, memory_budget=budget), arguments)
     assert_equal(got, TRANSFORMS[transform](posed.dense, arguments))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_stats_beside_transforms(case: Case) -> None:
-    posed = problem(case, {"bias": True}, "mean")
+@pytest.mark.parametrize("name", FEW)
+def test_stats_beside_transforms(name: str) -> None:
+    posed = problem(BY_NAME[name], {"bias": True}, "mean")
     arguments = tuple(a.detach() for a in posed.arguments)
     gradients, stats = grad(lambda *a: posed.ours(*a, return_stats=True), everywhere(arguments), has_aux=True)(
         *arguments
@@ -174,10 +66,10 @@ def test_stats_beside_transforms(case: Case) -> None:
     assert torch.equal(stats.correct, posed.dense_stats().correct)
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_vmap(case: Case) -> None:
+@pytest.mark.parametrize("name", CHOSEN)
+def test_vmap(name: str) -> None:
     """Over each argument alone (features, heads, biases, targets), and over all; by chunks, and nested."""
-    posed = problem(case, {"bias": True, "sample_weight": True, "temperature": 0.7}, "mean", (3,), 2, 4)
+    posed = problem(BY_NAME[name], {"bias": True, "sample_weight": True, "temperature": 0.7}, "mean", (3,), 2, 4)
     one = tuple(a.detach() for a in posed.arguments)
     for mapped in (*((at,) for at in everywhere(one)), everywhere(one)):
         dims = tuple(0 if at in mapped else None for at in everywhere(one))
@@ -189,8 +81,8 @@ def test_vmap(case: Case) -> None:
         arguments = [many[at] if at in mapped else one[at] for at in everywhere(one)]
         rows = [[many[at][i] if at in mapped else one[at] for at in everywhere(one)] for i in range(3)]
         expected = torch.stack([posed.dense(*row) for row in rows])
-        assert_equal(vmap(posed.ours, dims)(*arguments), expected)
-        assert_equal(vmap(posed.ours, dims, chunk_size=2)(*arguments), expected)
+        chunks = {"chunk_size": 2} if mapped == (0,) else {}
+        assert_equal(vmap(posed.ours, dims, **chunks)(*arguments), expected)
         ours, dense = (grad(f, everywhere(one)) for f in (posed.ours, posed.dense))
         stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *[dense(*row) for row in rows])
         assert_equal(vmap(ours, dims)(*arguments), stacked)
@@ -198,14 +90,13 @@ def test_vmap(case: Case) -> None:
     assert_equal(vmap(vmap(posed.ours))(*twice), torch.stack([expected, expected.flip(0)]))
 
 
-@pytest.mark.parametrize("budget", ["whole", "least"])
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_per_sample_gradients(case: Case, budget: str) -> None:
+@pytest.mark.parametrize(("name", "budget"), [(name, ("whole", "least")[n % 2]) for n, name in enumerate(CHOSEN)])
+def test_per_sample_gradients(name: str, budget: str) -> None:
     """``vmap(grad(...))`` over single rows, shared head; and their Hessian products."""
-    posed = problem(case, {"bias": True}, "none", (), 2, 5)
+    posed = problem(BY_NAME[name], {"bias": True}, "none", (), 2, 5)
     one = tuple(a.detach() for a in posed.arguments)
     of_budget = posed.budget(budget)
-    x = torch.randn(6, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64)
     dims = (0, *(None for _ in one[1:]))
 
     def ours(*arguments: Tensor) -> Tensor:
@@ -219,16 +110,6 @@ def test_per_sample_gradients(case: Case, budget: str) -> None:
         rows = [transform(posed.dense)(row, *one[1:]) for row in x]
         stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
         assert_equal(vmap(transform(ours), dims)(x, *one[1:]), stacked)
-
-
-def test_vmap_over_class_indices() -> None:
-    x, w = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    indices = torch.tensor([[0, 3, 1, 2, -100], [1, 1, 0, 2, 3]])
-    expected = torch.stack([F.cross_entropy(x @ w.T, t) for t in indices])
-    assert_equal(vmap(softcurve.linear_cross_entropy, (None, None, 0))(x, w, indices), expected)
-    in_x, in_w = vmap(grad(softcurve.linear_cross_entropy, (0, 1)), (0, None, 0))(x, w, indices[1])
-    residual = torch.softmax(x @ w.T, -1) - F.one_hot(indices[1], 4)
-    assert_equal((in_x, in_w), (residual @ w, residual.unsqueeze(-1) * x.unsqueeze(-2)))
 
 
 def test_per_sample_gradients_of_a_model() -> None:
@@ -254,48 +135,13 @@ def test_per_sample_gradients_of_a_model() -> None:
     assert_equal([got[1][f"linear.{name}"] for name in of_dense], [expected[1][name] for name in of_dense])
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_legacy_functional(case: Case) -> None:
-    posed = small(case, rows=(3,))
-    expected = torch.autograd.functional.jacobian(posed.dense, posed.arguments)
-    for options in ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
-        assert_equal(torch.autograd.functional.jacobian(posed.ours, posed.arguments, **options), expected)
-    ours, dense = (lambda *a, f=f: f(*a).square().sum() for f in (posed.ours, posed.dense))
-    expected = torch.autograd.functional.hessian(dense, posed.arguments)
-    assert_equal(torch.autograd.functional.hessian(ours, posed.arguments), expected)
-    assert_equal(torch.autograd.functional.hessian(ours, posed.arguments, vectorize=True), expected)
-
-
 # --- graphs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_graphs_are_kept(case: Case, reduction: str) -> None:
-    """Again and again through one graph, with other scales between: always the same, and ``.grad`` only adds up."""
-    posed = small(case, reduction, (3,))
-    value = posed.ours(*posed.arguments)
-    scales = [torch.tensor(numbers, dtype=torch.float64) for numbers in ([0.5, -2.0, 3.0], [1e6, -1e6, 7.0])]
-    scales = scales if reduction == "none" else [scale[2] for scale in scales]
-    first = torch.autograd.grad(value, posed.arguments, scales[0], retain_graph=True, materialize_grads=True)
-    kept = [g.clone() for g in first]
-    for scale in (scales[1], scales[0]):
-        again = torch.autograd.grad(value, posed.arguments, scale, retain_graph=True, materialize_grads=True)
-    assert all(torch.equal(g, k) for g, k in zip(first, kept, strict=True))
-    assert all(torch.equal(g, k) for g, k in zip(again, kept, strict=True))
-    value.backward(scales[0], retain_graph=True)
-    of_first = {n: a.grad for n, a in zip(posed.names, posed.arguments, strict=True) if a.grad is not None}
-    copies = {n: g.clone() for n, g in of_first.items()}
-    value.backward(scales[0])
-    for name, argument in zip(posed.names, posed.arguments, strict=True):
-        if name in of_first:
-            assert_same(argument.grad, 2 * copies[name], name, 1e-14)
 
 
 def test_a_caller_may_write_to_a_gradient() -> None:
     """Clipping in place between two passes through one graph does not reach what the graph holds."""
-    for case in FEW:
-        posed = problem(case, {"bias": True}, "mean")
+    for name in FEW:
+        posed = problem(BY_NAME[name], {"bias": True}, "mean")
         value = posed.ours(*posed.arguments)
         first = torch.autograd.grad(value, posed.arguments, retain_graph=True)
         kept = [g.clone() for g in first]
@@ -309,7 +155,7 @@ def test_a_caller_may_write_to_a_gradient() -> None:
 
 
 def test_a_freed_graph_is_an_error() -> None:
-    posed = problem(FEW[0])
+    posed = problem(BY_NAME[FEW[0]])
     value = posed.ours(*posed.arguments)
     value.backward()
     with pytest.raises(RuntimeError, match="second time"):
@@ -319,7 +165,7 @@ def test_a_freed_graph_is_an_error() -> None:
 def test_an_argument_that_was_changed_is_an_error() -> None:
     """The second derivative needs the features as they were."""
     for at in (0, 1):
-        posed = problem(FEW[0])
+        posed = problem(BY_NAME[FEW[0]])
         (gradient,) = torch.autograd.grad(posed.ours(*posed.arguments), posed.arguments[at], create_graph=True)
         with torch.no_grad():
             posed.arguments[at].add_(1.0)
@@ -327,26 +173,10 @@ def test_an_argument_that_was_changed_is_an_error() -> None:
             torch.autograd.grad(gradient.square().sum(), posed.arguments[at])
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_create_graph_twice(case: Case) -> None:
-    """A gradient penalty: backward through the gradient, added to the backward of the loss; twice over one graph."""
-    posed = small(case, "sum", (3,))
-    totals = []
-    for f in (posed.ours, posed.dense):
-        value = f(*posed.arguments)
-        gradients = torch.autograd.grad(value, posed.arguments, create_graph=True, materialize_grads=True)
-        penalty = value.square() + sum(g.square().sum() for g in gradients)
-        totals.append(
-            [torch.autograd.grad(penalty, posed.arguments, retain_graph=True, materialize_grads=True) for _ in range(2)]
-        )
-    assert all(torch.equal(a, b) for a, b in zip(*totals[0], strict=True))
-    assert_equal(totals[0], totals[1])
-
-
-@pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_third_derivatives_are_an_error(case: Case) -> None:
+@pytest.mark.parametrize("name", FEW)
+def test_third_derivatives_are_an_error(name: str) -> None:
     """Never a wrong number: an error that says so."""
-    posed = small(case, "sum", (3,))
+    posed = small(name, "everything", "sum", (3,))
     arguments = posed.arguments[:2]
     first = torch.autograd.grad(posed.ours(*posed.arguments).sin(), arguments, create_graph=True)
     second = torch.autograd.grad(along(first), arguments, create_graph=True)
@@ -362,7 +192,7 @@ def test_third_derivatives_are_an_error(case: Case) -> None:
 # --- what is not asked for ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind is not BIASLESS_TEACHER], ids=str)
 def test_frozen_arguments(case: Case) -> None:
     """Any one argument alone, or all but one: the same gradients, ``None`` for the rest, and second derivatives too."""
     posed = problem(case, everything(case), "mean", (5,), 2, 7)
@@ -423,30 +253,6 @@ def test_a_frozen_teacher_costs_one_product() -> None:
             ).backward()
         )
         assert sum(m * k * n for m, k, n in shapes) <= most * 64 * 32 * 512
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_without_gradients(case: Case) -> None:
-    posed = problem(case, everything(case), "mean", (5,))
-    expected = posed.ours(*posed.arguments).detach()
-    for without in (torch.no_grad, torch.inference_mode):
-        with without():
-            value = posed.ours(*posed.arguments)
-            assert not value.requires_grad
-            assert_same(value.clone(), expected, bound=1e-14)
-    assert not posed.ours(*(a.detach() for a in posed.arguments)).requires_grad
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_dual_numbers(case: Case) -> None:
-    posed = problem(case, everything(case), "mean", (5,))
-    arguments = tuple(a.detach() for a in posed.arguments)
-    tangents = []
-    for f in (posed.ours, posed.dense):
-        with forward_ad.dual_level():
-            dual = f(*(forward_ad.make_dual(a, d) for a, d in zip(arguments, directions(arguments), strict=True)))
-            tangents.append(forward_ad.unpack_dual(dual).tangent)
-    assert_same(*tangents)
 
 
 def test_module_hooks_and_accumulation() -> None:
@@ -524,7 +330,7 @@ def test_training_after_evaluation_in_inference_mode() -> None:
     assert_same(w.grad, torch.autograd.grad(F.cross_entropy(x @ w.T, t), w)[0], bound=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
 @pytest.mark.parametrize("inner", [jacfwd, jacrev])
 def test_features_and_sample_weights_mixed(inner: Any, outer: Any, reduction: str) -> None:

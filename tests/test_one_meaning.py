@@ -25,7 +25,7 @@ from softcurve.losses.divergences import Divergence, JensenShannon
 from softcurve.losses.spec import LossSpec
 
 from . import oracle
-from .head_cases import assert_same, least_of
+from .cases import assert_same, least_of
 from .loss_routes import BETA, FUNCTIONS, HEADS, LOSSES, PLAIN, ROUTES, Route, head_of, one_process_group
 
 F64, HALF = torch.float64, (torch.bfloat16, torch.float16)

@@ -24,6 +24,7 @@ from bench.heads import Shape
 from bench.tables import Record
 
 ROUNDS_SHARE, ROUNDS_MOST = 1 / 3, 15.0  # fraction of a case's seconds for the rounds, and its maximum in seconds
+ROUNDS_ON_CPU = 2.0  # maximum in seconds on the CPU, where the command itself is tested and no device is measured
 GRACE = 45.0  # a process is killed this many seconds after the end of its share
 LAST_LINE = 160  # maximum number of characters of an error
 
@@ -55,7 +56,7 @@ def time_is_up(name: str, shape: Shape) -> Record:
 
 def command(name: str, shape: Shape, seconds: float, out: Path, options: Sequence[str]) -> list[str]:
     """Return the command that runs one case in its own process, with the time limit starting now."""
-    rounds = min(ROUNDS_MOST, ROUNDS_SHARE * seconds)
+    rounds = min(ROUNDS_ON_CPU if "cpu" in options else ROUNDS_MOST, ROUNDS_SHARE * seconds)
     own = ["--case", name, "--shapes", ",".join(map(str, shape)), "--out", str(out), "--long", f"{rounds:.1f}"]
     own += ["--total", f"{seconds - rounds:.1f}", "--since", f"{time.monotonic():.1f}"]
     return [sys.executable, "-m", "bench", "gpu", "--together", *own, *options]

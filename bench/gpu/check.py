@@ -36,14 +36,17 @@ GRACE = 30.0  # seconds that the benchmark may exceed its total
 # Each test file and its number of concurrent processes. Files that are most likely to hang or crash are first.
 FILES = {
     "kernels": ("tests/interpreted_head.py", 4),
-    "exactness": ("tests/test_head_exactness.py", 4),
+    "exactness": ("tests/test_exactness.py", 4),
+    "exactness of a head": ("tests/test_head_exactness.py", 2),
     "memory": ("tests/test_head_memory.py", 1),
-    "conformance": ("tests/test_head_conformance.py", 4),
-    "transforms": ("tests/test_head_transforms.py", 4),
-    "bad input": ("tests/test_head_bad_input.py", 1),
+    "conformance": ("tests/test_conformance.py", 4),
+    "head": ("tests/test_head_conformance.py", 2),
+    "transforms": ("tests/test_transforms.py", 4),
+    "transforms of a head": ("tests/test_head_transforms.py", 4),
+    "bad input": ("tests/test_bad_input.py", 1),
 }
 # The selection of the exactness tests for Triton's interpreter, which is slow.
-INTERPRETED = "(test_confident_row and off_the_grid-9-right) or (test_offset and dtype0-10000) or minus_infinity"
+INTERPRETED = "(test_confident_row and head and -9-) or (test_offset and float32 and 10000) or minus_infinity"
 PYTEST = (
     "-q",
     "--tb=short",
@@ -123,7 +126,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         if (name == "kernels" and not has_kernels) or (name == "memory" and interpreted):
             continue
         few = () if options.device == "cuda" else ("-m", "not slow")
-        if interpreted and name == "exactness":
+        if interpreted and name.startswith("exactness"):
             few = (*few, "-k", INTERPRETED)
         shares = min(shares, options.processes)
         jobs += [Job(name, (file, *few), (n, shares)) for n in range(shares)]

@@ -1,0 +1,165 @@
+"""A small mutation test: each entry changes one formula of a copy of ``src/``, and the named tests must then fail.
+
+Run ``python tests/mutants.py`` for all of the mutants, or name some of them. A mutant whose text is no longer in the
+file is reported as "moved": its description says which formula it changes, so that it can be aimed at the new text.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of a formula in ``file``, and the arguments of pytest that must notice it."""
+
+    name: str
+    change: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    interpreted: bool = False
+
+
+MUTANTS = [
+    # --- losses on logits
+    Mutant("reverse-curve", "the curve of the reverse KL is p r instead of p (r + 1)", "losses/divergences.py",
+           "_times_finite(pair.p, pair.log_ratio + 1)", "_times_finite(pair.p, pair.log_ratio)", "test_conformance.py"),
+    Mutant("js-cross", "the cross term of JS loses its factor 1 - beta", "losses/divergences.py",
+           "return -self.beta * (1 - self.beta) * self._harmonic(pair)", "return -self.beta * self._harmonic(pair)",
+           "test_conformance.py"),
+    Mutant("excess-series", "e^t - 1 - t is a difference also for small t", "losses/divergences.py",
+           "near = t.abs() < 0.5\n    series", "near = t.abs() < 0.0\n    series", "test_exactness.py -k nearly"),
+    Mutant("rest-cancels", "the sum without the largest class is total - 1", "losses/softmax.py",
+           "    rest = torch.where(total < 2, torch.frac(exponentials).sum(-1, keepdim=True), total - 1)\n", "    rest = total - 1\n",
+           "test_exactness.py -k confident"),
+    Mutant("pair-constant", "the log-ratio keeps the rounding of two log-sum-exps", "losses/softmax.py",
+           "constant = torch.log1p(near.sum(-1, keepdim=True)).detach()", "constant = torch.zeros_like(near.sum(-1, keepdim=True))",
+           "test_exactness.py -k nearly"),
+    Mutant("dense-surplus", "a confident class does not take up what the residual misses of 0", "losses/softmax.py",
+           "surplus = torch.where(rows.rest < 1, residual.sum(-1, keepdim=True), 0.0)", "surplus = torch.zeros_like(rows.rest)",
+           "test_exactness.py -k confident"),
+    Mutant("hessian-score", "the Hessian product of a divergence loses p u S", "losses/softmax.py",
+           "return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total",
+           "return change - pair.p * change.sum(-1, keepdim=True)", "test_conformance.py"),
+    Mutant("cap-bend", "the second derivative of the soft cap has the other sign", "losses/rows.py",
+           "return (-2 / self.softcap) * torch.tanh", "return (2 / self.softcap) * torch.tanh", "test_conformance.py"),
+    Mutant("z-loss-product", "the Hessian product of the z-loss loses p (p v)", "losses/rows.py",
+           "(lse * softmax.centred(v, p) + mean)", "(lse * softmax.centred(v, p))", "test_conformance.py"),
+    Mutant("z-loss-offset", "the z-loss is on the log-sum-exp without what was taken off before the division by T",
+           "losses/rows.py", "rows + self.z_loss * (softmax.softmax_rows(z).log_sum_exp + offset).square()",
+           "rows + self.z_loss * softmax.softmax_rows(z).log_sum_exp.square()", "test_conformance.py"),
+    Mutant("batchmean", "batchmean divides by the number of rows", "losses/reduction.py",
+           "like.new_full((), leading[0] if len(leading) else 1)", "like.new_full((), math.prod(leading))",
+           "test_one_meaning.py -k batchmean"),
+    Mutant("empty-mean", "a mean of nothing is 0", "losses/reduction.py", "torch.where(empty, math.nan,",
+           "torch.where(empty, 0.0,", "test_conformance.py -k no_rows"),
+    Mutant("bucket-smoothing", "the bucket has the label smoothing of the listed classes too", "losses/targets.py",
+           "others = each.scatter(-1, self.indices, 0.0).sum(-1, keepdim=True)\n        return",
+           "others = each.sum(-1, keepdim=True)\n        return", "test_conformance.py"),
+    Mutant("mask-smoothing", "a masked class has a share of label smoothing", "losses/targets.py",
+           "unmasked = (z != -math.inf).to(dtype)", "unmasked = torch.ones_like(z).to(dtype)", "test_one_meaning.py -k share_of_smoothing"),
+    Mutant("malformed-target", "a distribution of sample weight 0 is not cleared", "losses/targets.py",
+           "rows = left_out & self.malformed(classes)", "rows = left_out & ~left_out", "test_one_meaning.py"),
+    Mutant("smoothing-range", "the label smoothing of logits may be up to 2", "functional.py",
+           '"label_smoothing", label_smoothing, 0.0, 1.0', '"label_smoothing", label_smoothing, 0.0, 2.0', "test_bad_input.py"),
+    Mutant("head-smoothing-range", "the label smoothing of a head may be up to 2", "linear.py",
+           '"label_smoothing", label_smoothing, 0.0, 1.0', '"label_smoothing", label_smoothing, 0.0, 2.0', "test_bad_input.py"),
+    # --- the head's tiles
+    Mutant("list-shift", "sums of earlier class blocks are not lowered to the new shift", "head/lists.py",
+           "self.others, self.v_others = self.others * kept, self.v_others * kept", "self.others, self.v_others = self.others, self.v_others * kept",
+           "test_conformance.py -k head"),
+    Mutant("list-smoothing", "the listed classes keep their share of label smoothing in the residual", "head/lists.py",
+           "listed = listed - self.data.weight[rows].double().unsqueeze(-1) * u[at].double()", "listed = listed - 0.0 * u[at].double()",
+           "test_conformance.py -k head"),
+    Mutant("list-direct", "e^z is summed without a shift, however small the logits", "head/lists.py",
+           "DIRECT = (0.0, 30.0)", "DIRECT = (-1e9, 30.0)", "test_exactness.py"),
+    Mutant("block-lower-top", "the lower of two blocks' largest classes is forgotten", "head/blocks.py",
+           "self.rest[rows] * before + lower", "self.rest[rows] * before", "test_conformance.py -k head"),
+    Mutant("block-top", "the residual of a class above one half is s - p S, which cancels", "head/blocks.py",
+           "        gradient[row, column] = own.squeeze(-1)[row].to(dtype)\n", "", "test_exactness.py -k confident"),
+    Mutant("block-surplus", "the rounding of both log-sum-exps stays in a divergence", "head/blocks.py",
+           "(values - share * self.surplus.square() / 2).clamp(min=0)", "values.clamp(min=0)", "test_exactness.py -k nearly"),
+    Mutant("short-settle", "a confident class does not take up what its row misses of 0", "head/short.py",
+           "            _settle(z, e, rest)\n", "            pass\n", "test_exactness.py -k confident"),
+    Mutant("short-near", "nearly equal rows stay with the short formulas", "head/short.py",
+           "LEAST_VALUE = 1e-2", "LEAST_VALUE = 0.0", "test_exactness.py -k 'small_divergences or nearly'"),
+    Mutant("short-js", "the model's side of JS has the weight beta", "head/short.py",
+           "return -(beta * to_target + (1 - beta) * to_model)", "return -(beta * to_target + beta * to_model)", "test_conformance.py -k head"),
+    Mutant("weight-tangent", "forward mode forgets the sample weights", "head/autograd.py",
+           "total = total + (v_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()", "pass", "test_transforms.py -k head"),
+    Mutant("handed-over", "saved gradients are scaled in place where a graph may see them again", "head/autograd.py",
+           "return not torch._C._autograd._get_current_graph_task_keep_graph()", "return True", "test_transforms.py test_head_transforms.py -k 'graphs or write'"),
+    # --- curvature, sharded heads, fits
+    Mutant("curvature-bucket", "Gauss-Newton of a list keeps no spread of the unlisted classes", "head/curvature_kernels.py",
+           "self.kappa = torch.where(some, spread, 0.0)", "self.kappa = torch.where(some, 0.0 * spread, 0.0)", "test_curvature_head.py"),
+    Mutant("curvature-apart", "the product at a confident class is that of v itself", "head/curvature_kernels.py",
+           "apart = top * complement - others  # v_top − p·v", "apart = top", "test_curvature_head.py -k products_and_diagonal"),
+    Mutant("shard-first", "uneven shards begin where even ones would", "head/sharded.py",
+           "each = -(-self.classes // self.mesh.size(self.by_class))", "each = self.classes // self.mesh.size(self.by_class)",
+           "test_head_processes.py -k 'one_process and 3'"),
+    Mutant("shard-rest", "the sums of the processes are added without a common maximum", "head/blocks.py",
+           "rests.append(side.rest * scale + ", "rests.append(side.rest + ", "test_head_processes.py -k 'one_process and 3'"),
+    Mutant("shard-shift", "the tile of a process keeps its own shift after the merge", "head/lists.py",
+           "self.lowered = torch.where(self.shift == NO_MASS, 0.0, torch.exp(self.shift - shift))", "pass",
+           "test_head_processes.py -k 'one_process and 3'"),
+    Mutant("conjugate", "successive directions are not conjugate", "curvature/conjugate_gradients.py",
+           "torch.where(near, 0.0, fresh / rho)", "torch.where(near, 0.0, 0.5 * fresh / rho)", "test_curvature_solve.py"),
+    Mutant("newton-conjugate", "successive directions of a Newton step are not conjugate", "fit/solver/newton.py",
+           "along.mul_(square / last)", "along.mul_(0.5 * square / last)", "test_solver.py"),
+    Mutant("digest", "the digest of a checkpoint leaves out its tensors", "fit/checkpoint.py",
+           "state.update(tensor.contiguous()", "hashlib.sha256().update(tensor.contiguous()", "test_fit_checkpoint.py"),
+    # --- Triton
+    Mutant("triton-guess", "a guess far from the largest logit stays", "head/triton_lists.py",
+           'launch(_exponentials, z, arguments | {"REDO": True}, by_rows=True)', "pass", "interpreted_head.py -k guess", True),
+    Mutant("triton-reverse", "the cross term of the reverse KL is that of the forward one", "head/triton_dense.py",
+           "            cross = -p\n", "            cross = -y\n", "interpreted_head.py -k 'equals_the_dense_loss and reverse-Logits'", True),
+    Mutant("triton-bend", "the second derivative of the soft cap has the other sign on lists", "head/triton_lists.py",
+           "bend = -2 / softcap * tanh(raw / softcap)\n", "bend = 2 / softcap * tanh(raw / softcap)\n", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
+    Mutant("triton-pieces", "the sum of an earlier piece of a row is not lowered to the new maximum", "head/triton_lists.py",
+           "sums = kept * sums + e\n        if DIRECTED", "sums = sums + e\n        if DIRECTED", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
+    Mutant("triton-slope", "a Hessian product of many columns forgets the cap's slope", "head/triton_dense_curvature.py",
+           "    product = product * slope\n", "", "interpreted_head.py -k curvature_products", True),
+]  # fmt: skip
+
+
+def outcome(mutant: Mutant) -> str:
+    """Killed, SURVIVED, or moved where the text is not in the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "src", Path(folder) / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        file = Path(folder) / "src" / "softcurve" / mutant.file
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if text.count(mutant.old) != 1:
+            return "moved"
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        files, *selection = mutant.tests.split(" -k ")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
+        command += [f"tests/{name}" for name in files.split()]
+        command += ["-k", selection[0].strip("'")] if selection else []
+        environment = os.environ | {"PYTHONPATH": str(Path(folder) / "src"), "OMP_NUM_THREADS": "1"}
+        if mutant.interpreted:
+            command += ["-W", "ignore::RuntimeWarning"]
+            environment |= INTERPRETED
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return {0: "SURVIVED", 1: "killed"}.get(done.returncode, f"pytest ended with code {done.returncode}")
+
+
+def main(names: list[str]) -> None:
+    for mutant in MUTANTS:
+        if not names or mutant.name in names:
+            sys.stdout.write(f"{mutant.name:20} {outcome(mutant):10} {mutant.tests:60} {mutant.change}\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
