@@ -147,6 +147,20 @@ def test_everything_at_once(route: str, case: Case) -> None:
     assert_equals_dense(problem(case, everything(case), "mean", (7,), 4, 23, route), "tiles")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cross_entropy-indices", "cross_entropy-bucket", "cross_entropy-renormalize"),
+        *("cross_entropy-LinearTeacher", "js0.3-Logits"),
+    ],
+)
+def test_temperature_without_soft_cap_where_classes_are_cut(name: str) -> None:
+    """The largest logit is taken off before the division, so that the sums of earlier blocks have to be lowered."""
+    rows, features, classes, budget = TILINGS["classes"]
+    for options in ({"temperature": 0.7}, {"temperature": 0.7, "bias": True, "weight": True, "label_smoothing": 0.2}):
+        assert_equals_dense(problem(BY_NAME[name], options, "mean", rows, features, classes), budget)
+
+
 RAGGED = [
     ("cross_entropy-indices", "mean"),
     ("cross_entropy-float", "batchmean"),

@@ -136,7 +136,8 @@ class DenseKernel(CurvatureKernel):
 
     def _add_sums(self, tile: DenseTile, first: int) -> None:
         wants_stats = self.data.wants_stats
-        sums, label = self.tiles.sums(tile, wants_stats=wants_stats, wants_curve=self.has_q)
+        wants_loss = not self.matrix and not self.data.has_direction
+        sums, label = self.tiles.sums(tile, wants_loss=wants_loss, wants_stats=wants_stats, wants_curve=self.has_q)
         model = (sums.score, sums.score_rest, sums.mean_v, sums.top_v)
         target = (sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
         for side, (score, score_rest, mean, top_v) in zip(self.sides, (model, target), strict=False):
@@ -229,10 +230,7 @@ class DenseKernel(CurvatureKernel):
             class_count=data.class_count,
             cached=data.cached,
             wants_target=data.wants_target or data.wants_tangents,
-            knows_scores=data.cuts_classes
-            or data.has_direction
-            or bool(self.matrix)
-            or self.loss.processes is not None,
+            knows_scores=data.has_direction or bool(self.matrix) or not whole_rows,
             z=block.z,
             target=block.target,
             v=v,

@@ -73,7 +73,7 @@ def rest_of(exponentials: Tensor) -> Tensor:
     return rest
 
 
-def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[DenseSums, Tensor]:
+def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: bool) -> tuple[DenseSums, Tensor]:
     """Return the sums over the block's classes, and the column of the target's largest entry."""
     found = DenseSums(*tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1))
     label = torch.zeros((len(tile.z), 1), dtype=torch.int64, device=tile.z.device)
@@ -83,19 +83,19 @@ def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[Dens
             found.score[rows], found.score_rest[rows] = sum_and_rest(part, MODEL, model.score)
             if part.wants_target and part.is_by_logits:
                 found.target_score[rows], found.target_score_rest[rows] = sum_and_rest(part, TARGET, target.score)
-        v, target_v = _directions(part)
-        if wants_curve and model.curve is not None:
-            found.curve[rows] = model.curve.sum(-1, keepdim=True)
-        elif v is not None:  # along a direction nobody asks for the loss
-            found.mean_v[rows], found.top_v[rows] = _mean_without_top(part, MODEL, model.p, v)
-            if target_v is not None and part.is_by_logits:
-                mean, top_v = _mean_without_top(part, TARGET, target.p, target_v)
-                found.target_mean_v[rows], found.target_top_v[rows] = mean, top_v
-        elif pair is None:
+        if wants_loss and pair is None:
             found.value[rows] = -weighted(y, log_p).sum(-1, keepdim=True)
-        else:
+        elif wants_loss and pair is not None:
             found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)
             found.surplus[rows] = pair.difference.sum(-1, keepdim=True)
+        if wants_curve and model.curve is not None:
+            found.curve[rows] = model.curve.sum(-1, keepdim=True)
+        v, target_v = _directions(part)
+        if v is not None:
+            found.mean_v[rows], found.top_v[rows] = _mean_without_top(part, MODEL, model.p, v)
+        if target_v is not None and part.is_by_logits:
+            mean, top_v = _mean_without_top(part, TARGET, target.p, target_v)
+            found.target_mean_v[rows], found.target_top_v[rows] = mean, top_v
         if wants_stats:
             found.entropy[rows] = -weighted(model.p, log_p).sum(-1, keepdim=True)
             found.best[rows], label[rows] = part.target.max(-1, keepdim=True)

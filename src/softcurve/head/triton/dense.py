@@ -173,8 +173,8 @@ def _sums(
         tl.store(label + row, chosen, mask=exists)
 
 
-def sums(tile: DenseTile, *, wants_stats: bool, wants_curve: bool) -> tuple[DenseSums, Tensor | None]:
-    """Do as in ATen; the curve's sum is there in any case."""
+def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: bool) -> tuple[DenseSums, Tensor | None]:
+    """Do as in ATen; the sums of the loss and of the curve cost nothing more here."""
     found = tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1)
     label = tile.z.new_zeros((len(tile.z), 1), dtype=torch.int64) if wants_stats else None
     launch_tile(_sums, tile, by_rows=True, found=found, label=label)
