@@ -224,6 +224,7 @@ class DenseKernel(CurvatureKernel):
         assert block.target is not None
         data, second = self.data, block if isinstance(block, CurvatureBlock) else None
         weighted = self.loss.is_cross_entropy and data.class_weight is not None
+        whole_rows = not data.cuts_classes and self.loss.processes is None
         v = block.v if directed else None
         return DenseTile(
             loss=self.loss,
