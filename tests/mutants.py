@@ -115,8 +115,8 @@ MUTANTS = [
            "test_head_processes.py -k 'one_process and 3'"),
     Mutant("conjugate", "successive directions are not conjugate", "curvature/conjugate_gradients.py",
            "torch.where(near, 0.0, fresh / rho)", "torch.where(near, 0.0, 0.5 * fresh / rho)", "test_curvature_solve.py"),
-    Mutant("newton-conjugate", "successive directions of a Newton step are not conjugate", "fit/solver/newton.py",
-           "along.mul_(square / last)", "along.mul_(0.5 * square / last)", "test_solver.py"),
+    Mutant("penalty", "the gradient of a fit has half of its penalty", "fit/solver/objective.py",
+           "weight_out.add_(weight, alpha=self.penalty)", "weight_out.add_(weight, alpha=0.5 * self.penalty)", "test_solver.py"),
     Mutant("digest", "the digest of a checkpoint leaves out its tensors", "fit/checkpoint.py",
            "state.update(tensor.contiguous()", "hashlib.sha256().update(tensor.contiguous()", "test_fit_checkpoint.py"),
     # --- Triton
