@@ -65,7 +65,8 @@ class FastRows(Kernel):
         known |= isinstance(divergence, JensenShannon) and 0.01 <= divergence.beta <= 0.99
         return known and loss.target != "probabilities"
 
-    def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
+    def accumulate(self, number: int, block: Block) -> None:
+        """Form losses, ∂L/∂z and ∂L/∂target of all rows, and again those of the rows that are not sure."""
         for rows in self.groups(block):
             z, target = block.z[rows], block.target_of(rows)
             e = self._buffer(0, z)

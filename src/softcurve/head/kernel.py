@@ -170,27 +170,6 @@ class Kernel(ABC):
         for start in range(0, count, step):
             yield slice(start, start + step)
 
-    def map_logits(self, block: Block, rows: slice) -> None:
-        """``z ← m(z)``, ``ż ← m′(z) ż``, and the logits before it set aside: where there is a soft cap."""
-        if block.raw is None:
-            return
-        z, raw = block.z[rows], block.raw[rows]
-        raw.copy_(z)
-        z.copy_(self.loss.logit_map.value(raw))
-        if block.v is not None:
-            block.v[rows].mul_(self.loss.logit_map.slope(raw))
-
-    def unmap_residuals(self, block: Block, rows: slice, mapped_v: Tensor | None) -> None:
-        """``g ← m′ g``, ``ġ ← m′ ġ + m″ g ż``; ``mapped_v`` is ``m′ ż``."""
-        if block.raw is None or self.loss.softcap is None:
-            return
-        z, slope = block.z[rows], self.loss.logit_map.slope(block.raw[rows])
-        if block.v is not None and mapped_v is not None:
-            # m″ g ż = (m″/m′) g (m′ ż), and m″/m′ = −(2/κ) tanh(z/κ).
-            bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap)
-            block.v[rows].mul_(slope).add_(bend.mul_(mapped_v).mul_(z))
-        z.mul_(slope)
-
 
 def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:
     """The class, counted over all processes, of the largest ``value``, of equal ones the first; ``at`` counts here."""
@@ -269,14 +248,3 @@ class CurvatureKernel(Kernel, ABC):
         total = self.sum_of_q()
         surplus = 2 * self.loss.z_loss if self.matrix != FISHER else 0.0
         return total - surplus, total - 2 * surplus
-
-    def slope(self, block: CurvatureBlock, rows: slice) -> Tensor | None:
-        """``m′``, where the map is not the identity."""
-        return None if block.raw is None else self.loss.logit_map.slope(block.raw[rows])
-
-    def bent(self, block: CurvatureBlock, rows: slice, v: Tensor | None) -> Tensor | None:
-        """``m″ g′ v`` of a Hessian, from the residual ``g = m′ g′`` and ``m″/m′ = −(2/κ) tanh(z/κ)``."""
-        if block.raw is None or block.residual is None or self.loss.softcap is None:
-            return None
-        bend = torch.tanh(block.raw[rows] / self.loss.softcap).mul_(-2 / self.loss.softcap).mul_(block.residual[rows])
-        return bend if v is None else bend.mul_(v)
