@@ -216,7 +216,7 @@ def write_shards(folder: Path) -> None:
 def opened(kind: str, target: str | None = None) -> Case:
     def case(folder, group):
         together = ALONE if group is None else Group(group)
-        source = open_source(str(folder / kind), None if target is None else folder / target, together=together)
+        source = open_source(str(folder / kind), None if target is None else folder / target, group=together)
         fit = fit_head(Subset(source, np.arange(ROWS) % 5 > 0), tol=1e-9)
         return told(fit) | {"classes": [str(name) for name in source.classes], "fingerprint": source.fingerprint}
 
@@ -235,7 +235,7 @@ def own_rows_alone(folder, group):
     FileRows.read, FileRows.digest = noted, lambda self, most: b""  # all hash the same pieces of all rows
     try:
         together = ALONE if group is None else Group(group)
-        source = open_source(str(folder / "lists.npy"), folder / "target.npy", together=together)
+        source = open_source(str(folder / "lists.npy"), folder / "target.npy", group=together)
         read_labels = sorted(read)
         read.clear()
         for _ in source.walk(10):
@@ -263,7 +263,7 @@ def refused(name: str, attempt: Case) -> Case:
 
 def not_finite(folder, group):
     together = ALONE if group is None else Group(group)
-    source = open_source(str(folder / "bad.npy"), folder / "target.npy", together=together)
+    source = open_source(str(folder / "bad.npy"), folder / "target.npy", group=together)
     fit_head(source)
 
 

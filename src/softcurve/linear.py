@@ -161,7 +161,8 @@ def linear_kl_divergence(
     Args:
         target: a :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose own logits
             are made tile by tile as well. A plain tensor is refused: it could hold probabilities or logits.
-        direction: ``"forward"``: ``D(target‖model)``, mode-covering; ``"reverse"``: ``D(model‖target)``, mode-seeking.
+        direction: ``"forward"``: ``D(target‖model)``, which covers the target's modes; ``"reverse"``:
+            ``D(model‖target)``, which seeks one of them.
         temperature: ``T``; both sides become ``softmax(z / T)``.
         softcap: of the model's logits alone.
         shift: must be 0: a distribution already belongs to a row.

@@ -49,7 +49,7 @@ def fit_command(
         if group.first:
             outputs = _outputs(options)
     Cs = _strengths(options.path)
-    source = open_source(options.data, options.target, class_count=options.class_count, together=group)
+    source = open_source(options.data, options.target, class_count=options.class_count, group=group)
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)

@@ -103,7 +103,7 @@ def diagnose(
     weight, bias = weight.double(), bias.double()
     confusion, sums, calibration = Confusion(len(bias)), ScoreSums(loss), _CalibrationSums(bins)
     hard = _HardestRows(hardest, weight.shape[1])
-    with share.together.agreed():
+    with share.group.agreed():
         for block in source.blocks(rows_at_once or rows_within(*weight.shape)):
             assert block.target is not None
             scores = sums.add(torch.addmm(bias, block.features.double(), weight.T), block.target)
@@ -111,7 +111,7 @@ def diagnose(
             calibration.add(scores)
             hard.add(block, scores)
     for part in (sums, confusion, calibration, hard):
-        part.add_processes(share.together)
+        part.add_processes(share.group)
     return Diagnostics(
         rows=sums.rows,
         kind=source.kind,

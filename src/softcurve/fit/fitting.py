@@ -121,7 +121,7 @@ def fit_head(
     share, classes = share_of(source), len(source.classes)
     options: dict[str, object] = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision}
     others = {"tol": tol, "max_iter": max_iter, "memory_budget": memory_budget, "checkpoint": checkpoint}
-    require_same(share.together, options | others, SAME)
+    require_same(share.group, options | others, SAME)
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
@@ -133,7 +133,7 @@ def fit_head(
     penalty = (2.0 if classes == 2 else 1.0) / (C * total)
     work = share.total * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
-    with _threads(work, share.together):
+    with _threads(work, share.group):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
         _check_coordinates(coordinates, source.width, fit_intercept)
@@ -141,7 +141,7 @@ def fit_head(
         objective = Objective(problem, coordinates)
         curvature_in = partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product)
         cold = partial(_cold_state, objective, total, double=double)
-        keeper, state = Keeper(share.together, on_step), None
+        keeper, state = Keeper(share.group, on_step), None
         if checkpoint is not None:
             identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
             identity |= _digests(source, weights)
@@ -170,7 +170,7 @@ def coordinates_of(
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
     rows_at_once = _rows_at_once(source, classes, _budget(source, memory_budget))
-    with _threads(share.total * source.width * classes, share.together):
+    with _threads(share.total * source.width * classes, share.group):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 
 
@@ -191,7 +191,7 @@ def own_part(
     weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
     axes = () if coordinates is None else (coordinates.mean, coordinates.basis)
     compared = {"sample_weight": (weights,), "start": start or (), "coordinates": axes}
-    require_same(share.together, {name: _described(tensors) for name, tensors in compared.items()}, SAME)
+    require_same(share.group, {name: _described(tensors) for name, tensors in compared.items()}, SAME)
     if weights is None:
         return part, None
     if weights.shape != (share.total,):
@@ -250,12 +250,12 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
     if sample_weight is None:
         return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
     weights = torch.as_tensor(sample_weight).double()
-    with share.together.agreed():
+    with share.group.agreed():
         if weights.shape != (source.rows,):
             raise DataError(
                 f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(weights.shape)}"
             )
-    whole = torch.cat(share.together.gathered(weights))  # so that the sum is rounded as in one process
+    whole = torch.cat(share.group.gathered(weights))  # so that the sum is rounded as in one process
     total = float(whole.sum())
     if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
         raise DataError(
@@ -267,7 +267,7 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
 
 def _digests(source: Source, weights: Tensor) -> dict[str, str]:
     """Return digests of the rows and the weights of all processes."""
-    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).together.gathered(weights))}
+    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).group.gathered(weights))}
 
 
 def _budget(source: Source, memory_budget: int | None) -> int:

@@ -97,7 +97,7 @@ def curvature_spectrum(
             "softcurve spectrum takes the time that it needs"
         )
     features, target = _sampled(source, sample, seed)
-    if not share.together.first:
+    if not share.group.first:
         return "the first process has it"
     if loss == "forward_kl" and source.kind == "labels":
         loss = "cross_entropy"  # H(y) = 0 for a label
@@ -187,7 +187,7 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
     drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds only those
     wanted = torch.from_numpy(drawn).sort().values - share.first
     parts: list[tuple[Tensor, Tensor | TopK]] = []
-    with share.together.agreed():
+    with share.group.agreed():
         for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
@@ -195,5 +195,5 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
                 parts.append((block.features[here].double(), target_rows(block.target, here)))
             if block.start + len(block) > wanted[-1]:
                 break
-    parts = [part for of_process in share.together.values(parts) for part in of_process]
+    parts = [part for of_process in share.group.values(parts) for part in of_process]
     return torch.cat([features for features, _ in parts]), concatenated([target for _, target in parts])

@@ -27,7 +27,7 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
         compared = {name: options.get(name) for name in ("start", "coordinates")}
         source, options["sample_weight"] = own_part(source, options.get("sample_weight"), group, **compared)
     shared: dict[str, Any] = {name: options[name] for name in ("fit_intercept", "memory_budget") if name in options}
-    require_same(share_of(source).together, {"Cs": list(Cs)} | shared, SAME)
+    require_same(share_of(source).group, {"Cs": list(Cs)} | shared, SAME)
     if options.get("coordinates") is None:
         options["coordinates"] = coordinates_of(source, sample_weight=options.get("sample_weight"), **shared)
     fits: dict[int, Fit] = {}

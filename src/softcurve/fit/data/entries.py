@@ -80,7 +80,7 @@ def _require(good: NDArray[np.bool_], values: NDArray[Any], what: str, remedy: s
 
 
 def index_labels(
-    rows: Rows, bounds: Sequence[int], classes: tuple[Label, ...] | None = None, together: Group = ALONE
+    rows: Rows, bounds: Sequence[int], classes: tuple[Label, ...] | None = None, group: Group = ALONE
 ) -> tuple[tuple[Label, ...], Int64[np.ndarray, " rows"]]:
     """Return the classes, and the index among them of every row that these bounds enclose.
 
@@ -91,7 +91,7 @@ def index_labels(
     shown = ", ".join(map(repr, list(fitted)[:8])) + (", …" if len(fitted) > 8 else "")
     pieces: list[tuple[list[Label], NDArray[np.int64]]] = []
     distinct: dict[str, dict[Label, None]] = {}  # the labels by the name of their array
-    with together.agreed():
+    with group.agreed():
         for start, piece in zip(bounds, rows.read(bounds), strict=False):
             name, _ = locate(rows, start)
             values, inverse = np.unique(_checked_labels(piece, name), return_inverse=True)
@@ -103,7 +103,7 @@ def index_labels(
                 remedy = "leave the target out, or fit a head to all classes"
                 _require(known, piece, f"be labels of the head's {len(classes)} classes ({shown})", remedy, rows, start)
     if classes is None:
-        texts = together.values(json.dumps([(name, list(labels)) for name, labels in distinct.items()]))
+        texts = group.values(json.dumps([(name, list(labels)) for name, labels in distinct.items()]))
         classes = _all_classes([named for text in texts for named in json.loads(text)])
     position = {label: index for index, label in enumerate(classes)}
     indices = [np.array([position[label] for label in labels], dtype=np.int64)[inverse] for labels, inverse in pieces]

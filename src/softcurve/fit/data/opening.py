@@ -20,19 +20,19 @@ __all__ = ["open_source", "open_source_for"]
 
 
 def open_source(
-    data: str, target: Path | None = None, *, class_count: int | None = None, together: Group = ALONE
+    data: str, target: Path | None = None, *, class_count: int | None = None, group: Group = ALONE
 ) -> RowSource:
     """Open rows with targets to fit a head to: the word ``digits``, a file, or a directory of shards.
 
     ``target``, an .npy file, takes the place of the targets in ``data``. ``class_count`` is that of a teacher's lists,
-    by default the largest index and one. Of several processes ``together``, each has a share of the rows, which follow
+    by default the largest index and one. Of several processes ``group``, each has a share of the rows, which follow
     one another, and reads no others. Raises DataError.
     """
-    with together.agreed():
+    with group.agreed():
         dataset = _open(data, target)
         if not dataset.targets:
             raise DataError(f"data: {data} has no targets ({dataset.absent}); give them in an .npy file as target")
-    return assemble(dataset, class_count=class_count, together=together)
+    return assemble(dataset, class_count=class_count, group=group)
 
 
 def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: Path | None = None) -> RowSource:

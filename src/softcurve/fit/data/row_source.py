@@ -58,9 +58,9 @@ class RowSource:
         """
         state = hashlib.sha256(repr((self.share.total, self.kind, self.classes)).encode())
         if self.index is not None:
-            for piece in self.share.together.in_order(torch.from_numpy(self.index)):
+            for piece in self.share.group.in_order(torch.from_numpy(self.index)):
                 state.update(piece.numpy().tobytes())
-        with self.share.together.agreed():
+        with self.share.group.agreed():
             for rows in self._stored:
                 state.update(rows.digest(MOST))
         return state.hexdigest()
@@ -99,7 +99,7 @@ def assemble(
     *,
     classes: tuple[Label, ...] | None = None,
     class_count: int | None = None,
-    together: Group = ALONE,
+    group: Group = ALONE,
 ) -> RowSource:
     """Check what can be seen without reading all, read the labels, and make a dataset a source.
 
@@ -107,40 +107,40 @@ def assemble(
     the largest index and one. Of several processes, each has a share. Raises DataError.
     """
     kind = data.kind
-    with together.agreed():
+    with group.agreed():
         data.check()
         if class_count is not None and (class_count < 2 or kind == "labels"):
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
         if kind is not None:
             require_rows(data.features.shape[0], data.features.name)
-    require_same_rows(data, together)
-    share = own_share(data.features.shape[0], together)
+    require_same_rows(data, group)
+    share = own_share(data.features.shape[0], group)
     index, count = None, 0
     if kind == "labels":
-        names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, together)
+        names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, group)
         count = len(names)
     elif kind is not None:
-        with together.agreed():
+        with group.agreed():
             count = _class_count(data, share, class_count, classes)
-        count = int(together.largest(count)[0])
+        count = int(group.largest(count)[0])
     if kind is not None and classes is None:
-        with together.agreed():
+        with group.agreed():
             origin = data.targets[0].name if class_count is None else "class_count"
             require_head(count, data.features.shape[1], origin)
         classes = names if kind == "labels" else tuple(range(count))
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
-        with together.agreed():
+        with group.agreed():
             for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
                 pass
     return source
 
 
-def own_share(rows: int, together: Group) -> Share:
+def own_share(rows: int, group: Group) -> Share:
     """Return the share of so many rows that a process has."""
-    first, end = (rows * rank // together.size for rank in (together.rank, together.rank + 1))
-    return Share(first, end - first, rows, together)
+    first, end = (rows * rank // group.size for rank in (group.rank, group.rank + 1))
+    return Share(first, end - first, rows, group)
 
 
 def _bounds(data: Dataset, share: Share, at_most: int) -> list[int]:
@@ -168,17 +168,17 @@ def _class_count(data: Dataset, share: Share, class_count: int | None, classes: 
     return max([1, *(int(piece.max()) for piece in pieces)]) + 1  # a head has two classes or more
 
 
-def require_same_rows(data: Dataset, together: Group) -> None:
+def require_same_rows(data: Dataset, group: Group) -> None:
     """Raise DataError, in all processes, where one of them sees other rows than the first, as in other files."""
-    if together.size == 1:
+    if group.size == 1:
         return
-    with together.agreed():
+    with group.agreed():
         arrays = [
             (name, digest.hex()) for rows in (data.features, *data.targets) for name, digest in digests(rows, MOST)
         ]
-    texts = together.values(json.dumps((f"{data.features.shape[0]} rows of {data.described}", arrays)))
+    texts = group.values(json.dumps((f"{data.features.shape[0]} rows of {data.described}", arrays)))
     first_shape, first_arrays = json.loads(texts[0])
-    with together.agreed():
+    with group.agreed():
         for other, (shape, arrays) in enumerate(map(json.loads, texts)):
             pairs = zip(first_arrays, arrays, strict=False)
             unlike = next(((name, other_name) for (name, a), (other_name, b) in pairs if a != b), None)

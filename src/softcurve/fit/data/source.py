@@ -86,7 +86,7 @@ class Share:
     first: int
     rows: int
     total: int
-    together: Group
+    group: Group
 
 
 def share_of(source: Source) -> Share:

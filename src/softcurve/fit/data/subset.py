@@ -35,7 +35,7 @@ class Subset:
         self._chosen = mask[whole.first : whole.first + source.rows]
         self.rows = int(np.count_nonzero(self._chosen))
         before, total = (int(np.count_nonzero(mask[:end])) for end in (whole.first, None))
-        self.share = Share(before, self.rows, total, whole.together)
+        self.share = Share(before, self.rows, total, whole.group)
 
     @property
     def fingerprint(self) -> str:
@@ -76,21 +76,21 @@ def holdout_mask(rows: int, holdout: float, seed: int) -> Bool[np.ndarray, " row
     return mask
 
 
-def shared(source: Source, together: Group) -> Source:
+def shared(source: Source, group: Group) -> Source:
     """Return the part of a source's rows that this process has; it reads no others. All give the same source.
 
     Raises DataError for a source of another kind than those of this library, one that is a part already, or one that
     has other entries in another process.
     """
     if isinstance(source, Subset):
-        return Subset(shared(source.source, together), source.mask)
-    if not isinstance(source, RowSource) or source.share.together.size > 1:
+        return Subset(shared(source.source, group), source.mask)
+    if not isinstance(source, RowSource) or source.share.group.size > 1:
         raise DataError(
             "source must be made by to_source or open_source, and be no part of one, to be shared among processes; "
             "leave the group out where it is a part already"
         )
-    require_same_rows(source.data, together)
-    share = own_share(source.rows, together)
+    require_same_rows(source.data, group)
+    share = own_share(source.rows, group)
     index = None if source.index is None else source.index[share.first : share.first + share.rows]
     return RowSource(source.data, source.classes, index, share)
 

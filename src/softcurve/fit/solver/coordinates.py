@@ -99,14 +99,14 @@ def find_coordinates(
     source: Source, weights: Float64[Tensor, " rows"], classes: int, *, intercept: bool, rows_at_once: int
 ) -> Coordinates:
     """Find the coordinates in one pass over the rows; ``weights`` sum to one."""
-    width, rows, together = source.width, share_of(source).total, share_of(source).together
+    width, rows, group = source.width, share_of(source).total, share_of(source).group
     axes = min(width, rows)
     pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * rows * classes and axes <= WIDEST
     if source.in_memory and rows < width and 8 * rows * width <= SPAN_BYTES:
         return _span(source, weights, intercept, rows_at_once, turned=pays)
     moments = _Moments(width, pairs=pays)
     first = torch.zeros(2, width, dtype=torch.float64)
-    with together.summed(first):
+    with group.summed(first):
         for features, weight in _weighted(source, weights, rows_at_once):
             moments.add(features, weight)
         first += torch.stack([moments.mean(), moments.squares])
@@ -114,7 +114,7 @@ def find_coordinates(
     if not intercept:
         mean.zero_()
     covariance = torch.zeros(width, width, dtype=torch.float64) if pays else torch.zeros(width, dtype=torch.float64)
-    with together.summed(covariance):
+    with group.summed(covariance):
         covariance += moments.about(mean)
     if not pays:
         return _coordinates(mean, None, intercept, squares, covariance <= SPREAD**2 * squares)
@@ -139,26 +139,26 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
     The null space is that of the correlation matrix, as the rounding of the largest entries of the covariance hides the
     zeros among the entries of columns with much smaller units. It includes ``constant`` columns.
     """
-    together = share_of(source).together
+    group = share_of(source).group
     scale = torch.where(constant, math.inf, covariance.diagonal().clamp(min=0.0).sqrt())
-    values, vectors = _eigh(covariance / scale / scale[:, None], together)
+    values, vectors = _eigh(covariance / scale / scale[:, None], group)
     null = int((values <= SINGULAR[source.double] * len(values)).sum())
     if not null:
-        return _eigh(covariance, together)[1], 0
+        return _eigh(covariance, group)[1], 0
     # Features D x̂ do not vary along D⁻¹ n if x̂ does not vary along n.
     scale = torch.where(constant, 1.0, scale)
-    turned = together.from_first(torch.linalg.qr(vectors[:, :null] / scale[:, None], mode="complete").Q)
+    turned = group.from_first(torch.linalg.qr(vectors[:, :null] / scale[:, None], mode="complete").Q)
     rest = turned[:, null:]
-    return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, together)[1]], 1), null
+    return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, group)[1]], 1), null
 
 
-def _eigh(matrix: Tensor, together: Group) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """Return the decomposition of the first process, as another machine may find other signs."""
     values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
-    with together.agreed():
-        if together.first:
+    with group.agreed():
+        if group.first:
             values, vectors = torch.linalg.eigh(matrix)
-    return together.from_first(values), together.from_first(vectors)
+    return group.from_first(values), group.from_first(vectors)
 
 
 def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,16 +168,16 @@ def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tu
 
 def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *, turned: bool) -> Coordinates:
     """Return coordinates of the span of fewer rows than features, in which the optimal weight lies."""
-    together = share_of(source).together
+    group = share_of(source).group
     features = torch.zeros(0, source.width, dtype=torch.float64)
-    with together.agreed():
+    with group.agreed():
         features = torch.cat([features, *(block.features.double() for block in source.blocks(rows_at_once))])
-    features, weights = torch.cat(together.gathered(features)), torch.cat(together.gathered(weights))
+    features, weights = torch.cat(group.gathered(features)), torch.cat(group.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     squares = weights @ features.square()
     features -= mean
     basis, triangle = torch.linalg.qr(features.T)
-    basis, triangle = together.from_first(basis), together.from_first(triangle)
+    basis, triangle = group.from_first(basis), group.from_first(triangle)
     gram = (triangle * weights) @ triangle.T
     constant = gram.diagonal() <= SPREAD**2 * (basis.square().T @ squares)
     if not turned:

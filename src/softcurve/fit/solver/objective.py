@@ -44,7 +44,7 @@ class FitProblem:
     @property
     def group(self) -> Group:
         """The processes that have the rows."""
-        return share_of(self.source).together
+        return share_of(self.source).group
 
     def blocks(self) -> Iterator[tuple[RowBlock, Float64[Tensor, " rows"]]]:
         """Yield the rows block by block, with their weights."""
