@@ -171,7 +171,9 @@ def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *
     group = share_of(source).group
     features = torch.zeros(0, source.width, dtype=torch.float64)
     with group.agreed():
-        features = torch.cat([features, *(block.features.double() for block in source.blocks(rows_at_once))])
+        features = torch.cat(
+            [features, *(block.features.to(torch.float64, copy=True) for block in source.blocks(rows_at_once))]
+        )
     features, weights = torch.cat(group.gathered(features)), torch.cat(group.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     squares = weights @ features.square()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset, named_dataset
-from softcurve.fit.data.files.file_rows import FileRows, FileState, read_map
+from softcurve.fit.data.files.file_rows import FileRows, FileState, read_map, two_buffers
 from softcurve.fit.data.rows import ArrayRows, Rows, tensor_array
 
 __all__ = ["npy_rows", "npz_dataset", "opened_tensors", "safetensors_dataset"]
@@ -101,8 +101,7 @@ def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
 
 def _slices(path: Path, name: str, like: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
     """Yield copies of rows. The file is opened for each: the pages of its map stay resident until it is closed."""
-    for start, stop in pairwise(bounds):
-        rows = np.empty((stop - start, *like.shape[1:]), like.dtype)
+    for (start, stop), rows in zip(pairwise(bounds), two_buffers(like.shape, like.dtype, bounds), strict=True):
         with opened_tensors(path, "pt") as file:
             torch.from_numpy(rows).copy_(file.get_slice(name)[start:stop])
         yield rows

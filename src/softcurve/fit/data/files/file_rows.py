@@ -22,7 +22,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.rows import PIECE, digest_rows
 from softcurve.fit.system_errors import out_of_memory, unusable
 
-__all__ = ["FileRows", "FileState", "check_file", "memmap_rows", "read_map"]
+__all__ = ["FileRows", "FileState", "check_file", "memmap_rows", "read_map", "two_buffers"]
 
 
 def check_file(path: Path, argument: str) -> os.stat_result:
@@ -119,8 +119,20 @@ class FileRows:
         return hashlib.sha256(f"{self.shape} {self.dtype.str}".encode() + self.hash(most)).digest()
 
 
+def two_buffers(shape: tuple[int, ...], dtype: np.dtype[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
+    """Yield an array for the rows between each two bounds, parts of two buffers in turn.
+
+    So an array is valid until the next but one is asked for, as read-ahead needs. Allocated anew, freed blocks of this
+    size would stay resident in the heap of the reading thread.
+    """
+    counts = [stop - start for start, stop in pairwise(bounds)]
+    buffers = [np.empty((max(counts[turn::2], default=0), *shape[1:]), dtype) for turn in range(2)]
+    for number, count in enumerate(counts):
+        yield buffers[number % 2][:count]
+
+
 def read_map(open_map: Callable[[], NDArray[Any]], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
-    """Yield copies of rows of a mapped array, of which about 1 MiB is resident at a time.
+    """Yield copies of rows of a mapped array, of which about 1 MiB is resident at a time; see :func:`two_buffers`.
 
     Pages of a map count among the memory of the process until they are dropped; the cache of the system keeps them.
     In Fortran order the rows lie on pages of all columns, so that these are copied one by one.
@@ -131,8 +143,8 @@ def read_map(open_map: Callable[[], NDArray[Any]], bounds: Sequence[int]) -> Ite
         pages = pages.base
     by_column = mapped.ndim == 2 and abs(mapped.strides[0]) < abs(mapped.strides[1])
     step = 1 if by_column else max(1, PIECE // max(1, mapped.dtype.itemsize * math.prod(mapped.shape[1:])))
-    for start, stop in pairwise(bounds):
-        rows, part = np.empty((stop - start, *mapped.shape[1:]), mapped.dtype), mapped[start:stop]
+    for (start, stop), rows in zip(pairwise(bounds), two_buffers(mapped.shape, mapped.dtype, bounds), strict=True):
+        part = mapped[start:stop]
         copy, part = (rows.T, part.T) if by_column else (rows, part)
         for first in range(0, len(copy), step):
             copy[first : first + step] = part[first : first + step]
