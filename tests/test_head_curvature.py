@@ -305,7 +305,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="target must have a row that counts, got none"):
         HeadCurvature(e, w, torch.full((5,), -100))
     with pytest.raises(
-        ValueError, match="loss must be one of 'cross_entropy', 'forward_kl', 'reverse_kl', 'js' or a Divergence, got 'kl'"
+        ValueError,
+        match="loss must be one of 'cross_entropy', 'forward_kl', 'reverse_kl', 'js' or a Divergence, got 'kl'",
     ):
         HeadCurvature(e, w, y, loss="kl")
     with pytest.raises(ValueError, match=r"label_smoothing must not be given for loss='js', got 0\.1"):
