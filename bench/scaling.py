@@ -80,10 +80,12 @@ def of_distribution(rows: int, *, sides: int, directed: bool = False) -> list[in
     """Return the messages of a tile with a target over all classes; ``sides`` is 2 if the target is given by logits.
 
     They contain the largest logits; ``Σ e^z`` and the process of the largest logit; the loss, ``Σ(p − y)``, the
-    entropy and, for each side, ``S``, ``S`` without the largest class and ``p·ż``; and, with ``directed``, the sums of
-    the directional derivatives of both sides.
+    entropy and, for each side, ``S`` and ``S`` without the largest class; and, with ``directed``, for each side ``p·ż``
+    without the largest class and ``ż`` of that class, and the sums of the directional derivatives of both sides.
     """
-    return [8 * rows * sides, 16 * rows * sides, 8 * rows * (3 + 3 * sides), *([16 * rows] if directed else [])]
+    each_side = 4 if directed else 2
+    last = [8 * rows * sides] if directed else []
+    return [8 * rows * sides, 16 * rows * sides, 8 * rows * (3 + each_side * sides), *last]
 
 
 def of_gradients(step: Step) -> list[int]:

@@ -159,8 +159,9 @@ class DenseKernel(CurvatureKernel):
             return
         sums: list[tuple[object, str]] = []
         if number == 1:
-            sums += [(self, name) for name in ("values", "surplus", "entropy", "curve")]
-            sums += [(side, n) for side in self.sides for n in ("score", "score_rest", "mean_rest", "top_v")]
+            sums += [(self, name) for name in ("values", "surplus", "entropy", *(["curve"] if self.has_q else []))]
+            along = ("mean_rest", "top_v") if self.data.has_direction else ()
+            sums += [(side, name) for side in self.sides for name in ("score", "score_rest", *along)]
         else:
             sums += [(side, "change") for side in self.sides]
         parts = [getattr(owner, name).clone() for owner, name in sums]
