@@ -79,13 +79,12 @@ def of_list(rows: int, listed: int, *, directed: bool = False) -> list[int]:
 def of_distribution(rows: int, *, sides: int, directed: bool = False) -> list[int]:
     """Return the messages of a tile with a target over all classes; ``sides`` is 2 if the target is given by logits.
 
-    They contain the largest logits; ``Σ e^z`` and the process of the largest logit; the loss, ``Σ(p − y)``, the
-    entropy and, for each side, ``S`` and ``S`` without the largest class; and, with ``directed``, for each side ``p·ż``
-    without the largest class and ``ż`` of that class, and the sums of the directional derivatives of both sides.
+    They contain the largest logits; ``Σ e^z`` and the process of the largest logit; the loss, ``Σ(p − y)`` and, for
+    each side, ``S`` and ``S`` without the largest class. With ``directed`` they also contain, for each side, ``p·ż``
+    without the largest class and the ``ż`` of that class, and the sums of the directional derivatives of both sides.
     """
-    each_side = 4 if directed else 2
-    last = [8 * rows * sides] if directed else []
-    return [8 * rows * sides, 16 * rows * sides, 8 * rows * (3 + each_side * sides), *last]
+    sums = 8 * rows * (2 + (4 if directed else 2) * sides)
+    return [8 * rows * sides, 16 * rows * sides, sums, *([16 * rows] if directed else [])]
 
 
 def of_gradients(step: Step) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
+from softcurve.losses.targets import Target
 
 F64 = torch.float64
 Z = torch.tensor([[0.2, -1.0, 1.5, 0.4], [2.0, 0.1, -0.3, 0.0], [0.0, 0.0, 3.0, -2.0]], dtype=F64)
@@ -170,3 +172,27 @@ def test_z_loss_stays_in_squared_nats() -> None:
 def test_integer_dtypes(dtype: torch.dtype) -> None:
     indices = torch.tensor([0, 3, 2]).to(dtype)
     assert torch.equal(CE(Z, indices), CE(Z, indices.long()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Halved(Target):
+    """A kind of target of a user's own: logits at twice the temperature."""
+
+    values: torch.Tensor
+
+    def malformed(self, classes):
+        return ~self.values.isfinite().all(-1)
+
+    def logits(self, dtype):
+        return self.values.to(dtype) / 2
+
+
+def test_a_kind_of_ones_own_is_taken_by_its_logits():
+    x, w, t = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5, requires_grad=True)
+    for loss in (softcurve.linear_cross_entropy, softcurve.linear_kl_divergence):
+        found, expected = loss(x, w, Halved(t)), loss(x, w, Logits(t / 2))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(each, t)[0] for each in (found, expected)))
+    torch.testing.assert_close(
+        softcurve.cross_entropy(x @ w.T, Halved(t)), softcurve.cross_entropy(x @ w.T, Logits(t / 2))
+    )

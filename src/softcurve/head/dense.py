@@ -159,9 +159,11 @@ class DenseKernel(CurvatureKernel):
             return
         sums: list[tuple[object, str]] = []
         if number == 1:
-            sums += [(self, name) for name in ("values", "surplus", "entropy", *(["curve"] if self.has_q else []))]
-            along = ("mean_rest", "top_v") if self.data.has_direction else ()
-            sums += [(side, name) for side in self.sides for name in ("score", "score_rest", *along)]
+            wanted = {"entropy": self.data.wants_stats, "curve": bool(self.matrix)}
+            of_rows = ["values", "surplus", *(name for name, is_wanted in wanted.items() if is_wanted)]
+            of_sides = ["score", "score_rest", *(("mean_rest", "top_v") if self.data.has_direction else ())]
+            sums += [(self, name) for name in of_rows]
+            sums += [(side, name) for side in self.sides for name in of_sides]
         else:
             sums += [(side, "change") for side in self.sides]
         parts = [getattr(owner, name).clone() for owner, name in sums]

@@ -1,4 +1,4 @@
-"""What a kernel does with the logits of one tile of rows; see :mod:`softcurve.head.passes` for who calls it when."""
+"""What a kernel does with the logits of one tile of rows; see :mod:`softcurve.head.loop` for who calls it when."""
 
 from __future__ import annotations
 

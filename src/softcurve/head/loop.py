@@ -3,8 +3,9 @@
 A tile is some rows of the features against a block of the classes: all of them, unless the plan cuts classes. For each
 tile of rows
 
-1. every block of logits comes from one matrix product, and the kernel accumulates the statistics of the rows from it;
-2. over a sharded head the statistics are reduced over the processes: these are the only messages;
+1. every block of logits comes from one matrix product, and the kernel accumulates the statistics of the rows from it,
+   in as many sweeps over the blocks as it needs;
+2. over a sharded head the statistics of each sweep are reduced over the processes;
 3. the kernel turns each block into residuals ``∂L/∂z``, or into their changes along a direction, where the logits
    stood; a block is computed again only where classes are cut;
 4. products with the weight and the features take the residuals back.

@@ -174,7 +174,7 @@ def head_problem(
         require_no_shift(shift)
         layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
         known.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
-        if isinstance(known, Probabilities):
+        if not isinstance(known, TopK):  # whose own rows are checked where they are made local
             # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
             known.require_values(layout.classes, None if sample_weight is None else sample_weight != 0)
         return _distribution_problem(head, loss, known, class_weight, row_weight)
@@ -329,9 +329,9 @@ def _distribution_problem(
             form = "teacher"
             tensors = (e, layout.local_classes(w), None if b is None else layout.local_classes(b))
         else:
-            assert isinstance(target, Probabilities | Logits)
-            form = "logits" if isinstance(target, Logits) else "probabilities"
-            tensors = (_flat(layout.local_distributions(target.values)), None, None)
+            form = "probabilities" if isinstance(target, Probabilities) else "logits"
+            values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
+            tensors = (_flat(layout.local_distributions(values)), None, None)
         share = head.share_of_smoothing(class_weight) if loss.smoothing else class_weight
         if share is not None and share is not class_weight:
             # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
