@@ -107,18 +107,10 @@ def _sums(
     FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, exists = own_row(ROWS, rows)
-    scores = tl.zeros([ROWS, BLOCK], tl.float32)
-    others = tl.zeros([ROWS, BLOCK], tl.float32)
-    t_scores = tl.zeros([ROWS, BLOCK], tl.float32)
-    t_others = tl.zeros([ROWS, BLOCK], tl.float32)
-    values = tl.zeros([ROWS, BLOCK], tl.float32)
-    differences = tl.zeros([ROWS, BLOCK], tl.float32)
-    curves = tl.zeros([ROWS, BLOCK], tl.float32)
-    means = tl.zeros([ROWS, BLOCK], tl.float32)
-    at_top = tl.zeros([ROWS, BLOCK], tl.float32)
-    t_means = tl.zeros([ROWS, BLOCK], tl.float32)
-    t_at_top = tl.zeros([ROWS, BLOCK], tl.float32)
-    entropies = tl.zeros([ROWS, BLOCK], tl.float32)
+    zero = tl.zeros([ROWS, BLOCK], tl.float32)
+    scores, others, t_scores, t_others = zero, zero, zero, zero
+    values, differences, curves, entropies = zero, zero, zero, zero
+    means, at_top, t_means, t_at_top = zero, zero, zero, zero
     best = tl.full([ROWS, 1], -float("inf"), tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
     place = tl.load(top + row, mask=exists, other=-1)

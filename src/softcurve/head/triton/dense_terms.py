@@ -111,6 +111,38 @@ def load_pair(
 
 @jit
 @no_type_check
+def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.constexpr):
+    """Return score, curve and cross term, the score and curve seen from the target, and the value."""
+    if FAMILY == FORWARD:
+        value = _excess(y, difference, ratio)
+        score = difference
+        curve = p
+        cross = -y
+        t_score = times_finite(y, -ratio)
+        t_curve = times_finite(y, 1 - ratio)
+    elif FAMILY == REVERSE:
+        value = _excess(p, -difference, -ratio)
+        score = times_finite(p, ratio)
+        curve = times_finite(p, ratio + 1)
+        cross = -p
+        t_score = -difference
+        t_curve = y
+    else:
+        to_mixture = log_mixture(-ratio, beta, beta_rest)  # log m/p
+        t_to_mixture = log_mixture(ratio, beta_rest, beta)  # log m/y
+        value = beta_rest * _excess(p, -beta * difference, to_mixture)
+        value += beta * _excess(y, beta_rest * difference, t_to_mixture)
+        score = -beta_rest * times_finite(p, to_mixture)
+        t_score = -beta * times_finite(y, t_to_mixture)
+        harmonic = beta * beta_rest * p * tl.exp(-t_to_mixture)
+        curve = score + harmonic
+        t_curve = t_score + harmonic
+        cross = -harmonic
+    return score, curve, cross, t_score, t_curve, value
+
+
+@jit
+@no_type_check
 def pair_terms(
     seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share, uniform_each,
     inside, FAMILY: tl.constexpr
@@ -158,31 +190,9 @@ def pair_terms(
         small = clamp_half(ratio)
         difference = tl.where(tl.abs(ratio) < 0.5, y * (small + exp_excess(small)), p - y)
         t_p = y
-        if FAMILY == FORWARD:
-            value = _excess(y, difference, ratio)
-            score = difference
-            curve = p
-            cross = -y
-            t_score = times_finite(y, -ratio)
-            t_curve = times_finite(y, 1 - ratio)
-        elif FAMILY == REVERSE:
-            value = _excess(p, -difference, -ratio)
-            score = times_finite(p, ratio)
-            curve = times_finite(p, ratio + 1)
-            cross = -p
-            t_score = -difference
-            t_curve = y
-        else:
-            to_mixture = log_mixture(-ratio, beta, beta_rest)  # log m/p
-            t_to_mixture = log_mixture(ratio, beta_rest, beta)  # log m/y
-            value = beta_rest * _excess(p, -beta * difference, to_mixture)
-            value += beta * _excess(y, beta_rest * difference, t_to_mixture)
-            score = -beta_rest * times_finite(p, to_mixture)
-            t_score = -beta * times_finite(y, t_to_mixture)
-            harmonic = beta * beta_rest * p * tl.exp(-t_to_mixture)
-            curve = score + harmonic
-            t_curve = t_score + harmonic
-            cross = -harmonic
+        score, curve, cross, t_score, t_curve, value = _divergence_terms(
+            p, y, ratio, difference, beta, beta_rest, FAMILY
+        )
         t_cross = cross
     return p, score, curve, cross, t_p, t_score, t_curve, t_cross, value, minus_log_p, difference
 
