@@ -268,6 +268,50 @@ def test_mass_where_the_other_has_none(member):
         assert abs(float(gradient.sum())) <= 1e-13
 
 
+def doubled(member: Divergence) -> Divergence:
+    """A subclass of a built-in member with other formulas: twice the divergence."""
+
+    @dataclass(frozen=True)
+    class Doubled(type(member)):
+        def value(self, pair):
+            return 2 * member.value(pair)
+
+        def score(self, pair):
+            return 2 * member.score(pair)
+
+        def curve(self, pair):
+            return 2 * member.curve(pair)
+
+        def cross(self, pair):
+            return 2 * member.cross(pair)
+
+        def exchanged(self):
+            return doubled(member.exchanged())
+
+    return Doubled(**vars(member))
+
+
+@pytest.mark.parametrize("member", [ForwardKL(), ReverseKL(), JensenShannon(0.3), SkewKL(0.2)], ids=repr)
+def test_a_subclass_of_a_built_in_member_has_its_own_formulas(member, problem):
+    x, w, _, t = (tensor.float() for tensor in problem)
+    v = torch.randn_like(w)
+
+    def outcomes(divergence):
+        leaf = w.clone().requires_grad_()
+        value = softcurve.linear_divergence(x, leaf, Logits(t), divergence=divergence)
+        on_logits = softcurve.divergence(Logits(t), x @ leaf.T, divergence=divergence)
+        head = HeadCurvature(x, w, Logits(t), loss=divergence)
+        along = Direction(None, v, None)
+        products = [head.hvp(along).weight, head.ggnvp(along).weight]
+        return [value, on_logits, *torch.autograd.grad(value + on_logits, leaf), products[0]], products[1]
+
+    (twice, twice_ggn), (once, ggn) = outcomes(doubled(member)), outcomes(member)
+    for found, expected in zip(twice, once, strict=True):
+        same(found, 2 * expected, 1e-5)
+    if not member.hessian_is_fisher:  # the Gauss-Newton matrix of the forward KL itself is its Hessian
+        same(twice_ggn, 2 * ggn, 1e-5)
+
+
 # --- encoding -----------------------------------------------------------------------------------------------------------
 
 

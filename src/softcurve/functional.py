@@ -215,7 +215,7 @@ def divergence(
     """
     divergence = divergence_of(divergence)
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature)
-    if isinstance(divergence, CrossEntropy):
+    if type(divergence) is CrossEntropy:
         if isinstance(logits, Target):
             raise TypeError(f"logits must be a tensor for a cross-entropy, got {type(logits).__name__}")
         return cross_entropy(

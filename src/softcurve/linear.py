@@ -268,7 +268,7 @@ def linear_divergence(
     Source: ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     divergence = divergence_of(divergence)
-    if isinstance(divergence, CrossEntropy):
+    if type(divergence) is CrossEntropy:
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight,
             temperature=temperature, softcap=softcap, reduction=reduction, base=base, shift=shift,

@@ -60,7 +60,7 @@ class HeadLosses:
     @property
     def is_cross_entropy(self) -> bool:
         """Whether the options of a cross-entropy apply."""
-        return self.loss == "cross_entropy" or isinstance(self.loss, CrossEntropy)
+        return self.loss == "cross_entropy" or type(self.loss) is CrossEntropy
 
     @property
     def reducer(self) -> Reducer:

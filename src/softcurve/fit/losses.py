@@ -55,10 +55,10 @@ def row_losses(
         given = target
     elif target.is_floating_point():
         given = Probabilities(target)
-    elif isinstance(member, CrossEntropy | ForwardKL):  # the forward KL of a label is its cross-entropy, since H(y) = 0
+    elif type(member) in (CrossEntropy, ForwardKL):  # the forward KL of a label is its cross-entropy, since H(y) = 0
         return cross_entropy(logits, target, reduction="none")
     else:
         given = Probabilities(logits.new_zeros(logits.shape).scatter_(-1, target[:, None], 1.0))
-    if isinstance(member, CrossEntropy):
+    if type(member) is CrossEntropy:
         return cross_entropy(logits, given, reduction="none")
     return divergence(given, logits, divergence=member, reduction="none")

@@ -61,8 +61,8 @@ class FastRows(Kernel):
             plain = not loss.smoothing and data.class_weight is None and loss.target != "probabilities"
             return plain or not data.wants_target
         divergence = loss.divergence
-        known = isinstance(divergence, ForwardKL | ReverseKL)
-        known |= isinstance(divergence, JensenShannon) and 0.01 <= divergence.beta <= 0.99
+        known = type(divergence) in (ForwardKL, ReverseKL)  # a subclass may have other formulas
+        known |= type(divergence) is JensenShannon and 0.01 <= divergence.beta <= 0.99
         return known and loss.target != "probabilities"
 
     def accumulate(self, number: int, block: Block) -> None:

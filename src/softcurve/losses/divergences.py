@@ -95,7 +95,13 @@ class Divergence(ABC):
     _members: ClassVar[dict[str, type[Divergence]]] = {}
 
     def __init_subclass__(cls) -> None:
-        """Register the class, so that :meth:`decode` finds it by a key that no other class has."""
+        """Register the class, so that :meth:`decode` finds it by a key that no other class has.
+
+        What a class declares holds for its own formulas: a subclass that replaces some of them must declare it again.
+        """
+        for name in ("hessian_is_fisher", "gauss_newton_is_fisher", "gauss_newton_bound"):
+            if name not in cls.__dict__:
+                setattr(cls, name, Divergence.__dict__[name])
         cls._key = f"{cls.__module__}:{cls.__qualname__}#{len(Divergence._members)}"
         Divergence._members[cls._key] = cls
 

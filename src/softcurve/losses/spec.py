@@ -126,7 +126,7 @@ class LossSpec:
     @property
     def is_cross_entropy(self) -> bool:
         """Whether the target is a mass on each class, on which smoothing and class weights act, and not logits."""
-        return isinstance(self.divergence, CrossEntropy)
+        return type(self.divergence) is CrossEntropy
 
     @property
     def scale(self) -> float:

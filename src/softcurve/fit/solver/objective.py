@@ -84,7 +84,7 @@ class Objective:
         bias_out = weight.new_zeros(len(weight))
         total = torch.zeros(1, dtype=torch.float64)
         loss, penalty = self.problem.loss, self.problem.penalty
-        convex = isinstance(divergence_of(loss), CrossEntropy | ForwardKL)
+        convex = type(divergence_of(loss)) in (CrossEntropy, ForwardKL)
         row_losses_of = _cross_entropy if convex else _any_loss
         with self.problem.group.summed(weight_out, bias_out, total):
             for block, weights in self.problem.blocks():
@@ -130,7 +130,7 @@ def _cross_entropy(
     if target.is_floating_point():
         y = target.double()
         at_target = (y * logits).sum(1)
-        losses = -at_target if isinstance(divergence_of(loss), CrossEntropy) else torch.xlogy(y, y).sum(1) - at_target
+        losses = -at_target if type(divergence_of(loss)) is CrossEntropy else torch.xlogy(y, y).sum(1) - at_target
         mass = y.sum(1)
     else:
         losses, mass = -logits.gather(1, target[:, None])[:, 0], None
