@@ -140,6 +140,22 @@ def test_every_route_and_target_gives_the_closed_form(member, problem):
                 same(found, exact)
 
 
+@pytest.mark.parametrize("member", [OWN, AlphaDivergence(0.5)], ids=repr)
+def test_a_renormalised_list_is_zero_elsewhere(member, problem):
+    x, w, _, t = problem
+    indices = t.topk(4).indices
+    listed = torch.log_softmax(t, -1).gather(-1, indices)
+    y = torch.zeros_like(t).scatter(-1, indices, torch.softmax(listed, -1))
+    target = TopK(indices, listed, tail="renormalize")
+    leaf = w.clone().requires_grad_()
+    truth = rows_of(member, x @ leaf.T, y).mean()
+    expected = [truth, *derivatives(truth, [leaf])]
+    for budget in (None, 8 * 6000):
+        value = softcurve.linear_divergence(x, leaf, target, divergence=member, memory_budget=budget)
+        for found, exact in zip([value, *derivatives(value, [leaf])], expected, strict=True):
+            same(found, exact)
+
+
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
 def test_options_and_the_target_s_gradient(member, problem):
     x, w, _, t = problem
