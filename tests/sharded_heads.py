@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -313,6 +314,35 @@ def two_dimensions() -> Cases:
     yield "2-D shift", distance(whole(p.ours(*given)).detach(), p.ours(*p.arguments).detach()), 1e-10
 
 
+@dataclass(frozen=True)
+class OwnMember(softcurve.AlphaDivergence):
+    """A member that no kernel names, with the formulas of the α-divergence."""
+
+
+def own_members(mesh: DeviceMesh) -> Cases:
+    """A user's own member of the family, whole and cut, against each kind of distribution."""
+    generator = torch.Generator().manual_seed(5)
+    x, w, t = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 5), (90, 5), (6, 90)))
+    indices = t.topk(3).indices
+    lists = softcurve.TopK(indices, torch.log_softmax(t, -1).gather(-1, indices))
+    probabilities = softcurve.Probabilities(torch.softmax(t, -1))
+    targets = {"Logits": softcurve.Logits(t), "Probabilities": probabilities, "TopK": lists}
+    for kind, target in targets.items():
+        for budget in (None, 8 * 6000):
+            values, products = [], []
+            for weight in (w, distribute_tensor(w, mesh, [Shard(0)])):
+                leaf = weight.detach().requires_grad_()
+                value = softcurve.linear_divergence(
+                    x, leaf, target, divergence=OwnMember(0.4), memory_budget=budget
+                )  # fmt: skip
+                values.append(whole(value).detach())
+                products.append(torch.cat([whole(each).detach() for each in derivatives(value, (leaf,))]))
+            alone, sharded = values
+            yield f"own member, {kind}, {budget}: value", distance(sharded, alone), 1e-10
+            alone, sharded = products
+            yield f"own member, {kind}, {budget}: derivatives", distance(sharded, alone), 1e-10
+
+
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from all_losses(mesh)
@@ -320,6 +350,7 @@ def main() -> Cases:
     yield from half_precision(mesh)
     yield from refused(mesh)
     yield from two_dimensions()
+    yield from own_members(mesh)
 
 
 if __name__ == "__main__":
