@@ -43,12 +43,22 @@ class Subset:
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[RowBlock]:
-        """Yield the rows in order; a block is what is left of one of the source's."""
+        """Yield the rows in order; a block is what is left of one of the source's.
+
+        The rows of files are copied to two buffers in turn, because the freed memory of a new tensor for each block
+        would stay resident in the heap. So a block is valid until the next but one is asked for.
+        """
+        blocks = self.source.blocks(at_most)
+        dtype = torch.float64 if self.double else torch.float32
+        buffers = None if self.in_memory else torch.empty(2, min(at_most, self.rows), self.width, dtype=dtype)
         start = 0
-        for block in self.source.blocks(at_most):
+        for number, block in enumerate(blocks):
             index = torch.from_numpy(np.flatnonzero(self._chosen[block.start : block.start + len(block)]))
             if len(index):
-                features = block.features if len(index) == len(block) else block.features[index]
+                features = block.features
+                if len(index) < len(block):
+                    buffer = None if buffers is None else buffers[number % 2, : len(index)]
+                    features = torch.index_select(block.features, 0, index, out=buffer)
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
                 yield RowBlock(start, features, _rows_of(block.target, index), numbers)
                 start += len(index)
