@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +37,45 @@ class Run:
         return json.loads(self.stdout.splitlines()[-1])
 
 
+# Runs a file of the examples on the text of the library in the folder that is named first.
+ON_A_PART = """
+import runpy, sys, sysconfig
+_, path, library, *arguments = sys.argv
+sysconfig.get_path = lambda name: library
+sys.path.insert(0, path.rpartition("/")[0])
+sys.argv = [path, *arguments]
+runpy.run_path(path, run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Callable[..., Run]:
-    """Run the example into a folder that is not there yet, once for each choice of arguments; warnings are errors."""
+def run_example(tmp_path_factory) -> Callable[..., str]:
+    """Run an example as a program on the text of three packages, a tenth of the standard library's, and return its output.
+
+    Warnings are errors.
+    """
+    library = tmp_path_factory.mktemp("library")
+    for package in ("asyncio", "email", "json"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib"), package), library / package)
+
+    def run(name: str, *arguments: str) -> str:
+        command = [sys.executable, "-W", "error", "-c", ON_A_PART, str(EXAMPLES / name), str(library), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(run_example, tmp_path_factory) -> Callable[..., Run]:
+    """Run the example into a folder that is not there yet, once for each choice of arguments."""
     runs: dict[tuple[str, ...], Run] = {}
 
     def once(*arguments: str) -> Run:
         if arguments not in runs:
             out = tmp_path_factory.mktemp("tiny_lm") / "new" / "folder"
-            command = [sys.executable, "-W", "error", str(EXAMPLES / "tiny_lm.py"), *arguments, "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=1800, check=False)
-            assert done.returncode == 0, done.stderr
-            runs[arguments] = Run(out, done.stdout)
+            runs[arguments] = Run(out, run_example("tiny_lm.py", *arguments, "--out", str(out)))
         return runs[arguments]
 
     return once
@@ -246,15 +275,13 @@ def test_bad_arguments_are_explained_before_any_work(arguments, said, tmp_path, 
 # --- its curvature ---------------------------------------------------------------------------------------------------
 
 
-def test_the_spectrum_of_a_small_model(tmp_path):
+def test_the_spectrum_of_a_small_model(run_example, tmp_path):
     out = tmp_path / "new" / "spectrum.png"
     small = ("--steps", "6", "--vocab", "300", "--context", "12", "--width", "32", "--windows", "4", "--top", "3")
     quick = ("--lanczos", "8", "--products", "8", "--probes", "2", "--out", str(out))
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "tiny_lm_spectrum.py"), *small, *quick]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = run_example("tiny_lm_spectrum.py", *small, *quick)
     assert out.read_bytes().startswith(PNG)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(printed.splitlines()[-1])
     for when in ("before", "after"):
         found = figures[when]
         assert found["eigenvalues"] == sorted(found["eigenvalues"], reverse=True)
