@@ -106,7 +106,7 @@ def posed(case: str, options: str, tiling: str) -> Problem:
 
 
 def whole(given: Problem, memory_budget: int | None = None) -> RowLosses:
-    losses = HeadLosses(**loss_options(given), memory_budget=memory_budget)
+    losses = HeadLosses.of(**loss_options(given), memory_budget=memory_budget)
     named, _ = given._named(given.arguments)
     _, target, *weight = batch_of(given, None)
     head = named["input"], named["linear_weight"], named.get("linear_bias")
@@ -352,7 +352,7 @@ def test_rows_of_weight_zero_are_not_looked_at(pass_of):
 
 def head_rows(z: Tensor, memory_budget: int | None = None, **options: Any) -> RowLosses:
     """Rows whose logits are ``z``: of features that are one-hot, by the rows of the weight."""
-    losses = HeadLosses(**options, memory_budget=memory_budget)
+    losses = HeadLosses.of(**options, memory_budget=memory_budget)
     e = torch.eye(len(z), dtype=z.dtype)
     return losses.rows(losses.problem(e, z.T.contiguous(), None, torch.zeros(len(z), dtype=torch.int64), None))
 
@@ -398,7 +398,7 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
     bias = torch.zeros(251, dtype=dtype)
     bias[masked] = -math.inf
     e, weight = torch.eye(40, dtype=dtype), torch.randn(251, 40, dtype=dtype)
-    losses = HeadLosses()
+    losses = HeadLosses.of()
     rows = losses.rows(losses.problem(e, weight, bias, torch.full((40,), int(bias.argmax())), None))
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(40, 1)
     if budget == "least":

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float, Float64
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 
-@dataclass(frozen=True, eq=False)
-class DenseClassFactor:
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseClassFactor(ShortRepr):
     """All of a positive semidefinite ``B``, by its eigenvalues and eigenvectors."""
 
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
-
-    __repr__ = dataclass_repr
 
     @property
     def classes(self) -> int:
@@ -55,15 +53,13 @@ class DampedDenseFactor:
         return self.values.double().log().sum(0)
 
 
-@dataclass(frozen=True, eq=False)
-class LowRankClassFactor:
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankClassFactor(ShortRepr):
     """``B = diag(diagonal) − low lowᵀ``."""
 
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
     rounding: float  # the relative rounding error of the entries
-
-    __repr__ = dataclass_repr
 
     @property
     def classes(self) -> int:

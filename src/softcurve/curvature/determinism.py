@@ -43,8 +43,8 @@ def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) ->
     with torch.random.fork_rng([]):
         in_memory = type(network.data) in IN_MEMORY
         problem = _problem_of_features(network) if in_memory else _problem_of_rows(network, name, ordered)
-    elsewhere = network.any_process(problem is not None)
-    if problem is None and elsewhere:
+    failures = network.sum_number(float(problem is not None), over_classes=True)
+    if problem is None and failures:
         problem = f"{name} and features must be the same in each pass, got others in another process"
     if problem is not None:
         raise ValueError(f"{problem}; {SKIP}")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from softcurve.curvature.ggn import JacobianSandwich
+from softcurve.curvature.losses import NetworkOptions, with_options_of
 from softcurve.curvature.network import Batch, BatchRows, Parts
 from softcurve.curvature.network_operator import NetworkOperator
-from softcurve.curvature.options import NetworkOptions, with_options_of
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.per_row import row_masses, sample_classes
 from softcurve.head.products import Direction

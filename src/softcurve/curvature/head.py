@@ -13,8 +13,7 @@ from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, split_rows, weighted_moment
 from softcurve.curvature.linear_head import require_classes
-from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.options import LossOptions, with_options_of
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.head import curvature, loop, per_row
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
@@ -48,7 +47,7 @@ class HeadCurvature:
     Source: ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ`` for every loss of the family.
     """
 
-    @with_options_of(HeadLosses)
+    @with_options_of(HeadLosses.of)
     def __init__(
         self,
         input: Float[Tensor, "*rows features"],
@@ -61,7 +60,7 @@ class HeadCurvature:
     ) -> None:
         if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
-        self.losses = HeadLosses(**options)
+        self.losses = HeadLosses.of(**options)
         problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight)
         divisor = float(problem.divisor(self.losses.reducer))
         if divisor == 0:
@@ -164,7 +163,7 @@ class HeadCurvature:
         """
         checks.require_choice("kind", kind, ("grand", "el2n"))
         norms = per_row.gradient_norms(self.rows) / self.losses.reducer.nats
-        loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
+        loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.class_weight
         if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # With class indices the class weight is part of the row's weight, which is not in the row's own loss.
             weight = self.layout.full("weight", weight)

@@ -31,15 +31,14 @@ from softcurve.curvature.algorithms.conjugate_gradients import conjugate_gradien
 from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
-from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.network import Batch, BatchRows, SplitNetwork, require_reiterable
-from softcurve.curvature.options import LossOptions, with_options_of
 from softcurve.head import loop
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 
-@dataclass(frozen=True, eq=False)
-class Influence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Influence(ShortRepr):
     """``values[i] = −∇L_testᵀ (G + damping I)⁻¹ w_i ∇ℓ_i`` of each training row; a negative value means that it helps.
 
     ``(n,)`` on the mean test loss, or ``(n, m)`` on each of ``m`` test rows, in the order of the data; positions of a
@@ -53,8 +52,6 @@ class Influence:
     residuals: Float64[Tensor, "*test"]
     converged: Bool[Tensor, "*test"]
     products: int
-
-    __repr__ = dataclass_repr
 
     @property
     def of_removal(self) -> Float[Tensor, " n *test"]:
@@ -76,7 +73,7 @@ class Influence:
         return self.values.topk(k, dim=0, largest=largest).indices
 
 
-@with_options_of(HeadLosses)
+@with_options_of(HeadLosses.of)
 def influence(
     features: nn.Module,
     head: nn.Linear,

@@ -14,7 +14,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float
@@ -26,7 +25,7 @@ from softcurve.head.per_row import row_masses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
 from softcurve.head.tensors import RowLosses
 from softcurve.processes import sum_over
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 FactorForm = Literal["auto", "dense", "low_rank"]
 
@@ -90,12 +89,12 @@ class StreamedClassFactor(SymmetricOperator):
             diagonal, outer = self._diagonal_and_products(vectors)
             return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
         sums, columns = torch.zeros_like(vectors.T, memory_format=torch.contiguous_format), vectors.T.contiguous()
-        group = None
-        for rows in self.batches():
-            own, group = _class_shard(rows), rows.loss.processes
+
+        def add(rows: RowLosses, own: slice) -> None:
             directions, into = ([Direction(None, None, part[own]) for part in parts] for parts in (columns, sums))
             add_products(rows, self.matrix, directions, into)
-        return self._summed(sums, group).T
+
+        return self._accumulated(add, sums)[0].T
 
     @functools.cached_property
     def _is_diagonal_minus_products(self) -> bool:
@@ -111,17 +110,23 @@ class StreamedClassFactor(SymmetricOperator):
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
+
+        def add(rows: RowLosses, own: slice) -> None:
+            add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
+
+        diagonal, outer = self._accumulated(add, diagonal, outer)
+        return diagonal, outer
+
+    def _accumulated(self, add: Callable[[RowLosses, slice], None], *sums: Tensor) -> list[Tensor]:
+        """Call ``add`` with the rows of each batch and this process's classes, then sum over processes and scale."""
         group = None
         for rows in self.batches():
-            own, group = _class_shard(rows), rows.loss.processes
-            add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
-        return self._summed(diagonal, group), self._summed(outer, group)
-
-    def _summed(self, part: Tensor, group: ProcessGroup | None) -> Tensor:
-        """Sum over the processes of the classes, each of which has filled in its own, and of the rows, and scale."""
+            group = rows.loss.processes
+            add(rows, slice(rows.loss.first, rows.loss.first + len(rows.tensors.weight)))
         if group is not None:
-            sum_over([part], group)
-        return self.summed(part).mul_(self.scale)
+            for part in sums:
+                sum_over([part], group)
+        return [self.summed(part).mul_(self.scale) for part in sums]
 
     def dense(self) -> DenseClassFactor:
         """All of ``B``."""
@@ -154,13 +159,8 @@ class StreamedClassFactor(SymmetricOperator):
         return LowRankClassFactor(diagonal, low, torch.finfo(self.dtype).eps)
 
 
-def _class_shard(rows: RowLosses) -> slice:
-    """The classes that this process has of a sharded head."""
-    return slice(rows.loss.first, rows.loss.first + len(rows.tensors.weight))
-
-
-@dataclass(frozen=True, eq=False)
-class KroneckerFactors:
+@dataclass(frozen=True, eq=False, repr=False)
+class KroneckerFactors(ShortRepr):
     """``B ⊗ A``, which maps a head's weight and bias ``[W | b] (C, d + 1)`` to ``B [W | b] A``."""
 
     features: Float[Tensor, "d d"]  # A
@@ -168,15 +168,13 @@ class KroneckerFactors:
     form: ClassFactor  # the explicit form of B
     has_bias: bool
 
-    __repr__ = dataclass_repr
-
     @staticmethod
     def of(factor: StreamedClassFactor, *, has_bias: bool, form: FactorForm, rank: int, seed: int) -> KroneckerFactors:
         """Compute the factors in one pass for ``A`` and a few for the explicit form of ``B``."""
         checks.require_choice("form", form, get_args(FactorForm))
         checks.require_count("rank", rank, 1)
         checks.require_count("seed", seed, 0)
-        classes, width = factor.weight.shape[0], factor.weight.shape[1] + has_bias
+        classes, width = factor.shape[0], factor.weight.shape[1] + has_bias
         moment = torch.zeros(width, width, dtype=factor.dtype, device=factor.device)
         total = 0.0
         for rows in factor.batches():
@@ -230,25 +228,3 @@ class KroneckerFactors:
 
     def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
         return (joined[:, :-1], joined[:, -1]) if self.has_bias else (joined, None)
-
-
-def kronecker_preconditioner(
-    factors: KroneckerFactors,
-    damping: float,
-    weight: slice,
-    bias: slice | None,
-    elsewhere: Float[Tensor, " parameters"],
-) -> Callable[[Tensor], Tensor]:
-    """``(B ⊗ A + damping I)⁻¹`` on the head's part of flat columns ``(P, k)``, ``1 / elsewhere`` on all others."""
-
-    def apply(columns: Tensor) -> Tensor:
-        solved = columns / elsewhere.unsqueeze(-1)
-        for column, into in zip(columns.unbind(1), solved.unbind(1), strict=True):
-            head = column[weight].view(factors.form.classes, -1)
-            in_weight, in_bias = factors.solve(head, None if bias is None else column[bias], damping=damping)
-            into[weight] = in_weight.reshape(-1)
-            if bias is not None and in_bias is not None:
-                into[bias] = in_bias
-        return solved
-
-    return apply

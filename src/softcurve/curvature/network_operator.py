@@ -12,10 +12,9 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.curvature.determinism import require_deterministic
-from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.network import Batch, BatchRows, Parts, SplitNetwork
 from softcurve.curvature.operator import SymmetricOperator
-from softcurve.curvature.options import LossOptions, with_options_of
 from softcurve.head.products import Direction
 
 
@@ -24,7 +23,7 @@ class NetworkOperator(SymmetricOperator):
 
     depends_on_order: bool = False  # whether the matrix depends on the order of the rows
 
-    @with_options_of(HeadLosses)
+    @with_options_of(HeadLosses.of)
     def __init__(
         self,
         features: nn.Module,
@@ -38,7 +37,7 @@ class NetworkOperator(SymmetricOperator):
         **options: Unpack[LossOptions],
     ) -> None:
         self.features, self.head, self.data = features, head, data
-        self.losses = HeadLosses(**options)
+        self.losses = HeadLosses.of(**options)
         self.network = SplitNetwork(features, head, data, self.losses, seed, progress, process_group)
         self.layout = self.network.layout
         if check_deterministic:

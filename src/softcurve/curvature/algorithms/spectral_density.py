@@ -21,14 +21,14 @@ from softcurve.array_types import Float, Float64
 from softcurve.curvature.algorithms.estimates import Estimate
 from softcurve.curvature.algorithms.matrix import SymmetricMatrix, product, random_chunks
 from softcurve.extras import needed
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(ShortRepr):
     """The distribution of the ``n`` eigenvalues, as one Gauss quadrature for each random unit vector.
 
     Probe i gives ``Σ_j weights[i, j] f(nodes[i, j]) ≈ vᵀf(A)v``, exact for polynomials of a degree below twice the
@@ -40,8 +40,6 @@ class SpectralDensity:
     weights: Float64[Tensor, "probes steps"]
     n: int
     products: int
-
-    __repr__ = dataclass_repr
 
     @property
     def trace(self) -> Estimate:
