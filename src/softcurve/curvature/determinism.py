@@ -52,7 +52,7 @@ def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) ->
 
 def _random_sampler(data: object) -> str | None:
     """The name of a sampler at any depth of a loader that is known to be random."""
-    for sampler in (getattr(data, name, None) for name in ("sampler", "batch_sampler")):
+    for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
         if isinstance(sampler, RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
             return type(sampler).__name__
         # A DistributedSampler that shuffles gives the same order each time, but not that of the data set.
@@ -72,7 +72,7 @@ def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | N
             f"{name} must give the same rows in each pass, got {len(first)} rows and then {len(second)}; pass the "
             "batches as a list, or build the loader without a random sampler and without drop_last"
         )
-    if len(first) == 0 or float((first - second).abs().max()) <= tolerance:
+    if torch.allclose(first, second, rtol=0, atol=tolerance):
         return None
     gap = float((first.sort().values - second.sort().values).abs().max())
     if gap > tolerance:
@@ -98,7 +98,7 @@ def _problem_of_features(network: SplitNetwork) -> str | None:
         gap = math.inf
         if first.shape == second.shape:
             pair = (first.double() - second.double(), first.double())
-            difference, scale = (float(torch.linalg.vector_norm(each.nan_to_num(0.0, 0.0, 0.0))) for each in pair)
+            difference, scale = (each.nan_to_num(0.0, 0.0, 0.0).norm().item() for each in pair)
             gap = difference / (scale or 1.0)
         if gap <= _tolerance(network, first.dtype):
             return None
@@ -140,8 +140,8 @@ def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:
 
 def _direction_and_length(vectors: Tensor) -> Float64[Tensor, " n"]:
     """``v·r/‖v‖ + log ‖v‖`` with a random ``r``: a relative change of ``v`` changes it by about as much."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(vectors.shape[1], generator=generator, dtype=torch.float64).to(vectors.device)
+    probe = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe = probe.to(vectors.device)
     numbers = []
     for (part,) in split_rows(vectors):
         wide = part.double().nan_to_num(0.0, 0.0, 0.0)

@@ -67,7 +67,7 @@ class HeadCurvature:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
         self.rows, self.scale = self.losses.rows(problem), 1 / divisor
         self.arguments, self.layout = (input.detach(), linear_weight.detach(), linear_bias), problem.head.layout
-        self.leading, self.local_leading = input.shape[:-1], problem.head.leading
+        self.leading = problem.head.leading  # of this process's rows
 
     def __repr__(self) -> str:
         t = self.rows.tensors
@@ -94,13 +94,13 @@ class HeadCurvature:
             checks.require_choice("parts", part, PARTS)
         t = self.rows.tensors
         columns = [self._local(each) for each in (direction if isinstance(direction, list) else [direction])]
+        wanted = [
+            each if name in parts else None for name, each in zip(PARTS, (t.input, t.weight, t.bias), strict=True)
+        ]
         into = [
-            Direction(*(
-                torch.zeros_like(tensor, dtype=t.dtype) if name in parts and tensor is not None else None
-                for name, tensor in zip(PARTS, (t.input, t.weight, t.bias), strict=True)
-            ))
+            Direction(*(None if each is None else torch.zeros_like(each, dtype=t.dtype) for each in wanted))
             for _ in columns
-        ]  # fmt: skip
+        ]
         curvature.add_products(self.rows, matrix, columns, into, self.scale)
         products = [self._global(each) for each in into]
         return products if isinstance(direction, list) else products[0]
@@ -109,7 +109,7 @@ class HeadCurvature:
         """The parts in the shapes of the arguments, and sharded as they are."""
         e, layout = local.input, self.layout
         input, weight, bias = self.arguments
-        shape = (*self.local_leading, input.shape[-1])
+        shape = (*self.leading, input.shape[-1])
         return Direction(
             None if e is None else layout.restored_features(e.reshape(shape), input),
             None if local.weight is None else layout.restored_classes(local.weight, weight),
@@ -123,7 +123,7 @@ class HeadCurvature:
                 "direction must be a softcurve.curvature.Direction(input, weight, bias) or a list of them, got "
                 f"{type(direction).__name__}"
             )
-        t = self.rows.tensors
+        t, local = self.rows.tensors, dict[str, Tensor]()
         for name, part, argument in zip(PARTS, direction, self.arguments, strict=True):
             if part is None:
                 continue
@@ -133,11 +133,10 @@ class HeadCurvature:
             if part.shape != argument.shape:
                 shape = tuple(argument.shape)
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
-        e, weight, bias = (None if part is None else part.detach() for part in direction)
-        e = None if e is None else self.layout.local_rows(e)
-        weight, bias = (None if part is None else self.layout.local_classes(part) for part in (weight, bias))
-        e = None if e is None else e.reshape(t.input.shape)
-        return Direction(*(None if part is None else part.to(t.dtype) for part in (e, weight, bias)))
+            localise = self.layout.local_rows if name == "input" else self.layout.local_classes
+            local[name] = localise(part.detach()).to(t.dtype)
+        e = local.get("input")
+        return Direction(None if e is None else e.reshape(t.input.shape), local.get("weight"), local.get("bias"))
 
     def diagonal(self, *, matrix: MatrixName = "gauss_newton") -> Direction:
         """The exact diagonal in the weight ``(C, d)`` and the bias: ``Σ_i diag(B_i) ⊗ (e ⊙ e)``; not the input's."""
@@ -170,7 +169,7 @@ class HeadCurvature:
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
-        return self.layout.restored(norms.reshape(self.local_leading), per_row=True)
+        return self.layout.restored(norms.reshape(self.leading), per_row=True)
 
     def kfac(
         self, *, matrix: PositiveMatrixName = "gauss_newton", form: FactorForm = "auto", rank: int = 128, seed: int = 0

@@ -96,8 +96,8 @@ def class_name(value: object) -> str:
 
 def adapter_parts(module: nn.Module) -> list[str]:
     """Names of children that hold parameters, and of parameters, that adapters have."""
-    children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
-    return [name for name in (*children, *dict(module.named_parameters(recurse=False))) if ADAPTER.match(name)]
+    names = {name.partition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in (*module._modules, *module._parameters) if name in names and ADAPTER.match(name)]
 
 
 def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
@@ -119,7 +119,8 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
     for outer, inner in pairwise(path):
         modules = list(outer) if isinstance(outer, nn.Sequential) else []
         place = next((i for i, each in enumerate(modules) if each is inner or inner in each.children()), 0)
-        behind = [each for each in modules[place + 1 :] if not _keeps_logits(each)]
+        behind = [each for each in modules[place + 1 :] if not isinstance(each, KEEPS_LOGITS)]
+        behind = [each for each in behind if each.training or not isinstance(each, nn.modules.dropout._DropoutNd)]
         if behind:
             raise TypeError(
                 f"head must be the last Linear of the model, got {name!r} in front of a {class_name(behind[0])}, "
@@ -135,28 +136,20 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
     return pair is None
 
 
-def _keeps_logits(module: nn.Module) -> bool:
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    return not module.training if is_dropout else isinstance(module, KEEPS_LOGITS)
-
-
 def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None:
     """Two matrices beside the head that map its features to its classes by fewer dimensions."""
     if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return None
-    own = {id(parameter) for parameter in head.parameters()}
     down: dict[int, str] = {}
     up: dict[int, str] = {}
     for place, module in parent.named_modules():
-        if isinstance(module, nn.Embedding) or getattr(module, "bias", None) is not None:  # layers of a network
-            continue
+        is_layer = isinstance(module, nn.Embedding) or getattr(module, "bias", None) is not None
         for name, parameter in module.named_parameters(place, recurse=False):
-            if id(parameter) in own or parameter.ndim != 2:
+            if is_layer or parameter is head.weight or parameter.ndim != 2:
                 continue
-            shape = tuple(parameter.shape)
             for side, wide in ((down, head.in_features), (up, head.out_features)):
-                rank = shape[1] if shape[0] == wide else shape[0]
-                if wide in shape and rank not in side:
+                rank = parameter.shape[1] if parameter.shape[0] == wide else parameter.shape[0]
+                if wide in parameter.shape and rank not in side:
                     side[rank] = name
                     break  # where both are as wide, the second of a pair is the other side
     limit = min(head.in_features, head.out_features)
@@ -165,8 +158,8 @@ def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None
 
 def warn_of_wrapper(wrapper: nn.Module, head: nn.Linear, features: Tensor) -> None:
     """Warn if a module that passes its own input to the head changes the logits, or has the parameters to do so."""
-    own = {id(parameter) for parameter in head.parameters()}
-    others = [name for name, parameter in wrapper.named_parameters() if id(parameter) not in own]
+    own = set(head.parameters())
+    others = [name for name, parameter in wrapper.named_parameters() if parameter not in own]
     rows = features.detach().reshape(-1, features.shape[-1])[:PROBES]
     with torch.no_grad(), torch.random.fork_rng([]):
         try:
@@ -211,17 +204,13 @@ def _logit_maps(modules: Sequence[nn.Module]) -> dict[str, tuple[str, float]]:
         places += [(f"model.config.{name}", _get(config, name)) for name in TEXT_CONFIGS]
         for where, place in places:
             for name in filter(LOGITS.match, map(str, place) if isinstance(place, Mapping) else dir(place)):
-                number = _number(_get(place, name))
-                if number not in (None, 0.0, 1.0):
-                    maps.setdefault(name, (where, number))
+                value = _get(place, name)
+                if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+                    value = value.item()
+                if isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1):
+                    maps.setdefault(name, (where, float(value)))
     return maps
 
 
 def _get(place: object, name: str) -> Any:
     return place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-        return float(value.detach())
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
