@@ -8,6 +8,7 @@ losses are equal, and batch normalisation preserves sums.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 from softcurve.array_types import Float64
 from softcurve.curvature.kfac import split_rows
-from softcurve.curvature.network import SplitNetwork
 from softcurve.head.tensors import RowLosses
+
+if TYPE_CHECKING:
+    from softcurve.curvature.network import SplitNetwork
 
 SKIP = "check_deterministic=False skips this check"
 IN_MEMORY = (list, tuple)  # exactly these types, whose batches are the same objects in each pass

@@ -11,8 +11,7 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.curvature.algorithms.nystrom import nystrom_preconditioner
 from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor
-from softcurve.curvature.network import BatchRows, Parts
-from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.network import BatchRows, NetworkOperator, Parts
 from softcurve.head.curvature import add_products
 from softcurve.head.products import Direction
 from softcurve.head.tensors import RowLosses
@@ -42,15 +41,9 @@ class JacobianSandwich(NetworkOperator):
         return KroneckerFactors.of(factor, has_bias=head.bias is not None, form=form, rank=rank, seed=seed)
 
     def preconditioner(
-        self,
-        damping: float,
-        *,
-        kind: Literal["auto", "kronecker", "nystrom"] = "auto",
-        products: int = 16,
-        form: FactorForm = "auto",
-        rank: int = 128,
-        seed: int = 0,
-    ) -> Callable[[Tensor], Tensor]:
+        self, damping: float, *, kind: Literal["auto", "kronecker", "nystrom"] = "auto", products: int = 16,
+        form: FactorForm = "auto", rank: int = 128, seed: int = 0,
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
         """A preconditioner for :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
 
         ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head, and on each other

@@ -49,15 +49,10 @@ class HeadCurvature:
 
     @with_options_of(HeadLosses.of)
     def __init__(
-        self,
-        input: Float[Tensor, "*rows features"],
-        linear_weight: Float[Tensor, "classes features"],
-        target: Tensor | Target,
-        *,
-        linear_bias: Float[Tensor, " classes"] | None = None,
-        sample_weight: Tensor | None = None,
-        **options: Unpack[LossOptions],
-    ) -> None:
+        self, input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+        target: Tensor | Target, *, linear_bias: Float[Tensor, " classes"] | None = None,
+        sample_weight: Tensor | None = None, **options: Unpack[LossOptions],
+    ) -> None:  # fmt: skip
         if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
         self.losses = HeadLosses.of(**options)

@@ -75,26 +75,12 @@ class Influence(ShortRepr):
 
 @with_options_of(HeadLosses.of)
 def influence(
-    features: nn.Module,
-    head: nn.Linear,
-    train_data: Iterable[Batch],
-    test_data: Iterable[Batch],
-    *,
-    damping: float,
-    rows: Literal["mean", "each"] = "mean",
-    test_options: LossOptions | None = None,
-    preconditioned: bool = True,
-    form: FactorForm = "auto",
-    rank: int = 128,
-    tol: float = 1e-6,
-    max_iterations: int | None = None,
-    columns_at_once: int = 16,
-    seed: int = 0,
-    progress: bool = False,
-    process_group: ProcessGroup | None = None,
-    check_deterministic: bool = True,
-    **options: Unpack[LossOptions],
-) -> Influence:
+    features: nn.Module, head: nn.Linear, train_data: Iterable[Batch], test_data: Iterable[Batch], *, damping: float,
+    rows: Literal["mean", "each"] = "mean", test_options: LossOptions | None = None, preconditioned: bool = True,
+    form: FactorForm = "auto", rank: int = 128, tol: float = 1e-6, max_iterations: int | None = None,
+    columns_at_once: int = 16, seed: int = 0, progress: bool = False, process_group: ProcessGroup | None = None,
+    check_deterministic: bool = True, **options: Unpack[LossOptions],
+) -> Influence:  # fmt: skip
     """The influence of each row of ``train_data`` on the loss on ``test_data``, in the parameters that are trained.
 
     Args:

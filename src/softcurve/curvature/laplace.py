@@ -35,8 +35,7 @@ from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.losses import LikelihoodOptions, with_options_of
-from softcurve.curvature.network import Batch, SplitNetwork
-from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.network import Batch, NetworkOperator, SplitNetwork
 from softcurve.extras import needed
 from softcurve.head import curvature, loop
 from softcurve.head.plan import DEFAULT_BUDGET
@@ -74,21 +73,12 @@ class LastLayerLaplace:
 
     @with_options_of(NetworkOperator, without=("loss", "beta", "z_loss", "reduction", "base"))
     def __init__(
-        self,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        features: nn.Module | None = None,
-        structure: Literal["kronecker", "diagonal"] = "kronecker",
-        prior_precision: float = 1.0,
-        form: FactorForm = "auto",
-        rank: int = 128,
-        seed: int = 0,
-        progress: bool = False,
-        process_group: ProcessGroup | None = None,
-        check_deterministic: bool = True,
+        self, head: nn.Linear, data: Iterable[Batch], *, features: nn.Module | None = None,
+        structure: Literal["kronecker", "diagonal"] = "kronecker", prior_precision: float = 1.0,
+        form: FactorForm = "auto", rank: int = 128, seed: int = 0, progress: bool = False,
+        process_group: ProcessGroup | None = None, check_deterministic: bool = True,
         **options: Unpack[LikelihoodOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         checks.require_choice("structure", structure, ("kronecker", "diagonal"))
         checks.require_positive("prior_precision", prior_precision)
         self.features = nn.Identity() if features is None else features

@@ -27,14 +27,9 @@ class HeadInput(nn.Module):
     """The input of a model's head. The model stops there: nothing of the head or behind it is computed."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        head: nn.Linear,
-        ancestors: tuple[nn.Module, ...],
-        softcap: Number | None,
-        temperature: Number,
-        compiled: bool,
-    ) -> None:
+        self, model: nn.Module, head: nn.Linear, ancestors: tuple[nn.Module, ...], softcap: Number | None,
+        temperature: Number, compiled: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.softcap, self.temperature = softcap, temperature
@@ -50,9 +45,9 @@ class HeadInput(nn.Module):
             entered.extend((module, value) for value in (*args, *kwargs.values())[:1] if isinstance(value, Tensor))
 
         with ExitStack() as stack:
-            watched = () if self._was_called else self._ancestors
-            for module, hook in (*((each, enter) for each in watched), (self._head[0], _stop)):
-                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            for ancestor in () if self._was_called else self._ancestors:
+                stack.enter_context(ancestor.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(self._head[0].register_forward_pre_hook(_stop, with_kwargs=True))
             if self._is_compiled:
                 stack.enter_context(eager())  # a compiled graph would hold the head
             try:

@@ -43,15 +43,9 @@ class Eigenpairs(ShortRepr):
 
 
 def eigsh(
-    matrix: SymmetricMatrix,
-    k: int = 6,
-    *,
-    which: SpectrumEnd = "LA",
-    tol: float = 0.0,
-    max_products: int | None = None,
-    seed: int = 0,
-    method: EigenMethod = "lanczos",
-) -> Eigenpairs:
+    matrix: SymmetricMatrix, k: int = 6, *, which: SpectrumEnd = "LA", tol: float = 0.0,
+    max_products: int | None = None, seed: int = 0, method: EigenMethod = "lanczos",
+) -> Eigenpairs:  # fmt: skip
     """The ``k`` largest (``"LA"``), smallest (``"SA"``) or absolutely largest (``"LM"``) eigenvalues, or both ends.
 
     ``"BE"`` takes half from each end, and the odd one from above.

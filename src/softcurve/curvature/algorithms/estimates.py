@@ -77,14 +77,9 @@ class DiagonalEstimate(ShortRepr):
 
 
 def trace(
-    matrix: SymmetricMatrix,
-    *,
-    method: TraceMethod = "xtrace",
-    products: int = 64,
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
-    columns_at_once: int = 16,
-) -> Estimate:
+    matrix: SymmetricMatrix, *, method: TraceMethod = "xtrace", products: int = 64,
+    distribution: Distribution = "rademacher", seed: int = 0, columns_at_once: int = 16,
+) -> Estimate:  # fmt: skip
     """``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
 
     The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
@@ -120,13 +115,9 @@ def trace(
 
 
 def diagonal(
-    matrix: SymmetricMatrix,
-    *,
-    method: DiagonalMethod = "xdiag",
-    products: int = 64,
-    seed: int = 0,
+    matrix: SymmetricMatrix, *, method: DiagonalMethod = "xdiag", products: int = 64, seed: int = 0,
     columns_at_once: int = 16,
-) -> DiagonalEstimate:
+) -> DiagonalEstimate:  # fmt: skip
     """``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
 
     XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products.
