@@ -676,7 +676,7 @@ def test_values_out_of_range(make):
 WRONG_TYPES = """
 import torch
 from torch import nn
-from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian
+from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian, LastLayerLaplace
 
 bad, features, head, x, target = [], nn.Linear(2, 3), nn.Linear(3, 6), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
 for make in (Hessian, GGN, Fisher, EmpiricalFisher):
@@ -697,6 +697,18 @@ for make in (Hessian, GGN, Fisher, EmpiricalFisher):
                 bad.append((make.__name__, words, repr(error)))
         else:
             bad.append((make.__name__, words, "no error"))
+for arguments, options, words in (
+    ((nn.Identity(), [(x, target)]), {}, "head must be a torch.nn.Linear, got Identity"),
+    ((head, [(x, target)]), {"features": abs}, "features must be a torch.nn.Module"),
+):
+    try:
+        LastLayerLaplace(*arguments, **options)
+    except TypeError as error:
+        if words not in str(error):
+            bad.append(("LastLayerLaplace", words, repr(error)))
+    else:
+        bad.append(("LastLayerLaplace", words, "no error"))
+assert LastLayerLaplace(head, [(x @ torch.ones(2, 3), target)], prior_precision=2).prior_precision == 2.0
 assert not bad, bad
 """
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, split_rows, weighted_moment
-from softcurve.curvature.linear_head import require_classes
 from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
+from softcurve.curvature.split import require_classes
 from softcurve.head import curvature, loop, per_row
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN

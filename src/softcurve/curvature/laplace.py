@@ -30,12 +30,11 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
-from softcurve.curvature.class_factors import ClassFactor
 from softcurve.curvature.ggn import GGN
-from softcurve.curvature.kfac import FactorForm
-from softcurve.curvature.linear_head import require_head
+from softcurve.curvature.kfac import ClassFactor, FactorForm
 from softcurve.curvature.losses import LikelihoodOptions, with_options_of
 from softcurve.curvature.network import Batch, NetworkOperator, SplitNetwork
+from softcurve.curvature.split import require_head
 from softcurve.extras import needed
 from softcurve.head import curvature, loop
 from softcurve.head.plan import DEFAULT_BUDGET
@@ -156,7 +155,8 @@ class LastLayerLaplace:
         def negative_evidence(s: float) -> float:
             return -self._evidence(math.exp(s))
 
-        best = minimize_scalar(negative_evidence, bounds=(math.log(low), math.log(high)), options={"xatol": tol})
+        limits = math.log(low), math.log(high)
+        best = minimize_scalar(negative_evidence, bounds=limits, method="bounded", options={"xatol": tol})
         return self.with_prior_precision(math.exp(float(best.x)))
 
     def _evidence(self, prior: float) -> float:

@@ -22,10 +22,9 @@ from torch.distributed import ProcessGroup
 from softcurve import checks
 from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.features import FeatureMap
-from softcurve.curvature.linear_head import require_head
 from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.operator import SymmetricOperator
-from softcurve.curvature.split import require_same_logits
+from softcurve.curvature.split import require_head, require_same_logits
 from softcurve.extras import needed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
