@@ -68,8 +68,11 @@ def _random_sampler(data: object) -> str | None:
 
 def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | None:
     """Compare the rows of two passes; return the error message if they differ."""
-    tolerance = _tolerance(network)
-    first, second = _row_numbers(network), _row_numbers(network)
+    tolerance, passes = _tolerance(network), []
+    for _ in range(2):
+        numbers = [_numbers_of(rows.losses).cpu() for rows in network.rows("Determinism check", graph=False)]
+        passes.append(torch.cat([torch.zeros(0, dtype=torch.float64), *numbers]))
+    first, second = passes
     if len(first) != len(second):
         return (
             f"{name} must give the same rows in each pass, got {len(first)} rows and then {len(second)}; pass the "
@@ -83,12 +86,8 @@ def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | N
             f"{name} must give the same rows in each pass, got rows that differ by {gap:.1e}; leave out random "
             f"augmentation and random sampling (shuffle=False), or pass the batches as a list{_hint(network)}"
         )
-    if not ordered:
-        return None
-    return (
-        f"{name} must give its rows in a fixed order, got another one in the second pass; build the loader with "
-        "shuffle=False, or pass the batches as a list"
-    )
+    in_order = f"{name} must give its rows in a fixed order, got another one in the second pass; build the loader with "
+    return in_order + "shuffle=False, or pass the batches as a list" if ordered else None
 
 
 def _problem_of_features(network: SplitNetwork) -> str | None:
@@ -121,11 +120,6 @@ def _hint(network: SplitNetwork) -> str:
                 "the batch and its number: call features.eval()"
             )
     return ""
-
-
-def _row_numbers(network: SplitNetwork) -> Float64[Tensor, " n"]:
-    numbers = [_numbers_of(rows.losses).cpu() for rows in network.rows("Determinism check", graph=False)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *numbers])
 
 
 def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:

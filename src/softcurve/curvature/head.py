@@ -146,7 +146,7 @@ class HeadCurvature:
         """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
         checks.require_choice("matrix", matrix, get_args(MatrixName))
         traces = curvature.diagonal(self.rows, matrix, wants_diagonal=False).rows
-        return float(self._summed((traces.double() * self._squared_norms()).sum())) * self.scale
+        return float(self.layout.summed((traces.double() * self._squared_norms()).sum())) * self.scale
 
     def gradient_norms(self, kind: Literal["grand", "el2n"] = "grand") -> Tensor:
         """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
@@ -175,7 +175,7 @@ class HeadCurvature:
         ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
         """
         checks.require_choice("matrix", matrix, get_args(PositiveMatrixName))
-        factor = StreamedClassFactor(lambda: [self.rows], matrix, self.scale, self.arguments[1], self._summed)
+        factor = StreamedClassFactor(lambda: [self.rows], matrix, self.scale, self.arguments[1], self.layout.summed)
         has_bias = self.rows.tensors.bias is not None
         return KroneckerFactors.of(factor, has_bias=has_bias, form=form, rank=rank, seed=seed)
 
@@ -199,12 +199,8 @@ class HeadCurvature:
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()
-        moment = self._summed(weighted_moment(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
+        moment = self.layout.summed(weighted_moment(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
         return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
-
-    def _summed(self, part: Tensor) -> Tensor:
-        """Sum over the processes that have other rows."""
-        return self.layout.summed(part)
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors

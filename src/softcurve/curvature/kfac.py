@@ -54,7 +54,7 @@ def weighted_moment(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DenseClassFactor(ShortRepr):
-    """All of a positive semidefinite ``B``, by its eigenvalues and eigenvectors."""
+    """A positive semidefinite ``B``, by all of its eigenvalues and eigenvectors."""
 
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
@@ -104,10 +104,9 @@ class LowRankClassFactor(ShortRepr):
         return len(self.diagonal)
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedLowRankFactor:
-        """As for a dense factor, by Woodbury: with ``D = a diagonal + damping``, a core ``I − a lowᵀ D⁻¹ low`` each.
+        """The same by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
 
-        Raises:
-            ValueError: the damping, which the caller calls ``name``, is lost in the rounding errors of ``B``.
+        Raises ``ValueError`` if the damping, which the caller calls ``name``, is lost in the rounding errors of ``B``.
         """
         inverse = 1 / (self.diagonal.to(scales.dtype).unsqueeze(-1) * scales + damping)
         # In float64: a vector with B x = 0, such as that of ones, makes an eigenvalue of the core as small as damping.

@@ -83,8 +83,8 @@ def with_options_of(source: Callable[..., Any], *, without: Sequence[str] = ()) 
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            for name in kwargs.keys() - own.keys() - shared.keys():
-                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
+            if unknown := kwargs.keys() - own.keys() - shared.keys():
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
             return function(*args, **defaults | kwargs)
 
         call.__signature__ = signature.replace(parameters=[*own.values(), *shared.values()])  # type: ignore[attr-defined]

@@ -161,8 +161,7 @@ def _path_to(model: nn.Module, head: str) -> tuple[tuple[nn.Module, ...], bool]:
 
 
 def _require_one_process(module: nn.Module, place: str) -> None:
-    wrapper = parallel_wrapper(module)
-    if wrapper is None:
+    if (wrapper := parallel_wrapper(module)) is None:
         return
     remedy = "split the model inside it (model.module), and wrap the module that calls features and the loss"
     if wrapper.startswith(("FSDP", "Fully")):
@@ -194,7 +193,7 @@ def _not_linear(module: nn.Module, head: str) -> str:
 # --- which heads are accepted
 
 
-def require_head(head: object, name: str = "head") -> None:
+def require_head(head: object) -> None:
     """Require a ``torch.nn.Linear`` of at least two classes that computes ``W e + b`` from its own parameters.
 
     Raises:
@@ -202,28 +201,27 @@ def require_head(head: object, name: str = "head") -> None:
     """
     if not isinstance(head, nn.Linear):
         raise TypeError(
-            f"{name} must be a torch.nn.Linear, got {class_name(head)}; softcurve.curvature.split_head finds it in a "
-            "model"
+            f"head must be a torch.nn.Linear, got {class_name(head)}; curvature.split_head finds the one of a model"
         )
     if not {"weight", "bias"} <= head._parameters.keys():
         raise TypeError(
-            f"{name} must hold its weight and bias as parameters, got one that computes them (weight_norm, pruning, a "
+            "head must hold its weight and bias as parameters, got one that computes them (weight_norm, pruning, a "
             "parametrization); take that off first, as with torch.nn.utils.parametrize.remove_parametrizations"
         )
     if isinstance(head.weight, nn.UninitializedParameter):
-        raise TypeError(f"{name} must be initialised, got a LazyLinear; call the model once before")
+        raise TypeError("head must be initialised, got a LazyLinear; call the model once before")
     kind = type(head)
     own_call = kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl
     if kind.forward is not nn.Linear.forward or own_call:
         raise TypeError(
-            f"{name} must compute W e + b as torch.nn.Linear does, got a {class_name(head)} with its own forward; copy "
+            f"head must compute W e + b as torch.nn.Linear does, got a {class_name(head)} with its own forward; copy "
             "its weight and bias into a torch.nn.Linear, and put what its forward adds into features, or into "
             "temperature= and softcap="
         )
-    require_classes(f"{name}.out_features", head.out_features)
+    require_classes("head.out_features", head.out_features)
     if (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)) and not _computes_linear(head):
         raise TypeError(
-            f"{name} must compute W e + b as torch.nn.Linear does, got hooks or a replaced forward that change its "
+            "head must compute W e + b as torch.nn.Linear does, got hooks or a replaced forward that change its "
             "input or output; remove them, or move what they do into features"
         )
 
