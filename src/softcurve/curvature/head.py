@@ -191,7 +191,7 @@ class HeadCurvature:
         if loss.divergence.gauss_newton_bound == math.inf:
             raise ValueError(
                 f"loss must have a bounded Gauss-Newton matrix for an eigenvalue bound, got {loss.divergence}; "
-                "use largest_eigenvalues"
+                "use softcurve.curvature.GGN(...).eigsh"
             )
         mass *= loss.divergence.gauss_newton_bound
         if loss.z_loss:
