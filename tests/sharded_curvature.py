@@ -1,4 +1,7 @@
-"""The curvature of a head whose classes, or whose rows, lie over the processes, beside that of one process."""
+"""The curvature of a head whose classes, or whose rows, lie over the processes, beside that of one process.
+
+The settings are pairwise over the counts of processes together: each count runs its own share of them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import softcurve
 from softcurve import curvature
 from softcurve.curvature import Direction, HeadCurvature
 
+from .pairwise import pairwise
 from .process_cases import Cases, begin, distance
 from .sharded_heads import whole
 
@@ -24,7 +28,39 @@ LOSSES: dict[str, dict[str, Any]] = {
     "reverse_kl": {"loss": "reverse_kl", "softcap": 2.0},
     "js": {"loss": "js", "beta": 0.3},
 }
+COUNTS = (2, 3, 4)
 N, D, C = 9, 3, 7
+
+
+def has_target(name: str, loss: str, other: str, kind: str) -> bool:
+    """Whether a loss takes a kind of target."""
+    if (name, other) != ("loss", "kind"):
+        return True
+    return not ((kind == "index" and "loss" in LOSSES[loss]) or (kind == "list" and "weight" in LOSSES[loss]))
+
+
+def is_one_matrix(name: str, target: str, other: str, operator: str) -> bool:
+    """Whether an operator is compared for a target: no empirical Fisher of a divergence."""
+    return (name, other, target, operator) != ("target", "operator", "soft", "EmpiricalFisher")
+
+
+HEADS = pairwise(
+    {"loss": list(LOSSES), "kind": ("index", "dense", "logits", "list", "teacher"), "count": COUNTS}, has_target
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "index": {"label_smoothing": 0.1},
+    "soft": {"loss": "reverse_kl"},
+    "sum": {"reduction": "sum", "z_loss": 0.1},
+}
+NETWORKS = pairwise(
+    {
+        "target": list(OPTIONS),
+        "operator": ("Hessian", "GGN", "Fisher", "EmpiricalFisher"),
+        "over_classes": (True, False),
+        "count": COUNTS,
+    },
+    is_one_matrix,
+)
 
 
 def made(seed: int) -> dict[str, Tensor]:
@@ -54,17 +90,17 @@ def targets(t: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Any]:
 def of_head(mesh: DeviceMesh, *, rows: bool) -> Cases:
     first = [Shard(0)] if rows else [Replicate()]
     placed = [*first[: mesh.ndim - 1], Shard(0)]
-    for number, (name, options) in enumerate(LOSSES.items()):
-        t = made(number)
-        for kind, alone in targets(t, None).items():
-            if (kind == "index" and "loss" in options) or (kind == "list" and "weight" in options):
-                continue
-            w, b = (distribute_tensor(t[k], mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)]) for k in ("w", "b"))
-            e = distribute_tensor(t["e"], mesh, [Shard(0)] + [Replicate()] * (mesh.ndim - 1)) if rows else t["e"]
-            sample = torch.linspace(0, 1, N, dtype=torch.float64)
-            one = HeadCurvature(t["e"], t["w"], alone, linear_bias=t["b"], sample_weight=sample, **options)
-            many = HeadCurvature(e, w, targets(t, mesh)[kind], linear_bias=b, sample_weight=sample, **options)
-            yield from of_operators(f"{placed} {name} {kind}", one, many)
+    for setting in HEADS:
+        if setting["count"] != dist.get_world_size():
+            continue
+        name, kind = setting["loss"], setting["kind"]
+        options, t = LOSSES[name], made(list(LOSSES).index(name))
+        w, b = (distribute_tensor(t[k], mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)]) for k in ("w", "b"))
+        e = distribute_tensor(t["e"], mesh, [Shard(0)] + [Replicate()] * (mesh.ndim - 1)) if rows else t["e"]
+        sample = torch.linspace(0, 1, N, dtype=torch.float64)
+        one = HeadCurvature(t["e"], t["w"], targets(t, None)[kind], linear_bias=t["b"], sample_weight=sample, **options)
+        many = HeadCurvature(e, w, targets(t, mesh)[kind], linear_bias=b, sample_weight=sample, **options)
+        yield from of_operators(f"{placed} {name} {kind}", one, many)
 
 
 def of_operators(what: str, one: HeadCurvature, many: HeadCurvature) -> Cases:
@@ -94,7 +130,7 @@ def of_operators(what: str, one: HeadCurvature, many: HeadCurvature) -> Cases:
     yield f"{what} Kronecker product", distance(got[0], expected[0]), 1e-10
 
 
-def networks(*, over_classes: bool) -> Cases:
+def networks() -> Cases:
     """Rows over the processes, or the head's classes: a flat vector is the same in all."""
     rank, count = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (count,))
@@ -111,30 +147,27 @@ def networks(*, over_classes: bool) -> Cases:
     for name in ("weight", "bias"):
         whole_part = getattr(head, name).detach()
         setattr(sharded, name, nn.Parameter(distribute_tensor(whole_part, mesh, [Shard(0)])))
-    for name, target, options in (
-        ("index", label, {"label_smoothing": 0.1}),
-        ("soft", soft, {"loss": "reverse_kl"}),
-        ("sum", label, {"reduction": "sum", "z_loss": 0.1}),
-    ):
+    for setting in NETWORKS:
+        if setting["count"] != count:
+            continue
+        name, over_classes, options = setting["target"], setting["over_classes"], OPTIONS[setting["target"]]
+        operator, target = getattr(curvature, setting["operator"]), soft if name == "soft" else label
         one_data = [(x[:5], target[:5]), (x[5:], target[5:])]
-        for operator in (curvature.Hessian, curvature.GGN, curvature.Fisher, curvature.EmpiricalFisher):
-            if operator is curvature.EmpiricalFisher and "loss" in options:
-                continue
-            one = operator(features, head, one_data, **options)
-            if over_classes:
-                many = operator(features, sharded, one_data, **options)
-            else:
-                many = operator(features, head, [(x[share], target[share])], process_group=dist.group.WORLD, **options)
-            torch.manual_seed(5)
-            v = torch.randn(one.shape[0], 3, dtype=torch.float64)
-            yield f"{operator.__name__} {name} classes={over_classes}", distance(many @ v, one @ v), 1e-10
-            if operator is curvature.GGN:
-                a, b = many.kfac(), one.kfac()
-                yield f"features of kfac {name} classes={over_classes}", distance(a.features, b.features), 1e-10
-                w = torch.randn(C, D, dtype=torch.float64)
-                bias = torch.randn(C, dtype=torch.float64)
-                solved = (f.solve(w, bias, damping=0.1)[0] for f in (a, b))
-                yield f"kfac {name} classes={over_classes}", distance(*solved), 1e-8
+        one = operator(features, head, one_data, **options)
+        if over_classes:
+            many = operator(features, sharded, one_data, **options)
+        else:
+            many = operator(features, head, [(x[share], target[share])], process_group=dist.group.WORLD, **options)
+        torch.manual_seed(5)
+        v = torch.randn(one.shape[0], 3, dtype=torch.float64)
+        yield f"{setting}", distance(many @ v, one @ v), 1e-10
+        if operator is curvature.GGN:
+            a, b = many.kfac(), one.kfac()
+            yield f"features of kfac {setting}", distance(a.features, b.features), 1e-10
+            w = torch.randn(C, D, dtype=torch.float64)
+            bias = torch.randn(C, dtype=torch.float64)
+            solved = (f.solve(w, bias, damping=0.1)[0] for f in (a, b))
+            yield f"kfac {setting}", distance(*solved), 1e-8
     sampled = curvature.Fisher(features, sharded, [(x, label)], samples=4, seed=2)
     alone = curvature.Fisher(features, head, [(x, label)], samples=4, seed=2)
     v = torch.randn(alone.shape[0], generator=torch.Generator().manual_seed(6), dtype=torch.float64)
@@ -186,8 +219,7 @@ def main() -> Cases:
         yield from of_head(mesh, rows=count == 2)
     else:
         yield from of_head(init_device_mesh("cpu", (2, 2)), rows=True)
-    yield from networks(over_classes=True)
-    yield from networks(over_classes=False)
+    yield from networks()
 
 
 if __name__ == "__main__":

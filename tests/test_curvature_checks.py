@@ -35,7 +35,7 @@ from softcurve.curvature import (
     influence,
     split_head,
 )
-from softcurve.curvature.class_factors import DenseClassFactor, LowRankClassFactor
+from softcurve.curvature.kfac import DenseClassFactor, LowRankClassFactor
 
 ROWS, CLASSES = 24, 3
 

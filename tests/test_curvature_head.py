@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from .cases import (
     problem,
 )
 from .curvature_oracle import MATRICES, DenseRows, batch_of, loss_options
+from .pairwise import pairwise
 
 Columns = list[tuple[Tensor, ...]]
 Pass = Callable[[RowLosses], Any]
@@ -68,24 +69,31 @@ def option_sets(case: Case) -> dict[str, dict[str, Any]]:
     return different
 
 
-def grid(*tilings: str) -> list[tuple[str, str, str]]:
-    """Every option set in whole tiles; in cut ones each kind of target that a pass tells from others."""
+def go_together(name: str, level: str, other: str, other_level: str) -> bool:
+    """Whether a loss knows options, and whether it or they are computed in cut tiles too.
 
-    def is_cut(case: Case, options: str) -> bool:
-        told_apart = case.kind is not BIASLESS_TEACHER
-        told_apart &= case.kind is not PROBABILITIES or case.name == "js0.3"
-        return (options == "everything" and told_apart) or (options == "z_loss+weight+bias" and case.kind is INDICES)
+    Cut are the kinds of target that a pass tells from others.
+    """
+    if (name, other) == ("case", "options"):
+        return other_level in option_sets(BY_NAME[level])
+    if other != "tiling" or other_level == "whole":
+        return True
+    if name == "options":
+        return level in ("everything", "z_loss+weight+bias")
+    kind = BY_NAME[level].kind
+    return kind is not BIASLESS_TEACHER and (kind is not PROBABILITIES or BY_NAME[level].name == "js0.3")
 
-    return [
-        (str(case), name, tiling)
-        for case in CASES
-        for name in option_sets(case)
-        for tiling in ("whole", *(tilings if is_cut(case, name) else ()))
-    ]
+
+def settings(*tilings: str, **more: Sequence[str]) -> list[Any]:
+    """Any two of loss, options, tiling, and the levels of ``more`` meet."""
+    options = list(dict.fromkeys(name for case in CASES for name in option_sets(case)))
+    factors = {"case": [str(case) for case in CASES], "options": options} | more | {"tiling": ("whole", *tilings)}
+    together = pairwise(factors, lambda *pair: pair[0] not in ("case", "options") or go_together(*pair))
+    return [pytest.param(*setting.values(), id="-".join(setting.values())) for setting in together]
 
 
-OF_MATRICES = grid("rows", "classes")
-OF_GRADIENTS = grid("rows", "many classes")
+OF_MATRICES = settings("rows", "classes", matrix=MATRICES)
+OF_GRADIENTS = settings("rows", "many classes")
 OF_SAMPLES = [
     (case, "everything", tiling)
     for case in ("cross_entropy-indices", "cross_entropy-LinearTeacher", "forward-bucket", "js0.3-Logits")
@@ -106,7 +114,7 @@ def posed(case: str, options: str, tiling: str) -> Problem:
 
 
 def whole(given: Problem, memory_budget: int | None = None) -> RowLosses:
-    losses = HeadLosses(**loss_options(given), memory_budget=memory_budget)
+    losses = HeadLosses.of(**loss_options(given), memory_budget=memory_budget)
     named, _ = given._named(given.arguments)
     _, target, *weight = batch_of(given, None)
     head = named["input"], named["linear_weight"], named.get("linear_bias")
@@ -221,9 +229,8 @@ class Dense:
 # --- products, diagonals -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "options", "tiling"), OF_MATRICES)
-@pytest.mark.parametrize("matrix", MATRICES)
-def test_products_and_diagonal(matrix, case, options, tiling, monkeypatch):
+@pytest.mark.parametrize(("case", "options", "matrix", "tiling"), OF_MATRICES)
+def test_products_and_diagonal(case, options, matrix, tiling, monkeypatch):
     given = posed(case, options, tiling)
     dense = Dense(given)
     rows = rows_of(given, tiling, second_order(matrix), monkeypatch)
@@ -248,9 +255,12 @@ def test_a_diagonal_that_is_not_wanted_is_not_made(matrix):
     assert torch.equal(only.rows, curvature.diagonal(rows, matrix, wants_diagonal=True).rows)
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
-@pytest.mark.parametrize("case", ["cross_entropy-indices", "reverse-Logits", "js0.3-bucket"])
-@pytest.mark.parametrize("left_out", range(3))
+PARTS_OF_THE_HEAD = {"case": ["cross_entropy-indices", "reverse-Logits", "js0.3-bucket"], "matrix": MATRICES}
+
+
+@pytest.mark.parametrize(
+    ("case", "matrix", "left_out"), [tuple(s.values()) for s in pairwise(PARTS_OF_THE_HEAD | {"left_out": range(3)})]
+)
 def test_products_in_a_part_of_the_head(case, matrix, left_out):
     """A part left out of the columns is zero; one left out of the sums is not asked for."""
     given = posed(case, "everything", "whole")
@@ -352,7 +362,7 @@ def test_rows_of_weight_zero_are_not_looked_at(pass_of):
 
 def head_rows(z: Tensor, memory_budget: int | None = None, **options: Any) -> RowLosses:
     """Rows whose logits are ``z``: of features that are one-hot, by the rows of the weight."""
-    losses = HeadLosses(**options, memory_budget=memory_budget)
+    losses = HeadLosses.of(**options, memory_budget=memory_budget)
     e = torch.eye(len(z), dtype=z.dtype)
     return losses.rows(losses.problem(e, z.T.contiguous(), None, torch.zeros(len(z), dtype=torch.int64), None))
 
@@ -398,7 +408,7 @@ def test_a_masked_class_is_never_drawn(dtype, budget, masked):
     bias = torch.zeros(251, dtype=dtype)
     bias[masked] = -math.inf
     e, weight = torch.eye(40, dtype=dtype), torch.randn(251, 40, dtype=dtype)
-    losses = HeadLosses()
+    losses = HeadLosses.of()
     rows = losses.rows(losses.problem(e, weight, bias, torch.full((40,), int(bias.argmax())), None))
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(40, 1)
     if budget == "least":

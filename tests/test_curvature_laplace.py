@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import softcurve
-from softcurve.curvature.class_factors import LowRankClassFactor
+from softcurve.curvature.kfac import LowRankClassFactor
 from softcurve.curvature.laplace import LastLayerLaplace
 
 STRUCTURES = ["kronecker", "diagonal"]
@@ -515,19 +515,3 @@ def test_bad_input_is_explained(case):
     act, error, said = BAD[case]
     with pytest.raises(error, match=said):
         act()
-
-
-# In a process without the import hook, whose own TypeCheckError would come before ours.
-def test_wrong_types_are_explained(run_python):
-    run_python(
-        "import torch\n"
-        "from torch import nn\n"
-        "from softcurve.curvature.laplace import LastLayerLaplace\n"
-        "data = [(torch.ones(2, 4), torch.tensor([0, 1]))]\n"
-        "def said(act):\n"
-        "    try: act()\n"
-        "    except TypeError as error: return str(error)\n"
-        "assert said(lambda: LastLayerLaplace(nn.Identity(), data)).startswith('head must be a torch.nn.Linear, got Ident')\n"
-        "assert said(lambda: LastLayerLaplace(nn.Linear(4, 2), data, features=abs)).startswith('features must be a torch.')\n"
-        "assert LastLayerLaplace(nn.Linear(4, 2), data, prior_precision=2).prior_precision == 2.0\n"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian, fisher
 
 from .cases import BY_NAME, CASES, Case, Rows, assert_same, everything, problem
 from .curvature_oracle import DenseNetwork, DenseRows, Network, batch_of, loss_options, row_gradients
+from .pairwise import pairwise
 
 BOUND = 1e-9
 CLASSES, WIDTH = 6, 3
@@ -28,6 +29,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {**EXACT, "sampled_fisher": partial(F
 
 over_operators = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
 over_exact = pytest.mark.parametrize("name", EXACT)
+
+
+def over_pairs(**factors: Iterable[Any]) -> Any:
+    """Any two levels of the factors, which are the test's arguments, meet in one of its runs."""
+    settings = [tuple(each.values()) for each in pairwise({name: list(levels) for name, levels in factors.items()})]
+    return pytest.mark.parametrize(",".join(factors), settings)
 
 
 # --- networks and data ---------------------------------------------------------------------------------------------------
@@ -245,20 +252,23 @@ def option_sets(case: Case) -> dict[str, dict[str, Any]]:
     return {name: options for name, options in known.items() if options or name == "plain, mean"}
 
 
-GRID = [(str(case), name) for case in CASES for name in option_sets(case)]
+def knows(name: str, case: Case, other: str, options: str) -> bool:
+    return (name, other) != ("case", "options") or options in option_sets(case)
 
 
-@pytest.mark.parametrize(("case", "options"), GRID)
-def test_every_loss_with_its_options(case, options):
+ALL_OPTIONS = list(dict.fromkeys(name for case in CASES for name in option_sets(case)))
+GRID = pairwise({"case": CASES, "options": ALL_OPTIONS, "name": list(EXACT)}, knows)
+
+
+@pytest.mark.parametrize("setting", GRID, ids=lambda setting: "-".join(map(str, setting.values())))
+def test_every_loss_with_its_options(setting):
+    """Any two of loss, options and operator meet."""
+    case, options = setting["case"], setting["options"]
     reduction = options.split(", ")[-1]
-    setting = Setting(case=case, options=option_sets(BY_NAME[case])[options], reduction=reduction)
-    for name in EXACT:
-        setting.assert_equals_dense(name)
+    Setting(case=case, options=option_sets(case)[options], reduction=reduction).assert_equals_dense(setting["name"])
 
 
-@over_exact
-@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
-@pytest.mark.parametrize("case", ["cross_entropy-indices", "cross_entropy-float"])
+@over_pairs(name=EXACT, case=("cross_entropy-indices", "cross_entropy-float"), reduction=("mean", "batchmean", "sum"))
 def test_reductions_over_ragged_batches(name, case, reduction):
     """One divisor for all batches: the mean of means is another matrix."""
     options = {"weight": True, "sample_weight": True, "ignore_index": -100, "base": 2.0}
@@ -321,9 +331,7 @@ def language_model(*, tied: bool) -> tuple[nn.Module, nn.Linear]:
     return features, head
 
 
-@over_exact
-@pytest.mark.parametrize("case", ["cross_entropy-indices", "reverse-Logits"])
-@pytest.mark.parametrize("frozen", ["nothing", "the tied weight"])
+@over_pairs(name=EXACT, case=("cross_entropy-indices", "reverse-Logits"), frozen=("nothing", "the tied weight"))
 def test_a_tied_embedding_counts_once(name, case, frozen):
     features, head = language_model(tied=True)
     head.weight.requires_grad_(frozen == "nothing")
@@ -336,11 +344,11 @@ def test_a_tied_embedding_counts_once(name, case, frozen):
 # --- features ------------------------------------------------------------------------------------------------------------
 
 
-@over_exact
-@pytest.mark.parametrize(
-    "options", [{"shift": 1}, {"shift": 2, "sample_weight": True, "ignore_index": -100, "z_loss": 0.1}]
+@over_pairs(
+    name=EXACT,
+    options=({"shift": 1}, {"shift": 2, "sample_weight": True, "ignore_index": -100, "z_loss": 0.1}),
+    reduction=("mean", "batchmean"),
 )
-@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 def test_sequences_look_ahead(name, options, reduction):
     setting = Setting(
         *language_model(tied=False), options=options, reduction=reduction, rows=((3, 4), (1, 5)), x=token_ids
@@ -454,7 +462,8 @@ def test_a_transformer_layer(name, training):
 
 def sampled_products(setting: Setting, vector: Tensor, *, draws: int, samples: int) -> Tensor:
     """``vᵀ F̂ v`` of as many independent estimates. The seeds are far apart, for each batch to have its own numbers."""
-    estimates = [setting.operator(Fisher, samples=samples, seed=1000 * seed) for seed in range(draws)]
+    options = {"samples": samples, "check_deterministic": False}
+    estimates = [setting.operator(Fisher, seed=1000 * seed, **options) for seed in range(draws)]
     return torch.stack([vector @ (estimate @ vector) for estimate in estimates])
 
 
@@ -543,7 +552,7 @@ def test_samples_are_independent_of_the_features_noise():
     along = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # the first class's bias
 
     def curvature(**options: Any) -> float:
-        return float(along @ (Fisher(Noise(), head, data, **options) @ along))
+        return float(along @ (Fisher(Noise(), head, data, check_deterministic=False, **options) @ along))
 
     seeds = [1000 * seed for seed in range(60)]
     errors = torch.tensor([curvature(samples=1, seed=seed) - curvature(seed=seed) for seed in seeds])
@@ -591,44 +600,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="features and head must have a parameter that requires a gradient"):
             make(small_features().requires_grad_(False), small_head().requires_grad_(False), batches())
 
-    @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "js"])
-    @pytest.mark.parametrize(
-        ("option", "value"),
-        [
-            ("weight", torch.ones(CLASSES)),
-            ("ignore_index", 0),
-            ("label_smoothing", 0.1),
-            ("z_loss", 0.1),
-            ("shift", 1),
-        ],
-    )
-    def test_options_of_the_cross_entropy_alone(self, make, loss, option, value):
-        with pytest.raises(ValueError, match=f"{option} must"):
-            make(small_features(), small_head(), batches(), loss=loss, **{option: value})
-
-    @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl"])
-    def test_beta_of_the_js_alone(self, make, loss):
-        with pytest.raises(ValueError, match="beta must"):
-            make(small_features(), small_head(), batches(), loss=loss, beta=0.3)
-
-    @pytest.mark.usefixtures("without_shape_checks")  # which would refuse other words than the literals
-    @pytest.mark.parametrize(
-        ("option", "value"),
-        [
-            ("loss", "kl"),
-            ("reduction", "none"),
-            ("label_smoothing", 1.5),
-            ("temperature", 0.0),
-            ("softcap", -1.0),
-            ("z_loss", -0.1),
-            ("base", 1.0),
-            ("memory_budget", 0),
-        ],
-    )
-    def test_values_out_of_range(self, make, option, value):
-        with pytest.raises(ValueError, match=option):
-            make(small_features(), small_head(), batches(), **{option: value})
-
     def test_unknown_options(self, make):
         with pytest.raises(TypeError, match="smoothing_label"):
             make(small_features(), small_head(), batches(), smoothing_label=0.1)
@@ -674,11 +645,38 @@ class TestErrors:
             operator @ vectors
 
 
+CROSS_ENTROPY_OPTIONS = {
+    "weight": torch.ones(CLASSES), "ignore_index": 0, "label_smoothing": 0.1, "z_loss": 0.1, "shift": 1
+}  # fmt: skip
+OUT_OF_RANGE = {
+    "loss": "kl", "reduction": "none", "label_smoothing": 1.5, "temperature": 0.0, "softcap": -1.0, "z_loss": -0.1,
+    "base": 1.0, "memory_budget": 0,
+}  # fmt: skip
+
+
+@over_pairs(make=OPERATORS.values(), loss=("forward_kl", "reverse_kl", "js"), option=CROSS_ENTROPY_OPTIONS)
+def test_options_of_the_cross_entropy_alone(make, loss, option):
+    with pytest.raises(ValueError, match=f"{option} must"):
+        make(small_features(), small_head(), batches(), loss=loss, **{option: CROSS_ENTROPY_OPTIONS[option]})
+
+
+@over_operators
+@pytest.mark.usefixtures("without_shape_checks")  # which would refuse other words than the literals
+def test_values_out_of_range(make):
+    network = small_features(), small_head(), batches()
+    for loss in ("cross_entropy", "forward_kl", "reverse_kl"):
+        with pytest.raises(ValueError, match="beta must"):
+            make(*network, loss=loss, beta=0.3)
+    for option, value in OUT_OF_RANGE.items():
+        with pytest.raises(ValueError, match=option):
+            make(*network, **{option: value})
+
+
 # Run without the import hook, whose own TypeCheckError would come before ours.
 WRONG_TYPES = """
 import torch
 from torch import nn
-from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian
+from softcurve.curvature import GGN, EmpiricalFisher, Fisher, Hessian, LastLayerLaplace
 
 bad, features, head, x, target = [], nn.Linear(2, 3), nn.Linear(3, 6), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
 for make in (Hessian, GGN, Fisher, EmpiricalFisher):
@@ -699,6 +697,18 @@ for make in (Hessian, GGN, Fisher, EmpiricalFisher):
                 bad.append((make.__name__, words, repr(error)))
         else:
             bad.append((make.__name__, words, "no error"))
+for arguments, options, words in (
+    ((nn.Identity(), [(x, target)]), {}, "head must be a torch.nn.Linear, got Identity"),
+    ((head, [(x, target)]), {"features": abs}, "features must be a torch.nn.Module"),
+):
+    try:
+        LastLayerLaplace(*arguments, **options)
+    except TypeError as error:
+        if words not in str(error):
+            bad.append(("LastLayerLaplace", words, repr(error)))
+    else:
+        bad.append(("LastLayerLaplace", words, "no error"))
+assert LastLayerLaplace(head, [(x @ torch.ones(2, 3), target)], prior_precision=2).prior_precision == 2.0
 assert not bad, bad
 """
 

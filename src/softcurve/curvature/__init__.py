@@ -20,24 +20,10 @@ from softcurve.curvature.split import split_head
 from softcurve.head.products import Direction
 
 __all__ = [
-    "GGN",
-    "DiagonalEstimate",
-    "Direction",
-    "Eigenpairs",
-    "EmpiricalFisher",
-    "Estimate",
-    "Fisher",
-    "HeadCurvature",
-    "Hessian",
-    "Influence",
-    "KroneckerFactors",
-    "LastLayerLaplace",
-    "Solution",
-    "SpectralDensity",
-    "SymmetricOperator",
-    "influence",
-    "split_head",
-]
+    "GGN", "DiagonalEstimate", "Direction", "Eigenpairs", "EmpiricalFisher", "Estimate", "Fisher", "HeadCurvature",
+    "Hessian", "Influence", "KroneckerFactors", "LastLayerLaplace", "Solution", "SpectralDensity", "SymmetricOperator",
+    "influence", "split_head",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ losses are equal, and batch normalisation preserves sums.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 from softcurve.array_types import Float64
 from softcurve.curvature.kfac import split_rows
-from softcurve.curvature.network import SplitNetwork
 from softcurve.head.tensors import RowLosses
+
+if TYPE_CHECKING:
+    from softcurve.curvature.network import SplitNetwork
 
 SKIP = "check_deterministic=False skips this check"
 IN_MEMORY = (list, tuple)  # exactly these types, whose batches are the same objects in each pass
@@ -43,8 +46,8 @@ def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) ->
     with torch.random.fork_rng([]):
         in_memory = type(network.data) in IN_MEMORY
         problem = _problem_of_features(network) if in_memory else _problem_of_rows(network, name, ordered)
-    elsewhere = network.any_process(problem is not None)
-    if problem is None and elsewhere:
+    failures = network.sum_number(float(problem is not None), over_classes=True)
+    if problem is None and failures:
         problem = f"{name} and features must be the same in each pass, got others in another process"
     if problem is not None:
         raise ValueError(f"{problem}; {SKIP}")
@@ -52,7 +55,7 @@ def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) ->
 
 def _random_sampler(data: object) -> str | None:
     """The name of a sampler at any depth of a loader that is known to be random."""
-    for sampler in (getattr(data, name, None) for name in ("sampler", "batch_sampler")):
+    for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
         if isinstance(sampler, RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
             return type(sampler).__name__
         # A DistributedSampler that shuffles gives the same order each time, but not that of the data set.
@@ -65,14 +68,17 @@ def _random_sampler(data: object) -> str | None:
 
 def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | None:
     """Compare the rows of two passes; return the error message if they differ."""
-    tolerance = _tolerance(network)
-    first, second = _row_numbers(network), _row_numbers(network)
+    tolerance, passes = _tolerance(network), []
+    for _ in range(2):
+        numbers = [_numbers_of(rows.losses).cpu() for rows in network.rows("Determinism check", graph=False)]
+        passes.append(torch.cat([torch.zeros(0, dtype=torch.float64), *numbers]))
+    first, second = passes
     if len(first) != len(second):
         return (
             f"{name} must give the same rows in each pass, got {len(first)} rows and then {len(second)}; pass the "
             "batches as a list, or build the loader without a random sampler and without drop_last"
         )
-    if len(first) == 0 or float((first - second).abs().max()) <= tolerance:
+    if torch.allclose(first, second, rtol=0, atol=tolerance):
         return None
     gap = float((first.sort().values - second.sort().values).abs().max())
     if gap > tolerance:
@@ -80,12 +86,8 @@ def _problem_of_rows(network: SplitNetwork, name: str, ordered: bool) -> str | N
             f"{name} must give the same rows in each pass, got rows that differ by {gap:.1e}; leave out random "
             f"augmentation and random sampling (shuffle=False), or pass the batches as a list{_hint(network)}"
         )
-    if not ordered:
-        return None
-    return (
-        f"{name} must give its rows in a fixed order, got another one in the second pass; build the loader with "
-        "shuffle=False, or pass the batches as a list"
-    )
+    in_order = f"{name} must give its rows in a fixed order, got another one in the second pass; build the loader with "
+    return in_order + "shuffle=False, or pass the batches as a list" if ordered else None
 
 
 def _problem_of_features(network: SplitNetwork) -> str | None:
@@ -98,7 +100,7 @@ def _problem_of_features(network: SplitNetwork) -> str | None:
         gap = math.inf
         if first.shape == second.shape:
             pair = (first.double() - second.double(), first.double())
-            difference, scale = (float(torch.linalg.vector_norm(each.nan_to_num(0.0, 0.0, 0.0))) for each in pair)
+            difference, scale = (each.nan_to_num(0.0, 0.0, 0.0).norm().item() for each in pair)
             gap = difference / (scale or 1.0)
         if gap <= _tolerance(network, first.dtype):
             return None
@@ -120,11 +122,6 @@ def _hint(network: SplitNetwork) -> str:
     return ""
 
 
-def _row_numbers(network: SplitNetwork) -> Float64[Tensor, " n"]:
-    numbers = [_numbers_of(rows.losses).cpu() for rows in network.rows("Determinism check", graph=False)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *numbers])
-
-
 def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:
     """One number per row, 0 for one that does not count; each part adds about 1, so that none hides the others."""
     t = rows.tensors
@@ -140,8 +137,8 @@ def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:
 
 def _direction_and_length(vectors: Tensor) -> Float64[Tensor, " n"]:
     """``v·r/‖v‖ + log ‖v‖`` with a random ``r``: a relative change of ``v`` changes it by about as much."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(vectors.shape[1], generator=generator, dtype=torch.float64).to(vectors.device)
+    probe = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe = probe.to(vectors.device)
     numbers = []
     for (part,) in split_rows(vectors):
         wide = part.double().nan_to_num(0.0, 0.0, 0.0)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softcurve.curvature.network import BatchRows, Parts
-from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.network import BatchRows, NetworkOperator, Parts
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.per_row import row_masses
 from softcurve.head.products import Direction

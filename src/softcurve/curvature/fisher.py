@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from softcurve.curvature.ggn import JacobianSandwich
-from softcurve.curvature.network import Batch, BatchRows, Parts
-from softcurve.curvature.network_operator import NetworkOperator
-from softcurve.curvature.options import NetworkOptions, with_options_of
+from softcurve.curvature.losses import NetworkOptions, with_options_of
+from softcurve.curvature.network import Batch, BatchRows, NetworkOperator, Parts
 from softcurve.head.curvature import add_outer_products
 from softcurve.head.per_row import row_masses, sample_classes
 from softcurve.head.products import Direction
@@ -38,14 +37,9 @@ class Fisher(JacobianSandwich):
 
     @with_options_of(NetworkOperator)
     def __init__(
-        self,
-        features: nn.Module,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        samples: int | None = None,
+        self, features: nn.Module, head: nn.Linear, data: Iterable[Batch], *, samples: int | None = None,
         **options: Unpack[NetworkOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples must be a positive int, or None for the exact matrix, got {samples!r}")
         self.samples = samples

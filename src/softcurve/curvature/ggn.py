@@ -10,9 +10,8 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.curvature.algorithms.nystrom import nystrom_preconditioner
-from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, kronecker_preconditioner
-from softcurve.curvature.network import BatchRows, Parts
-from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor
+from softcurve.curvature.network import BatchRows, NetworkOperator, Parts
 from softcurve.head.curvature import add_products
 from softcurve.head.products import Direction
 from softcurve.head.tensors import RowLosses
@@ -42,15 +41,9 @@ class JacobianSandwich(NetworkOperator):
         return KroneckerFactors.of(factor, has_bias=head.bias is not None, form=form, rank=rank, seed=seed)
 
     def preconditioner(
-        self,
-        damping: float,
-        *,
-        kind: Literal["auto", "kronecker", "nystrom"] = "auto",
-        products: int = 16,
-        form: FactorForm = "auto",
-        rank: int = 128,
-        seed: int = 0,
-    ) -> Callable[[Tensor], Tensor]:
+        self, damping: float, *, kind: Literal["auto", "kronecker", "nystrom"] = "auto", products: int = 16,
+        form: FactorForm = "auto", rank: int = 128, seed: int = 0,
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
         """A preconditioner for :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
 
         ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head, and on each other
@@ -66,35 +59,42 @@ class JacobianSandwich(NetworkOperator):
         checks.require_choice("kind", kind, ("auto", "kronecker", "nystrom"))
         checks.require_count("products", products, 1)
         checks.require_count("seed", seed, 0)
-        layout, has_bias = self.layout, self.network.head.bias is not None
-        frozen_bias = has_bias and layout.head_bias is None
+        layout, weight, bias = self.layout, self.layout.head_weight, self.layout.head_bias
+        frozen_bias = self.network.head.bias is not None and bias is None
         if kind == "auto":
-            only_head = not layout.of_features and layout.head_weight is not None and not frozen_bias
+            only_head = not layout.of_features and weight is not None and not frozen_bias
             kind = "kronecker" if only_head else "nystrom"
         if kind == "nystrom":
             return nystrom_preconditioner(self, rank=products, damping=damping, seed=seed)
-        if layout.head_weight is None or layout.head_weight in layout.of_features:
+        if weight is None or weight in layout.of_features:
             raise ValueError("head must have a weight of its own that is trained, got one that is frozen or tied")
         if frozen_bias:
             raise ValueError("head must be trained whole, got a bias that is frozen; unfreeze it, or leave it out")
-        bias = None if layout.head_bias is None else layout.slices[layout.head_bias]
         factors = self.kfac(form=form, rank=rank, seed=seed)
-        elsewhere = self._mean_diagonals(products, seed) + damping
-        return kronecker_preconditioner(factors, damping, layout.slices[layout.head_weight], bias, elsewhere)
+        elsewhere = (self._mean_diagonals(products, seed) + damping).unsqueeze(-1)
+
+        def apply(columns: Tensor) -> Tensor:
+            rows, solved = columns.T.contiguous(), (columns / elsewhere).T.contiguous()
+            for row, into in zip(rows, solved, strict=True):
+                in_bias = None if bias is None else layout.view(row, bias)
+                in_weight, in_bias = factors.solve(layout.view(row, weight), in_bias, damping=damping)
+                layout.view(into, weight).copy_(in_weight)
+                if bias is not None and in_bias is not None:
+                    layout.view(into, bias).copy_(in_bias)
+            return solved.T
+
+        return apply
 
     def _mean_diagonals(self, products: int, seed: int) -> Tensor:
         """The mean of the diagonal over each parameter of the features, by Hutchinson's estimate; 0 for the head."""
         generator = torch.Generator().manual_seed(seed)
-        means = torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
-        if not self.layout.of_features:
-            return means
         parts = [self.layout.slices[number] for number in self.layout.of_features]
         probes = torch.zeros(self.layout.size, products, dtype=self.dtype, device=self.device)
         for part in parts:
             probes[part] = (torch.randint(2, probes[part].shape, generator=generator) * 2 - 1).to(probes)
-        entries = (probes * (self @ probes)).mean(1)
+        means = (probes * (self @ probes)).mean(1) if parts else probes[:, 0]
         for part in parts:
-            means[part] = entries[part].mean().clamp(min=0)
+            means[part] = means[part].mean().clamp(min=0)
         return means
 
 

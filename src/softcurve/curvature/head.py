@@ -12,9 +12,8 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.curvature.kfac import FactorForm, KroneckerFactors, StreamedClassFactor, split_rows, weighted_moment
-from softcurve.curvature.linear_head import require_classes
-from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.options import LossOptions, with_options_of
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
+from softcurve.curvature.split import require_classes
 from softcurve.head import curvature, loop, per_row
 from softcurve.head.products import Direction
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
@@ -48,27 +47,22 @@ class HeadCurvature:
     Source: ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ`` for every loss of the family.
     """
 
-    @with_options_of(HeadLosses)
+    @with_options_of(HeadLosses.of)
     def __init__(
-        self,
-        input: Float[Tensor, "*rows features"],
-        linear_weight: Float[Tensor, "classes features"],
-        target: Tensor | Target,
-        *,
-        linear_bias: Float[Tensor, " classes"] | None = None,
-        sample_weight: Tensor | None = None,
-        **options: Unpack[LossOptions],
-    ) -> None:
+        self, input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
+        target: Tensor | Target, *, linear_bias: Float[Tensor, " classes"] | None = None,
+        sample_weight: Tensor | None = None, **options: Unpack[LossOptions],
+    ) -> None:  # fmt: skip
         if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
-        self.losses = HeadLosses(**options)
+        self.losses = HeadLosses.of(**options)
         problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight)
         divisor = float(problem.divisor(self.losses.reducer))
         if divisor == 0:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
         self.rows, self.scale = self.losses.rows(problem), 1 / divisor
         self.arguments, self.layout = (input.detach(), linear_weight.detach(), linear_bias), problem.head.layout
-        self.leading, self.local_leading = input.shape[:-1], problem.head.leading
+        self.leading = problem.head.leading  # of this process's rows
 
     def __repr__(self) -> str:
         t = self.rows.tensors
@@ -95,13 +89,13 @@ class HeadCurvature:
             checks.require_choice("parts", part, PARTS)
         t = self.rows.tensors
         columns = [self._local(each) for each in (direction if isinstance(direction, list) else [direction])]
+        wanted = [
+            each if name in parts else None for name, each in zip(PARTS, (t.input, t.weight, t.bias), strict=True)
+        ]
         into = [
-            Direction(*(
-                torch.zeros_like(tensor, dtype=t.dtype) if name in parts and tensor is not None else None
-                for name, tensor in zip(PARTS, (t.input, t.weight, t.bias), strict=True)
-            ))
+            Direction(*(None if each is None else torch.zeros_like(each, dtype=t.dtype) for each in wanted))
             for _ in columns
-        ]  # fmt: skip
+        ]
         curvature.add_products(self.rows, matrix, columns, into, self.scale)
         products = [self._global(each) for each in into]
         return products if isinstance(direction, list) else products[0]
@@ -110,7 +104,7 @@ class HeadCurvature:
         """The parts in the shapes of the arguments, and sharded as they are."""
         e, layout = local.input, self.layout
         input, weight, bias = self.arguments
-        shape = (*self.local_leading, input.shape[-1])
+        shape = (*self.leading, input.shape[-1])
         return Direction(
             None if e is None else layout.restored_features(e.reshape(shape), input),
             None if local.weight is None else layout.restored_classes(local.weight, weight),
@@ -124,7 +118,7 @@ class HeadCurvature:
                 "direction must be a softcurve.curvature.Direction(input, weight, bias) or a list of them, got "
                 f"{type(direction).__name__}"
             )
-        t = self.rows.tensors
+        t, local = self.rows.tensors, dict[str, Tensor]()
         for name, part, argument in zip(PARTS, direction, self.arguments, strict=True):
             if part is None:
                 continue
@@ -134,11 +128,10 @@ class HeadCurvature:
             if part.shape != argument.shape:
                 shape = tuple(argument.shape)
                 raise ValueError(f"direction.{name} must be of shape {shape}, got {checks.describe(part)}")
-        e, weight, bias = (None if part is None else part.detach() for part in direction)
-        e = None if e is None else self.layout.local_rows(e)
-        weight, bias = (None if part is None else self.layout.local_classes(part) for part in (weight, bias))
-        e = None if e is None else e.reshape(t.input.shape)
-        return Direction(*(None if part is None else part.to(t.dtype) for part in (e, weight, bias)))
+            localise = self.layout.local_rows if name == "input" else self.layout.local_classes
+            local[name] = localise(part.detach()).to(t.dtype)
+        e = local.get("input")
+        return Direction(None if e is None else e.reshape(t.input.shape), local.get("weight"), local.get("bias"))
 
     def diagonal(self, *, matrix: MatrixName = "gauss_newton") -> Direction:
         """The exact diagonal in the weight ``(C, d)`` and the bias: ``Σ_i diag(B_i) ⊗ (e ⊙ e)``; not the input's."""
@@ -153,7 +146,7 @@ class HeadCurvature:
         """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
         checks.require_choice("matrix", matrix, get_args(MatrixName))
         traces = curvature.diagonal(self.rows, matrix, wants_diagonal=False).rows
-        return float(self._summed((traces.double() * self._squared_norms()).sum())) * self.scale
+        return float(self.layout.summed((traces.double() * self._squared_norms()).sum())) * self.scale
 
     def gradient_norms(self, kind: Literal["grand", "el2n"] = "grand") -> Tensor:
         """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
@@ -164,14 +157,14 @@ class HeadCurvature:
         """
         checks.require_choice("kind", kind, ("grand", "el2n"))
         norms = per_row.gradient_norms(self.rows) / self.losses.reducer.nats
-        loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.weight
+        loss, t, weight = self.rows.loss, self.rows.tensors, self.losses.class_weight
         if weight is not None and loss.target == "sparse" and t.target is None and t.indices is not None:
             # With class indices the class weight is part of the row's weight, which is not in the row's own loss.
             weight = self.layout.full("weight", weight)
             norms *= weight.detach().double()[t.indices.squeeze(-1)]
         if kind == "grand":
             norms = norms * self._squared_norms().sqrt()
-        return self.layout.restored(norms.reshape(self.local_leading), per_row=True)
+        return self.layout.restored(norms.reshape(self.leading), per_row=True)
 
     def kfac(
         self, *, matrix: PositiveMatrixName = "gauss_newton", form: FactorForm = "auto", rank: int = 128, seed: int = 0
@@ -182,7 +175,7 @@ class HeadCurvature:
         ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
         """
         checks.require_choice("matrix", matrix, get_args(PositiveMatrixName))
-        factor = StreamedClassFactor(lambda: [self.rows], matrix, self.scale, self.arguments[1], self._summed)
+        factor = StreamedClassFactor(lambda: [self.rows], matrix, self.scale, self.arguments[1], self.layout.summed)
         has_bias = self.rows.tensors.bias is not None
         return KroneckerFactors.of(factor, has_bias=has_bias, form=form, rank=rank, seed=seed)
 
@@ -198,7 +191,7 @@ class HeadCurvature:
         if loss.divergence.gauss_newton_bound == math.inf:
             raise ValueError(
                 f"loss must have a bounded Gauss-Newton matrix for an eigenvalue bound, got {loss.divergence}; "
-                "use largest_eigenvalues"
+                "use softcurve.curvature.GGN(...).eigsh"
             )
         mass *= loss.divergence.gauss_newton_bound
         if loss.z_loss:
@@ -206,12 +199,8 @@ class HeadCurvature:
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()
-        moment = self._summed(weighted_moment(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
+        moment = self.layout.summed(weighted_moment(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
         return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
-
-    def _summed(self, part: Tensor) -> Tensor:
-        """Sum over the processes that have other rows."""
-        return self.layout.summed(part)
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from softcurve.curvature.network import BatchRows, Parts
-from softcurve.curvature.network_operator import NetworkOperator
+from softcurve.curvature.network import BatchRows, NetworkOperator, Parts
 from softcurve.head import loop
 from softcurve.head.curvature import add_products
 from softcurve.head.products import Direction

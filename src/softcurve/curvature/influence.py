@@ -31,15 +31,14 @@ from softcurve.curvature.algorithms.conjugate_gradients import conjugate_gradien
 from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
-from softcurve.curvature.losses import HeadLosses
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.network import Batch, BatchRows, SplitNetwork, require_reiterable
-from softcurve.curvature.options import LossOptions, with_options_of
 from softcurve.head import loop
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 
-@dataclass(frozen=True, eq=False)
-class Influence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Influence(ShortRepr):
     """``values[i] = −∇L_testᵀ (G + damping I)⁻¹ w_i ∇ℓ_i`` of each training row; a negative value means that it helps.
 
     ``(n,)`` on the mean test loss, or ``(n, m)`` on each of ``m`` test rows, in the order of the data; positions of a
@@ -53,8 +52,6 @@ class Influence:
     residuals: Float64[Tensor, "*test"]
     converged: Bool[Tensor, "*test"]
     products: int
-
-    __repr__ = dataclass_repr
 
     @property
     def of_removal(self) -> Float[Tensor, " n *test"]:
@@ -76,28 +73,14 @@ class Influence:
         return self.values.topk(k, dim=0, largest=largest).indices
 
 
-@with_options_of(HeadLosses)
+@with_options_of(HeadLosses.of)
 def influence(
-    features: nn.Module,
-    head: nn.Linear,
-    train_data: Iterable[Batch],
-    test_data: Iterable[Batch],
-    *,
-    damping: float,
-    rows: Literal["mean", "each"] = "mean",
-    test_options: LossOptions | None = None,
-    preconditioned: bool = True,
-    form: FactorForm = "auto",
-    rank: int = 128,
-    tol: float = 1e-6,
-    max_iterations: int | None = None,
-    columns_at_once: int = 16,
-    seed: int = 0,
-    progress: bool = False,
-    process_group: ProcessGroup | None = None,
-    check_deterministic: bool = True,
-    **options: Unpack[LossOptions],
-) -> Influence:
+    features: nn.Module, head: nn.Linear, train_data: Iterable[Batch], test_data: Iterable[Batch], *, damping: float,
+    rows: Literal["mean", "each"] = "mean", test_options: LossOptions | None = None, preconditioned: bool = True,
+    form: FactorForm = "auto", rank: int = 128, tol: float = 1e-6, max_iterations: int | None = None,
+    columns_at_once: int = 16, seed: int = 0, progress: bool = False, process_group: ProcessGroup | None = None,
+    check_deterministic: bool = True, **options: Unpack[LossOptions],
+) -> Influence:  # fmt: skip
     """The influence of each row of ``train_data`` on the loss on ``test_data``, in the parameters that are trained.
 
     Args:
@@ -160,10 +143,8 @@ def influence(
         solutions.append(replace(solution, x=solution.x[:0]))
     if not values:
         raise ValueError("test_data must hold a row, got none")
-    parts = [
-        torch.cat(values, -1),
-        *(torch.cat([getattr(each, name) for each in solutions]) for name in ("residuals", "converged", "indefinite")),
-    ]
+    columns = [(each.residuals, each.converged, each.indefinite) for each in solutions]
+    parts = [torch.cat(values, -1), *map(torch.cat, zip(*columns, strict=True))]
     influences, residuals, converged, indefinite = (part.squeeze(-1) for part in parts) if rows == "mean" else parts
     warn_unless_converged("influence", residuals, indefinite, tol, max(each.iterations for each in solutions))
     return Influence(influences, divisor, residuals, converged, sum(each.products for each in solutions))
@@ -189,20 +170,16 @@ def _row_gradients(test: SplitNetwork) -> Iterator[Tensor]:
 
 def _add_gradient(network: SplitNetwork, rows: BatchRows, some: slice, flat: Tensor) -> None:
     """``flat += Σ w ∇ℓ`` over some rows of a batch."""
-    loss, tensors, _, budget = rows.losses
-    tensors = tensors._replace(
-        input=tensors.input[some],
-        target=None if tensors.target is None else tensors.target[some],
-        indices=None if tensors.indices is None else tensors.indices[some],
-        row_weight=tensors.row_weight[some],
-    )
+    loss, t, _, budget = rows.losses
+    target, indices = (None if part is None else part[some] for part in (t.target, t.indices))
+    t = t._replace(input=t.input[some], target=target, indices=indices, row_weight=t.row_weight[some])
     columns = flat.unsqueeze(0)
-    sums = network.sums(rows, columns)
-    into = (None if sums[0].input is None else sums[0].input[some], sums[0].weight, sums[0].bias)
-    wanted = (into[0] is not None, into[1] is not None, into[2] is not None, False, False, False)
-    in_input, in_weight, in_bias, *_ = loop.evaluate(loss, tensors, budget, wanted=wanted).gradients
-    own_share = None if in_input is None else network.class_share(in_input)
-    for part, gradient in zip(into, (own_share, in_weight, in_bias), strict=True):
+    (into,) = sums = network.sums(rows, columns)
+    wanted = (into.input is not None, into.weight is not None, into.bias is not None, False, False, False)
+    in_input, in_weight, in_bias, *_ = loop.evaluate(loss, t, budget, wanted=wanted).gradients
+    if into.input is not None and in_input is not None:
+        into.input[some] += network.class_share(in_input)
+    for part, gradient in ((into.weight, in_weight), (into.bias, in_bias)):
         if part is not None and gradient is not None:
             part += gradient
     network.add_pulled_back(rows, sums, columns)

@@ -2,7 +2,9 @@
 
 ``A = Σ_i m_i ẽ_i ẽ_iᵀ / Σ_i m_i`` over features ``ẽ = [e; 1]`` (the 1 with a bias) is dense, ``(d, d)``.
 ``B = Σ_i B_i`` over classes is known by streamed products; for a cross-entropy ``B = diag(Σ m p) − Pᵀ diag(m) P``. Its
-inverse needs an explicit form: all of it where the classes are few, or its diagonal minus a matrix of low rank.
+inverse needs an explicit form: all of it where the classes are few, or its diagonal minus a matrix of low rank. The
+inverse of ``a B + damping I`` is wanted for as many ``a ≥ 0`` as the features have dimensions: ``damped`` prepares all
+of these at once, and its result is used for many columns.
 """
 
 from __future__ import annotations
@@ -14,19 +16,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Float64
 from softcurve.curvature.algorithms.nystrom import nystrom_factor
-from softcurve.curvature.class_factors import ClassFactor, DampedFactor, DenseClassFactor, LowRankClassFactor
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.head.curvature import add_class_products, add_products, class_coefficients
 from softcurve.head.per_row import row_masses
 from softcurve.head.products import WIDENED_ENTRIES, Direction
 from softcurve.head.tensors import RowLosses
 from softcurve.processes import sum_over
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 FactorForm = Literal["auto", "dense", "low_rank"]
 
@@ -50,6 +50,112 @@ def weighted_moment(
         kept = torch.cat([kept, torch.ones_like(kept[:, :1])], -1) if has_bias else kept
         moment.addmm_(kept.T, m[m != 0].to(dtype).unsqueeze(-1) * kept)
     return moment
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseClassFactor(ShortRepr):
+    """A positive semidefinite ``B``, by all of its eigenvalues and eigenvectors."""
+
+    values: Float[Tensor, " classes"]
+    vectors: Float[Tensor, "classes classes"]
+
+    @property
+    def classes(self) -> int:
+        """``C``."""
+        return len(self.values)
+
+    def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedDenseFactor:
+        """``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
+        vectors, values = self.vectors.to(scales.dtype), self.values.to(scales.dtype)
+        return DampedDenseFactor(vectors, values.unsqueeze(-1) * scales + damping)
+
+
+@dataclass(frozen=True, eq=False)
+class DampedDenseFactor:
+    """``M_j = a_j B + damping I`` by eigenvectors."""
+
+    vectors: Float[Tensor, "classes classes"]
+    values: Float[Tensor, "classes k"]
+
+    def solve(self, columns: Float[Tensor, "classes k"]) -> Float[Tensor, "classes k"]:
+        """``M_j⁻¹ x_j`` of each column."""
+        return self.vectors @ (self.vectors.T @ columns / self.values)
+
+    def inverse_diagonal(self) -> Float[Tensor, "classes k"]:
+        """``diag(M_j⁻¹)``."""
+        return self.vectors.square() @ (1 / self.values)
+
+    def log_determinants(self) -> Float64[Tensor, " k"]:
+        """``log det M_j``."""
+        return self.values.double().log().sum(0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankClassFactor(ShortRepr):
+    """``B = diag(diagonal) − low lowᵀ``."""
+
+    diagonal: Float[Tensor, " classes"]
+    low: Float[Tensor, "classes rank"]
+    rounding: float  # the relative rounding error of the entries
+
+    @property
+    def classes(self) -> int:
+        """``C``."""
+        return len(self.diagonal)
+
+    def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedLowRankFactor:
+        """The same by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
+
+        Raises ``ValueError`` if the damping, which the caller calls ``name``, is lost in the rounding errors of ``B``.
+        """
+        inverse = 1 / (self.diagonal.to(scales.dtype).unsqueeze(-1) * scales + damping)
+        # In float64: a vector with B x = 0, such as that of ones, makes an eigenvalue of the core as small as damping.
+        low = self.low.double()
+        cores = torch.eye(low.shape[1], dtype=low.dtype, device=low.device).repeat(len(scales), 1, 1)
+        for core, a, column in zip(cores, scales.double(), inverse.double().T, strict=True):
+            core -= low.T @ ((a * column).unsqueeze(-1) * low)
+        factors, failed = torch.linalg.cholesky_ex(cores)
+        # The rounding error of an eigenvalue of the core must be at most a tenth of the eigenvalue.
+        if failed.any() or (torch.linalg.eigvalsh(cores) < 10 * self.rounding).any():
+            raise ValueError(
+                f"{name} must be larger than the rounding errors of a class factor of low rank, got {damping:g}; "
+                "raise it, use form='dense', or compute in float64"
+            )
+        return DampedLowRankFactor(self.low.to(scales.dtype), scales, inverse, factors)
+
+
+@dataclass(frozen=True, eq=False)
+class DampedLowRankFactor:
+    """``M_j = a_j B + damping I`` by Woodbury's formula."""
+
+    low: Float[Tensor, "classes rank"]
+    scales: Float[Tensor, " k"]
+    inverse: Float[Tensor, "classes k"]  # D⁻¹
+    cholesky: Float64[Tensor, "k rank rank"]  # of the cores, lower
+
+    def solve(self, columns: Float[Tensor, "classes k"]) -> Float[Tensor, "classes k"]:
+        """``M_j⁻¹ x_j`` of each column."""
+        first = self.inverse * columns
+        small = (self.low.T @ first).double()
+        core = torch.cholesky_solve(small.T.unsqueeze(-1), self.cholesky).squeeze(-1).T * self.scales.double()
+        return first + self.inverse * (self.low @ core.to(first.dtype))
+
+    def inverse_diagonal(self) -> Float[Tensor, "classes k"]:
+        """``diag(M_j⁻¹)``."""
+        diagonal = self.inverse.clone()
+        for j, (factor, a) in enumerate(zip(self.cholesky, self.scales, strict=True)):
+            half = torch.linalg.solve_triangular(factor, self.low.T.double(), upper=False)
+            diagonal[:, j] += a * self.inverse[:, j] * (self.inverse[:, j] * half.square().sum(0).to(diagonal.dtype))
+        return diagonal
+
+    def log_determinants(self) -> Float64[Tensor, " k"]:
+        """``log det M_j``."""
+        cores = 2 * self.cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        return cores - self.inverse.double().log().sum(0)
+
+
+ClassFactor = DenseClassFactor | LowRankClassFactor
+DampedFactor = DampedDenseFactor | DampedLowRankFactor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,12 +196,12 @@ class StreamedClassFactor(SymmetricOperator):
             diagonal, outer = self._diagonal_and_products(vectors)
             return torch.addcmul(-outer, diagonal.unsqueeze(-1), vectors)
         sums, columns = torch.zeros_like(vectors.T, memory_format=torch.contiguous_format), vectors.T.contiguous()
-        group = None
-        for rows in self.batches():
-            own, group = _class_shard(rows), rows.loss.processes
+
+        def add(rows: RowLosses, own: slice) -> None:
             directions, into = ([Direction(None, None, part[own]) for part in parts] for parts in (columns, sums))
             add_products(rows, self.matrix, directions, into)
-        return self._summed(sums, group).T
+
+        return self._accumulated(add, sums)[0].T
 
     @functools.cached_property
     def _is_diagonal_minus_products(self) -> bool:
@@ -111,17 +217,23 @@ class StreamedClassFactor(SymmetricOperator):
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
+
+        def add(rows: RowLosses, own: slice) -> None:
+            add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
+
+        diagonal, outer = self._accumulated(add, diagonal, outer)
+        return diagonal, outer
+
+    def _accumulated(self, add: Callable[[RowLosses, slice], None], *sums: Tensor) -> list[Tensor]:
+        """Call ``add`` with the rows of each batch and this process's classes, then sum over processes and scale."""
         group = None
         for rows in self.batches():
-            own, group = _class_shard(rows), rows.loss.processes
-            add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
-        return self._summed(diagonal, group), self._summed(outer, group)
-
-    def _summed(self, part: Tensor, group: ProcessGroup | None) -> Tensor:
-        """Sum over the processes of the classes, each of which has filled in its own, and of the rows, and scale."""
+            group = rows.loss.processes
+            add(rows, slice(rows.loss.first, rows.loss.first + len(rows.tensors.weight)))
         if group is not None:
-            sum_over([part], group)
-        return self.summed(part).mul_(self.scale)
+            for part in sums:
+                sum_over([part], group)
+        return [self.summed(part).mul_(self.scale) for part in sums]
 
     def dense(self) -> DenseClassFactor:
         """All of ``B``."""
@@ -154,13 +266,8 @@ class StreamedClassFactor(SymmetricOperator):
         return LowRankClassFactor(diagonal, low, torch.finfo(self.dtype).eps)
 
 
-def _class_shard(rows: RowLosses) -> slice:
-    """The classes that this process has of a sharded head."""
-    return slice(rows.loss.first, rows.loss.first + len(rows.tensors.weight))
-
-
-@dataclass(frozen=True, eq=False)
-class KroneckerFactors:
+@dataclass(frozen=True, eq=False, repr=False)
+class KroneckerFactors(ShortRepr):
     """``B ⊗ A``, which maps a head's weight and bias ``[W | b] (C, d + 1)`` to ``B [W | b] A``."""
 
     features: Float[Tensor, "d d"]  # A
@@ -168,15 +275,13 @@ class KroneckerFactors:
     form: ClassFactor  # the explicit form of B
     has_bias: bool
 
-    __repr__ = dataclass_repr
-
     @staticmethod
     def of(factor: StreamedClassFactor, *, has_bias: bool, form: FactorForm, rank: int, seed: int) -> KroneckerFactors:
         """Compute the factors in one pass for ``A`` and a few for the explicit form of ``B``."""
         checks.require_choice("form", form, get_args(FactorForm))
         checks.require_count("rank", rank, 1)
         checks.require_count("seed", seed, 0)
-        classes, width = factor.weight.shape[0], factor.weight.shape[1] + has_bias
+        classes, width = factor.shape[0], factor.weight.shape[1] + has_bias
         moment = torch.zeros(width, width, dtype=factor.dtype, device=factor.device)
         total = 0.0
         for rows in factor.batches():
@@ -230,25 +335,3 @@ class KroneckerFactors:
 
     def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
         return (joined[:, :-1], joined[:, -1]) if self.has_bias else (joined, None)
-
-
-def kronecker_preconditioner(
-    factors: KroneckerFactors,
-    damping: float,
-    weight: slice,
-    bias: slice | None,
-    elsewhere: Float[Tensor, " parameters"],
-) -> Callable[[Tensor], Tensor]:
-    """``(B ⊗ A + damping I)⁻¹`` on the head's part of flat columns ``(P, k)``, ``1 / elsewhere`` on all others."""
-
-    def apply(columns: Tensor) -> Tensor:
-        solved = columns / elsewhere.unsqueeze(-1)
-        for column, into in zip(columns.unbind(1), solved.unbind(1), strict=True):
-            head = column[weight].view(factors.form.classes, -1)
-            in_weight, in_bias = factors.solve(head, None if bias is None else column[bias], damping=damping)
-            into[weight] = in_weight.reshape(-1)
-            if bias is not None and in_bias is not None:
-                into[bias] = in_bias
-        return solved
-
-    return apply

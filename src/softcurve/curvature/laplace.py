@@ -30,22 +30,19 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float, Float64
-from softcurve.curvature.class_factors import ClassFactor
 from softcurve.curvature.ggn import GGN
-from softcurve.curvature.kfac import FactorForm
-from softcurve.curvature.linear_head import require_head
-from softcurve.curvature.network import Batch, SplitNetwork
-from softcurve.curvature.network_operator import NetworkOperator
-from softcurve.curvature.options import LikelihoodOptions, with_options_of
+from softcurve.curvature.kfac import ClassFactor, FactorForm
+from softcurve.curvature.losses import LikelihoodOptions, with_options_of
+from softcurve.curvature.network import Batch, NetworkOperator, SplitNetwork
+from softcurve.curvature.split import require_head
 from softcurve.extras import needed
 from softcurve.head import curvature, loop
 from softcurve.head.plan import DEFAULT_BUDGET
-from softcurve.head.problem import require_budget
 from softcurve.head.products import linear_into
 from softcurve.head.sharded import lies_over_processes
 from softcurve.losses.rows import GAUSS_NEWTON
 from softcurve.losses.spec import LogitMap
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 
 class LastLayerLaplace:
@@ -75,21 +72,12 @@ class LastLayerLaplace:
 
     @with_options_of(NetworkOperator, without=("loss", "beta", "z_loss", "reduction", "base"))
     def __init__(
-        self,
-        head: nn.Linear,
-        data: Iterable[Batch],
-        *,
-        features: nn.Module | None = None,
-        structure: Literal["kronecker", "diagonal"] = "kronecker",
-        prior_precision: float = 1.0,
-        form: FactorForm = "auto",
-        rank: int = 128,
-        seed: int = 0,
-        progress: bool = False,
-        process_group: ProcessGroup | None = None,
-        check_deterministic: bool = True,
+        self, head: nn.Linear, data: Iterable[Batch], *, features: nn.Module | None = None,
+        structure: Literal["kronecker", "diagonal"] = "kronecker", prior_precision: float = 1.0,
+        form: FactorForm = "auto", rank: int = 128, seed: int = 0, progress: bool = False,
+        process_group: ProcessGroup | None = None, check_deterministic: bool = True,
         **options: Unpack[LikelihoodOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         checks.require_choice("structure", structure, ("kronecker", "diagonal"))
         checks.require_positive("prior_precision", prior_precision)
         self.features = nn.Identity() if features is None else features
@@ -100,9 +88,9 @@ class LastLayerLaplace:
         )  # fmt: skip
         network = operator.network
         self._map, self._seed = network.map, network.random_seed("features", 0)
-        self.logit_map = LogitMap.of(operator.losses.temperature, operator.losses.softcap)
+        spec, budget = operator.losses.spec, operator.losses.memory_budget
+        self.logit_map = LogitMap(spec.temperature, spec.softcap)
         self.log_likelihood = _log_likelihood(network)
-        budget = require_budget(operator.losses.memory_budget)
         if budget is None:
             budget = DEFAULT_BUDGET.get(self.head.weight.device.type, 2**28)
         prior = float(prior_precision)
@@ -157,17 +145,18 @@ class LastLayerLaplace:
         The evidence has one maximum: there ``δ ‖θ*‖² = Σ h/(h + δ)``, the number of well-determined parameters. Where
         it still rises at a bound, the result is that bound. Brent's method in ``log δ``; needs scipy.
         """
-        low, high = bounds
-        for name, value in (("bounds", low), ("bounds", high), ("tol", tol)):
-            checks.require_positive(name, value)
+        low, high = (checks.require_positive("bounds", bound) for bound in bounds)
+        checks.require_positive("tol", tol)
         if low >= high:
             raise ValueError(f"bounds must be a smaller and a larger prior precision, got {bounds}")
         with needed("optimize_prior_precision", "fit"):
             from scipy.optimize import minimize_scalar
+
+        def negative_evidence(s: float) -> float:
+            return -self._evidence(math.exp(s))
+
         limits = math.log(low), math.log(high)
-        best = minimize_scalar(
-            lambda s: -self._evidence(math.exp(s)), bounds=limits, method="bounded", options={"xatol": tol}
-        )
+        best = minimize_scalar(negative_evidence, bounds=limits, method="bounded", options={"xatol": tol})
         return self.with_prior_precision(math.exp(float(best.x)))
 
     def _evidence(self, prior: float) -> float:
@@ -181,8 +170,7 @@ class LastLayerLaplace:
         ``x`` is an input of ``features``, or ``e (..., d)`` itself where there are none.
         """
         e = self._features_of(x)
-        variance = self.structure.variance(e.reshape(-1, e.shape[-1]), self._bias() is not None)
-        return variance.reshape(*e.shape[:-1], -1)
+        return self.structure.variance(e.reshape(-1, e.shape[-1])).reshape(*e.shape[:-1], -1)
 
     @torch.no_grad()
     def predict_proba(
@@ -198,13 +186,12 @@ class LastLayerLaplace:
         checks.require_choice("correction", correction, ("probit", "mc", "none"))
         checks.require_count("samples", samples, 1)
         e = self._features_of(x)
-        flat, bias = e.reshape(-1, e.shape[-1]), self._bias()
-        classes = self.head.out_features
+        flat, classes = e.reshape(-1, e.shape[-1]), self.head.out_features
         exact = correction == "none"
-        output = flat.new_empty(len(flat), classes) if exact else self.structure.variance(flat, bias is not None)
+        output = flat.new_empty(len(flat), classes) if exact else self.structure.variance(flat)
         for rows in slices(len(flat), 6 * classes * flat.itemsize, self.structure.budget):
             variance = output[rows]  # replaced by the rows' probabilities
-            z = linear_into(torch.empty_like(variance), flat[rows], self.head.weight.detach(), bias, scale=1.0)
+            z = linear_into(torch.empty_like(variance), flat[rows], self.head.weight, self.head.bias, scale=1.0)
             if correction == "mc":
                 variance.copy_(self._mean_softmax(z, variance.sqrt(), samples, seed))
                 continue
@@ -222,10 +209,6 @@ class LastLayerLaplace:
             noise = torch.randn(z.shape[1], generator=generator, dtype=z.dtype).to(z.device)
             total += torch.softmax(self.logit_map.value(torch.addcmul(z, deviation, noise)), -1)
         return total / samples
-
-    def _bias(self) -> Tensor | None:
-        bias: Tensor | None = self.head.bias
-        return None if bias is None else bias.detach()
 
     def _features_of(self, x: Any) -> Tensor:
         """The features in the computation's dtype; dropout in training mode is that of the data's first batch."""
@@ -245,16 +228,14 @@ def slices(count: int, each: int, budget: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalPrecision:
+@dataclass(frozen=True, eq=False, repr=False)
+class DiagonalPrecision(ShortRepr):
     """The exact diagonal of ``H``; temporary tensors take at most ``budget`` bytes."""
 
     prior: float
     budget: int
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, " classes"] | None
-
-    __repr__ = dataclass_repr
 
     def log_ratio(self) -> float:
         """``log det(I + H / prior) = Σ log1p(h / prior)``."""
@@ -263,7 +244,7 @@ class DiagonalPrecision:
             total += float(torch.log1p(self.weight[classes].double() / self.prior).sum())
         return total
 
-    def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
+    def variance(self, e: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
         """``(e ⊙ e) @ (1 / (h + prior))ᵀ``, some rows and classes at a time."""
         variance = e.new_empty(len(e), len(self.weight))
         bytes_each = 4 * e.itemsize * e.shape[1]
@@ -276,8 +257,8 @@ class DiagonalPrecision:
         return variance
 
 
-@dataclass(frozen=True, eq=False)
-class KroneckerPrecision:
+@dataclass(frozen=True, eq=False, repr=False)
+class KroneckerPrecision(ShortRepr):
     """``B ⊗ A`` with ``A = vectors diag(values) vectorsᵀ`` and ``form`` for ``B``; its inverses are in float64."""
 
     prior: float
@@ -286,42 +267,39 @@ class KroneckerPrecision:
     vectors: Float[Tensor, "d d"]
     form: ClassFactor
 
-    __repr__ = dataclass_repr
-
     def log_ratio(self) -> float:
         """``log det(I + H / prior) = Σ_j log det(a_j / prior B + I)``."""
         total = 0.0
-        for part in self._parts():
+        for part in self._parts:
             damped = self.form.damped(self.values[part], self.prior, name="prior_precision")
             total += float((damped.log_determinants() - self.form.classes * math.log(self.prior)).sum())
         return total
 
-    def variance(self, e: Float[Tensor, "n features"], has_bias: bool) -> Float[Tensor, "n classes"]:
+    def variance(self, e: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
         """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
         variance = e.new_zeros(len(e), self.form.classes)
         vectors = self.vectors.to(e.dtype)
-        parts = self._parts()
-        for part in parts:
-            inverse = (self._inverse_diagonals if len(parts) == 1 else self._inverse_diagonal(part)).to(e.dtype)
+        for part, inverse in self._inverse_diagonals or map(self._inverse_diagonal, self._parts):
             for rows in slices(len(e), 4 * e.itemsize * inverse.shape[1], self.budget):
                 along = e[rows] @ vectors[: e.shape[1], part]
-                if has_bias:
+                if len(vectors) > e.shape[1]:
                     along += vectors[-1, part]
-                variance[rows].addmm_(along.square_(), inverse.T)
+                variance[rows].addmm_(along.square_(), inverse.T.to(e.dtype))
         return variance
 
+    @property
     def _parts(self) -> list[slice]:
         """The eigenvectors, as many at a time as the budget allows."""
         return slices(len(self.values), 4 * 8 * self.form.classes, self.budget)
 
     @functools.cached_property
-    def _inverse_diagonals(self) -> Tensor:
-        """Those of all eigenvectors, kept for the next call where they fit within the budget."""
-        return self._inverse_diagonal(slice(None))
+    def _inverse_diagonals(self) -> list[tuple[slice, Tensor]]:
+        """Those of all eigenvectors, kept for the next call if they fit within the budget."""
+        return list(map(self._inverse_diagonal, self._parts)) if len(self._parts) == 1 else []
 
-    def _inverse_diagonal(self, part: slice) -> Tensor:
-        """``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``."""
-        return self.form.damped(self.values[part], self.prior, name="prior_precision").inverse_diagonal()
+    def _inverse_diagonal(self, part: slice) -> tuple[slice, Tensor]:
+        """``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``, for some eigenvectors."""
+        return part, self.form.damped(self.values[part], self.prior, name="prior_precision").inverse_diagonal()
 
 
 def _copy_parameters(head: nn.Linear) -> nn.Linear:
@@ -348,8 +326,7 @@ def _log_likelihood(network: SplitNetwork) -> float:
         losses = loop.evaluate(loss, tensors, budget).rows.double()
         total -= float((losses * tensors.row_weight.double()).sum())
         counted += float((tensors.row_weight != 0).sum())
-    if not network.sum_number(counted):
-        raise ValueError("data must hold a row that counts, got none; see ignore_index and sample weights")
+    network.require_rows(counted)
     return network.sum_number(total)
 
 

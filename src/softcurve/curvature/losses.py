@@ -2,70 +2,134 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.curvature.options import LossName, ReductionName
 from softcurve.head.problem import HeadProblem, head_problem, require_budget, require_no_shift, require_shift
 from softcurve.head.tensors import RowLosses
-from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
-from softcurve.losses.reduction import Reduction as Reducer
-from softcurve.losses.spec import LogitMap, LossSpec
+from softcurve.linear import linear_cross_entropy
+from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.losses.reduction import Reduction
+from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Probabilities, Target
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 from softcurve.typing import Integer, Number
 
+LossName = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]
+ReductionName = Literal["mean", "sum", "batchmean"]
 
-@dataclass(frozen=True, kw_only=True)
-class HeadLosses:
-    """A loss of features and a head, with the options of :func:`softcurve.linear_cross_entropy` and its divergences."""
+F = TypeVar("F", bound=Callable[..., Any])
 
-    loss: LossName | Divergence = "cross_entropy"
-    beta: Number = 0.5
-    weight: Tensor | None = None
-    ignore_index: Integer | None = None
-    label_smoothing: Number = 0.0
-    temperature: Number = 1.0
-    softcap: Number | None = None
-    z_loss: Number = 0.0
-    shift: Integer = 0
-    reduction: ReductionName = "mean"
-    base: Number = math.e
-    memory_budget: Integer | None = None
 
-    __repr__ = dataclass_repr
+class LikelihoodOptions(TypedDict, total=False):
+    """The options of a cross-entropy as a negative log-likelihood, in nats and summed over rows."""
 
-    def __post_init__(self) -> None:
-        divergence_of(self.loss, argument="loss")
-        checks.require_choice("reduction", self.reduction, get_args(ReductionName))
-        beta = checks.require_between("beta", self.beta, 0.0, 1.0)
-        checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
-        checks.require_between("z_loss", self.z_loss, 0.0, math.inf)
-        LogitMap.of(self.temperature, self.softcap)
-        Reducer.of(self.reduction, self.base)
-        if self.loss != "js" and beta != 0.5:
-            raise ValueError(f"beta must not be given for loss={self.loss!r}, got {self.beta}")
-        require_budget(self.memory_budget)
-        require_shift(self.shift)
-        if not self.is_cross_entropy:
-            for name, neutral in {"weight": None, "ignore_index": None, "label_smoothing": 0.0, "z_loss": 0.0}.items():
-                if (value := getattr(self, name)) is not neutral and value != neutral:
-                    raise ValueError(f"{name} must not be given for loss={self.loss!r}, got {value}")
-            require_no_shift(self.shift)
+    weight: Tensor | None
+    ignore_index: Integer | None
+    label_smoothing: Number
+    temperature: Number
+    softcap: Number | None
+    shift: Integer
+    memory_budget: Integer | None
 
-    @property
-    def is_cross_entropy(self) -> bool:
-        """Whether the options of a cross-entropy apply."""
-        return self.loss == "cross_entropy" or type(self.loss) is CrossEntropy
 
-    @property
-    def reducer(self) -> Reducer:
-        """The reduction over rows, with its unit."""
-        return Reducer.of(self.reduction, self.base)
+class CrossEntropyOptions(LikelihoodOptions, total=False):
+    """The options of a reduced cross-entropy."""
+
+    z_loss: Number
+    reduction: ReductionName
+    base: Number
+
+
+class LossOptions(CrossEntropyOptions, total=False):
+    """The options of a loss by name; their defaults are those of :meth:`HeadLosses.of`."""
+
+    loss: LossName | Divergence
+    beta: Number
+
+
+class NetworkOptions(LossOptions, total=False):
+    """The options of a matrix of a whole network over data, as :class:`softcurve.curvature.Hessian` describes them."""
+
+    seed: int
+    progress: bool
+    process_group: ProcessGroup | None
+    check_deterministic: bool
+
+
+def with_options_of(source: Callable[..., Any], *, without: Sequence[str] = ()) -> Callable[[F], F]:
+    """Give a function's ``**options`` the names and defaults of the keyword-only parameters of ``source``.
+
+    ``inspect.signature`` shows them in place of ``**options``. The function gets all of them in each call, and a call
+    with any other name raises ``TypeError``.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = {n: each for n, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
+        shared = {
+            name: each
+            for name, each in inspect.signature(source).parameters.items()
+            if each.kind is inspect.Parameter.KEYWORD_ONLY and name not in {*own, *without}
+        }
+        defaults = {name: each.default for name, each in shared.items()}
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if unknown := kwargs.keys() - own.keys() - shared.keys():
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
+            return function(*args, **defaults | kwargs)
+
+        call.__signature__ = signature.replace(parameters=[*own.values(), *shared.values()])  # type: ignore[attr-defined]
+        return cast("F", call)
+
+    return decorate
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadLosses(ShortRepr):
+    """The losses of a head's rows, batch by batch, with the options of :func:`softcurve.linear_cross_entropy`."""
+
+    loss: LossName | Divergence
+    spec: LossSpec
+    reducer: Reduction
+    class_weight: Tensor | None
+    ignore_index: Integer | None
+    shift: int
+    memory_budget: int | None
+
+    @staticmethod
+    @with_options_of(linear_cross_entropy, without=("linear_bias", "sample_weight", "return_stats"))
+    def of(
+        *, loss: LossName | Divergence = "cross_entropy", beta: Number = 0.5, **options: Unpack[CrossEntropyOptions]
+    ) -> HeadLosses:
+        """Check the options of a public call; the errors are those of the public losses."""
+        beta = checks.require_between("beta", beta, 0.0, 1.0)
+        divergence = divergence_of(loss, beta, argument="loss")
+        if loss != "js" and beta != 0.5:
+            raise ValueError(f"beta must not be given for loss={loss!r}, got {beta}")
+        checks.require_choice("reduction", options["reduction"], get_args(ReductionName))
+        reducer = Reduction.of(options["reduction"], options["base"])
+        spec = LossSpec.of(
+            divergence, reducer, temperature=options["temperature"], softcap=options["softcap"],
+            z_loss=options["z_loss"], label_smoothing=options["label_smoothing"],
+        )  # fmt: skip
+        weight, ignore_index, shift = options["weight"], options["ignore_index"], require_shift(options["shift"])
+        if not spec.is_cross_entropy:
+            require_no_shift(shift)
+            smoothing, z_loss = spec.smoothing != 0, spec.z_loss != 0
+            given = {"weight": weight is not None, "ignore_index": ignore_index is not None}
+            for name, is_given in (given | {"label_smoothing": smoothing, "z_loss": z_loss}).items():
+                if is_given:
+                    raise ValueError(f"{name} must not be given for loss={loss!r}, got {dict(options)[name]}")
+        return HeadLosses(loss, spec, reducer, weight, ignore_index, shift, require_budget(options["memory_budget"]))
 
     def problem(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
@@ -74,23 +138,15 @@ class HeadLosses:
 
         A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.
         """
-        if not self.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
+        if not self.spec.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
             target = Probabilities(target)
-        loss = LossSpec.of(
-            divergence_of(self.loss, checks.require_between("beta", self.beta, 0.0, 1.0)), self.reducer,
-            temperature=self.temperature, softcap=self.softcap, z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
-        )  # fmt: skip
         return head_problem(
-            loss, input.detach(), weight.detach(), target, linear_bias=None if bias is None else bias.detach(),
-            weight=self.weight, sample_weight=sample_weight, ignore_index=self.ignore_index,
-            shift=require_shift(self.shift),
+            self.spec, input.detach(), weight.detach(), target, linear_bias=None if bias is None else bias.detach(),
+            weight=self.class_weight, sample_weight=sample_weight, ignore_index=self.ignore_index, shift=self.shift,
         )  # fmt: skip
 
     def rows(self, problem: HeadProblem) -> RowLosses:
         """The rows of a batch for the passes over tiles, weighted as in the sum over all rows, in units of ``base``."""
-        tensors = problem.tensors((problem.weight / self.reducer.nats).detach())
-        tensors = tensors._replace(
-            **{name: value.detach() for name, value in tensors._asdict().items() if isinstance(value, Tensor)}
-        )
-        return RowLosses(problem.loss, tensors, problem.merges_tail, require_budget(self.memory_budget))
+        tensors = problem.tensors(problem.weight / self.reducer.nats)
+        tensors = tensors._replace(**{n: each.detach() for n, each in tensors._asdict().items() if each is not None})
+        return RowLosses(problem.loss, tensors, problem.merges_tail, self.memory_budget)

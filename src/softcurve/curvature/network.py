@@ -1,4 +1,4 @@
-"""A network as features and a head over batches of data: what the operators, the influence and Laplace have in common.
+"""A network as features and a head over batches of data, and the base class of its second-order matrices.
 
 The head is streamed (:mod:`softcurve.head.curvature`); the features are differentiated by autograd. One graph of a
 batch serves all columns: with ``e = f(θ)`` and ``h(u) = Jᵀu``, the derivative of ``v·h`` is ``J v`` with respect to
@@ -8,27 +8,27 @@ differences and no forward mode, which many kernels lack, and all columns see th
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
+from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.features import FeatureMap
-from softcurve.curvature.linear_head import require_head
-from softcurve.curvature.losses import HeadLosses
-from softcurve.curvature.split import require_same_logits
+from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
+from softcurve.curvature.operator import SymmetricOperator
+from softcurve.curvature.split import require_head, require_same_logits
 from softcurve.extras import needed
 from softcurve.head.products import Direction
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.head.tensors import RowLosses
-from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
 
@@ -36,22 +36,14 @@ Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
 Parts = Sequence[Tensor]  # one tensor for each trained parameter of the features
 
 
-@dataclass(frozen=True, eq=False)
 class Layout:
-    """The trained parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once."""
+    """The trained parameters of ``features``, then of ``head``, in ``named_parameters`` order, a tied one once.
 
-    names: tuple[str, ...]
-    tensors: tuple[Tensor, ...]
-    slices: tuple[slice, ...]
-    of_features: tuple[int, ...]  # the parameters that the features use
-    head_weight: int | None  # None where it is frozen
-    head_bias: int | None
-    size: int  # of the flat vector
-    dtype: torch.dtype  # of the flat vector: at least float32
+    ``of_features`` are the numbers of the parameters that the features use, ``head_weight`` and ``head_bias`` those of
+    the head's, ``None`` for a frozen one. ``size`` and ``dtype``, at least float32, are those of a flat vector.
+    """
 
-    @staticmethod
-    def of(features: nn.Module, head: nn.Linear) -> Layout:
-        """Raises ``ValueError`` if nothing requires a gradient."""
+    def __init__(self, features: nn.Module, head: nn.Linear) -> None:
         named: dict[Tensor, str] = {}
         for prefix, module in (("features", features), ("head", head)):
             for name, parameter in module.named_parameters():
@@ -60,17 +52,13 @@ class Layout:
         if not named:
             raise ValueError("features and head must have a parameter that requires a gradient, got none; unfreeze one")
         places = {parameter: number for number, parameter in enumerate(named)}
-        ends = list(itertools.accumulate((parameter.numel() for parameter in named), initial=0))
-        return Layout(
-            tuple(named.values()),
-            tuple(named),
-            tuple(itertools.starmap(slice, itertools.pairwise(ends))),
-            tuple(sorted({places[p] for p in features.parameters() if p in places})),
-            places.get(head.weight),
-            None if head.bias is None else places.get(head.bias),
-            ends[-1],
-            functools.reduce(torch.promote_types, (parameter.dtype for parameter in named), torch.float32),
-        )
+        ends = list(accumulate((parameter.numel() for parameter in named), initial=0))
+        self.names, self.tensors, self.size = tuple(named.values()), tuple(named), ends[-1]
+        self.slices = [slice(start, end) for start, end in pairwise(ends)]
+        self.of_features = sorted({places[p] for p in features.parameters() if p in places})
+        self.head_weight = places.get(head.weight)
+        self.head_bias = None if head.bias is None else places.get(head.bias)
+        self.dtype = checks.wide_dtype(*(parameter.dtype for parameter in named))
 
     def __repr__(self) -> str:
         return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
@@ -107,15 +95,14 @@ class SplitNetwork:
         require_head(self.head)
         require_reiterable("data", self.data)
         checks.require_count("seed", self.seed, 0)
-        self.layout = Layout.of(self.features, self.head)
+        self.layout = Layout(self.features, self.head)
         self.class_group = class_group(self.head.weight)
         for name, parameter in self.features.named_parameters():
             if lies_over_processes(parameter):
                 raise TypeError(
                     f"features must hold plain tensors, got a DTensor as {name}; only the head may be sharded"
                 )
-        logit_map = LogitMap.of(self.losses.temperature, self.losses.softcap)
-        require_same_logits(self.features, logit_map.temperature, logit_map.softcap)
+        require_same_logits(self.features, self.losses.spec.temperature, self.losses.spec.softcap)
 
     @property
     def device(self) -> torch.device:
@@ -171,25 +158,20 @@ class SplitNetwork:
             sum_over([part], self.process_group)
         return part
 
-    def sum_number(self, number: float) -> float:
-        """As :meth:`sum_data_shards`, for a number."""
-        return float(self.sum_data_shards(torch.tensor(number, dtype=torch.float64, device=self.device)))
-
-    def any_process(self, condition: bool) -> bool:
-        """Whether the condition holds in any process that has a part in the products."""
-        if self.process_group is None and self.class_group is None:
-            return condition
-        count = torch.tensor(float(condition), dtype=torch.float64, device=self.device)
-        return bool(self.sum_data_shards(self.sum_class_shards(count)))
+    def sum_number(self, number: float, *, over_classes: bool = False) -> float:
+        """Sum a number over the processes with other data and, if ``over_classes``, over those with other classes."""
+        part = torch.tensor(number, dtype=torch.float64, device=self.device)
+        return float(self.sum_data_shards(self.sum_class_shards(part) if over_classes else part))
 
     def divisor(self, total: float, name: str = "data") -> float:
         """What the sum over all rows is divided by, from the ``total`` of this process's batches.
 
-        Raises:
-            ValueError: it is 0; ``name`` is that of the argument that holds the rows.
+        Raises ``ValueError`` if it is 0; ``name`` is that of the argument that holds the rows.
         """
-        if self.losses.reduction == "sum":
-            return 1.0
+        return 1.0 if self.losses.reducer.kind == "sum" else self.require_rows(total, name)
+
+    def require_rows(self, total: float, name: str = "data") -> float:
+        """Sum a number over the processes with other data; it is 0 if no row counts, which is an error."""
         total = self.sum_number(total)
         if total == 0:
             raise ValueError(f"{name} must hold a row that counts, got none; see ignore_index and sample weights")
@@ -213,21 +195,26 @@ class SplitNetwork:
             return [Direction(None, *self._head_parts(column)) for column in columns], []
         u = torch.zeros_like(rows.e) if cotangent is None else cotangent.detach().to(rows.e.dtype)
         wanted = [u.requires_grad_(), *(self.trained if cotangent is not None else ())]
-        with torch.enable_grad(), self.map.conditions():
-            h = torch.autograd.grad(rows.e, self.trained, u, create_graph=True, materialize_grads=True)
+        with torch.enable_grad():
+            h = self._vjp(rows.e, self.trained, u, create_graph=True)
         moving = [(part, number) for part, number in zip(h, self.layout.of_features, strict=True) if part.requires_grad]
-        changes = [self._push_forward(moving, wanted, column) for column in columns]
-        directions = [Direction(e, *self._head_parts(v)) for (e, *_), v in zip(changes, columns, strict=True)]
-        return directions, [terms for _, *terms in changes]
+        directions: list[Direction] = []
+        terms: list[Parts] = []
+        for column in columns:
+            along = [self.layout.view(column, number).to(part.dtype) for part, number in moving]
+            change, *second = self._vjp([part for part, _ in moving], wanted, along)
+            directions.append(Direction(change, *self._head_parts(column)))
+            terms.append(second)
+        return directions, terms
 
-    def _push_forward(self, moving: Sequence[tuple[Tensor, int]], wanted: Parts, column: Tensor) -> Parts:
-        """The derivatives of ``v·h`` with respect to ``wanted``, from the parts of ``h`` and their parameters."""
-        if not moving:
-            return [torch.zeros_like(each) for each in wanted]
-        outputs = [part for part, _ in moving]
-        along = [self.layout.view(column, number).to(part.dtype) for part, number in moving]
+    def _vjp(self, outputs: Any, inputs: Parts, cotangents: Any, *, create_graph: bool = False) -> Parts:
+        """The vector-Jacobian product of a part of the features' graph, which is kept."""
+        if not len(outputs):
+            return [torch.zeros_like(each) for each in inputs]
         with self.map.conditions():
-            return torch.autograd.grad(outputs, wanted, along, retain_graph=True, materialize_grads=True)
+            return torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, materialize_grads=True
+            )
 
     def sums(self, rows: BatchRows, into: Tensor) -> list[Direction]:
         """Where the head's passes add: new zeros for the features, views of ``into (k, P)`` for the parameters."""
@@ -249,15 +236,72 @@ class SplitNetwork:
         """``into += (∂e/∂θ)ᵀ`` of the features' part of each of ``sums``."""
         for j, (cotangent, _, _) in enumerate(sums):
             if cotangent is not None and rows.e.requires_grad:
-                with self.map.conditions():
-                    wide = cotangent.to(rows.e.dtype)
-                    parts = torch.autograd.grad(rows.e, self.trained, wide, retain_graph=True, materialize_grads=True)
-                self.add_parts(parts, into[j])
+                self.add_parts(self._vjp(rows.e, self.trained, cotangent.to(rows.e.dtype)), into[j])
 
     def add_parts(self, parts: Parts, flat: Tensor) -> None:
         """Add gradients with respect to :attr:`trained` to a flat vector."""
         for number, part in zip(self.layout.of_features, parts, strict=True):
             self.layout.view(flat, number).add_(part)
+
+
+class NetworkOperator(SymmetricOperator):
+    """A second-order matrix of ``loss(head(features(x)), target)`` over all of ``data``."""
+
+    depends_on_order: bool = False  # whether the matrix depends on the order of the rows
+
+    @with_options_of(HeadLosses.of)
+    def __init__(
+        self, features: nn.Module, head: nn.Linear, data: Iterable[Batch], *, seed: int = 0, progress: bool = False,
+        process_group: ProcessGroup | None = None, check_deterministic: bool = True, **options: Unpack[LossOptions],
+    ) -> None:  # fmt: skip
+        self.features, self.head, self.data = features, head, data
+        self.losses = HeadLosses.of(**options)
+        self.network = SplitNetwork(features, head, data, self.losses, seed, progress, process_group)
+        self.layout = self.network.layout
+        if check_deterministic:
+            require_deterministic(self.network, "data", ordered=self.depends_on_order)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)`` for ``P`` trained parameters."""
+        return self.layout.size, self.layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, at least float32."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the head."""
+        return self.network.device
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat vector ``(P,)`` as tensors by parameter name."""
+        if vector.shape != (self.layout.size,):
+            raise ValueError(f"vector must be of shape ({self.layout.size},), got {checks.describe(vector)}")
+        return {name: self.layout.view(vector, number) for number, name in enumerate(self.layout.names)}
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            columns = vectors.T.clone() if vectors.is_inference() else vectors.T
+            columns = columns.contiguous()  # so that a parameter's part of a row is contiguous
+            into, total = torch.zeros_like(columns), 0.0
+            if len(columns) == 0:
+                return into.T
+            for rows in self.network.rows(f"{type(self).__name__} product"):
+                total += rows.divisor
+                sums = self.network.sums(rows, into)
+                terms = self._add_products(rows, columns, sums)
+                self.network.add_pulled_back(rows, sums, into)
+                for j, parts in enumerate(terms):
+                    self.network.add_parts(parts, into[j])
+            self.network.sum_class_shards(into).div_(self.network.divisor(total))
+            return self.network.sum_data_shards(into).T
+
+    @abstractmethod
+    def _add_products(self, rows: BatchRows, columns: Tensor, sums: Sequence[Direction]) -> Sequence[Parts]:
+        """Add the head's products with ``columns (k, P)`` to ``sums``; return the features' second-order terms."""
 
 
 def require_reiterable(name: str, data: object) -> None:
@@ -269,10 +313,10 @@ def require_reiterable(name: str, data: object) -> None:
         )
 
 
-def length_of(data: Iterable[Any]) -> int | None:
+def length_of(data: Any) -> int | None:
     """The number of batches, where it is known: a ``DataLoader`` of an iterable dataset has no working length."""
     try:
-        return len(data) if isinstance(data, Sized) else None
+        return len(data)
     except TypeError:
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.curvature.algorithms import conjugate_gradients, eigenpairs, estimates, spectral_density
-from softcurve.curvature.algorithms.matrix import identity_columns
+from softcurve.curvature.algorithms.matrix import SymmetricMatrix, identity_chunks
 from softcurve.extras import needed
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.floating]
 
 
-class SymmetricOperator(ABC):
+class SymmetricOperator(SymmetricMatrix):
     """A symmetric ``n × n`` matrix by its products; a subclass gives its size, dtype, device and ``_columns``.
 
     ``is_positive`` says that the matrix is positive semidefinite by construction, whatever the data.
@@ -32,21 +31,6 @@ class SymmetricOperator(ABC):
 
     # Without this, numpy multiplies an array on the left with the operator entry by entry.
     __array_ufunc__ = None
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """``(n, n)``."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The floating-point dtype of the products."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """The device on which products are computed and vectors must be."""
 
     @abstractmethod
     def _columns(self, vectors: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -62,7 +46,7 @@ class SymmetricOperator(ABC):
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{type(self).__name__}(shape={self.shape}, dtype={dtype}, device={self.device})"
 
-    @overload
+    @overload  # type: ignore[override]  # also takes arrays
     def __matmul__(self, vectors: Tensor) -> Tensor: ...
     @overload
     def __matmul__(self, vectors: FloatArray) -> FloatArray: ...
@@ -100,12 +84,9 @@ class SymmetricOperator(ABC):
 
     def to_dense(self, *, columns_at_once: int = 16) -> Float[Tensor, "n n"]:
         """The matrix itself: its products with the identity, ``columns_at_once`` at a time, not symmetrised."""
-        checks.require_count("columns_at_once", columns_at_once, 1)
-        n = self.shape[0]
-        dense = torch.empty(n, n, dtype=self.dtype, device=self.device)
-        for start in range(0, n, columns_at_once):
-            chunk = identity_columns(self, start, min(start + columns_at_once, n))
-            dense[:, start : start + chunk.shape[1]] = self @ chunk
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for columns, chunk in identity_chunks(self, columns_at_once):
+            dense[:, columns] = self @ chunk
         return dense
 
     def to_scipy(self) -> LinearOperator:
@@ -119,9 +100,8 @@ class SymmetricOperator(ABC):
             # scipy's own operators accept integers as real numbers.
             return self @ (vectors.astype(dtype) if vectors.dtype.kind in "biu" else cast("FloatArray", vectors))
 
-        return LinearOperator(
-            self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=np.dtype(dtype)
-        )
+        products = {"matvec": product, "rmatvec": product, "matmat": product, "rmatmat": product}
+        return LinearOperator((self.shape[0], self.shape[1]), **products, dtype=np.dtype(dtype))
 
 
 def _require_floating(dtype: object, is_floating: bool, remedy: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
-from softcurve.curvature.class_factors import DenseClassFactor
+from softcurve.curvature.kfac import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
 from softcurve.fit.targets import concatenated, is_soft, target_rows

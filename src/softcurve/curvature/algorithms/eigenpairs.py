@@ -15,15 +15,9 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.curvature.algorithms.matrix import (
-    SymmetricMatrix,
-    identity_columns,
-    product,
-    random_columns,
-    working_dtype,
-)
+from softcurve.curvature.algorithms.matrix import SymmetricMatrix, product, random_columns, working_dtype
 from softcurve.extras import needed
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 EigenMethod = Literal["lanczos", "lobpcg"]
 SpectrumEnd = Literal["LA", "SA", "LM", "BE"]
@@ -33,8 +27,8 @@ POWERS = 3  # products that measure the size of a matrix
 STAGE = 20  # LOBPCG steps between checks of the residuals
 
 
-@dataclass(frozen=True, eq=False)
-class Eigenpairs:
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenpairs(ShortRepr):
     """Eigenvalues, from the largest down, with unit eigenvectors and the norms of the true residuals ``A v − λ v``.
 
     ``products`` counts the matrix-vector products, including those for the residuals. ``method`` is ``"dense"`` where
@@ -47,19 +41,11 @@ class Eigenpairs:
     products: int
     method: str
 
-    __repr__ = dataclass_repr
-
 
 def eigsh(
-    matrix: SymmetricMatrix,
-    k: int = 6,
-    *,
-    which: SpectrumEnd = "LA",
-    tol: float = 0.0,
-    max_products: int | None = None,
-    seed: int = 0,
-    method: EigenMethod = "lanczos",
-) -> Eigenpairs:
+    matrix: SymmetricMatrix, k: int = 6, *, which: SpectrumEnd = "LA", tol: float = 0.0,
+    max_products: int | None = None, seed: int = 0, method: EigenMethod = "lanczos",
+) -> Eigenpairs:  # fmt: skip
     """The ``k`` largest (``"LA"``), smallest (``"SA"``) or absolutely largest (``"LM"``) eigenvalues, or both ends.
 
     ``"BE"`` takes half from each end, and the odd one from above.
@@ -109,7 +95,7 @@ def eigsh(
 
 def _dense(matrix: SymmetricMatrix, k: int, which: str) -> Eigenpairs:
     n = matrix.shape[0]
-    dense = product(matrix, identity_columns(matrix, 0, n))
+    dense = product(matrix, torch.eye(n, dtype=matrix.dtype, device=matrix.device))
     values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
     downwards = torch.arange(n - 1, -1, -1, device=values.device)
     if which == "LM":

@@ -25,14 +25,14 @@ from softcurve.curvature.algorithms.matrix import (
     Distribution,
     SymmetricMatrix,
     dots,
-    identity_columns,
+    identity_chunks,
     inner,
     product,
     random_chunks,
     random_columns,
     working_dtype,
 )
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 DiagonalMethod = Literal["xdiag", "hutchinson"]
@@ -65,8 +65,8 @@ class Estimate:
         return f"{value} ± {error} ({self.method}, {self.products} products)"
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalEstimate:
+@dataclass(frozen=True, eq=False, repr=False)
+class DiagonalEstimate(ShortRepr):
     """A diagonal with the standard error of each entry; the counts are those of :class:`Estimate`."""
 
     values: Float[Tensor, " n"]
@@ -75,18 +75,11 @@ class DiagonalEstimate:
     products: int
     method: str
 
-    __repr__ = dataclass_repr
-
 
 def trace(
-    matrix: SymmetricMatrix,
-    *,
-    method: TraceMethod = "xtrace",
-    products: int = 64,
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
-    columns_at_once: int = 16,
-) -> Estimate:
+    matrix: SymmetricMatrix, *, method: TraceMethod = "xtrace", products: int = 64,
+    distribution: Distribution = "rademacher", seed: int = 0, columns_at_once: int = 16,
+) -> Estimate:  # fmt: skip
     """``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
 
     The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
@@ -122,13 +115,9 @@ def trace(
 
 
 def diagonal(
-    matrix: SymmetricMatrix,
-    *,
-    method: DiagonalMethod = "xdiag",
-    products: int = 64,
-    seed: int = 0,
+    matrix: SymmetricMatrix, *, method: DiagonalMethod = "xdiag", products: int = 64, seed: int = 0,
     columns_at_once: int = 16,
-) -> DiagonalEstimate:
+) -> DiagonalEstimate:  # fmt: skip
     """``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
 
     XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products.
@@ -300,9 +289,8 @@ def _hutchinson_diagonal(matrix: SymmetricMatrix, products: int, seed: int, colu
 def _exact_diagonal(matrix: SymmetricMatrix, columns_at_once: int) -> DiagonalEstimate:
     n = matrix.shape[0]
     values = torch.empty(n, dtype=working_dtype(matrix), device=matrix.device)
-    for start in range(0, n, columns_at_once):
-        chunk = identity_columns(matrix, start, min(start + columns_at_once, n))
-        values[start : start + chunk.shape[1]] = product(matrix, chunk)[start:].diagonal()
+    for columns, chunk in identity_chunks(matrix, columns_at_once):
+        values[columns] = product(matrix, chunk)[columns].diagonal()
     return DiagonalEstimate(values, torch.zeros_like(values), n, n, "exact")
 
 

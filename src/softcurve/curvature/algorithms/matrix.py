@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from softcurve import checks
 from softcurve.array_types import Float, Float64
 
 Distribution = Literal["rademacher", "normal"]
@@ -20,17 +22,21 @@ class SymmetricMatrix(Protocol):
     """A symmetric ``n × n`` matrix that is known by its products; a square torch tensor is one."""
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """``(n, n)``."""
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of the products."""
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """The device of the vectors and of their products."""
 
+    @abstractmethod
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
         """``A v`` for a vector ``(n,)`` or columns ``(n, k)`` of the matrix's dtype and device."""
 
@@ -58,11 +64,15 @@ def product(
     return images
 
 
-def identity_columns(matrix: SymmetricMatrix, start: int, stop: int) -> Float[Tensor, "n k"]:
-    """Columns ``start … stop − 1`` of the identity, in the matrix's dtype and on its device."""
-    columns = torch.zeros(matrix.shape[0], stop - start, dtype=matrix.dtype, device=matrix.device)
-    columns[start:stop].fill_diagonal_(1)
-    return columns
+def identity_chunks(matrix: SymmetricMatrix, columns_at_once: int) -> Iterator[tuple[slice, Float[Tensor, "n k"]]]:
+    """Columns of the identity in the matrix's dtype and on its device, each time with their places."""
+    checks.require_count("columns_at_once", columns_at_once, 1)
+    n = matrix.shape[0]
+    for start in range(0, n, columns_at_once):
+        place = slice(start, min(start + columns_at_once, n))
+        columns = torch.zeros(n, place.stop - start, dtype=matrix.dtype, device=matrix.device)
+        columns[place].fill_diagonal_(1)
+        yield place, columns
 
 
 def random_chunks(

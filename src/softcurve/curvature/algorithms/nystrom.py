@@ -21,8 +21,7 @@ def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) ->
     The columns of ``L`` are orthogonal, the longest first. For stability the matrix is shifted by a rounding error,
     which is taken off the squared lengths of the columns again.
 
-    Raises:
-        ValueError: ``A`` has an eigenvalue below 0 that is no rounding error.
+    Raises ``ValueError`` if ``A`` has an eigenvalue below 0 that is no rounding error.
     """
     shift = torch.finfo(image.dtype).eps * torch.linalg.vector_norm(image)
     image.add_(probes, alpha=float(shift))

@@ -21,14 +21,14 @@ from softcurve.array_types import Float, Float64
 from softcurve.curvature.algorithms.estimates import Estimate
 from softcurve.curvature.algorithms.matrix import SymmetricMatrix, product, random_chunks
 from softcurve.extras import needed
-from softcurve.records import dataclass_repr
+from softcurve.records import ShortRepr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(ShortRepr):
     """The distribution of the ``n`` eigenvalues, as one Gauss quadrature for each random unit vector.
 
     Probe i gives ``Σ_j weights[i, j] f(nodes[i, j]) ≈ vᵀf(A)v``, exact for polynomials of a degree below twice the
@@ -40,8 +40,6 @@ class SpectralDensity:
     weights: Float64[Tensor, "probes steps"]
     n: int
     products: int
-
-    __repr__ = dataclass_repr
 
     @property
     def trace(self) -> Estimate:
@@ -57,7 +55,7 @@ class SpectralDensity:
     @property
     def width(self) -> float:
         """The default broadening: a hundredth of the range of the spectrum."""
-        low, high = self.nodes.min().item(), self.nodes.max().item()
+        low, high = (bound.item() for bound in self.nodes.aminmax())
         size = max(abs(low), abs(high))
         # Rounding errors alone are no range: a multiple of the identity has one eigenvalue.
         return (high - low if high - low > 1e-10 * size else size or 1.0) / 100
@@ -93,16 +91,20 @@ class SpectralDensity:
         mean = densities.mean(0)
         error = densities.std(0) / math.sqrt(len(densities)) if len(densities) > 1 else torch.zeros_like(mean)
         floor = 0.1 / (self.n * width * math.sqrt(2 * math.pi))
-        axes = _new_axes() if ax is None else ax
+        if ax is None:  # a figure that pyplot does not keep in its list of open figures
+            with needed("plot", "app"):
+                from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
         upper, lower = ((mean + sign * error).clamp(min=floor).numpy() for sign in (1, -1))
-        axes.fill_between(grid.numpy(), lower, upper, color="tab:blue", alpha=0.25, linewidth=0)
-        axes.plot(grid.numpy(), mean.clamp(min=floor).numpy(), color="tab:blue", linewidth=1.2)
-        axes.set(yscale="log", xlabel="eigenvalue", ylabel="density", xlim=(low, high))
-        axes.set_ylim(floor, 2 * float(upper.max()))
-        axes.spines[["top", "right"]].set_visible(False)
+        ax.fill_between(grid.numpy(), lower, upper, color="tab:blue", alpha=0.25, linewidth=0)
+        ax.plot(grid.numpy(), mean.clamp(min=floor).numpy(), color="tab:blue", linewidth=1.2)
+        ax.set(yscale="log", xlabel="eigenvalue", ylabel="density", xlim=(low, high))
+        ax.set_ylim(floor, 2 * float(upper.max()))
+        ax.spines[["top", "right"]].set_visible(False)
         if path is not None:
-            _save(axes, Path(path))
-        return axes
+            _save(ax, Path(path))
+        return ax
 
 
 def spectral_density(
@@ -117,14 +119,14 @@ def spectral_density(
     checks.require_count("probes", probes, 1)
     checks.require_count("steps", steps, 1)
     checks.require_count("seed", seed, 0)
-    if columns_at_once is not None:
-        checks.require_count("columns_at_once", columns_at_once, 1)
+    columns_at_once = probes if columns_at_once is None else columns_at_once
+    checks.require_count("columns_at_once", columns_at_once, 1)
     n = matrix.shape[0]
     steps = min(steps, n)
     nodes = torch.zeros(probes, steps, dtype=torch.float64)
     weights = torch.zeros_like(nodes)
     products = row = 0
-    for vectors in random_chunks(matrix, probes, columns_at_once or probes, seed=seed):
+    for vectors in random_chunks(matrix, probes, columns_at_once, seed=seed):
         for jacobi in _jacobi_matrices(matrix, vectors, steps):
             m = len(jacobi)
             values, mix = torch.linalg.eigh(jacobi)
@@ -168,14 +170,6 @@ def _jacobi_matrices(
         torch.diag(a[:m]) + torch.diag(b[: m - 1], 1) + torch.diag(b[: m - 1], -1)
         for a, b, m in zip(diagonal.cpu(), beside.cpu(), length.tolist(), strict=True)
     ]
-
-
-def _new_axes() -> Axes:
-    """Axes on a new figure that pyplot does not keep in its list of open figures."""
-    with needed("plot", "app"):
-        from matplotlib.figure import Figure
-
-    return Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
 
 
 def _save(axes: Axes, path: Path) -> None:
