@@ -20,6 +20,7 @@ from softcurve.fit.scores import Scores
 from softcurve.fit.solver.newton import Step
 
 TextRows = list[tuple[str, str]]
+Alignment = Literal["left", "right"]
 
 
 def console() -> Console:
@@ -30,7 +31,7 @@ def console() -> Console:
 def print_table(
     title: str,
     rows: Sequence[Sequence[str]],
-    columns: Mapping[str, Literal["left", "right"]] | None = None,
+    columns: Mapping[str, Alignment] | None = None,
     to: Console | None = None,
 ) -> None:
     """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""

@@ -53,6 +53,10 @@ class Network:
         with torch.no_grad():
             return self.head(self.features(x))  # type: ignore[no-any-return]
 
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """W, b and the parameters θ of the features."""
+        return (*self.head.parameters(), *self.features.parameters())
+
     def accuracy(self) -> float:
         """The share of the held-out digits that is classified correctly."""
         predicted = self.logits(self.held_out.x).argmax(-1)

@@ -19,7 +19,6 @@ POSTERIORS = ((0.90, 0.06, 0.04), (0.08, 0.86, 0.06), (0.05, 0.10, 0.85), (0.15,
 PRIOR = (0.2, 0.5, 0.3)
 STEPS, RATE = 200, 1.0
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
-NAMES = {"fixed": "KL, prior fixed", "learned": "KL, prior learned", "cross_entropy": "CE, prior fixed"}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,18 +41,9 @@ def explain_vae() -> Section:
     fixed, learned = runs["fixed"].figures, runs["learned"].figures
     wrt_q, wrt_prior, closed = _gradients()
     in_corner = runs["cross_entropy"].q[-1, :, max(range(3), key=PRIOR.__getitem__)].min().item()
-    ends = {
-        "fixed": "Prior fixed: four paths of q end at the prior, which does not move",
-        "learned": "Prior learned: four paths of q and the path of the prior meet",
-        "cross_entropy": "Cross-entropy in place of KL: four paths of q end in the corner of the prior's mode",
-    }
     return Section(
         "vae",
-        "Which distribution the KL of a VAE moves",
-        values={
-            "pictures": {name: picture(alt, _simplex, runs[name]) for name, alt in ends.items()},
-            "rows": [(NAMES[name], *list(run.figures.values())[:5]) for name, run in runs.items()],
-        },
+        {"pictures": {name: picture(_simplex, run) for name, run in runs.items()}},
         figures={
             "runs": {name: run.figures for name, run in runs.items()},
             "ce_against_kl_gradient_in_q": wrt_q,
