@@ -73,7 +73,7 @@ def render_page(package: str, template: str, sections: Sequence[Section], **comm
 def _literal(value: object) -> object:
     """Replace the backslashes of a plain string, so that it opens no formula."""
     if isinstance(value, str) and not isinstance(value, Markup) and "\\" in value:
-        return Markup(escape(value).replace("\\", "&#92;"))
+        return Markup(str(escape(value)).replace("\\", "&#92;"))
     return value
 
 
