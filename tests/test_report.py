@@ -322,4 +322,4 @@ def test_a_log_axis_always_has_two_labels(values: tuple[float, ...]) -> None:
         assert axes.get_ylim()[0] <= min(values) <= max(values) <= axes.get_ylim()[1]
         return axes.figure
 
-    picture("a log axis", draw)
+    picture(draw)

@@ -8,18 +8,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from softcurve.fit import DataError
 from softcurve.typing import FitLoss
 
 
 def option(
     metavar: str | None, help: str, *flags: str, least: int | float | None = None, default: str | None = None
 ) -> Any:
-    """An option named like its parameter, unless ``flags`` are given; ``default`` describes a default of None."""
+    """Return an option named like its parameter or by ``flags``; ``default`` describes a default of None."""
     return typer.Option(*flags, metavar=metavar, help=help, min=least, show_default=default or True)
 
 
-def _argument(metavar: str, help: str) -> Any:
-    return typer.Argument(metavar=metavar, help=help)
+def check_suffix(option: str, path: Path, *suffixes: str) -> None:
+    """Raise DataError unless the path of an output ends in one of the suffixes."""
+    if path.suffix.lower() not in suffixes:
+        raise DataError(f"{option}: {path} must end in {', '.join(suffixes)}")
 
 
 FORMATS = "The word digits; a .npz, .npy, .safetensors or .parquet file; or a directory of such files."
@@ -28,10 +31,12 @@ MODEL = (
     "A head saved by softcurve fit; or FILE.py:function or package.module:function, a function that returns "
     "(features, head, data)."
 )
+HEAD_DATA = "The rows for a saved head, as for softcurve predict."
 PRECISIONS = "float64; mixed: Hessian–vector products in float32, objective and gradient in float64; or auto."
+PENALTY = "Inverse strength of the penalty ½‖W‖² as in scikit-learn; inf: none."
 METHODS = "lobpcg; lanczos, which may miss repeated eigenvalues; auto: lobpcg, or lanczos if it does not converge."
 
-Data = Annotated[str, _argument("DATA", FORMATS)]
+Data = Annotated[str, typer.Argument(metavar="DATA", help=FORMATS)]
 Target = Annotated[
     Path | None, option("FILE", "An .npy file of labels (n,) or distributions (n, C) instead of DATA's.")
 ]
@@ -47,9 +52,7 @@ class FitOptions:
     data: Data = "digits"
     target: Target = None
     loss: Annotated[FitLoss, option("NAME", f"{LOSSES}.")] = "cross_entropy"
-    C: Annotated[float, option("X", "Inverse strength of the penalty ½‖W‖² as in scikit-learn; inf: none.", "--C")] = (
-        1.0
-    )
+    C: Annotated[float, option("X", PENALTY, "--C")] = 1.0
     path: Annotated[str | None, option("C,C,...", "Further values of C to fit, for the report.")] = None
     fit_intercept: Annotated[bool, option(None, "Whether the head has a bias.", "--intercept/--no-intercept")] = True
     class_count: Annotated[
@@ -79,8 +82,10 @@ class FitOptions:
 class SpectrumOptions:
     """The options of ``softcurve spectrum``; None lets the model decide."""
 
-    model: Annotated[str, _argument("MODEL", MODEL)]
-    data: Annotated[str | None, _argument("DATA", "The rows for a saved head, as for softcurve predict.")] = None
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="The rows for a saved head, as for softcurve predict.")
+    ] = None
     target: Target = None
     matrix: Annotated[
         Literal["ggn", "hessian", "fisher", "empirical-fisher"],

@@ -118,23 +118,15 @@ def fit_progress(
             nonlocal first
             on_step(step)
             stop_if_interrupted()
+            now = step.gradient_max
             if step.iteration == 0 or math.isnan(first):
-                first = step.gradient_max
+                first = now
                 progress.reset(task)
-            progress.update(
-                task, completed=_share(first, step.gradient_max, tol), objective=step.objective,
-                gradient=step.gradient_max, products=step.products,
-            )  # fmt: skip
+            share = max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol and now > tol else now <= tol
+            progress.update(task, completed=share, objective=step.objective, gradient=now, products=step.products)
 
         def show_product(products: int) -> None:
             stop_if_interrupted()
             progress.update(task, products=products)
 
         yield {"on_step": show_step, "on_product": show_product}
-
-
-def _share(first: float, now: float, tol: float) -> float:
-    """The share of the way from ``first`` down to ``tol`` on a logarithmic scale."""
-    if now <= tol:
-        return 1.0
-    return max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol else 0.0

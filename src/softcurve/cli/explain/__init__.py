@@ -15,6 +15,7 @@ from softcurve.cli.explain.divergences import explain_directions, explain_minimu
 from softcurve.cli.explain.network import HIDDEN, train
 from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.options import check_suffix
 from softcurve.cli.page.render import Section, render_page
 from softcurve.cli.printing import Alignment, finite, print_table
 from softcurve.cli.streams import encoded
@@ -35,8 +36,7 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
     check_writable(out, "--out")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out: {out} must end in .html")
+    check_suffix("--out", out, ".html", ".htm")
     with _one_thread():
         network = train(seed)
         sections = [

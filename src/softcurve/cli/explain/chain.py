@@ -120,8 +120,19 @@ def explain_jacobian(network: Network) -> Section:
                 "spectrum": picture(_spectrum, eigenvalues.tolist(), ordered.tolist()),
             },
             "ordered": ordered.tolist(),
-            "identity": [(k, *row) for k, row in enumerate(zip(p.tolist(), y.tolist(), (y / p).tolist(),
-                         product(z, y / p).tolist(), (y - p).tolist(), strict=True))],
+            "identity": [
+                (k, *row)
+                for k, row in enumerate(
+                    zip(
+                        p.tolist(),
+                        y.tolist(),
+                        (y / p).tolist(),
+                        product(z, y / p).tolist(),
+                        (y - p).tolist(),
+                        strict=True,
+                    )
+                )
+            ],
             "likeliest": p.topk(2).indices.tolist(),
         },
         figures={

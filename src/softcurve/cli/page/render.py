@@ -56,8 +56,8 @@ def render_page(package: str, template: str, sections: Sequence[Section], **comm
     Only a template holds formulas: a backslash in a value, which may be a user's text, is shown as it is.
     """
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]), autoescape=True,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_literal, extensions=["jinja2.ext.do"],
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]), undefined=StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_literal, extensions=["jinja2.ext.do"],
     )  # fmt: skip
     environment.filters |= {"show": show, "seconds": seconds}
     environment.globals["zip"] = zip
