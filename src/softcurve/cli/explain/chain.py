@@ -107,6 +107,8 @@ def explain_jacobian(network: Network) -> Section:
     # Class weights give targets that sum to another number than 1, such as 2.5.
     identity = torch.stack([product(z, s * y / p) - (s * y - s * p) for s in (1.0, 2.5)])
 
+    identity_columns = torch.stack([p, y, y / p, product(z, y / p), y - p], -1)
+
     def at_most(name: str, value: Tensor, bound: float = ROUNDING) -> Check:
         return Check(name, value.abs().max().item(), "≤", bound)
 
@@ -120,19 +122,7 @@ def explain_jacobian(network: Network) -> Section:
                 "spectrum": picture(_spectrum, eigenvalues.tolist(), ordered.tolist()),
             },
             "ordered": ordered.tolist(),
-            "identity": [
-                (k, *row)
-                for k, row in enumerate(
-                    zip(
-                        p.tolist(),
-                        y.tolist(),
-                        (y / p).tolist(),
-                        product(z, y / p).tolist(),
-                        (y - p).tolist(),
-                        strict=True,
-                    )
-                )
-            ],
+            "identity": [(k, *row) for k, row in enumerate(identity_columns.tolist())],
             "likeliest": p.topk(2).indices.tolist(),
         },
         figures={

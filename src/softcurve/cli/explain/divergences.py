@@ -92,7 +92,12 @@ def explain_directions() -> Section:
     logits = [target, forward_minima[0], *reverse_minima]
     fits = {name: _describe(z, target) for name, z in zip(names, logits, strict=True)}
     truth, forward, reverse = (fits[name] for name in names[:3])
-    edges = _towards_zero()
+    # P = [½, ½] and Q = [1 − ε, ε], down to ε = 0.
+    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
+    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
+    half = torch.full_like(q, 0.5).log()
+    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
+    edges = list(zip(epsilon.tolist(), *pairs, strict=True))
     _, at_zero, swapped_at_zero = edges[-1]
     at_mode = abs(reverse["reverse"] + math.log(MODES[0][0]))
     moments = max(abs(forward[name] - truth[name]) for name in ("mean", "deviation"))
@@ -122,18 +127,16 @@ def explain_directions() -> Section:
     )
 
 
-def _gaussian(parameters: Float[Tensor, " 2"]) -> Float[Tensor, " bins"]:
-    """The logits of a discretised Gaussian, which are quadratic in the bin."""
-    mean, log_width = parameters[0], parameters[1]
-    return -(GRID - mean).square() * (-2 * log_width).exp() / 2
-
-
 def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins"]]:
-    """The logits at the distinct minima that the starts lead to, the best first."""
+    """The logits of discretised Gaussians at the distinct minima that the starts lead to, the best first."""
+
+    def gaussian(parameters: Tensor) -> Tensor:
+        mean, log_width = parameters[0], parameters[1]
+        return -(GRID - mean).square() * (-2 * log_width).exp() / 2
 
     def value_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.from_numpy(at.copy()).requires_grad_()
-        value = divergence(_gaussian(parameters))
+        value = divergence(gaussian(parameters))
         (gradient,) = torch.autograd.grad(value, parameters)
         return value.item(), gradient.numpy()
 
@@ -142,7 +145,7 @@ def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins
     for run in sorted(runs, key=lambda run: round(float(run.fun), 9)):
         if all(np.abs(run.x - other).max() > 1e-3 for other in minima):
             minima.append(run.x)
-    return [_gaussian(torch.from_numpy(at)) for at in minima]
+    return [gaussian(torch.from_numpy(at)) for at in minima]
 
 
 def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> dict[str, float]:
@@ -157,16 +160,6 @@ def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) ->
         "forward": softcurve.kl_divergence(target, logits, reduction="sum").item(),
         "reverse": softcurve.kl_divergence(logits, target, reduction="sum").item(),
     }
-
-
-def _towards_zero() -> list[tuple[float, float, float]]:
-    """ε, D(P‖Q) and D(Q‖P) in bits for P = [½, ½] and Q = [1 − ε, ε], down to ε = 0."""
-    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
-    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
-    half = half.expand_as(q)
-    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
-    return list(zip(epsilon.tolist(), *pairs, strict=True))
 
 
 def _modes(target: list[float], forward: list[float], reverse: list[float]) -> Figure:
@@ -186,30 +179,34 @@ def explain_minimum(network: Network, seed: int) -> Section:
     """Change the logits of many digits by random δ of decreasing size, and compare KL with ½ δᵀJδ."""
     z = network.logits(network.held_out.x[:DIGITS])
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
-    curves = [_compare(z, scale * direction) for scale in SCALES]
-    forward, backward, model, difference, backward_difference = (list(curve) for curve in zip(*curves, strict=True))
+    delta = torch.tensor(SCALES, dtype=z.dtype)[:, None, None] * direction
+    at, moved = z.expand_as(delta), z + delta
+    model = (delta * softcurve.softmax_jacobian_product(at, delta)).sum(-1) / 2
+    ways = [softcurve.kl_divergence(*pair, reduction="none") for pair in ((at, moved), (moved, at))]
+    difference, swapped_difference = (((way - model) / model).abs().median(-1).values.tolist() for way in ways)
+    forward, backward, quadratic = (values.mean(-1).tolist() for values in (*ways, model))
+    # The terms p log(p/q) of the divergence at the smallest scale.
+    terms = z.softmax(-1) * (z.log_softmax(-1) - moved[0].log_softmax(-1))
     predicted = _third_order(z, direction)
     errors = [_float32_errors(z, direction, scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)]
     slope = float(np.polyfit(np.log(SCALES[:SMALL]), np.log(difference[:SMALL]), 1)[0])
     leading = abs(difference[0] / SCALES[0] / predicted - 1)
     float32_error = max(row["softcurve"] for row in errors)
-    line = [predicted * scale for scale in SCALES]
+    line, label = [predicted * scale for scale in SCALES], "relative difference, median"
     return Section(
         "minimum",
         {
-            "curves": picture(_log_log, model, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
-            "differences": picture(
-                _log_log, line, "scale × |κ₃| / 3κ₂", difference, backward_difference, "relative difference, median"
-            ),
+            "curves": picture(_log_log, quadratic, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
+            "differences": picture(_log_log, line, "scale × |κ₃| / 3κ₂", difference, swapped_difference, label),
         },
         figures={
             "rows": DIGITS,
             "scales": SCALES,
             "divergence": forward,
             "swapped_divergence": backward,
-            "quadratic_model": model,
+            "quadratic_model": quadratic,
             "median_relative_difference": difference,
-            "left_of_the_terms": _remainder(z, z + SCALES[0] * direction),
+            "left_of_the_terms": (ways[0][0] / terms.abs().sum(-1)).median().item(),
             "float32_errors": errors,
             "slope": slope,
             "median_third_order_coefficient": predicted,
@@ -223,31 +220,13 @@ def explain_minimum(network: Network, seed: int) -> Section:
     )
 
 
-def _compare(z: Float[Tensor, "n c"], delta: Float[Tensor, "n c"]) -> tuple[float, float, float, float, float]:
-    """Mean KL in either direction, the mean model, and the median relative difference of each KL from the model."""
-    forward = softcurve.kl_divergence(z, z + delta, reduction="none")
-    backward = softcurve.kl_divergence(z + delta, z, reduction="none")
-    model = (delta * softcurve.softmax_jacobian_product(z, delta)).sum(-1) / 2
-    relative = [((way - model) / model).abs().median().item() for way in (forward, backward)]
-    return forward.mean().item(), backward.mean().item(), model.mean().item(), relative[0], relative[1]
-
-
-def _remainder(z: Float[Tensor, "n c"], moved: Float[Tensor, "n c"]) -> float:
-    """KL divided by the sum of the absolute values of its terms p log(p/q), the median over the rows."""
-    p, log_ratio = z.softmax(-1), z.log_softmax(-1) - moved.log_softmax(-1)
-    divergence = softcurve.kl_divergence(z, moved, reduction="none")
-    return (divergence / (p * log_ratio).abs().sum(-1)).median().item()
-
-
 def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:
     """Median relative errors of two float32 sums, against float64 on the same rounded logits."""
     at, moved = z.float(), (z + scale * direction).float()
     truth = softcurve.kl_divergence(at.double(), moved.double(), reduction="none")
-    log_p, log_q = at.log_softmax(-1), moved.log_softmax(-1)
-    sums = {
-        "textbook": (log_p.exp() * (log_p - log_q)).sum(-1),
-        "softcurve": softcurve.kl_divergence(at, moved, reduction="none"),
-    }
+    log_p = at.log_softmax(-1)
+    textbook = (log_p.exp() * (log_p - moved.log_softmax(-1))).sum(-1)
+    sums = {"textbook": textbook, "softcurve": softcurve.kl_divergence(at, moved, reduction="none")}
     return {"scale": scale} | {name: ((value - truth) / truth).abs().median().item() for name, value in sums.items()}
 
 

@@ -33,11 +33,8 @@ class Descent(NamedTuple):
 
 def explain_vae() -> Section:
     """Descend KL(q‖prior) with the prior fixed and learned, and H(q, prior) in place of KL."""
-    runs = {
-        "fixed": _descend(_divergence, learned=False),
-        "learned": _descend(_divergence, learned=True),
-        "cross_entropy": _descend(_cross_entropy, learned=False),
-    }
+    cases = {"fixed": (_divergence, False), "learned": (_divergence, True), "cross_entropy": (_cross_entropy, False)}
+    runs = {name: _descend(loss, learned=learned) for name, (loss, learned) in cases.items()}
     fixed, learned = runs["fixed"].figures, runs["learned"].figures
     wrt_q, wrt_prior, closed = _gradients()
     in_corner = runs["cross_entropy"].q[-1, :, max(range(3), key=PRIOR.__getitem__)].min().item()
@@ -83,13 +80,14 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
     q.requires_grad_()
     prior.requires_grad_(learned)
     optimizer = torch.optim.SGD([{"params": [q], "lr": RATE}, {"params": [prior], "lr": RATE / len(q)}])
-    path, norms = [(q.detach().softmax(-1), prior.detach().softmax(-1))], []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss(q, prior).backward()
-        norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
-        optimizer.step()
+    path, norms = [], []
+    for step in range(STEPS + 1):
         path.append((q.detach().softmax(-1), prior.detach().softmax(-1)))
+        if step < STEPS:
+            optimizer.zero_grad()
+            loss(q, prior).backward()
+            norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
+            optimizer.step()
     qs, priors = (torch.stack(states) for states in zip(*path, strict=True))
     figures = {
         "first_gradient_in_q": norms[0][0],
