@@ -85,14 +85,12 @@ def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> TextRows:
     return rows if kl is None else [*rows, (f"{label}KL(target||model)", f"{kl:.6f} nats")]
 
 
-@contextmanager
-def progress_bar(show: bool | None, *columns: ProgressColumn) -> Iterator[Progress]:
-    """Show progress on stderr, with a bar after the description; None shows it on a terminal only."""
+def progress_bar(show: bool | None, *columns: ProgressColumn) -> Progress:
+    """Return a display of progress on stderr, with a bar after the description; None shows it on a terminal only."""
     stderr = Console(stderr=True)
     disable = not (stderr.is_terminal if show is None else show)
     columns = (TextColumn("{task.description}"), BarColumn(), *columns)
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
-        yield progress
+    return Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable)
 
 
 @contextmanager
@@ -103,14 +101,9 @@ def fit_progress(
 
     The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
     """
-    columns = (
-        TextColumn("objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"),
-        TextColumn("{task.fields[products]} HVPs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with progress_bar(show, *columns) as progress:
+    figures = "objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"
+    texts = [TextColumn(text) for text in (figures, "{task.fields[products]} HVPs", "left")]
+    with progress_bar(show, *texts[:2], TimeElapsedColumn(), texts[2], TimeRemainingColumn()) as progress:
         task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
         first = math.nan
 
