@@ -61,7 +61,7 @@ def fit_command(
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
-    """The paths of the outputs by their options, all of which can be written."""
+    """Return the paths of the outputs by their options, after a check that all can be written."""
     outputs = {
         "--out": options.out,
         "--record": options.record or options.out.with_suffix(".json"),

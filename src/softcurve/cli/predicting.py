@@ -99,7 +99,7 @@ def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[
 
 
 def _array(classes: tuple[Label, ...]) -> NDArray[Any]:
-    """The names of the classes; numpy alone would turn integers from 2**63 on into floats beside smaller ones."""
+    """Return the names of the classes; numpy alone turns integers from 2**63 on into floats beside smaller ones."""
     array = np.array(classes)
     if array.dtype.kind != "f":
         return array

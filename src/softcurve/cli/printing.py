@@ -55,7 +55,7 @@ def print_record(record: Mapping[str, object]) -> None:
 
 
 def as_json(record: object) -> str:
-    """JSON with null for a number that is not finite."""
+    """Return JSON, with null for a number that is not finite."""
     return json.dumps(finite(record, lambda number: None), allow_nan=False)
 
 
@@ -69,7 +69,7 @@ def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
 
 
 def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
-    """The entries of a record for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
+    """Return a record's entries for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
     return {
         f"{prefix}loss_nats": scores.loss,
         f"{prefix}loss_bits": scores.loss / math.log(2.0),
@@ -79,7 +79,7 @@ def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
 
 
 def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> TextRows:
-    """The rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
+    """Return the rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
     loss, bits, accuracy, kl = (record[prefix + name] for name in ("loss_nats", "loss_bits", "accuracy", "kl_nats"))
     rows = [(f"{label}loss", f"{loss:.6f} nats = {bits:.6f} bits"), (f"{label}accuracy", f"{accuracy:.4f}")]
     return rows if kl is None else [*rows, (f"{label}KL(target||model)", f"{kl:.6f} nats")]

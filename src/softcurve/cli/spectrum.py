@@ -185,7 +185,7 @@ def _compute(options: SpectrumOptions, problem: SpectrumProblem, show: bool | No
 
 
 def _largest(operator: Network, options: SpectrumOptions) -> Eigenpairs:
-    """The largest eigenvalues.
+    """Return the largest eigenvalues.
 
     LOBPCG comes first, because Lanczos may miss copies of an eigenvalue; it fails if the rank is below their number.
     """

@@ -53,21 +53,21 @@ def explain_chain(network: Network) -> Section:
 
 
 def _gradients(record: softcurve.ChainRule) -> dict[str, Tensor]:
-    """The loss and its gradients by their names, in the order of :func:`_by_autograd`."""
+    """Return the loss and its gradients by their names, in the order of :func:`_by_autograd`."""
     names = ("loss", "dL_dp", "dL_dz", "dL_de", "dL_dx", "dL_dW", "dL_db")
     gradients = {name: getattr(record, name) for name in names}
     return gradients | {f"dL_dtheta[{name}]": value for name, value in record.dL_dtheta.items()}
 
 
 def _deviations(network: Network, y: Float[Tensor, "n 10"], target: Tensor, loss: ChainLoss) -> dict[str, float]:
-    """The largest absolute difference between the closed form and autograd, for L and each gradient."""
+    """Return the largest absolute difference between the closed form and autograd, for L and each gradient."""
     closed = _gradients(softcurve.chain_rule(network.features, network.head, network.held_out.x, target, loss=loss))
     pairs = zip(closed.items(), _by_autograd(network, y, loss), strict=True)
     return {name: (value - truth).abs().max().item() for (name, value), truth in pairs}
 
 
 def _by_autograd(network: Network, y: Float[Tensor, "n 10"], loss: str) -> tuple[Tensor, ...]:
-    """The chain as a user of torch would write it, differentiated by torch alone."""
+    """Differentiate the chain, written as a user of torch would write it, by torch alone."""
     x = network.held_out.x.clone().requires_grad_()
     e = network.features(x)
     z = network.head(e)
@@ -80,7 +80,7 @@ def _by_autograd(network: Network, y: Float[Tensor, "n 10"], loss: str) -> tuple
 
 
 def _pictures(network: Network) -> dict[str, Picture]:
-    """Every stage and its gradient for one digit, whose label is the target."""
+    """Draw every stage and its gradient for one digit, whose label is the target."""
     row = slice(network.ambiguous(), network.ambiguous() + 1)
     digits = network.held_out
     record = softcurve.chain_rule(network.features, network.head, digits.x[row], digits.labels[row])

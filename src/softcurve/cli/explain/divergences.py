@@ -128,7 +128,7 @@ def explain_directions() -> Section:
 
 
 def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins"]]:
-    """The logits of discretised Gaussians at the distinct minima that the starts lead to, the best first."""
+    """Return the logits of Gaussians at the distinct minima that the starts lead to, the best first."""
 
     def gaussian(parameters: Tensor) -> Tensor:
         mean, log_width = parameters[0], parameters[1]
@@ -149,7 +149,7 @@ def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins
 
 
 def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> dict[str, float]:
-    """The moments of a distribution, its probability on either side of the middle, and both divergences."""
+    """Return the moments of a distribution, its probability on either side of the middle, and both divergences."""
     q = logits.softmax(-1)
     mean = (q * GRID).sum()
     return {
@@ -221,7 +221,7 @@ def explain_minimum(network: Network, seed: int) -> Section:
 
 
 def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:
-    """Median relative errors of two float32 sums, against float64 on the same rounded logits."""
+    """Return the median relative errors of two float32 sums, against float64 on the same rounded logits."""
     at, moved = z.float(), (z + scale * direction).float()
     truth = softcurve.kl_divergence(at.double(), moved.double(), reduction="none")
     log_p = at.log_softmax(-1)
@@ -231,7 +231,7 @@ def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], sc
 
 
 def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> float:
-    """The leading term of the relative difference, divided by the scale: the median of |κ₃| / 3κ₂.
+    """Return the leading term of the relative difference, divided by the scale: the median of |κ₃| / 3κ₂.
 
     κ₂ and κ₃ are the variance and the third central moment of δ under p: KL(p(z)‖p(z+δ)) = κ₂/2 + κ₃/6 + ….
     """

@@ -25,7 +25,7 @@ class Digits(NamedTuple):
     soft: Float[Tensor, "n 10"]
 
     def one_hot(self) -> Float[Tensor, "n 10"]:
-        """The labels as distributions."""
+        """Return the labels as distributions."""
         return nn.functional.one_hot(self.labels, CLASSES).to(self.x)
 
 
@@ -46,21 +46,21 @@ class Network(NamedTuple):
     history: History
 
     def logits(self, x: Float[Tensor, "n 64"]) -> Float[Tensor, "n 10"]:
-        """The logits z, without a graph."""
+        """Return the logits z, without a graph."""
         with torch.no_grad():
             return self.head(self.features(x))  # type: ignore[no-any-return]
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """W, b and the parameters θ of the features."""
+        """Return W, b and the parameters θ of the features."""
         return (*self.head.parameters(), *self.features.parameters())
 
     def accuracy(self) -> float:
-        """The share of the held-out digits that is classified correctly."""
+        """Return the share of the held-out digits that is classified correctly."""
         predicted = self.logits(self.held_out.x).argmax(-1)
         return (predicted == self.held_out.labels).double().mean().item()
 
     def ambiguous(self) -> int:
-        """The held-out digit whose two most probable classes have the closest probabilities."""
+        """Return the held-out digit whose two most probable classes have the closest probabilities."""
         two = self.logits(self.held_out.x).softmax(-1).topk(2).values
         return int((two[:, 0] - two[:, 1]).argmin())
 

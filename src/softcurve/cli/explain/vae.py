@@ -66,7 +66,7 @@ def _divergence(q: Tensor, prior: Tensor) -> Tensor:
 
 
 def _cross_entropy(q: Tensor, prior: Tensor) -> Tensor:
-    """H(q, prior) = KL(q‖prior) + H(q)."""
+    """Return H(q, prior) = KL(q‖prior) + H(q)."""
     return _divergence(q, prior) + softcurve.entropy(q).sum()
 
 
@@ -75,7 +75,7 @@ def _start() -> tuple[Float[Tensor, "n 3"], Float[Tensor, " 3"]]:
 
 
 def _descend(loss: Loss, *, learned: bool) -> Descent:
-    """Gradient descent on the logits of q, and of the prior where it is learned, by its mean gradient over x."""
+    """Descend on the logits of q, and of the prior where it is learned, by its mean gradient over x."""
     q, prior = _start()
     q.requires_grad_()
     prior.requires_grad_(learned)
@@ -102,12 +102,12 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
 
 
 def _variation(p: Tensor, q: Tensor) -> float:
-    """The largest total variation between rows of p and of q."""
+    """Return the largest total variation between rows of p and of q."""
     return ((p - q).abs().sum(-1) / 2).max().item()
 
 
 def _gradients() -> tuple[float, float, float]:
-    """The largest difference of CE and KL w.r.t. q and w.r.t. the prior, and that of KL from its closed forms."""
+    """Return the largest difference of CE and KL w.r.t. q and the prior, and that of KL from its closed forms."""
     q, prior = (logits.requires_grad_() for logits in _start())
     kl = torch.autograd.grad(_divergence(q, prior), (q, prior))
     ce = torch.autograd.grad(_cross_entropy(q, prior), (q, prior))

@@ -75,7 +75,7 @@ def show_path(report: FitReport) -> Section:
 
 
 def _against_C(points: Sequence[PathPoint], chosen: float, ylabel: str, styles: Styles) -> Figure:
-    """Fields of the points against C, with a hollow mark where the fit did not converge; dotted, the C of the head."""
+    """Draw fields of the points against C; a hollow mark is a fit that did not converge, the dotted line the head."""
     Cs = [point.C for point in points]
     columns = {name: [getattr(point, name) for point in points] for name in styles}
     columns = {name: values for name, values in columns.items() if values[0] is not None}

@@ -125,7 +125,7 @@ def show_hardest(report: FitReport) -> Section:
 
 
 def _thumbnails(judged: Diagnostics) -> list[chart.Picture]:
-    """The hardest rows as square images, if their width is a square and no feature is negative; else none."""
+    """Draw the hardest rows as square images, if their width is a square and no feature is negative."""
     features = judged.hardest_features
     if features is None or not len(features):
         return []
@@ -137,7 +137,7 @@ def _thumbnails(judged: Diagnostics) -> list[chart.Picture]:
 
 
 def _png(shades: Float64[Tensor, "side side"]) -> bytes:
-    """One pixel for each feature, from transparent to ink."""
+    """Encode one pixel for each feature, from transparent to ink."""
     pixels = np.empty((*shades.shape, 4))
     pixels[..., :3] = to_rgb(chart.INK)
     pixels[..., 3] = shades.numpy()
