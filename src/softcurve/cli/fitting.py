@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,11 @@ def fit_command(
     require_same(group, named, "start all with the same options")
     with group.agreed():
         outputs = _outputs(options) if group.first else {}
-    Cs = _strengths(options.path)
     source = open_source(options.data, options.target, class_count=options.class_count, group=group)
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
+    report = _fit(options, train, held, on_step, progress if group.first else False)
     with group.agreed():
         if group.first:
             _write(report, outputs)
@@ -85,24 +84,17 @@ def _strengths(path: str | None) -> tuple[float, ...]:
 
 
 def _fit(
-    options: FitOptions,
-    train: Source,
-    held: Source | None,
-    Cs: Sequence[float],
-    on_step: Callable[[Step], None],
-    *,
-    progress: bool | None,
+    options: FitOptions, train: Source, held: Source | None, on_step: Callable[[Step], None], progress: bool | None
 ) -> FitReport:
+    Cs = _strengths(options.path)
     started = time.perf_counter()
-    common: dict[str, Any] = {
-        name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter", "precision")
-    }
+    names = ("loss", "fit_intercept", "tol", "max_iter", "precision")
+    common: dict[str, Any] = {name: getattr(options, name) for name in names}
     common["memory_budget"] = None if options.memory is None else options.memory * 2**20
     with fit_progress(options.tol, on_step, show=progress) as callbacks:
         common |= callbacks
-        fit = fit_head(
-            train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
-        )
+        kept: dict[str, Any] = {"checkpoint": options.checkpoint, "checkpoint_every": options.checkpoint_every}
+        fit = fit_head(train, C=options.C, **kept, **common)
         seconds = time.perf_counter() - started
         fits = regularisation_path(train, Cs, **common) if Cs else ()
         path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))

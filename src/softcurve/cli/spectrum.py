@@ -258,10 +258,8 @@ def _density_figures(density: SpectralDensity) -> dict[str, Any]:
     nodes, order = density.nodes.flatten().sort()
     shares = density.weights.flatten()[order].cumsum(0)
     places = torch.searchsorted(shares, torch.tensor(QUANTILES).to(shares) * shares[-1])
-    probes, steps = density.nodes.shape
     return {
-        "probes": probes,
-        "steps": steps,
+        **dict(zip(("probes", "steps"), density.nodes.shape, strict=True)),
         "products": density.products,
         "lowest": float(nodes[0]),
         "highest": float(nodes[-1]),

@@ -81,13 +81,12 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
     prior.requires_grad_(learned)
     optimizer = torch.optim.SGD([{"params": [q], "lr": RATE}, {"params": [prior], "lr": RATE / len(q)}])
     path, norms = [], []
-    for step in range(STEPS + 1):
+    for _ in range(STEPS + 1):
         path.append((q.detach().softmax(-1), prior.detach().softmax(-1)))
-        if step < STEPS:
-            optimizer.zero_grad()
-            loss(q, prior).backward()
-            norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
-            optimizer.step()
+        optimizer.zero_grad()
+        loss(q, prior).backward()
+        norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
+        optimizer.step()
     qs, priors = (torch.stack(states) for states in zip(*path, strict=True))
     figures = {
         "first_gradient_in_q": norms[0][0],
