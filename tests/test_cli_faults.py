@@ -23,7 +23,7 @@ from numpy.lib import format as npy_format
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from softcurve.cli.interrupt import remember_interrupts
+from softcurve.cli.interrupt import remember_interrupts, stop_if_interrupted
 from softcurve.cli.main import app
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing_all
@@ -35,6 +35,7 @@ FEATURES = RNG.normal(size=(60, 5)).astype(np.float32)
 LABELS = np.arange(60) % 3
 OUTPUTS = ("o.safetensors", "o.json", "o.html")
 FIT = ("--out", "o.safetensors")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,12 @@ def folder(tmp_path, monkeypatch):
     for name in (*OUTPUTS, "p.npz", "p.csv", "p.npy", "p.parquet", "s.png", "s.svg"):
         Path(name).write_text("old")
     return tmp_path
+
+
+@pytest.fixture
+def without_pages(monkeypatch):
+    """For fits whose report nobody reads."""
+    monkeypatch.setattr("softcurve.cli.report.render_report", lambda report: "<!DOCTYPE html>")
 
 
 def run(*arguments):
@@ -319,6 +326,7 @@ def test_a_full_disk_names_option_path_and_remedy(monkeypatch, named):
     )
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_existing_permissions_are_kept():
     os.chmod("o.safetensors", 0o640)
     os.chmod("o.json", 0o600)
@@ -397,27 +405,58 @@ def test_labels_with_lone_surrogates_lose_nothing():
 # --- streams, memory, interrupts ---------------------------------------------------------------------------------
 
 
-def test_streams_that_cannot_be_written():
-    """Closed and full ones, at the same time: the exit code is that of the work, and 2 where its output is lost."""
-    command = f"{sys.executable} -W error -m softcurve"
-    cases = {
-        f"{command} fit none.npz 2>&-": (2, "", ""),
-        f"{command} fit none.npz 2>/dev/full": (2, "", ""),
-        f"{command} predict h.safetensors d.npz >&-": (2, "", "softcurve: standard output cannot be written (Bad "),
-        f"{command} predict h.safetensors d.npz >/dev/full": (
-            2,
-            "",
-            "softcurve: standard output cannot be written (No",
-        ),
-        f"{command} --help >/dev/full": (2, "", "softcurve: standard output cannot be written (No space left on dev"),
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(["bash", "-c", case], **pipes) for case in cases]
-    for process, (case, (code, out, message)) in zip(started, cases.items(), strict=True):
-        stdout, stderr = process.communicate(timeout=300)
-        assert (process.returncode, stdout) == (code, out), (case, stderr)
-        assert stderr.startswith(message), case
-        assert stderr.count("\n") == bool(message), (case, stderr)
+MODEL = """
+import torch
+
+def make():
+    data = [(torch.randn(6, 3), torch.arange(6) % 3)]
+    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()), torch.nn.Linear(2, 3), data
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the commands share one import of torch by forking")
+def test_as_processes_of_their_own():
+    """Also with streams that are closed or full: the exit code is that of the work, and 2 where its output is lost."""
+    np.savez("words.npz", features=FEATURES, target=np.array(["één", "[red]two", "three"])[LABELS])
+    Path("model.py").write_text(MODEL)
+    no_file = "softcurve: data: there is no file none.npz; check the path\n"
+    lost = "softcurve: standard output cannot be written "
+    out, full = "stdout.{}", "/dev/full"
+    predict = ["predict", "h.safetensors", "d.npz"]
+    cases = [
+        (["fit", "words.npz", "--out", "words.safetensors"], out, 0, ""),
+        (["predict", "words.safetensors", "words.npz"], out, 0, ""),
+        (["spectrum", "model.py:make", "--probes", "1", "--out", "s.png"], out, 0, ""),
+        (["fit", "none.npz"], out, 2, no_file),
+        (["fit", "none.npz"], out, 2, None),
+        (["fit", "none.npz"], out, 2, full),
+        (predict, None, 2, f"{lost}(Bad "),
+        (predict, full, 2, f"{lost}(No"),
+        (["--help"], full, 2, f"{lost}(No space left on dev"),
+    ]
+    commands = [
+        (arguments, stdout and stdout.format(number), f"stderr.{number}" if message not in (None, full) else message)
+        for number, (arguments, stdout, _, message) in enumerate(cases)
+    ]
+    warnings = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]  # of fork itself, if there are threads
+    script = [sys.executable, *warnings, str(ROOT / "tests" / "forked_cli.py"), json.dumps(commands)]
+    # The names of the classes have letters that the encoding of the streams lacks.
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=True, env=environment)
+    assert [int(code) for code in done.stdout.split()] == [code for _, _, code, _ in cases], done.stderr
+    assert done.stderr == ""
+    for number, (arguments, stdout, code, message) in enumerate(cases):
+        if stdout == out and code == 0:
+            record = json.loads(Path(f"stdout.{number}").read_text("ascii").splitlines()[-1])
+            assert record["command"] == arguments[0]
+            assert record.get("converged", True)
+        elif stdout == out:
+            assert Path(f"stdout.{number}").read_text() == ""
+        if message not in (None, full):
+            said = Path(f"stderr.{number}").read_text()
+            assert said.startswith(message), arguments
+            assert said.count("\n") == bool(message), (arguments, said)
+    assert Path("s.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("allocate", [lambda: np.empty(2**58), lambda: torch.empty(2**58), lambda: bytearray(2**60)])
@@ -443,6 +482,23 @@ def remembered():
     yield
     remember_interrupts()
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("remembered")
+def test_an_interrupt_that_python_forgets_is_remembered(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda ignored: forgotten.append(ignored.exc_type))
+
+    class Held:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    stop_if_interrupted()
+    Held()  # which raises in its destructor, and goes on
+    assert forgotten == [KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt) as raised:
+        stop_if_interrupted()
+    assert raised.value.args == (signal.SIGINT,)
 
 
 @pytest.mark.usefixtures("remembered")

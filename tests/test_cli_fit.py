@@ -39,6 +39,12 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def without_pages(monkeypatch):
+    """For fits whose report nobody reads, and which takes longer than they do."""
+    monkeypatch.setattr("softcurve.cli.report.render_report", lambda report: "<!DOCTYPE html>")
+
+
+@pytest.fixture
 def words():
     np.savez("words.npz", features=FEATURES, target=WORDS)
     return "words.npz"
@@ -127,6 +133,7 @@ def test_distributions_with_every_loss(soft, loss):
     assert "KL(target||model)" in table
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_the_same_seed_gives_the_same_head_and_another_one_another(words):
     run("fit", words, "--out", "a.safetensors")
     run("fit", words, "--out", "b.safetensors")
@@ -136,6 +143,7 @@ def test_the_same_seed_gives_the_same_head_and_another_one_another(words):
     assert not torch.equal(first, third)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_options_reach_the_fit(words):
     record, _ = run("fit", words, "--C", 0.01, "--dtype", "float32", "--tol", 1e-3, "--max-iter", 50)
     head = SavedHead.load("head.safetensors")
@@ -145,6 +153,7 @@ def test_options_reach_the_fit(words):
     assert head.classes == ("[red]two", "three", "één")
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_too_few_iterations_are_said(words):
     record, table = run("fit", words, "--max-iter", 1)
     assert record["converged"] is False
@@ -166,12 +175,14 @@ def test_the_record_and_the_report_stand_beside_the_head(words):
     assert "converge" in page
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_no_row_is_held_out_where_none_shall_be(words):
     record, table = run("fit", words, "--holdout", 0)
     assert (record["rows_train"], record["rows_held_out"]) == (60, 0)
     assert "held-out" not in table
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_shards_are_one_set_of_rows(words):
     Path("shards").mkdir()
     for index, rows in enumerate((slice(0, 25), slice(25, 26), slice(26, 60))):
@@ -183,6 +194,7 @@ def test_shards_are_one_set_of_rows(words):
     torch.testing.assert_close(first, second, rtol=0, atol=1e-7)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_lists_of_all_classes_are_the_distributions_themselves(soft):
     order = np.argsort(-SOFT, axis=1)
     lists = {"indices": order, "log_probs": np.log(np.take_along_axis(SOFT, order, 1))}
@@ -194,6 +206,7 @@ def test_lists_of_all_classes_are_the_distributions_themselves(soft):
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_fit_goes_on_from_its_checkpoint(words):
     run("fit", words, "--tol", 1e-8)
     cut, _ = run("fit", words, "--max-iter", 2, "--tol", 1e-8, "--checkpoint", "state", "--out", "cut.safetensors")
@@ -208,6 +221,7 @@ def test_a_fit_goes_on_from_its_checkpoint(words):
     assert "checkpoint: state is damaged" in refused("fit", words, "--checkpoint", "state")
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_a_class_that_is_only_held_out_is_said():
     _, held = split(make_rows(FEATURES, np.arange(60) % 2), 0.2, seed=0)
     only = int(np.flatnonzero((held.features[0] == FEATURES).all(axis=1))[0])
@@ -220,6 +234,7 @@ def test_a_class_that_is_only_held_out_is_said():
     assert "1 class has no training row" in table
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_progress_is_shown_where_it_is_asked_for(words):
     done = CliRunner().invoke(app, ["fit", words, "--progress"])
     assert done.exit_code == 0
@@ -227,6 +242,7 @@ def test_progress_is_shown_where_it_is_asked_for(words):
     assert json.loads(done.stdout.splitlines()[-1])["converged"]
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_predictions_can_be_the_targets_of_another_fit(words):
     run("fit", words)
     run("predict", "head.safetensors", words, "--out", "teacher.npy")
@@ -353,23 +369,6 @@ def test_an_option_that_another_process_was_not_given_is_named():
             fit_command(options, Unlike(**{option: "other"}), progress=False)
 
 
-def python(*arguments, **options):
-    command = [sys.executable, "-W", "error", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
-
-
-def test_as_a_process_of_its_own(words):
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = python("-m", "softcurve", "fit", words, env=ascii_only)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout.splitlines()[-1])["converged"]
-    done = python("-m", "softcurve", "predict", "head.safetensors", words, env=ascii_only)
-    assert (done.returncode, done.stderr) == (0, "")
-    done = python("-m", "softcurve", "fit", "none.npz")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "softcurve: data: there is no file none.npz; check the path\n"
-
-
 @pytest.mark.parametrize(
     ("sent", "code", "checkpoint"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)], ids=["INT", "TERM"]
 )
@@ -398,26 +397,6 @@ def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(s
     how = "the same command starts anew; --checkpoint FILE keeps the state of a fit"
     how = "state has the state, and the same command goes on" if checkpoint else how
     assert rest.splitlines()[-1].endswith(f"softcurve: interrupted; {how}")  # after what clears the progress bar
-
-
-def test_an_interrupt_that_python_forgets_is_remembered():
-    lost = """
-import os, signal
-from softcurve.cli.interrupt import remember_interrupts, stop_if_interrupted
-class Held:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(1000): pass
-remember_interrupts()
-stop_if_interrupted()
-Held()
-print("went on")
-stop_if_interrupted()
-"""
-    done = python("-c", lost)
-    assert done.stdout == "went on\n"
-    assert "Exception ignored" in done.stderr
-    assert done.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("options", [("--C", "inf"), ("--path", "0.1,inf"), ("--C", "inf", "--path", "0.1,1")])

@@ -253,7 +253,7 @@ def test_predictions_can_be_targets():
         (["h.safetensors", "digits"], "features of digits must have 4 columns, .*; got 64"),
         (["h.safetensors", "data.npz"], "the first, 'four', in row 5: leave the target out"),
         (["h.safetensors", "huge.npy", "--out", "old.csv"], "logits of huge.npy overflow"),
-        (["h.safetensors", "data.npz", "--out", "p.json"], "p.json has suffix '.json'; it must end"),
+        (["h.safetensors", "data.npz", "--out", "p.json"], "--out: p.json must end in .npz, .npy, .csv, .parquet"),
         (["h.safetensors", "data.npz", "--out", "none/p.npz"], "--out: there is no folder none"),
         (["h.safetensors", "data.npz", "--out", "data.npz"], "data.npz is also an input"),
         (["h.safetensors", "shards", "--out", "shards/p.npz"], "shards/p.npz would be one of the shards in shards"),

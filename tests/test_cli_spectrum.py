@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -568,13 +567,3 @@ def test_without_matplotlib_the_refusal_comes_first(labels, monkeypatch):
     message = refused(*labels, "--out", "density.png")
     assert "needs matplotlib, " in message
     assert "pip install -e '.[app]'" in message
-
-
-def test_as_a_process_of_its_own(labels, mlp):
-    command = [sys.executable, "-W", "error", "-m", "softcurve", "spectrum", "mlp.py:make", "--probes", "1"]
-    command += ["--out", "density.png"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == 17
-    assert Path("density.png").read_bytes().startswith(b"\x89PNG")

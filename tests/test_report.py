@@ -16,7 +16,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve.cli.options import FitOptions
-from softcurve.cli.page.picture import decades, picture
+from softcurve.cli.page.picture import Picture, decades, picture
 from softcurve.cli.page.render import seconds, show
 from softcurve.cli.report import FitReport, PathPoint, render_report
 from softcurve.cli.report.scores import IN_A_TABLE
@@ -96,6 +96,14 @@ class Reader(HTMLParser):
         return [
             value or "" for tag, found in self.tags for key, value in found.items() if key == name and of in (None, tag)
         ]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For pages whose charts are of no matter, and which take most of the time."""
+    light, dark = (base64.b64encode(f"<svg>{name}</svg>".encode()).decode() for name in ("light", "dark"))
+    drawn = Picture(f"data:image/svg+xml;base64,{light}", f"data:image/svg+xml;base64,{dark}")
+    monkeypatch.setattr("softcurve.cli.page.picture.picture", lambda *arguments, **options: drawn)
 
 
 def history(steps: int) -> tuple[Step, ...]:
@@ -185,6 +193,7 @@ def test_a_whole_report() -> None:
     assert len(set(reader.attributes("src", "img")) & set(reader.attributes("srcset", "source"))) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_figures_are_those_of_the_diagnostics() -> None:
     given = brief()
     _, reader = written(given)
@@ -195,6 +204,7 @@ def test_the_figures_are_those_of_the_diagnostics() -> None:
         assert f"{hard.el2n:.4f}" in reader.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_are_escaped_and_shortened() -> None:
     given = brief()
     names = (NASTY, "long " * 2000, " \n\t")
@@ -217,6 +227,7 @@ def test_few_classes_and_many(classes: int) -> None:
     assert len(page) < 3_000_000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_soft_labels_have_their_divergence() -> None:
     given = brief(soft=True)
     _, reader = written(given)
@@ -234,6 +245,7 @@ def test_without_held_out_rows_the_page_says_so() -> None:
     assert not any("Held-out accuracy" in alt for alt in reader.attributes("alt"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_fit_that_did_not_converge_says_so_first() -> None:
     given = brief()
     page, reader = written(replace(given, fit=replace(given.fit, converged=False, gradient_max=0.25)))
@@ -242,6 +254,7 @@ def test_a_fit_that_did_not_converge_says_so_first() -> None:
     assert "0.25 as the largest entry" in reader.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_points_of_the_path_that_did_not_converge_are_marked() -> None:
     given = replace(brief(), path=tuple(PathPoint(C, 0.5, None, None, 2.0) for C in (1.0, 10.0, 100.0)))
     page, reader = written(given)
@@ -265,6 +278,7 @@ def test_steps_with_zeros_and_infinities_are_left_out() -> None:
     written(with_history(brief(), steps))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_perfect_head_confuses_nothing() -> None:
     source = Held(torch.eye(4, dtype=torch.float64), torch.arange(4), ("a", "b", "c", "d"))
     weight, bias = 1e4 * torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
@@ -277,11 +291,13 @@ def test_a_perfect_head_confuses_nothing() -> None:
     assert "there is no path to draw" in reader.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_spectrum_that_is_left_out_has_a_reason() -> None:
     _, reader = written(replace(brief(), spectrum="5,000 classes are too many"))
     assert "No spectrum: 5,000 classes are too many." in reader.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_class_without_rows() -> None:
     source = Held(torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 1]), ("a", "b", "c"))
     found: Diagnostics = diagnose(source, torch.zeros(3, 3), torch.tensor([1.0, 0.0, 0.0]), "cross_entropy")
@@ -322,4 +338,4 @@ def test_a_log_axis_always_has_two_labels(values: tuple[float, ...]) -> None:
         assert axes.get_ylim()[0] <= min(values) <= max(values) <= axes.get_ylim()[1]
         return axes.figure
 
-    picture("a log axis", draw)
+    picture(draw)

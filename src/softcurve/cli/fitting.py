@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import FitOptions
+from softcurve.cli.options import FitOptions, check_suffix
 from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
@@ -29,8 +29,6 @@ from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 
-SUFFIXES = {"--out": ".safetensors", "--record": ".json", "--report": ".html"}
-
 
 def fit_command(
     options: FitOptions,
@@ -43,44 +41,33 @@ def fit_command(
 
     The first process of a group writes and prints. ``on_step`` is called with every step of a fit.
     """
-    _require_same_options(options, group)
-    outputs: dict[str, Path] = {}
-    with group.agreed():
-        if group.first:
-            outputs = _outputs(options)
-    Cs = _strengths(options.path)
-    source = open_source(options.data, options.target, class_count=options.class_count, group=group)
-    assert source.kind is not None
-    check_loss(options.loss, source.kind)
-    train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
-    report = _fit(options, train, held, Cs, on_step, progress=progress if group.first else False)
-    with group.agreed():
-        if group.first:
-            _write(report, outputs)
-
-
-def _require_same_options(options: FitOptions, group: Group) -> None:
-    """Raise DataError if a process has another option than the first.
-
-    The path of the data may differ between machines: the contents of the files are compared when they are opened.
-    """
+    # The path of the data may differ between machines: the contents of the files are compared when they are opened.
     values = asdict(options) | {"target": "a file" if options.target else None}
     values["intercept"] = values.pop("fit_intercept")
     del values["data"]
     named = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
     require_same(group, named, "start all with the same options")
+    with group.agreed():
+        outputs = _outputs(options) if group.first else {}
+    source = open_source(options.data, options.target, class_count=options.class_count, group=group)
+    assert source.kind is not None
+    check_loss(options.loss, source.kind)
+    train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
+    report = _fit(options, train, held, on_step, progress if group.first else False)
+    with group.agreed():
+        if group.first:
+            _write(report, outputs)
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
-    """The paths of the outputs by their options, all of which can be written."""
+    """Return the paths of the outputs by their options, after a check that all can be written."""
     outputs = {
         "--out": options.out,
         "--record": options.record or options.out.with_suffix(".json"),
         "--report": options.report or options.out.with_suffix(".html"),
     }
-    for option, path in outputs.items():
-        if path.suffix.lower() != SUFFIXES[option]:
-            raise DataError(f"{option}: {path} must end in {SUFFIXES[option]}")
+    for (option, path), suffix in zip(outputs.items(), (".safetensors", ".json", ".html"), strict=True):
+        check_suffix(option, path, suffix)
     checkpoint = {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
     check_outputs(outputs | checkpoint, {"DATA": options.data, "--target": options.target})
     return outputs
@@ -97,23 +84,17 @@ def _strengths(path: str | None) -> tuple[float, ...]:
 
 
 def _fit(
-    options: FitOptions,
-    train: Source,
-    held: Source | None,
-    Cs: Sequence[float],
-    on_step: Callable[[Step], None],
-    *,
-    progress: bool | None,
+    options: FitOptions, train: Source, held: Source | None, on_step: Callable[[Step], None], progress: bool | None
 ) -> FitReport:
+    Cs = _strengths(options.path)
     started = time.perf_counter()
-    budget = None if options.memory is None else options.memory * 2**20
-    common: dict[str, Any] = {name: getattr(options, name) for name in ("loss", "fit_intercept", "tol", "max_iter")}
-    common |= {"precision": options.precision, "memory_budget": budget}
+    names = ("loss", "fit_intercept", "tol", "max_iter", "precision")
+    common: dict[str, Any] = {name: getattr(options, name) for name in names}
+    common["memory_budget"] = None if options.memory is None else options.memory * 2**20
     with fit_progress(options.tol, on_step, show=progress) as callbacks:
         common |= callbacks
-        fit = fit_head(
-            train, C=options.C, checkpoint=options.checkpoint, checkpoint_every=options.checkpoint_every, **common
-        )
+        kept: dict[str, Any] = {"checkpoint": options.checkpoint, "checkpoint_every": options.checkpoint_every}
+        fit = fit_head(train, C=options.C, **kept, **common)
         seconds = time.perf_counter() - started
         fits = regularisation_path(train, Cs, **common) if Cs else ()
         path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
@@ -140,18 +121,17 @@ def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diag
 
 
 def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: Source | None) -> PathPoint:
-    train_loss = _diagnose(options, train, fit, hardest=0).loss
+    loss = _diagnose(options, train, fit, hardest=0).loss
     on_held = None if held is None else _diagnose(options, held, fit, hardest=0)
     held_loss, held_accuracy = (None, None) if on_held is None else (on_held.loss, on_held.accuracy)
-    return PathPoint(C, train_loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
+    return PathPoint(C, loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
 
 
 def _write(report: FitReport, outputs: dict[str, Path]) -> None:
     from softcurve.cli.report import render_report
 
     options, fit = report.options, report.fit
-    record = _record(report)
-    record |= dict(zip(("head", "record", "report"), map(str, outputs.values()), strict=True))
+    record = _record(report) | dict(zip(("head", "record", "report"), map(str, outputs.values()), strict=True))
     dtype = getattr(torch, options.dtype)
     head = SavedHead(fit.weight.to(dtype), fit.bias.to(dtype), report.classes, options.loss, options.C)
     if not (head.weight.isfinite().all() and head.bias.isfinite().all()):
@@ -191,7 +171,7 @@ def _record(report: FitReport) -> dict[str, Any]:
         "train_loss_nats": train.loss,
         "train_accuracy": train.accuracy,
         **({} if held is None else score_figures("held_out_", held)),
-        "calibration_error": (held or train).calibration.error,
+        "calibration_error": report.judged.calibration.error,
         "path": [asdict(point) for point in report.path],
         "seconds": report.seconds,
     }
@@ -201,9 +181,7 @@ def _rows(record: dict[str, Any]) -> TextRows:
     converged = "yes" if record["converged"] else "NO"
     return [
         ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
-        ("features", str(record["features"])),
-        ("classes", str(record["classes"])),
-        ("targets", record["targets"]),
+        *((name, str(record[name])) for name in ("features", "classes", "targets")),
         ("loss", f"{record['loss']}, C = {record['C']:g}"),
         ("Newton steps", f"{record['iterations']} ({record['products']} Hessian–vector products)"),
         ("converged", f"{converged} (gradient maximum {record['gradient_max']:.1e}, tolerance {record['tol']:.1e})"),

@@ -7,10 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, interrupted, remember_interrupts
 from softcurve.cli.streams import use_standard_streams
@@ -41,12 +40,8 @@ app = typer.Typer(
 
 def _command(options: Any) -> Callable[[Work], Work]:
     """Register a command whose parameters are the fields of the dataclass ``options``, and ``--progress``."""
-    hints = get_type_hints(options, include_extras=True)
-    named = [(each.name, hints[each.name], each.default) for each in fields(options)] + [("progress", Progress, None)]
-    parameters = [
-        Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=Parameter.empty if value is MISSING else value)
-        for name, hint, value in named
-    ]
+    progress_option = Parameter("progress", Parameter.KEYWORD_ONLY, annotation=Progress, default=None)
+    parameters = [*signature(options, eval_str=True).parameters.values(), progress_option]
 
     def register(work: Work) -> Work:
         def run(progress: bool | None, **values: Any) -> None:
@@ -126,34 +121,26 @@ def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> 
     except Exception as error:
         if interrupted():  # during an import, for example, an interrupt becomes an ImportError
             raise KeyboardInterrupt(interrupted()) from error
-        message = _message(error, work, less_memory)
-        if message is None:
+        if (missing := out_of_memory(error)) is not None:
+            message = f"{work}: {missing}; {less_memory}"
+        elif isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename or work}: {error.strerror}; {remedy_for(error)}"
+        elif isinstance(error, ImportError | ValueError | OSError):
+            message = str(error)
+        else:
             raise
-        print("softcurve:", " ".join(message.split("\n")), file=sys.stderr, flush=True)
+        print("softcurve:", message.replace("\n", " "), file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-
-
-def _message(error: Exception, work: str, less_memory: str) -> str | None:
-    if (missing := out_of_memory(error)) is not None:
-        return f"{work}: {missing}; {less_memory}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or work}: {error.strerror}; {remedy_for(error)}"
-    return str(error) if isinstance(error, ImportError | ValueError | OSError) else None
 
 
 def main() -> None:
     """Run the command line; the console script starts here."""
     use_standard_streams()
     remember_interrupts()
-    if sys.argv[1:2] == ["fit"]:
-        _silence_all_but_first()
-    with refusals(), needed("the command line"):  # typer imports the modules that it prints with when it prints
-        app()
-
-
-def _silence_all_but_first() -> None:
-    """Let only the first of the processes that torchrun starts print what all of them would."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    if sys.argv[1:2] == ["fit"] and several:  # only the first process of torchrun prints what all of them would
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the interpreter ends)
         atexit.register(nowhere.close)
         sys.stdout = sys.stderr = nowhere
+    with refusals(), needed("the command line"):  # typer imports the modules that it prints with when it prints
+        app()

@@ -9,7 +9,7 @@ import math
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import softcurve
 from softcurve.array_types import Float64, Int64
 from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.options import check_suffix
 from softcurve.cli.printing import TextRows, print_record, print_table, score_figures, score_rows
 from softcurve.cli.streams import encodable
 from softcurve.fit import DataError
@@ -33,25 +34,6 @@ from softcurve.fit.scores import ScoreSums
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 MOST_SHOWN = 10  # classes
-
-
-def check_predictions_path(path: Path) -> None:
-    """Raise DataError for an unknown suffix, and ImportError if its package is missing."""
-    if path.suffix.lower() not in WRITERS:
-        kind = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise DataError(f"--out: {path} has {kind}; it must end in {', '.join(WRITERS)}")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet  # noqa: F401
-
-
-@contextmanager
-def writing_predictions(path: Path, rows: int, classes: tuple[Label, ...]) -> Iterator[Write]:
-    """Give a function that writes the labels and probabilities of the next rows, in the order of all ``rows``.
-
-    On an error the file that was at ``path`` remains.
-    """
-    with replacing(path, "--out") as file, WRITERS[path.suffix.lower()](file, rows, classes) as write:
-        yield write
 
 
 @contextmanager
@@ -117,7 +99,7 @@ def _parquet(file: BinaryIO, rows: int, classes: tuple[Label, ...]) -> Iterator[
 
 
 def _array(classes: tuple[Label, ...]) -> NDArray[Any]:
-    """The names of the classes; numpy alone would turn integers from 2**63 on into floats beside smaller ones."""
+    """Return the names of the classes; numpy alone turns integers from 2**63 on into floats beside smaller ones."""
     array = np.array(classes)
     if array.dtype.kind != "f":
         return array
@@ -129,14 +111,23 @@ WRITERS: dict[str, Writer] = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".parque
 
 
 def predict_command(head_path: Path, data: str, target: Path | None, out: Path | None) -> None:
-    """Predict, write the predictions, and print the table and the JSON line. Raises DataError."""
+    """Predict, write the predictions, and print the table and the JSON line. Raises DataError.
+
+    On an error the file that was at ``out`` remains.
+    """
     if out is not None:
-        check_predictions_path(out)
+        check_suffix("--out", out, *WRITERS)
+        if out.suffix.lower() == ".parquet":
+            import pyarrow.parquet  # noqa: F401
         check_outputs({"--out": out}, {"HEAD": head_path, "DATA": data, "--target": target})
     head = SavedHead.load(head_path)
     source = open_source_for(data, head.classes, head.weight.shape[1], target)
     start = time.perf_counter()
-    with nullcontext() if out is None else writing_predictions(out, source.rows, head.classes) as write:
+    with ExitStack() as outputs:
+        write = None
+        if out is not None:
+            file = outputs.enter_context(replacing(out, "--out"))
+            write = outputs.enter_context(WRITERS[out.suffix.lower()](file, source.rows, head.classes))
         results = _predict(head, source, data, write)
     record: dict[str, Any] = {
         "command": "predict",
@@ -184,9 +175,9 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
 
 
 def _rows(record: dict[str, Any]) -> TextRows:
-    shown = record["most_predicted"]
-    more = record["classes"] - len(shown)
-    counts = ", ".join(f"{_printable(entry['class'])}: {entry['rows']}" for entry in shown)
+    classes = [(str(entry["class"]), entry["rows"]) for entry in record["most_predicted"]]
+    more = record["classes"] - len(classes)
+    counts = ", ".join(f"{name if name.isprintable() else repr(name)}: {rows}" for name, rows in classes)
     rows = [
         ("rows", str(record["rows"])),
         ("features", str(record["features"])),
@@ -196,8 +187,3 @@ def _rows(record: dict[str, Any]) -> TextRows:
     if "loss" in record:
         rows += [("loss used", record["loss"]), *score_rows("", "", record)]
     return rows if record["predictions"] is None else [*rows, ("predictions", record["predictions"])]
-
-
-def _printable(label: Label) -> str:
-    text = str(label)
-    return text if text.isprintable() else repr(label)

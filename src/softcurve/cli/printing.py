@@ -20,6 +20,7 @@ from softcurve.fit.scores import Scores
 from softcurve.fit.solver.newton import Step
 
 TextRows = list[tuple[str, str]]
+Alignment = Literal["left", "right"]
 
 
 def console() -> Console:
@@ -30,7 +31,7 @@ def console() -> Console:
 def print_table(
     title: str,
     rows: Sequence[Sequence[str]],
-    columns: Mapping[str, Literal["left", "right"]] | None = None,
+    columns: Mapping[str, Alignment] | None = None,
     to: Console | None = None,
 ) -> None:
     """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""
@@ -54,7 +55,7 @@ def print_record(record: Mapping[str, object]) -> None:
 
 
 def as_json(record: object) -> str:
-    """JSON with null for a number that is not finite."""
+    """Return JSON, with null for a number that is not finite."""
     return json.dumps(finite(record, lambda number: None), allow_nan=False)
 
 
@@ -68,7 +69,7 @@ def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
 
 
 def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
-    """The entries of a record for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
+    """Return a record's entries for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
     return {
         f"{prefix}loss_nats": scores.loss,
         f"{prefix}loss_bits": scores.loss / math.log(2.0),
@@ -78,20 +79,18 @@ def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
 
 
 def score_rows(label: str, prefix: str, record: Mapping[str, Any]) -> TextRows:
-    """The rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
+    """Return the rows of a table for the entries of :func:`score_figures`, each name after ``label``."""
     loss, bits, accuracy, kl = (record[prefix + name] for name in ("loss_nats", "loss_bits", "accuracy", "kl_nats"))
     rows = [(f"{label}loss", f"{loss:.6f} nats = {bits:.6f} bits"), (f"{label}accuracy", f"{accuracy:.4f}")]
     return rows if kl is None else [*rows, (f"{label}KL(target||model)", f"{kl:.6f} nats")]
 
 
-@contextmanager
-def progress_bar(show: bool | None, *columns: ProgressColumn) -> Iterator[Progress]:
-    """Show progress on stderr, with a bar after the description; None shows it on a terminal only."""
+def progress_bar(show: bool | None, *columns: ProgressColumn) -> Progress:
+    """Return a display of progress on stderr, with a bar after the description; None shows it on a terminal only."""
     stderr = Console(stderr=True)
     disable = not (stderr.is_terminal if show is None else show)
     columns = (TextColumn("{task.description}"), BarColumn(), *columns)
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable) as progress:
-        yield progress
+    return Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=disable)
 
 
 @contextmanager
@@ -102,14 +101,9 @@ def fit_progress(
 
     The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
     """
-    columns = (
-        TextColumn("objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"),
-        TextColumn("{task.fields[products]} HVPs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with progress_bar(show, *columns) as progress:
+    figures = "objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"
+    texts = [TextColumn(text) for text in (figures, "{task.fields[products]} HVPs", "left")]
+    with progress_bar(show, *texts[:2], TimeElapsedColumn(), texts[2], TimeRemainingColumn()) as progress:
         task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
         first = math.nan
 
@@ -117,23 +111,15 @@ def fit_progress(
             nonlocal first
             on_step(step)
             stop_if_interrupted()
+            now = step.gradient_max
             if step.iteration == 0 or math.isnan(first):
-                first = step.gradient_max
+                first = now
                 progress.reset(task)
-            progress.update(
-                task, completed=_share(first, step.gradient_max, tol), objective=step.objective,
-                gradient=step.gradient_max, products=step.products,
-            )  # fmt: skip
+            share = max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol and now > tol else now <= tol
+            progress.update(task, completed=share, objective=step.objective, gradient=now, products=step.products)
 
         def show_product(products: int) -> None:
             stop_if_interrupted()
             progress.update(task, products=products)
 
         yield {"on_step": show_step, "on_product": show_product}
-
-
-def _share(first: float, now: float, tol: float) -> float:
-    """The share of the way from ``first`` down to ``tol`` on a logarithmic scale."""
-    if now <= tol:
-        return 1.0
-    return max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol else 0.0

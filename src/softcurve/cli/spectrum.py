@@ -8,21 +8,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import SpectrumOptions
+from softcurve.cli.options import SpectrumOptions, check_suffix
 from softcurve.cli.printing import TextRows, print_record, print_table, progress_bar
 from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
 from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.network import length_of
-from softcurve.curvature.operator import SymmetricOperator
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
@@ -32,21 +31,16 @@ from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.system_errors import out_of_memory
 from softcurve.typing import FitLoss
 
-MATRICES: dict[str, type[GGN | Hessian | Fisher | EmpiricalFisher]] = {
-    "ggn": GGN,
-    "hessian": Hessian,
-    "fisher": Fisher,
-    "empirical-fisher": EmpiricalFisher,
-}
-DTYPES = {"float64": torch.float64, "float32": torch.float32, None: None}
-PICTURES = (".png", ".svg", ".pdf")
+Network = GGN | Hessian | Fisher | EmpiricalFisher
+MATRICES: dict[str, type[Network]] = {
+    "ggn": GGN, "hessian": Hessian, "fisher": Fisher, "empirical-fisher": EmpiricalFisher,
+}  # fmt: skip
 QUANTILES = (0.5, 0.9, 0.99)
 LOBPCG_PRODUCTS = 100  # the largest number for each eigenvalue, before Lanczos is tried
 BASES_BYTES = 1 << 30  # memory for the Lanczos bases of the probes that share their products
 
 
-@dataclass(frozen=True, eq=False)
-class SpectrumProblem:
+class SpectrumProblem(NamedTuple):
     """A model and its data; ``rows`` is their number if it is known, ``file`` defines a user's model."""
 
     features: nn.Module
@@ -57,8 +51,7 @@ class SpectrumProblem:
     file: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(NamedTuple):
     """The results for the matrix of order ``size``."""
 
     size: int
@@ -98,8 +91,7 @@ def _check(options: SpectrumOptions) -> None:
         raise DataError(f"--tol must be a number between 0 and 1; got {options.tol}")
     if options.out is None:
         return
-    if options.out.suffix.lower() not in PICTURES:
-        raise DataError(f"--out: {options.out} must end in {', '.join(PICTURES)}")
+    check_suffix("--out", options.out, ".png", ".svg", ".pdf")
     if options.probes == 0:
         raise DataError(f"--out: without probes there is no density to draw in {options.out}; give --probes 1 or more")
     model = options.model.rpartition(":")[0] or options.model
@@ -117,7 +109,7 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
     loss = options.loss or cast("FitLoss", saved.loss if rows.soft else "cross_entropy")
     check_loss(loss, "distributions" if rows.soft else "labels")
-    dtype = DTYPES[options.dtype] or saved.weight.dtype
+    dtype = _dtype(options) or saved.weight.dtype
     features, target = rows.tensors(dtype)
     refuse_zeros(loss, RowBlock(0, features, target))
     if loss != "cross_entropy" and not rows.soft:
@@ -133,9 +125,13 @@ def _user_model(options: SpectrumOptions) -> SpectrumProblem:
         if value is not None:
             raise DataError(f"{argument}: {options.model} brings data of its own; leave {value} out")
     (features, head, data), file = call_function(options.model, options.seed)
-    if dtype := DTYPES[options.dtype]:
+    if dtype := _dtype(options):
         features, head = features.to(dtype), head.to(dtype)
     return SpectrumProblem(features, head, data, options.loss or "cross_entropy", file=file)
+
+
+def _dtype(options: SpectrumOptions) -> torch.dtype | None:
+    return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 @dataclass(eq=False)
@@ -153,46 +149,43 @@ class CountedBatches:
         self.progress.update(self.task, completed=0, passes=self.passes)
         for batch in self.data:
             stop_if_interrupted()
-            yield batch if self.dtype is None else _in_dtype(batch, self.dtype)
+            if self.dtype is not None and isinstance(batch, tuple | list) and batch:
+                x, *rest = batch
+                x = {key: self._cast(value) for key, value in x.items()} if isinstance(x, Mapping) else self._cast(x)
+                batch = (x, *rest)
+            yield batch  # the operator raises the error of a batch that is none
             self.progress.advance(self.task)
 
-
-def _in_dtype(batch: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(batch, tuple | list) or not batch:
-        return batch  # the operator raises the error
-
-    def convert(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    x, *rest = batch
-    x = {key: convert(value) for key, value in x.items()} if isinstance(x, Mapping) else convert(x)
-    return (x, *rest)
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _compute(options: SpectrumOptions, problem: SpectrumProblem, show: bool | None) -> Spectrum:
-    start = time.perf_counter()
+    start, seed = time.perf_counter(), options.seed
     with progress_bar(show, TextColumn("pass {task.fields[passes]} over the data"), TimeElapsedColumn()) as progress:
         task = progress.add_task("trace", total=length_of(problem.data), passes=0)
-        data = CountedBatches(problem.data, DTYPES[options.dtype], progress, task)
+        data = CountedBatches(problem.data, _dtype(options), progress, task)
         # Only a user's data can differ between two passes.
         how: dict[str, Any] = {"loss": problem.loss, "check_deterministic": problem.file is not None}
-        operator = MATRICES[options.matrix](problem.features, problem.head, data, seed=options.seed, **how)
+        operator = MATRICES[options.matrix](problem.features, problem.head, data, seed=seed, **how)
         # The trace comes first, because its products are the cheapest that reveal a NaN or an infinity.
-        trace = operator.trace(products=options.products, seed=options.seed)
+        trace = operator.trace(products=options.products, seed=seed)
         _require_finite("trace", torch.tensor(trace.value))
         progress.update(task, description="eigenvalues")
         top = _largest(operator, options)
         _require_finite("eigenvalues", top.values, top.residuals)
-        density = None
-        if options.probes:
+        size, probes, density = operator.shape[0], options.probes, None
+        if probes:
             progress.update(task, description="density")
-            density = _density(operator, options)
+            steps = min(options.steps, size)
+            at_once = max(1, min(BASES_BYTES // (steps * size * operator.dtype.itemsize), probes))
+            density = operator.spectral_density(probes=probes, steps=steps, seed=seed, columns_at_once=at_once)
             _require_finite("density", density.nodes, density.weights)
-    return Spectrum(operator.shape[0], trace, top, density, data.passes, time.perf_counter() - start)
+    return Spectrum(size, trace, top, density, data.passes, time.perf_counter() - start)
 
 
-def _largest(operator: SymmetricOperator, options: SpectrumOptions) -> Eigenpairs:
-    """The largest eigenvalues.
+def _largest(operator: Network, options: SpectrumOptions) -> Eigenpairs:
+    """Return the largest eigenvalues.
 
     LOBPCG comes first, because Lanczos may miss copies of an eigenvalue; it fails if the rank is below their number.
     """
@@ -205,24 +198,15 @@ def _largest(operator: SymmetricOperator, options: SpectrumOptions) -> Eigenpair
         return operator.eigsh(k, tol=tol, seed=seed, method="lanczos")
 
 
-def _density(operator: SymmetricOperator, options: SpectrumOptions) -> SpectralDensity:
-    n, probes = operator.shape[0], options.probes
-    steps = min(options.steps, n)
-    at_once = max(1, min(BASES_BYTES // (steps * n * operator.dtype.itemsize), probes))
-    return operator.spectral_density(probes=probes, steps=steps, seed=options.seed, columns_at_once=at_once)
-
-
 def _require_finite(name: str, *tensors: torch.Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise DataError(f"{name}: the result is NaN or infinite; check the model's outputs, or scale the features")
 
 
 def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = density.plot(ax=figure.subplots())
     values = top.values.tolist()
     mark = axes.get_xaxis_transform()  # heights are shares of the axis
@@ -257,8 +241,7 @@ def _record(options: SpectrumOptions, problem: SpectrumProblem, spectrum: Spectr
         "seed": options.seed,
         "eigenvalues": top.values.tolist(),
         "residuals": top.residuals.tolist(),
-        "eigenvalues_method": top.method,
-        "eigenvalues_products": top.products,
+        **{f"eigenvalues_{name}": getattr(top, name) for name in ("method", "products")},
         "share_of_trace": share,
         "share_of_trace_standard_error": share * trace.standard_error * scale,
         "trace": trace.value,
@@ -275,10 +258,8 @@ def _density_figures(density: SpectralDensity) -> dict[str, Any]:
     nodes, order = density.nodes.flatten().sort()
     shares = density.weights.flatten()[order].cumsum(0)
     places = torch.searchsorted(shares, torch.tensor(QUANTILES).to(shares) * shares[-1])
-    probes, steps = density.nodes.shape
     return {
-        "probes": probes,
-        "steps": steps,
+        **dict(zip(("probes", "steps"), density.nodes.shape, strict=True)),
         "products": density.products,
         "lowest": float(nodes[0]),
         "highest": float(nodes[-1]),
@@ -302,10 +283,8 @@ def _rows(record: Mapping[str, Any], trace: Estimate) -> TextRows:
             ("eigenvalues", f"{density['lowest']:.3g} to {density['highest']:.3g}"),
             ("quantiles", f"{quantiles} ({density['probes']} probes of {density['steps']} steps)"),
         ]
-    rows += [
-        ("products", f"{record['products']} matrix–vector products in {record['passes']} passes over the data"),
-        ("seconds", f"{record['seconds']:.2f}"),
-    ]
+    products = f"{record['products']} matrix–vector products in {record['passes']} passes over the data"
+    rows += [("products", products), ("seconds", f"{record['seconds']:.2f}")]
     return rows if record["picture"] is None else [*rows, ("picture", record["picture"])]
 
 

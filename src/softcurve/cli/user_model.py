@@ -66,29 +66,27 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        sys.modules.pop(name, None)
+        del sys.modules[name]
         raise
     return module
 
 
 def _checked(model: str, returned: object) -> Model:
-    kind = type(returned).__name__
-    if isinstance(returned, tuple | list):
-        kind = f"({', '.join(type(part).__name__ for part in returned)})"
-        if len(returned) == 3:
-            features, head, data = returned
-            if isinstance(data, Iterator):
-                raise DataError(
-                    f"model: {model} must return re-iterable data, such as a list or a DataLoader; "
-                    f"got a one-time {type(data).__name__}: make it a list"
-                )
-            if isinstance(features, nn.Module) and isinstance(head, nn.Linear) and isinstance(data, Iterable):
-                return features, head, data
+    parts = returned if isinstance(returned, tuple | list) else ()
+    if len(parts) == 3:
+        features, head, data = parts
+        if isinstance(data, Iterator):
+            raise DataError(
+                f"model: {model} must return re-iterable data, such as a list or a DataLoader; "
+                f"got a one-time {type(data).__name__}: make it a list"
+            )
+        if isinstance(features, nn.Module) and isinstance(head, nn.Linear) and isinstance(data, Iterable):
+            return features, head, data
+    kind = f"({', '.join(type(part).__name__ for part in parts)})" if parts else type(returned).__name__
     raise DataError(
         f"model: {model} must return (features, head, data), a torch.nn.Module, a torch.nn.Linear and an iterable of "
         f"batches (x, target); got {kind}"
@@ -96,17 +94,16 @@ def _checked(model: str, returned: object) -> Model:
 
 
 def describe(error: BaseException) -> str:
-    """``Type: first line of the message``."""
-    line = first_line(error)
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    """Return ``Type: first line of the message``."""
+    return ": ".join(filter(None, (type(error).__name__, first_line(error))))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message."""
-    return next(iter(str(error).strip().splitlines()), "")
+    """Return the first line of the error's message."""
+    return str(error).strip().partition("\n")[0]
 
 
 def line_in(file: str | None, error: BaseException) -> str:
-    """The line of ``file`` that the error passed through, in brackets; empty if it did not."""
+    """Return the line of ``file`` that the error passed through, in brackets; empty if it did not."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""

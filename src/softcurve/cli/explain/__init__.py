@@ -15,8 +15,9 @@ from softcurve.cli.explain.divergences import explain_directions, explain_minimu
 from softcurve.cli.explain.network import HIDDEN, train
 from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
+from softcurve.cli.options import check_suffix
 from softcurve.cli.page.render import Section, render_page
-from softcurve.cli.printing import finite, print_table
+from softcurve.cli.printing import Alignment, finite, print_table
 from softcurve.cli.streams import encoded
 from softcurve.fit.atomic import check_writable, replacing
 
@@ -35,8 +36,7 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
     check_writable(out, "--out")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out: {out} must end in .html")
+    check_suffix("--out", out, ".html", ".htm")
     with _one_thread():
         network = train(seed)
         sections = [
@@ -48,30 +48,23 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
             explain_vae(),
         ]
         checks = [check for section in sections for check in section.checks]
-        facts = {
-            "seed": seed,
-            "hidden": HIDDEN,
-            "accuracy": network.accuracy(),
-            "digits": len(network.held_out.x),
-            "training_steps": network.history.steps[-1],
-            "checks": checks,
-            "softcurve": softcurve.__version__,
-            "torch": torch.__version__,
-        }
-        shown = [*sections, Section("checks", "All checks", {"checked": list(sections)})]
-        page = encoded(render_page("softcurve.cli.explain", "page.html.j2", shown, **facts))
+        accuracy = network.accuracy()
+        page = render_page(
+            "softcurve.cli.explain", "page.html.j2", [*sections, Section("checks", {"checked": sections})],
+            seed=seed, hidden=HIDDEN, accuracy=accuracy, digits=len(network.held_out.x), checks=checks,
+            training_steps=network.history.steps[-1], softcurve=softcurve.__version__, torch=torch.__version__,
+        )  # fmt: skip
         stop_if_interrupted()
         with replacing(out, "--out") as file:
-            file.write(page)
+            file.write(encoded(page))
     rows = [(c.name, f"{c.measured:.3g}", f"{c.relation} {c.bound:.3g}", "yes" if c.held else "NO") for c in checks]
-    print_table(
-        "softcurve explain", rows, {"check": "left", "measured": "right", "bound": "right", "held": "left"}, console
-    )
+    columns: dict[str, Alignment] = {"check": "left", "measured": "right", "bound": "right", "held": "left"}
+    print_table("softcurve explain", rows, columns, console)
     record: dict[str, object] = {
         "command": "explain",
         "page": str(out),
         "seed": seed,
-        "held_out_accuracy": network.accuracy(),
+        "held_out_accuracy": accuracy,
         "all_within_bounds": all(check.held for check in checks),
         "checks": [vars(check) | {"held": check.held} for check in checks],
     }

@@ -29,7 +29,8 @@ SMALL = 9  # the number of scales up to 0.01, where the slope is measured
 def explain_targets(network: Network) -> Section:
     """Compare the two losses, and their gradients with respect to every parameter, on the held-out digits."""
     digits, history = network.held_out, network.history
-    log_y, z = digits.soft.log(), network.logits(digits.x)
+    log_y = digits.soft.log()
+    z = network.head(network.features(digits.x))
     values = {
         unit: {
             "entropy": softcurve.entropy(log_y, base=base).mean().item(),
@@ -39,19 +40,18 @@ def explain_targets(network: Network) -> Section:
         for unit, base in {"nats": math.e, "bits": 2.0}.items()
     }
     nats, bits = values["nats"], values["bits"]
-    gaps = [ce - kl for ce, kl in zip(history.cross_entropy, history.divergence, strict=True)]
-    drift = max(abs(gap - nats["entropy"]) for gap in gaps)
+    ce, kl = (
+        torch.autograd.grad(loss, network.parameters(), retain_graph=True)
+        for loss in (softcurve.cross_entropy(z, digits.soft), softcurve.kl_divergence(log_y, z))
+    )
+    deviation = max((one - other).abs().max().item() for one, other in zip(ce, kl, strict=True))
+    gaps = np.subtract(history.cross_entropy, history.divergence)
+    drift = float(np.abs(gaps - nats["entropy"]).max())
     decomposition = max(abs(v["divergence"] - (v["cross_entropy"] - v["entropy"])) for v in values.values())
     conversion = max(abs(bits[name] * math.log(2) - nats[name]) for name in nats)
-    deviation = _gradient_deviation(network)
-    alt = "Cross-entropy and KL during the training: two curves of the same shape, H(y) apart"
     return Section(
         "targets",
-        "Cross-entropy and KL: the same gradient, a constant apart",
-        values={
-            "picture": picture(alt, _training, history, nats["entropy"]),
-            "rows": [(unit, *value.values()) for unit, value in values.items()],
-        },
+        {"picture": picture(_training, history, nats["entropy"])},
         figures={
             "values": values,
             "gradient_deviation": deviation,
@@ -67,15 +67,6 @@ def explain_targets(network: Network) -> Section:
             Check("bits × ln 2 = nats", conversion, "≤", 1e-14),
         ),
     )
-
-
-def _gradient_deviation(network: Network) -> float:
-    digits = network.held_out
-    parameters = [*network.features.parameters(), *network.head.parameters()]
-    z = network.head(network.features(digits.x))
-    ce = torch.autograd.grad(softcurve.cross_entropy(z, digits.soft), parameters, retain_graph=True)
-    kl = torch.autograd.grad(softcurve.kl_divergence(digits.soft.log(), z), parameters)
-    return max((one - other).abs().max().item() for one, other in zip(ce, kl, strict=True))
 
 
 def _training(history: History, entropy: float) -> Figure:
@@ -101,18 +92,20 @@ def explain_directions() -> Section:
     logits = [target, forward_minima[0], *reverse_minima]
     fits = {name: _describe(z, target) for name, z in zip(names, logits, strict=True)}
     truth, forward, reverse = (fits[name] for name in names[:3])
-    edges = _towards_zero()
+    # P = [½, ½] and Q = [1 − ε, ε], down to ε = 0.
+    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
+    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
+    half = torch.full_like(q, 0.5).log()
+    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
+    edges = list(zip(epsilon.tolist(), *pairs, strict=True))
     _, at_zero, swapped_at_zero = edges[-1]
     at_mode = abs(reverse["reverse"] + math.log(MODES[0][0]))
     moments = max(abs(forward[name] - truth[name]) for name in ("mean", "deviation"))
     gains = reverse["forward"] - forward["forward"], forward["reverse"] - reverse["reverse"]
-    alt = "A target of two modes; the forward fit lies wide over both, the reverse fit sits on one"
     return Section(
         "directions",
-        "KL has a direction",
-        values={
-            "picture": picture(alt, _modes, *(z.softmax(-1).tolist() for z in logits[:3])),
-            "rows": [(name, *fit.values()) for name, fit in fits.items()],
+        {
+            "picture": picture(_modes, *(z.softmax(-1).tolist() for z in logits[:3])),
             "minima": len(reverse_minima),
             "towards_zero": edges,
         },
@@ -134,18 +127,16 @@ def explain_directions() -> Section:
     )
 
 
-def _gaussian(parameters: Float[Tensor, " 2"]) -> Float[Tensor, " bins"]:
-    """The logits of a discretised Gaussian, which are quadratic in the bin."""
-    mean, log_width = parameters[0], parameters[1]
-    return -(GRID - mean).square() * (-2 * log_width).exp() / 2
-
-
 def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins"]]:
-    """The logits at the distinct minima that the starts lead to, the best first."""
+    """Return the logits of Gaussians at the distinct minima that the starts lead to, the best first."""
+
+    def gaussian(parameters: Tensor) -> Tensor:
+        mean, log_width = parameters[0], parameters[1]
+        return -(GRID - mean).square() * (-2 * log_width).exp() / 2
 
     def value_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.from_numpy(at.copy()).requires_grad_()
-        value = divergence(_gaussian(parameters))
+        value = divergence(gaussian(parameters))
         (gradient,) = torch.autograd.grad(value, parameters)
         return value.item(), gradient.numpy()
 
@@ -154,11 +145,11 @@ def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins
     for run in sorted(runs, key=lambda run: round(float(run.fun), 9)):
         if all(np.abs(run.x - other).max() > 1e-3 for other in minima):
             minima.append(run.x)
-    return [_gaussian(torch.from_numpy(at)) for at in minima]
+    return [gaussian(torch.from_numpy(at)) for at in minima]
 
 
 def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) -> dict[str, float]:
-    """The moments of a distribution, its probability on either side of the middle, and both divergences."""
+    """Return the moments of a distribution, its probability on either side of the middle, and both divergences."""
     q = logits.softmax(-1)
     mean = (q * GRID).sum()
     return {
@@ -169,16 +160,6 @@ def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) ->
         "forward": softcurve.kl_divergence(target, logits, reduction="sum").item(),
         "reverse": softcurve.kl_divergence(logits, target, reduction="sum").item(),
     }
-
-
-def _towards_zero() -> list[tuple[float, float, float]]:
-    """ε, D(P‖Q) and D(Q‖P) in bits for P = [½, ½] and Q = [1 − ε, ε], down to ε = 0."""
-    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    epsilon = torch.tensor([1e-1, 1e-3, 1e-9, 1e-27, 1e-81, 1e-243, 0.0], dtype=torch.float64)
-    q = torch.stack([torch.log1p(-epsilon), epsilon.log()], dim=-1)
-    half = half.expand_as(q)
-    pairs = (softcurve.kl_divergence(*pair, reduction="none", base=2.0).tolist() for pair in ((half, q), (q, half)))
-    return list(zip(epsilon.tolist(), *pairs, strict=True))
 
 
 def _modes(target: list[float], forward: list[float], reverse: list[float]) -> Figure:
@@ -197,38 +178,35 @@ def _modes(target: list[float], forward: list[float], reverse: list[float]) -> F
 def explain_minimum(network: Network, seed: int) -> Section:
     """Change the logits of many digits by random δ of decreasing size, and compare KL with ½ δᵀJδ."""
     z = network.logits(network.held_out.x[:DIGITS])
-    generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(z.shape, generator=generator, dtype=z.dtype)
-    curves = [_compare(z, scale * direction) for scale in SCALES]
-    forward, backward, model, difference, backward_difference = (list(curve) for curve in zip(*curves, strict=True))
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
+    delta = torch.tensor(SCALES, dtype=z.dtype)[:, None, None] * direction
+    at, moved = z.expand_as(delta), z + delta
+    model = (delta * softcurve.softmax_jacobian_product(at, delta)).sum(-1) / 2
+    ways = [softcurve.kl_divergence(*pair, reduction="none") for pair in ((at, moved), (moved, at))]
+    difference, swapped_difference = (((way - model) / model).abs().median(-1).values.tolist() for way in ways)
+    forward, backward, quadratic = (values.mean(-1).tolist() for values in (*ways, model))
+    # The terms p log(p/q) of the divergence at the smallest scale.
+    terms = z.softmax(-1) * (z.log_softmax(-1) - moved[0].log_softmax(-1))
     predicted = _third_order(z, direction)
     errors = [_float32_errors(z, direction, scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1)]
     slope = float(np.polyfit(np.log(SCALES[:SMALL]), np.log(difference[:SMALL]), 1)[0])
     leading = abs(difference[0] / SCALES[0] / predicted - 1)
     float32_error = max(row["softcurve"] for row in errors)
-    line = [predicted * scale for scale in SCALES]
-    curves_alt = "KL in both directions and the quadratic model on log scales: lines that separate only near 1"
-    difference_alt = "The relative differences on log scales: straight lines of slope one"
+    line, label = [predicted * scale for scale in SCALES], "relative difference, median"
     return Section(
         "minimum",
-        "KL near its minimum",
-        values={
-            "curves": picture(curves_alt, _log_log, model, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
-            "differences": picture(
-                difference_alt, _log_log, line, "scale × |κ₃| / 3κ₂", difference, backward_difference,
-                "relative difference, median",
-            ),
-            "scales_shown": list(zip(SCALES, forward, model, difference, strict=True))[::4],
-            "error_rows": [tuple(row.values()) for row in errors],
+        {
+            "curves": picture(_log_log, quadratic, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
+            "differences": picture(_log_log, line, "scale × |κ₃| / 3κ₂", difference, swapped_difference, label),
         },
         figures={
             "rows": DIGITS,
             "scales": SCALES,
             "divergence": forward,
             "swapped_divergence": backward,
-            "quadratic_model": model,
+            "quadratic_model": quadratic,
             "median_relative_difference": difference,
-            "left_of_the_terms": _remainder(z, z + SCALES[0] * direction),
+            "left_of_the_terms": (ways[0][0] / terms.abs().sum(-1)).median().item(),
             "float32_errors": errors,
             "slope": slope,
             "median_third_order_coefficient": predicted,
@@ -239,39 +217,21 @@ def explain_minimum(network: Network, seed: int) -> Section:
             Check("relative difference at the smallest scale against the third cumulant", leading, "≤", 1e-2),
             Check("KL in float32: median relative error at any scale", float32_error, "≤", 1e-6),
         ),
-    )  # fmt: skip
-
-
-def _compare(z: Float[Tensor, "n c"], delta: Float[Tensor, "n c"]) -> tuple[float, float, float, float, float]:
-    """Mean KL in either direction, the mean model, and the median relative difference of each KL from the model."""
-    forward = softcurve.kl_divergence(z, z + delta, reduction="none")
-    backward = softcurve.kl_divergence(z + delta, z, reduction="none")
-    model = (delta * softcurve.softmax_jacobian_product(z, delta)).sum(-1) / 2
-    relative = [((way - model) / model).abs().median().item() for way in (forward, backward)]
-    return forward.mean().item(), backward.mean().item(), model.mean().item(), relative[0], relative[1]
-
-
-def _remainder(z: Float[Tensor, "n c"], moved: Float[Tensor, "n c"]) -> float:
-    """KL divided by the sum of the absolute values of its terms p log(p/q), the median over the rows."""
-    p, log_ratio = z.softmax(-1), z.log_softmax(-1) - moved.log_softmax(-1)
-    divergence = softcurve.kl_divergence(z, moved, reduction="none")
-    return (divergence / (p * log_ratio).abs().sum(-1)).median().item()
+    )
 
 
 def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:
-    """Median relative errors of two float32 sums, against float64 on the same rounded logits."""
+    """Return the median relative errors of two float32 sums, against float64 on the same rounded logits."""
     at, moved = z.float(), (z + scale * direction).float()
     truth = softcurve.kl_divergence(at.double(), moved.double(), reduction="none")
-    log_p, log_q = at.log_softmax(-1), moved.log_softmax(-1)
-    sums = {
-        "textbook": (log_p.exp() * (log_p - log_q)).sum(-1),
-        "softcurve": softcurve.kl_divergence(at, moved, reduction="none"),
-    }
+    log_p = at.log_softmax(-1)
+    textbook = (log_p.exp() * (log_p - moved.log_softmax(-1))).sum(-1)
+    sums = {"textbook": textbook, "softcurve": softcurve.kl_divergence(at, moved, reduction="none")}
     return {"scale": scale} | {name: ((value - truth) / truth).abs().median().item() for name, value in sums.items()}
 
 
 def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> float:
-    """The leading term of the relative difference, divided by the scale: the median of |κ₃| / 3κ₂.
+    """Return the leading term of the relative difference, divided by the scale: the median of |κ₃| / 3κ₂.
 
     κ₂ and κ₃ are the variance and the third central moment of δ under p: KL(p(z)‖p(z+δ)) = κ₂/2 + κ₃/6 + ….
     """

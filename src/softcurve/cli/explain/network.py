@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -17,8 +17,7 @@ TRAINING_ROWS = 1437
 STEPS, RECORD_EVERY = 240, 4
 
 
-@dataclass(frozen=True)
-class Digits:
+class Digits(NamedTuple):
     """Images in [0, 1], their labels, and a soft target for each."""
 
     x: Float[Tensor, "n 64"]
@@ -26,12 +25,11 @@ class Digits:
     soft: Float[Tensor, "n 10"]
 
     def one_hot(self) -> Float[Tensor, "n 10"]:
-        """The labels as distributions."""
+        """Return the labels as distributions."""
         return nn.functional.one_hot(self.labels, CLASSES).to(self.x)
 
 
-@dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """Held-out losses during the training, in nats."""
 
     steps: list[int]
@@ -39,8 +37,7 @@ class History:
     divergence: list[float]
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """The trained network, the digits that were held out, and the losses during the training."""
 
     features: nn.Sequential
@@ -49,17 +46,21 @@ class Network:
     history: History
 
     def logits(self, x: Float[Tensor, "n 64"]) -> Float[Tensor, "n 10"]:
-        """The logits z, without a graph."""
+        """Return the logits z, without a graph."""
         with torch.no_grad():
             return self.head(self.features(x))  # type: ignore[no-any-return]
 
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return W, b and the parameters θ of the features."""
+        return (*self.head.parameters(), *self.features.parameters())
+
     def accuracy(self) -> float:
-        """The share of the held-out digits that is classified correctly."""
+        """Return the share of the held-out digits that is classified correctly."""
         predicted = self.logits(self.held_out.x).argmax(-1)
         return (predicted == self.held_out.labels).double().mean().item()
 
     def ambiguous(self) -> int:
-        """The held-out digit whose two most probable classes have the closest probabilities."""
+        """Return the held-out digit whose two most probable classes have the closest probabilities."""
         two = self.logits(self.held_out.x).softmax(-1).topk(2).values
         return int((two[:, 0] - two[:, 1]).argmin())
 
@@ -104,6 +105,5 @@ def _digits(generator: torch.Generator) -> tuple[Digits, Digits]:
     first = one_hot[:TRAINING_ROWS]
     means = first.T @ x[:TRAINING_ROWS] / first.sum(0)[:, None]
     soft = (one_hot + (-(x[:, None, :] - means).square().sum(-1)).softmax(-1)) / 2
-    parts = slice(TRAINING_ROWS), slice(TRAINING_ROWS, None)
-    training, held_out = (Digits(x[part], labels[part], soft[part]) for part in parts)
-    return training, held_out
+    training, held_out = zip(*(part.tensor_split([TRAINING_ROWS]) for part in (x, labels, soft)), strict=True)
+    return Digits(*training), Digits(*held_out)

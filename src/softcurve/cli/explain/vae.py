@@ -19,7 +19,6 @@ POSTERIORS = ((0.90, 0.06, 0.04), (0.08, 0.86, 0.06), (0.05, 0.10, 0.85), (0.15,
 PRIOR = (0.2, 0.5, 0.3)
 STEPS, RATE = 200, 1.0
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
-NAMES = {"fixed": "KL, prior fixed", "learned": "KL, prior learned", "cross_entropy": "CE, prior fixed"}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,26 +33,14 @@ class Descent(NamedTuple):
 
 def explain_vae() -> Section:
     """Descend KL(q‖prior) with the prior fixed and learned, and H(q, prior) in place of KL."""
-    runs = {
-        "fixed": _descend(_divergence, learned=False),
-        "learned": _descend(_divergence, learned=True),
-        "cross_entropy": _descend(_cross_entropy, learned=False),
-    }
+    cases = {"fixed": (_divergence, False), "learned": (_divergence, True), "cross_entropy": (_cross_entropy, False)}
+    runs = {name: _descend(loss, learned=learned) for name, (loss, learned) in cases.items()}
     fixed, learned = runs["fixed"].figures, runs["learned"].figures
     wrt_q, wrt_prior, closed = _gradients()
     in_corner = runs["cross_entropy"].q[-1, :, max(range(3), key=PRIOR.__getitem__)].min().item()
-    ends = {
-        "fixed": "Prior fixed: four paths of q end at the prior, which does not move",
-        "learned": "Prior learned: four paths of q and the path of the prior meet",
-        "cross_entropy": "Cross-entropy in place of KL: four paths of q end in the corner of the prior's mode",
-    }
     return Section(
         "vae",
-        "Which distribution the KL of a VAE moves",
-        values={
-            "pictures": {name: picture(alt, _simplex, runs[name]) for name, alt in ends.items()},
-            "rows": [(NAMES[name], *list(run.figures.values())[:5]) for name, run in runs.items()],
-        },
+        {"pictures": {name: picture(_simplex, run) for name, run in runs.items()}},
         figures={
             "runs": {name: run.figures for name, run in runs.items()},
             "ce_against_kl_gradient_in_q": wrt_q,
@@ -79,7 +66,7 @@ def _divergence(q: Tensor, prior: Tensor) -> Tensor:
 
 
 def _cross_entropy(q: Tensor, prior: Tensor) -> Tensor:
-    """H(q, prior) = KL(q‖prior) + H(q)."""
+    """Return H(q, prior) = KL(q‖prior) + H(q)."""
     return _divergence(q, prior) + softcurve.entropy(q).sum()
 
 
@@ -88,18 +75,18 @@ def _start() -> tuple[Float[Tensor, "n 3"], Float[Tensor, " 3"]]:
 
 
 def _descend(loss: Loss, *, learned: bool) -> Descent:
-    """Gradient descent on the logits of q, and of the prior where it is learned, by its mean gradient over x."""
+    """Descend on the logits of q, and of the prior where it is learned, by its mean gradient over x."""
     q, prior = _start()
     q.requires_grad_()
     prior.requires_grad_(learned)
     optimizer = torch.optim.SGD([{"params": [q], "lr": RATE}, {"params": [prior], "lr": RATE / len(q)}])
-    path, norms = [(q.detach().softmax(-1), prior.detach().softmax(-1))], []
-    for _ in range(STEPS):
+    path, norms = [], []
+    for _ in range(STEPS + 1):
+        path.append((q.detach().softmax(-1), prior.detach().softmax(-1)))
         optimizer.zero_grad()
         loss(q, prior).backward()
         norms.append([each.grad.norm().item() for each in (q, prior) if each.grad is not None])
         optimizer.step()
-        path.append((q.detach().softmax(-1), prior.detach().softmax(-1)))
     qs, priors = (torch.stack(states) for states in zip(*path, strict=True))
     figures = {
         "first_gradient_in_q": norms[0][0],
@@ -114,12 +101,12 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
 
 
 def _variation(p: Tensor, q: Tensor) -> float:
-    """The largest total variation between rows of p and of q."""
+    """Return the largest total variation between rows of p and of q."""
     return ((p - q).abs().sum(-1) / 2).max().item()
 
 
 def _gradients() -> tuple[float, float, float]:
-    """The largest difference of CE and KL w.r.t. q and w.r.t. the prior, and that of KL from its closed forms."""
+    """Return the largest difference of CE and KL w.r.t. q and the prior, and that of KL from its closed forms."""
     q, prior = (logits.requires_grad_() for logits in _start())
     kl = torch.autograd.grad(_divergence(q, prior), (q, prior))
     ce = torch.autograd.grad(_cross_entropy(q, prior), (q, prior))

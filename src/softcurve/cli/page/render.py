@@ -11,6 +11,7 @@ from html import unescape
 from typing import Literal
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2.environment import TemplateModule
 from latex2mathml.converter import convert
 from markupsafe import Markup, escape
 
@@ -33,14 +34,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page, filled into the template ``<key>.html.j2``.
+    """A section of a page, filled into the template ``<key>.html.j2``, which sets its ``title``.
 
     The template sees the entries of ``values`` and of ``figures`` by their names. ``figures`` and ``checks`` are also
     part of the JSON record.
     """
 
     key: str
-    title: str
     values: Mapping[str, object] = field(default_factory=dict)
     figures: Mapping[str, object] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
@@ -56,23 +56,18 @@ def render_page(package: str, template: str, sections: Sequence[Section], **comm
     Only a template holds formulas: a backslash in a value, which may be a user's text, is shown as it is.
     """
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_literal,
-    )
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]), undefined=StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_literal, extensions=["jinja2.ext.do"],
+    )  # fmt: skip
     environment.filters |= {"show": show, "seconds": seconds}
     environment.globals["zip"] = zip
     macros = environment.get_template("macros.html.j2").module
-    environment.globals |= {name: getattr(macros, name) for name in ("chart", "table")}
-    bodies = [
-        Markup(environment.get_template(f"{section.key}.html.j2").render(common, **section.figures, **section.values))
-        for section in sections
-    ]
-    page = environment.get_template(template).render(common, sections=sections, bodies=bodies)
-    return FORMULA.sub(_mathml, page)
+    environment.globals |= {name: getattr(macros, name) for name in ("chart", "image", "table")}
+    bodies: dict[str, TemplateModule] = {}
+    for section in sections:
+        variables = {**common, "bodies": bodies, **section.figures, **section.values}
+        bodies[section.key] = environment.get_template(f"{section.key}.html.j2").make_module(variables)
+    return FORMULA.sub(_mathml, environment.get_template(template).render(common, bodies=bodies))
 
 
 def _literal(value: object) -> object:
@@ -82,16 +77,16 @@ def _literal(value: object) -> object:
     return value
 
 
-def _mathml(found: re.Match[str]) -> str:
-    latex = unescape(found["inline"] or found["block"])
+def _mathml(formula: re.Match[str]) -> str:
+    latex = unescape(formula["inline"] or formula["block"])
     latex = re.sub(r"\\log(?!\()", r"\\log\\,", latex)  # MathML puts no space between a function and its argument
-    if found["inline"]:
+    if formula["inline"]:
         return convert(latex, display="inline")
     return f'<div class="formula">{convert(latex, display="block")}</div>'
 
 
 def show(value: object, form: str = "") -> object:
-    """A number in the form of :func:`format`, by default in three digits; None as a dash, and text as it is.
+    """Format a number as :func:`format` does, by default in three digits; None is a dash, and text stays as it is.
 
     Without a form a number near one is plain, any other has a power of ten, and only zero is shown as 0.
     """
@@ -101,23 +96,18 @@ def show(value: object, form: str = "") -> object:
         return value
     if not math.isfinite(value):
         return {math.inf: "+∞", -math.inf: "−∞"}.get(value, "NaN")
-    if not form and value and not 1e-3 <= abs(value) < 1e4:
-        return _power(value)
-    form = form or (".3g" if abs(value) < 999.5 else ".0f")  # in three digits, 999.5 would be 1e+03
-    text = format(value, form).replace("-", "−").replace(",", "\u202f")
-    return Markup(text.replace("%", "&nbsp;%"))
-
-
-def _power(value: float) -> Markup:
-    digits, exponent = f"{value:.1e}".split("e")
-    power = Markup("10<sup>{}</sup>").format(str(int(exponent)).replace("-", "−"))
-    if abs(value) == float(f"1e{exponent}"):
-        return Markup("−" if value < 0 else "") + power
-    return Markup("{}&nbsp;·&nbsp;{}").format(digits.replace("-", "−"), power)
+    if form or not value or 1e-3 <= abs(value) < 1e4:
+        text = format(value, form or (".3g" if abs(value) < 999.5 else ".0f"))  # in three digits, 999.5 would be 1e+03
+    else:
+        digits, exponent = f"{value:.1e}".split("e")
+        sign = "-" if value < 0 else ""
+        factor = sign if abs(value) == float(f"1e{exponent}") else f"{digits}&nbsp;·&nbsp;"
+        text = f"{factor}10<sup>{int(exponent)}</sup>"
+    return Markup(text.replace("-", "−").replace(",", "\u202f").replace("%", "&nbsp;%"))
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that people would use."""
+    """Format a time in the unit that people would use."""
     if value < 1:
         return f"{1000 * value:.0f} ms"
     if value < 120:

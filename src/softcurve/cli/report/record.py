@@ -46,23 +46,15 @@ class FitReport:
 
     @property
     def sets(self) -> dict[str, Diagnostics]:
-        """The diagnostics by the name of their rows; the first ones judge the head."""
+        """Return the diagnostics by the name of their rows; the first ones judge the head."""
         return ({} if self.held is None else {"held-out": self.held}) | {"training": self.train}
 
     @property
-    def scores(self) -> list[tuple[object, ...]]:
-        """The rows of a table: their name, loss, any D(target‖model), accuracy, entropy, Brier score and ECE."""
-        return [
-            (name, d.loss, *([] if d.kl is None else [d.kl]), d.accuracy, d.entropy, d.brier, d.calibration.error)
-            for name, d in self.sets.items()
-        ]
-
-    @property
-    def judged(self) -> tuple[str, Diagnostics]:
-        """The name and the diagnostics of the held-out rows, or without any of the training rows."""
-        return next(iter(self.sets.items()))
+    def judged(self) -> Diagnostics:
+        """Return the diagnostics of the held-out rows, or without any those of the training rows."""
+        return self.held or self.train
 
     def class_name(self, index: int) -> str:
-        """The name of a class on one line, short enough for a table."""
+        """Return the name of a class on one line, short enough for a table."""
         name = encodable(" ".join(str(self.classes[index]).split())) or "(no name)"
         return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
