@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
+from softcurve.curvature.algorithms.conjugate_gradients import Map, Recurrence
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
@@ -164,7 +165,7 @@ class Newton:
         inverse = self._approximation(state.damping if state.damping >= NO_DAMPING else 0.0)
         norm = _norm(point.gradient, inverse)
         before = curvature.products
-        step, residual, predicted = conjugate_gradients(
+        step, residual, predicted = minimise_model(
             curvature, inverse, point.gradient,
             # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
@@ -335,39 +336,27 @@ def _centred(parameters: Tensor) -> Tensor:
     return parameters - parameters.mean(0)
 
 
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],
-    inverse: Callable[[Tensor], Tensor],
-    gradient: Float64[Tensor, "classes size"],
-    *,
-    tol: float,
-    enough: Callable[[Tensor, float], bool],
-    most: int = MOST_PRODUCTS,
-) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:
+def minimise_model(
+    product: Map, inverse: Map, gradient: Float64[Tensor, "classes size"], *, tol: float,
+    enough: Callable[[Tensor, float], bool], most: int = MOST_PRODUCTS,
+) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:  # fmt: skip
     """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
-    It ends where the norm of the residual that the preconditioner defines is ``tol`` times that of the gradient, or
-    where the residual and its squared norm are ``enough``. :func:`softcurve.curvature.conjugate_gradients` has another
-    norm, and solves several systems to a tolerance that does not change.
+    Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
+    gradient, or where the residual and its squared norm are ``enough``, or after ``most`` products.
     """
-    x = torch.zeros_like(gradient)
-    residual = -gradient
-    z = inverse(residual)
-    along = z.clone()
-    square = first = float((residual * z).sum())
-    for _ in range(most):
-        if not square > 0.0:
+    recurrence = Recurrence(product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
+    square = first = float(recurrence.rho)
+    products = 0
+    while products < most and square > 0.0 and recurrence.advance():
+        products += 1
+        recurrence.turn()
+        square = float(recurrence.rho)
+        if square <= tol * tol * first or enough(recurrence.r, square):
             break
-        changed = product(along)
-        curvature = float((along * changed).sum())
-        if not curvature > 0.0:
-            break
-        length = square / curvature
-        x.add_(along, alpha=length)
-        residual.sub_(changed, alpha=length)
-        z = inverse(residual)
-        last, square = square, float((residual * z).sum())
-        if square <= tol * tol * first or enough(residual, square):
-            break
-        along.mul_(square / last).add_(z)
-    return x, residual, 0.5 * float((x * (gradient - residual)).sum())
+    x, residual = recurrence.x, recurrence.r
+    return x, residual, 0.5 * float(_inner(x, gradient - residual))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
