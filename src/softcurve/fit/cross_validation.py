@@ -27,11 +27,9 @@ from softcurve.fit.estimator import (
     class_weighted,
     most_probable,
     training_data,
-    warn_unless_converged,
 )
-from softcurve.fit.fitting import Fit, coordinates_of, fit_head
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
 from softcurve.fit.losses import row_losses
-from softcurve.fit.path import regularisation_path
 from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
 
@@ -89,18 +87,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:
-        self.Cs = Cs
-        self.cv = cv
-        self.scoring = scoring
-        self.refit = refit
-        self.loss = loss
-        self.fit_intercept = fit_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-        self.class_weight = class_weight
-        self.precision = precision
-        self.memory_budget = memory_budget
-        self.verbose = verbose
+        self.Cs, self.cv, self.scoring, self.refit = Cs, cv, scoring, refit
+        self.loss, self.fit_intercept, self.class_weight, self.precision = loss, fit_intercept, class_weight, precision
+        self.tol, self.max_iter, self.memory_budget, self.verbose = tol, max_iter, memory_budget, verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> SoftmaxRegressionCV:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
@@ -114,7 +103,10 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         Cs = self._grid()
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)
-        options = self._options(source, weights)
+        options = self._options()
+        options["coordinates"] = coordinates_of(
+            source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
+        )
         score = self._scorer(data, y, weighted=sample_weight is not None)
         scores: list[list[float]] = []
         heads: list[tuple[Tensor, Tensor]] = []  # sums over the folds, for each C or for the best one
@@ -135,8 +127,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
             best = _best(self.mean_scores_)
             self.C_ = Cs[best]
             fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
-            warn_unless_converged(fit, self)
-            self._keep(fit, like=X)
+            self._keep(fit, data.classes, like=X)
             steps += fit.iterations
         else:
             self.C_ = float(np.mean([Cs[_best(of_fold)] for of_fold in self.scores_]))
@@ -155,21 +146,6 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         rows, weight = (given.detach().cpu().numpy() if isinstance(given, Tensor) else given
                         for given in (X, sample_weight))  # fmt: skip
         return _Scoring(self.scoring, self.classes_)(self, rows, self._labels(y), weight)
-
-    def _options(self, source: Source, weights: Tensor) -> dict[str, Any]:
-        """Return the options of every fit."""
-        return {
-            "loss": self.loss,
-            "fit_intercept": self.fit_intercept,
-            "tol": float(self.tol),
-            "max_iter": int(self.max_iter),
-            "precision": self.precision,
-            "memory_budget": self.memory_budget,
-            "on_step": print if self.verbose else lambda step: None,
-            "coordinates": coordinates_of(
-                source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
-            ),
-        }
 
     def _warn_of_folds(self, unconverged: int) -> None:
         if unconverged:

@@ -21,8 +21,8 @@ from torch import Tensor
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.losses import target_labels
 from softcurve.fit.solver.newton import Step
-from softcurve.fit.targets import target_labels
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
@@ -95,16 +95,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:
-        self.C = C
-        self.loss = loss
-        self.fit_intercept = fit_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-        self.class_weight = class_weight
-        self.warm_start = warm_start
-        self.precision = precision
-        self.memory_budget = memory_budget
-        self.verbose = verbose
+        self.C, self.loss, self.fit_intercept, self.class_weight = C, loss, fit_intercept, class_weight
+        self.tol, self.max_iter, self.warm_start, self.precision = tol, max_iter, warm_start, precision
+        self.memory_budget, self.verbose = memory_budget, verbose
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -120,25 +113,36 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._require("C", "tol")
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)
-        fit = fit_head(
-            source,
-            loss=self.loss,
-            C=float(self.C),
-            fit_intercept=self.fit_intercept,
-            sample_weight=weights,
-            tol=float(self.tol),
-            max_iter=int(self.max_iter),
-            precision=self.precision,
-            memory_budget=self.memory_budget,
-            start=self._start(data.classes) if self.warm_start else None,
-            on_step=print if self.verbose else lambda step: None,
-        )
-        warn_unless_converged(fit, self)
-        self.classes_ = data.classes
-        self._keep(fit, like=X)
+        start = self._start(data.classes) if self.warm_start else None
+        fit = fit_head(source, C=float(self.C), sample_weight=weights, start=start, **self._options())
+        self._keep(fit, data.classes, like=X)
         return self
 
-    def _keep(self, fit: Fit, *, like: Any) -> None:
+    def _options(self) -> dict[str, Any]:
+        """Return the options of :func:`fit_head` that do not depend on the rows."""
+        return {
+            **{name: getattr(self, name) for name in ("loss", "fit_intercept", "precision", "memory_budget")},
+            "tol": float(self.tol), "max_iter": int(self.max_iter),
+            "on_step": print if self.verbose else lambda step: None,
+        }  # fmt: skip
+
+    def _keep(self, fit: Fit, classes: Array, *, like: Any) -> None:
+        """Set the fitted attributes. Warn if the objective has no minimum, or if the fit has not reached it."""
+        message = ""
+        if fit.separated:
+            message = (
+                "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls "
+                f"forever as the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a "
+                "finite C"
+            )
+        elif not fit.converged:
+            message = (
+                f"the fit has not converged: the largest entry of the gradient is {fit.gradient_max:.1e} and tol "
+                f"{self.tol:.1e}; {fit.reason}"
+            )
+        if message:
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        self.classes_ = classes
         self._keep_head(fit.weight, fit.bias, like=like)
         self.n_iter_ = np.array([fit.iterations], dtype=np.int32)
         self.objective_, self.gradient_max_, self.history_ = fit.objective, fit.gradient_max, fit.history
@@ -385,21 +389,3 @@ def as_given(result: Tensor, like: Any) -> Array | Tensor:
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
     return result if isinstance(like, Tensor) else result.numpy()
-
-
-def warn_unless_converged(fit: Fit, estimator: Any) -> None:
-    """Warn if the objective has no minimum, or if the fit has not reached it."""
-    if fit.separated:
-        warnings.warn(
-            "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever "
-            f"as the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a finite C",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
-    elif not fit.converged:
-        warnings.warn(
-            f"the fit has not converged: the largest entry of the gradient is {fit.gradient_max:.1e} and tol "
-            f"{estimator.tol:.1e}; {fit.reason}",
-            ConvergenceWarning,
-            stacklevel=3,
-        )

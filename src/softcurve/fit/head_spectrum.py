@@ -14,7 +14,7 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_factors import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
-from softcurve.fit.targets import concatenated, is_soft, target_rows
+from softcurve.fit.losses import concatenated, is_soft, target_rows
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order

@@ -15,20 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
+from softcurve.fit.group import Group
+from softcurve.fit.losses import target_rows
 from softcurve.fit.solver.coordinates import Coordinates
-from softcurve.fit.solver.negligible_rows import negligible_rows
 from softcurve.fit.solver.objective import FitProblem
-from softcurve.fit.targets import target_rows
 from softcurve.losses.divergences import divergence_of
 from softcurve.losses.targets import TopK
 
-__all__ = ["Curvature", "CurvatureTile"]
+__all__ = ["Curvature", "CurvatureTile", "negligible_rows"]
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
 LEFT_OUT, LEFT_OUT_OF_INTERCEPTS = 0.1, 0.01
+BRANCHES = 256  # candidates that one message compares in the search over the rows of all processes
 
 
 @dataclass(eq=False)
@@ -299,3 +300,44 @@ def _listed_errors(tile: CurvatureTile) -> tuple[Tensor | None, Tensor]:
         return None, p
     listed = p.gather(1, classes)
     return classes, (listed - y).abs_().sub_(listed)
+
+
+def negligible_rows(
+    curvatures: Float64[Tensor, " rows"],
+    most: float,
+    logit_curvatures: Float64[Tensor, " rows"],
+    share: float,
+    group: Group,
+) -> tuple[Int64[Tensor, " negligible"], int]:
+    """Return the rows of least curvature, and their number in all processes.
+
+    Their curvatures sum to at most ``most``, their logit curvatures to at most this share of the sum over all rows.
+    They are ``order[:count]`` with ``order = curvatures.argsort()`` and the largest such count. In several processes,
+    all or none are taken of rows with equal curvatures.
+    """
+    order = curvatures.argsort()
+    sums, logit_sums = curvatures[order].cumsum(0), logit_curvatures[order].cumsum(0)
+    if group.size == 1:
+        count = int(((sums <= most) & (logit_sums <= share * logit_curvatures.sum())).sum())
+        return order[:count], count
+    # The bits of numbers that are not negative, as integers, are in the order of the numbers. -0.0 would be the least.
+    keys = (curvatures[order] + 0.0).view(torch.int64)
+    zero = sums.new_zeros(1)
+    sums, logit_sums = torch.cat([zero, sums]), torch.cat([zero, logit_sums])
+    total = logit_sums[-1:].clone()
+    with group.summed(total):
+        pass
+    # Rows with a key below ``low`` are negligible, those below ``high`` together are not.
+    low, high, count = 0, 2**63 - 1, 0
+    while high - low > 1:
+        candidates = torch.tensor(sorted({low + (high - low) * i // BRANCHES for i in range(1, BRANCHES)} - {low}))
+        places = torch.searchsorted(keys, candidates)
+        at = torch.stack([sums[places], logit_sums[places], places.double()])
+        with group.summed(at):
+            pass
+        within = int(((at[0] <= most) & (at[1] <= share * total)).sum())
+        if within:
+            low, count = int(candidates[within - 1]), int(at[2, within - 1])
+        if within < len(candidates):
+            high = int(candidates[within])
+    return order[: int(torch.searchsorted(keys, low))], count

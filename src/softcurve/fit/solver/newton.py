@@ -23,7 +23,7 @@ from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
 
-__all__ = ["NewtonOutcome", "OtherRows", "State", "Step", "minimise"]
+__all__ = ["Newton", "OtherRows", "State", "Step"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5  # a smaller damping counts as none
@@ -67,25 +67,19 @@ class State(ShortRepr):
 
     parameters: Float64[Tensor, "classes size"]
     damping: float
-    model_error: float  # the part of the gradient that the model of the last step did not predict; or infinite
-    failures: int  # the number of steps since the last one that decreased the objective
-    double: bool  # whether products are in float64
-    blocks: bool  # whether the preconditioner is ClassBlocks
-    history: tuple[Step, ...]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class NewtonOutcome(ShortRepr):
-    """The last state, and why the fit ended."""
-
-    state: State
-    point: Point
-    converged: bool
-    reason: str
+    model_error: float = math.inf  # the part of the gradient that the model of the last step did not predict
+    failures: int = 0  # the number of steps since the last one that decreased the objective
+    double: bool = False  # whether products are in float64
+    blocks: bool = False  # whether the preconditioner is ClassBlocks
+    history: tuple[Step, ...] = ()
 
 
 class Newton:
-    """A fit that starts from a state; see :func:`minimise`."""
+    """A fit that starts from a state.
+
+    ``curvature_in(dtype=...)`` makes the curvature. If the state has no step yet and the objective is lower at
+    ``cold``, the fit starts there. Raises OtherRows for a state of other rows.
+    """
 
     def __init__(
         self, objective: Objective, curvature_in: Callable[..., Curvature], state: State, *, tol: float,
@@ -119,33 +113,41 @@ class Newton:
             self.objective.refuse_rows()
         return point
 
-    def converged(self) -> bool:
-        """Whether the gradient is within the tolerance, and Newton's step would gain at most a share of it, in nats.
+    def run(self, max_iter: int, on_step: Callable[[State], None]) -> tuple[bool, str]:
+        """Take steps, up to ``max_iter``, while they make progress; return whether the fit converged, and why it ended.
 
-        The size of the gradient depends on the units of the features and on the number of classes. Half the squared
-        Newton decrement, ``½ gᵀ H⁻¹ g``, which is the gain of the undamped step, does not. At least one step is taken,
-        as both are small also where the loss is flat.
+        It has converged when the gradient is within the tolerance and an undamped step would gain at most a share of
+        the tolerance, in nats.
         """
-        if not self._gradient_within_tolerance():
-            return False
-        # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
-        no_gain = self.objective.problem.source.kind == "labels" and self.point.value <= self.tol
-        return no_gain or self._gain() <= GAIN * self.tol
-
-    def lacks(self) -> str:
-        """Return what keeps the fit from having converged if that is not the gradient."""
-        if not self._gradient_within_tolerance():
-            return ""
-        return (
-            f" (the gradient is within tol, but a step may still gain {self._gain():.1e} nats a row, and "
-            f"{GAIN * self.tol:.1e} are allowed)"
-        )
-
-    def _gradient_within_tolerance(self) -> bool:
-        return self.point.gradient_max <= self.tol and len(self.state.history) >= 2
+        while True:
+            on_step(self.state)
+            gain = self._gain()
+            lacking = "" if gain == math.inf else (
+                f" (the gradient is within tol, but a step may still gain {gain:.1e} nats a row, and "
+                f"{GAIN * self.tol:.1e} are allowed)"
+            )  # fmt: skip
+            if gain <= GAIN * self.tol:
+                return True, "the gradient and the Newton decrement are within the tolerance"
+            if self.state.failures >= MOST_FAILURES:
+                return False, f"rounding hides any further decrease{lacking}; {REMEDY}"
+            if len(self.state.history) > max_iter:
+                return False, f"{max_iter} steps were not enough{lacking}; raise max_iter, or {REMEDY}"
+            self.step()
 
     def _gain(self) -> float:
-        return 0.5 * _norm(self.point.gradient, self._approximation(0.0)) ** 2
+        """Return the nats that an undamped step would gain, or infinity while the gradient is not within the tolerance.
+
+        The size of the gradient depends on the units of the features and on the number of classes. Half the squared
+        Newton decrement, ``½ gᵀ H⁻¹ g``, which is the gain, does not. At least one step is taken, as both are small
+        also where the loss is flat.
+        """
+        point = self.point
+        if not (point.gradient_max <= self.tol and len(self.state.history) >= 2):
+            return math.inf
+        # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
+        if self.objective.problem.source.kind == "labels" and point.value <= self.tol:
+            return 0.0
+        return 0.5 * _norm(point.gradient, self._approximation(0.0)) ** 2
 
     def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Return the approximate inverse of the curvature with this damping, and set the damping of the products.
@@ -172,7 +174,6 @@ class Newton:
             # The residual of a nearly exact model is the next gradient.
             enough=self._within_tolerance if state.model_error < NEARLY_EXACT else _never,
         )  # fmt: skip
-        spent = curvature.products - before
         there, whole = self._backtrack(step, predicted)
         # The model predicts the gradient at the end of the whole step.
         model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm and there.finite else math.inf
@@ -185,15 +186,11 @@ class Newton:
         slow = whole and not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
         if better and whole:
             there = self._extend(there)
-        blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
         self.state = replace(
-            state,
-            damping=_next_damping(state.damping, ratio, better and whole),
-            model_error=model_error,
-            failures=failures,
-            double=state.double or slow or failures >= 2,
-            blocks=blocks,
-        )
+            state, damping=_next_damping(state.damping, ratio, better and whole), model_error=model_error,
+            failures=failures, double=state.double or slow or failures >= 2,
+            blocks=state.blocks or blocks_pay(curvature, curvature.products - before, self.memory_of_blocks),
+        )  # fmt: skip
         self._move_to(there if better else point, recompute=not better)
         self._note()
 
@@ -257,38 +254,6 @@ class Newton:
             time.perf_counter() - self.started, self.state.damping,
         )  # fmt: skip
         self.state = replace(self.state, parameters=point.parameters, history=(*history, done))
-
-
-def minimise(
-    objective: Objective,
-    curvature_in: Callable[..., Curvature],
-    state: State,
-    *,
-    tol: float,
-    max_iter: int,
-    memory_of_blocks: int,
-    on_step: Callable[[State], None],
-    cold: Callable[[], State] | None = None,
-) -> NewtonOutcome:
-    """Take steps from ``state`` until the fit has converged to ``tol``, up to ``max_iter``, or while there is progress.
-
-    ``curvature_in(dtype=...)`` makes the curvature. If ``state`` has no step yet and the objective is lower at
-    ``cold``, the fit starts there. Raises OtherRows for a state of other rows.
-    """
-    newton = Newton(objective, curvature_in, state, tol=tol, memory_of_blocks=memory_of_blocks, cold=cold)
-    while True:
-        on_step(newton.state)
-        converged = newton.converged()
-        if converged:
-            reason = "the gradient and the Newton decrement are within the tolerance"
-        elif newton.state.failures >= MOST_FAILURES:
-            reason = f"rounding hides any further decrease{newton.lacks()}; {REMEDY}"
-        elif len(newton.state.history) > max_iter:
-            reason = f"{max_iter} steps were not enough{newton.lacks()}; raise max_iter, or {REMEDY}"
-        else:
-            newton.step()
-            continue
-        return NewtonOutcome(newton.state, newton.point, converged, reason)
 
 
 def _zero_of_slope(first: float, last: float, change: float) -> float:
