@@ -99,7 +99,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         Raises ``ValueError`` for arguments that cannot be used, and warns of fits that have not converged
         (``ConvergenceWarning``) and of scores that are NaN.
         """
-        self._require("tol")
+        self._check_parameters(C=1.0)
         Cs = self._grid()
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
-from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.losses import target_labels
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence
@@ -110,7 +110,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ``ValueError`` for arguments that cannot be used. Warns (``ConvergenceWarning``) if ``max_iter`` steps
         were not enough, or if the loss has no minimum because separable classes are fitted without a penalty.
         """
-        self._require("C", "tol")
+        self._check_parameters(self.C)
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)
         start = self._start(data.classes) if self.warm_start else None
@@ -219,23 +219,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             return np.asarray(np.asarray(self.classes_)[most_probable(y)])
         return y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
 
-    def _require(self, *positive: str) -> None:
-        for name in positive:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, float | int | np.number) or not value > 0:
-                raise ValueError(f"{name} must be a positive number; got {value!r}")
-        if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 0:
-            raise ValueError(f"max_iter must be an integer of 0 or more; got {self.max_iter!r}")
+    def _check_parameters(self, C: Any) -> None:
+        check_options(C, self.tol, self.max_iter, self.precision, self.memory_budget)
         if not isinstance(self.fit_intercept, bool | np.bool_):
             raise ValueError(f"fit_intercept must be True or False; got {self.fit_intercept!r}")
-        if self.memory_budget is not None and not isinstance(self.memory_budget, int | np.integer):
-            raise ValueError(f"memory_budget must be an integer number of bytes, or None; got {self.memory_budget!r}")
         if not (self.class_weight is None or self.class_weight == "balanced" or isinstance(self.class_weight, dict)):
             raise ValueError(f'class_weight must be a dict of labels, "balanced" or None; got {self.class_weight!r}')
-        if isinstance(self.class_weight, dict):
-            for label, weight in self.class_weight.items():
-                if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
-                    raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
+        for label, weight in self.class_weight.items() if isinstance(self.class_weight, dict) else ():
+            if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
+                raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -274,9 +266,8 @@ def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Trainin
             f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
             f"one class: {classes.tolist()[0]!r}"
         )
-    source = to_source(
-        rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
-    )
+    names, index = tuple(range(len(classes))), index.astype(np.int64)
+    source = to_source(rows, index, classes=names, features_name="X", target_name="y")
     return TrainingData(rows, source, classes, labels, weights)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 
-__all__ = ["Fit", "coordinates_of", "fit_head", "regularisation_path"]
+__all__ = ["Fit", "check_options", "coordinates_of", "fit_head", "regularisation_path"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -125,7 +125,7 @@ def fit_head(
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
-    _check_options(C, tol, max_iter, precision, memory_budget)
+    check_options(C, tol, max_iter, precision, memory_budget)
     if start is not None:
         _check_start(start, classes, source.width)
     weights, total = _weights(sample_weight, source)
@@ -179,8 +179,8 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
     if options.get("checkpoint") is not None:
         raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")
     if (group := options.pop("group", None)) is not None:
-        compared = {name: options.get(name) for name in ("start", "coordinates")}
-        source, options["sample_weight"] = _own_part(source, options.get("sample_weight"), group, **compared)
+        weights, start, coordinates = (options.get(name) for name in ("sample_weight", "start", "coordinates"))
+        source, options["sample_weight"] = _own_part(source, weights, group, start=start, coordinates=coordinates)
     shared: dict[str, Any] = {name: options[name] for name in ("fit_intercept", "memory_budget") if name in options}
     require_same(share_of(source).group, {"Cs": list(Cs)} | shared, SAME)
     if options.get("coordinates") is None:
@@ -193,11 +193,7 @@ def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> 
 
 
 def coordinates_of(
-    source: Source,
-    *,
-    fit_intercept: bool = True,
-    sample_weight: Tensor | None = None,
-    memory_budget: int | None = None,
+    source: Source, *, fit_intercept: bool = True, sample_weight: Tensor | None = None, memory_budget: int | None = None
 ) -> Coordinates:
     """Return the coordinates that :func:`fit_head` finds first, from a pass over the rows and an eigendecomposition.
 
@@ -215,8 +211,8 @@ def _own_part(
     sample_weight: Tensor | None,
     group: ProcessGroup,
     *,
-    start: tuple[Tensor, Tensor] | None = None,
-    coordinates: Coordinates | None = None,
+    start: tuple[Tensor, Tensor] | None,
+    coordinates: Coordinates | None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:
     """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
 
@@ -246,12 +242,13 @@ def _described(tensors: Sequence[Tensor | None]) -> str | None:
     return f"a tensor of shape {shapes} with digest {digest(*present)}" if present else None
 
 
-def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
+def check_options(C: Any, tol: Any, max_iter: Any, precision: Any, memory_budget: Any) -> None:
+    """Raise DataError for an option of :func:`fit_head` that cannot be used."""
     if not (_is_number(C) and C > 0):
         raise DataError(f"C must be a positive number; got {C!r} (inf is no penalty)")
     if not (_is_number(tol) and math.isfinite(tol) and tol > 0):
         raise DataError(f"tol must be a positive number; got {tol!r}")
-    if isinstance(max_iter, bool) or not (isinstance(max_iter, int) and max_iter >= 0):
+    if not (_is_number(max_iter) and isinstance(max_iter, Integral) and int(max_iter) >= 0):
         raise DataError(f"max_iter must be an integer of 0 or more; got {max_iter!r}")
     if precision not in ("auto", "mixed", "float64"):
         raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")

@@ -166,9 +166,7 @@ class Curvature:
         return wide.mul_(self.mean_weight)
 
     def diagonal(
-        self,
-        basis: Float[Tensor, "classes classes"] | None,
-        seen: Callable[[Tensor, Tensor], None] | None = None,
+        self, basis: Float[Tensor, "classes classes"] | None, seen: Callable[[Tensor, Tensor], None] | None = None
     ) -> Float64[Tensor, "classes size"]:
         """Return the diagonal in ``basis`` (the classes by default) ⊗ the axes of the features, with the penalty.
 
