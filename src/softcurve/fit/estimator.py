@@ -230,9 +230,6 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """Checked arguments: ``source`` has the rows and targets, ``labels`` is ``None`` for soft targets."""
@@ -328,11 +325,8 @@ def require_dense(y: Any) -> None:
 
 def has_soft_targets(y: Any) -> bool:
     """Whether targets are distributions or lists, and not labels."""
-    return (
-        isinstance(y, TopK)
-        or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
-        or (isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1)
-    )
+    nested = isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1
+    return nested or isinstance(y, TopK) or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
 
 
 def most_probable(y: Any) -> Array:
@@ -370,9 +364,6 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
 def to_tensor(array: Any) -> Tensor:
     """Return an array as a tensor. A read-only array is copied, because torch warns of it."""
     return torch.as_tensor(np.require(array, requirements=["C", "W"]) if isinstance(array, np.ndarray) else array)
-
-
-# --- results ------------------------------------------------------------------------------------------------------
 
 
 def as_given(result: Tensor, like: Any) -> Array | Tensor:

@@ -27,6 +27,7 @@ from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.losses.divergences import Divergence
+from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
 __all__ = ["Fit", "check_options", "coordinates_of", "fit_head", "regularisation_path"]
@@ -207,13 +208,9 @@ def coordinates_of(
 
 
 def _own_part(
-    source: Source,
-    sample_weight: Tensor | None,
-    group: ProcessGroup,
-    *,
-    start: tuple[Tensor, Tensor] | None,
+    source: Source, sample_weight: Tensor | None, group: ProcessGroup, *, start: tuple[Tensor, Tensor] | None,
     coordinates: Coordinates | None,
-) -> tuple[Source, Float[Tensor, " rows"] | None]:
+) -> tuple[Source, Float[Tensor, " rows"] | None]:  # fmt: skip
     """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
 
     The other arguments are only compared with those of the other processes.
@@ -226,9 +223,13 @@ def _own_part(
     require_same(share.group, {name: _described(tensors) for name, tensors in compared.items()}, SAME)
     if weights is None:
         return part, None
-    if weights.shape != (share.total,):
-        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(weights.shape)}")
+    _require_length(weights, share.total)
     return part, weights[share.first : share.first + part.rows]
+
+
+def _require_length(weights: Tensor, rows: int) -> None:
+    if weights.shape != (rows,):
+        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(weights.shape)}")
 
 
 def _is_number(value: object) -> bool:
@@ -274,10 +275,7 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
         return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
     weights = torch.as_tensor(sample_weight).double()
     with share.group.agreed():
-        if weights.shape != (source.rows,):
-            raise DataError(
-                f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(weights.shape)}"
-            )
+        _require_length(weights, source.rows)
     whole = torch.cat(share.group.gathered(weights))  # so that the sum is rounded as in one process
     total = float(whole.sum())
     if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
@@ -327,13 +325,13 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     with problem.group.summed(frequencies):
         for block, weights in problem.blocks():
             assert block.target is not None
-            if not isinstance(block.target, Tensor):
+            if isinstance(block.target, TopK):
                 probs = block.target.log_probs.double().exp() * weights[:, None]
-                frequencies.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
+                frequencies.index_add_(0, block.target.indices.flatten(), probs.flatten())
             elif block.target.is_floating_point():
                 frequencies += weights @ block.target.double()
             else:
-                frequencies.scatter_add_(0, block.target, weights)
+                frequencies.index_add_(0, block.target, weights)
     return frequencies
 
 

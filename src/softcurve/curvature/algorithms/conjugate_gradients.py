@@ -53,7 +53,7 @@ def solve(
     max_iterations: int | None = None,
     x0: Tensor | None = None,
 ) -> Solution:
-    """``x`` of ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
+    """Solve ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
 
     ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite
     matrix near the inverse does. ``x0`` (default zero) is the start, ``max_iterations`` (default ``10 n``) the limit.
@@ -90,15 +90,10 @@ def warn_unless_converged(
 
 
 def conjugate_gradients(
-    matrix: SymmetricMatrix,
-    b: Tensor,
-    damping: float,
-    preconditioner: Map | None,
-    tol: float,
-    max_iterations: int | None,
-    x0: Tensor | None = None,
-) -> Solution:
-    """As :func:`solve`, without the warning."""
+    matrix: SymmetricMatrix, b: Tensor, damping: float, preconditioner: Map | None, tol: float,
+    max_iterations: int | None, x0: Tensor | None = None,
+) -> Solution:  # fmt: skip
+    """Solve the systems as :func:`solve` does, without the warning."""
     checks.require_between("damping", damping, 0.0, math.inf)
     checks.require_positive("tol", tol)
     max_iterations = 10 * matrix.shape[0] if max_iterations is None else max_iterations
@@ -212,13 +207,13 @@ class _DampedSystem:
     products: int = 0
 
     def product(self, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """``(A + damping I) p``."""
+        """Return ``(A + damping I) p``, and count its columns."""
         self.products += p.shape[1]
         q = product(self.matrix, p)
         return q + self.damping * p if self.damping else q
 
     def preconditioned(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """``z = M r``, with ``r·z > 0``."""
+        """Return ``z = M r``. Raises ValueError for a result that a positive definite ``M`` does not have."""
         if self.preconditioner is None or r.shape[1] == 0:
             return r
         z = self.preconditioner(r)
@@ -236,7 +231,7 @@ class _DampedSystem:
 
 
 def _as_columns(name: str, vectors: Tensor, matrix: SymmetricMatrix) -> Float[Tensor, "n k"]:
-    """``(n, k)`` in the working dtype, from ``(n,)`` or ``(n, k)``."""
+    """Return vectors ``(n,)`` or ``(n, k)``, checked, as columns ``(n, k)`` in the working dtype."""
     checks.require_tensor(name, vectors)
     if not vectors.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {vectors.dtype}; convert it with {name}.float()")

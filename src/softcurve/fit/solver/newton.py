@@ -157,7 +157,7 @@ class Newton:
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
             self.curvature.leave_out_negligible_rows()
-            self.prepared = damping, ClassBlocks(self.curvature) if self.state.blocks else Eigenbasis(self.curvature)
+            self.prepared = damping, (ClassBlocks if self.state.blocks else Eigenbasis)(self.curvature)
         inverse = self.prepared[1]
         return lambda gradient: _centred(inverse(_centred(gradient)))
 
