@@ -32,6 +32,7 @@ from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_
 from softcurve.fit.losses import row_losses
 from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
+from softcurve.warn import warn_caller
 
 __all__ = ["SoftmaxRegressionCV"]
 
@@ -121,7 +122,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
             heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, kept, strict=True)] if heads else kept
         self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), data.classes
         self._warn_of_folds(unconverged)
-        self.mean_scores_ = _mean_over_folds(self.scores_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the mean of a C without a number, which is NaN
+            self.mean_scores_ = np.asarray(np.nanmean(self.scores_, axis=0))
         means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
         if self.refit:
             best = _best(self.mean_scores_)
@@ -156,12 +159,10 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 stacklevel=3,
             )
         if undefined := int(np.isnan(self.scores_).sum()):
-            warnings.warn(
+            warn_caller(
                 f"scoring {self.scoring!r} is NaN for {undefined} of the {self.scores_.size} fits to the folds, as "
                 "where one lacks a class: the means are over the others, and without any the first C is taken. "
-                "Give folds that have every class, or another scorer",
-                UserWarning,
-                stacklevel=3,
+                "Give folds that have every class, or another scorer"
             )
 
     def _grid(self) -> list[float]:
@@ -239,13 +240,6 @@ class _Scoring:
 def _best(scores: Any) -> int:
     """Return the place of the largest score; NaN is the worst."""
     return int(np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.finfo(np.float64).max).argmax())
-
-
-def _mean_over_folds(scores: Array) -> Array:
-    """Return the mean score of each C over the folds where it is not NaN, or NaN if there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing
-        return np.asarray(np.nanmean(scores, axis=0))
 
 
 def _selected(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:

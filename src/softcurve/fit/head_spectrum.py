@@ -14,7 +14,8 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.class_factors import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
-from softcurve.fit.losses import concatenated, is_soft, target_rows
+from softcurve.fit.data.subset import rows_of
+from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
@@ -164,13 +165,12 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
     share = share_of(source)
     drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds only those
     wanted = torch.from_numpy(drawn).sort().values - share.first
-    parts: list[tuple[Tensor, Tensor | TopK]] = []
+    parts: list[tuple[Tensor, BlockTarget | None]] = []
     with share.group.agreed():
         for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
-                assert block.target is not None
-                parts.append((block.features[here].double(), target_rows(block.target, here)))
+                parts.append((block.features[here].double(), rows_of(block.target, here)))
             if block.start + len(block) > wanted[-1]:
                 break
     parts = [part for of_process in share.group.values(parts) for part in of_process]

@@ -14,10 +14,7 @@ from softcurve.functional import cross_entropy, divergence
 from softcurve.losses.divergences import LOSS_NAMES, CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.targets import Probabilities, Target, TopK
 
-__all__ = [
-    "check_loss", "concatenated", "is_soft", "refuse_zeros", "row_losses", "target_labels", "target_probability",
-    "target_rows",
-]  # fmt: skip
+__all__ = ["check_loss", "concatenated", "is_soft", "refuse_zeros", "row_losses", "target_labels", "target_probability"]
 
 
 def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
@@ -73,14 +70,7 @@ def is_soft(target: BlockTarget) -> bool:
     return isinstance(target, TopK) or target.is_floating_point()
 
 
-def target_rows(target: BlockTarget, rows: Int64[Tensor, " chosen"]) -> Tensor | TopK:
-    """Return the target of some of the rows."""
-    if isinstance(target, TopK):
-        return TopK(target.indices[rows], target.log_probs[rows], target.tail)
-    return target[rows]
-
-
-def concatenated(targets: Sequence[Tensor | TopK]) -> Tensor | TopK:
+def concatenated(targets: Sequence[BlockTarget | None]) -> BlockTarget:
     """Return one target of the rows of several targets of the same kind."""
     lists = [target for target in targets if isinstance(target, TopK)]
     if lists:

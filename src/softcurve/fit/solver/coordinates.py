@@ -121,6 +121,7 @@ def find_coordinates(
 def _coordinates(
     mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor
 ) -> Coordinates:  # fmt: skip
+    """Return coordinates whose moments are those of the axes, from the squares of the columns."""
     moments = squares if basis is None else basis.square().T @ squares
     if intercept:
         moments, redundant = torch.cat([moments, moments.new_ones(1)]), torch.cat([redundant, redundant.new_zeros(1)])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
+from softcurve.fit.data.subset import rows_of
 from softcurve.fit.group import Group
-from softcurve.fit.losses import target_rows
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.objective import FitProblem
 from softcurve.losses.divergences import divergence_of
@@ -228,7 +228,7 @@ class Curvature:
                 if not len(kept):
                     continue
                 numbers, features = kept + start, features[kept]
-                target = None if target is None else target_rows(target, kept)
+                target = rows_of(target, kept)
                 end = int(numbers[-1]) + 1
             stored = self.probabilities[numbers] if end <= len(self.probabilities) else self._softmax(features)
             weights = None if self.weights is None else self.weights[numbers]
