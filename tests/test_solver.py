@@ -225,7 +225,8 @@ def test_fewer_rows_than_features_are_turned_into_their_span(intercept):
 
 def test_gradients_are_turned_by_the_transpose():
     for basis in (None, torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0]):
-        coordinates = Coordinates(torch.randn(WIDTH, dtype=torch.float64), basis, True)
+        ones = torch.ones(WIDTH + 1, dtype=torch.float64)
+        coordinates = Coordinates(torch.randn(WIDTH, dtype=torch.float64), basis, True, ones, ones < 0)
         parameters = torch.randn(CLASSES, WIDTH + 1, dtype=torch.float64)
         of_weight, of_bias = torch.randn(CLASSES, WIDTH, dtype=torch.float64), torch.randn(CLASSES, dtype=torch.float64)
         weight, bias = coordinates.about_mean(parameters)
@@ -337,16 +338,13 @@ def test_conjugate_gradients_solve(inverse):
     def product(v):
         return (matrix @ v.reshape(-1)).view_as(v)
 
-    def never(residual, square):
-        return False
-
-    x, _, foretold = minimise_model(product, inverse, gradient, tol=1e-12, enough=never)
+    x, _, foretold = minimise_model(product, inverse, gradient, tol=1e-12)
     expected = -torch.linalg.solve(matrix, gradient.reshape(-1)).view(4, 6)
     torch.testing.assert_close(x, expected, atol=1e-11, rtol=0)
     assert foretold == pytest.approx(float(0.5 * (gradient * expected).sum()), rel=1e-10)
     calls = []
     x, residual, foretold = minimise_model(
-        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, enough=never, most=2
+        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, most=2
     )
     torch.testing.assert_close(residual, -gradient - product(x), atol=1e-12, rtol=0)
     assert len(calls) == 2

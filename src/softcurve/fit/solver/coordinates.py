@@ -40,8 +40,8 @@ class Coordinates:
     mean: Float64[Tensor, " d"]
     basis: Float64[Tensor, "d r"] | None
     intercept: bool
-    moments: Float64[Tensor, " size"] | None = None
-    redundant: Bool[Tensor, " size"] | None = None
+    moments: Float64[Tensor, " size"]
+    redundant: Bool[Tensor, " size"]
 
     @property
     def width(self) -> int:

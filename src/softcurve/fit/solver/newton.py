@@ -149,7 +149,7 @@ class Newton:
             return 0.0
         return 0.5 * _norm(point.gradient, self._approximation(0.0)) ** 2
 
-    def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
+    def _approximation(self, damping: float) -> Map:
         """Return the approximate inverse of the curvature with this damping, and set the damping of the products.
 
         A gradient has no part that is the same in all classes, except for rounding, and neither has the result.
@@ -172,7 +172,7 @@ class Newton:
             # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
             # The residual of a nearly exact model is the next gradient.
-            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else _never,
+            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None,
         )  # fmt: skip
         there, whole = self._backtrack(step, predicted)
         # The model predicts the gradient at the end of the whole step.
@@ -197,7 +197,7 @@ class Newton:
     def _backtrack(self, step: Tensor, predicted: float) -> tuple[Point, bool]:
         """Shorten the step until the objective decreases; return the new point and whether the full step was taken."""
         point = self.point
-        slope = float((point.gradient * step).sum())
+        slope = float(_inner(point.gradient, step))
         share = 1.0
         while True:
             there = self.objective.at(_centred(point.parameters + share * step), self.curvature.keep)
@@ -217,14 +217,13 @@ class Newton:
         """
         point = self.point
         step = there.parameters - point.parameters
-        first, last = (float((at.gradient * step).sum()) for at in (point, there))
+        first, last = (float(_inner(at.gradient, step)) for at in (point, there))
         length = _zero_of_slope(first, last, there.value - point.value)
         if length < WORTH_GOING_ON:
             return there
         farther = self.objective.at(_centred(point.parameters + length * step), self.curvature.keep)
-        if farther.finite and farther.value < there.value:
-            return farther
-        return self.objective.at(there.parameters, self.curvature.keep)
+        better = farther.finite and farther.value < there.value
+        return farther if better else self.objective.at(there.parameters, self.curvature.keep)
 
     def _within_tolerance(self, residual: Tensor, square: float) -> bool:
         """Whether a gradient like this residual would end the fit, with a margin for the error of the model."""
@@ -288,12 +287,8 @@ def _next_damping(damping: float, ratio: float, better: bool) -> float:
     return damping
 
 
-def _never(residual: Tensor, square: float) -> bool:
-    return False
-
-
-def _norm(gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> float:
-    return math.sqrt(max(float((gradient * inverse(gradient)).sum()), 0.0))
+def _norm(gradient: Tensor, inverse: Map) -> float:
+    return math.sqrt(max(float(_inner(gradient, inverse(gradient))), 0.0))
 
 
 def _centred(parameters: Tensor) -> Tensor:
@@ -303,7 +298,7 @@ def _centred(parameters: Tensor) -> Tensor:
 
 def minimise_model(
     product: Map, inverse: Map, gradient: Float64[Tensor, "classes size"], *, tol: float,
-    enough: Callable[[Tensor, float], bool], most: int = MOST_PRODUCTS,
+    enough: Callable[[Tensor, float], bool] | None = None, most: int = MOST_PRODUCTS,
 ) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:  # fmt: skip
     """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
@@ -317,7 +312,7 @@ def minimise_model(
         products += 1
         recurrence.turn()
         square = float(recurrence.rho)
-        if square <= tol * tol * first or enough(recurrence.r, square):
+        if square <= tol * tol * first or (enough is not None and enough(recurrence.r, square)):
             break
     x, residual = recurrence.x, recurrence.r
     return x, residual, 0.5 * float(_inner(x, gradient - residual))
