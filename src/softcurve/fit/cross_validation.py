@@ -26,6 +26,7 @@ from softcurve.fit.estimator import (
     Whole,
     class_weighted,
     most_probable,
+    to_numpy,
     training_data,
 )
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
@@ -146,9 +147,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         if self.scoring is None or y is None:
             return super().score(X, y, sample_weight)
         check_is_fitted(self)
-        rows, weight = (given.detach().cpu().numpy() if isinstance(given, Tensor) else given
-                        for given in (X, sample_weight))  # fmt: skip
-        return _Scoring(self.scoring, self.classes_)(self, rows, self._labels(y), weight)
+        return _Scoring(self.scoring, self.classes_)(self, to_numpy(X), self._labels(y), to_numpy(sample_weight))
 
     def _warn_of_folds(self, unconverged: int) -> None:
         if unconverged:
@@ -178,7 +177,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         """Yield the numbers of the rows to fit and of those to score, which may occur several times."""
         numbers = np.arange(data.source.rows)
         if groups is not None:
-            groups = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+            groups = np.asarray(to_numpy(groups))
             if groups.shape != numbers.shape:
                 raise ValueError(f"groups must have one entry for each of {len(numbers)} rows; got {groups.shape}")
         y = np.zeros(len(numbers)) if data.labels is None else data.labels

@@ -156,16 +156,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the head of the last fit if it has the same classes and features and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
-        weight, bias = self._head()
+        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
+        if len(classes) == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
         return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
-
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias in float64, with a row for each class."""
-        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
-        if len(self.classes_) == 2:
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        return weight, bias
 
     @overload
     def decision_function(self, X: Tensor) -> Tensor: ...
@@ -217,7 +212,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         require_dense(y)
         if has_soft_targets(y):
             return np.asarray(np.asarray(self.classes_)[most_probable(y)])
-        return y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+        return np.asarray(to_numpy(y))
 
     def _check_parameters(self, C: Any) -> None:
         check_options(C, self.tol, self.max_iter, self.precision, self.memory_budget)
@@ -252,7 +247,7 @@ def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Trainin
         target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
         return TrainingData(rows, source, np.arange(len(source.classes)), None, weights)
-    labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
+    labels = column_or_1d(to_numpy(y), warn=True)
     check_consistent_length(rows, labels)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise ValueError("Input y contains NaN or infinity; drop or mend such rows")
@@ -359,6 +354,11 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
         return
     for block in to_source(rows, features_name="X").blocks(rows_within(classes, rows.shape[1])):
         yield block.features.clone()
+
+
+def to_numpy(value: Any) -> Any:
+    """Return a tensor as an array, and anything else as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
 
 
 def to_tensor(array: Any) -> Tensor:

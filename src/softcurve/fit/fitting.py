@@ -287,7 +287,7 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
 
 
 def _memory(source: Source, memory_budget: int | None) -> tuple[int, int]:
-    """Return the memory budget in bytes, and the number of rows in a block."""
+    """Return the memory budget in bytes, and the largest number of rows in a block."""
     budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
     width, classes = source.width, len(source.classes)
     within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * width)

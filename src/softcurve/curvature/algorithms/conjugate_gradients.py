@@ -123,9 +123,8 @@ def _iterate(
         relative[active] = dots(r, r).sqrt() / norms[active]
     keep = relative[active] > tol
     active = active[keep]
-    columns = Recurrence(
-        system.product, system.preconditioned, x[:, active], r[:, keep], rounding=torch.finfo(x.dtype).eps
-    )
+    rounding = torch.finfo(x.dtype).eps
+    columns = Recurrence(system.product, system.preconditioned, x[:, active], r[:, keep], rounding=rounding)
     iterations = 0
     while len(active) and iterations < max_iterations:
         iterations += 1
@@ -176,13 +175,9 @@ class Recurrence:
         positive, step = curvature > bound, self.rho / curvature
         if not positive.all():  # also where a product is not finite
             q, step = torch.where(positive, q, 0.0), torch.where(positive, step, 0.0)
-        if step.numel() == 1:  # as a number, two to three times as fast on a CPU
-            self.x.add_(self.p, alpha=step.item())
-            self.r.sub_(q, alpha=step.item())
-        else:
-            step = step.to(q.dtype)
-            self.x.addcmul_(self.p, step)
-            self.r.addcmul_(q, step, value=-1.0)
+        step = step.to(q.dtype)
+        self.x.addcmul_(self.p, step)
+        self.r.addcmul_(q, step, value=-1.0)
         return positive
 
     def turn(self, restart: Bool[Tensor, "*columns"] | None = None) -> None:
