@@ -29,12 +29,10 @@ from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.row_source import own_share
 from softcurve.fit.data.subset import Subset, shared, split_source
 from softcurve.fit.diagnostics import diagnose
-from softcurve.fit.fitting import fit_head
+from softcurve.fit.fitting import fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, raised_by_all
 from softcurve.fit.head_spectrum import curvature_spectrum
-from softcurve.fit.path import regularisation_path
-from softcurve.fit.solver.curvature import Curvature
-from softcurve.fit.solver.negligible_rows import negligible_rows
+from softcurve.fit.solver.curvature import Curvature, negligible_rows
 from softcurve.fit.solver.preconditioner import ClassBlocks
 
 RNG = np.random.default_rng(0)

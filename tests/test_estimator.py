@@ -364,7 +364,7 @@ def test_rows_of_another_width_are_refused():
     ("options", "message"),
     [
         ({"fit_intercept": "no"}, "fit_intercept must be True or False; got 'no'"),
-        ({"memory_budget": "1"}, "memory_budget must be an integer number of bytes"),
+        ({"memory_budget": "1"}, "memory_budget must be at least .* bytes; got '1'"),
         ({"class_weight": "some"}, 'class_weight must be a dict of labels, "balanced" or None'),
         ({"class_weight": {0: -1.0}}, "class_weight must be finite and not negative; that of 0 is -1.0"),
         ({"class_weight": {7: 1.0}}, r"class_weight names 7, which is none of the 3 classes \(0, 1, 2\)"),

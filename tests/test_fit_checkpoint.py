@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_run_is_named(written, options, differs):
 
 def test_other_rows_are_named_where_the_digest_has_missed_what_differs(written, monkeypatch):
     # As it may where the rows are many: what is stored of them is then read in some places alone.
-    monkeypatch.setattr(fitting, "_digests", lambda source, weights: {"rows": "", "weights": ""})
+    monkeypatch.setattr(RowSource, "fingerprint", "")
     written.unlink()
     fit(written, max_iter=3)
     refused(written, "is of other rows: the objective is", rows=OTHER_ROWS)

@@ -14,7 +14,7 @@ from softcurve.fit.data.memory import to_source
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature
-from softcurve.fit.solver.newton import conjugate_gradients
+from softcurve.fit.solver.newton import minimise_model
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.divergences import LOSS_NAMES
@@ -225,7 +225,8 @@ def test_fewer_rows_than_features_are_turned_into_their_span(intercept):
 
 def test_gradients_are_turned_by_the_transpose():
     for basis in (None, torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0]):
-        coordinates = Coordinates(torch.randn(WIDTH, dtype=torch.float64), basis, True)
+        ones = torch.ones(WIDTH + 1, dtype=torch.float64)
+        coordinates = Coordinates(torch.randn(WIDTH, dtype=torch.float64), basis, True, ones, ones < 0)
         parameters = torch.randn(CLASSES, WIDTH + 1, dtype=torch.float64)
         of_weight, of_bias = torch.randn(CLASSES, WIDTH, dtype=torch.float64), torch.randn(CLASSES, dtype=torch.float64)
         weight, bias = coordinates.about_mean(parameters)
@@ -337,21 +338,18 @@ def test_conjugate_gradients_solve(inverse):
     def product(v):
         return (matrix @ v.reshape(-1)).view_as(v)
 
-    def never(residual, square):
-        return False
-
-    x, _, foretold = conjugate_gradients(product, inverse, gradient, tol=1e-12, enough=never)
+    x, _, foretold = minimise_model(product, inverse, gradient, tol=1e-12)
     expected = -torch.linalg.solve(matrix, gradient.reshape(-1)).view(4, 6)
     torch.testing.assert_close(x, expected, atol=1e-11, rtol=0)
     assert foretold == pytest.approx(float(0.5 * (gradient * expected).sum()), rel=1e-10)
     calls = []
-    x, residual, foretold = conjugate_gradients(
-        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, enough=never, most=2
+    x, residual, foretold = minimise_model(
+        lambda v: calls.append(1) or product(v), inverse, gradient, tol=1e-12, most=2
     )
     torch.testing.assert_close(residual, -gradient - product(x), atol=1e-12, rtol=0)
     assert len(calls) == 2
     assert foretold == pytest.approx(float((gradient * x).sum() + 0.5 * (x * product(x)).sum()), rel=1e-10)
-    x, _, _ = conjugate_gradients(
+    x, _, _ = minimise_model(
         product, inverse, gradient, tol=0.0, enough=lambda residual, square: float(residual.abs().max()) <= 0.1
     )
     assert 1e-4 < (product(x) + gradient).abs().max() <= 0.1

@@ -21,11 +21,10 @@ from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
-from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.fitting import Fit, fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
-from softcurve.fit.path import regularisation_path
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 

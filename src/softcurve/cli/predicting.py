@@ -28,8 +28,8 @@ from softcurve.fit import DataError
 from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import Label, Source, rows_within
+from softcurve.fit.diagnostics import ScoreSums
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.scores import ScoreSums
 
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]

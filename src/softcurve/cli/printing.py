@@ -15,8 +15,7 @@ from rich.text import Text
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.streams import encodable
-from softcurve.fit.diagnostics import Diagnostics
-from softcurve.fit.scores import Scores
+from softcurve.fit.diagnostics import Diagnostics, Scores
 from softcurve.fit.solver.newton import Step
 
 TextRows = list[tuple[str, str]]

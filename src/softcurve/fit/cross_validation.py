@@ -26,14 +26,14 @@ from softcurve.fit.estimator import (
     Whole,
     class_weighted,
     most_probable,
+    to_numpy,
     training_data,
-    warn_unless_converged,
 )
-from softcurve.fit.fitting import Fit, coordinates_of, fit_head
+from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
 from softcurve.fit.losses import row_losses
-from softcurve.fit.path import regularisation_path
 from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
+from softcurve.warn import warn_caller
 
 __all__ = ["SoftmaxRegressionCV"]
 
@@ -89,18 +89,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:
-        self.Cs = Cs
-        self.cv = cv
-        self.scoring = scoring
-        self.refit = refit
-        self.loss = loss
-        self.fit_intercept = fit_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-        self.class_weight = class_weight
-        self.precision = precision
-        self.memory_budget = memory_budget
-        self.verbose = verbose
+        self.Cs, self.cv, self.scoring, self.refit = Cs, cv, scoring, refit
+        self.loss, self.fit_intercept, self.class_weight, self.precision = loss, fit_intercept, class_weight, precision
+        self.tol, self.max_iter, self.memory_budget, self.verbose = tol, max_iter, memory_budget, verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> SoftmaxRegressionCV:
         """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
@@ -110,11 +101,14 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         Raises ``ValueError`` for arguments that cannot be used, and warns of fits that have not converged
         (``ConvergenceWarning``) and of scores that are NaN.
         """
-        self._require("tol")
+        self._check_parameters(C=1.0)
         Cs = self._grid()
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)
-        options = self._options(source, weights)
+        options = self._options()
+        options["coordinates"] = coordinates_of(
+            source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
+        )
         score = self._scorer(data, y, weighted=sample_weight is not None)
         scores: list[list[float]] = []
         heads: list[tuple[Tensor, Tensor]] = []  # sums over the folds, for each C or for the best one
@@ -129,14 +123,15 @@ class SoftmaxRegressionCV(SoftmaxRegression):
             heads = [(w + dw, b + db) for (w, b), (dw, db) in zip(heads, kept, strict=True)] if heads else kept
         self.Cs_, self.scores_, self.classes_ = np.array(Cs), np.array(scores), data.classes
         self._warn_of_folds(unconverged)
-        self.mean_scores_ = _mean_over_folds(self.scores_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the mean of a C without a number, which is NaN
+            self.mean_scores_ = np.asarray(np.nanmean(self.scores_, axis=0))
         means = [(weight / len(scores), bias / len(scores)) for weight, bias in heads]
         if self.refit:
             best = _best(self.mean_scores_)
             self.C_ = Cs[best]
             fit = fit_head(source, C=self.C_, sample_weight=weights, start=means[best], **options)
-            warn_unless_converged(fit, self)
-            self._keep(fit, like=X)
+            self._keep(fit, data.classes, like=X)
             steps += fit.iterations
         else:
             self.C_ = float(np.mean([Cs[_best(of_fold)] for of_fold in self.scores_]))
@@ -152,24 +147,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         if self.scoring is None or y is None:
             return super().score(X, y, sample_weight)
         check_is_fitted(self)
-        rows, weight = (given.detach().cpu().numpy() if isinstance(given, Tensor) else given
-                        for given in (X, sample_weight))  # fmt: skip
-        return _Scoring(self.scoring, self.classes_)(self, rows, self._labels(y), weight)
-
-    def _options(self, source: Source, weights: Tensor) -> dict[str, Any]:
-        """Return the options of every fit."""
-        return {
-            "loss": self.loss,
-            "fit_intercept": self.fit_intercept,
-            "tol": float(self.tol),
-            "max_iter": int(self.max_iter),
-            "precision": self.precision,
-            "memory_budget": self.memory_budget,
-            "on_step": print if self.verbose else lambda step: None,
-            "coordinates": coordinates_of(
-                source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
-            ),
-        }
+        return _Scoring(self.scoring, self.classes_)(self, to_numpy(X), self._labels(y), to_numpy(sample_weight))
 
     def _warn_of_folds(self, unconverged: int) -> None:
         if unconverged:
@@ -180,12 +158,10 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 stacklevel=3,
             )
         if undefined := int(np.isnan(self.scores_).sum()):
-            warnings.warn(
+            warn_caller(
                 f"scoring {self.scoring!r} is NaN for {undefined} of the {self.scores_.size} fits to the folds, as "
                 "where one lacks a class: the means are over the others, and without any the first C is taken. "
-                "Give folds that have every class, or another scorer",
-                UserWarning,
-                stacklevel=3,
+                "Give folds that have every class, or another scorer"
             )
 
     def _grid(self) -> list[float]:
@@ -201,7 +177,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         """Yield the numbers of the rows to fit and of those to score, which may occur several times."""
         numbers = np.arange(data.source.rows)
         if groups is not None:
-            groups = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+            groups = np.asarray(to_numpy(groups))
             if groups.shape != numbers.shape:
                 raise ValueError(f"groups must have one entry for each of {len(numbers)} rows; got {groups.shape}")
         y = np.zeros(len(numbers)) if data.labels is None else data.labels
@@ -263,13 +239,6 @@ class _Scoring:
 def _best(scores: Any) -> int:
     """Return the place of the largest score; NaN is the worst."""
     return int(np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.finfo(np.float64).max).argmax())
-
-
-def _mean_over_folds(scores: Array) -> Array:
-    """Return the mean score of each C over the folds where it is not NaN, or NaN if there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing
-        return np.asarray(np.nanmean(scores, axis=0))
 
 
 def _selected(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, Tensor]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
-from softcurve.fit.confusion import ConfusedPair, Confusion
-from softcurve.fit.data.source import RowBlock, Source, TargetKind, rows_within, share_of
+from softcurve.fit.data.source import BlockTarget, RowBlock, Source, TargetKind, rows_within, share_of
 from softcurve.fit.group import Group
-from softcurve.fit.scores import RowScores, ScoreSums
+from softcurve.fit.losses import is_soft, row_losses, target_labels, target_probability
+from softcurve.functional import entropy
 from softcurve.losses.divergences import Divergence
+from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
-__all__ = ["Calibration", "Diagnostics", "HardRow", "diagnose"]
+__all__ = ["Calibration", "ConfusedPair", "Diagnostics", "HardRow", "ScoreSums", "Scores", "diagnose"]
 
 KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
 MOST_CONFUSED = 30
+DENSE_CLASSES = 200  # up to here there is a confusion matrix
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +57,15 @@ class HardRow:
     predicted: int
     probability: float  # of the label
     loss: float
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """``count`` rows of the class ``label`` were predicted as ``predicted``, both given by their numbers."""
+
+    label: int
+    predicted: int
+    count: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,53 +115,128 @@ def diagnose(
     if source.kind is None or share.total == 0:
         raise DataError("data: figures need rows with targets" + ("" if share.total else ", and there are no rows"))
     weight, bias = weight.double(), bias.double()
-    confusion, sums, calibration = Confusion(len(bias)), ScoreSums(loss), _CalibrationSums(bins)
+    sums, calibration = ScoreSums(loss), torch.zeros(3, bins, dtype=torch.float64)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    counts = csr_array((len(bias), len(bias)), dtype=np.int64)  # never more pairs of classes than rows
     hard = _HardestRows(hardest, weight.shape[1])
     with share.group.agreed():
         for block in source.blocks(rows_at_once or rows_within(*weight.shape)):
             assert block.target is not None
             scores = sums.add(torch.addmm(bias, block.features.double(), weight.T), block.target)
-            confusion.add(scores.label, scores.predicted)
-            calibration.add(scores)
+            ones = torch.ones_like(scores.confidence)
+            pairs = scores.label.numpy(), scores.predicted.numpy()
+            counts = counts + csr_array((ones.long().numpy(), pairs), shape=counts.shape)
+            columns = torch.stack([ones, scores.confidence, scores.target_at_predicted])
+            # An edge belongs to the bin below.
+            calibration.index_add_(1, torch.bucketize(scores.confidence, edges), columns)
             hard.add(block, scores)
-    for part in (sums, confusion, calibration, hard):
-        part.add_processes(share.group)
+    sums.add_processes(share.group)
+    with share.group.summed(calibration):
+        pass
+    first, *others = share.group.values(counts)
+    counts = sum(others, first)
+    hard.add_processes(share.group)
+    in_bin, confidence, accuracy = calibration
+    error = (accuracy - confidence).abs().sum() / in_bin.sum()
     return Diagnostics(
         rows=sums.rows,
         kind=source.kind,
         **asdict(sums.means()),
-        calibration=calibration.means(),
-        support=confusion.support,
-        predicted=confusion.predicted,
-        correct=confusion.correct,
-        matrix=confusion.matrix,
-        confused=confusion.most_confused(MOST_CONFUSED),
+        calibration=Calibration(in_bin.long(), confidence / in_bin, accuracy / in_bin, error.item()),  # 0/0 is NaN
+        support=torch.as_tensor(counts.sum(1)),
+        predicted=torch.as_tensor(counts.sum(0)),
+        correct=torch.as_tensor(counts.diagonal()),
+        matrix=torch.as_tensor(counts.toarray()) if len(bias) <= DENSE_CLASSES else None,
+        confused=_most_confused(counts),
         hardest=tuple(hard.rows),
         hardest_features=hard.features,
     )
 
 
-class _CalibrationSums:
-    """Sums over the rows of each bin of confidence."""
+def _most_confused(counts: csr_array) -> tuple[ConfusedPair, ...]:
+    """Return the pairs of different classes that occur most often; of equals, the first in order of the classes."""
+    pairs = counts.tocoo()
+    wrong = np.flatnonzero(pairs.row != pairs.col)
+    order = wrong[np.lexsort((pairs.col[wrong], pairs.row[wrong], -pairs.data[wrong]))][:MOST_CONFUSED]
+    return tuple(ConfusedPair(int(pairs.row[i]), int(pairs.col[i]), int(pairs.data[i])) for i in order)
 
-    def __init__(self, bins: int) -> None:
-        self.edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-        self.counts, self.confidence, self.accuracy = torch.zeros(3, bins, dtype=torch.float64)
 
-    def add(self, scores: RowScores) -> None:
-        places = torch.bucketize(scores.confidence, self.edges)  # an edge belongs to the bin below
-        self.counts.index_add_(0, places, torch.ones_like(scores.confidence))
-        self.confidence.index_add_(0, places, scores.confidence)
-        self.accuracy.index_add_(0, places, scores.target_at_predicted)
+@dataclass(frozen=True)
+class Scores:
+    """Means over rows, in nats: see :class:`Diagnostics`."""
+
+    loss: float
+    accuracy: float
+    kl: float | None  # D(target‖model); None for labels
+    entropy: float
+    brier: float
+
+
+class RowScores(NamedTuple):
+    """The scores of each row of a block; ``target_at_predicted`` is the target's probability of the predicted class."""
+
+    loss: Float64[Tensor, " rows"]
+    kl: Float64[Tensor, " rows"] | None
+    entropy: Float64[Tensor, " rows"]
+    squared_el2n: Float64[Tensor, " rows"]
+    confidence: Float64[Tensor, " rows"]
+    label_probability: Float64[Tensor, " rows"]
+    label: Int64[Tensor, " rows"]
+    predicted: Int64[Tensor, " rows"]
+    target_at_predicted: Float64[Tensor, " rows"]
+
+
+class ScoreSums:
+    """Sums of the scores over the rows of all blocks so far; ``loss`` is the name of the loss."""
+
+    def __init__(self, loss: str | Divergence) -> None:
+        self.loss = loss
+        self.rows = 0
+        self.soft = False
+        self._totals = torch.zeros(5, dtype=torch.float64)
+
+    def add(self, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> RowScores:
+        """Score the rows of a block, and add their scores; the most probable class of a soft target is its label."""
+        scores = _row_scores(self.loss, logits, target)
+        self.rows += len(logits)
+        self.soft = scores.kl is not None
+        right = scores.label == scores.predicted
+        columns = (scores.loss, right, scores.kl, scores.entropy, scores.squared_el2n)
+        self._totals += torch.stack([torch.zeros(()) if each is None else each.double().sum() for each in columns])
+        return scores
 
     def add_processes(self, group: Group) -> None:
-        with group.summed(self.counts, self.confidence, self.accuracy):
+        """Add the sums over the rows of all other processes."""
+        rows = torch.tensor([self.rows, self.soft], dtype=torch.float64)
+        with group.summed(self._totals, rows):
             pass
+        self.rows, self.soft = int(rows[0]), bool(rows[1])
 
-    def means(self) -> Calibration:
-        confidence, accuracy = self.confidence / self.counts, self.accuracy / self.counts  # 0/0 is NaN
-        error = (self.accuracy - self.confidence).abs().sum() / self.counts.sum()
-        return Calibration(self.counts.long(), confidence, accuracy, error.item())
+    def means(self) -> Scores:
+        """Return the means over the rows, of which there must be one."""
+        loss, accuracy, kl, mean_entropy, brier = (self._totals / self.rows).tolist()
+        return Scores(loss, accuracy, kl if self.soft else None, mean_entropy, brier)
+
+
+def _row_scores(loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> RowScores:
+    losses, label = row_losses(loss, logits, target).double(), target_labels(target)
+    kl = None
+    if is_soft(target):
+        kl = losses if loss == "forward_kl" else row_losses("forward_kl", logits, target).double()
+    p = logits.softmax(-1)
+    confidence, predicted = p.max(-1)
+    label_probability = p.gather(-1, label[:, None]).squeeze(-1)
+    if isinstance(target, TopK):  # the bucket of a list is one outcome
+        model, teacher = target.against(logits)
+        residual = model.softmax(-1).sub_(teacher.double().softmax(-1))
+    elif target.is_floating_point():
+        residual = p.sub_(target)
+    else:
+        residual = p.scatter_add_(-1, label[:, None], torch.full_like(label_probability, -1.0)[:, None])
+    return RowScores(
+        losses, kl, entropy(logits), residual.square_().sum(-1), confidence, label_probability, label, predicted,
+        target_probability(target, predicted, logits.shape[-1]),
+    )  # fmt: skip
 
 
 class _HardestRows:

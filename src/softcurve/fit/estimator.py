@@ -20,9 +20,9 @@ from torch import Tensor
 
 from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.source import Source, rows_within
-from softcurve.fit.fitting import Fit, fit_head
+from softcurve.fit.fitting import Fit, check_options, fit_head
+from softcurve.fit.losses import target_labels
 from softcurve.fit.solver.newton import Step
-from softcurve.fit.targets import target_labels
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
@@ -95,16 +95,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         memory_budget: int | None = None,
         verbose: bool = False,
     ) -> None:
-        self.C = C
-        self.loss = loss
-        self.fit_intercept = fit_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-        self.class_weight = class_weight
-        self.warm_start = warm_start
-        self.precision = precision
-        self.memory_budget = memory_budget
-        self.verbose = verbose
+        self.C, self.loss, self.fit_intercept, self.class_weight = C, loss, fit_intercept, class_weight
+        self.tol, self.max_iter, self.warm_start, self.precision = tol, max_iter, warm_start, precision
+        self.memory_budget, self.verbose = memory_budget, verbose
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -117,28 +110,39 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ``ValueError`` for arguments that cannot be used. Warns (``ConvergenceWarning``) if ``max_iter`` steps
         were not enough, or if the loss has no minimum because separable classes are fitted without a penalty.
         """
-        self._require("C", "tol")
+        self._check_parameters(self.C)
         data = training_data(self, X, y, sample_weight)
         source, weights = class_weighted(self, data)
-        fit = fit_head(
-            source,
-            loss=self.loss,
-            C=float(self.C),
-            fit_intercept=self.fit_intercept,
-            sample_weight=weights,
-            tol=float(self.tol),
-            max_iter=int(self.max_iter),
-            precision=self.precision,
-            memory_budget=self.memory_budget,
-            start=self._start(data.classes) if self.warm_start else None,
-            on_step=print if self.verbose else lambda step: None,
-        )
-        warn_unless_converged(fit, self)
-        self.classes_ = data.classes
-        self._keep(fit, like=X)
+        start = self._start(data.classes) if self.warm_start else None
+        fit = fit_head(source, C=float(self.C), sample_weight=weights, start=start, **self._options())
+        self._keep(fit, data.classes, like=X)
         return self
 
-    def _keep(self, fit: Fit, *, like: Any) -> None:
+    def _options(self) -> dict[str, Any]:
+        """Return the options of :func:`fit_head` that do not depend on the rows."""
+        return {
+            **{name: getattr(self, name) for name in ("loss", "fit_intercept", "precision", "memory_budget")},
+            "tol": float(self.tol), "max_iter": int(self.max_iter),
+            "on_step": print if self.verbose else lambda step: None,
+        }  # fmt: skip
+
+    def _keep(self, fit: Fit, classes: Array, *, like: Any) -> None:
+        """Set the fitted attributes. Warn if the objective has no minimum, or if the fit has not reached it."""
+        message = ""
+        if fit.separated:
+            message = (
+                "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls "
+                f"forever as the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a "
+                "finite C"
+            )
+        elif not fit.converged:
+            message = (
+                f"the fit has not converged: the largest entry of the gradient is {fit.gradient_max:.1e} and tol "
+                f"{self.tol:.1e}; {fit.reason}"
+            )
+        if message:
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        self.classes_ = classes
         self._keep_head(fit.weight, fit.bias, like=like)
         self.n_iter_ = np.array([fit.iterations], dtype=np.int32)
         self.objective_, self.gradient_max_, self.history_ = fit.objective, fit.gradient_max, fit.history
@@ -152,16 +156,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the head of the last fit if it has the same classes and features and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
-        weight, bias = self._head()
+        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
+        if len(classes) == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
         return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
-
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias in float64, with a row for each class."""
-        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
-        if len(self.classes_) == 2:
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        return weight, bias
 
     @overload
     def decision_function(self, X: Tensor) -> Tensor: ...
@@ -213,28 +212,17 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         require_dense(y)
         if has_soft_targets(y):
             return np.asarray(np.asarray(self.classes_)[most_probable(y)])
-        return y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+        return np.asarray(to_numpy(y))
 
-    def _require(self, *positive: str) -> None:
-        for name in positive:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, float | int | np.number) or not value > 0:
-                raise ValueError(f"{name} must be a positive number; got {value!r}")
-        if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 0:
-            raise ValueError(f"max_iter must be an integer of 0 or more; got {self.max_iter!r}")
+    def _check_parameters(self, C: Any) -> None:
+        check_options(C, self.tol, self.max_iter, self.precision, self.memory_budget)
         if not isinstance(self.fit_intercept, bool | np.bool_):
             raise ValueError(f"fit_intercept must be True or False; got {self.fit_intercept!r}")
-        if self.memory_budget is not None and not isinstance(self.memory_budget, int | np.integer):
-            raise ValueError(f"memory_budget must be an integer number of bytes, or None; got {self.memory_budget!r}")
         if not (self.class_weight is None or self.class_weight == "balanced" or isinstance(self.class_weight, dict)):
             raise ValueError(f'class_weight must be a dict of labels, "balanced" or None; got {self.class_weight!r}')
-        if isinstance(self.class_weight, dict):
-            for label, weight in self.class_weight.items():
-                if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
-                    raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
-
-
-# --- arguments ----------------------------------------------------------------------------------------------------
+        for label, weight in self.class_weight.items() if isinstance(self.class_weight, dict) else ():
+            if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
+                raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +247,7 @@ def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Trainin
         target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
         source: Source = to_source(rows, target, features_name="X", target_name="y")
         return TrainingData(rows, source, np.arange(len(source.classes)), None, weights)
-    labels = column_or_1d(y.detach().cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
+    labels = column_or_1d(to_numpy(y), warn=True)
     check_consistent_length(rows, labels)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise ValueError("Input y contains NaN or infinity; drop or mend such rows")
@@ -270,9 +258,8 @@ def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> Trainin
             f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
             f"one class: {classes.tolist()[0]!r}"
         )
-    source = to_source(
-        rows, index.astype(np.int64), classes=tuple(range(len(classes))), features_name="X", target_name="y"
-    )
+    names, index = tuple(range(len(classes))), index.astype(np.int64)
+    source = to_source(rows, index, classes=names, features_name="X", target_name="y")
     return TrainingData(rows, source, classes, labels, weights)
 
 
@@ -333,11 +320,8 @@ def require_dense(y: Any) -> None:
 
 def has_soft_targets(y: Any) -> bool:
     """Whether targets are distributions or lists, and not labels."""
-    return (
-        isinstance(y, TopK)
-        or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
-        or (isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1)
-    )
+    nested = isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1
+    return nested or isinstance(y, TopK) or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
 
 
 def most_probable(y: Any) -> Array:
@@ -372,12 +356,14 @@ def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
         yield block.features.clone()
 
 
+def to_numpy(value: Any) -> Any:
+    """Return a tensor as an array, and anything else as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
 def to_tensor(array: Any) -> Tensor:
     """Return an array as a tensor. A read-only array is copied, because torch warns of it."""
     return torch.as_tensor(np.require(array, requirements=["C", "W"]) if isinstance(array, np.ndarray) else array)
-
-
-# --- results ------------------------------------------------------------------------------------------------------
 
 
 def as_given(result: Tensor, like: Any) -> Array | Tensor:
@@ -385,21 +371,3 @@ def as_given(result: Tensor, like: Any) -> Array | Tensor:
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
     return result if isinstance(like, Tensor) else result.numpy()
-
-
-def warn_unless_converged(fit: Fit, estimator: Any) -> None:
-    """Warn if the objective has no minimum, or if the fit has not reached it."""
-    if fit.separated:
-        warnings.warn(
-            "the classes can be separated, and without a penalty (C = inf) the loss has no minimum: it falls forever "
-            f"as the weights grow; the fit ended where the gradient was {fit.gradient_max:.1e}. Give a finite C",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
-    elif not fit.converged:
-        warnings.warn(
-            f"the fit has not converged: the largest entry of the gradient is {fit.gradient_max:.1e} and tol "
-            f"{estimator.tol:.1e}; {fit.reason}",
-            ConvergenceWarning,
-            stacklevel=3,
-        )

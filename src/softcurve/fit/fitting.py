@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,16 @@ from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
-from softcurve.fit.losses import check_loss
+from softcurve.fit.losses import check_loss, target_labels, target_probability
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
-from softcurve.fit.solver.newton import NewtonOutcome, State, Step, minimise
+from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
-from softcurve.fit.targets import target_labels, target_probability
 from softcurve.losses.divergences import Divergence
+from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
-__all__ = ["Fit", "coordinates_of", "fit_head", "is_number", "own_part"]
+__all__ = ["Fit", "check_options", "coordinates_of", "fit_head", "regularisation_path"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -117,7 +118,7 @@ def fit_head(
     :class:`~softcurve.fit.group.LostProcess` if a process ends or does not answer within the timeout of the group.
     """
     if group is not None:
-        source, sample_weight = own_part(source, sample_weight, group, start=start, coordinates=coordinates)
+        source, sample_weight = _own_part(source, sample_weight, group, start=start, coordinates=coordinates)
     share, classes = share_of(source), len(source.classes)
     options: dict[str, object] = {"loss": loss, "C": C, "fit_intercept": fit_intercept, "precision": precision}
     others = {"tol": tol, "max_iter": max_iter, "memory_budget": memory_budget, "checkpoint": checkpoint}
@@ -125,43 +126,75 @@ def fit_head(
     if source.kind is None:
         raise DataError("the rows must have targets to fit a head to; give labels, distributions or lists")
     check_loss(loss, source.kind)
-    _check_options(C, tol, max_iter, precision, memory_budget)
-    _check_start(start, classes, source.width)
+    check_options(C, tol, max_iter, precision, memory_budget)
+    if start is not None:
+        _check_start(start, classes, source.width)
     weights, total = _weights(sample_weight, source)
-    budget = _budget(source, memory_budget)
-    rows_at_once = _rows_at_once(source, classes, budget)
-    penalty = (2.0 if classes == 2 else 1.0) / (C * total)
+    budget, rows_at_once = _memory(source, memory_budget)
     work = share.total * source.width * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
     with _threads(work, share.group):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
-        _check_coordinates(coordinates, source.width, fit_intercept)
-        problem = FitProblem(source, weights, loss, penalty, rows_at_once)
+        elif len(coordinates.mean) != source.width or coordinates.intercept != fit_intercept:
+            raise DataError(
+                f"coordinates must be of {source.width} features and fit_intercept {fit_intercept}; got "
+                f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
+            )
+        problem = FitProblem(source, weights, loss, (2.0 if classes == 2 else 1.0) / (C * total), rows_at_once)
         objective = Objective(problem, coordinates)
-        curvature_in = partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product)
         cold = partial(_cold_state, objective, total, double=double)
         keeper, state = Keeper(share.group, on_step), None
         if checkpoint is not None:
             identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
-            identity |= _digests(source, weights)
+            whole_weights = share.group.gathered(weights)
+            identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
             state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
-        if state is None:
-            state = cold() if start is None else _warm_state(objective, *start, double=double)
+        if state is None and start is not None:
+            state = State(coordinates.parameters(*(part.double() for part in start)), WARM_DAMPING, double=double)
         with keeper.running(checkpoint):
-            outcome = minimise(
-                objective, curvature_in, state, tol=tol, max_iter=max_iter, memory_of_blocks=int(FOR_BLOCKS * budget),
-                on_step=keeper.note, cold=None if start is None else cold,
+            newton = Newton(
+                objective,
+                partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product),
+                cold() if state is None else state,
+                tol=tol, memory_of_blocks=int(FOR_BLOCKS * budget), cold=None if start is None else cold,
             )  # fmt: skip
-        return _fit_of(outcome, objective)
+            converged, reason = newton.run(max_iter, keeper.note)
+        weight, bias = coordinates.head(newton.point.parameters)
+        history = newton.state.history
+        return Fit(
+            weight, bias, newton.point.value, newton.point.gradient_max, iterations=len(history) - 1,
+            products=history[-1].products, converged=converged, reason=reason,
+            separated=not problem.penalty and _separates(problem, weight, bias), history=history,
+        )  # fmt: skip
+
+
+def regularisation_path(source: Source, Cs: Sequence[float], **options: Any) -> tuple[Fit, ...]:
+    """Return ``tuple(fit_head(source, C=C, **options) for C in Cs)``, each fit started from that of the next smaller C.
+
+    The fits are in the order of ``Cs``, and share the coordinates. A ``start`` is that of the smallest C. Raises
+    DataError for a C that is no inverse strength, and wherever ``fit_head`` does.
+    """
+    if not len(Cs) or not all(_is_number(C) and C > 0 for C in Cs):
+        raise DataError(f"Cs must be positive numbers, or inf for no penalty, and at least one; got {list(Cs)}")
+    if options.get("checkpoint") is not None:
+        raise DataError("checkpoint must be left out of a path: it holds one fit; give it to a fit of its own")
+    if (group := options.pop("group", None)) is not None:
+        weights, start, coordinates = (options.get(name) for name in ("sample_weight", "start", "coordinates"))
+        source, options["sample_weight"] = _own_part(source, weights, group, start=start, coordinates=coordinates)
+    shared: dict[str, Any] = {name: options[name] for name in ("fit_intercept", "memory_budget") if name in options}
+    require_same(share_of(source).group, {"Cs": list(Cs)} | shared, SAME)
+    if options.get("coordinates") is None:
+        options["coordinates"] = coordinates_of(source, sample_weight=options.get("sample_weight"), **shared)
+    fits: dict[int, Fit] = {}
+    for index in sorted(range(len(Cs)), key=lambda index: Cs[index]):
+        fits[index] = fit = fit_head(source, C=Cs[index], **options)
+        options["start"] = fit.weight, fit.bias
+    return tuple(fits[index] for index in range(len(Cs)))
 
 
 def coordinates_of(
-    source: Source,
-    *,
-    fit_intercept: bool = True,
-    sample_weight: Tensor | None = None,
-    memory_budget: int | None = None,
+    source: Source, *, fit_intercept: bool = True, sample_weight: Tensor | None = None, memory_budget: int | None = None
 ) -> Coordinates:
     """Return the coordinates that :func:`fit_head` finds first, from a pass over the rows and an eigendecomposition.
 
@@ -169,19 +202,15 @@ def coordinates_of(
     """
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
-    rows_at_once = _rows_at_once(source, classes, _budget(source, memory_budget))
+    _, rows_at_once = _memory(source, memory_budget)
     with _threads(share.total * source.width * classes, share.group):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 
 
-def own_part(
-    source: Source,
-    sample_weight: Tensor | None,
-    group: ProcessGroup,
-    *,
-    start: tuple[Tensor, Tensor] | None = None,
-    coordinates: Coordinates | None = None,
-) -> tuple[Source, Float[Tensor, " rows"] | None]:
+def _own_part(
+    source: Source, sample_weight: Tensor | None, group: ProcessGroup, *, start: tuple[Tensor, Tensor] | None,
+    coordinates: Coordinates | None,
+) -> tuple[Source, Float[Tensor, " rows"] | None]:  # fmt: skip
     """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
 
     The other arguments are only compared with those of the other processes.
@@ -194,12 +223,16 @@ def own_part(
     require_same(share.group, {name: _described(tensors) for name, tensors in compared.items()}, SAME)
     if weights is None:
         return part, None
-    if weights.shape != (share.total,):
-        raise DataError(f"sample_weight must have one entry for each of {share.total} rows; got {tuple(weights.shape)}")
+    _require_length(weights, share.total)
     return part, weights[share.first : share.first + part.rows]
 
 
-def is_number(value: object) -> bool:
+def _require_length(weights: Tensor, rows: int) -> None:
+    if weights.shape != (rows,):
+        raise DataError(f"sample_weight must have one entry for each of {rows} rows; got {tuple(weights.shape)}")
+
+
+def _is_number(value: object) -> bool:
     """Whether a value is a real number other than a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -210,22 +243,21 @@ def _described(tensors: Sequence[Tensor | None]) -> str | None:
     return f"a tensor of shape {shapes} with digest {digest(*present)}" if present else None
 
 
-def _check_options(C: float, tol: float, max_iter: int, precision: str, memory_budget: int | None) -> None:
-    if not (is_number(C) and C > 0):
+def check_options(C: Any, tol: Any, max_iter: Any, precision: Any, memory_budget: Any) -> None:
+    """Raise DataError for an option of :func:`fit_head` that cannot be used."""
+    if not (_is_number(C) and C > 0):
         raise DataError(f"C must be a positive number; got {C!r} (inf is no penalty)")
-    if not (is_number(tol) and math.isfinite(tol) and tol > 0):
+    if not (_is_number(tol) and math.isfinite(tol) and tol > 0):
         raise DataError(f"tol must be a positive number; got {tol!r}")
-    if isinstance(max_iter, bool) or not (isinstance(max_iter, int) and max_iter >= 0):
+    if not (_is_number(max_iter) and isinstance(max_iter, Integral) and int(max_iter) >= 0):
         raise DataError(f"max_iter must be an integer of 0 or more; got {max_iter!r}")
     if precision not in ("auto", "mixed", "float64"):
         raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")
-    if memory_budget is not None and not (is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
+    if memory_budget is not None and not (_is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
 
 
-def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) -> None:
-    if start is None:
-        return
+def _check_start(start: tuple[Tensor, Tensor], classes: int, width: int) -> None:
     shapes = [tuple(tensor.shape) for tensor in start]
     if shapes != [(classes, width), (classes,)]:
         raise DataError(
@@ -236,14 +268,6 @@ def _check_start(start: tuple[Tensor, Tensor] | None, classes: int, width: int) 
         raise DataError("start must be finite; leave it out to start from zeros")
 
 
-def _check_coordinates(coordinates: Coordinates, width: int, fit_intercept: bool) -> None:
-    if len(coordinates.mean) != width or coordinates.intercept != fit_intercept:
-        raise DataError(
-            f"coordinates must be of {width} features and fit_intercept {fit_intercept}; got "
-            f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
-        )
-
-
 def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tensor, " rows"], float]:
     """Return the weights of these rows divided by the sum of the weights of all rows; and that sum."""
     share = share_of(source)
@@ -251,10 +275,7 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
         return torch.full((source.rows,), 1.0 / share.total, dtype=torch.float64), float(share.total)
     weights = torch.as_tensor(sample_weight).double()
     with share.group.agreed():
-        if weights.shape != (source.rows,):
-            raise DataError(
-                f"sample_weight must have one entry for each of {source.rows} rows; got {tuple(weights.shape)}"
-            )
+        _require_length(weights, source.rows)
     whole = torch.cat(share.group.gathered(weights))  # so that the sum is rounded as in one process
     total = float(whole.sum())
     if not (whole.isfinite().all() and (whole >= 0).all() and 1e-200 < total < 1e200):
@@ -265,18 +286,12 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
     return weights / total, total
 
 
-def _digests(source: Source, weights: Tensor) -> dict[str, str]:
-    """Return digests of the rows and the weights of all processes."""
-    return {"rows": source.fingerprint[:16], "weights": digest(*share_of(source).group.gathered(weights))}
-
-
-def _budget(source: Source, memory_budget: int | None) -> int:
-    return (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
-
-
-def _rows_at_once(source: Source, classes: int, budget: int) -> int:
-    within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * source.width)
-    return max(1, min(source.rows, within_budget, max(FEWEST_ROWS, TILE // (classes + source.width))))
+def _memory(source: Source, memory_budget: int | None) -> tuple[int, int]:
+    """Return the memory budget in bytes, and the largest number of rows in a block."""
+    budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+    width, classes = source.width, len(source.classes)
+    within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * width)
+    return budget, max(1, min(source.rows, within_budget, max(FEWEST_ROWS, TILE // (classes + width))))
 
 
 @contextmanager
@@ -294,11 +309,6 @@ def _threads(work: int, group: Group) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _warm_state(objective: Objective, weight: Tensor, bias: Tensor, *, double: bool) -> State:
-    parameters = objective.coordinates.parameters(weight.double(), bias.double())
-    return State(parameters, WARM_DAMPING, math.inf, 0, double, False, ())
-
-
 def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     """Return the start at zero weights and, as bias, the logarithms of the class frequencies."""
     problem, coordinates = objective.problem, objective.coordinates
@@ -307,7 +317,7 @@ def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
         # One more row with equal probabilities keeps the frequencies positive.
         logs = (_class_frequencies(problem) + 1.0 / (total * problem.classes)).log()
         parameters[:, -1] = logs - logs.mean()
-    return State(parameters, FIRST_DAMPING, math.inf, 0, double, False, ())
+    return State(parameters, FIRST_DAMPING, double=double)
 
 
 def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
@@ -315,31 +325,14 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     with problem.group.summed(frequencies):
         for block, weights in problem.blocks():
             assert block.target is not None
-            if not isinstance(block.target, Tensor):
+            if isinstance(block.target, TopK):
                 probs = block.target.log_probs.double().exp() * weights[:, None]
-                frequencies.scatter_add_(0, block.target.indices.flatten(), probs.flatten())
+                frequencies.index_add_(0, block.target.indices.flatten(), probs.flatten())
             elif block.target.is_floating_point():
                 frequencies += weights @ block.target.double()
             else:
-                frequencies.scatter_add_(0, block.target, weights)
+                frequencies.index_add_(0, block.target, weights)
     return frequencies
-
-
-def _fit_of(outcome: NewtonOutcome, objective: Objective) -> Fit:
-    weight, bias = objective.coordinates.head(outcome.point.parameters)
-    history = outcome.state.history
-    return Fit(
-        weight=weight,
-        bias=bias,
-        objective=outcome.point.value,
-        gradient_max=outcome.point.gradient_max,
-        iterations=len(history) - 1,
-        products=history[-1].products,
-        converged=outcome.converged,
-        reason=outcome.reason,
-        separated=not objective.problem.penalty and _separates(objective.problem, weight, bias),
-        history=history,
-    )
 
 
 def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:

@@ -14,7 +14,8 @@ from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.kfac import DenseClassFactor
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, share_of
-from softcurve.fit.targets import concatenated, is_soft, target_rows
+from softcurve.fit.data.subset import rows_of
+from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
@@ -33,7 +34,6 @@ KRONECKER_SIDE = 2048  # the largest number of classes or features whose eigenva
 PROBES, STEPS = 2, 40
 TOLERANCE = 1e-3  # of the largest eigenvalues, relative: finer than a picture shows
 QUANTILES = 400
-
 
 Method = Literal["dense", "products", "kronecker"]
 RESOLUTION: dict[Method, float] = {"dense": 1e-9, "products": 1e-3, "kronecker": 1e-9}
@@ -92,10 +92,8 @@ def curvature_spectrum(
     elif max(classes, width) <= KRONECKER_SIDE:
         method = "kronecker"
     else:
-        return (
-            f"{classes:,} classes of {width:,} features are too many for a quick look; "
-            "softcurve spectrum takes the time that it needs"
-        )
+        too_many = f"{classes:,} classes of {width:,} features are too many for a quick look"
+        return f"{too_many}; softcurve spectrum takes the time that it needs"
     features, target = _sampled(source, sample, seed)
     if not share.group.first:
         return "the first process has it"
@@ -105,37 +103,43 @@ def curvature_spectrum(
         target = nn.functional.one_hot(target, classes).double()
     if isinstance(target, TopK) and target.merges_tail and method == "dense":
         method = "products"  # the outcomes are not the classes
-    weight, bias = weight.double(), None if bias is None else bias.double()
-    head = HeadCurvature(features, weight, target, linear_bias=bias, loss=cast("FitLoss", loss))
+    head = nn.Linear(width, classes, bias=bias is not None, device="meta")  # nothing is drawn
+    head.weight = nn.Parameter(weight.double())
+    if bias is not None:
+        head.bias = nn.Parameter(bias.double())
+    name = cast("FitLoss", loss)
+    streamed = HeadCurvature(features, head.weight, target, linear_bias=head.bias, loss=name)
     if method == "products":
-        largest, nodes, shares = _by_products(features, target, weight, bias, loss, k, seed)
+        operator = GGN(nn.Identity(), head, [(features, target)], loss=name)
+        density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)
+        try:
+            largest = operator.eigsh(min(k, size), tol=TOLERANCE, seed=seed).values.double()
+        except RuntimeError:  # it has not converged: the eigenvalues are too close, or nearly zero
+            largest = density.nodes.new_zeros(0)
+        nodes, order = density.nodes.flatten().sort()
+        shares = density.weights.flatten()[order]
+        shares /= shares.sum()
     else:
-        values = _of_factors(head) if method == "kronecker" else _of_matrix(features, target, weight, bias, loss)
+        values = _of_factors(streamed) if method == "kronecker" else _of_matrix(features, target, head, loss)
         places = torch.linspace(0, size - 1, min(QUANTILES, size)).round().long()
         largest, nodes = values.flip(0)[:k], values[places]
         shares = torch.full_like(nodes, 1 / len(nodes))
-    return CurvatureSpectrum(largest, nodes, shares, head.trace(), size, sample, method, RESOLUTION[method])
+    return CurvatureSpectrum(largest, nodes, shares, streamed.trace(), size, sample, method, RESOLUTION[method])
 
 
-def _of_matrix(
-    features: Float64[Tensor, "rows d"],
-    target: BlockTarget,
-    weight: Float64[Tensor, "classes d"],
-    bias: Float64[Tensor, " classes"] | None,
-    loss: str | Divergence,
-) -> Float64[Tensor, " size"]:
+def _of_matrix(features: Tensor, target: BlockTarget, head: nn.Linear, loss: str | Divergence) -> Tensor:
     """Return all eigenvalues of the mean of ``B ⊗ ẽẽᵀ``, ``B = diag(q) − q pᵀ − p qᵀ + (Σq) p pᵀ``, ``ẽ = [e; 1]``.
 
     ``q`` is ``p² φ″``, or ``p`` if the Hessian of the loss is ``J``.
     """
-    z = nn.functional.linear(features, weight, bias)
+    z = head(features)
     p = z.softmax(-1)
     q, member = p, divergence_of(loss)
     if not member.hessian_is_fisher:
         y = target.distribution_against(z)[1] if isinstance(target, TopK) else target.double()
         q = divergence_second_order(member, GAUSS_NEWTON, softmax.pair(z, y.log())).nan_to_num(0.0)
-    wide = features if bias is None else torch.cat([features, torch.ones_like(features[:, :1])], 1)
-    classes, width = len(weight), wide.shape[1]
+    wide = features if head.bias is None else torch.cat([features, torch.ones_like(features[:, :1])], 1)
+    classes, width = head.out_features, wide.shape[1]
     matrix = p.new_zeros(classes, width, classes, width)
     total = q.sum(1, keepdim=True)
     for j in range(classes):
@@ -148,32 +152,7 @@ def _of_matrix(
     return values.clamp(min=0)
 
 
-def _by_products(
-    features: Float64[Tensor, "rows d"],
-    target: BlockTarget,
-    weight: Float64[Tensor, "classes d"],
-    bias: Float64[Tensor, " classes"] | None,
-    loss: str | Divergence,
-    k: int,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # nothing is drawn
-    head.weight = nn.Parameter(weight)
-    if bias is not None:
-        head.bias = nn.Parameter(bias)
-    operator = GGN(nn.Identity(), head, [(features, target)], loss=cast("FitLoss", loss))
-    size = operator.shape[0]
-    density = operator.spectral_density(probes=PROBES, steps=min(STEPS, size), seed=seed)
-    try:
-        largest = operator.eigsh(min(k, size), tol=TOLERANCE, seed=seed).values.double()
-    except RuntimeError:  # it has not converged: the eigenvalues are too close, or nearly zero
-        largest = density.nodes.new_zeros(0)
-    nodes, order = density.nodes.flatten().sort()
-    shares = density.weights.flatten()[order]
-    return largest, nodes, shares / shares.sum()
-
-
-def _of_factors(head: HeadCurvature) -> Float64[Tensor, " size"]:
+def _of_factors(head: HeadCurvature) -> Tensor:
     """Return the eigenvalues of ``B ⊗ A``, which are the products of the eigenvalues of ``B`` and of ``A``."""
     factors = head.kfac(form="dense")
     assert isinstance(factors.form, DenseClassFactor)
@@ -186,13 +165,12 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
     share = share_of(source)
     drawn = np.random.default_rng(seed).choice(share.total, rows, replace=False, shuffle=False)  # holds only those
     wanted = torch.from_numpy(drawn).sort().values - share.first
-    parts: list[tuple[Tensor, Tensor | TopK]] = []
+    parts: list[tuple[Tensor, BlockTarget | None]] = []
     with share.group.agreed():
         for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
-                assert block.target is not None
-                parts.append((block.features[here].double(), target_rows(block.target, here)))
+                parts.append((block.features[here].double(), rows_of(block.target, here)))
             if block.start + len(block) > wanted[-1]:
                 break
     parts = [part for of_process in share.group.values(parts) for part in of_process]

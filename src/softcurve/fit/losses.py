@@ -1,17 +1,20 @@
-"""The losses that a head can be fitted with, on the logits of some rows."""
+"""The losses of a block of rows that a head can be fitted with, and parts of the targets of a block."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, RowBlock, TargetKind
 from softcurve.functional import cross_entropy, divergence
 from softcurve.losses.divergences import LOSS_NAMES, CrossEntropy, Divergence, ForwardKL, divergence_of
-from softcurve.losses.targets import Probabilities, Target
+from softcurve.losses.targets import Probabilities, Target, TopK
 
-__all__ = ["check_loss", "refuse_zeros", "row_losses"]
+__all__ = ["check_loss", "concatenated", "is_soft", "refuse_zeros", "row_losses", "target_labels", "target_probability"]
 
 
 def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
@@ -28,10 +31,8 @@ def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
 def refuse_zeros(loss: str | Divergence, block: RowBlock, weights: Float64[Tensor, " rows"] | None = None) -> None:
     """Raise DataError where a row of positive weight has a target of 0 and the loss is infinite there, as ``p > 0``."""
     target = block.target
-    if (
-        not isinstance(target, Tensor)
-        or not target.is_floating_point()
-        or not divergence_of(loss).is_infinite_off_target
+    if not isinstance(target, Tensor) or not (
+        target.is_floating_point() and divergence_of(loss).is_infinite_off_target
     ):
         return
     zero = (target == 0).any(1)
@@ -62,3 +63,43 @@ def row_losses(
     if type(member) is CrossEntropy:
         return cross_entropy(logits, given, reduction="none")
     return divergence(given, logits, divergence=member, reduction="none")
+
+
+def is_soft(target: BlockTarget) -> bool:
+    """Whether the target is a distribution or a top-k list, and not a label."""
+    return isinstance(target, TopK) or target.is_floating_point()
+
+
+def concatenated(targets: Sequence[BlockTarget | None]) -> BlockTarget:
+    """Return one target of the rows of several targets of the same kind."""
+    lists = [target for target in targets if isinstance(target, TopK)]
+    if lists:
+        indices, log_probs = (torch.cat([getattr(each, name) for each in lists]) for name in ("indices", "log_probs"))
+        return TopK(indices, log_probs, lists[0].tail)
+    return torch.cat([target for target in targets if isinstance(target, Tensor)])
+
+
+def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
+    """Return the most probable class of each row; of equally probable classes, the first."""
+    if isinstance(target, TopK):
+        return target.indices.gather(-1, target.log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    return target.argmax(dim=-1) if target.is_floating_point() else target
+
+
+def target_probability(target: BlockTarget, index: Int64[Tensor, " rows"], classes: int) -> Float64[Tensor, " rows"]:
+    """Return the probability of the class ``index`` in each row's target, which for a label is one or zero.
+
+    The probability that a top-k list leaves to all unlisted classes is divided equally among them.
+    """
+    if isinstance(target, TopK):
+        probs = target.log_probs.double().exp()
+        total = probs.sum(-1)
+        if target.tail == "renormalize":
+            probs, unlisted = probs / total[:, None], torch.zeros_like(total)
+        else:
+            unlisted = (1.0 - total).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
+        listed = target.indices == index[:, None]
+        return torch.where(listed.any(-1), (probs * listed).sum(-1), unlisted)
+    if target.is_floating_point():
+        return target.gather(-1, index[:, None]).squeeze(-1).double()
+    return (target == index).double()

@@ -20,6 +20,8 @@ from softcurve.curvature.algorithms.matrix import SymmetricMatrix, dots, product
 from softcurve.records import dataclass_repr
 from softcurve.warn import warn_caller
 
+Map = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -46,12 +48,12 @@ def solve(
     b: Tensor,
     *,
     damping: float = 0.0,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    preconditioner: Map | None = None,
     tol: float = 1e-6,
     max_iterations: int | None = None,
     x0: Tensor | None = None,
 ) -> Solution:
-    """``x`` of ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
+    """Solve ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
 
     ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite
     matrix near the inverse does. ``x0`` (default zero) is the start, ``max_iterations`` (default ``10 n``) the limit.
@@ -88,15 +90,10 @@ def warn_unless_converged(
 
 
 def conjugate_gradients(
-    matrix: SymmetricMatrix,
-    b: Tensor,
-    damping: float,
-    preconditioner: Callable[[Tensor], Tensor] | None,
-    tol: float,
-    max_iterations: int | None,
-    x0: Tensor | None = None,
-) -> Solution:
-    """As :func:`solve`, without the warning."""
+    matrix: SymmetricMatrix, b: Tensor, damping: float, preconditioner: Map | None, tol: float,
+    max_iterations: int | None, x0: Tensor | None = None,
+) -> Solution:  # fmt: skip
+    """Solve the systems as :func:`solve` does, without the warning."""
     checks.require_between("damping", damping, 0.0, math.inf)
     checks.require_positive("tol", tol)
     max_iterations = 10 * matrix.shape[0] if max_iterations is None else max_iterations
@@ -119,47 +116,80 @@ def _iterate(
     """Improve ``x`` in place; return the iterations, the true relative residuals, and which columns are indefinite."""
     relative = (norms != 0).double()
     indefinite, stale = torch.zeros_like(norms, dtype=torch.bool), torch.zeros_like(norms, dtype=torch.bool)
-    rounding = torch.finfo(x.dtype).eps
     active = norms.nonzero().squeeze(1)
     r = b[:, active]
     if x.any():
-        r = r - system.product(x[:, active])
+        r -= system.product(x[:, active])
         relative[active] = dots(r, r).sqrt() / norms[active]
     keep = relative[active] > tol
-    active, r = active[keep], r[:, keep]
-    p, rho = system.preconditioned(r)
+    active = active[keep]
+    rounding = torch.finfo(x.dtype).eps
+    columns = Recurrence(system.product, system.preconditioned, x[:, active], r[:, keep], rounding=rounding)
     iterations = 0
     while len(active) and iterations < max_iterations:
         iterations += 1
-        q = system.product(p)
-        curvature = dots(p, q)
-        # Below this bound the sign of a curvature is that of rounding errors.
-        flat = curvature <= rounding * (dots(p, p) * dots(q, q)).sqrt()
-        indefinite[active[flat]] = True
-        active, r, p, q = active[~flat], r[:, ~flat], p[:, ~flat], q[:, ~flat]
-        rho, curvature = rho[~flat], curvature[~flat]
-
-        step = (rho / curvature).to(x.dtype)
-        x[:, active] += step * p
-        r = r - step * q
-        stale[active] = True
-        near = dots(r, r).sqrt() <= tol * norms[active]
-        keep = torch.ones_like(near)
+        keep = columns.advance()
+        indefinite[active[~keep]], stale[active[keep]] = True, True
+        near = dots(columns.r, columns.r).sqrt() <= tol * norms[active]
         if near.any():
             checked = active[near]
-            r[:, near] = b[:, checked] - system.product(x[:, checked])
-            true = dots(r[:, near], r[:, near]).sqrt() / norms[checked]
+            columns.r[:, near] = r = b[:, checked] - system.product(columns.x[:, near])
+            true = dots(r, r).sqrt() / norms[checked]
             # A residual that has not halved since it was last computed is as small as the dtype lets it be.
             keep[near] = (true > tol) & (true <= relative[checked] / 2)
             relative[checked], stale[checked] = true, False
-        active, r, p, rho, near = active[keep], r[:, keep], p[:, keep], rho[keep], near[keep]
-        z, fresh = system.preconditioned(r)
-        p = z + torch.where(near, 0.0, fresh / rho).to(x.dtype) * p
-        rho = fresh
+        if not keep.all():
+            x[:, active[~keep]] = columns.x[:, ~keep]
+            active, near = active[keep], near[keep]
+            columns.select(keep)
+        columns.turn(restart=near)
+    x[:, active] = columns.x
     if stale.any():
         r = b[:, stale] - system.product(x[:, stale])
         relative[stale] = dots(r, r).sqrt() / norms[stale]
     return iterations, relative, indefinite
+
+
+class Recurrence:
+    """The recurrence of conjugate gradients on columns that share the products.
+
+    ``x`` are the solutions so far and ``r`` their residuals, both changed in place, ``p`` the directions of the next
+    step, and ``rho`` are ``r·z`` with ``z``, the preconditioned residuals. With another inner product ``dot`` than that
+    of columns, a whole matrix is one vector. ``rounding`` bounds the curvatures ``p·Ap / (‖p‖ ‖Ap‖)`` whose sign is
+    that of rounding errors.
+    """
+
+    def __init__(
+        self, product: Map, preconditioned: Map, x: Tensor, r: Tensor, *, rounding: float = 0.0,
+        dot: Callable[[Tensor, Tensor], Tensor] = dots,
+    ) -> None:  # fmt: skip
+        self.product, self.preconditioned, self.rounding, self.dot = product, preconditioned, rounding, dot
+        self.x, self.r, self.p = x, r, preconditioned(r).clone()
+        self.rho = dot(r, self.p)
+
+    def advance(self) -> Bool[Tensor, "*columns"]:
+        """Move each column along its direction if it has positive curvature there, and return whether it has."""
+        q = self.product(self.p)
+        curvature = self.dot(self.p, q)
+        bound = self.rounding * (self.dot(self.p, self.p) * self.dot(q, q)).sqrt() if self.rounding else 0.0
+        positive, step = curvature > bound, self.rho / curvature
+        if not positive.all():  # also where a product is not finite
+            q, step = torch.where(positive, q, 0.0), torch.where(positive, step, 0.0)
+        step = step.to(q.dtype)
+        self.x.addcmul_(self.p, step)
+        self.r.addcmul_(q, step, value=-1.0)
+        return positive
+
+    def turn(self, restart: Bool[Tensor, "*columns"] | None = None) -> None:
+        """Choose directions conjugate to all earlier ones, or those of steepest descent in ``restart`` columns."""
+        z, last = self.preconditioned(self.r), self.rho
+        self.rho = self.dot(self.r, z)
+        share = self.rho / last if restart is None else torch.where(restart, 0.0, self.rho / last)
+        self.p.mul_(share.to(z.dtype)).add_(z)
+
+    def select(self, columns: Bool[Tensor, "*columns"]) -> None:
+        """Go on with these columns alone."""
+        self.x, self.r, self.p, self.rho = (each[..., columns] for each in (self.x, self.r, self.p, self.rho))
 
 
 @dataclass(eq=False)
@@ -168,19 +198,19 @@ class _DampedSystem:
 
     matrix: SymmetricMatrix
     damping: float
-    preconditioner: Callable[[Tensor], Tensor] | None
+    preconditioner: Map | None
     products: int = 0
 
     def product(self, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """``(A + damping I) p``."""
+        """Return ``(A + damping I) p``, and count its columns."""
         self.products += p.shape[1]
         q = product(self.matrix, p)
         return q + self.damping * p if self.damping else q
 
-    def preconditioned(self, r: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "n k"], Float64[Tensor, " k"]]:
-        """``z = M r`` and ``r·z > 0``."""
+    def preconditioned(self, r: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Return ``z = M r``. Raises ValueError for a result that a positive definite ``M`` does not have."""
         if self.preconditioner is None or r.shape[1] == 0:
-            return r, dots(r, r)
+            return r
         z = self.preconditioner(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
             came = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
@@ -192,11 +222,11 @@ class _DampedSystem:
                 f"preconditioner must be positive definite, got r·Mr = {rho.min().item():.3g} of a residual r; "
                 "leave it out, or damp it"
             )
-        return z, rho
+        return z
 
 
 def _as_columns(name: str, vectors: Tensor, matrix: SymmetricMatrix) -> Float[Tensor, "n k"]:
-    """``(n, k)`` in the working dtype, from ``(n,)`` or ``(n, k)``."""
+    """Return vectors ``(n,)`` or ``(n, k)``, checked, as columns ``(n, k)`` in the working dtype."""
     checks.require_tensor(name, vectors)
     if not vectors.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {vectors.dtype}; convert it with {name}.float()")

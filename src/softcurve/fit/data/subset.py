@@ -16,7 +16,7 @@ from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
 
-__all__ = ["Subset", "holdout_mask", "shared", "split_source"]
+__all__ = ["Subset", "holdout_mask", "rows_of", "shared", "split_source"]
 
 
 class Subset:
@@ -60,7 +60,7 @@ class Subset:
                     buffer = None if buffers is None else buffers[number % 2, : len(index)]
                     features = torch.index_select(block.features, 0, index, out=buffer)
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
-                yield RowBlock(start, features, _rows_of(block.target, index), numbers)
+                yield RowBlock(start, features, rows_of(block.target, index), numbers)
                 start += len(index)
 
 
@@ -105,7 +105,8 @@ def shared(source: Source, group: Group) -> Source:
     return RowSource(source.data, source.classes, index, share)
 
 
-def _rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
+def rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
+    """Return the target of some of the rows."""
     if isinstance(target, TopK):
         return TopK(target.indices[index], target.log_probs[index], target.tail)
     return None if target is None else target[index]

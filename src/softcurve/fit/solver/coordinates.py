@@ -8,7 +8,6 @@ diagonal for every class.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +40,8 @@ class Coordinates:
     mean: Float64[Tensor, " d"]
     basis: Float64[Tensor, "d r"] | None
     intercept: bool
-    moments: Float64[Tensor, " size"] | None = None
-    redundant: Bool[Tensor, " size"] | None = None
+    moments: Float64[Tensor, " size"]
+    redundant: Bool[Tensor, " size"]
 
     @property
     def width(self) -> int:
@@ -56,10 +55,7 @@ class Coordinates:
 
     def penalties(self, penalty: float) -> Float64[Tensor, " size"]:
         """Return the curvature of the penalty for each parameter of a class, which is 0 for the intercept."""
-        penalties = torch.full((self.size,), penalty, dtype=torch.float64)
-        if self.intercept:
-            penalties[-1] = 0.0
-        return penalties
+        return torch.tensor([penalty] * self.width + [0.0] * self.intercept, dtype=torch.float64)
 
     def turned_into(self, out: Float[Tensor, "rows size"], features: Float[Tensor, "rows d"]) -> None:
         """Write ``[u, 1]`` of each row to ``out``."""
@@ -107,13 +103,11 @@ def find_coordinates(
     moments = _Moments(width, pairs=pays)
     first = torch.zeros(2, width, dtype=torch.float64)
     with group.summed(first):
-        for features, weight in _weighted(source, weights, rows_at_once):
-            moments.add(features, weight)
-        first += torch.stack([moments.mean(), moments.squares])
-    mean, squares = first[0].clone(), first[1]
-    if not intercept:
-        mean.zero_()
-    covariance = torch.zeros(width, width, dtype=torch.float64) if pays else torch.zeros(width, dtype=torch.float64)
+        for block in source.blocks(rows_at_once):
+            moments.add(block.features.double(), weights[block.start : block.start + len(block)])
+        first += torch.stack([moments.origin * moments.mass + moments.first, moments.squares])
+    mean, squares = first[0] if intercept else torch.zeros_like(first[0]), first[1]
+    covariance = torch.zeros_like(moments.second)
     with group.summed(covariance):
         covariance += moments.about(mean)
     if not pays:
@@ -127,6 +121,7 @@ def find_coordinates(
 def _coordinates(
     mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor
 ) -> Coordinates:  # fmt: skip
+    """Return coordinates whose moments are those of the axes, from the squares of the columns."""
     moments = squares if basis is None else basis.square().T @ squares
     if intercept:
         moments, redundant = torch.cat([moments, moments.new_ones(1)]), torch.cat([redundant, redundant.new_zeros(1)])
@@ -161,19 +156,13 @@ def _eigh(matrix: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return group.from_first(values), group.from_first(vectors)
 
 
-def _weighted(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for block in source.blocks(rows_at_once):
-        yield block.features.double(), weights[block.start : block.start + len(block)]
-
-
 def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *, turned: bool) -> Coordinates:
     """Return coordinates of the span of fewer rows than features, in which the optimal weight lies."""
     group = share_of(source).group
-    features = torch.zeros(0, source.width, dtype=torch.float64)
+    features = torch.zeros(source.rows, source.width, dtype=torch.float64)
     with group.agreed():
-        features = torch.cat(
-            [features, *(block.features.to(torch.float64, copy=True) for block in source.blocks(rows_at_once))]
-        )
+        for block in source.blocks(rows_at_once):
+            features[block.start : block.start + len(block)] = block.features
     features, weights = torch.cat(group.gathered(features)), torch.cat(group.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     squares = weights @ features.square()
@@ -195,31 +184,24 @@ class _Moments:
     """
 
     def __init__(self, width: int, *, pairs: bool) -> None:
-        self.origin: Tensor | None = None
-        self.mass = 0.0
-        self.first = torch.zeros(width, dtype=torch.float64)
-        self.squares = torch.zeros(width, dtype=torch.float64)
+        self.origin = torch.zeros(width, dtype=torch.float64)
+        self.first, self.squares = torch.zeros_like(self.origin), torch.zeros_like(self.origin)
         self.second = torch.zeros((width, width) if pairs else (width,), dtype=torch.float64)
+        self.mass = 0.0
 
     def add(self, features: Tensor, weights: Tensor) -> None:
-        if self.origin is None:
+        if not self.mass:
             self.origin = features.mean(0)
+        self.mass += float(weights.sum())
         self.squares += weights @ features.square()
         features = features - self.origin
-        self.mass += float(weights.sum())
         self.first += weights @ features
         if self.second.ndim == 2:
             self.second.addmm_(features.T * weights, features)
         else:
             self.second += weights @ features.square()
 
-    def mean(self) -> Tensor:
-        """Return ``Σ w x``, the part of these rows in the mean."""
-        return self.first if self.origin is None else self.origin * self.mass + self.first
-
     def about(self, point: Tensor) -> Tensor:
-        if self.origin is None:
-            return self.second
         # Σ w (x − c)(x − c)ᵀ with δ = c − origin is S − m δᵀ − δ mᵀ + Σw δ δᵀ, m being the first moment.
         delta = point - self.origin
         if self.second.ndim == 1:

@@ -15,20 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64
+from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
+from softcurve.fit.data.subset import rows_of
+from softcurve.fit.group import Group
 from softcurve.fit.solver.coordinates import Coordinates
-from softcurve.fit.solver.negligible_rows import negligible_rows
 from softcurve.fit.solver.objective import FitProblem
-from softcurve.fit.targets import target_rows
 from softcurve.losses.divergences import divergence_of
 from softcurve.losses.targets import TopK
 
-__all__ = ["Curvature", "CurvatureTile"]
+__all__ = ["Curvature", "CurvatureTile", "negligible_rows"]
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
 LEFT_OUT, LEFT_OUT_OF_INTERCEPTS = 0.1, 0.01
+BRANCHES = 256  # candidates that one message compares in the search over the rows of all processes
 
 
 @dataclass(eq=False)
@@ -50,22 +51,16 @@ class Curvature:
     """The matrix at the probabilities last stored. What does not fit in ``memory`` bytes is computed again."""
 
     def __init__(
-        self,
-        problem: FitProblem,
-        coordinates: Coordinates,
-        *,
-        dtype: torch.dtype,
-        memory: int,
+        self, problem: FitProblem, coordinates: Coordinates, *, dtype: torch.dtype, memory: int,
         on_product: Callable[[int], None] = lambda products: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.problem, self.coordinates, self.dtype, self.on_product = problem, coordinates, dtype, on_product
-        self.source, self.classes = problem.source, problem.classes
+        self.source, self.classes, self.group = problem.source, problem.classes, problem.group
         self.scale = divergence_of(problem.loss).curvature_at_agreement
-        self.penalties = coordinates.penalties(problem.penalty)
-        self.damping = 0.0
-        self.products = 0
+        self.penalties, self.damping, self.products = coordinates.penalties(problem.penalty), 0.0, 0
         self.parameters: Tensor | None = None
-        self.all_rows, self.group = share_of(problem.source).total, problem.group
+        self._left_out: Tensor | None = None
+        self.all_rows = share_of(problem.source).total
         source, weights, classes = problem.source, problem.weights, problem.classes
         rows, size = source.rows, coordinates.size
         extremes = (float(weights.max()), -float(weights.min())) if rows else (-math.inf, -math.inf)
@@ -81,7 +76,6 @@ class Curvature:
         self.probabilities = torch.empty(min(rows, left // (classes * dtype.itemsize)), classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
         most = min(problem.rows_at_once, rows)
-        self._left_out: Tensor | None = None
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
         self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, classes, dtype=dtype)
@@ -151,23 +145,20 @@ class Curvature:
     def class_factor(self) -> Float64[Tensor, "classes classes"]:
         """Return the sum of the rows' matrices over the classes."""
         factor = torch.zeros(self.classes, self.classes, dtype=self.dtype)
-        diagonal = torch.zeros(self.classes, dtype=torch.float64)
         wide = torch.zeros_like(factor, dtype=torch.float64)
-        with self.group.summed(wide, diagonal):
+        diagonal = torch.zeros_like(wide[0])
+        with self.group.summed(wide):
             for tile in self._tiles():
                 weighted = tile.weighted(tile.probabilities)
                 factor.addmm_(weighted.T, tile.probabilities, alpha=-self._factor())
                 diagonal += self._factor() * weighted.sum(0)
                 if self.damping:
                     diagonal += self.damping * tile.weighted(_errors(tile)).sum(0)
-            wide.copy_(factor)
-        wide.diagonal().add_(diagonal)
+            wide.copy_(factor).diagonal().add_(diagonal)
         return wide.mul_(self.mean_weight)
 
     def diagonal(
-        self,
-        basis: Float[Tensor, "classes classes"] | None,
-        seen: Callable[[Tensor, Tensor], None] | None = None,
+        self, basis: Float[Tensor, "classes classes"] | None, seen: Callable[[Tensor, Tensor], None] | None = None
     ) -> Float64[Tensor, "classes size"]:
         """Return the diagonal in ``basis`` (the classes by default) ⊗ the axes of the features, with the penalty.
 
@@ -204,24 +195,21 @@ class Curvature:
         """Replace a change ``v`` of the logits by ``w ((1 + τμ) κ J + μ diag|p − y|) v``."""
         p, mu = tile.probabilities, self.damping
         diagonal = factor = self._factor()
-        dense = listed = classes = None
-        if mu:
-            classes, correction = _listed_errors(tile)
-            if classes is None:
-                assert isinstance(tile.target, Tensor)
-                dense = torch.sub(p, tile.target, out=self._error_buffer[: len(p)]).abs_().mul_(mu).mul_(change)
-            else:
-                # |p − y| equals p except for the few classes that a label or a list names.
-                diagonal += mu
-                listed = change.gather(1, classes).mul_(correction).mul_(mu)
+        classes, correction = _listed_errors(tile) if mu else (None, p)
+        damped = None
+        if classes is not None:
+            # |p − y| equals p except for the few classes that a label or a list names.
+            diagonal += mu
+            damped = change.gather(1, classes).mul_(correction).mul_(mu)
+        elif mu:
+            assert isinstance(tile.target, Tensor)
+            damped = torch.sub(p, tile.target, out=self._error_buffer[: len(p)]).abs_().mul_(mu).mul_(change)
         change.mul_(p)
         change.addcmul_(p, change.sum(1, keepdim=True), value=-factor / diagonal)
         if diagonal != 1.0:
             change.mul_(diagonal)
-        if dense is not None:
-            change += dense
-        if listed is not None and classes is not None:
-            change.scatter_add_(1, classes, listed)
+        if damped is not None:
+            change = change.add_(damped) if classes is None else change.scatter_add_(1, classes, damped)
         return change if tile.weights is None else change.mul_(tile.weights)
 
     def _for_tiles(self, parameters: Tensor) -> Tensor:
@@ -240,7 +228,7 @@ class Curvature:
                 if not len(kept):
                     continue
                 numbers, features = kept + start, features[kept]
-                target = None if target is None else target_rows(target, kept)
+                target = rows_of(target, kept)
                 end = int(numbers[-1]) + 1
             stored = self.probabilities[numbers] if end <= len(self.probabilities) else self._softmax(features)
             weights = None if self.weights is None else self.weights[numbers]
@@ -289,13 +277,50 @@ def _listed_errors(tile: CurvatureTile) -> tuple[Tensor | None, Tensor]:
     """Return the classes that a label or a list names, ``(r, k)``, and ``|p − y| − p`` there."""
     target, p = tile.target, tile.probabilities
     if isinstance(target, TopK):
-        y = target.log_probs.to(p.dtype).exp()
+        classes, y = target.indices, target.log_probs.to(p.dtype).exp()
         if target.tail == "renormalize":
-            y = y / y.sum(1, keepdim=True)
-        classes = target.indices
+            y /= y.sum(1, keepdim=True)
     elif isinstance(target, Tensor) and not target.is_floating_point():
         classes, y = target[:, None], p.new_ones(1, 1)
     else:
         return None, p
     listed = p.gather(1, classes)
     return classes, (listed - y).abs_().sub_(listed)
+
+
+def negligible_rows(
+    curvatures: Float64[Tensor, " rows"], most: float, logit_curvatures: Float64[Tensor, " rows"], share: float,
+    group: Group,
+) -> tuple[Int64[Tensor, " negligible"], int]:  # fmt: skip
+    """Return the rows of least curvature, and their number in all processes.
+
+    Their curvatures sum to at most ``most``, their logit curvatures to at most this share of the sum over all rows.
+    They are ``order[:count]`` with ``order = curvatures.argsort()`` and the largest such count. In several processes,
+    all or none are taken of rows with equal curvatures.
+    """
+    order = curvatures.argsort()
+    sums, logit_sums = curvatures[order].cumsum(0), logit_curvatures[order].cumsum(0)
+    if group.size == 1:
+        count = int(((sums <= most) & (logit_sums <= share * logit_curvatures.sum())).sum())
+        return order[:count], count
+    # The bits of numbers that are not negative, as integers, are in the order of the numbers. -0.0 would be the least.
+    keys = (curvatures[order] + 0.0).view(torch.int64)
+    zero = sums.new_zeros(1)
+    sums, logit_sums = torch.cat([zero, sums]), torch.cat([zero, logit_sums])
+    total = logit_sums[-1:].clone()
+    with group.summed(total):
+        pass
+    # Rows with a key below ``low`` are negligible, those below ``high`` together are not.
+    low, high, count = 0, 2**63 - 1, 0
+    while high - low > 1:
+        candidates = torch.tensor(sorted({low + (high - low) * i // BRANCHES for i in range(1, BRANCHES)} - {low}))
+        places = torch.searchsorted(keys, candidates)
+        at = torch.stack([sums[places], logit_sums[places], places.double()])
+        with group.summed(at):
+            pass
+        within = int(((at[0] <= most) & (at[1] <= share * total)).sum())
+        if within:
+            low, count = int(candidates[within - 1]), int(at[2, within - 1])
+        if within < len(candidates):
+            high = int(candidates[within])
+    return order[: int(torch.searchsorted(keys, low))], count

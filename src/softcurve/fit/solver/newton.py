@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
+from softcurve.curvature.algorithms.conjugate_gradients import Map, Recurrence
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
 
-__all__ = ["NewtonOutcome", "OtherRows", "State", "Step", "minimise"]
+__all__ = ["Newton", "OtherRows", "State", "Step"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5  # a smaller damping counts as none
@@ -66,25 +67,19 @@ class State(ShortRepr):
 
     parameters: Float64[Tensor, "classes size"]
     damping: float
-    model_error: float  # the part of the gradient that the model of the last step did not predict; or infinite
-    failures: int  # the number of steps since the last one that decreased the objective
-    double: bool  # whether products are in float64
-    blocks: bool  # whether the preconditioner is ClassBlocks
-    history: tuple[Step, ...]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class NewtonOutcome(ShortRepr):
-    """The last state, and why the fit ended."""
-
-    state: State
-    point: Point
-    converged: bool
-    reason: str
+    model_error: float = math.inf  # the part of the gradient that the model of the last step did not predict
+    failures: int = 0  # the number of steps since the last one that decreased the objective
+    double: bool = False  # whether products are in float64
+    blocks: bool = False  # whether the preconditioner is ClassBlocks
+    history: tuple[Step, ...] = ()
 
 
 class Newton:
-    """A fit that starts from a state; see :func:`minimise`."""
+    """A fit that starts from a state.
+
+    ``curvature_in(dtype=...)`` makes the curvature. If the state has no step yet and the objective is lower at
+    ``cold``, the fit starts there. Raises OtherRows for a state of other rows.
+    """
 
     def __init__(
         self, objective: Objective, curvature_in: Callable[..., Curvature], state: State, *, tol: float,
@@ -118,35 +113,43 @@ class Newton:
             self.objective.refuse_rows()
         return point
 
-    def converged(self) -> bool:
-        """Whether the gradient is within the tolerance, and Newton's step would gain at most a share of it, in nats.
+    def run(self, max_iter: int, on_step: Callable[[State], None]) -> tuple[bool, str]:
+        """Take steps, up to ``max_iter``, while they make progress; return whether the fit converged, and why it ended.
 
-        The size of the gradient depends on the units of the features and on the number of classes. Half the squared
-        Newton decrement, ``½ gᵀ H⁻¹ g``, which is the gain of the undamped step, does not. At least one step is taken,
-        as both are small also where the loss is flat.
+        It has converged when the gradient is within the tolerance and an undamped step would gain at most a share of
+        the tolerance, in nats.
         """
-        if not self._gradient_within_tolerance():
-            return False
-        # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
-        no_gain = self.objective.problem.source.kind == "labels" and self.point.value <= self.tol
-        return no_gain or self._gain() <= GAIN * self.tol
-
-    def lacks(self) -> str:
-        """Return what keeps the fit from having converged if that is not the gradient."""
-        if not self._gradient_within_tolerance():
-            return ""
-        return (
-            f" (the gradient is within tol, but a step may still gain {self._gain():.1e} nats a row, and "
-            f"{GAIN * self.tol:.1e} are allowed)"
-        )
-
-    def _gradient_within_tolerance(self) -> bool:
-        return self.point.gradient_max <= self.tol and len(self.state.history) >= 2
+        while True:
+            on_step(self.state)
+            gain = self._gain()
+            lacking = "" if gain == math.inf else (
+                f" (the gradient is within tol, but a step may still gain {gain:.1e} nats a row, and "
+                f"{GAIN * self.tol:.1e} are allowed)"
+            )  # fmt: skip
+            if gain <= GAIN * self.tol:
+                return True, "the gradient and the Newton decrement are within the tolerance"
+            if self.state.failures >= MOST_FAILURES:
+                return False, f"rounding hides any further decrease{lacking}; {REMEDY}"
+            if len(self.state.history) > max_iter:
+                return False, f"{max_iter} steps were not enough{lacking}; raise max_iter, or {REMEDY}"
+            self.step()
 
     def _gain(self) -> float:
-        return 0.5 * _norm(self.point.gradient, self._approximation(0.0)) ** 2
+        """Return the nats that an undamped step would gain, or infinity while the gradient is not within the tolerance.
 
-    def _approximation(self, damping: float) -> Callable[[Tensor], Tensor]:
+        The size of the gradient depends on the units of the features and on the number of classes. Half the squared
+        Newton decrement, ``½ gᵀ H⁻¹ g``, which is the gain, does not. At least one step is taken, as both are small
+        also where the loss is flat.
+        """
+        point = self.point
+        if not (point.gradient_max <= self.tol and len(self.state.history) >= 2):
+            return math.inf
+        # For labels the loss is at least 1 − p ≥ 0, so that no more can be gained than its value.
+        if self.objective.problem.source.kind == "labels" and point.value <= self.tol:
+            return 0.0
+        return 0.5 * _norm(point.gradient, self._approximation(0.0)) ** 2
+
+    def _approximation(self, damping: float) -> Map:
         """Return the approximate inverse of the curvature with this damping, and set the damping of the products.
 
         A gradient has no part that is the same in all classes, except for rounding, and neither has the result.
@@ -154,7 +157,7 @@ class Newton:
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
             self.curvature.leave_out_negligible_rows()
-            self.prepared = damping, ClassBlocks(self.curvature) if self.state.blocks else Eigenbasis(self.curvature)
+            self.prepared = damping, (ClassBlocks if self.state.blocks else Eigenbasis)(self.curvature)
         inverse = self.prepared[1]
         return lambda gradient: _centred(inverse(_centred(gradient)))
 
@@ -164,14 +167,13 @@ class Newton:
         inverse = self._approximation(state.damping if state.damping >= NO_DAMPING else 0.0)
         norm = _norm(point.gradient, inverse)
         before = curvature.products
-        step, residual, predicted = conjugate_gradients(
+        step, residual, predicted = minimise_model(
             curvature, inverse, point.gradient,
             # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
             # The residual of a nearly exact model is the next gradient.
-            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else _never,
+            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None,
         )  # fmt: skip
-        spent = curvature.products - before
         there, whole = self._backtrack(step, predicted)
         # The model predicts the gradient at the end of the whole step.
         model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm and there.finite else math.inf
@@ -184,22 +186,18 @@ class Newton:
         slow = whole and not curvature.damping and _norm(there.gradient, inverse) > 0.9 * norm
         if better and whole:
             there = self._extend(there)
-        blocks = state.blocks or blocks_pay(curvature, spent, self.memory_of_blocks)
         self.state = replace(
-            state,
-            damping=_next_damping(state.damping, ratio, better and whole),
-            model_error=model_error,
-            failures=failures,
-            double=state.double or slow or failures >= 2,
-            blocks=blocks,
-        )
+            state, damping=_next_damping(state.damping, ratio, better and whole), model_error=model_error,
+            failures=failures, double=state.double or slow or failures >= 2,
+            blocks=state.blocks or blocks_pay(curvature, curvature.products - before, self.memory_of_blocks),
+        )  # fmt: skip
         self._move_to(there if better else point, recompute=not better)
         self._note()
 
     def _backtrack(self, step: Tensor, predicted: float) -> tuple[Point, bool]:
         """Shorten the step until the objective decreases; return the new point and whether the full step was taken."""
         point = self.point
-        slope = float((point.gradient * step).sum())
+        slope = float(_inner(point.gradient, step))
         share = 1.0
         while True:
             there = self.objective.at(_centred(point.parameters + share * step), self.curvature.keep)
@@ -219,14 +217,13 @@ class Newton:
         """
         point = self.point
         step = there.parameters - point.parameters
-        first, last = (float((at.gradient * step).sum()) for at in (point, there))
+        first, last = (float(_inner(at.gradient, step)) for at in (point, there))
         length = _zero_of_slope(first, last, there.value - point.value)
         if length < WORTH_GOING_ON:
             return there
         farther = self.objective.at(_centred(point.parameters + length * step), self.curvature.keep)
-        if farther.finite and farther.value < there.value:
-            return farther
-        return self.objective.at(there.parameters, self.curvature.keep)
+        better = farther.finite and farther.value < there.value
+        return farther if better else self.objective.at(there.parameters, self.curvature.keep)
 
     def _within_tolerance(self, residual: Tensor, square: float) -> bool:
         """Whether a gradient like this residual would end the fit, with a margin for the error of the model."""
@@ -256,38 +253,6 @@ class Newton:
             time.perf_counter() - self.started, self.state.damping,
         )  # fmt: skip
         self.state = replace(self.state, parameters=point.parameters, history=(*history, done))
-
-
-def minimise(
-    objective: Objective,
-    curvature_in: Callable[..., Curvature],
-    state: State,
-    *,
-    tol: float,
-    max_iter: int,
-    memory_of_blocks: int,
-    on_step: Callable[[State], None],
-    cold: Callable[[], State] | None = None,
-) -> NewtonOutcome:
-    """Take steps from ``state`` until the fit has converged to ``tol``, up to ``max_iter``, or while there is progress.
-
-    ``curvature_in(dtype=...)`` makes the curvature. If ``state`` has no step yet and the objective is lower at
-    ``cold``, the fit starts there. Raises OtherRows for a state of other rows.
-    """
-    newton = Newton(objective, curvature_in, state, tol=tol, memory_of_blocks=memory_of_blocks, cold=cold)
-    while True:
-        on_step(newton.state)
-        converged = newton.converged()
-        if converged:
-            reason = "the gradient and the Newton decrement are within the tolerance"
-        elif newton.state.failures >= MOST_FAILURES:
-            reason = f"rounding hides any further decrease{newton.lacks()}; {REMEDY}"
-        elif len(newton.state.history) > max_iter:
-            reason = f"{max_iter} steps were not enough{newton.lacks()}; raise max_iter, or {REMEDY}"
-        else:
-            newton.step()
-            continue
-        return NewtonOutcome(newton.state, newton.point, converged, reason)
 
 
 def _zero_of_slope(first: float, last: float, change: float) -> float:
@@ -322,12 +287,8 @@ def _next_damping(damping: float, ratio: float, better: bool) -> float:
     return damping
 
 
-def _never(residual: Tensor, square: float) -> bool:
-    return False
-
-
-def _norm(gradient: Tensor, inverse: Callable[[Tensor], Tensor]) -> float:
-    return math.sqrt(max(float((gradient * inverse(gradient)).sum()), 0.0))
+def _norm(gradient: Tensor, inverse: Map) -> float:
+    return math.sqrt(max(float(_inner(gradient, inverse(gradient))), 0.0))
 
 
 def _centred(parameters: Tensor) -> Tensor:
@@ -335,39 +296,27 @@ def _centred(parameters: Tensor) -> Tensor:
     return parameters - parameters.mean(0)
 
 
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],
-    inverse: Callable[[Tensor], Tensor],
-    gradient: Float64[Tensor, "classes size"],
-    *,
-    tol: float,
-    enough: Callable[[Tensor, float], bool],
-    most: int = MOST_PRODUCTS,
-) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:
+def minimise_model(
+    product: Map, inverse: Map, gradient: Float64[Tensor, "classes size"], *, tol: float,
+    enough: Callable[[Tensor, float], bool] | None = None, most: int = MOST_PRODUCTS,
+) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:  # fmt: skip
     """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
-    It ends where the norm of the residual that the preconditioner defines is ``tol`` times that of the gradient, or
-    where the residual and its squared norm are ``enough``. :func:`softcurve.curvature.conjugate_gradients` has another
-    norm, and solves several systems to a tolerance that does not change.
+    Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
+    gradient, or where the residual and its squared norm are ``enough``, or after ``most`` products.
     """
-    x = torch.zeros_like(gradient)
-    residual = -gradient
-    z = inverse(residual)
-    along = z.clone()
-    square = first = float((residual * z).sum())
-    for _ in range(most):
-        if not square > 0.0:
+    recurrence = Recurrence(product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
+    square = first = float(recurrence.rho)
+    products = 0
+    while products < most and square > 0.0 and recurrence.advance():
+        products += 1
+        recurrence.turn()
+        square = float(recurrence.rho)
+        if square <= tol * tol * first or (enough is not None and enough(recurrence.r, square)):
             break
-        changed = product(along)
-        curvature = float((along * changed).sum())
-        if not curvature > 0.0:
-            break
-        length = square / curvature
-        x.add_(along, alpha=length)
-        residual.sub_(changed, alpha=length)
-        z = inverse(residual)
-        last, square = square, float((residual * z).sum())
-        if square <= tol * tol * first or enough(residual, square):
-            break
-        along.mul_(square / last).add_(z)
-    return x, residual, 0.5 * float((x * (gradient - residual)).sum())
+    x, residual = recurrence.x, recurrence.r
+    return x, residual, 0.5 * float(_inner(x, gradient - residual))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()

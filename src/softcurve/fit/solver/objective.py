@@ -127,28 +127,25 @@ def _cross_entropy(
     if not isinstance(target, Tensor):
         return _any_loss(loss, logits, target, keep, start)
     logits -= logits.amax(1, keepdim=True)
-    if target.is_floating_point():
-        y = target.double()
-        at_target = (y * logits).sum(1)
-        losses = -at_target if type(divergence_of(loss)) is CrossEntropy else torch.xlogy(y, y).sum(1) - at_target
-        mass = y.sum(1)
-    else:
-        losses, mass = -logits.gather(1, target[:, None])[:, 0], None
+    y = target.double() if target.is_floating_point() else None
+    mass = logits.new_ones(1) if y is None else y.sum(1)
+    losses = -(logits.gather(1, target[:, None])[:, 0] if y is None else (y * logits).sum(1))
+    if y is not None and type(divergence_of(loss)) is ForwardKL:
+        losses += torch.xlogy(y, y).sum(1)
     total = logits.exp_().sum(1, keepdim=True)
-    log_total = total.log()[:, 0]
-    losses += log_total if mass is None else mass * log_total
+    losses += mass * total.log()[:, 0]
     logits /= total
     if keep is not None:
         keep(start, logits)
-    if mass is None:
-        minus_one = logits.new_full((1, 1), -1.0).expand(len(logits), 1)
-        return losses, logits.scatter_add_(1, target[:, None], minus_one)
-    return losses, logits.mul_(mass[:, None]).sub_(y)
+    if y is not None:
+        return losses, logits.mul_(mass[:, None]).sub_(y)
+    return losses, logits.scatter_add_(1, target[:, None], logits.new_full((1, 1), -1.0).expand(len(logits), 1))
 
 
 def _any_loss(
     loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
 ) -> tuple[Tensor, Tensor]:
+    """Return the losses and their gradients with respect to the logits by automatic differentiation."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         losses = row_losses(loss, leaf, target)

@@ -101,10 +101,9 @@ def _reciprocal(diagonal: Float64[Tensor, "classes size"], curvature: Curvature)
     """
     coordinates, largest = curvature.coordinates, diagonal.amax(0)
     inverse = diagonal.clamp_(min=FLOOR * largest).reciprocal_()
-    if (redundant := coordinates.redundant) is not None and redundant.any():
-        assert coordinates.moments is not None
+    if coordinates.redundant.any():
         unit = ((largest - curvature.penalties) / coordinates.moments).nan_to_num_(nan=0.0, posinf=0.0).max()
-        inverse[:, redundant & (largest <= UNSEEN * unit * coordinates.moments)] = 0.0
+        inverse[:, coordinates.redundant & (largest <= UNSEEN * unit * coordinates.moments)] = 0.0
     return inverse.nan_to_num_(nan=0.0, posinf=0.0)
 
 
