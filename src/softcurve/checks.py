@@ -72,6 +72,26 @@ def require_features(name: str, tensor: object) -> None:
     require_floating(name, tensor, "(..., d) with the d >= 1 features")
 
 
+def require_head(input: Tensor, weight: Tensor, bias: Tensor | None, owner: str = "") -> None:
+    """Require features, a weight ``(C, d)`` of the same width, and one bias per class; ``owner`` precedes the names."""
+    require_features(f"{owner}input", input)
+    require_features(f"{owner}linear_weight", weight)
+    if weight.ndim != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{owner}linear_weight must be of shape (C, {input.shape[-1]}), as wide as input {tuple(input.shape)}, "
+            f"got {describe(weight)}"
+        )
+    if len(weight) == 0:
+        raise ValueError(f"{owner}linear_weight must have at least one class, got {describe(weight)}")
+    if bias is not None:
+        require_tensor(f"{owner}linear_bias", bias)
+        if not bias.is_floating_point() or tuple(bias.shape) != (len(weight),):
+            raise ValueError(
+                f"{owner}linear_bias must be a floating-point tensor of shape ({len(weight)},), one entry per class, "
+                f"got {describe(bias)}"
+            )
+
+
 def require_tensor(name: str, value: object) -> None:
     """Require a tensor of real numbers."""
     if not isinstance(value, Tensor):

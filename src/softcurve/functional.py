@@ -17,7 +17,7 @@ from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
-from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of, jensen_shannon
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
@@ -27,14 +27,9 @@ from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
 
 __all__ = [
-    "cross_entropy",
-    "divergence",
-    "entropy",
-    "js_divergence",
-    "kl_divergence",
-    "softmax_jacobian",
+    "cross_entropy", "divergence", "entropy", "js_divergence", "kl_divergence", "softmax_jacobian",
     "softmax_jacobian_product",
-]
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -81,10 +76,8 @@ def cross_entropy(
     """
     checks.require_floating("logits", logits)
     reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
-    loss = LossSpec.of(
-        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
+    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)
     sample_weight = _checked_weight(sample_weight, logits.shape[:-1], "logits")
@@ -94,51 +87,50 @@ def cross_entropy(
         if isinstance(target, TopK):
             target.require_fit(logits.shape)
             logits = _cleared(logits, sample_weight)
-        rows = _against_distribution(loss, logits, target.checked(sample_weight, classes), weight)
+        rows = _against_distribution(row_loss, logits, target.checked(sample_weight, classes), weight, loss.smoothing)
     else:
         checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
         labels = Labels.of(target, sample_weight, weight, classes, ignore_index)
         sample_weight, mean_weight = labels.row_weights(sample_weight, checks.wide_dtype(dtype))
-        logit_map = LogitMap(loss.temperature, loss.softcap)
         if loss.smoothing or (loss.z_loss and weight is not None):
-            y = _densified(loss, logits, labels, weight)
-            rows = row_losses(DenseCrossEntropy(logit_map, loss.z_loss), logits, y)
+            rows = row_losses(row_loss, logits, _densified(loss.smoothing, logits, labels, weight))
         else:
-            rows = row_losses(IndexCrossEntropy(logit_map, loss.z_loss), logits, labels.classes)
+            rows = row_losses(IndexCrossEntropy(row_loss.logit_map, loss.z_loss), logits, labels.classes)
             sample_weight = mean_weight
     return _reduced(rows, sample_weight, mean_weight, reducer, dtype, logits=logits)
 
 
-def _against_distribution(loss: LossSpec, logits: Tensor, target: Target, weight: Tensor | None) -> Tensor:
+def _against_distribution(
+    row_loss: DenseCrossEntropy, logits: Tensor, target: Target, weight: Tensor | None, smoothing: float
+) -> Tensor:
     """Return the cross-entropy of each row; the classes of a bucket are merged after the logit map."""
-    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
     z = logits
     if target.merges_tail:
         logits = checks.widened(logits)  # once for both parts, so that the sum of their gradients is rounded once
         z, _ = row_loss.logit_map.shifted_value(logits)
     model, y = target.distribution_against(z)
-    if loss.smoothing or weight is not None:
+    if smoothing or weight is not None:
         y = y.to(checks.wide_dtype(y.dtype, z.dtype))
-    if loss.smoothing:
-        y = (1 - loss.smoothing) * y + loss.smoothing * target.uniform_over(z)
-    if weight is not None:
-        y = y * weight
+    if smoothing:
+        y = (1 - smoothing) * y + smoothing * target.uniform_over(z)
+    y = y if weight is None else y * weight
     if not target.merges_tail:
         return row_losses(row_loss, model, y)
     rows = row_losses(DenseCrossEntropy(LogitMap()), model, y)
-    if loss.z_loss:  # The z-loss is over all classes: it is the loss of a target without mass.
+    if row_loss.z_loss:  # The z-loss is over all classes: it is the loss of a target without mass.
         rows = rows + row_losses(row_loss, logits, z.new_zeros(()).expand(z.shape))
     return rows
 
 
-def _densified(loss: LossSpec, logits: Tensor, labels: Labels, weight: Tensor | None) -> Tensor:
+def _densified(smoothing: float, logits: Tensor, labels: Labels, weight: Tensor | None) -> Tensor:
     """Return ``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
-    everywhere = loss.smoothing * uniform_over_unmasked(logits)
-    at_class = torch.full_like(labels.classes, 1 - loss.smoothing, dtype=everywhere.dtype)
+    everywhere = smoothing * uniform_over_unmasked(logits)
+    at_class = torch.full_like(labels.classes, 1 - smoothing, dtype=everywhere.dtype)
     if weight is not None and labels.class_weight is not None:
         everywhere, at_class = everywhere * weight, at_class * labels.class_weight
-    everywhere = everywhere.expand(logits.shape)
-    return everywhere.scatter_add(-1, labels.classes.unsqueeze(-1), at_class.to(everywhere.dtype).unsqueeze(-1))
+    return everywhere.expand(logits.shape).scatter_add(
+        -1, labels.classes.unsqueeze(-1), at_class.to(everywhere.dtype).unsqueeze(-1)
+    )
 
 
 def kl_divergence(
@@ -187,7 +179,7 @@ def js_divergence(
 
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
-    divergence = jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0))
+    divergence = divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0))
     return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
@@ -229,49 +221,48 @@ def _divergence(
     reducer: Reduction, names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a top-k list cannot be the model, so it becomes the target."""
-    plain = {name: side for name, side in zip(names, (p, q), strict=True) if isinstance(side, Tensor)}
-    p, q = _by_logits(names[0], p), _by_logits(names[1], q)
-    dtype = torch.promote_types(p.dtype, q.dtype)
-    if isinstance(q, TopK):
-        divergence, p, q = divergence.exchanged(), q, p
-    if isinstance(p, TopK):
-        p.require_comparable(divergence, logit_map.temperature)
-    sample_weight = _checked_weight(sample_weight, q.leading, names[1])
-    for name, side in plain.items():
-        _warn_of_probabilities(name, side, sample_weight)
+    target, model = _as_logits(names[0], p), _as_logits(names[1], q)
+    dtype = torch.promote_types(target.dtype, model.dtype)
+    if isinstance(model, TopK):
+        divergence, target, model = divergence.exchanged(), model, target
+    if isinstance(target, TopK):
+        target.require_comparable(divergence, logit_map.temperature)
+    sample_weight = _checked_weight(sample_weight, model.leading, names[1])
+    for name, side in zip(names, (p, q), strict=True):
+        if isinstance(side, Tensor):
+            _warn_of_probabilities(name, side, sample_weight)
     wide = checks.wide_dtype(dtype)
-    model = _logits_of(q, sample_weight, wide)
-    if isinstance(p, TopK):
-        p.require_fit(model.shape)
-        model = _cleared(model, sample_weight)
-        model, target = p.checked(sample_weight, model.shape[-1]).against(model)
+    z = _logits_of(model, sample_weight, wide)
+    if isinstance(target, TopK):
+        target.require_fit(z.shape)
+        z = _cleared(z, sample_weight)
+        z, y = target.checked(sample_weight, z.shape[-1]).against(z)
     else:
-        target = _logits_of(p, sample_weight, wide)
-        if target.shape != model.shape:
-            remedy = checks.shape_remedy(target.shape, model.shape, f"{names[0]}[..., :{{classes}}]")
+        y = _logits_of(target, sample_weight, wide)
+        if y.shape != z.shape:
+            remedy = checks.shape_remedy(y.shape, z.shape, f"{names[0]}[..., :{{classes}}]")
             raise ValueError(
                 f"{names[0]} and {names[1]} must have one shape (..., C), "
-                f"got {tuple(target.shape)} and {tuple(model.shape)}{remedy or '; expand the smaller one'}"
+                f"got {tuple(y.shape)} and {tuple(z.shape)}{remedy or '; expand the smaller one'}"
             )
     if not logit_map.is_identity:
-        target, _ = logit_map.shifted_value(target.to(wide))
-    rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
-    return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: target, names[1]: model})
+        y, _ = logit_map.shifted_value(y.to(wide))
+    rows = row_losses(LogitDivergence(logit_map, divergence=divergence), z, y)
+    return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: y, names[1]: z})
 
 
 def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Return finite logits for a list, whose outcomes are computed before rows of weight 0 are left out."""
-    return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).logits(logits.dtype)
+    """Return logits whose malformed rows of weight 0 are finite, since a list merges classes before weights apply."""
+    return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).values
 
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the logits of one side over all classes; given logits need no clearing of rows of weight 0."""
-    if isinstance(side, Logits | TopK):
-        return side.logits(dtype)
-    return side.checked(sample_weight, 0).logits(dtype)
+    checked = side if isinstance(side, Logits | TopK) else side.checked(sample_weight, 0)
+    return checked.logits(dtype)
 
 
-def _by_logits(name: str, side: Tensor | Target) -> Target:
+def _as_logits(name: str, side: Tensor | Target) -> Target:
     """Read a plain tensor as logits: a divergence has no class indices, and probabilities are wrapped."""
     if isinstance(side, Target):
         return side

@@ -1,13 +1,13 @@
-"""The public losses on features and a linear head: no logits are held.
+"""The public losses on features and a linear head, which never hold the logits.
 
 Each equals its namesake in :mod:`softcurve.functional` on ``logits = linear(input, linear_weight, linear_bias)``, in
-value, gradients and second derivatives. What they need beyond inputs and gradients stays within ``memory_budget``.
+value, gradients and second derivatives. The memory beyond inputs and gradients stays within ``memory_budget``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,19 +15,24 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.head.autograd import head_outcome
-from softcurve.head.problem import LossStats, head_problem, require_budget, require_shift
-from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, divergence_of, jensen_shannon
+from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_budget, require_shift
+from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.labels import Labels, resolve_ignore_index
 from softcurve.losses.reduction import Reduction, quotient
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
+Features: TypeAlias = Float[Tensor, "*rows features"]
+HeadWeight: TypeAlias = Float[Tensor, "classes *positions features"]
+HeadBias: TypeAlias = Float[Tensor, " classes *positions"]
+Loss: TypeAlias = Float[Tensor, "*reduced"]
+
 
 class LinearDivergenceOptions(TypedDict, total=False):
     """The options that every loss on features and a head has; see :func:`linear_cross_entropy`."""
 
-    linear_bias: Float[Tensor, " classes *positions"] | None
+    linear_bias: HeadBias | None
     sample_weight: Tensor | None
     temperature: Number
     softcap: Number | None
@@ -49,30 +54,26 @@ class LinearCrossEntropyOptions(LinearDivergenceOptions, total=False):
 # fmt: off
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: Literal[False] = False, **options: Unpack[LinearCrossEntropyOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: Literal[True], **options: Unpack[LinearCrossEntropyOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: bool, **options: Unpack[LinearCrossEntropyOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, linear_bias: HeadBias | None = None,
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
 
@@ -107,10 +108,7 @@ def linear_cross_entropy(
     Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
-    loss = LossSpec.of(
-        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         return _by_positions(
             input, linear_weight, target, reducer, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
@@ -121,6 +119,13 @@ def linear_cross_entropy(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
         ignore_index=ignore_index, shift=shift,
     )  # fmt: skip
+    return _computed(problem, reducer, memory_budget, return_stats)
+
+
+def _computed(
+    problem: HeadProblem, reducer: Reduction, memory_budget: Integer | None, return_stats: bool
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Compute the loss of a problem, and its statistics if they are wanted, in one pass over the tiles."""
     divisor = problem.divisor(reducer)
     outcome = head_outcome(
         problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
@@ -132,29 +137,25 @@ def linear_cross_entropy(
 # fmt: off
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
@@ -178,7 +179,7 @@ def linear_kl_divergence(
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
-        input, linear_weight, target, divergence=ForwardKL() if direction == "forward" else ReverseKL(),
+        input, linear_weight, target, divergence=divergence_of(f"{direction}_kl"),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
         reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
     )  # fmt: skip
@@ -187,29 +188,25 @@ def linear_kl_divergence(
 # fmt: off
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
 
@@ -218,7 +215,7 @@ def linear_js_divergence(
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
     """
     return linear_divergence(
-        input, linear_weight, target, divergence=jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0)),
+        input, linear_weight, target, divergence=divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0)),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
         reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
     )  # fmt: skip
@@ -227,29 +224,25 @@ def linear_js_divergence(
 # fmt: off
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, divergence: Divergence,
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
 
@@ -275,16 +268,11 @@ def linear_divergence(
             memory_budget=memory_budget, return_stats=return_stats,
         )  # fmt: skip
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
-    loss = LossSpec.of(divergence, reducer, temperature=temperature, softcap=softcap)
+    loss = LossSpec.of(divergence, reducer, temperature, softcap)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
-    divisor = problem.divisor(reducer)
-    outcome = head_outcome(
-        problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
-        per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
-    )  # fmt: skip
-    return problem.result(outcome, reducer, divisor, return_stats)
+    return _computed(problem, reducer, memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------
@@ -294,11 +282,10 @@ def _by_positions(
     input: Tensor, linear_weight: Tensor, target: Tensor | Target, reducer: Reduction, *, linear_bias: Tensor | None,
     sample_weight: Tensor | None, shift: int, return_stats: bool, **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
-    """Apply a head of its own at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
+    """Apply a separate head at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
     # Features in float32 receive the sum over the positions in float32, which is rounded once.
-    input = checks.widened(input)
-    soft = target.is_floating_point()
+    input, soft = checks.widened(input), target.is_floating_point()
     target = target.flatten(2).movedim(1, 2) if soft else target.flatten(1)
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
@@ -346,15 +333,12 @@ def _require_positions(
         raise ValueError(f"shift must be 0 for a linear_weight of more than two dimensions, got {shift}")
     if 0 in positions:
         raise ValueError(f"linear_weight must have at least one position, got {checks.describe(linear_weight)}")
-    if linear_bias is not None:
-        checks.require_tensor("linear_bias", linear_bias)
-        if tuple(linear_bias.shape) != (classes, *positions):
-            raise ValueError(
-                f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
-                f"got {checks.describe(linear_bias)}"
-            )
     rows = (len(input), *positions)
-    expected = (len(input), classes, *positions) if target.is_floating_point() else rows
-    if tuple(target.shape) != expected:
-        raise ValueError(f"target must be of shape {expected}, got {checks.describe(target)}")
+    distributions = (len(input), classes, *positions)
+    shapes = {"target": distributions if target.is_floating_point() else rows, "linear_bias": distributions[1:]}
+    for name, tensor in (("target", target), ("linear_bias", linear_bias)):
+        if tensor is not None:
+            checks.require_tensor(name, tensor)
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} must be of shape {shapes[name]}, got {checks.describe(tensor)}")
     return target, rows

@@ -13,7 +13,7 @@ that eager mode and ``torch.func`` use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from softcurve import checks
-from softcurve.array_types import Float
-from softcurve.losses.rows import Gradients, RowLoss
+from softcurve.array_types import Rows, Values
+from softcurve.losses.rows import Gradients, RowLoss, total_of
 
 # The number of logits in a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in
 # cache, and enough to be worth starting two threads.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
-def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
+def row_losses(loss: RowLoss, logits: Rows, target: Tensor) -> Values:
     """Return ``loss.value(logits, target)``, differentiable, in float32 or wider; ``target`` has the logits' rows."""
     if not torch.compiler.is_compiling():
         return _TransformableValue.apply(loss, logits, target)  # type: ignore[no-any-return]
@@ -169,12 +169,6 @@ def _inner(gradients: Gradients, directions: Gradients) -> Tensor:
     total = total_of([(g * checks.widened(v)).sum(-1) for g, v in pairs if g is not None and v is not None])
     assert total is not None
     return total
-
-
-def total_of(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the sum of the terms that are not ``None``; ``None`` if there are none."""
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], start=present[0]) if present else None
 
 
 def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:

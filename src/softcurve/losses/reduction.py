@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Values
 from softcurve.typing import Number
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -37,7 +37,7 @@ class Reduction:
         """``ln base``: nats in one unit."""
         return 1.0 if self.base == math.e else math.log(self.base)
 
-    def apply(self, rows: Float[Tensor, "*rows"], weight: Float[Tensor, "*rows"] | None = None) -> Tensor:
+    def apply(self, rows: Values, weight: Values | None = None) -> Tensor:
         """Reduce ``rows``, which are already weighted; ``weight`` is the weight of each row in a mean (default 1)."""
         if self.kind == "none":
             return rows
