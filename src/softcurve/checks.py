@@ -111,8 +111,7 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
 
 def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
     """Return whether a shape is ``classes_last`` with the classes moved to the second dimension."""
-    moved = tuple(classes_last)
-    return len(moved) > 2 and tuple(shape) == (moved[0], moved[-1], *moved[1:-1])
+    return len(classes_last) > 2 and tuple(shape) == (classes_last[0], classes_last[-1], *classes_last[1:-1])
 
 
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
@@ -129,13 +128,12 @@ def shape_remedy(
 
     ``cut_logits`` and ``cut_target`` are templates of expressions that truncate either to ``{classes}`` classes.
     """
-    logits, target = tuple(logits), tuple(target)
     if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
         return "; move the classes of the one in torch's layout (N, C, d_1, ...) to the end by .movedim(1, -1)"
-    if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
-        cut = cut_logits if logits[-1] > target[-1] else cut_target
-        return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
-    return ""
+    if tuple(logits[:-1]) != tuple(target[:-1]) or logits[-1] == target[-1]:
+        return ""
+    cut = cut_logits if logits[-1] > target[-1] else cut_target
+    return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
 
 
 def _number(name: str, value: object) -> float | None:
@@ -207,9 +205,8 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
     if ignore_index is not None:
         outside &= indices != ignore_index
     if outside.any():
-        found = int(indices[outside].flatten()[0])
         remedy = "" if ignore_index is None else f" or ignore_index ({ignore_index}) for a row that does not count"
-        raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {found}")
+        raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {int(indices[outside][0])}")
 
 
 def outside_classes(indices: Tensor, classes: int) -> Tensor:
@@ -277,7 +274,7 @@ def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
 
 def row_sums(rows: Tensor) -> Tensor:
     """Return the sum of each row, in float32 or wider."""
-    return rows.detach().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return rows.detach().sum(-1, dtype=wide_dtype(rows.dtype))
 
 
 def sum_tolerance(dtype: torch.dtype) -> float:
@@ -306,17 +303,18 @@ def explain_nan(
         if tensor is None:
             continue
         values, masks = tensor.detach(), name not in ("input", "linear_weight")
-        if values.isnan().any():
-            raise ValueError(f"{name} must hold numbers, got NaN; look for the step that made it, or mask those rows")
-        if (values == math.inf).any():
-            raise ValueError(f"{name} must be below +inf, got +inf, whose softmax is undefined; clamp it")
-        if not masks and values.isinf().any():
-            raise ValueError(f"{name} must be finite, got -inf; clamp it, or mask those rows")
-        if masks and (values == -math.inf).all(-1).any():
-            raise ValueError(
-                f"{name} must have at least one finite entry per row, got a row of -inf only; "
-                "unmask a class or drop the row"
-            )
+        masked = values == -math.inf
+        faults = {
+            "hold numbers, got NaN; look for the step that made it, or mask those rows": values.isnan(),
+            "be below +inf, got +inf, whose softmax is undefined; clamp it": values == math.inf,
+            "be finite, got -inf; clamp it, or mask those rows": masked & (not masks),
+            "have at least one finite entry per row, got a row of -inf only; unmask a class or drop the row": (
+                masked.all(-1) & masks
+            ),
+        }
+        for fault, where in faults.items():
+            if where.any():
+                raise ValueError(f"{name} must {fault}")
     if any(part.detach().isnan().any() for part in target):
         raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
     raise ValueError(

@@ -17,8 +17,7 @@ from softcurve.array_types import Float
 from softcurve.head.autograd import head_outcome
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_budget, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
-from softcurve.losses.labels import Labels, resolve_ignore_index
-from softcurve.losses.reduction import Reduction, quotient
+from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
@@ -110,23 +109,22 @@ def linear_cross_entropy(
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
-        return _by_positions(
-            input, linear_weight, target, reducer, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
-            return_stats=return_stats, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            temperature=temperature, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+        problems, rows = _problems_by_position(
+            loss, input, linear_weight, target, linear_bias, sample_weight, shift, weight=weight,
+            ignore_index=ignore_index,
         )  # fmt: skip
+        return _by_position(problems, rows, reducer, memory_budget, return_stats)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
         ignore_index=ignore_index, shift=shift,
     )  # fmt: skip
-    return _computed(problem, reducer, memory_budget, return_stats)
+    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
 def _computed(
-    problem: HeadProblem, reducer: Reduction, memory_budget: Integer | None, return_stats: bool
+    problem: HeadProblem, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Compute the loss of a problem, and its statistics if they are wanted, in one pass over the tiles."""
-    divisor = problem.divisor(reducer)
     outcome = head_outcome(
         problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
         per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
@@ -272,44 +270,41 @@ def linear_divergence(
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
-    return _computed(problem, reducer, memory_budget, return_stats)
+    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------
 
 
-def _by_positions(
-    input: Tensor, linear_weight: Tensor, target: Tensor | Target, reducer: Reduction, *, linear_bias: Tensor | None,
-    sample_weight: Tensor | None, shift: int, return_stats: bool, **options: Any,
-) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
-    """Apply a separate head at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
+def _problems_by_position(
+    loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None,
+    sample_weight: Tensor | None, shift: int, **options: Any,
+) -> tuple[list[HeadProblem], tuple[int, ...]]:  # fmt: skip
+    """Return the problem at each position ``d_1 … d_K`` of a weight ``(C, d_1, …, d_K, d)``, and the shape of rows."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
-    # Features in float32 receive the sum over the positions in float32, which is rounded once.
-    input, soft = checks.widened(input), target.is_floating_point()
-    target = target.flatten(2).movedim(1, 2) if soft else target.flatten(1)
+    target = target.flatten(2).movedim(1, 2) if target.is_floating_point() else target.flatten(1)
+    by_position = {"linear_bias": None if linear_bias is None else linear_bias.flatten(1)}
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
-        sample_weight = sample_weight.flatten(1)
-    linear_bias = None if linear_bias is None else linear_bias.flatten(1)
-    parts: list[Any] = [
-        linear_cross_entropy(
-            input, weight, target[:, i], linear_bias=None if linear_bias is None else linear_bias[:, i],
-            sample_weight=None if sample_weight is None else sample_weight[:, i],
-            reduction="none" if reducer.kind == "none" else "sum", base=reducer.base, return_stats=return_stats,
-            **options,
-        )
-        for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1))
-    ]  # fmt: skip
+        by_position["sample_weight"] = sample_weight.flatten(1)
+    input = checks.widened(input)  # so that the sum of its gradients over the positions is rounded once
+    problems = []
+    for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1)):
+        options |= {name: None if values is None else values[:, i] for name, values in by_position.items()}
+        problems.append(head_problem(loss, input, weight, target[:, i], **options))
+    return problems, rows
+
+
+def _by_position(
+    problems: list[HeadProblem], rows: tuple[int, ...], reducer: Reduction, memory_budget: Integer | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    """Compute the loss of the problems of all positions, whose mean has one divisor."""
+    divisors = [problem.divisor(reducer) for problem in problems]
+    divisor = torch.stack(divisors).sum() if reducer.kind == "mean" else divisors[0]
+    parts: list[Any] = [_computed(problem, reducer, divisor, memory_budget, return_stats) for problem in problems]
     losses = torch.stack([part[0] if return_stats else part for part in parts], -1)
-    if reducer.kind == "none":
-        result = losses.reshape(rows)
-    else:
-        mean_weight = None if sample_weight is None else checks.widened(sample_weight)
-        if not soft:
-            ignored, class_weight = resolve_ignore_index(options["ignore_index"]), options["weight"]
-            labels = Labels.of(target.long(), sample_weight, class_weight, linear_weight.shape[0], ignored)
-            _, mean_weight = labels.row_weights(mean_weight, torch.float32)
-        result = quotient(losses.sum(), reducer.divisor(rows, losses, mean_weight))
+    result = losses.reshape(rows) if reducer.kind == "none" else losses.sum()
     if not return_stats:
         return result
     columns = zip(*(stats for _, stats in parts), strict=True)

@@ -37,6 +37,7 @@ class Target(ShortRepr, ABC):
 
     _row_field: ClassVar[str] = "values"  # the field whose leading dimensions are those of the rows
     _cut: ClassVar[str] = "target[..., :{classes}]"  # how to leave out classes of the target
+    kind: ClassVar[str] = ""  # the name in error messages, by default that of the class
 
     @abstractmethod
     def logits(self, dtype: torch.dtype) -> Rows:
@@ -76,11 +77,6 @@ class Target(ShortRepr, ABC):
 
     def _common_dtype(self, z: Tensor) -> torch.dtype:
         return checks.wide_dtype(z.dtype, self.dtype)
-
-    @property
-    def kind(self) -> str:
-        """The name of the kind of target in error messages."""
-        return type(self).__name__
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,8 +120,8 @@ class Target(ShortRepr, ABC):
         shape = (*self.leading, self._classes)
         if shape != tuple(logits):
             raise ValueError(
-                f"target ({self.kind}) must have the shape {tuple(logits)} of the logits that it is compared with, "
-                f"got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
+                f"target ({self.kind or type(self).__name__}) must have the shape {tuple(logits)} of the logits that it"
+                f" is compared with, got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
             )
 
 
