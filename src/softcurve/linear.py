@@ -74,35 +74,39 @@ def linear_cross_entropy(
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
+    """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
 
-    Takes every call of ``torch.nn.functional.linear_cross_entropy`` but its ``options``: one-dimensional input, and
-    weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions, included.
+    It accepts every call of ``torch.nn.functional.linear_cross_entropy`` except its ``options``, including
+    one-dimensional input, and weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions.
 
     Args:
-        input: features ``(..., d)``.
-        linear_weight: ``(C, d)``; may be a tied embedding's.
-        target: class indices ``(...)``; a floating-point tensor ``(..., C)``, taken with the mass that it has, as in
-            torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
-        linear_bias: ``(C,)``; −inf masks a class.
-        sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out, and their target may hold
+        input: Features ``(..., d)``.
+        linear_weight: ``(C, d)``; it may be a tied embedding's.
+        target: Class indices ``(...)``; a floating-point tensor ``(..., C)``, whose rows may have any sum, as in torch;
+            or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
+        linear_bias: ``(C,)``; −inf masks a class, which then has no share of the label smoothing.
+        sample_weight: ``(...)``: a factor of each row. Rows of weight 0 are left out, and their target may hold
             anything. ``shift`` moves it together with the target.
-        reduction: as in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
+        reduction: As in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
-            causal language model whose targets are its inputs. The last ``s`` positions have no part.
-        memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-        return_stats: also return :class:`LossStats`, from the same pass.
+            causal language model whose targets are its inputs. The last ``s`` positions do not contribute.
+        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
+        return_stats: Also return :class:`LossStats`, from the same pass.
 
-    The other options are those of :func:`softcurve.cross_entropy`; a class that ``linear_bias`` masks has no share of
-    the label smoothing.
+    The other options are those of :func:`softcurve.cross_entropy`.
 
-    Half precision is multiplied and summed in float32, weight gradients too, and rounded once. The loss is float32, or
-    float64 if features, weight or a distribution are; torch's is in the dtype of the features. Third derivatives are
-    not offered.
+    Returns:
+        The loss in float32, or float64 if features, weight or a distribution are; torch's has the dtype of the
+        features. Half precision is multiplied and summed in float32, weight gradients too, and rounded once. Third
+        derivatives are not available.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
-            is an error in eager mode on the CPU; elsewhere it is returned.
+        TypeError, ValueError: If an argument has a wrong type, shape or value. NaN in the loss of a row that counts is
+            an error in eager mode on the CPU; elsewhere it is returned.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_cross_entropy(x, w, torch.tensor([0, 4, 2]))
 
     Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
@@ -155,25 +159,25 @@ def linear_kl_divergence(
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
+    """Return ``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
     Args:
-        target: a :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose own logits
-            are made tile by tile as well. A plain tensor is refused: it could hold probabilities or logits.
+        target: A :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose logits are
+            also computed tile by tile. A plain tensor is an error: it could hold probabilities or logits.
         direction: ``"forward"``: ``D(target‖model)``, which covers the target's modes; ``"reverse"``:
             ``D(model‖target)``, which seeks one of them.
         temperature: ``T``; both sides become ``softmax(z / T)``.
-        softcap: of the model's logits alone.
-        shift: must be 0: a distribution already belongs to a row.
+        softcap: Applies to the model's logits only.
+        shift: Must be 0: a distribution already belongs to a row.
 
-    The other arguments are those of :func:`linear_cross_entropy`, values and units those of
+    The other arguments and the errors are those of :func:`linear_cross_entropy`, values and units those of
     :func:`softcurve.kl_divergence`.
 
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
-            is an error in eager mode on the CPU; elsewhere it is returned.
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_kl_divergence(x, w, softcurve.Logits(torch.randn(3, 5)), direction="reverse")
 
-    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
@@ -206,11 +210,15 @@ def linear_js_divergence(
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
+    """Return ``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)`` without the logits.
 
     ``beta * D(target‖M) + (1 − beta) * D(model‖M)`` with ``M = beta * target + (1 − beta) * model``; ``beta = 0`` is
     the forward and ``beta = 1`` the reverse KL, exactly. Arguments and errors are those of
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_js_divergence(x, w, softcurve.Logits(torch.randn(3, 5)), beta=0.5)
     """
     return linear_divergence(
         input, linear_weight, target, divergence=divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0)),
@@ -242,11 +250,11 @@ def linear_divergence(
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
+    """Return ``divergence(target, linear(input, linear_weight, linear_bias), ...)`` without holding the logits.
 
     Args:
-        divergence: a member of the family, such as :class:`~softcurve.AlphaDivergence` or an instance of your own
-            subclass of :class:`~softcurve.Divergence`. For ``CrossEntropy()`` this is :func:`linear_cross_entropy`.
+        divergence: A divergence such as :class:`~softcurve.AlphaDivergence`, or an instance of your own subclass of
+            :class:`~softcurve.Divergence`. For ``CrossEntropy()`` this is :func:`linear_cross_entropy`.
 
     The other arguments and errors are those of :func:`linear_kl_divergence`, values and units those of
     :func:`softcurve.divergence`.

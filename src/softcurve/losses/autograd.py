@@ -13,7 +13,7 @@ that eager mode and ``torch.func`` use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,8 +79,7 @@ class _TransformableValue(_Value):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], loss: RowLoss, z: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        batched = [_to_front(t, d, info.batch_size) for t, d in zip((z, target), in_dims[1:], strict=True)]
-        return _TransformableValue.apply(loss, *batched), 0
+        return _TransformableValue.apply(loss, *_batched(info, in_dims[1:], (z, target))), 0
 
 
 class _Gradient(Function):
@@ -145,8 +144,7 @@ class _TransformableGradient(_Gradient):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], loss: RowLoss, wanted: tuple[bool, bool], *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        batched = [_to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims[2:], strict=True)]
-        return _TransformableGradient.apply(loss, wanted, *batched), (0, 0)
+        return _TransformableGradient.apply(loss, wanted, *_batched(info, in_dims[2:], tensors)), (0, 0)
 
 
 @contextmanager
@@ -171,8 +169,10 @@ def _inner(gradients: Gradients, directions: Gradients) -> Tensor:
     return total
 
 
-def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+def _batched(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with the batch dimension first; one without it is expanded."""
+    pairs = zip(tensors, in_dims, strict=True)
+    return [t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs]
 
 
 def _by_tiles(
