@@ -15,8 +15,8 @@ from softcurve.losses.divergences import (
     JensenShannon,
     Pair,
     ReverseKL,
+    divergence_of,
     excess,
-    jensen_shannon,
     log_mixture,
 )
 
@@ -158,6 +158,6 @@ def test_log_mixture(weight: float, dtype: torch.dtype) -> None:
 
 
 def test_ends() -> None:
-    assert jensen_shannon(0.0) == ForwardKL()
-    assert jensen_shannon(1.0) == ReverseKL()
-    assert jensen_shannon(0.25) == JensenShannon(0.25)
+    assert divergence_of("js", 0.0) == ForwardKL()
+    assert divergence_of("js", 1.0) == ReverseKL()
+    assert divergence_of("js", 0.25) == JensenShannon(0.25)

@@ -27,6 +27,7 @@ from softcurve.losses.spec import LossSpec
 from . import oracle
 from .cases import assert_same, least_of
 from .loss_routes import BETA, FUNCTIONS, HEADS, LOSSES, PLAIN, ROUTES, Route, head_of, one_process_group
+from .pairwise import pairwise
 
 F64, HALF = torch.float64, (torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan
@@ -35,6 +36,28 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 # The same calls are made with shapes checked elsewhere; here there are thousands of them.
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
+
+KINDS = ("float", "Probabilities", "Logits", "renormalize", "LinearTeacher")  # those of targets_of
+
+
+def go_together(loss: str, kind: str) -> bool:
+    """Whether a loss takes a kind of target."""
+    if loss == "cross_entropy":
+        return True
+    return kind not in ("float", "indices") and (loss, kind) != ("reverse", "renormalize")
+
+
+def each_pair(possible: Callable[[str, Any, str, Any], bool] = lambda *_: True, **factors: Any) -> pytest.MarkDecorator:
+    """Parametrise over settings in which any two levels of any two factors meet; ``case`` is a loss and a kind."""
+    settings = pairwise(factors, possible)
+    ids = ["-".join("/".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in s.values()) for s in settings]
+    return pytest.mark.parametrize(tuple(factors), [tuple(setting.values()) for setting in settings], ids=ids)
+
+
+def cases_of(*kinds: str) -> list[tuple[str, str]]:
+    """Every loss with every kind of target that it takes."""
+    return [case for case in itertools.product(LOSSES, kinds) if go_together(*case)]
+
 
 routes = pytest.mark.parametrize("route", ROUTES, ids=str)
 functions = pytest.mark.parametrize("route", FUNCTIONS, ids=str)
@@ -82,9 +105,9 @@ def targets_of(t: Tensor, k: int = 3) -> dict[str, tuple[Any, Tensor]]:
 
 def combinations(t: Tensor) -> Iterator[tuple[str, str, Any, Tensor]]:
     """``(loss, kind, target, y)`` of every loss and kind of distribution that go together."""
-    for loss, (kind, (target, y)) in itertools.product(LOSSES, targets_of(t).items()):
-        if (loss == "cross_entropy" or kind != "float") and (loss, kind) != ("reverse", "renormalize"):
-            yield loss, kind, target, y
+    made = targets_of(t)
+    for loss, kind in cases_of(*KINDS):
+        yield loss, kind, *made[kind]
 
 
 def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -139,22 +162,19 @@ def test_a_mean_of_nothing_over_positions() -> None:
         assert not any(gradient.any() for gradient in gradients(value, x, w))
 
 
-@routes
-def test_empty_batches(route: Route) -> None:
+@each_pair(case=cases_of("indices", *KINDS), route=ROUTES, leading=((0,), (2, 0)), reduction=REDUCTIONS)
+def test_empty_batches(case: tuple[str, str], route: Route, leading: tuple[int, ...], reduction: str) -> None:
     """A sum of 0, a mean of NaN; ``batchmean`` divides by the first dimension, which need not be 0."""
-    truths = {"sum": (0.0, 0.0), "mean": (NAN, NAN), "batchmean": (NAN, 0.0)}
-    for at, leading in enumerate(((0,), (2, 0))):
-        clean = torch.randn(*leading, 6, dtype=F64)
-        cases = [(loss, target) for loss, _, target, _ in combinations(clean)]
-        cases += [("cross_entropy", torch.zeros(leading, dtype=torch.int64))]
-        for (loss, target), reduction in itertools.product(cases, REDUCTIONS):
-            z = clean.clone().requires_grad_()
-            value = route(loss, z, target, reduction=reduction)
-            if reduction == "none":
-                assert value.shape == leading
-            else:
-                torch.testing.assert_close(value.item(), truths[reduction][at], equal_nan=True, rtol=0, atol=0)
-            assert gradients(value, z)[0].shape == z.shape
+    loss, kind = case
+    z = torch.randn(*leading, 6, dtype=F64).requires_grad_()
+    target = torch.zeros(leading, dtype=torch.int64) if kind == "indices" else targets_of(z.detach())[kind][0]
+    value = route(loss, z, target, reduction=reduction)
+    if reduction == "none":
+        assert value.shape == leading
+    else:
+        truth = {"sum": 0.0, "mean": NAN, "batchmean": 0.0 if leading[0] else NAN}[reduction]
+        torch.testing.assert_close(value.item(), truth, equal_nan=True, rtol=0, atol=0)
+    assert gradients(value, z)[0].shape == z.shape
 
 
 # --- 2. sums of weights in half precision ------------------------------------------------------------------------------
@@ -256,8 +276,8 @@ def test_a_wider_side_widens_the_loss() -> None:
 
 
 def test_many_positions_add_up_in_float32() -> None:
-    """The gradient of bfloat16 features is the sum over 1,024 positions, rounded once."""
-    positions = 1024
+    """The gradient of bfloat16 features is the sum over 256 positions, rounded once."""
+    positions = 256
     x, w = torch.randn(4, 8).bfloat16(), (torch.randn(3, positions, 8) / 4).bfloat16()
     target = torch.randint(3, (4, positions))
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -300,26 +320,26 @@ def test_shift_moves_all_that_belongs_to_a_row(route: Route, reduction: str) -> 
 # --- 6. mean and batchmean ---------------------------------------------------------------------------------------------
 
 
-@routes
-@pytest.mark.parametrize("leading", [(3,), (2, 7), (2, 3, 2)])
-def test_mean_and_batchmean(route: Route, leading: tuple[int, ...]) -> None:
+@each_pair(route=ROUTES, loss=(*LOSSES, "indices"), leading=((3,), (2, 7), (2, 3, 2)))
+def test_mean_and_batchmean(route: Route, loss: str, leading: tuple[int, ...]) -> None:
     """``batchmean`` is torch's, and the default of every loss is the mean over the rows."""
     z, t = torch.randn(2, *leading, 5, dtype=F64)
     log_p, log_y = z.log_softmax(-1), t.log_softmax(-1)
-    for loss in LOSSES:
-        rows = rows_of(loss, z, log_y.exp())
-        truth = rows.sum() / leading[0]
-        if loss in ("forward", "reverse"):
-            sides = (log_p, log_y) if loss == "forward" else (log_y, log_p)
-            torch.testing.assert_close(truth, F.kl_div(*sides, log_target=True, reduction="batchmean"))
-        assert_same(route(loss, z, Logits(t), reduction="batchmean"), truth, bound=1e-12)
-        assert_same(route(loss, z, Logits(t)), rows.mean(), bound=1e-12)
-        weight = torch.rand(leading, dtype=F64)
-        assert_same(route(loss, z, Logits(t), sample_weight=weight), (rows * weight).sum() / weight.sum(), bound=1e-12)
-    index = torch.randint(5, leading)
-    rows = F.cross_entropy(z.movedim(-1, 1), index, reduction="none")
-    assert_same(route("cross_entropy", z, index, reduction="batchmean"), rows.sum() / leading[0], bound=1e-12)
-    assert_same(route("cross_entropy", z, index), rows.mean(), bound=1e-12)
+    if loss == "indices":
+        index = torch.randint(5, leading)
+        rows = F.cross_entropy(z.movedim(-1, 1), index, reduction="none")
+        assert_same(route("cross_entropy", z, index, reduction="batchmean"), rows.sum() / leading[0], bound=1e-12)
+        assert_same(route("cross_entropy", z, index), rows.mean(), bound=1e-12)
+        return
+    rows = rows_of(loss, z, log_y.exp())
+    truth = rows.sum() / leading[0]
+    if loss in ("forward", "reverse"):
+        sides = (log_p, log_y) if loss == "forward" else (log_y, log_p)
+        torch.testing.assert_close(truth, F.kl_div(*sides, log_target=True, reduction="batchmean"))
+    assert_same(route(loss, z, Logits(t), reduction="batchmean"), truth, bound=1e-12)
+    assert_same(route(loss, z, Logits(t)), rows.mean(), bound=1e-12)
+    weight = torch.rand(leading, dtype=F64)
+    assert_same(route(loss, z, Logits(t), sample_weight=weight), (rows * weight).sum() / weight.sum(), bound=1e-12)
 
 
 def test_batchmean_over_positions_and_of_one_row() -> None:
@@ -376,42 +396,34 @@ def test_a_plain_side_of_a_divergence(route: Route, loss: str) -> None:
 # --- 8. boundaries of lists, padding, ignored classes -------------------------------------------------------------------
 
 
-def boundaries(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """``(name, z, bias, indices, log_probs, live)``: lists that leave nothing, or one class, to the bucket."""
-    for name, classes, count, listed in (
-        ("every live class", 200, 6, 6),
-        ("every class, masked ones included", 200, 6, 200),
-        ("every class", 200, 200, 200),
-        ("all but one class", 200, 200, 199),
-        ("the one live class", 200, 1, 1),
-        ("one class", 1, 1, 1),
-        ("two of many", 200, 150, 2),
-    ):
-        live = torch.arange(classes) < count
-        bias = torch.where(live, 0.0, -INF).to(dtype)
-        t = (torch.randn(3, classes, dtype=F64) + bias).log_softmax(-1)
-        order = (torch.rand(3, classes) - (~live).float()).argsort(-1, descending=True)[:, :listed]
-        yield name, torch.randn(3, classes, dtype=F64).to(dtype), bias, order, t.gather(-1, order).to(dtype), live
+BOUNDARIES = {  # the number of classes, of those that are not masked, and of those that are listed
+    "every live class": (200, 6, 6),
+    "every class, masked ones included": (200, 6, 200),
+    "every class": (200, 200, 200),
+    "all but one class": (200, 200, 199),
+    "the one live class": (200, 1, 1),
+    "one class": (1, 1, 1),
+    "two of many": (200, 150, 2),
+}
+ON = [*((route, torch.float32) for route in FUNCTIONS), *((route, F64) for route in FUNCTIONS[:2])]
 
 
-@pytest.mark.parametrize(
-    ("route", "dtype"),
-    [*((route, torch.float32) for route in FUNCTIONS), *((route, F64) for route in FUNCTIONS[:2])],
-    ids=str,
-)
-def test_boundaries_of_lists(route: Route, dtype: torch.dtype) -> None:
+@each_pair(on=ON, boundary=tuple(BOUNDARIES), case=cases_of("bucket", "renormalize"))
+def test_boundaries_of_lists(on: tuple[Route, torch.dtype], boundary: str, case: tuple[str, str]) -> None:
     """A list of all classes that are not masked is the distribution over these."""
+    (route, dtype), (loss, tail), (classes, count, listed) = on, case, BOUNDARIES[boundary]
     bound = 1e-5 if dtype == torch.float32 else 1e-10
-    for name, z, bias, indices, log_probs, live in boundaries(dtype):
-        for loss, tail in itertools.product(LOSSES, ("bucket", "renormalize")):
-            if (loss, tail) == ("reverse", "renormalize"):
-                continue
-            leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
-            value = route(loss, leaf, TopK(indices, log_probs, tail), bias, reduction="none")
-            truth = rows_of_list(loss, exact, live, indices, log_probs.double(), tail)
-            assert_same(value.double(), truth, f"{name}, {loss}, {tail}", bound)
-            got, expected = gradients(value, leaf)[0], gradients(truth, exact)[0]
-            assert_same(got.double(), expected, f"{name}, {loss}, {tail}: gradient", bound)
+    live = torch.arange(classes) < count
+    bias = torch.where(live, 0.0, -INF).to(dtype)
+    t = (torch.randn(3, classes, dtype=F64) + bias).log_softmax(-1)
+    indices = (torch.rand(3, classes) - (~live).float()).argsort(-1, descending=True)[:, :listed]
+    log_probs = t.gather(-1, indices).to(dtype)
+    leaf = torch.randn(3, classes, dtype=F64).to(dtype).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    value = route(loss, leaf, TopK(indices, log_probs, tail), bias, reduction="none")
+    truth = rows_of_list(loss, exact, live, indices, log_probs.double(), tail)
+    assert_same(value.double(), truth, bound=bound)
+    assert_same(gradients(value, leaf)[0].double(), gradients(truth, exact)[0], "gradient", bound)
 
 
 def rows_of_list(loss: str, z: Tensor, live: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
@@ -450,37 +462,27 @@ def padded(kind: str, target: Any, fill: str) -> Any:
     return type(target)(target.values.index_fill(0, row, value))
 
 
-@pytest.mark.parametrize(
-    ("route", "fill"),
-    [(route, "nan") for route in FUNCTIONS] + list(itertools.product(FUNCTIONS[:2], ("zeros", "negative", "repeated"))),
-    ids=str,
-)
-def test_padding_rows_of_weight_0(route: Route, fill: str) -> None:
+@each_pair(case=cases_of("indices", *KINDS, "bucket"), route=FUNCTIONS, fill=("nan", "zeros", "negative", "repeated"))
+def test_padding_rows_of_weight_0(case: tuple[str, str], route: Route, fill: str) -> None:
     """Value, gradient and Hessian-vector product are those of the other rows, and 0 in the padding."""
+    loss, kind = case
     z, t = torch.randn(2, 3, 200, dtype=F64)
     weight, kept = torch.tensor([1.0, 0.0, 2.0], dtype=F64), torch.tensor([0, 2])
-    index = torch.tensor([5, 8, 199])
-    cases = [("cross_entropy", "indices", index, F.one_hot(index, 200).double()), *combinations(t)]
-    if fill != "nan" or route.name == "tiles":  # one loss of each kind tells what a row of padding does
-        cases = list({case[1]: case for case in cases}.values())
-    listed = t.log_softmax(-1).topk(2)
-    cases += [(loss, "bucket", TopK(listed.indices, listed.values), None) for loss in LOSSES]
-    for loss, kind, target, y in cases:
-        leaf, exact = z.clone().requires_grad_(), z.clone().requires_grad_()
-        value = route(loss, leaf, padded(kind, target, fill), sample_weight=weight)
-        if y is None:
-            every = torch.ones(200, dtype=torch.bool)
-            rows = rows_of_list(loss, exact[kept], every, listed.indices[kept], listed.values[kept], kind)
-        else:
-            rows = rows_of(loss, exact[kept], y[kept])
-        truth = (rows * weight[kept]).sum() / 3
-        what = f"{loss}, {kind}"
-        assert_same(value, truth, what, 1e-12)
-        (first,), (expected,) = (
-            torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact))
-        )
-        assert_same(first, expected, what, 1e-12)
-        assert_same(gradients((first * t).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0], what, 1e-10)
+    index, listed = torch.tensor([5, 8, 199]), t.log_softmax(-1).topk(2)
+    made = targets_of(t) | {"indices": (index, F.one_hot(index, 200).double())}
+    target, y = (TopK(listed.indices, listed.values), None) if kind == "bucket" else made[kind]
+    leaf, exact = z.clone().requires_grad_(), z.clone().requires_grad_()
+    value = route(loss, leaf, padded(kind, target, fill), sample_weight=weight)
+    if y is None:
+        every = torch.ones(200, dtype=torch.bool)
+        rows = rows_of_list(loss, exact[kept], every, listed.indices[kept], listed.values[kept], kind)
+    else:
+        rows = rows_of(loss, exact[kept], y[kept])
+    truth = (rows * weight[kept]).sum() / 3
+    assert_same(value, truth, bound=1e-12)
+    (first,), (expected,) = (torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact)))
+    assert_same(first, expected, "gradient", 1e-12)
+    assert_same(gradients((first * t).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0], "product", 1e-10)
 
 
 @pytest.mark.parametrize("budget", [None, "least"])
@@ -530,41 +532,45 @@ def test_an_ignored_class_is_one_of_class_indices(route: Route) -> None:
 
 # --- 9. common offsets -------------------------------------------------------------------------------------------------
 
-OFFSETS = [(8192.0, 0.0), (0.0, 8192.0), (-8192.0, 8192.0)]
+OFFSETS = ((8192.0, 0.0), (0.0, 8192.0), (-8192.0, 8192.0))
 
 
-@functions
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_common_offsets_change_nothing(route: Route, temperature: float) -> None:
+def offset_possible(name: str, level: Any, other: str, other_level: Any) -> bool:
+    """Probabilities and renormalised lists have no offset of their own; not every kind is tempered."""
+    if (name, other) == ("case", "offsets"):
+        return other_level[1] == 0 or level[1] in ("indices", "Logits", "LinearTeacher", "bucket")
+    if (name, other) == ("case", "temperature"):
+        return other_level == 1 or level[1] in ("indices", "Logits", "renormalize")
+    return True
+
+
+@each_pair(
+    offset_possible,
+    case=cases_of("indices", *KINDS, "bucket"), route=FUNCTIONS, offsets=OFFSETS, temperature=(1.0, 0.7),
+)  # fmt: skip
+def test_common_offsets_change_nothing(
+    case: tuple[str, str], route: Route, offsets: tuple[float, float], temperature: float
+) -> None:
     """Of model and target, on a grid that float32 holds beside the offset: the truth is that without it, in float64."""
+    (loss, kind), (of_model, of_target) = case, offsets
     base = (2 * torch.randn(2, 3, 200) * 256).round() / 256
-    index, every = torch.tensor([0, 150, 199]), torch.ones(200, dtype=torch.bool)
-    listed = base[1].log_softmax(-1).topk(4)
-    for of_model, of_target in OFFSETS[::2] if route.name == "tiles" else OFFSETS:
-        t = base[1] + of_target
-        assert torch.equal(t - of_target, base[1])
-        cases = [("cross_entropy", "indices", index, F.one_hot(index, 200).double())]
-        cases += [case for case in combinations(t) if case[1] in ("Logits", "LinearTeacher") or of_target == 0]
-        if temperature != 1:
-            cases = [case for case in cases if case[1] in ("indices", "Logits", "renormalize")]
-        else:
-            cases += [(loss, "bucket", TopK(listed.indices, listed.values), None) for loss in LOSSES]
-        for loss, kind, target, y in cases:
-            tempered = y
-            if loss != "cross_entropy" and temperature != 1:
-                tempered = torch.softmax(
-                    torch.where(y > 0, y, 1.0).log() / temperature + torch.where(y > 0, 0.0, -INF), -1
-                )
-            leaf, exact = base[0].clone().requires_grad_(), base[0].double().requires_grad_()
-            bias = torch.full((200,), of_model)
-            value = route(loss, leaf, target, bias, temperature=temperature, reduction="none")
-            if y is None:
-                truth = rows_of_list(loss, exact, every, listed.indices, listed.values.double(), "bucket")
-            else:
-                truth = rows_of(loss, exact, tempered, temperature)
-            what = f"{loss}, {kind}, {of_model:g}, {of_target:g}"
-            assert ((value.double() - truth) / truth).abs().max() <= 3e-6, what
-            assert_same(gradients(value, leaf)[0].double(), gradients(truth, exact)[0], what, 1e-5)
+    index, listed = torch.tensor([0, 150, 199]), base[1].log_softmax(-1).topk(4)
+    t = base[1] + of_target
+    assert torch.equal(t - of_target, base[1])
+    made = targets_of(t) | {"indices": (index, F.one_hot(index, 200).double())}
+    target, y = (TopK(listed.indices, listed.values), None) if kind == "bucket" else made[kind]
+    leaf, exact = base[0].clone().requires_grad_(), base[0].double().requires_grad_()
+    bias = torch.full((200,), of_model)
+    value = route(loss, leaf, target, bias, temperature=temperature, reduction="none")
+    if y is None:
+        every = torch.ones(200, dtype=torch.bool)
+        truth = rows_of_list(loss, exact, every, listed.indices, listed.values.double(), "bucket")
+    else:
+        if loss != "cross_entropy" and temperature != 1:
+            y = torch.softmax(torch.where(y > 0, y, 1.0).log() / temperature + torch.where(y > 0, 0.0, -INF), -1)
+        truth = rows_of(loss, exact, y, temperature)
+    assert ((value.double() - truth) / truth).abs().max() <= 3e-6
+    assert_same(gradients(value, leaf)[0].double(), gradients(truth, exact)[0], bound=1e-5)
 
 
 # --- 10. members that are not known ------------------------------------------------------------------------------------
@@ -597,9 +603,11 @@ class Halved(Divergence):
 
 
 def test_what_is_no_member_is_refused() -> None:
-    for target in ("logits", "probabilities", "sparse", "teacher"):
-        with pytest.raises(TypeError, match="divergence"):
-            LossSpec("alpha", target)
+    z = torch.randn(3, 5)
+    with pytest.raises(TypeError, match="divergence"):
+        softcurve.divergence(z, z, divergence=JensenShannon)
+    with pytest.raises(TypeError, match="divergence"):
+        softcurve.linear_divergence(z, torch.eye(5), Logits(z), divergence=JensenShannon)
 
 
 def test_a_member_of_ones_own_is_right() -> None:
@@ -644,26 +652,35 @@ OF_HEADS = {"softcap": 3.5, "memory_budget": 30_000}
 OF_CROSS_ENTROPY = {"label_smoothing": 0.125, "z_loss": 0.25, "softcap": 3.5, "ignore_index": 2}
 
 
-@plain_routes
-@pytest.mark.parametrize("kind", NUMBERS)
-def test_numbers_of_every_kind(route: Route, kind: str) -> None:
+OPTIONS: list[tuple[str, str, Any]] = [
+    *((loss, name, value) for loss in LOSSES for name, value in (COMMON | OF_HEADS).items()),
+    *(("cross_entropy", name, value) for name, value in OF_CROSS_ENTROPY.items() if name not in OF_HEADS),
+    ("cross_entropy", "shift", 1),
+    ("js", "beta", 0.25),
+]
+
+
+def takes(name: str, level: Any, other: str, other_level: Any) -> bool:
+    """Whether a route takes an option."""
+    if (name, other) != ("option", "route") or other_level in HEADS:
+        return True
+    loss, option, _ = level
+    return option not in ("memory_budget", "shift") and (loss == "cross_entropy" or option != "softcap")
+
+
+@each_pair(takes, option=OPTIONS, route=PLAIN, kind=tuple(NUMBERS))
+def test_numbers_of_every_kind(option: tuple[str, str, Any], route: Route, kind: str) -> None:
     """Python's, numpy's and 0-d tensors, in every option: the same to the last bit."""
-    z, t = torch.randn(2, 3, 5)
-    index = torch.tensor([0, 2, 4])
-    for loss in LOSSES:
-        known: dict[str, Any] = COMMON | (OF_HEADS if route in HEADS else {})
-        known |= OF_CROSS_ENTROPY if loss == "cross_entropy" else {}
-        known |= {"shift": 1} if loss == "cross_entropy" and route in HEADS else {}
-        known |= {"beta": 0.25} if loss == "js" else {}
-        target = index if loss == "cross_entropy" else Logits(t)
-        for name, value in known.items():
-            try:
-                got = route(loss, z, target, **{name: NUMBERS[kind](value)})
-            except Exception as error:
-                raise AssertionError(f"{loss}, {name}: {error}") from error
-            assert torch.equal(got, route(loss, z, target, **{name: value})), name
-    of_base = softcurve.entropy(z, base=NUMBERS[kind](2.0))
-    assert torch.equal(of_base, softcurve.entropy(z, base=2.0))
+    (loss, name, value), (z, t) = option, torch.randn(2, 3, 5)
+    target = torch.tensor([0, 2, 4]) if loss == "cross_entropy" else Logits(t)
+    got = route(loss, z, target, **{name: NUMBERS[kind](value)})
+    assert torch.equal(got, route(loss, z, target, **{name: value}))
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_base_of_an_entropy_of_every_kind(kind: str) -> None:
+    z = torch.randn(3, 5)
+    assert torch.equal(softcurve.entropy(z, base=NUMBERS[kind](2.0)), softcurve.entropy(z, base=2.0))
 
 
 @plain_routes
@@ -710,28 +727,26 @@ def vocabularies(kind: str, t: Tensor) -> tuple[Any, Any, Tensor, Tensor | None]
     return (*(made(v.softmax(-1) if made is Probabilities else v) for v in (far, t)), y, None)
 
 
-@functions
-@pytest.mark.parametrize("kind", SMOOTHED)
-def test_masked_classes_have_no_share_of_smoothing(route: Route, kind: str) -> None:
+@each_pair(
+    lambda name, level, other, other_level: (name, level, other_level) != ("kind", "bucket", True),
+    kind=SMOOTHED, route=FUNCTIONS, weighted=(False, True),
+)  # fmt: skip
+def test_masked_classes_have_no_share_of_smoothing(kind: str, route: Route, weighted: bool) -> None:
     """The loss over a vocabulary padded with −inf is that over the unpadded one: value, gradient, product."""
     z, t = torch.randn(2, 3, LIVE, dtype=F64)
     mask = torch.where(torch.arange(PADDED) < LIVE, 0.0, -INF).double()
     target, _, y, indices = vocabularies(kind, t)
-    of_class = 0.5 + torch.rand(PADDED, dtype=F64)
-    for weight in (None, of_class) if kind != "bucket" else (None,):
-        leaf, exact = F.pad(z, (0, PADDED - LIVE)).requires_grad_(), z.clone().requires_grad_()
-        options = {} if weight is None else {"weight": weight}
-        value = route("cross_entropy", leaf, target, mask, label_smoothing=0.2, reduction="sum", **options)
-        short = None if weight is None else weight[:LIVE]
-        truth = oracle.cross_entropy_rows(exact, y, weight=short, label_smoothing=0.2, indices=indices).sum()
-        assert_same(value, truth, bound=1e-12)
-        (first,), (expected,) = (
-            torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact))
-        )
-        assert_same(first, F.pad(expected, (0, PADDED - LIVE)), bound=1e-12)
-        direction = F.pad(t, (0, PADDED - LIVE), value=0.7)
-        second, product = gradients((first * direction).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0]
-        assert_same(second, F.pad(product, (0, PADDED - LIVE)), bound=1e-12)
+    weight = 0.5 + torch.rand(PADDED, dtype=F64) if weighted else None
+    leaf, exact = F.pad(z, (0, PADDED - LIVE)).requires_grad_(), z.clone().requires_grad_()
+    value = route("cross_entropy", leaf, target, mask, label_smoothing=0.2, reduction="sum", weight=weight)
+    short = None if weight is None else weight[:LIVE]
+    truth = oracle.cross_entropy_rows(exact, y, weight=short, label_smoothing=0.2, indices=indices).sum()
+    assert_same(value, truth, bound=1e-12)
+    (first,), (expected,) = (torch.autograd.grad(v, at, create_graph=True) for v, at in ((value, leaf), (truth, exact)))
+    assert_same(first, F.pad(expected, (0, PADDED - LIVE)), bound=1e-12)
+    direction = F.pad(t, (0, PADDED - LIVE), value=0.7)
+    second, product = gradients((first * direction).sum(), leaf)[0], gradients((expected * t).sum(), exact)[0]
+    assert_same(second, F.pad(product, (0, PADDED - LIVE)), bound=1e-12)
 
 
 @pytest.mark.parametrize("kind", SMOOTHED)

@@ -43,40 +43,12 @@ _LAZY = {
 }
 
 __all__ = [
-    "AlphaDivergence",
-    "ChainRule",
-    "CrossEntropy",
-    "Divergence",
-    "ForwardKL",
-    "JensenShannon",
-    "LinearTeacher",
-    "Logits",
-    "LossStats",
-    "Pair",
-    "Probabilities",
-    "ReverseKL",
-    "SkewKL",
-    "SoftmaxRegression",
-    "SoftmaxRegressionCV",
-    "TopK",
-    "chain_rule",
-    "cross_entropy",
-    "curvature",
-    "divergence",
-    "entropy",
-    "functional",
-    "js_divergence",
-    "kl_divergence",
-    "linear_cross_entropy",
-    "linear_divergence",
-    "linear_js_divergence",
-    "linear_kl_divergence",
-    "nn",
-    "reference",
-    "softmax_jacobian",
-    "softmax_jacobian_product",
-    "typing",
-]
+    "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "JensenShannon", "LinearTeacher",
+    "Logits", "LossStats", "Pair", "Probabilities", "ReverseKL", "SkewKL", "SoftmaxRegression", "SoftmaxRegressionCV",
+    "TopK", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence",
+    "kl_divergence", "linear_cross_entropy", "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "nn",
+    "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
+]  # fmt: skip
 
 
 # A type checker takes the lazy names from the imports above, and must not take any other name for an object.

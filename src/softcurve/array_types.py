@@ -5,7 +5,9 @@ Only the tests check the shapes. Without jaxtyping, an annotation is the bare ar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int, Int64
@@ -22,4 +24,10 @@ else:
 
         Bool = Float = Float64 = Int = Int64 = _Unchecked
 
-__all__ = ["Bool", "Float", "Float64", "Int", "Int64"]
+Rows: TypeAlias = Float[Tensor, "*rows classes"]
+Column: TypeAlias = Float[Tensor, "*rows 1"]
+Values: TypeAlias = Float[Tensor, "*rows"]
+Indices: TypeAlias = Int[Tensor, "*rows"]
+Flags: TypeAlias = Bool[Tensor, "*rows"]
+
+__all__ = ["Bool", "Column", "Flags", "Float", "Float64", "Indices", "Int", "Int64", "Rows", "Values"]

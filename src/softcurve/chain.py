@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from softcurve import checks, reference
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Rows, Values
 from softcurve.losses import softmax
-from softcurve.losses.divergences import ForwardKL, ReverseKL
+from softcurve.losses.divergences import MEMBERS, divergence_of
+from softcurve.losses.rows import DenseCrossEntropy
+from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Probabilities, Target, TopK, as_target
 from softcurve.records import ShortRepr
 from softcurve.typing import ChainLoss
 
-LOSSES = ("cross_entropy", "forward_kl", "reverse_kl")
+LOSSES = tuple(MEMBERS)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,11 +31,11 @@ class ChainRule(ShortRepr):
     """
 
     e: Float[Tensor, "*rows features"]
-    z: Float[Tensor, "*rows classes"]
-    p: Float[Tensor, "*rows classes"]
-    loss: Float[Tensor, "*rows"]
-    dL_dp: Float[Tensor, "*rows classes"]
-    dL_dz: Float[Tensor, "*rows classes"]
+    z: Rows
+    p: Rows
+    loss: Values
+    dL_dp: Rows
+    dL_dz: Rows
     dL_de: Float[Tensor, "*rows features"]
     dL_dx: Tensor | None
     dL_dW: Float[Tensor, "classes features"]
@@ -74,7 +76,11 @@ def chain_rule(
         raise TypeError(
             f"head must be a torch.nn.Linear, got {type(head).__name__}; put what precedes it into features"
         )
-    _require_batch(features, x)
+    if not isinstance(features, nn.Module):
+        raise TypeError(f"features must be a torch.nn.Module, got {type(features).__name__}; wrap it in one")
+    checks.require_tensor("x", x)
+    if x.is_floating_point():
+        checks.require_numbers("x", x)
     with torch.inference_mode(False), torch.enable_grad():
         parameters = {name: _leaf(p) for name, p in features.named_parameters() if p.is_floating_point()}
         x = _leaf(x) if x.is_floating_point() else x
@@ -87,34 +93,19 @@ def chain_rule(
     with torch.no_grad():
         z = head(e)
         y = _distribution(target, z)
-        value, dL_dp, dL_dz = _link_at_logits(loss, z, y)
         p = softmax.softmax_rows(z).probabilities
+        value, dL_dp, dL_dz = _at_logits(loss, z, y, p)
         dL_de = reference.dL_de(dL_dz, head.weight)
         rows = max(1, math.prod(z.shape[:-1]))
         dL_dz_rows, e_rows = dL_dz.reshape(-1, z.shape[-1]), e.reshape(-1, e.shape[-1])
     with torch.inference_mode(False):
         in_x, in_theta = _pull_back(e, x, parameters, dL_de)
     return ChainRule(
-        e=e.detach(),
-        z=z,
-        p=p,
-        loss=value,
-        dL_dp=dL_dp,
-        dL_dz=dL_dz,
-        dL_de=dL_de,
-        dL_dx=in_x,
+        e=e.detach(), z=z, p=p, loss=value, dL_dp=dL_dp, dL_dz=dL_dz, dL_de=dL_de, dL_dx=in_x,
         dL_dW=dL_dz_rows.mT @ e_rows.detach() / rows,  # the mean of reference.dL_dW, without one C×d per row
         dL_db=None if head.bias is None else dL_dz_rows.sum(0) / rows,
         dL_dtheta={name: gradient / rows for name, gradient in in_theta.items()},
-    )
-
-
-def _require_batch(features: nn.Module, x: Tensor) -> None:
-    if not isinstance(features, nn.Module):
-        raise TypeError(f"features must be a torch.nn.Module, got {type(features).__name__}; wrap it in one")
-    checks.require_tensor("x", x)
-    if x.is_floating_point():
-        checks.require_numbers("x", x)
+    )  # fmt: skip
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -139,24 +130,18 @@ def _distribution(target: Tensor | Target, z: Tensor) -> Tensor:
     return nn.functional.one_hot(target, z.shape[-1]).to(z.dtype)
 
 
-def _link_at_logits(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``L``, ``∂L/∂p`` and ``∂L/∂z`` of each row."""
-    p = softmax.softmax_rows(z).probabilities
+def _at_logits(loss: str, z: Tensor, y: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``L``, ``∂L/∂p`` and ``∂L/∂z`` of each row; the forward KL has the gradients of the cross-entropy."""
+    divergence, pair = divergence_of(loss), softmax.pair(z, torch.log(y))
     if loss == "reverse_kl":
         if not (y > 0).all():
             raise ValueError(
                 "target must be above 0 for every class when loss='reverse_kl', got a 0: D(p‖y) is infinite there; "
                 "mix in a little of the uniform distribution, or use loss='forward_kl'"
             )
-        pair = softmax.pair(z, torch.log(y))
-        return (
-            ReverseKL().value(pair),
-            reference.kl_gradient_in_first(p, y),
-            softmax.divergence_gradient(ReverseKL(), pair),
-        )
-    value = softmax.dense_loss(z, y)
-    if loss == "forward_kl":
-        value = ForwardKL().value(softmax.pair(z, torch.log(y)))
+        in_z = softmax.divergence_gradient(divergence, pair)
+        return divergence.value(pair), reference.kl_gradient_in_first(p, y), in_z
+    value = divergence.value(pair) if loss == "forward_kl" else DenseCrossEntropy(LogitMap()).loss(z, y)
     return value, reference.dL_dp(y, p), softmax.dense_residual(z, y, z.new_ones(z.shape[:-1]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,12 @@ from torch import Tensor
 SUM_TOLERANCE = 1e-4  # for the sum of a row of probabilities; SUM_TOLERANCE_HALF is for half precision
 SUM_TOLERANCE_HALF = 2e-2
 
-
-_WRAPPERS = (  # batched, transformed and fake tensors, on whose entries Python code cannot branch
-    torch._C.DispatchKey.FuncTorchBatched,
-    torch._C.DispatchKey.FuncTorchGradWrapper,
-    torch._C.DispatchKey.Python,
-)
+_KEYS = torch._C.DispatchKey
+_WRAPPERS = (_KEYS.FuncTorchBatched, _KEYS.FuncTorchGradWrapper, _KEYS.Python)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor holds numbers and is not the wrapper of a transform or a tracer."""
+    """Return whether Python code can branch on the entries: no batched, transformed or fake tensor has any."""
     wrapped = any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
     return not wrapped and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
@@ -38,8 +34,7 @@ def values_visible(*tensors: Tensor) -> bool:
     # The second condition detects tracing modes such as make_fx.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    on_cpu = torch._C.DispatchKey.CPU
-    return all(torch._C._dispatch_keys(tensor).has(on_cpu) and is_plain(tensor) for tensor in tensors)
+    return all(torch._C._dispatch_keys(tensor).has(_KEYS.CPU) and is_plain(tensor) for tensor in tensors)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -72,6 +67,26 @@ def require_features(name: str, tensor: object) -> None:
     require_floating(name, tensor, "(..., d) with the d >= 1 features")
 
 
+def require_head(input: Tensor, weight: Tensor, bias: Tensor | None, owner: str = "") -> None:
+    """Require features, a weight ``(C, d)`` of the same width, and one bias per class; ``owner`` precedes the names."""
+    require_features(f"{owner}input", input)
+    require_features(f"{owner}linear_weight", weight)
+    if weight.ndim != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{owner}linear_weight must be of shape (C, {input.shape[-1]}), as wide as input {tuple(input.shape)}, "
+            f"got {describe(weight)}"
+        )
+    if len(weight) == 0:
+        raise ValueError(f"{owner}linear_weight must have at least one class, got {describe(weight)}")
+    if bias is not None:
+        require_tensor(f"{owner}linear_bias", bias)
+        if not bias.is_floating_point() or tuple(bias.shape) != (len(weight),):
+            raise ValueError(
+                f"{owner}linear_bias must be a floating-point tensor of shape ({len(weight)},), one entry per class, "
+                f"got {describe(bias)}"
+            )
+
+
 def require_tensor(name: str, value: object) -> None:
     """Require a tensor of real numbers."""
     if not isinstance(value, Tensor):
@@ -96,8 +111,7 @@ def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, c
 
 def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
     """Return whether a shape is ``classes_last`` with the classes moved to the second dimension."""
-    moved = tuple(classes_last)
-    return len(moved) > 2 and tuple(shape) == (moved[0], moved[-1], *moved[1:-1])
+    return len(classes_last) > 2 and tuple(shape) == (classes_last[0], classes_last[-1], *classes_last[1:-1])
 
 
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
@@ -114,19 +128,16 @@ def shape_remedy(
 
     ``cut_logits`` and ``cut_target`` are templates of expressions that truncate either to ``{classes}`` classes.
     """
-    logits, target = tuple(logits), tuple(target)
     if _in_torch_layout(logits, target) or _in_torch_layout(target, logits):
         return "; move the classes of the one in torch's layout (N, C, d_1, ...) to the end by .movedim(1, -1)"
-    if len(logits) == len(target) and logits[:-1] == target[:-1] and logits[-1] != target[-1]:
-        cut = cut_logits if logits[-1] > target[-1] else cut_target
-        return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
-    return ""
+    if tuple(logits[:-1]) != tuple(target[:-1]) or logits[-1] == target[-1]:
+        return ""
+    cut = cut_logits if logits[-1] > target[-1] else cut_target
+    return f"; if one vocabulary is padded, cut it: {cut.format(classes=min(logits[-1], target[-1]))}"
 
 
 def _number(name: str, value: object) -> float | None:
     """Convert a Python, numpy or 0-d tensor number to a float; return None if it is not a real number."""
-    if isinstance(value, int | float):
-        return float(value)
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.is_complex():
             return None
@@ -135,46 +146,42 @@ def _number(name: str, value: object) -> float | None:
                 f"{name} must be a constant, got a tensor that requires gradients; apply it to the logits or the "
                 f"features yourself, or pass {name}.detach()"
             )
-        return float(value)
-    if isinstance(value, np.generic) and isinstance(value, np.integer | np.floating | np.bool_):
-        return float(value)
-    return None
+    elif not isinstance(value, int | float | np.integer | np.floating | np.bool_):
+        return None
+    return float(value)
+
+
+def _require_number(name: str, value: object, holds: Callable[[float], bool], what: str) -> float:
+    """Return a finite number for which ``holds`` as a Python number; raise ValueError for anything else."""
+    number = _number(name, value)
+    # torch.compile does not trace math.isfinite.
+    if number is None or not -math.inf < number < math.inf or not holds(number):
+        raise ValueError(f"{name} must be a finite number {what}, got {value!r}")
+    return number
 
 
 def require_positive(name: str, value: object) -> float:
     """Return a finite number above 0 as a Python number; raise ValueError for anything else."""
-    number = _number(name, value)
-    if number is None or not 0 < number < math.inf:  # no math.isfinite: torch.compile traces this
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return number
+    return _require_number(name, value, lambda number: number > 0, "above 0")
 
 
 def require_between(name: str, value: object, low: float, high: float) -> float:
     """Return a finite number in ``[low, high]`` as a Python number; raise ValueError for anything else."""
-    number = _number(name, value)
-    if number is None or not low <= number <= high or number == math.inf:
-        bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-    return number
+    bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    return _require_number(name, value, lambda number: low <= number <= high, bounds)
 
 
 def require_base(value: object) -> float:
     """Return the base of a logarithm as a Python number: finite, above 0 and not 1."""
-    number = _number("base", value)
-    if number is None or not 0 < number < math.inf or number == 1:
-        raise ValueError(f"base must be a finite number above 0 and not 1 (2 for bits), got {value!r}")
-    return number
+    return _require_number("base", value, lambda number: number > 0 and number != 1, "above 0 and not 1 (2 for bits)")
 
 
 def as_integer(value: object) -> int | None:
     """Return a Python, numpy or 0-d tensor integer as a Python int; None for anything else, booleans included."""
     if isinstance(value, Tensor):
-        if value.ndim != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            return None
-        return int(value)
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return int(value)
-    return None
+        unfit = value.ndim != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+        return None if unfit else int(value)
+    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
 
 
 def require_count(name: str, value: object, least: int) -> None:
@@ -198,9 +205,8 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
     if ignore_index is not None:
         outside &= indices != ignore_index
     if outside.any():
-        found = int(indices[outside].flatten()[0])
         remedy = "" if ignore_index is None else f" or ignore_index ({ignore_index}) for a row that does not count"
-        raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {found}")
+        raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {int(indices[outside][0])}")
 
 
 def outside_classes(indices: Tensor, classes: int) -> Tensor:
@@ -212,7 +218,13 @@ def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) 
     """Require finite entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
     if not _rows_visible(rows, counted):
         return
-    least, most = _extremes(rows.detach(), counted)
+    if counted is None:
+        least, most = (each.item() for each in rows.detach().aminmax())
+    else:  # a row that does not count may hold NaN
+        extremes = rows.detach().aminmax(dim=-1)
+        zero = extremes.min.new_zeros(())
+        least = torch.where(counted, extremes.min, zero).amin().item()
+        most = torch.where(counted, extremes.max, zero).amax().item()
     if math.isnan(least):
         raise ValueError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
     if least < 0:
@@ -229,10 +241,10 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
     if not _rows_visible(rows, counted):
         return
     require_nonnegative(name, rows, counted)
-    distance = (row_sums(rows) - 1).abs()
-    distance = distance if counted is None else torch.where(counted, distance, 0.0)
+    sums = row_sums(rows) if counted is None else torch.where(counted, row_sums(rows), 1.0)
+    distance = (sums - 1).abs()
     if not distance.max() <= sum_tolerance(rows.dtype):
-        worst = row_sums(rows).flatten()[distance.argmax()].item()
+        worst = sums.flatten()[distance.argmax()].item()
         raise ValueError(
             f"{name} must hold rows that sum to 1, got a row that sums to {worst:.6g}; divide each row by its sum, or "
             "express its mass by sample_weight (class indices are integers: convert them with .long())"
@@ -260,18 +272,9 @@ def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
     return rows.numel() > 0 and values_visible(rows) and (counted is None or values_visible(counted))
 
 
-def _extremes(rows: Tensor, counted: Tensor | None) -> tuple[float, float]:
-    """Return the smallest and the largest entry of the counted rows: NaN if a row contains it, 0 without rows."""
-    if counted is None:
-        least, most = rows.aminmax()
-        return least.item(), most.item()
-    least, most = rows.aminmax(dim=-1)
-    return torch.where(counted, least, 0.0).amin().item(), torch.where(counted, most, 0.0).amax().item()
-
-
 def row_sums(rows: Tensor) -> Tensor:
     """Return the sum of each row, in float32 or wider."""
-    return rows.detach().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return rows.detach().sum(-1, dtype=wide_dtype(rows.dtype))
 
 
 def sum_tolerance(dtype: torch.dtype) -> float:
@@ -292,26 +295,26 @@ def explain_nan(
 
     ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class.
     """
-    if not values_visible(rows) or not rows.detach().isnan().any():
+    if not values_visible(rows) or not (wrong := rows.detach().isnan()).any():
         return
-    if row_weight is not None and not (rows.detach().isnan() & (row_weight != 0)).any():
+    if row_weight is not None and not (wrong & (row_weight != 0)).any():
         return
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        values = tensor.detach()
-        if values.isnan().any():
-            raise ValueError(f"{name} must hold numbers, got NaN; look for the step that made it, or mask those rows")
-        if (values == math.inf).any():
-            raise ValueError(f"{name} must be below +inf, got +inf, whose softmax is undefined; clamp it")
-        masks = name not in ("input", "linear_weight")
-        if not masks and values.isinf().any():
-            raise ValueError(f"{name} must be finite, got -inf; clamp it, or mask those rows")
-        if masks and (values == -math.inf).all(-1).any():
-            raise ValueError(
-                f"{name} must have at least one finite entry per row, got a row of -inf only; "
-                "unmask a class or drop the row"
-            )
+        values, masks = tensor.detach(), name not in ("input", "linear_weight")
+        masked = values == -math.inf
+        faults = {
+            "hold numbers, got NaN; look for the step that made it, or mask those rows": values.isnan(),
+            "be below +inf, got +inf, whose softmax is undefined; clamp it": values == math.inf,
+            "be finite, got -inf; clamp it, or mask those rows": masked & (not masks),
+            "have at least one finite entry per row, got a row of -inf only; unmask a class or drop the row": (
+                masked.all(-1) & masks
+            ),
+        }
+        for fault, where in faults.items():
+            if where.any():
+                raise ValueError(f"{name} must {fault}")
     if any(part.detach().isnan().any() for part in target):
         raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
     raise ValueError(

@@ -1,8 +1,8 @@
-"""The public losses.
+"""The public losses on logits.
 
 Distributions are given by logits, with the classes last and leading dimensions free; log-probabilities are logits too.
-Everything is in nats unless ``base`` says otherwise, twice differentiable in every floating-point argument, and exact
-for confident rows, nearly equal distributions, masked classes (−inf) and offset logits.
+Every loss is in nats unless ``base`` is given, twice differentiable with respect to every floating-point argument, and
+exact for confident rows, nearly equal distributions, masked classes (−inf) and logits with a common offset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
-from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of, jensen_shannon
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
@@ -27,14 +27,9 @@ from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
 
 __all__ = [
-    "cross_entropy",
-    "divergence",
-    "entropy",
-    "js_divergence",
-    "kl_divergence",
-    "softmax_jacobian",
+    "cross_entropy", "divergence", "entropy", "js_divergence", "kl_divergence", "softmax_jacobian",
     "softmax_jacobian_product",
-]
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -47,44 +42,45 @@ def cross_entropy(
     ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
-    """``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced; exact also where this cancels.
+    """Return ``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced, but exact where this cancels.
 
     Args:
-        logits: ``(..., C)``, classes last (torch has them second). −inf masks a class.
-        target: class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities, whose
+        logits: ``(..., C)``, with the classes last (torch has them second). −inf masks a class.
+        target: Class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities, whose
             rows may have any sum, as in torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or
-            ``LinearTeacher``. Distributions receive gradients. Soft cap and temperature act on ``logits`` alone.
-        weight: ``(C,)``, ≥ 0; a factor of each class in the target. Receives no gradient.
-        sample_weight: ``(...)``; a factor of each row, z-loss included. A row of weight 0 has no part in value and
-            gradients; its logits and its target may hold anything.
-        ignore_index: the class index of rows that have no part; ``None`` is −100. Only for class indices.
+            ``LinearTeacher``. Distributions receive gradients. Soft cap and temperature apply to ``logits`` only.
+        weight: ``(C,)``, ≥ 0: a factor of each class in the target, which receives no gradient.
+        sample_weight: ``(...)``: a factor of each row, z-loss included. A row of weight 0 does not contribute to value
+            and gradients, and its logits and target may hold anything.
+        ignore_index: The class index of rows that do not contribute; ``None`` is −100. Only for class indices.
         label_smoothing: ``ε`` in [0, 1]: the target becomes ``(1 − ε) y + ε / C``, where ``C`` counts the classes that
             are not masked; a masked class has no share.
         temperature: ``T`` in ``z / T``, after the soft cap.
         softcap: ``κ`` in ``κ tanh(z / κ)``.
-        z_loss: ``λ`` in ``λ lse²``, on the log-sum-exp that the softmax sees; stays in squared nats.
+        z_loss: ``λ`` in ``λ lse²``, on the log-sum-exp that the softmax sees, in squared nats for every ``base``.
         reduction: ``"none"``; ``"sum"``; ``"mean"``, the sum over ``Σ_i w_i``, where ``w_i`` is the row's
             ``sample_weight`` (default 1), for class indices times the class weight of its target, and 0 for an ignored
             row; or ``"batchmean"``, the sum over ``logits.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
             gradient 0.
-        base: of the logarithm; 2 for bits.
+        base: The base of the logarithm; 2 for bits.
 
     Returns:
         The loss in float32, or float64 if ``logits`` or a distribution are float64. torch returns the loss of
         half-precision logits in half precision, which rounds it by up to 0.4 % (bfloat16).
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
-            an error in eager mode on the CPU; elsewhere it gives NaN.
+        TypeError, ValueError: If an argument has a wrong type, shape or value. NaN or +inf in a row that counts is an
+            error in eager mode on the CPU; elsewhere it gives NaN.
+
+    Example:
+        >>> loss = softcurve.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]), base=2)  # 2 bits
 
     Source: ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
     reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
-    loss = LossSpec.of(
-        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
+    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)
     sample_weight = _checked_weight(sample_weight, logits.shape[:-1], "logits")
@@ -94,83 +90,82 @@ def cross_entropy(
         if isinstance(target, TopK):
             target.require_fit(logits.shape)
             logits = _cleared(logits, sample_weight)
-        rows = _against_distribution(loss, logits, target.checked(sample_weight, classes), weight)
+        rows = _against_distribution(row_loss, logits, target.checked(sample_weight, classes), weight, loss.smoothing)
     else:
         checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
         labels = Labels.of(target, sample_weight, weight, classes, ignore_index)
         sample_weight, mean_weight = labels.row_weights(sample_weight, checks.wide_dtype(dtype))
-        logit_map = LogitMap(loss.temperature, loss.softcap)
         if loss.smoothing or (loss.z_loss and weight is not None):
-            y = _densified(loss, logits, labels, weight)
-            rows = row_losses(DenseCrossEntropy(logit_map, loss.z_loss), logits, y)
+            rows = row_losses(row_loss, logits, _densified(loss.smoothing, logits, labels, weight))
         else:
-            rows = row_losses(IndexCrossEntropy(logit_map, loss.z_loss), logits, labels.classes)
+            rows = row_losses(IndexCrossEntropy(row_loss.logit_map, loss.z_loss), logits, labels.classes)
             sample_weight = mean_weight
     return _reduced(rows, sample_weight, mean_weight, reducer, dtype, logits=logits)
 
 
-def _against_distribution(loss: LossSpec, logits: Tensor, target: Target, weight: Tensor | None) -> Tensor:
+def _against_distribution(
+    row_loss: DenseCrossEntropy, logits: Tensor, target: Target, weight: Tensor | None, smoothing: float
+) -> Tensor:
     """Return the cross-entropy of each row; the classes of a bucket are merged after the logit map."""
-    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
     z = logits
     if target.merges_tail:
         logits = checks.widened(logits)  # once for both parts, so that the sum of their gradients is rounded once
         z, _ = row_loss.logit_map.shifted_value(logits)
     model, y = target.distribution_against(z)
-    if loss.smoothing or weight is not None:
+    if smoothing or weight is not None:
         y = y.to(checks.wide_dtype(y.dtype, z.dtype))
-    if loss.smoothing:
-        y = (1 - loss.smoothing) * y + loss.smoothing * target.uniform_over(z)
-    if weight is not None:
-        y = y * weight
+    if smoothing:
+        y = (1 - smoothing) * y + smoothing * target.uniform_over(z)
+    y = y if weight is None else y * weight
     if not target.merges_tail:
         return row_losses(row_loss, model, y)
     rows = row_losses(DenseCrossEntropy(LogitMap()), model, y)
-    if loss.z_loss:  # The z-loss is over all classes: it is the loss of a target without mass.
+    if row_loss.z_loss:  # The z-loss is over all classes: it is the loss of a target without mass.
         rows = rows + row_losses(row_loss, logits, z.new_zeros(()).expand(z.shape))
     return rows
 
 
-def _densified(loss: LossSpec, logits: Tensor, labels: Labels, weight: Tensor | None) -> Tensor:
+def _densified(smoothing: float, logits: Tensor, labels: Labels, weight: Tensor | None) -> Tensor:
     """Return ``(1 − ε) w_t`` at the class, and ``ε w / C`` at each of the ``C`` classes that are not masked."""
-    everywhere = loss.smoothing * uniform_over_unmasked(logits)
-    at_class = torch.full_like(labels.classes, 1 - loss.smoothing, dtype=everywhere.dtype)
+    everywhere = smoothing * uniform_over_unmasked(logits)
+    at_class = torch.full_like(labels.classes, 1 - smoothing, dtype=everywhere.dtype)
     if weight is not None and labels.class_weight is not None:
         everywhere, at_class = everywhere * weight, at_class * labels.class_weight
-    everywhere = everywhere.expand(logits.shape)
-    return everywhere.scatter_add(-1, labels.classes.unsqueeze(-1), at_class.to(everywhere.dtype).unsqueeze(-1))
+    return everywhere.expand(logits.shape).scatter_add(
+        -1, labels.classes.unsqueeze(-1), at_class.to(everywhere.dtype).unsqueeze(-1)
+    )
 
 
 def kl_divergence(
     p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
-    """``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``: ``D(P‖Q)``, as on paper, never negative.
+    """Return ``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``, ``D(P‖Q) ≥ 0``, reduced.
 
-    Forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive gradients.
+    This is the forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive
+    gradients. The value is ``+inf`` where ``P`` has mass on a class that ``Q`` excludes, and ``0 log 0 = 0``. It is
+    float32, or float64 if either side is.
 
     Args:
-        p: logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side)
+        p: Logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side)
             ``TopK``. A plain tensor is logits, unlike a target of :func:`cross_entropy`; on the CPU a warning says so
             if its rows look like probabilities.
-        q: likewise.
-        sample_weight: ``(...)``; a factor of each row. A row of weight 0 may hold anything.
+        q: The same as ``p``.
+        sample_weight: ``(...)``: a factor of each row. A row of weight 0 may hold anything.
         temperature: ``T``; both sides become ``softmax(z / T)``.
         reduction: ``"none"``; ``"sum"``; ``"mean"``, ``Σ_i w_i D_i / Σ_i w_i`` over all rows, where ``w_i`` is the
             row's ``sample_weight`` (default 1); or ``"batchmean"``, ``Σ_i w_i D_i / q.shape[0]`` (1 for a single row),
             as in ``torch.nn.functional.kl_div``, whose own ``"mean"`` divides by the number of entries. A divisor of 0
             gives NaN with gradient 0.
-        base: of the logarithm; 2 for bits.
-
-    ``+inf`` where ``P`` has mass on a class that ``Q`` excludes; ``0 log 0 = 0``. The result is float32, or float64 if
-    either side is.
+        base: The base of the logarithm; 2 for bits.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN or +inf in a row that counts is
-            an error in eager mode on the CPU; elsewhere it gives NaN.
+        TypeError, ValueError: As in :func:`cross_entropy`.
 
-    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``,
-    ``h(t) = e^t − 1 − t ≥ 0``.
+    Example:
+        >>> loss = softcurve.kl_divergence(softcurve.Probabilities(torch.tensor([[0.7, 0.3]])), torch.zeros(1, 2))
+
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``, ``h(t) = e^t − 1 − t ≥ 0``.
     """
     return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
@@ -179,15 +174,18 @@ def js_divergence(
     p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
-    """``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``; symmetric at ``beta = ½``.
+    """Return ``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``, reduced.
 
-    The ends are those of the field: ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is ``D(Q‖P)``, exactly; between them
-    this is the mixture's formula, which tends to 0 towards the ends (divided by ``beta (1 − beta)`` it tends to the
-    two KLs). Arguments, errors and units are those of :func:`kl_divergence`.
+    It is symmetric at ``beta = ½``. By the convention of the field, ``beta = 0`` is ``D(P‖Q)`` and ``beta = 1`` is
+    ``D(Q‖P)``, exactly; between them this is the mixture's formula, which tends to 0 towards the ends (divided by
+    ``beta (1 − beta)`` it tends to the two KLs). Arguments, errors and units are those of :func:`kl_divergence`.
+
+    Example:
+        >>> loss = softcurve.js_divergence(torch.randn(3, 5), torch.randn(3, 5), beta=0.5)
 
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
-    divergence = jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0))
+    divergence = divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0))
     return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
 
 
@@ -196,13 +194,13 @@ def divergence(
     sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
     base: Number = math.e,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
-    """Any member ``D(y, p) = Σ_k φ(p_k, y_k)`` of the family between a target ``y`` and ``p = softmax(logits)``.
+    """Return a divergence ``D(y, p) = Σ_k φ(p_k, y_k)`` between a target ``y`` and ``p = softmax(logits)``, reduced.
 
     Args:
-        target: as ``p`` of :func:`kl_divergence`: logits, or a wrapped distribution; for ``CrossEntropy()`` as the
-            target of :func:`cross_entropy`.
-        logits: as ``q`` of :func:`kl_divergence`, ``(..., C)``.
-        divergence: a member such as :class:`~softcurve.AlphaDivergence`, :class:`~softcurve.SkewKL` or
+        target: The same as ``p`` of :func:`kl_divergence`: logits, or a wrapped distribution; for ``CrossEntropy()``
+            the same as the target of :func:`cross_entropy`.
+        logits: The same as ``q`` of :func:`kl_divergence`, ``(..., C)``.
+        divergence: A divergence such as :class:`~softcurve.AlphaDivergence`, :class:`~softcurve.SkewKL` or
             ``JensenShannon``, or an instance of your own subclass of :class:`~softcurve.Divergence`.
 
     The other arguments, errors and units are those of :func:`kl_divergence`.
@@ -229,49 +227,48 @@ def _divergence(
     reducer: Reduction, names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a top-k list cannot be the model, so it becomes the target."""
-    plain = {name: side for name, side in zip(names, (p, q), strict=True) if isinstance(side, Tensor)}
-    p, q = _by_logits(names[0], p), _by_logits(names[1], q)
-    dtype = torch.promote_types(p.dtype, q.dtype)
-    if isinstance(q, TopK):
-        divergence, p, q = divergence.exchanged(), q, p
-    if isinstance(p, TopK):
-        p.require_comparable(divergence, logit_map.temperature)
-    sample_weight = _checked_weight(sample_weight, q.leading, names[1])
-    for name, side in plain.items():
-        _warn_of_probabilities(name, side, sample_weight)
+    target, model = _as_logits(names[0], p), _as_logits(names[1], q)
+    dtype = torch.promote_types(target.dtype, model.dtype)
+    if isinstance(model, TopK):
+        divergence, target, model = divergence.exchanged(), model, target
+    if isinstance(target, TopK):
+        target.require_comparable(divergence, logit_map.temperature)
+    sample_weight = _checked_weight(sample_weight, model.leading, names[1])
+    for name, side in zip(names, (p, q), strict=True):
+        if isinstance(side, Tensor):
+            _warn_of_probabilities(name, side, sample_weight)
     wide = checks.wide_dtype(dtype)
-    model = _logits_of(q, sample_weight, wide)
-    if isinstance(p, TopK):
-        p.require_fit(model.shape)
-        model = _cleared(model, sample_weight)
-        model, target = p.checked(sample_weight, model.shape[-1]).against(model)
+    z = _logits_of(model, sample_weight, wide)
+    if isinstance(target, TopK):
+        target.require_fit(z.shape)
+        z = _cleared(z, sample_weight)
+        z, y = target.checked(sample_weight, z.shape[-1]).against(z)
     else:
-        target = _logits_of(p, sample_weight, wide)
-        if target.shape != model.shape:
-            remedy = checks.shape_remedy(target.shape, model.shape, f"{names[0]}[..., :{{classes}}]")
+        y = _logits_of(target, sample_weight, wide)
+        if y.shape != z.shape:
+            remedy = checks.shape_remedy(y.shape, z.shape, f"{names[0]}[..., :{{classes}}]")
             raise ValueError(
                 f"{names[0]} and {names[1]} must have one shape (..., C), "
-                f"got {tuple(target.shape)} and {tuple(model.shape)}{remedy or '; expand the smaller one'}"
+                f"got {tuple(y.shape)} and {tuple(z.shape)}{remedy or '; expand the smaller one'}"
             )
     if not logit_map.is_identity:
-        target, _ = logit_map.shifted_value(target.to(wide))
-    rows = row_losses(LogitDivergence(logit_map, divergence=divergence), model, target)
-    return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: target, names[1]: model})
+        y, _ = logit_map.shifted_value(y.to(wide))
+    rows = row_losses(LogitDivergence(logit_map, divergence=divergence), z, y)
+    return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: y, names[1]: z})
 
 
 def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Return finite logits for a list, whose outcomes are computed before rows of weight 0 are left out."""
-    return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).logits(logits.dtype)
+    """Return logits whose malformed rows of weight 0 are finite, since a list merges classes before weights apply."""
+    return logits if sample_weight is None else Logits(logits).checked(sample_weight, 0).values
 
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the logits of one side over all classes; given logits need no clearing of rows of weight 0."""
-    if isinstance(side, Logits | TopK):
-        return side.logits(dtype)
-    return side.checked(sample_weight, 0).logits(dtype)
+    checked = side if isinstance(side, Logits | TopK) else side.checked(sample_weight, 0)
+    return checked.logits(dtype)
 
 
-def _by_logits(name: str, side: Tensor | Target) -> Target:
+def _as_logits(name: str, side: Tensor | Target) -> Target:
     """Read a plain tensor as logits: a divergence has no class indices, and probabilities are wrapped."""
     if isinstance(side, Target):
         return side
@@ -295,10 +292,13 @@ def _warn_of_probabilities(name: str, side: Tensor, sample_weight: Tensor | None
 
 
 def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) -> Float[Tensor, "*rows"]:
-    """``−(softmax(logits) * log_softmax(logits)).sum(-1)``: ``H(p)`` of each row, ``(...)``, in nats or of ``base``.
+    """Return the entropy ``−(softmax(logits) * log_softmax(logits)).sum(-1)`` of each row, ``(...)``.
 
     Raises:
-        TypeError, ValueError: for logits that are not floating point, hold NaN or +inf, or mask every class.
+        TypeError, ValueError: If the logits are not floating point, hold NaN or +inf, or mask every class.
+
+    Example:
+        >>> bits = softcurve.entropy(torch.zeros(3, 4), base=2)  # 2 in each row
 
     Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
     """
@@ -308,12 +308,15 @@ def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) ->
 
 
 def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
-    """``diag(p) − p pᵀ`` with ``p = softmax(logits)``: ``∂p/∂z``, ``(..., C, C)``; symmetric, and its rows sum to 0.
+    """Return ``∂p/∂z = diag(p) − p pᵀ`` of ``p = softmax(logits)``, ``(..., C, C)``, whose rows sum to 0.
 
-    For the product with a vector use :func:`softmax_jacobian_product`, which costs ``O(C)`` and no matrix.
+    The product with a vector costs only ``O(C)`` by :func:`softmax_jacobian_product`.
 
     Raises:
-        TypeError, ValueError: for logits that are not floating point or have no class dimension.
+        TypeError, ValueError: If the logits are not floating point or have no class dimension.
+
+    Example:
+        >>> jacobian = softcurve.softmax_jacobian(torch.randn(3, 5))  # (3, 5, 5)
 
     Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
@@ -324,10 +327,13 @@ def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*
 def softmax_jacobian_product(
     logits: Float[Tensor, "*rows classes"], vector: Float[Tensor, "*rows classes"]
 ) -> Float[Tensor, "*rows classes"]:
-    """``softmax_jacobian(logits) @ vector`` as ``p ⊙ (v − p·v)``, ``(..., C)``; also the product with the transpose.
+    """Return ``softmax_jacobian(logits) @ vector``, as ``p ⊙ (v − p·v)``, ``(..., C)``; the matrix is symmetric.
 
     Raises:
-        TypeError, ValueError: for arguments that are not floating point, or of different shapes.
+        TypeError, ValueError: If an argument is not floating point, or the shapes differ.
+
+    Example:
+        >>> product = softcurve.softmax_jacobian_product(torch.randn(3, 5), torch.randn(3, 5))
 
     Source: ``J = diag(p) − p pᵀ``.
     """

@@ -1,13 +1,13 @@
-"""The public losses on features and a linear head: no logits are held.
+"""The public losses on features and a linear head, which never hold the logits.
 
 Each equals its namesake in :mod:`softcurve.functional` on ``logits = linear(input, linear_weight, linear_bias)``, in
-value, gradients and second derivatives. What they need beyond inputs and gradients stays within ``memory_budget``.
+value, gradients and second derivatives. The memory beyond inputs and gradients stays within ``memory_budget``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,19 +15,23 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.head.autograd import head_outcome
-from softcurve.head.problem import LossStats, head_problem, require_budget, require_shift
-from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, ReverseKL, divergence_of, jensen_shannon
-from softcurve.losses.labels import Labels, resolve_ignore_index
-from softcurve.losses.reduction import Reduction, quotient
+from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_budget, require_shift
+from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
+from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
+
+Features: TypeAlias = Float[Tensor, "*rows features"]
+HeadWeight: TypeAlias = Float[Tensor, "classes *positions features"]
+HeadBias: TypeAlias = Float[Tensor, " classes *positions"]
+Loss: TypeAlias = Float[Tensor, "*reduced"]
 
 
 class LinearDivergenceOptions(TypedDict, total=False):
     """The options that every loss on features and a head has; see :func:`linear_cross_entropy`."""
 
-    linear_bias: Float[Tensor, " classes *positions"] | None
+    linear_bias: HeadBias | None
     sample_weight: Tensor | None
     temperature: Number
     softcap: Number | None
@@ -49,79 +53,82 @@ class LinearCrossEntropyOptions(LinearDivergenceOptions, total=False):
 # fmt: off
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: Literal[False] = False, **options: Unpack[LinearCrossEntropyOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: Literal[True], **options: Unpack[LinearCrossEntropyOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *,
     return_stats: bool, **options: Unpack[LinearCrossEntropyOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_cross_entropy(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, linear_bias: Float[Tensor, " classes *positions"] | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, linear_bias: HeadBias | None = None,
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, without the logits.
+    """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
 
-    Takes every call of ``torch.nn.functional.linear_cross_entropy`` but its ``options``: one-dimensional input, and
-    weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions, included.
+    It accepts every call of ``torch.nn.functional.linear_cross_entropy`` except its ``options``, including
+    one-dimensional input, and weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions.
 
     Args:
-        input: features ``(..., d)``.
-        linear_weight: ``(C, d)``; may be a tied embedding's.
-        target: class indices ``(...)``; a floating-point tensor ``(..., C)``, taken with the mass that it has, as in
-            torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
-        linear_bias: ``(C,)``; −inf masks a class.
-        sample_weight: ``(...)``; a factor of each row. Rows of weight 0 are left out, and their target may hold
+        input: Features ``(..., d)``.
+        linear_weight: ``(C, d)``; it may be a tied embedding's.
+        target: Class indices ``(...)``; a floating-point tensor ``(..., C)``, whose rows may have any sum, as in torch;
+            or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
+        linear_bias: ``(C,)``; −inf masks a class, which then has no share of the label smoothing.
+        sample_weight: ``(...)``: a factor of each row. Rows of weight 0 are left out, and their target may hold
             anything. ``shift`` moves it together with the target.
-        reduction: as in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
+        reduction: As in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
-            causal language model whose targets are its inputs. The last ``s`` positions have no part.
-        memory_budget: bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-        return_stats: also return :class:`LossStats`, from the same pass.
+            causal language model whose targets are its inputs. The last ``s`` positions do not contribute.
+        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
+        return_stats: Also return :class:`LossStats`, from the same pass.
 
-    The other options are those of :func:`softcurve.cross_entropy`; a class that ``linear_bias`` masks has no share of
-    the label smoothing.
+    The other options are those of :func:`softcurve.cross_entropy`.
 
-    Half precision is multiplied and summed in float32, weight gradients too, and rounded once. The loss is float32, or
-    float64 if features, weight or a distribution are; torch's is in the dtype of the features. Third derivatives are
-    not offered.
+    Returns:
+        The loss in float32, or float64 if features, weight or a distribution are; torch's has the dtype of the
+        features. Half precision is multiplied and summed in float32, weight gradients too, and rounded once. Third
+        derivatives are not available.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
-            is an error in eager mode on the CPU; elsewhere it is returned.
+        TypeError, ValueError: If an argument has a wrong type, shape or value. NaN in the loss of a row that counts is
+            an error in eager mode on the CPU; elsewhere it is returned.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_cross_entropy(x, w, torch.tensor([0, 4, 2]))
 
     Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
-    loss = LossSpec.of(
-        CrossEntropy(), reducer, temperature=temperature, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
-        return _by_positions(
-            input, linear_weight, target, reducer, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
-            return_stats=return_stats, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            temperature=temperature, softcap=softcap, z_loss=z_loss, memory_budget=memory_budget,
+        problems, rows = _problems_by_position(
+            loss, input, linear_weight, target, linear_bias, sample_weight, shift, weight=weight,
+            ignore_index=ignore_index,
         )  # fmt: skip
+        return _by_position(problems, rows, reducer, memory_budget, return_stats)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
         ignore_index=ignore_index, shift=shift,
     )  # fmt: skip
-    divisor = problem.divisor(reducer)
+    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
+
+
+def _computed(
+    problem: HeadProblem, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Compute the loss of a problem, and its statistics if they are wanted, in one pass over the tiles."""
     outcome = head_outcome(
         problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
         per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
@@ -132,53 +139,49 @@ def linear_cross_entropy(
 # fmt: off
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_kl_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, direction: KLDirection = "forward",
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
+    """Return ``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
 
     Args:
-        target: a :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose own logits
-            are made tile by tile as well. A plain tensor is refused: it could hold probabilities or logits.
+        target: A :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose logits are
+            also computed tile by tile. A plain tensor is an error: it could hold probabilities or logits.
         direction: ``"forward"``: ``D(target‖model)``, which covers the target's modes; ``"reverse"``:
             ``D(model‖target)``, which seeks one of them.
         temperature: ``T``; both sides become ``softmax(z / T)``.
-        softcap: of the model's logits alone.
-        shift: must be 0: a distribution already belongs to a row.
+        softcap: Applies to the model's logits only.
+        shift: Must be 0: a distribution already belongs to a row.
 
-    The other arguments are those of :func:`linear_cross_entropy`, values and units those of
+    The other arguments and the errors are those of :func:`linear_cross_entropy`, values and units those of
     :func:`softcurve.kl_divergence`.
 
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type, shape or value. NaN in the loss of a row that counts
-            is an error in eager mode on the CPU; elsewhere it is returned.
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_kl_divergence(x, w, softcurve.Logits(torch.randn(3, 5)), direction="reverse")
 
-    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` for a divergence with score ``s``.
+    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
-        input, linear_weight, target, divergence=ForwardKL() if direction == "forward" else ReverseKL(),
+        input, linear_weight, target, divergence=divergence_of(f"{direction}_kl"),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
         reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
     )  # fmt: skip
@@ -187,38 +190,38 @@ def linear_kl_divergence(
 # fmt: off
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_js_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, beta: Number = 0.5,
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)``, without the logits.
+    """Return ``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)`` without the logits.
 
     ``beta * D(target‖M) + (1 − beta) * D(model‖M)`` with ``M = beta * target + (1 − beta) * model``; ``beta = 0`` is
     the forward and ``beta = 1`` the reverse KL, exactly. Arguments and errors are those of
     :func:`linear_kl_divergence`, the source is that of :func:`softcurve.js_divergence`.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> loss = softcurve.linear_js_divergence(x, w, softcurve.Logits(torch.randn(3, 5)), beta=0.5)
     """
     return linear_divergence(
-        input, linear_weight, target, divergence=jensen_shannon(checks.require_between("beta", beta, 0.0, 1.0)),
+        input, linear_weight, target, divergence=divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0)),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
         reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
     )  # fmt: skip
@@ -227,35 +230,31 @@ def linear_js_divergence(
 # fmt: off
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[False] = False, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"]: ...
+) -> Loss: ...
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: Literal[True], **options: Unpack[LinearDivergenceOptions],
-) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes *positions features"],
-    target: Tensor | Target, *, divergence: Divergence,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     return_stats: bool, **options: Unpack[LinearDivergenceOptions],
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_divergence(
-    input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-    target: Tensor | Target, *, divergence: Divergence,
-    linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
     shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
-) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
-    """``divergence(target, linear(input, linear_weight, linear_bias), divergence=divergence)``, without the logits.
+    """Return ``divergence(target, linear(input, linear_weight, linear_bias), ...)`` without holding the logits.
 
     Args:
-        divergence: a member of the family, such as :class:`~softcurve.AlphaDivergence` or an instance of your own
-            subclass of :class:`~softcurve.Divergence`. For ``CrossEntropy()`` this is :func:`linear_cross_entropy`.
+        divergence: A divergence such as :class:`~softcurve.AlphaDivergence`, or an instance of your own subclass of
+            :class:`~softcurve.Divergence`. For ``CrossEntropy()`` this is :func:`linear_cross_entropy`.
 
     The other arguments and errors are those of :func:`linear_kl_divergence`, values and units those of
     :func:`softcurve.divergence`.
@@ -275,54 +274,45 @@ def linear_divergence(
             memory_budget=memory_budget, return_stats=return_stats,
         )  # fmt: skip
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
-    loss = LossSpec.of(divergence, reducer, temperature=temperature, softcap=softcap)
+    loss = LossSpec.of(divergence, reducer, temperature, softcap)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
-    divisor = problem.divisor(reducer)
-    outcome = head_outcome(
-        problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
-        per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
-    )  # fmt: skip
-    return problem.result(outcome, reducer, divisor, return_stats)
+    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------
 
 
-def _by_positions(
-    input: Tensor, linear_weight: Tensor, target: Tensor | Target, reducer: Reduction, *, linear_bias: Tensor | None,
-    sample_weight: Tensor | None, shift: int, return_stats: bool, **options: Any,
-) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
-    """Apply a head of its own at each position ``d_1 … d_K``, as torch reads a weight ``(C, d_1, …, d_K, d)``."""
+def _problems_by_position(
+    loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None,
+    sample_weight: Tensor | None, shift: int, **options: Any,
+) -> tuple[list[HeadProblem], tuple[int, ...]]:  # fmt: skip
+    """Return the problem at each position ``d_1 … d_K`` of a weight ``(C, d_1, …, d_K, d)``, and the shape of rows."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
-    # Features in float32 receive the sum over the positions in float32, which is rounded once.
-    input = checks.widened(input)
-    soft = target.is_floating_point()
-    target = target.flatten(2).movedim(1, 2) if soft else target.flatten(1)
+    target = target.flatten(2).movedim(1, 2) if target.is_floating_point() else target.flatten(1)
+    by_position = {"linear_bias": None if linear_bias is None else linear_bias.flatten(1)}
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
-        sample_weight = sample_weight.flatten(1)
-    linear_bias = None if linear_bias is None else linear_bias.flatten(1)
-    parts: list[Any] = [
-        linear_cross_entropy(
-            input, weight, target[:, i], linear_bias=None if linear_bias is None else linear_bias[:, i],
-            sample_weight=None if sample_weight is None else sample_weight[:, i],
-            reduction="none" if reducer.kind == "none" else "sum", base=reducer.base, return_stats=return_stats,
-            **options,
-        )
-        for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1))
-    ]  # fmt: skip
+        by_position["sample_weight"] = sample_weight.flatten(1)
+    input = checks.widened(input)  # so that the sum of its gradients over the positions is rounded once
+    problems = []
+    for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1)):
+        options |= {name: None if values is None else values[:, i] for name, values in by_position.items()}
+        problems.append(head_problem(loss, input, weight, target[:, i], **options))
+    return problems, rows
+
+
+def _by_position(
+    problems: list[HeadProblem], rows: tuple[int, ...], reducer: Reduction, memory_budget: Integer | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    """Compute the loss of the problems of all positions, whose mean has one divisor."""
+    divisors = [problem.divisor(reducer) for problem in problems]
+    divisor = torch.stack(divisors).sum() if reducer.kind == "mean" else divisors[0]
+    parts: list[Any] = [_computed(problem, reducer, divisor, memory_budget, return_stats) for problem in problems]
     losses = torch.stack([part[0] if return_stats else part for part in parts], -1)
-    if reducer.kind == "none":
-        result = losses.reshape(rows)
-    else:
-        mean_weight = None if sample_weight is None else checks.widened(sample_weight)
-        if not soft:
-            ignored, class_weight = resolve_ignore_index(options["ignore_index"]), options["weight"]
-            labels = Labels.of(target.long(), sample_weight, class_weight, linear_weight.shape[0], ignored)
-            _, mean_weight = labels.row_weights(mean_weight, torch.float32)
-        result = quotient(losses.sum(), reducer.divisor(rows, losses, mean_weight))
+    result = losses.reshape(rows) if reducer.kind == "none" else losses.sum()
     if not return_stats:
         return result
     columns = zip(*(stats for _, stats in parts), strict=True)
@@ -346,15 +336,12 @@ def _require_positions(
         raise ValueError(f"shift must be 0 for a linear_weight of more than two dimensions, got {shift}")
     if 0 in positions:
         raise ValueError(f"linear_weight must have at least one position, got {checks.describe(linear_weight)}")
-    if linear_bias is not None:
-        checks.require_tensor("linear_bias", linear_bias)
-        if tuple(linear_bias.shape) != (classes, *positions):
-            raise ValueError(
-                f"linear_bias must be of shape {(classes, *positions)}, as linear_weight, "
-                f"got {checks.describe(linear_bias)}"
-            )
     rows = (len(input), *positions)
-    expected = (len(input), classes, *positions) if target.is_floating_point() else rows
-    if tuple(target.shape) != expected:
-        raise ValueError(f"target must be of shape {expected}, got {checks.describe(target)}")
+    distributions = (len(input), classes, *positions)
+    shapes = {"target": distributions if target.is_floating_point() else rows, "linear_bias": distributions[1:]}
+    for name, tensor in (("target", target), ("linear_bias", linear_bias)):
+        if tensor is not None:
+            checks.require_tensor(name, tensor)
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} must be of shape {shapes[name]}, got {checks.describe(tensor)}")
     return target, rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks, functional, linear
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Rows, Values
 from softcurve.head.problem import LossStats, require_budget, require_shift
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.labels import resolve_ignore_index
@@ -19,21 +19,16 @@ from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
-    "CrossEntropyLoss",
-    "DivergenceLoss",
-    "JSDivergenceLoss",
-    "KLDivergenceLoss",
-    "LinearCrossEntropyLoss",
-    "LinearDivergenceLoss",
-    "LinearJSDivergenceLoss",
-    "LinearKLDivergenceLoss",
-]
+    "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss", "LinearCrossEntropyLoss",
+    "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
+# The options of all losses; each check returns a Python value.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "base": checks.require_base,
     "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
@@ -54,13 +49,16 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 
 
 class _Loss(torch.nn.Module):
-    """Base class of the losses: a function, and its options, which are checked once and kept as Python values."""
+    """Base class of the losses: a function, and its options, which are checked once and kept as Python values.
+
+    A subclass passes the local variables of its ``__init__``, among which the options are those named in ``_CHECKS``.
+    """
 
     _function: ClassVar[Callable[..., Any]]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
-        self.options = {name: _CHECKS[name](value) for name, value in options.items()}
+        self.options = {name: _CHECKS[name](value) for name, value in arguments.items() if name in _CHECKS}
 
     def extra_repr(self) -> str:
         """Return the options."""
@@ -77,16 +75,10 @@ class CrossEntropyLoss(_Loss):
         label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
         reduction: ReductionKind = "mean", base: Number = math.e,
     ) -> None:  # fmt: skip
-        super().__init__(
-            ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
-            z_loss=z_loss, reduction=reduction, base=base,
-        )  # fmt: skip
+        super().__init__(locals())
         self.register_buffer("weight", weight)
 
-    def forward(
-        self, logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
-        sample_weight: Float[Tensor, "*rows"] | None = None,
-    ) -> Float[Tensor, "*reduced"]:  # fmt: skip
+    def forward(self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
         """See :func:`softcurve.cross_entropy`."""
         return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
 
@@ -97,9 +89,7 @@ class CrossEntropyLoss(_Loss):
 class _DivergenceLoss(_Loss):
     """Base class of the divergences between two distributions."""
 
-    def forward(
-        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None
-    ) -> Float[Tensor, "*reduced"]:
+    def forward(self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
         """Return the divergence from target ``p`` to model ``q``; see the function of the class."""
         loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, **self.options)
         return loss
@@ -114,7 +104,7 @@ class KLDivergenceLoss(_DivergenceLoss):
     _function = functional.kl_divergence
 
     def __init__(self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, base=base)
+        super().__init__(locals())
 
 
 class JSDivergenceLoss(_DivergenceLoss):
@@ -125,7 +115,7 @@ class JSDivergenceLoss(_DivergenceLoss):
     def __init__(
         self, *, beta: Number = 0.5, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e
     ) -> None:
-        super().__init__(beta=beta, temperature=temperature, reduction=reduction, base=base)
+        super().__init__(locals())
 
 
 class DivergenceLoss(_DivergenceLoss):
@@ -142,52 +132,48 @@ class DivergenceLoss(_DivergenceLoss):
         self, divergence: Divergence, *, temperature: Number = 1.0, reduction: ReductionKind = "mean",
         base: Number = math.e,
     ) -> None:  # fmt: skip
-        super().__init__(divergence=divergence, temperature=temperature, reduction=reduction, base=base)
+        super().__init__(locals())
 
 
 class _LinearLoss(_Loss):
     """Base class of the losses that contain their head as the submodule ``linear``."""
 
-    def __init__(
-        self, in_features: int, num_classes: int, bias: bool, device: torch.device | str | None,
-        dtype: torch.dtype | None, positions: tuple[int, ...] = (), **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(**options)
-        self.num_classes, self.out_features = num_classes, positions
-        rows = num_classes * math.prod(positions)
-        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return self.options
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(arguments)
+        self.num_classes: int = arguments["num_classes"]
+        self.out_features: tuple[int, ...] = arguments.get("out_features", ())
+        rows = self.num_classes * math.prod(self.out_features)
+        factory = {name: arguments[name] for name in ("bias", "device", "dtype")}
+        self.linear = torch.nn.Linear(arguments["in_features"], rows, **factory)
 
     # fmt: off
     @overload
     def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[False] = False,
-    ) -> Float[Tensor, "*reduced"]: ...
+        self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> linear.Loss: ...
     @overload
     def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: Literal[True],
-    ) -> tuple[Float[Tensor, "*reduced"], LossStats]: ...
+        self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> tuple[linear.Loss, LossStats]: ...
     @overload
     def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: bool,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]: ...
+        self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
+        return_stats: bool,
+    ) -> linear.Loss | tuple[linear.Loss, LossStats]: ...
     def forward(
-        self, input: Float[Tensor, "*rows features"], target: Tensor | Target, *,
-        sample_weight: Tensor | None = None, return_stats: bool = False,
-    ) -> Float[Tensor, "*reduced"] | tuple[Float[Tensor, "*reduced"], LossStats]:
+        self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
+        return_stats: bool = False,
+    ) -> linear.Loss | tuple[linear.Loss, LossStats]:
         # fmt: on
         """Return the loss, and :class:`~softcurve.LossStats` if ``return_stats``; see the function of the class."""
         bias, shape = self.linear.bias, (self.num_classes, *self.out_features)
+        weight = {"weight": self.weight} if "weight" in self._buffers else {}
         result: Tensor | tuple[Tensor, LossStats] = type(self)._function(
             input, self.linear.weight.reshape(*shape, -1), target,
             linear_bias=None if bias is None else bias.reshape(shape), sample_weight=sample_weight,
-            return_stats=return_stats, **self._arguments,
+            return_stats=return_stats, **weight, **self.options,
         )  # fmt: skip
         return result
 
@@ -213,16 +199,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
     ) -> None:  # fmt: skip
         if weight is not None:
             checks.require_class_weight(weight, num_classes)
-        super().__init__(
-            in_features, num_classes, bias, device, dtype, out_features, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature, softcap=softcap,
-            z_loss=z_loss, base=base, shift=shift, memory_budget=memory_budget,
-        )  # fmt: skip
+        super().__init__(locals())
         self.register_buffer("weight", weight)
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return {"weight": self.weight, **self.options}
 
     @property
     def reduction(self) -> str:
@@ -256,10 +234,7 @@ class LinearKLDivergenceLoss(_LinearLoss):
         softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_features, num_classes, bias, device, dtype, direction=direction, temperature=temperature,
-            softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
-        )  # fmt: skip
+        super().__init__(locals())
 
 
 class LinearJSDivergenceLoss(_LinearLoss):
@@ -273,10 +248,7 @@ class LinearJSDivergenceLoss(_LinearLoss):
         softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_features, num_classes, bias, device, dtype, beta=beta, temperature=temperature, softcap=softcap,
-            reduction=reduction, base=base, memory_budget=memory_budget,
-        )  # fmt: skip
+        super().__init__(locals())
 
 
 class LinearDivergenceLoss(_LinearLoss):
@@ -295,7 +267,4 @@ class LinearDivergenceLoss(_LinearLoss):
         softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_features, num_classes, bias, device, dtype, divergence=divergence, temperature=temperature,
-            softcap=softcap, reduction=reduction, base=base, memory_budget=memory_budget,
-        )  # fmt: skip
+        super().__init__(locals())

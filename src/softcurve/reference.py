@@ -2,7 +2,8 @@
 
 The functions are neither optimised nor protected against overflow. The classes are the last dimension, and results are
 in nats unless ``base`` is given. ``x`` is the input, ``e`` features, ``z`` logits, ``p`` probabilities, ``y`` the
-target and ``W`` (C×d) the weight of the head. Source: Bishop (2006), section 4.3.4; Kullback and Leibler (1951).
+target and ``W`` (C×d) the weight of the head. ``Rows`` are of shape ``(..., C)``, ``Values`` of shape ``(...)``.
+Source: Bishop (2006), section 4.3.4; Kullback and Leibler (1951).
 """
 
 from __future__ import annotations
@@ -13,30 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Rows, Values
 
 __all__ = [
-    "basic_identity",
-    "cross_entropy",
-    "dL_dW",
-    "dL_de",
-    "dL_dp",
-    "dL_dtheta",
-    "dL_dx",
-    "dL_dz",
-    "entropy",
-    "forward_kl",
-    "kl_divergence",
-    "kl_from_cross_entropy",
-    "kl_gradient_in_first",
-    "kl_gradient_in_first_logits",
-    "kl_gradient_in_second",
-    "kl_gradient_in_second_logits",
-    "reverse_kl",
-    "softmax",
-    "softmax_derivative",
+    "basic_identity", "cross_entropy", "dL_dW", "dL_de", "dL_dp", "dL_dtheta", "dL_dx", "dL_dz", "entropy",
+    "forward_kl", "kl_divergence", "kl_from_cross_entropy", "kl_gradient_in_first", "kl_gradient_in_first_logits",
+    "kl_gradient_in_second", "kl_gradient_in_second_logits", "reverse_kl", "softmax", "softmax_derivative",
     "softmax_jacobian",
-]
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -46,18 +31,18 @@ def __dir__() -> list[str]:
 # --- the softmax -----------------------------------------------------------------------------------------------------
 
 
-def softmax(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+def softmax(z: Rows) -> Rows:
     """Return ``p_i = e^{z_i} / Σ_j e^{z_j}``; a common factor ``e^{−max z}`` cancels."""
     exponentials = torch.exp(z - z.amax(-1, keepdim=True))
     return exponentials / exponentials.sum(-1, keepdim=True)
 
 
-def softmax_derivative(p: Float[Tensor, "*rows classes"], i: int, j: int) -> Float[Tensor, "*rows"]:
+def softmax_derivative(p: Rows, i: int, j: int) -> Values:
     """Return ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``, one element of the Jacobian."""
     return p[..., i] * (float(i == j) - p[..., j])
 
 
-def softmax_jacobian(p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
+def softmax_jacobian(p: Rows) -> Float[Tensor, "*rows classes classes"]:
     """Return the symmetric C×C Jacobian ``J = ∂p/∂z = diag(p) − p pᵀ``."""
     return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
@@ -65,28 +50,22 @@ def softmax_jacobian(p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 
 # --- entropy, cross-entropy, KL --------------------------------------------------------------------------------------
 
 
-def kl_divergence(
-    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"], base: float = math.e
-) -> Float[Tensor, "*rows"]:
+def kl_divergence(p: Rows, q: Rows, base: float = math.e) -> Values:
     """Return ``KL(p‖q) = Σ_i p_i log(p_i / q_i)``, with ``0 log 0 = 0``; in bits for ``base=2``."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1) / math.log(base)
 
 
-def entropy(p: Float[Tensor, "*rows classes"], base: float = math.e) -> Float[Tensor, "*rows"]:
+def entropy(p: Rows, base: float = math.e) -> Values:
     """Return ``H(p) = −Σ_i p_i log p_i``."""
     return -torch.xlogy(p, p).sum(-1) / math.log(base)
 
 
-def cross_entropy(
-    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
-) -> Float[Tensor, "*rows"]:
+def cross_entropy(y: Rows, p: Rows, base: float = math.e) -> Values:
     """Return ``H(y, p) = −Σ_k y_k log p_k`` for a one-hot or a soft target ``y``."""
     return -torch.xlogy(y, p).sum(-1) / math.log(base)
 
 
-def kl_from_cross_entropy(
-    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
-) -> Float[Tensor, "*rows"]:
+def kl_from_cross_entropy(y: Rows, p: Rows, base: float = math.e) -> Values:
     """Return ``KL(y‖p) = −H(y) + H(y, p)``."""
     return -entropy(y, base) + cross_entropy(y, p, base)
 
@@ -94,14 +73,12 @@ def kl_from_cross_entropy(
 # --- the gradients of cross-entropy ----------------------------------------------------------------------------------
 
 
-def dL_dp(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+def dL_dp(y: Rows, p: Rows) -> Rows:
     """Return ``∂L/∂p = −y ⊘ p``, elementwise."""
-    return torch.where(y == 0, torch.zeros_like(p), -y / p)
+    return torch.where(y == 0, 0.0, -y / p)
 
 
-def basic_identity(
-    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
+def basic_identity(y: Rows, p: Rows) -> Rows:
     """Return ``J(y ⊘ p) = y − (Σ_k y_k) p``.
 
     Row i of ``J`` is ``p_i (δ_i − p)``, so ``J(y⊘p)_i = p_i y_i/p_i − p_i Σ_k p_k y_k/p_k = y_i − p_i Σ_k y_k``.
@@ -109,14 +86,12 @@ def basic_identity(
     return y - y.sum(-1, keepdim=True) * p
 
 
-def dL_dz(y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
+def dL_dz(y: Rows, p: Rows) -> Rows:
     """Return ``∂L/∂z = J ∂L/∂p = −J(y⊘p) = (Σ_k y_k) p − y``, which is ``p − y`` if the target sums to one."""
     return -basic_identity(y, p)
 
 
-def dL_de(
-    dL_dz: Float[Tensor, "*rows classes"], W: Float[Tensor, "classes features"]
-) -> Float[Tensor, "*rows features"]:
+def dL_de(dL_dz: Rows, W: Float[Tensor, "classes features"]) -> Float[Tensor, "*rows features"]:
     """Return ``∂L/∂e = (∂z/∂e)ᵀ ∂L/∂z = Wᵀ (p − y)``."""
     return dL_dz @ W
 
@@ -126,9 +101,7 @@ def dL_dx(pull_back: Callable[[Tensor], Tensor], dL_de: Float[Tensor, "*rows fea
     return pull_back(dL_de)
 
 
-def dL_dW(
-    dL_dz: Float[Tensor, "*rows classes"], e: Float[Tensor, "*rows features"]
-) -> Float[Tensor, "*rows classes features"]:
+def dL_dW(dL_dz: Rows, e: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows classes features"]:
     """Return ``∂L/∂W = (p − y) eᵀ``, with the shape C×d of ``W``."""
     return dL_dz.unsqueeze(-1) * e.unsqueeze(-2)
 
@@ -143,44 +116,32 @@ def dL_dtheta(
 # --- KL, in both directions and in both arguments --------------------------------------------------------------------
 
 
-def forward_kl(
-    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
-) -> Float[Tensor, "*rows"]:
+def forward_kl(y: Rows, p: Rows, base: float = math.e) -> Values:
     """Return ``D(y‖p) = Σ_k y_k log(y_k / p_k)``; minimising it over ``p`` covers the modes of the target."""
     return kl_divergence(y, p, base)
 
 
-def reverse_kl(
-    y: Float[Tensor, "*rows classes"], p: Float[Tensor, "*rows classes"], base: float = math.e
-) -> Float[Tensor, "*rows"]:
+def reverse_kl(y: Rows, p: Rows, base: float = math.e) -> Values:
     """Return ``D(p‖y) = Σ_k p_k log(p_k / y_k)``; minimising it over ``p`` seeks one mode of the target."""
     return kl_divergence(p, y, base)
 
 
-def kl_gradient_in_first(
-    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
+def kl_gradient_in_first(p: Rows, q: Rows) -> Rows:
     """Return ``∂D(p‖q)/∂p = log(p ⊘ q) + 1``."""
     return torch.log(p / q) + 1
 
 
-def kl_gradient_in_second(
-    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
+def kl_gradient_in_second(p: Rows, q: Rows) -> Rows:
     """Return ``∂D(p‖q)/∂q = −p ⊘ q``, which equals the gradient of the cross-entropy with target ``p``."""
     return dL_dp(p, q)
 
 
-def kl_gradient_in_first_logits(
-    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
+def kl_gradient_in_first_logits(p: Rows, q: Rows) -> Rows:
     """Return ``∂D(p‖q)/∂z_p = J_p (log(p⊘q) + 1) = p ⊙ (log(p⊘q) − D(p‖q))``, as for the encoder of a VAE."""
     ratio = torch.log(p) - torch.log(q)
     return p * (ratio - (p * ratio).sum(-1, keepdim=True))
 
 
-def kl_gradient_in_second_logits(
-    p: Float[Tensor, "*rows classes"], q: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
+def kl_gradient_in_second_logits(p: Rows, q: Rows) -> Rows:
     """Return ``∂D(p‖q)/∂z_q = q − p``, which equals the gradient of the cross-entropy."""
     return q - p

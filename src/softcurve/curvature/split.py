@@ -120,7 +120,7 @@ def split_head(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    LogitMap(temperature, softcap)
+    LogitMap.of(temperature, softcap)
     path, compiled = _path_to(model, head)
     *ancestors, module = path
     if not isinstance(module, nn.Linear):

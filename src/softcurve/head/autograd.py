@@ -24,7 +24,8 @@ from softcurve.head import operators
 from softcurve.head.kernel import Statistics
 from softcurve.head.loop import evaluate
 from softcurve.head.tensors import NOTHING, HeadTensors, Wanted
-from softcurve.losses.autograd import outer_tangents, total_of
+from softcurve.losses.autograd import outer_tangents
+from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
 
 Optional6 = Sequence[Tensor | None]

@@ -151,7 +151,7 @@ def head_problem(
 
     Raises what the public call raises, in all processes if in one.
     """
-    _require_head(input, linear_weight, linear_bias)
+    checks.require_head(input, linear_weight, linear_bias)
     layout = head_layout(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight
     )
@@ -180,25 +180,6 @@ def head_problem(
         return _distribution_problem(head, loss, known, class_weight, row_weight)
 
     return layout.agreed(make)
-
-
-def _require_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    checks.require_features("input", input)
-    checks.require_features("linear_weight", weight)
-    if weight.ndim != 2 or weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight must be of shape (C, {input.shape[-1]}), as wide as input {tuple(input.shape)}, "
-            f"got {checks.describe(weight)}"
-        )
-    if len(weight) == 0:
-        raise ValueError(f"linear_weight must have at least one class, got {checks.describe(weight)}")
-    if bias is not None:
-        checks.require_tensor("linear_bias", bias)
-        if not bias.is_floating_point() or tuple(bias.shape) != (len(weight),):
-            raise ValueError(
-                f"linear_bias must be a floating-point tensor of shape ({len(weight)},), one entry per class, "
-                f"got {checks.describe(bias)}"
-            )
 
 
 def _require_distribution(target: Tensor | Target) -> Target:

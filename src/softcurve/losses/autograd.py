@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from softcurve import checks
-from softcurve.array_types import Float
-from softcurve.losses.rows import Gradients, RowLoss
+from softcurve.array_types import Rows, Values
+from softcurve.losses.rows import Gradients, RowLoss, total_of
 
 # The number of logits in a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in
 # cache, and enough to be worth starting two threads.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
-def row_losses(loss: RowLoss, logits: Float[Tensor, "*rows classes"], target: Tensor) -> Float[Tensor, "*rows"]:
+def row_losses(loss: RowLoss, logits: Rows, target: Tensor) -> Values:
     """Return ``loss.value(logits, target)``, differentiable, in float32 or wider; ``target`` has the logits' rows."""
     if not torch.compiler.is_compiling():
         return _TransformableValue.apply(loss, logits, target)  # type: ignore[no-any-return]
@@ -79,8 +79,7 @@ class _TransformableValue(_Value):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], loss: RowLoss, z: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        batched = [_to_front(t, d, info.batch_size) for t, d in zip((z, target), in_dims[1:], strict=True)]
-        return _TransformableValue.apply(loss, *batched), 0
+        return _TransformableValue.apply(loss, *_batched(info, in_dims[1:], (z, target))), 0
 
 
 class _Gradient(Function):
@@ -145,8 +144,7 @@ class _TransformableGradient(_Gradient):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], loss: RowLoss, wanted: tuple[bool, bool], *tensors: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        batched = [_to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims[2:], strict=True)]
-        return _TransformableGradient.apply(loss, wanted, *batched), (0, 0)
+        return _TransformableGradient.apply(loss, wanted, *_batched(info, in_dims[2:], tensors)), (0, 0)
 
 
 @contextmanager
@@ -171,14 +169,10 @@ def _inner(gradients: Gradients, directions: Gradients) -> Tensor:
     return total
 
 
-def total_of(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the sum of the terms that are not ``None``; ``None`` if there are none."""
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], start=present[0]) if present else None
-
-
-def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+def _batched(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with the batch dimension first; one without it is expanded."""
+    pairs = zip(tensors, in_dims, strict=True)
+    return [t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs]
 
 
 def _by_tiles(

@@ -22,7 +22,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Rows, Values
 
 
 class Pair(NamedTuple):
@@ -31,18 +31,18 @@ class Pair(NamedTuple):
     ``log_ratio`` is ``log p − log y`` (0 where both are masked), ``difference`` is ``p − y``.
     """
 
-    p: Float[Tensor, "*rows classes"]
-    y: Float[Tensor, "*rows classes"]
-    log_ratio: Float[Tensor, "*rows classes"]
-    difference: Float[Tensor, "*rows classes"]
+    p: Rows
+    y: Rows
+    log_ratio: Rows
+    difference: Rows
 
     def exchanged(self) -> Pair:
-        """The same pair seen from the target's side."""
+        """Return the pair with the two distributions exchanged."""
         return Pair(self.y, self.p, -self.log_ratio, -self.difference)
 
 
 def _exponential_excess(t: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """``h(t) = e^t − 1 − t`` for ``|t| ≤ ½``, by its series: the subtraction would cancel."""
+    """Return ``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series, because the subtraction would cancel."""
     order = 8 if t.dtype == torch.float32 else 14  # remainder below half an ulp at |t| = ½
     total = torch.full_like(t, 1 / math.factorial(order + 1))
     for n in range(order, 1, -1):
@@ -50,12 +50,10 @@ def _exponential_excess(t: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return total * t * t
 
 
-def excess(
-    a: Float[Tensor, "*rows classes"], difference: Float[Tensor, "*rows classes"], t: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """``a h(log(b/a)) = b − a − a log(b/a) ≥ 0`` from ``difference = b − a`` and ``t = log(b/a)``.
+def excess(a: Rows, difference: Rows, t: Rows) -> Rows:
+    """Return ``a h(log(b/a)) = b − a − a log(b/a) ≥ 0`` from ``difference = b − a`` and ``t = log(b/a)``.
 
-    Its sum over classes is ``D(a‖b)``. ``+inf`` where ``b`` is masked and ``a`` is not, ``b`` where ``a`` is zero.
+    Its sum over classes is ``D(a‖b)``. It is ``+inf`` where only ``b`` is masked, and ``b`` where ``a`` is 0.
     """
     near = t.abs() < 0.5
     series = a * _exponential_excess(t.clamp(-0.5, 0.5))
@@ -64,7 +62,7 @@ def excess(
 
 
 def log_mixture(t: Float[Tensor, "*any"], weight: float) -> Float[Tensor, "*any"]:
-    """``log((1−w) + w e^t)``, right relatively, and without overflow."""
+    """Return ``log((1−w) + w e^t)`` with a small relative error and without overflow."""
     near = torch.log1p(weight * torch.expm1(t.clamp(max=80.0)))
     if weight > 0.5:  # 1 + w (e^t − 1) cancels towards 1 − w
         near = torch.where(t < -1, torch.log((1 - weight) + weight * torch.exp(t.clamp(max=-1.0))), near)
@@ -73,12 +71,12 @@ def log_mixture(t: Float[Tensor, "*any"], weight: float) -> Float[Tensor, "*any"
 
 
 def _times_finite(p: Tensor, factor: Tensor) -> Tensor:
-    """``p ⊙ factor`` with ``0 · ±inf = 0``, in its derivatives too: a class without mass has no part in a sum."""
+    """Return ``p ⊙ factor`` with ``0 · ±inf = 0``, in its derivatives too: a class of probability 0 adds nothing."""
     return p * torch.where(p == 0, 0.0, factor)
 
 
 class Divergence(ABC):
-    """A member of the family: a separable ``D(y, p) = Σ_k φ(p_k, y_k)``, given by its derivatives in ``log p``.
+    """A separable divergence ``D(y, p) = Σ_k φ(p_k, y_k)``, given by its derivatives with respect to ``log p``.
 
     Subclass it as a frozen dataclass whose fields are numbers, and implement the five methods below in the gauge
     ``φ ≥ 0``. Every route of the library (logits, streamed heads, curvature, fits) then works with the member. See
@@ -86,7 +84,7 @@ class Divergence(ABC):
     """
 
     hessian_is_fisher: ClassVar[bool] = False
-    """Whether ``H_z = J``, as for the forward KL. Gauss-Newton is the Hessian then."""
+    """Whether ``H_z = J``, as for the forward KL; the Gauss-Newton matrix is then the Hessian."""
 
     gauss_newton_is_fisher: ClassVar[bool] = False
     """Whether ``p² ∂²φ/∂p² = p``, as for the reverse KL, so that the Gauss-Newton matrix is ``J``."""
@@ -97,7 +95,7 @@ class Divergence(ABC):
     def __init_subclass__(cls) -> None:
         """Register the class, so that :meth:`decode` finds it by a key that no other class has.
 
-        What a class declares holds for its own formulas: a subclass that replaces some of them must declare it again.
+        The class attributes describe the formulas of one class: a subclass that replaces some must declare them again.
         """
         for name in ("hessian_is_fisher", "gauss_newton_is_fisher", "gauss_newton_bound"):
             if name not in cls.__dict__:
@@ -106,19 +104,19 @@ class Divergence(ABC):
         Divergence._members[cls._key] = cls
 
     @abstractmethod
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:
+    def value(self, pair: Pair) -> Values:
         """Return ``D(y, p) = Σ_k φ(p_k, y_k) ≥ 0`` of each row, in nats."""
 
     @abstractmethod
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
+    def score(self, pair: Pair) -> Rows:
         """Return ``s = p ∂φ/∂p``."""
 
     @abstractmethod
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
+    def curve(self, pair: Pair) -> Rows:
         """Return ``c = p ∂φ/∂p + p² ∂²φ/∂p²``."""
 
     @abstractmethod
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
+    def cross(self, pair: Pair) -> Rows:
         """Return ``x = p y ∂²φ/∂p∂y``, which is symmetric under exchange."""
 
     @abstractmethod
@@ -153,12 +151,12 @@ class Divergence(ABC):
 
     @property
     def gauss_newton_bound(self) -> float:
-        """``sup p ∂²φ/∂p²``, by which the Gauss-Newton matrix is bounded against ``J``; infinite if there is none."""
+        """The bound ``sup p ∂²φ/∂p²`` of the Gauss-Newton matrix relative to ``J``, or infinity if there is none."""
         return 1.0 if self.hessian_is_fisher or self.gauss_newton_is_fisher else math.inf
 
     @property
     def curvature_at_agreement(self) -> float:
-        """``p φ″`` at ``p = y``: near there ``D ≈ ½ Σ_k p_k r_k²`` times this, with ``r = log p − log y``."""
+        """The factor ``p φ″`` at ``p = y``, where ``D ≈ ½ Σ_k p_k r_k²`` times this factor, ``r = log p − log y``."""
         one = torch.ones(1, dtype=torch.float64)
         agreeing = Pair(one, one, 0 * one, 0 * one)
         return float(self.curve(agreeing) - self.score(agreeing))
@@ -171,24 +169,24 @@ class Divergence(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Divergence):
-    """``−Σ_k y_k log p_k`` of a target of any mass: ``φ = −y log p``, ``s = −y``, ``c = 0``, ``x = −y``.
+    """The cross-entropy ``−Σ_k y_k log p_k``: ``φ = −y log p``, ``s = −y``, ``c = 0``, ``x = −y``.
 
-    It is not zero at ``p = y``. The library evaluates it by :func:`softcurve.losses.softmax.dense_loss`, which is
-    exact for confident rows.
+    The target may have any sum, and the value is not zero at ``p = y``. The library evaluates it by
+    :func:`softcurve.losses.softmax.dense_loss`, which is exact for confident rows.
     """
 
     hessian_is_fisher = True
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def value(self, pair: Pair) -> Values:  # noqa: D102
         return -torch.xlogy(pair.y, pair.p).sum(-1)
 
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
         return -pair.y
 
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
         return torch.zeros_like(pair.p)
 
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def cross(self, pair: Pair) -> Rows:  # noqa: D102
         return -pair.y
 
     def exchanged(self) -> Divergence:
@@ -198,20 +196,20 @@ class CrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """``D(y‖p)``: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``."""
+    """The forward KL ``D(y‖p)``: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``."""
 
     hessian_is_fisher = True
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def value(self, pair: Pair) -> Values:  # noqa: D102
         return excess(pair.y, pair.difference, pair.log_ratio).sum(-1)
 
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
         return pair.difference
 
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
         return pair.p
 
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def cross(self, pair: Pair) -> Rows:  # noqa: D102
         return -pair.y
 
     def exchanged(self) -> Divergence:  # noqa: D102
@@ -220,20 +218,20 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """``D(p‖y)``, ``r = log(p/y)``: ``φ = p r − p + y``, ``s = p r``, ``c = p (r + 1)``."""
+    """The reverse KL ``D(p‖y)``: with ``r = log(p/y)``, ``φ = p r − p + y``, ``s = p r``, ``c = p (r + 1)``."""
 
     gauss_newton_is_fisher = True
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def value(self, pair: Pair) -> Values:  # noqa: D102
         return ForwardKL().value(pair.exchanged())
 
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
         return _times_finite(pair.p, pair.log_ratio)
 
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
         return _times_finite(pair.p, pair.log_ratio + 1)
 
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def cross(self, pair: Pair) -> Rows:  # noqa: D102
         return -pair.p
 
     def exchanged(self) -> Divergence:  # noqa: D102
@@ -242,7 +240,7 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class JensenShannon(Divergence):
-    """``JS_β = β D(y‖m) + (1−β) D(p‖m)``, ``m = (1−β) p + β y``, for ``0 < β < 1``.
+    """The Jensen-Shannon divergence ``β D(y‖m) + (1−β) D(p‖m)``, ``m = (1−β) p + β y``, for ``0 < β < 1``.
 
     ``s = (1−β) p log(p/m)``, ``c = (1−β) [p log(p/m) + β p y/m]``, ``x = −β(1−β) p y/m``.
     """
@@ -253,27 +251,21 @@ class JensenShannon(Divergence):
     def gauss_newton_bound(self) -> float:  # noqa: D102
         return 1 - self.beta
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
-        to_mixture = excess(pair.p, -self.beta * pair.difference, self._log_mixture_over_p(pair))
-        exchanged = self.exchanged()
-        from_target = excess(pair.y, (1 - self.beta) * pair.difference, exchanged._log_mixture_over_p(pair.exchanged()))
-        return ((1 - self.beta) * to_mixture + self.beta * from_target).sum(-1)
+    def value(self, pair: Pair) -> Values:  # noqa: D102
+        beta = self.beta
+        to_mixture = excess(pair.p, -beta * pair.difference, log_mixture(-pair.log_ratio, beta))
+        from_target = excess(pair.y, (1 - beta) * pair.difference, log_mixture(pair.log_ratio, 1 - beta))
+        return ((1 - beta) * to_mixture + beta * from_target).sum(-1)
 
-    def _log_mixture_over_p(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        return log_mixture(-pair.log_ratio, self.beta)
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
+        return -(1 - self.beta) * _times_finite(pair.p, log_mixture(-pair.log_ratio, self.beta))
 
-    def _harmonic(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        """``p y / m``."""
-        return pair.p * torch.exp(-log_mixture(pair.log_ratio, 1 - self.beta))
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
+        return self.score(pair) - self.cross(pair)
 
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return -(1 - self.beta) * _times_finite(pair.p, self._log_mixture_over_p(pair))
-
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return self.score(pair) + self.beta * (1 - self.beta) * self._harmonic(pair)
-
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return -self.beta * (1 - self.beta) * self._harmonic(pair)
+    def cross(self, pair: Pair) -> Rows:  # noqa: D102
+        harmonic = pair.p * torch.exp(-log_mixture(pair.log_ratio, 1 - self.beta))  # p y / m
+        return -self.beta * (1 - self.beta) * harmonic
 
     def exchanged(self) -> JensenShannon:  # noqa: D102
         return JensenShannon(1 - self.beta)
@@ -298,7 +290,7 @@ class AlphaDivergence(Divergence):
                 "use ReverseKL() for the limit at 0 and ForwardKL() for the limit at 1"
             )
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:
+    def value(self, pair: Pair) -> Values:
         """Return ``Σ p [α h(−r) − h(−αr)] / (α(1−α))`` with ``h(t) = e^t − 1 − t``: nothing cancels for ``α ≤ ½``."""
         a = self.alpha
         if a > 0.5:
@@ -309,22 +301,19 @@ class AlphaDivergence(Divergence):
         terms = (a * of_target - of_mean) / (a * (1 - a))
         return torch.where(pair.y == 0, excluded, terms).sum(-1)
 
-    def _geometric_mean(self, pair: Pair) -> Float[Tensor, "*rows classes"]:
-        """``w``, as ``p e^{−αr}`` or ``y e^{(1−α)r}``, whichever exponential does not overflow where ``w`` does not."""
-        r = pair.log_ratio
-        exponent = torch.where(r < 0, (1 - self.alpha) * r, -self.alpha * r)
-        return _times_finite(torch.where(r < 0, pair.y, pair.p), torch.exp(exponent))
-
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
         exponent = -self.alpha * pair.log_ratio
         near = -pair.p * torch.expm1(exponent.clamp(-1, 1))
-        return torch.where(exponent.abs() < 1, near, pair.p - self._geometric_mean(pair)) / self.alpha
+        return torch.where(exponent.abs() < 1, near, pair.p + self.cross(pair)) / self.alpha
 
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return self.score(pair) + self._geometric_mean(pair)
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
+        return self.score(pair) - self.cross(pair)
 
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
-        return -self._geometric_mean(pair)
+    def cross(self, pair: Pair) -> Rows:
+        """Return ``−w`` by ``p e^{−αr}`` or ``y e^{(1−α)r}``, whichever does not overflow where ``w`` does not."""
+        r = pair.log_ratio
+        exponent = torch.where(r < 0, (1 - self.alpha) * r, -self.alpha * r)
+        return -_times_finite(torch.where(r < 0, pair.y, pair.p), torch.exp(exponent))
 
     def exchanged(self) -> AlphaDivergence:  # noqa: D102
         return AlphaDivergence(1 - self.alpha)
@@ -352,7 +341,7 @@ class SkewKL(Divergence):
 
     @property
     def gauss_newton_bound(self) -> float:
-        """``(1−w)/(4w)`` forward, at ``(1−w) p = w y``; 1 reverse, at ``p = 0``."""
+        """The bound is ``(1−w)/(4w)`` forward, at ``(1−w) p = w y``, and 1 reverse, at ``p = 0``."""
         return 1.0 if self.weight == 0 or self.direction == "reverse" else (1 - self.weight) / (4 * self.weight)
 
     @property
@@ -362,13 +351,13 @@ class SkewKL(Divergence):
             return None
         return ForwardKL() if self.direction == "forward" else ReverseKL()
 
-    def value(self, pair: Pair) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def value(self, pair: Pair) -> Values:  # noqa: D102
         if self.direction == "reverse":
             return self.exchanged().value(pair.exchanged())
         log_ratio = log_mixture(pair.log_ratio, 1 - self.weight)  # log m/y
         return excess(pair.y, (1 - self.weight) * pair.difference, log_ratio).sum(-1)
 
-    def score(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def score(self, pair: Pair) -> Rows:  # noqa: D102
         if self._limit is not None:
             return self._limit.score(pair)
         change = (1 - self.weight) * pair.difference
@@ -378,10 +367,10 @@ class SkewKL(Divergence):
         change = _times_finite(change, torch.exp(log_ratio))
         return (1 - self.weight) * change - excess(pair.p, change, torch.where(pair.p > 0, log_ratio, 0.0))
 
-    def curve(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def curve(self, pair: Pair) -> Rows:  # noqa: D102
         return self.score(pair) - self.cross(pair) if self._limit is None else self._limit.curve(pair)
 
-    def cross(self, pair: Pair) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def cross(self, pair: Pair) -> Rows:  # noqa: D102
         if self._limit is not None:
             return self._limit.cross(pair)
         if self.direction == "reverse":
@@ -393,27 +382,25 @@ class SkewKL(Divergence):
         return SkewKL(self.weight, "reverse" if self.direction == "forward" else "forward")
 
 
-def jensen_shannon(beta: float) -> Divergence:
-    """``JS_β`` with the ecosystem's ends: β = 0 is the forward, β = 1 the reverse KL, exactly."""
-    if beta == 0:
-        return ForwardKL()
-    return ReverseKL() if beta == 1 else JensenShannon(beta)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_infinite_off_target(encoded: str) -> bool:
     """Evaluate the member on one class: by its encoding, which a traced graph knows as a constant."""
     one = torch.ones(1, dtype=torch.float64)
     return not bool(Divergence.decode(encoded).value(Pair(one, 0 * one, math.inf * one, one)).isfinite())
 
 
-LOSS_NAMES = ("cross_entropy", "forward_kl", "reverse_kl", "js")
+# As torch.compiler.assume_constant_result, which would import torch's compiler, at the cost of a second.
+_is_infinite_off_target._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+MEMBERS: dict[str, type[CrossEntropy | ForwardKL | ReverseKL]]
+MEMBERS = {"cross_entropy": CrossEntropy, "forward_kl": ForwardKL, "reverse_kl": ReverseKL}
+LOSS_NAMES = (*MEMBERS, "js")
 
 
 def divergence_of(loss: str | Divergence, beta: float = 0.5, *, argument: str = "divergence") -> Divergence:
-    """Return the member of the family that a public argument names, or is; ``beta`` is that of ``"js"``.
+    """Return the divergence that a public ``argument`` names or is; ``beta`` is that of ``"js"``.
 
-    Raises ``TypeError`` or ``ValueError``, which name the ``argument``, for anything else.
+    Raises ``TypeError`` or ``ValueError`` for anything else.
     """
     if isinstance(loss, Divergence):
         loss.encode()
@@ -425,6 +412,7 @@ def divergence_of(loss: str | Divergence, beta: float = 0.5, *, argument: str = 
         )
     if loss not in LOSS_NAMES:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, LOSS_NAMES))} or a Divergence, got {loss!r}")
-    if loss == "js":
-        return jensen_shannon(beta)
-    return {"cross_entropy": CrossEntropy(), "forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}[loss]
+    if loss != "js":
+        return MEMBERS[loss]()
+    # By the convention of the field, the ends are the two KL divergences.
+    return JensenShannon(beta) if 0 < beta < 1 else MEMBERS["reverse_kl" if beta else "forward_kl"]()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Bool, Float, Int
+from softcurve.array_types import Flags, Float, Indices, Values
 from softcurve.losses.targets import Target, as_target
 
 DEFAULT_IGNORE_INDEX = -100  # torch's own default
@@ -17,13 +17,13 @@ DEFAULT_IGNORE_INDEX = -100  # torch's own default
 class Labels(NamedTuple):
     """Checked class indices; an ignored row has class 0 and does not count."""
 
-    classes: Int[Tensor, "*rows"]
-    counted: Bool[Tensor, "*rows"]
-    class_weight: Float[Tensor, "*rows"] | None  # of the class of each row
+    classes: Indices
+    counted: Flags
+    class_weight: Values | None  # of the class of each row
 
     @staticmethod
     def of(
-        target: Int[Tensor, "*rows"], sample_weight: Float[Tensor, "*rows"] | None,
+        target: Indices, sample_weight: Values | None,
         class_weight: Float[Tensor, " classes"] | None, classes: int, ignore_index: int,
     ) -> Labels:  # fmt: skip
         """Check class indices; a row of sample weight 0 may hold any number, and is ignored if that is no class."""
@@ -35,9 +35,7 @@ class Labels(NamedTuple):
         label = torch.where(counted, target, 0)
         return Labels(label, counted, None if class_weight is None else class_weight[label])
 
-    def row_weights(
-        self, sample_weight: Float[Tensor, "*rows"] | None, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    def row_weights(self, sample_weight: Values | None, dtype: torch.dtype) -> tuple[Values, Values]:
         """Return the weight of each row, 0 if it is ignored, without and with the weight of its class."""
         weight = self.counted.to(dtype) if sample_weight is None else torch.where(self.counted, sample_weight, 0.0)
         return weight, weight if self.class_weight is None else weight * self.class_weight

@@ -1,4 +1,4 @@
-"""How the losses of rows become one number, with the means that torch has."""
+"""Reductions of the losses of rows to one number, with the means that torch has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Values
 from softcurve.typing import Number
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -18,26 +18,22 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 @dataclass(frozen=True)
 class Reduction:
-    """How the losses of rows become one number, and in which unit."""
+    """The reduction of the losses of rows to one number, and its unit."""
 
     kind: str = "mean"
     base: float = math.e
 
-    def __post_init__(self) -> None:
-        checks.require_choice("reduction", self.kind, REDUCTIONS)
-        checks.require_base(self.base)
-
     @staticmethod
     def of(kind: str, base: Number) -> Reduction:
         """Make the reduction from the arguments of a public call."""
-        return Reduction(kind, checks.require_base(base))
+        return Reduction(checks.require_choice("reduction", kind, REDUCTIONS), checks.require_base(base))
 
     @property
     def nats(self) -> float:
-        """``ln base``: nats in one unit."""
+        """The number of nats in one unit, ``ln base``."""
         return 1.0 if self.base == math.e else math.log(self.base)
 
-    def apply(self, rows: Float[Tensor, "*rows"], weight: Float[Tensor, "*rows"] | None = None) -> Tensor:
+    def apply(self, rows: Values, weight: Values | None = None) -> Tensor:
         """Reduce ``rows``, which are already weighted; ``weight`` is the weight of each row in a mean (default 1)."""
         if self.kind == "none":
             return rows
@@ -45,7 +41,7 @@ class Reduction:
         return total if self.kind == "sum" else quotient(total, self.divisor(rows.shape, rows, weight))
 
     def divisor(self, leading: Sequence[int], like: Tensor, weight: Tensor | None) -> Tensor:
-        """What the sum over rows of shape ``leading`` is divided by, ``()``, in the dtype of ``like``."""
+        """Return the divisor of the sum over rows of shape ``leading``, ``()``, in the dtype of ``like``."""
         if self.kind in ("sum", "none"):
             return like.new_ones(())
         if self.kind == "batchmean":
@@ -54,11 +50,11 @@ class Reduction:
 
 
 def quotient(total: Tensor, divisor: Tensor) -> Tensor:
-    """``total / divisor``; a divisor of 0 gives NaN, whose derivatives are 0."""
+    """Return ``total / divisor``; a divisor of 0 gives NaN, whose derivatives are 0."""
     empty = divisor == 0
     return torch.where(empty, math.nan, total / torch.where(empty, 1.0, divisor))
 
 
 def weighted(weight: Tensor, rows: Tensor) -> Tensor:
-    """``weight ⊙ rows``; 0 in a row of weight 0 that is infinite or no number."""
+    """Return ``weight ⊙ rows``, which is 0 in a row of weight 0 even if the row is infinite or NaN."""
     return weight * torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)

@@ -10,14 +10,16 @@ the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g =
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Values
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import RowCurvature
@@ -36,10 +38,10 @@ class RowLoss(ABC):
     logit_map: LogitMap
     z_loss: float = 0.0
 
-    # Each subclass implements the closed forms in the mapped logits.
+    # Each subclass implements the closed forms with respect to the mapped logits.
 
     @abstractmethod
-    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
+    def loss(self, z: Tensor, target: Tensor) -> Values:
         """Return the value of each row."""
 
     @abstractmethod
@@ -56,7 +58,7 @@ class RowLoss(ABC):
 
     # The base class adds the map, the z-loss, the scale of the rows and the dtypes.
 
-    def value(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:
+    def value(self, z: Tensor, target: Tensor) -> Values:
         """Return the loss of each row, in float32 or wider."""
         z, target = _widened(z, target)
         z, offset = self.logit_map.shifted_value(z)
@@ -79,8 +81,8 @@ class RowLoss(ABC):
         in_z, in_target = self.residuals(scale, z, target, wanted)
         if self.z_loss and wanted[0]:
             rows = softmax.softmax_rows(z)
-            lse = rows.log_sum_exp + offset
-            in_z = _sum(in_z, (2 * self.z_loss * scale * lse).unsqueeze(-1) * rows.probabilities)
+            factor = 2 * self.z_loss * scale * (rows.log_sum_exp + offset)
+            in_z = total_of([in_z, factor.unsqueeze(-1) * rows.probabilities])
         return in_z, in_target
 
     def hessian_product(
@@ -89,19 +91,18 @@ class RowLoss(ABC):
         """Return ``scale ⊙ H v``, jointly in logits and target, in the inputs' dtypes."""
         wide_z, wide_target = _widened(z, target)
         mapped, offset = self.logit_map.shifted_value(wide_z)
-        inner = v_z
-        if v_z is not None:
-            v_z = v_z.to(wide_z.dtype)
-            inner = v_z if self.logit_map.is_identity else v_z * self.logit_map.slope(wide_z)
-        wide_v_target = None if v_target is None else v_target.to(wide_target.dtype)
-        in_z, in_target = self.products(mapped, wide_target, inner, wide_v_target)
+        v_z = None if v_z is None else v_z.to(wide_z.dtype)
+        v_target = None if v_target is None else v_target.to(wide_target.dtype)
+        slope = None if self.logit_map.is_identity else self.logit_map.slope(wide_z)
+        inner = v_z if v_z is None or slope is None else v_z * slope
+        in_z, in_target = self.products(mapped, wide_target, inner, v_target)
         if self.z_loss and inner is not None:
-            in_z = _sum(in_z, self._z_loss_product(mapped, offset, inner))
-        if in_z is not None and not self.logit_map.is_identity:
-            in_z = in_z * self.logit_map.slope(wide_z)
+            in_z = total_of([in_z, self._z_loss_product(mapped, offset, inner)])
+        if in_z is not None and slope is not None:
+            in_z = in_z * slope
         if v_z is not None and self.logit_map.softcap is not None:
             gradient = self._differentiable_gradient(mapped, offset, wide_target)
-            in_z = _sum(in_z, self.logit_map.bend(wide_z) * gradient * v_z)
+            in_z = total_of([in_z, self.logit_map.bend(wide_z) * gradient * v_z])
         column = scale.unsqueeze(-1)
         in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
         return _rounded(scale, in_z, z.dtype), _rounded(scale, in_target, target.dtype)
@@ -138,13 +139,19 @@ class RowLoss(ABC):
 
 @dataclass(frozen=True)
 class IndexCrossEntropy(RowLoss):
-    """``−log p_t`` for class indices ``t``."""
+    """The cross-entropy ``−log p_t`` of class indices ``t``."""
 
-    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
-        return softmax.index_loss(z, target)
+    def loss(self, z: Tensor, target: Tensor) -> Values:
+        """Return ``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, two terms ≥ 0."""
+        _, at_target, others, gap = softmax.around_target(z, target.unsqueeze(-1))
+        return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
-        return softmax.index_residual(z, target, scale), None
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return ``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, or 0 if the target is masked."""
+        at = target.unsqueeze(-1)
+        exponentials, at_target, others, gap = softmax.around_target(z, at)
+        factor = scale.unsqueeze(-1) / (others + at_target)
+        return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others)), None
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``q = p`` for every matrix."""
@@ -162,16 +169,25 @@ class IndexCrossEntropy(RowLoss):
 
 @dataclass(frozen=True)
 class DenseCrossEntropy(RowLoss):
-    """``−Σ_k y_k log p_k`` for rows ``y ≥ 0`` of any mass, differentiable in ``y`` too."""
+    """The cross-entropy ``−Σ_k y_k log p_k`` of rows ``y ≥ 0`` of any sum, also differentiable in ``y``."""
 
-    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
-        return softmax.dense_loss(z, target)
+    def loss(self, z: Tensor, target: Tensor) -> Values:
+        """Return ``(Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0."""
+        rows = softmax.softmax_rows(z)
+        from_top = (target * rows.shifted).sum(-1)
+        if not checks.values_visible(from_top) or from_top.isnan().any():
+            from_top = torch.where(target == 0, 0.0, target * rows.shifted).sum(-1)  # 0 · log 0 = 0
+        return target.sum(-1) * torch.log1p(rows.rest).squeeze(-1) - from_top
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
-        return (
-            softmax.dense_residual(z, target, scale) if wanted[0] else None,
-            scale.unsqueeze(-1) * softmax.dense_target_gradient(z, target) if wanted[1] else None,
-        )
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return ``scale [(Σ_k y_k) p − y]`` and ``−scale log p``, which is 0 where a masked class has no mass."""
+        in_z, in_target = softmax.dense_residual(z, target, scale) if wanted[0] else None, None
+        if wanted[1]:
+            log_p = softmax.softmax_rows(z).log_probabilities
+            if softmax.may_be_masked(z):
+                log_p = torch.where((z == -math.inf) & (target == 0), 0.0, log_p)
+            in_target = -scale.unsqueeze(-1) * log_p
+        return in_z, in_target
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``q = (Σy) p`` for every matrix."""
@@ -180,25 +196,23 @@ class DenseCrossEntropy(RowLoss):
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
         """Return ``(Σy) p ⊙ u + (Σẏ) p − ẏ`` for the logits, ``−u`` for the target, with ``u = v − p·v``."""
-        rows = softmax.softmax_rows(z)
-        p = rows.probabilities
+        p = softmax.softmax_rows(z).probabilities
         in_z, in_target = None, None
         if v_z is not None:
             u = softmax.centred(v_z, p)
-            in_z = target.sum(-1, keepdim=True) * p * u
-            in_target = softmax.unless_masked(z, -u)
+            in_z, in_target = target.sum(-1, keepdim=True) * p * u, softmax.unless_masked(z, -u)
         if v_target is not None:
-            in_z = _sum(in_z, softmax.unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target))
+            in_z = total_of([in_z, softmax.unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target)])
         return in_z, in_target
 
 
 @dataclass(frozen=True)
 class LogitDivergence(RowLoss):
-    """``D(y, p)`` of a separable divergence, both distributions by logits and both differentiable."""
+    """A separable divergence ``D(y, p)`` of two distributions given by logits, differentiable in both."""
 
     divergence: Divergence = field(kw_only=True)
 
-    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def loss(self, z: Tensor, target: Tensor) -> Values:  # noqa: D102
         return self.divergence.value(softmax.pair(z, target))
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
@@ -230,16 +244,25 @@ class LogitDivergence(RowLoss):
 
 @dataclass(frozen=True)
 class Entropy(RowLoss):
-    """The entropy ``H(p)``; the target is not read."""
+    """The entropy ``H(p)``, which does not depend on the target."""
 
-    def loss(self, z: Tensor, target: Tensor) -> Float[Tensor, "*rows"]:  # noqa: D102
+    def loss(self, z: Tensor, target: Tensor) -> Values:  # noqa: D102
         return softmax.entropy_rows(z)
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
-        return scale.unsqueeze(-1) * softmax.entropy_gradient(z), None
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return ``∂H/∂z = −p ⊙ (log p + H)``, times the scale."""
+        rows = softmax.softmax_rows(z)
+        p = rows.probabilities
+        return -scale.unsqueeze(-1) * p * softmax.centred(softmax.finite_log(rows), p), None
 
-    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:  # noqa: D102
-        return None if v_z is None else softmax.entropy_hessian_product(z, v_z), None
+    def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
+        """Return ``−p ⊙ [u ⊙ (log p + H + 1) − Σ_k p_k log p_k u_k]`` with ``u = v − p·v``."""
+        if v_z is None:
+            return None, None
+        rows = softmax.softmax_rows(z)
+        p = rows.probabilities
+        u, information = softmax.centred(v_z, p), softmax.centred(softmax.finite_log(rows), p)
+        return -p * (u * (information + 1) - (p * information * u).sum(-1, keepdim=True)), None
 
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:
@@ -269,7 +292,7 @@ def _rounded(scale: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor |
     return rows.to(dtype)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def total_of(terms: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of the terms that are not ``None``; ``None`` if there are none."""
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None

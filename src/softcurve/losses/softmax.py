@@ -9,19 +9,14 @@ offset of its logits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Int
+from softcurve.array_types import Column, Float, Rows, Values
 from softcurve.checks import values_visible
 from softcurve.losses.divergences import Divergence, Pair
-
-Rows: TypeAlias = Float[Tensor, "*rows classes"]
-Column: TypeAlias = Float[Tensor, "*rows 1"]
-Values: TypeAlias = Float[Tensor, "*rows"]
-Indices: TypeAlias = Int[Tensor, "*rows"]
 
 
 class SoftmaxRows(NamedTuple):
@@ -105,28 +100,14 @@ def may_be_masked(z: Tensor) -> bool:
     return not values_visible(z) or z.numel() == 0 or not z.amin() > -math.inf  # beside NaN too
 
 
-# --- cross-entropy against one class ---------------------------------------------------------------------------------
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
-# These two write into their temporaries for speed, so autograd must not record them.
+def around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``.
 
-
-def index_loss(z: Rows, target: Indices) -> Values:
-    """Return ``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, two terms ≥ 0."""
-    _, at_target, others, gap = _around_target(z, target.unsqueeze(-1))
-    return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
-
-
-def index_residual(z: Rows, target: Indices, scale: Values) -> Rows:
-    """Return ``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, or 0 if the target is masked."""
-    at, scale = target.unsqueeze(-1), scale.unsqueeze(-1)
-    exponentials, at_target, others, gap = _around_target(z, at)
-    factor = scale / (others + at_target)
-    return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others))
-
-
-def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``."""
+    It writes into its temporaries for speed, so autograd must not record it.
+    """
     offset = z.amax(-1, keepdim=True)
     shifted = z - offset
     gap = -shifted.gather(-1, at)
@@ -141,18 +122,6 @@ def _around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return exponentials, at_target, others, gap
 
 
-# --- cross-entropy against a distribution ----------------------------------------------------------------------------
-
-
-def dense_loss(z: Rows, y: Rows) -> Values:
-    """Return ``−Σ_k y_k log p_k = (Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0."""
-    rows = softmax_rows(z)
-    from_top = (y * rows.shifted).sum(-1)
-    if not values_visible(from_top) or from_top.isnan().any():
-        from_top = torch.where(y == 0, 0.0, y * rows.shifted).sum(-1)  # 0 · log 0 = 0
-    return y.sum(-1) * torch.log1p(rows.rest).squeeze(-1) - from_top
-
-
 def dense_residual(z: Rows, y: Rows, scale: Values) -> Rows:
     """Return ``scale [(Σ_k y_k) p − y]``.
 
@@ -163,12 +132,6 @@ def dense_residual(z: Rows, y: Rows, scale: Values) -> Rows:
     residual = torch.addcmul(rows.exponentials * factor, y, -scale)
     surplus = torch.where(rows.rest < 1, residual.sum(-1, keepdim=True), 0.0)
     return unless_masked(z, torch.addcmul(residual, torch.trunc(rows.exponentials), -surplus))
-
-
-def dense_target_gradient(z: Rows, y: Rows) -> Rows:
-    """Return ``∂L/∂y = −log p``; 0 where a masked class has no mass, as it has no part in the loss."""
-    log_p = softmax_rows(z).log_probabilities
-    return torch.where((z == -math.inf) & (y == 0), 0.0, -log_p) if may_be_masked(z) else -log_p
 
 
 # --- a separable divergence of two softmaxes -------------------------------------------------------------------------
@@ -183,11 +146,9 @@ def pair(z_p: Rows, z_y: Rows) -> Pair:
     model, target = softmax_rows(z_p), softmax_rows(z_y)
     offset = model.offset - target.offset
     ratio = torch.where(offset.abs() < 1, (z_p - z_y) - offset, model.shifted - target.shifted)
+    ratio = ratio - (torch.log1p(model.rest) - torch.log1p(target.rest))
     both_masked = (z_p == -math.inf) & (z_y == -math.inf)
-    ratio = torch.where(both_masked, torch.zeros_like(ratio), ratio) - (
-        torch.log1p(model.rest) - torch.log1p(target.rest)
-    )
-    ratio = torch.where(both_masked, torch.zeros_like(ratio), ratio)
+    ratio = torch.where(both_masked, 0.0, ratio)
     p, y = model.probabilities, target.probabilities
     near = torch.where(ratio.abs() < 0.5, y * torch.expm1(ratio.clamp(-0.5, 0.5)), p - y)
     constant = torch.log1p(near.sum(-1, keepdim=True)).detach()
@@ -248,24 +209,9 @@ class RowCurvature(NamedTuple):
 def entropy_rows(z: Rows) -> Values:
     """Return ``H(p) = −Σ_k p_k log p_k``, a sum of terms ≥ 0."""
     rows = softmax_rows(z)
-    return -(rows.probabilities * _finite_log(rows)).sum(-1)
+    return -(rows.probabilities * finite_log(rows)).sum(-1)
 
 
-def entropy_gradient(z: Rows) -> Rows:
-    """Return ``∂H/∂z = −p ⊙ (log p + H)``."""
-    rows = softmax_rows(z)
-    p, log_p = rows.probabilities, _finite_log(rows)
-    return -p * centred(log_p, p)
-
-
-def entropy_hessian_product(z: Rows, v: Rows) -> Rows:
-    """Return ``−p ⊙ [u ⊙ (log p + H + 1) − Σ_k p_k log p_k u_k]`` with ``u = v − p·v``."""
-    rows = softmax_rows(z)
-    p = rows.probabilities
-    u, information = centred(v, p), centred(_finite_log(rows), p)
-    return -p * (u * (information + 1) - (p * information * u).sum(-1, keepdim=True))
-
-
-def _finite_log(rows: SoftmaxRows) -> Tensor:
+def finite_log(rows: SoftmaxRows) -> Tensor:
     """Return ``log p``, with 0 in place of −inf, which is only multiplied by ``p = 0``."""
     return unless_masked(rows.shifted, rows.log_probabilities)

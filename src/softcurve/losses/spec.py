@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from ast import literal_eval
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Rows, Values
 from softcurve.losses.divergences import CrossEntropy, Divergence
 from softcurve.losses.reduction import Reduction
 from softcurve.processes import named_group
@@ -27,15 +28,10 @@ TargetForm = Literal["sparse", "probabilities", "logits", "teacher"]
 
 @dataclass(frozen=True)
 class LogitMap:
-    """``κ tanh(z/κ) / T``, elementwise; a masked class (−inf) stays masked. ``softcap=None`` leaves out the cap."""
+    """The map ``κ tanh(z/κ) / T`` of the logits; a masked class (−inf) stays masked, ``softcap=None`` is no cap."""
 
     temperature: float = 1.0
     softcap: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.require_positive("temperature", self.temperature)
-        if self.softcap is not None:
-            checks.require_positive("softcap", self.softcap)
 
     @staticmethod
     def of(temperature: Number = 1.0, softcap: Number | None = None) -> LogitMap:
@@ -51,18 +47,16 @@ class LogitMap:
         return self.softcap is None and self.temperature == 1
 
     def value(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m(z)``."""
+        """Return ``m(z)``."""
         if self.softcap is not None:
             z = torch.where(z == -math.inf, z, self.softcap * torch.tanh(z / self.softcap))
         return z if self.temperature == 1 else z / self.temperature
 
-    def shifted_value(
-        self, z: Float[Tensor, "*rows classes"]
-    ) -> tuple[Float[Tensor, "*rows classes"], Float[Tensor, "*rows"] | float]:
-        """``m(z)`` less a constant of each row, which no softmax sees, and the constant.
+    def shifted_value(self, z: Rows) -> tuple[Rows, Values | float]:
+        """Return ``m(z)`` less a constant of each row, which no softmax sees, and the constant.
 
-        The largest logit is taken off before the division by ``T``, which would round at the size of a common offset,
-        unless ``T`` is a power of two.
+        Unless ``T`` is a power of two, the largest logit is subtracted before the division by ``T``, which would
+        otherwise round at the size of a common offset.
         """
         if self.softcap is not None or math.frexp(self.temperature)[0] == 0.5:
             return self.value(z), 0.0
@@ -71,16 +65,15 @@ class LogitMap:
         return (z - top) / self.temperature, top.squeeze(-1) / self.temperature
 
     def slope(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m′(z) = (1 − tanh²(z/κ)) / T = 4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: no cancellation near the cap."""
+        """Return ``m′(z) = (1 − tanh²(z/κ)) / T`` as ``4 e / (T (1 + e)²)``, ``e = e^{−2|z|/κ}``: nothing cancels."""
         if self.softcap is None:
             return torch.full_like(z, 1 / self.temperature)
         e = torch.exp(-2 * (z / self.softcap).abs())
         return 4 * e / ((1 + e).square() * self.temperature)
 
     def bend(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """``m″(z) = −(2/κ) tanh(z/κ) m′(z)``."""
-        if self.softcap is None:
-            return torch.zeros_like(z)
+        """Return ``m″(z) = −(2/κ) tanh(z/κ) m′(z)`` of a soft cap."""
+        assert self.softcap is not None
         return (-2 / self.softcap) * torch.tanh(z / self.softcap) * self.slope(z)
 
 
@@ -92,7 +85,6 @@ class LossSpec:
     probabilities for a cross-entropy (``None``: all mass on the first of one) and as logits for any other divergence.
     ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head.
 
-    Raises ``TypeError`` for a divergence that cannot be encoded, ``ValueError`` for an unknown form of target.
     """
 
     divergence: Divergence
@@ -106,76 +98,61 @@ class LossSpec:
     first: int = 0
     classes: int = 0
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.divergence, Divergence):
-            raise TypeError(f"divergence must be a softcurve Divergence, got {type(self.divergence).__name__}")
-        if self.target not in ("sparse", "probabilities", "logits", "teacher"):
-            raise ValueError(f"target must be sparse, probabilities, logits or teacher, got {self.target!r}")
-
     @staticmethod
     def of(
-        divergence: Divergence, reduction: Reduction, *, temperature: Number = 1.0, softcap: Number | None = None,
+        divergence: Divergence, reduction: Reduction, temperature: Number = 1.0, softcap: Number | None = None,
         z_loss: Number = 0.0, label_smoothing: Number = 0.0,
     ) -> LossSpec:  # fmt: skip
         """Check the numbers of a public call; its z-loss stays in squared nats in every unit of the ``reduction``."""
+        logit_map = LogitMap.of(temperature, softcap)
         z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf) * reduction.nats
         smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
-        logit_map = LogitMap.of(temperature, softcap)
         return LossSpec(divergence, "logits", logit_map.temperature, logit_map.softcap, z_loss, smoothing)
 
     @property
     def is_cross_entropy(self) -> bool:
-        """Whether the target is a mass on each class, on which smoothing and class weights act, and not logits."""
+        """Whether the target is probabilities, on which smoothing and class weights act, rather than logits."""
         return type(self.divergence) is CrossEntropy
 
     @property
     def scale(self) -> float:
-        """The factor that the matrix product applies to the logits: a soft cap wants them as they are."""
+        """The factor that the matrix product applies to the logits; with a soft cap it is 1."""
         return 1.0 if self.softcap is not None else 1 / self.temperature
 
     @property
     def target_scale(self) -> float:
-        """The same for the target's logits: a divergence tempers both sides."""
+        """The factor of the target's logits: a divergence applies the temperature to both sides."""
         return 1.0 if self.is_cross_entropy else 1 / self.temperature
 
     @property
     def logit_map(self) -> LogitMap:
-        """The map of the logits that is left after the product."""
+        """The map of the logits that remains after the product."""
         return LogitMap() if self.softcap is None else LogitMap(self.temperature, self.softcap)
 
     @property
     def processes(self) -> ProcessGroup | None:
-        """The processes that share the classes."""
+        """The processes that share the classes, or ``None``."""
         return None if self.group is None else named_group(self.group)
 
     def class_count(self, held: int) -> int:
-        """``C``, of which this process holds ``held`` classes."""
+        """Return ``C``, the number of classes of all processes, of which this process holds ``held``."""
         return held if self.group is None else self.classes
 
     def widest(self, held: int) -> int:
-        """The largest number of classes that a process holds: all plan the same tiles, since they meet in each."""
+        """Return the largest number of classes of a process: all plan the same tiles, which exchange messages."""
         processes = self.processes
         return held if processes is None else -(-self.classes // processes.size())
 
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
-        shard = f"{self.group or ''}|{self.first}|{self.classes}"
+        shard = f"{self.group!r}|{self.first}|{self.classes}"
         return f"{self.target}|{options}|{shard}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, temperature, softcap, z_loss, smoothing, group, first, classes, divergence = text.split("|", 8)
-        return LossSpec(
-            Divergence.decode(divergence),
-            target,  # type: ignore[arg-type]
-            float(temperature),
-            None if softcap == "None" else float(softcap),
-            float(z_loss),
-            float(smoothing),
-            group or None,
-            int(first),
-            int(classes),
-        )
+        target, *options, divergence = text.split("|", 8)
+        values = map(literal_eval, options)
+        return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]

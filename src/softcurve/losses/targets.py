@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Bool, Float, Int
+from softcurve.array_types import Bool, Column, Flags, Float, Indices, Int, Rows, Values
 from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
@@ -37,30 +37,28 @@ class Target(ShortRepr, ABC):
 
     _row_field: ClassVar[str] = "values"  # the field whose leading dimensions are those of the rows
     _cut: ClassVar[str] = "target[..., :{classes}]"  # how to leave out classes of the target
+    kind: ClassVar[str] = ""  # the name in error messages, by default that of the class
 
     @abstractmethod
-    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Rows:
         """Return logits of the target over all classes, computed in ``dtype``; a class of probability 0 has −inf."""
 
     @abstractmethod
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+    def malformed(self, classes: int) -> Flags:
         """Return which rows hold values that a loss cannot be computed from."""
 
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:
+    def require_values(self, classes: int, counted: Flags | None) -> None:
         """Raise ``ValueError`` for malformed values in the rows that are ``counted``, by default all.
 
         Targets given by logits are not checked in advance: the loss of a row of NaN is NaN.
         """
 
-    def cleared(self: AnyTarget, rows: Bool[Tensor, "*rows"], classes: int) -> AnyTarget:
-        """Return the target with harmless values in some ``rows``, which then receive no gradient."""
-        values = torch.where(rows.unsqueeze(-1), self._harmless(classes), self._row_tensor)
+    def cleared(self: AnyTarget, rows: Flags, classes: int) -> AnyTarget:
+        """Return the target with the uniform distribution in some ``rows``, which then receive no gradient."""
+        values = torch.where(rows.unsqueeze(-1), 1 / self._row_tensor.shape[-1], self._row_tensor)
         return replace(self, **{self._row_field: values})  # type: ignore[type-var]
 
-    def _harmless(self, classes: int) -> float:
-        return 0.0
-
-    def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
+    def against(self, z: Rows) -> tuple[Tensor, Tensor]:
         """Return the logits of the model and of the target over the target's outcomes, ``(..., outcomes)`` each.
 
         Raises ``ValueError`` if rows or classes differ.
@@ -68,22 +66,17 @@ class Target(ShortRepr, ABC):
         self.require_fit(z.shape)
         return z, self.logits(self._common_dtype(z))
 
-    def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
+    def distribution_against(self, z: Rows) -> tuple[Tensor, Tensor]:
         """Return the same as :meth:`against`, with the target as probabilities in float32 or wider."""
         model, target = self.against(z)
         return model, torch.softmax(target, -1, dtype=self._common_dtype(z))
 
-    def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:
+    def uniform_over(self, z: Rows) -> Tensor:
         """Return the uniform distribution over the unmasked classes of ``z`` as one over the outcomes."""
         return uniform_over_unmasked(z)
 
     def _common_dtype(self, z: Tensor) -> torch.dtype:
         return checks.wide_dtype(z.dtype, self.dtype)
-
-    @property
-    def kind(self) -> str:
-        """The name of the kind of target in error messages."""
-        return type(self).__name__
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +97,7 @@ class Target(ShortRepr, ABC):
         tensor: Tensor = getattr(self, self._row_field)
         return tensor
 
-    def checked(self: AnyTarget, sample_weight: Float[Tensor, "*rows"] | None, classes: int) -> AnyTarget:
+    def checked(self: AnyTarget, sample_weight: Values | None, classes: int) -> AnyTarget:
         """Return the target, its values checked; malformed rows of sample weight 0 are cleared.
 
         Raises ``ValueError`` if a row of another weight is malformed.
@@ -127,8 +120,8 @@ class Target(ShortRepr, ABC):
         shape = (*self.leading, self._classes)
         if shape != tuple(logits):
             raise ValueError(
-                f"target ({self.kind}) must have the shape {tuple(logits)} of the logits that it is compared with, "
-                f"got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
+                f"target ({self.kind or type(self).__name__}) must have the shape {tuple(logits)} of the logits that it"
+                f" is compared with, got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
             )
 
 
@@ -140,28 +133,25 @@ class Probabilities(Target):
     or NaN rows whose sample weight is not 0.
     """
 
-    values: Float[Tensor, "*rows classes"]
+    values: Rows
 
     def __post_init__(self) -> None:
         checks.require_floating("target probabilities", self.values)
 
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
+    def require_values(self, classes: int, counted: Flags | None) -> None:  # noqa: D102
         checks.require_probabilities("target probabilities", self.values, counted)
 
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:  # noqa: D102
+    def malformed(self, classes: int) -> Flags:  # noqa: D102
         least, sums = self.values.detach().amin(-1), checks.row_sums(self.values)
         return ~((least >= 0) & ((sums - 1).abs() <= checks.sum_tolerance(self.values.dtype)))
 
-    def _harmless(self, classes: int) -> float:
-        return 1 / self.values.shape[-1]
-
-    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Rows:
         """Return ``log y``; a class of probability 0 gets −inf and, as a masked class, no gradient."""
         values = self.values.to(dtype)
         some = values > 0
         return torch.where(some, torch.log(torch.where(some, values, 1.0)), -math.inf)
 
-    def distribution_against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def distribution_against(self, z: Rows) -> tuple[Tensor, Tensor]:  # noqa: D102
         self.require_fit(z.shape)
         return z, self.values
 
@@ -171,10 +161,10 @@ class Masses(Probabilities):
 
     kind = "probabilities"
 
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
+    def require_values(self, classes: int, counted: Flags | None) -> None:  # noqa: D102
         checks.require_nonnegative("target", self.values, counted)
 
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:  # noqa: D102
+    def malformed(self, classes: int) -> Flags:  # noqa: D102
         return ~((self.values.detach().amin(-1) >= 0) & checks.row_sums(self.values).isfinite())
 
 
@@ -182,16 +172,16 @@ class Masses(Probabilities):
 class Logits(Target):
     """A distribution by its logits, shape ``(..., C)``; log-probabilities are logits too."""
 
-    values: Float[Tensor, "*rows classes"]
+    values: Rows
 
     def __post_init__(self) -> None:
         checks.require_floating("Logits", self.values)
 
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+    def malformed(self, classes: int) -> Flags:
         """Return which rows hold NaN, +inf, or −inf only."""
         return ~self.values.detach().amax(-1).isfinite()
 
-    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Rows:
         """Return the logits as they are: the loss converts them to ``dtype`` tile by tile."""
         return self.values
 
@@ -211,20 +201,7 @@ class LinearTeacher(Target):
     linear_bias: Float[Tensor, " classes"] | None = None
 
     def __post_init__(self) -> None:
-        checks.require_floating("LinearTeacher input", self.input)
-        checks.require_floating("LinearTeacher linear_weight", self.linear_weight)
-        if self.linear_weight.ndim != 2 or self.linear_weight.shape[1] != self.input.shape[-1]:
-            raise ValueError(
-                f"LinearTeacher linear_weight must be of shape (C, {self.input.shape[-1]}), as wide as its input, "
-                f"got {checks.describe(self.linear_weight)}"
-            )
-        if self.linear_bias is not None:
-            checks.require_floating("LinearTeacher linear_bias", self.linear_bias)
-            if self.linear_bias.shape != self.linear_weight.shape[:1]:
-                raise ValueError(
-                    f"LinearTeacher linear_bias must be of shape ({self.linear_weight.shape[0]},), "
-                    f"got {checks.describe(self.linear_bias)}"
-                )
+        checks.require_head(self.input, self.linear_weight, self.linear_bias, owner="LinearTeacher ")
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102
@@ -234,11 +211,11 @@ class LinearTeacher(Target):
     def _classes(self) -> int:
         return self.linear_weight.shape[0]
 
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+    def malformed(self, classes: int) -> Flags:
         """Return which rows have NaN or infinite features."""
         return ~self.input.detach().isfinite().all(-1)
 
-    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:  # noqa: D102
+    def logits(self, dtype: torch.dtype) -> Rows:  # noqa: D102
         bias = None if self.linear_bias is None else self.linear_bias.to(dtype)
         with torch.autocast(self.input.device.type, enabled=False):
             return torch.nn.functional.linear(self.input.to(dtype), self.linear_weight.to(dtype), bias)
@@ -272,13 +249,11 @@ class TopK(Target):
                 f"got {checks.describe(self.indices)}"
             )
 
-    def require_values(self, classes: int, counted: Bool[Tensor, "*rows"] | None) -> None:  # noqa: D102
-        if not checks.values_visible(self.indices, self.log_probs) or not self.indices.numel():
-            return
-        if counted is not None and not checks.values_visible(counted):
-            return
+    def require_values(self, classes: int, counted: Flags | None) -> None:  # noqa: D102
         if counted is None:
-            counted = torch.ones(self.leading, dtype=torch.bool)
+            counted = torch.ones(self.leading, dtype=torch.bool, device=self.indices.device)
+        if not checks.values_visible(self.indices, self.log_probs, counted) or not self.indices.numel():
+            return
         checks.require_class_indices("TopK indices", self.indices[counted], classes)
         if (self._repeats() & counted).any():
             raise ValueError("TopK indices must name distinct classes in each row, got a class twice")
@@ -289,24 +264,21 @@ class TopK(Target):
                 "take log_softmax over all classes before topk"
             )
 
-    def malformed(self, classes: int) -> Bool[Tensor, "*rows"]:
+    def malformed(self, classes: int) -> Flags:
         """Return which rows name a class twice or no class, or have a mass above 1 or NaN."""
         outside = checks.outside_classes(self.indices, classes).any(-1)
         return outside | self._repeats() | ~(self._mass() <= 1 + checks.SUM_TOLERANCE_HALF)
 
-    def cleared(self, rows: Bool[Tensor, "*rows"], classes: int) -> TopK:  # noqa: D102
-        first = torch.arange(self.indices.shape[-1], device=self.indices.device)
-        indices = torch.where(rows.unsqueeze(-1), first, self.indices)
-        return replace(super().cleared(rows, classes), indices=indices)
+    def cleared(self, rows: Flags, classes: int) -> TopK:  # noqa: D102
+        column, first = rows.unsqueeze(-1), torch.arange(self.indices.shape[-1], device=self.indices.device)
+        log_probs = torch.where(column, -math.log(classes), self.log_probs)
+        return TopK(torch.where(column, first, self.indices), log_probs, self.tail)
 
-    def _harmless(self, classes: int) -> float:
-        return -math.log(classes)
-
-    def _repeats(self) -> Bool[Tensor, "*rows"]:
+    def _repeats(self) -> Flags:
         in_order = self.indices.sort(-1).values
         return (in_order[..., 1:] == in_order[..., :-1]).any(-1)
 
-    def _mass(self) -> Float[Tensor, "*rows"]:
+    def _mass(self) -> Values:
         return checks.widened(self.log_probs.detach()).exp().sum(-1)
 
     @property
@@ -315,15 +287,15 @@ class TopK(Target):
         return self.tail == "bucket"
 
     @property
-    def most_probable(self) -> Int[Tensor, "*rows"]:
+    def most_probable(self) -> Indices:
         """The listed class of the largest probability."""
         return self.indices.gather(-1, self.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
 
-    def logits(self, dtype: torch.dtype) -> Float[Tensor, "*rows classes"]:
+    def logits(self, dtype: torch.dtype) -> Rows:
         """Raise ``ValueError``: a list has no logits for all classes, so it can be a target but not the model."""
         raise ValueError("a TopK can be one side of a divergence; the other must have logits for all classes")
 
-    def against(self, z: Float[Tensor, "*rows classes"]) -> tuple[Tensor, Tensor]:
+    def against(self, z: Rows) -> tuple[Tensor, Tensor]:
         """Return logits over the listed classes and a bucket, or over all classes with −inf outside the list."""
         self.require_fit(z.shape)
         dtype = self._common_dtype(z)
@@ -340,9 +312,9 @@ class TopK(Target):
         others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
         return torch.cat([student, others], -1), self.outcome_log_probs(z.shape[-1], dtype, others == -math.inf)
 
-    def uniform_over(self, z: Float[Tensor, "*rows classes"]) -> Tensor:  # noqa: D102
+    def uniform_over(self, z: Rows) -> Tensor:  # noqa: D102
         each = uniform_over_unmasked(z)
-        if self.tail == "renormalize" or (each.ndim == 0 and self.indices.shape[-1] == z.shape[-1]):
+        if self.tail == "renormalize":
             return each
         outcomes = self.uniform_over_outcomes(each.expand(z.shape))
         return outcomes[..., :-1] if self.indices.shape[-1] == z.shape[-1] else outcomes
@@ -399,7 +371,7 @@ class TopK(Target):
             )
 
 
-def uniform_over_unmasked(z: Float[Tensor, "*rows classes"]) -> Tensor:
+def uniform_over_unmasked(z: Rows) -> Tensor:
     """Return the uniform distribution over the classes that are not masked: 1/C, ``()``, where none is."""
     dtype = checks.wide_dtype(z.dtype)
     if checks.values_visible(z) and (z.numel() == 0 or z.amin() > -math.inf):
@@ -408,15 +380,15 @@ def uniform_over_unmasked(z: Float[Tensor, "*rows classes"]) -> Tensor:
     return unmasked / unmasked.sum(-1, keepdim=True)
 
 
-def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows 1"]:
-    """Return ``log(1 − Σ_k e^{l_k})``, the largest apart as ``−expm1(l)``; −inf where the list has all the mass."""
+def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Column:
+    """Return ``log(1 − Σ_k e^{l_k})``, the largest apart as ``1 − e^l = −expm1(l)``, or −inf if nothing is left."""
     at = log_probs.argmax(-1, keepdim=True)
     rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
     return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
 
 
-def _log_sum_exp(z: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows 1"]:
-    """Like torch's, but the gradient of a row of −inf only is 0: torch's second derivative there is NaN."""
+def _log_sum_exp(z: Rows) -> Column:
+    """Return the log-sum-exp, with derivatives of 0 for a row of −inf only, where torch's second one is NaN."""
     top = z.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
     total = (z - top).exp().sum(-1, keepdim=True)
