@@ -162,7 +162,7 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
     # The reverse KL of a label is infinite, its cross-entropy is not.
     loss = "cross_entropy" if source.kind == "labels" else head.loss
     sums = ScoreSums(loss)
-    for block in source.blocks(rows_within(*weight.shape, BLOCK)):
+    for block in source.blocks(rows_within(len(weight), source.width, BLOCK)):
         stop_if_interrupted()
         logits = torch.addmm(bias, block.features.double(), weight.T)
         if not logits.isfinite().all():

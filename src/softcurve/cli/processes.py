@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,9 @@ from softcurve.cli.interrupt import how_to_continue, interrupted, raise_interrup
 from softcurve.fit import DataError
 from softcurve.fit.group import ALONE, Group, LostProcess, raised_by_all
 
-__all__ = ["processes"]
-
 STARTING = 300.0  # seconds that the imports of one process may take longer than those of another
 GRACE = 5.0  # seconds in which the other processes must show that they are alive
+LAST = 1.0  # seconds that the store must outlive the wait of the process that shows what happened
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Group]:
         yield group
     except BaseException as error:
         if not raised_by_all(error):
-            shows, missing = _part(group)
+            shows, missing = _leave(group)
             if shows and not isinstance(error, LostProcess):
                 sys.stderr = sys.__stderr__
                 raise
@@ -83,7 +82,7 @@ def _connect(timeout: float) -> Group:
         ) from error
 
 
-def _part(group: Group) -> tuple[bool, list[int]]:
+def _leave(group: Group) -> tuple[bool, list[int]]:
     """Leave the group. Return whether this process shows what happened, and the processes that have not left.
 
     The first process that leaves shows what happened. The store is lost with the first process of the group, unless
@@ -99,12 +98,11 @@ def _part(group: Group) -> tuple[bool, list[int]]:
             store.set(marks[group.rank], "")
             group.close_connections()
             if shows or group.first:
-                _wait_until(lambda: store.check(marks))
+                with suppress(dist.DistStoreError):
+                    store.wait(marks, timedelta(seconds=GRACE))
             outcome.append((shows, [rank for rank, mark in enumerate(marks) if shows and not store.check([mark])]))
-            if shows:
-                store.set("shown", "")
-            elif group.first:  # the store may end with this process
-                _wait_until(lambda: store.check(["shown"]))
+            if group.first and not shows:
+                time.sleep(LAST)
 
     # In a thread, as a request to a store that hangs never returns; torch writes to stderr about one that has ended.
     thread = threading.Thread(target=leave, daemon=True)
@@ -115,9 +113,3 @@ def _part(group: Group) -> tuple[bool, list[int]]:
         thread.join(3 * GRACE)
         os.dup2(stderr, 2)
     return outcome[-1]
-
-
-def _wait_until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + GRACE
-    while not reached() and time.monotonic() < end:
-        time.sleep(0.02)

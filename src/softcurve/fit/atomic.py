@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softcurve.fit import DataError
-from softcurve.fit.data.files.shards import is_shard_of, shards_in
+from softcurve.fit.data.opening import is_shard_of, shards_in
 from softcurve.fit.system_errors import unusable
-
-__all__ = ["check_outputs", "check_writable", "replacing", "replacing_all"]
 
 
 @contextmanager

@@ -27,8 +27,6 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
 from softcurve.fit.tensor_file import encode_tensors, read_tensors
 
-__all__ = ["Checkpoint", "Keeper", "digest", "digest_of_all"]
-
 FORMAT = "softcurve.fit"
 VERSION = "3"
 ANOTHER = "give another file, or the rows and options that it was written with"

@@ -1,4 +1,4 @@
-"""Whether what a fit holds at least can fit into the memory of this machine."""
+"""Checks that the arrays which a fit must hold can fit into the memory of this machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from softcurve.fit import DataError
-
-__all__ = ["available_memory", "require_head", "require_rows"]
 
 # The parameters, their gradient, and the vectors of conjugate gradients (iterate, residual, direction, product).
 ARRAYS_OF_A_HEAD = 6
@@ -31,15 +29,12 @@ def available_memory() -> int | None:
 
 
 def require_rows(rows: int, name: str) -> None:
-    """Raise DataError where an integer for each row is more than the memory: the header of a sparse file may say so."""
+    """Raise DataError if an integer for each row needs more than the memory, as the header of a sparse file may say."""
     _require(rows * ROW, f"{name} has {rows} rows; an integer for each", "correct its shape, or give fewer rows")
 
 
 def require_head(classes: int, width: int, origin: str) -> None:
-    """Raise DataError where a fit to so many classes, which a single index may name, cannot fit into the memory.
-
-    ``origin`` says where the number comes from.
-    """
+    """Raise DataError if a fit needs more than the memory; ``origin`` is where the number of classes comes from."""
     needed = classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME)
     what = f"{origin} makes {classes} classes; with {width} features a fit to them"
     _require(needed, what, "correct the largest class or the shape, or give fewer classes")

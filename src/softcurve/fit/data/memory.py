@@ -1,4 +1,4 @@
-"""Rows from arrays that a program holds: numpy's, torch's, scipy's sparse matrices, and arrays mapped from a file."""
+"""Sources of the rows of arrays: numpy's, torch's, scipy's sparse matrices, and arrays mapped from a file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.rows import ArrayRows, Rows, SparseRows, tensor_array
 from softcurve.fit.data.source import Label
 from softcurve.losses.targets import TopK
-
-__all__ = ["to_source"]
 
 
 def to_source(

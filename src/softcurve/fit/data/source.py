@@ -1,4 +1,4 @@
-"""Rows that are walked block by block, as often as wanted: what the solver, the figures and the predictions read."""
+"""The protocol of rows that are read block by block, as often as wanted, by the solver, the figures and predictions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ from softcurve.array_types import Float, Float64, Int, Int64
 from softcurve.fit import DataError
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
-
-__all__ = [
-    "BlockTarget",
-    "GatheredRows",
-    "Label",
-    "RowBlock",
-    "Share",
-    "Source",
-    "TargetKind",
-    "gather",
-    "rows_within",
-    "share_of",
-]  # fmt: skip
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.
@@ -115,9 +102,7 @@ class GatheredRows:
     def __len__(self) -> int:
         return len(self.features)
 
-    def tensors(
-        self, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"] | Float[Tensor, "rows classes"]]:
+    def tensors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "rows d"], Tensor]:
         """Return features and target, distributions in ``dtype`` too. Raises DataError on overflow."""
         features = torch.tensor(self.features, dtype=dtype)
         if not features.isfinite().all():

@@ -1,4 +1,4 @@
-"""Some of the rows of a source: the two sides of a hold-out, or the share of a process."""
+"""Parts of the rows of a source: the two sides of a hold-out, or the share of a process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from softcurve.fit.data.row_source import RowSource, own_share, require_same_row
 from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
-
-__all__ = ["Subset", "holdout_mask", "shared", "split_source"]
 
 
 class Subset:
@@ -48,11 +46,10 @@ class Subset:
         The rows of files are copied to two buffers in turn, because the freed memory of a new tensor for each block
         would stay resident in the heap. So a block is valid until the next but one is asked for.
         """
-        blocks = self.source.blocks(at_most)
         dtype = torch.float64 if self.double else torch.float32
         buffers = None if self.in_memory else torch.empty(2, min(at_most, self.rows), self.width, dtype=dtype)
         start = 0
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(self.source.blocks(at_most)):
             index = torch.from_numpy(np.flatnonzero(self._chosen[block.start : block.start + len(block)]))
             if len(index):
                 features = block.features

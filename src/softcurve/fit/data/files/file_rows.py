@@ -1,4 +1,4 @@
-"""An array in a file, which must not change while its rows are in use."""
+"""Arrays in files, which must not change while their rows are in use."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from softcurve.fit import DataError
 from softcurve.fit.data.rows import PIECE, digest_rows
 from softcurve.fit.system_errors import out_of_memory, unusable
-
-__all__ = ["FileRows", "FileState", "check_file", "memmap_rows", "read_map", "two_buffers"]
 
 
 def check_file(path: Path, argument: str) -> os.stat_result:

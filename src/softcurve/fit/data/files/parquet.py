@@ -16,8 +16,6 @@ from softcurve.fit import DataError
 from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
 from softcurve.fit.data.files.file_rows import FileRows, FileState
 
-__all__ = ["parquet_dataset"]
-
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
 
 
