@@ -1,7 +1,6 @@
-"""The processes of one command: how they connect, and what they do when one is lost, which torchrun does not do.
+"""The processes of one command: how they connect, and how all end when one of them is lost.
 
-torchrun ends all processes when one fails, but it does not say how to continue; processes that are started without it
-do not end each other at all.
+torchrun ends all processes when one fails, but does not say how to continue. Without it they do not end each other.
 """
 
 from __future__ import annotations

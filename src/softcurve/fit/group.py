@@ -39,15 +39,10 @@ class Group:
     """
 
     def __init__(self, processes: ProcessGroup | None = None, stop_signal: Callable[[], int] = lambda: 0) -> None:
-        self.processes, self.stop_signal = processes, stop_signal
+        self.processes, self.stop_signal, self.in_block = processes, stop_signal, False
         self.rank = 0 if processes is None else dist.get_rank(processes)
         self.size = 1 if processes is None else dist.get_world_size(processes)
-        self.in_block = False
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
-        return self.rank == 0
+        self.first = self.rank == 0  # the process that writes and prints
 
     @contextmanager
     def summed(self, *tensors: Tensor) -> Iterator[None]:
@@ -70,7 +65,7 @@ class Group:
         with _communication():
             sum_over([*tensors, status], self.processes)
         if status.any():
-            agreed = self._agreed_error(error) if status[0] else KeyboardInterrupt(max(self.values(self.stop_signal())))
+            agreed = self._agreed_error(error) if status[0] else KeyboardInterrupt(self.largest(self.stop_signal())[0])
             agreed.raised_by_all = True  # type: ignore[attr-defined]
             try:
                 raise agreed
@@ -110,8 +105,7 @@ class Group:
     def close_connections(self) -> None:
         """Close the connections, so that no process waits for this one.
 
-        Destroying a group does not close them while anything, such as a traceback, refers to it. Gloo closes them where
-        a message does not arrive in time.
+        Neither abort nor destruction of a group closes them; gloo does where a message does not arrive in time.
         """
         for other in set(range(self.size)) - {self.rank}:
             with suppress(RuntimeError):
@@ -121,21 +115,19 @@ class Group:
 
     def _agreed_error(self, error: BaseException | None) -> BaseException:
         """Return the error of the lowest process that has failed; in the other processes, one with its message."""
-        errors = self.values(None if error is None else self._without_traceback(error))
-        rank, agreed = next((rank, each) for rank, each in enumerate(errors) if each is not None)
+        sent: BaseException | None = None
+        if isinstance(error, KeyboardInterrupt):
+            sent = KeyboardInterrupt(*error.args)
+        elif isinstance(error, ValueError | OSError):
+            sent = DataError(str(error))
+        elif error is not None:
+            trace = "".join(traceback.format_exception(error))
+            sent = RuntimeError(f"process {self.rank} of {self.size} failed:\n{trace}")
+        rank, agreed = next((rank, each) for rank, each in enumerate(self.values(sent)) if each is not None)
         if rank == self.rank and error is not None:
             return error
         agreed.__cause__ = error
         return agreed
-
-    def _without_traceback(self, error: BaseException) -> BaseException:
-        """Return an error that can be sent to the other processes."""
-        if isinstance(error, KeyboardInterrupt):
-            return KeyboardInterrupt(*error.args)
-        if isinstance(error, ValueError | OSError):
-            return DataError(str(error))
-        trace = "".join(traceback.format_exception(error))
-        return RuntimeError(f"process {self.rank} of {self.size} failed:\n{trace}")
 
 
 ALONE = Group()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.capacity import require_head, require_rows
+from softcurve.fit.data.capacity import require_head, require_memory
 from softcurve.fit.data.dataset import Dataset
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
 from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
@@ -103,7 +103,9 @@ def assemble(
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
         if kind is not None:
-            require_rows(data.features.shape[0], data.features.name)
+            # The header of a sparse file may say any number; 8 bytes are the index of a label, or of a held-out row.
+            what = f"{data.features.name} has {data.features.shape[0]} rows; an integer for each"
+            require_memory(8 * data.features.shape[0], what, "correct its shape, or give fewer rows")
     require_same_rows(data, group)
     rows, width = data.features.shape
     share, index = own_share(rows, group), None
@@ -127,11 +129,9 @@ def assemble(
 
 
 def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Yield what ``iterator`` yields; a thread advances it, one item ahead.
+    """Yield what ``iterator`` yields or raises; a thread advances it, and begins an item when the last is asked for.
 
-    Item ``i + 2`` is begun only when item ``i + 1`` has been asked for. What the iterator raises is raised here, with
-    its traceback. The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an
-    exception goes through it.
+    The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an exception ends it.
     """
     ahead: Future[Any] | None = None
     try:

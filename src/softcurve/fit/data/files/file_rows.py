@@ -59,10 +59,8 @@ class FileState:
         now = FileState.of(self.path, self.kind, self.argument)
         if now != self:
             size = f"{now.size} bytes, {self.size} before" if now.size != self.size else f"still {now.size} bytes"
-            raise DataError(
-                f"{self.argument}: {self.path} has changed since it was opened ({size}); leave it as it is and "
-                "start again"
-            )
+            what = f"{self.argument}: {self.path} has changed since it was opened"
+            raise DataError(f"{what} ({size}); leave it as it is and start again")
 
     def digest(self, most: int) -> bytes:
         """Hash the bytes of the file, whatever array they belong to."""
@@ -118,10 +116,9 @@ class FileRows:
 
 
 def two_buffers(shape: tuple[int, ...], dtype: np.dtype[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
-    """Yield an array for the rows between each two bounds, parts of two buffers in turn.
+    """Yield an array for the rows between each two bounds, which is valid until the next but one is asked for.
 
-    So an array is valid until the next but one is asked for, as read-ahead needs. Allocated anew, freed blocks of this
-    size would stay resident in the heap of the reading thread.
+    They are parts of two buffers in turn, because freed blocks would stay resident in the heap of the reading thread.
     """
     counts = [stop - start for start, stop in pairwise(bounds)]
     buffers = [np.empty((max(counts[turn::2], default=0), *shape[1:]), dtype) for turn in range(2)]
