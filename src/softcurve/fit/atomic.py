@@ -82,7 +82,9 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
                 continue
             if _same_file(Path(path), out):
                 raise DataError(f"{option}: {out} is also an input ({argument}); give another name")
-            if os.path.isdir(path) and _is_shard(out, Path(path)):
+            if not os.path.isdir(path):
+                continue
+            if is_shard_of(out, Path(path)) or any(_same_file(shard, out) for shard in shards_in(Path(path))):
                 raise DataError(
                     f"{option}: {out} would be one of the shards in {path} ({argument}); give a path elsewhere"
                 )
@@ -91,18 +93,12 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
             raise DataError(f"{option}: {out} is also an output ({earlier}); give another name")
 
 
-def _is_shard(out: Path, folder: Path) -> bool:
-    return is_shard_of(out, folder) or any(_same_file(shard, out) for shard in shards_in(folder))
-
-
 def _same_file(first: Path, second: Path) -> bool:
     """Whether both names lead to the same file, or would if it existed."""
-    if os.path.realpath(first) == os.path.realpath(second):
-        return True
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
+    with suppress(OSError):
+        if os.path.samefile(first, second):
+            return True
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 class _PartFile(io.FileIO):

@@ -71,11 +71,10 @@ class Checkpoint:
         if metadata.pop("digest", None) != digest_of_all(tensors, metadata):
             raise self._damaged("its content does not agree with the digest that was written with it")
         self._require_same(metadata, self.identity)
+        weight = self._checked(tensors, "weight", (classes, len(self.coordinates.mean)))
+        parameters = self.coordinates.parameters(weight, self._checked(tensors, "bias", (classes,)))
         if metadata.get("axes") == self.axes:  # without the rounding of the conversion
             parameters = self._checked(tensors, "parameters", (classes, self.coordinates.size))
-        else:
-            weight = self._checked(tensors, "weight", (classes, len(self.coordinates.mean)))
-            parameters = self.coordinates.parameters(weight, self._checked(tensors, "bias", (classes,)))
         try:
             return _decoded(metadata["state"], parameters)
         except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import product
 from typing import TypeVar
@@ -74,9 +74,7 @@ class Group:
                 # alive until the interpreter ends, and the threads of a group that ends then may abort the process.
                 del agreed, error
 
-    def agreed(self) -> AbstractContextManager[None]:
-        """Return a block that ends without an error in all processes, or with the same one."""
-        return self.summed()
+    agreed = summed  # without tensors: a block that ends without an error in all processes, or with the same one
 
     def largest(self, *numbers: int | float) -> tuple[int | float, ...]:
         """Return each number's maximum over the processes."""

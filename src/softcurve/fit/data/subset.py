@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from softcurve.array_types import Bool, Int64
+from softcurve.array_types import Bool
 from softcurve.fit import DataError
 from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
 from softcurve.fit.data.source import RowBlock, Share, Source, share_of
@@ -56,7 +55,12 @@ class Subset:
                     buffer = None if buffers is None else buffers[number % 2, : len(index)]
                     features = torch.index_select(block.features, 0, index, out=buffer)
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
-                yield RowBlock(start, features, _rows_of(block.target, index), numbers)
+                target = block.target
+                if isinstance(target, TopK):
+                    target = TopK(target.indices[index], target.log_probs[index], target.tail)
+                elif target is not None:
+                    target = target[index]
+                yield RowBlock(start, features, target, numbers)
                 start += len(index)
 
 
@@ -99,9 +103,3 @@ def shared(source: Source, group: Group) -> Source:
     share = own_share(source.rows, group)
     index = None if source.index is None else source.index[share.first : share.first + share.rows]
     return RowSource(source.data, source.classes, index, share)
-
-
-def _rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
-    if isinstance(target, TopK):
-        return TopK(target.indices[index], target.log_probs[index], target.tail)
-    return None if target is None else target[index]
