@@ -39,12 +39,9 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Group]:
     if not timeout > 0:
         raise DataError(f"--timeout: {timeout:g} must be a positive number of seconds")
     raise_interrupts_when(lambda: False)
-    group = _connect(timeout)
+    group, names = _connect(timeout)
     raise_interrupts_when(lambda: group.in_block)
-    names = [f"process {rank}" for rank in range(group.size)]
     try:
-        host = socket.gethostname().encode("ascii", "replace").decode()
-        names = group.values(f"process {group.rank} (pid {os.getpid()} on {host})")
         yield group
     except BaseException as error:
         if not raised_by_all(error):
@@ -67,11 +64,14 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _connect(timeout: float) -> Group:
+def _connect(timeout: float) -> tuple[Group, list[str]]:
+    """Return the group of all processes and, by rank, what the messages call them."""
     starting = timedelta(seconds=max(timeout, STARTING))
+    host = socket.gethostname().encode("ascii", "replace").decode()
     try:
         dist.init_process_group("gloo", timeout=starting)
-        return Group(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), interrupted)
+        group = Group(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), interrupted)
+        return group, group.values(f"process {group.rank} (pid {os.getpid()} on {host})")
     except (RuntimeError, ValueError) as error:
         sys.stderr = sys.__stderr__  # no process knows which others there are
         raise DataError(

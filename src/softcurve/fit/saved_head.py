@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.file_rows import check_file
+from softcurve.fit.data.files.file_rows import FileState
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
 from softcurve.fit.tensor_file import encode_tensors, read_tensors
@@ -67,7 +67,7 @@ class SavedHead(ShortRepr):
     def load(cls, path: Path | str) -> SavedHead:
         """Read a head and check all of it. Raises DataError that names the damage."""
         path = Path(path)
-        check_file(path, "head")
+        FileState.of(path, "a head", "head")
         try:
             return cls(*_checked(*read_tensors(path)))
         except OSError as error:

@@ -29,7 +29,7 @@ class Dataset:
 
     @property
     def kind(self) -> TargetKind | None:
-        """What the target is, by its number of arrays and dimensions."""
+        """The kind of the target, by its number of arrays and dimensions."""
         if len(self.targets) == 2:
             return "top_k"
         return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
@@ -81,7 +81,7 @@ class Dataset:
 
 
 def join(datasets: Sequence[Dataset], name: str) -> Dataset:
-    """Return the rows of all datasets as one. Raises DataError for one that does not go with the first."""
+    """Concatenate datasets. Raises DataError for one with other features, or another target, than the first."""
     for dataset in datasets:
         dataset.check()
         if dataset.described != datasets[0].described:

@@ -14,8 +14,7 @@ from softcurve.fit.data.files.parquet import parquet_dataset
 from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.rows import ArrayRows
 from softcurve.fit.data.source import Label
-from softcurve.fit.group import ALONE
-from softcurve.fit.group import Group as Group
+from softcurve.fit.group import ALONE, Group
 from softcurve.fit.system_errors import unusable
 
 SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")

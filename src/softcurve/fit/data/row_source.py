@@ -25,8 +25,8 @@ from softcurve.fit.group import ALONE, Group
 T = TypeVar("T")
 END = object()
 
-ENTRIES = 65536  # of labels or of lists that are read at a time, where classes are looked for
-MOST = 2**28  # bytes that are hashed of the features, and of each other array. At 500 MB/s they take half a second.
+ENTRIES = 65536  # of labels or of lists, which are read at a time to find the classes
+MOST = 2**28  # bytes that are hashed of each array, which takes half a second at 500 MB/s
 
 
 class RowSource:
@@ -49,10 +49,7 @@ class RowSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of the classes and of 256 MiB of each array, or of all of it where it takes less.
-
-        It is that of the rows of all processes, which must ask for it at the same time.
-        """
+        """The digest of the classes and of 256 MiB of each array; all processes must ask for it at the same time."""
         state = hashlib.sha256(repr((self.share.total, self.kind, self.classes)).encode())
         with self.share.group.agreed():
             for rows in (self.data.features, *self.data.targets):
@@ -147,7 +144,7 @@ def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
 
 
 def own_share(rows: int, group: Group) -> Share:
-    """Return the share of so many rows that a process has."""
+    """Return the share of the rows that this process has."""
     first, end = (rows * rank // group.size for rank in (group.rank, group.rank + 1))
     return Share(first, end - first, rows, group)
 

@@ -39,7 +39,7 @@ class RowBlock:
         return len(self.features)
 
     def number(self, row: int) -> int:
-        """Return the number of the block's ``row`` for people."""
+        """Return the number in the whole source of the block's ``row``."""
         return self.start + row if self.numbers is None else int(self.numbers[row])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,21 +22,6 @@ from softcurve.fit.data.rows import PIECE, digest_rows
 from softcurve.fit.system_errors import out_of_memory, unusable
 
 
-def check_file(path: Path, argument: str) -> os.stat_result:
-    """Return the status of a file. Raises DataError unless there is one at ``path`` with something in it."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{argument}: there is no file {path}; check the path") from error
-    except OSError as error:
-        raise unusable(argument, path, "read", error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{argument}: {path} is not a file; give the path of a file")
-    if status.st_size == 0:
-        raise DataError(f"{argument}: {path} is empty (0 bytes); write it again")
-    return status
-
-
 @dataclass(frozen=True)
 class FileState:
     """A file of a format (``kind``), its size in bytes and its modification time; errors call it ``argument``."""
@@ -50,8 +34,17 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, kind: str, argument: str = "data") -> FileState:
-        """Return the present state. Raises DataError where there is no file."""
-        status = check_file(path, argument)
+        """Return the present state. Raises DataError unless there is a file at ``path`` with something in it."""
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{argument}: there is no file {path}; check the path") from error
+        except OSError as error:
+            raise unusable(argument, path, "read", error) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{argument}: {path} is not a file; give the path of a file")
+        if status.st_size == 0:
+            raise DataError(f"{argument}: {path} is empty (0 bytes); write it again")
         return cls(path, kind, argument, status.st_size, status.st_mtime_ns)
 
     def check(self) -> None:
