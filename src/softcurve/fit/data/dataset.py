@@ -30,9 +30,9 @@ class Dataset:
     @property
     def kind(self) -> TargetKind | None:
         """The kind of the target, by its number of arrays and dimensions."""
-        if len(self.targets) == 2:
-            return "top_k"
-        return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
+        if len(self.targets) != 1:
+            return "top_k" if self.targets else None
+        return "labels" if len(self.targets[0].shape) == 1 else "distributions"
 
     @property
     def described(self) -> str:
@@ -128,10 +128,8 @@ def named_dataset(
         return Dataset(features, tuple(map(rows, LISTS)))
     if target is not None:
         return Dataset(features, (rows(target),))
-    absent = f"no {what} named {', '.join(TARGET)} or {OTHER_TARGET[0]}"
-    if lists:
-        absent += f", and {lists[0]} without {LISTS[1 - LISTS.index(lists[0])]}"
-    return Dataset(features, absent=absent)
+    missing = "".join(f", and {name} without {LISTS[1 - LISTS.index(name)]}" for name in lists)
+    return Dataset(features, absent=f"no {what} named {', '.join(TARGET)} or {OTHER_TARGET[0]}{missing}")
 
 
 def target_names(names: Sequence[str]) -> tuple[str, ...]:

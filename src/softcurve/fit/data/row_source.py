@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -105,18 +105,18 @@ def assemble(
             require_memory(8 * data.features.shape[0], what, "correct its shape, or give fewer rows")
     require_same_rows(data, group)
     rows, width = data.features.shape
-    share, index = own_share(rows, group), None
-    names: Sequence[Label] = ()
+    share, index, count = own_share(rows, group), None, 0
     if kind == "labels":
         names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, group)
+        count = len(names)
     elif kind is not None:
         with group.agreed():
             count = _class_count(data, share, class_count, classes)
-        names = range(int(group.largest(count)[0]))
+        count = int(group.largest(count)[0])
     if kind is not None and classes is None:
         with group.agreed():
-            require_head(len(names), width, data.targets[0].name if class_count is None else "class_count")
-        classes = tuple(names)
+            require_head(count, width, data.targets[0].name if class_count is None else "class_count")
+        classes = names if kind == "labels" else tuple(range(count))
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
         with group.agreed():

@@ -33,7 +33,7 @@ class Rows(Protocol):
 
 
 class ArrayRows:
-    """A numpy array; what is read shares its memory."""
+    """The rows of a numpy array; what is read shares its memory."""
 
     def __init__(self, array: NDArray[Any], name: str) -> None:
         self.array, self.name, self.shape, self.dtype = array, name, array.shape, array.dtype
@@ -48,7 +48,7 @@ class ArrayRows:
 
 
 class SparseRows:
-    """A sparse matrix of scipy's in CSR form; what is read is dense."""
+    """The rows of a scipy matrix in CSR form; what is read is dense."""
 
     def __init__(self, matrix: Any, name: str) -> None:
         self.matrix, self.name, self.dtype = matrix, name, np.dtype(matrix.dtype)

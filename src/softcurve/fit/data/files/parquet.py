@@ -131,7 +131,7 @@ def _values(array: Any, named: str, first: int) -> NDArray[Any]:
     _refuse_nulls(array, named, first)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+    if str(array.type) in ("string", "large_string", "string_view"):
         return np.array(array.to_pylist(), dtype=np.str_)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
