@@ -321,7 +321,7 @@ def test_an_interrupt_leaves_the_old_predictions(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_neither_the_rows_nor_the_probabilities_are_held(run_python, tmp_path):
-    """128 MB of features and 128 MB of probabilities, within a few blocks of 8 MB, some of them as float64."""
+    """128 MB of features and 128 MB of probabilities, within 32 MB for the head, once as float64, and a few blocks of 2 MB."""
     body = f"""
 import os, numpy as np, torch
 from bench.measure import extra_peak_of
@@ -345,4 +345,4 @@ for out in (Path("p.npy"), Path("p.npz")):
 """
     found = [float(line.split()[1]) for line in run_python(body).stdout.splitlines() if line.startswith("peak")]
     assert len(found) == 2
-    assert max(found) < 100
+    assert max(found) < 65

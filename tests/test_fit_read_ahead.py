@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 
-from softcurve.fit.data.read_ahead import read_ahead
+from softcurve.fit.data.row_source import read_ahead
 
 
 @pytest.fixture(autouse=True)

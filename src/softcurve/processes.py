@@ -9,8 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["max_over", "named_group", "sum_over"]
-
 
 def named_group(name: str) -> ProcessGroup:
     """Return the process group of a name, because custom operators accept only plain values."""

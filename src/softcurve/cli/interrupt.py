@@ -13,19 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-__all__ = [
-    "ended_by_signals",
-    "how_to_continue",
-    "how_to_go_on",
-    "interrupted",
-    "raise_interrupts_when",
-    "remember_interrupts",
-    "stop_if_interrupted",
-]
-
 # Seconds after which another signal counts as a second one. torchrun passes on what a terminal has sent as well, and a
 # second KeyboardInterrupt would end the writing of the checkpoint that the first one has asked for.
 REPEATED = 5.0
+STOPPING = signal.SIGINT, signal.SIGTERM
 
 _number = 0  # of the first signal, or 0
 _received = 0.0
@@ -46,7 +37,7 @@ def raise_interrupts_when(may_raise: Callable[[], bool]) -> None:
     """
     global _may_raise
     _may_raise = may_raise
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, _handle)
 
 
@@ -79,7 +70,7 @@ def ended_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             if signal.getsignal(number) is _handle:
                 signal.signal(number, signal.SIG_IGN)  # the command is ending already
         print("softcurve:", "; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
@@ -96,10 +87,9 @@ def how_to_go_on(checkpoint: Path | None) -> Iterator[Callable[[object], None]]:
     try:
         yield steps.append
     except KeyboardInterrupt as error:
-        if checkpoint is not None and checkpoint.exists() and not steps:
-            error.add_note(f"{checkpoint} was not yet read, and is as it was: give the same command again")
-        else:
-            error.add_note(how_to_continue(checkpoint))
+        unread = checkpoint is not None and checkpoint.exists() and not steps
+        how = f"{checkpoint} was not yet read, and is as it was: give the same command again"
+        error.add_note(how if unread else how_to_continue(checkpoint))
         raise
 
 

@@ -34,6 +34,7 @@ from softcurve.fit.saved_head import SavedHead
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 MOST_SHOWN = 10  # classes
+BLOCK = 16_000_000  # bytes of what is computed of a block; the heap keeps several times the largest freed tensor
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
     # The reverse KL of a label is infinite, its cross-entropy is not.
     loss = "cross_entropy" if source.kind == "labels" else head.loss
     sums = ScoreSums(loss)
-    for block in source.blocks(rows_within(*weight.shape)):
+    for block in source.blocks(rows_within(len(weight), source.width, BLOCK)):
         stop_if_interrupted()
         logits = torch.addmm(bias, block.features.double(), weight.T)
         if not logits.isfinite().all():

@@ -1,7 +1,6 @@
-"""The processes of one command: how they connect, and what they do when one is lost, which torchrun does not do.
+"""The processes of one command: how they connect, and how all end when one of them is lost.
 
-torchrun ends all processes when one fails, but it does not say how to continue; processes that are started without it
-do not end each other at all.
+torchrun ends all processes when one fails, but does not say how to continue. Without it they do not end each other.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import os
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +19,6 @@ import torch.distributed as dist
 from softcurve.cli.interrupt import how_to_continue, interrupted, raise_interrupts_when
 from softcurve.fit import DataError
 from softcurve.fit.group import ALONE, Group, LostProcess, raised_by_all
-
-__all__ = ["processes"]
 
 STARTING = 300.0  # seconds that the imports of one process may take longer than those of another
 GRACE = 5.0  # seconds in which the other processes must show that they are alive
@@ -41,16 +37,13 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Group]:
     if not timeout > 0:
         raise DataError(f"--timeout: {timeout:g} must be a positive number of seconds")
     raise_interrupts_when(lambda: False)
-    group = _connect(timeout)
+    group, names = _connect(timeout)
     raise_interrupts_when(lambda: group.in_block)
-    names = [f"process {rank}" for rank in range(group.size)]
     try:
-        host = socket.gethostname().encode("ascii", "replace").decode()
-        names = group.values(f"process {group.rank} (pid {os.getpid()} on {host})")
         yield group
     except BaseException as error:
         if not raised_by_all(error):
-            shows, missing = _part(group)
+            shows, missing = _leave(group)
             if shows and not isinstance(error, LostProcess):
                 sys.stderr = sys.__stderr__
                 raise
@@ -69,11 +62,14 @@ def processes(timeout: float, checkpoint: Path | None) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _connect(timeout: float) -> Group:
+def _connect(timeout: float) -> tuple[Group, list[str]]:
+    """Return the group of all processes and, by rank, what the messages call them."""
     starting = timedelta(seconds=max(timeout, STARTING))
+    host = socket.gethostname().encode("ascii", "replace").decode()
     try:
         dist.init_process_group("gloo", timeout=starting)
-        return Group(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), interrupted)
+        group = Group(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), interrupted)
+        return group, group.values(f"process {group.rank} (pid {os.getpid()} on {host})")
     except (RuntimeError, ValueError) as error:
         sys.stderr = sys.__stderr__  # no process knows which others there are
         raise DataError(
@@ -83,7 +79,7 @@ def _connect(timeout: float) -> Group:
         ) from error
 
 
-def _part(group: Group) -> tuple[bool, list[int]]:
+def _leave(group: Group) -> tuple[bool, list[int]]:
     """Leave the group. Return whether this process shows what happened, and the processes that have not left.
 
     The first process that leaves shows what happened. The store is lost with the first process of the group, unless
@@ -99,12 +95,14 @@ def _part(group: Group) -> tuple[bool, list[int]]:
             store.set(marks[group.rank], "")
             group.close_connections()
             if shows or group.first:
-                _wait_until(lambda: store.check(marks))
+                with suppress(dist.DistStoreError):
+                    store.wait(marks, timedelta(seconds=GRACE))
             outcome.append((shows, [rank for rank, mark in enumerate(marks) if shows and not store.check([mark])]))
             if shows:
                 store.set("shown", "")
             elif group.first:  # the store may end with this process
-                _wait_until(lambda: store.check(["shown"]))
+                with suppress(dist.DistStoreError):
+                    store.wait(["shown"], timedelta(seconds=GRACE))
 
     # In a thread, as a request to a store that hangs never returns; torch writes to stderr about one that has ended.
     thread = threading.Thread(target=leave, daemon=True)
@@ -115,9 +113,3 @@ def _part(group: Group) -> tuple[bool, list[int]]:
         thread.join(3 * GRACE)
         os.dup2(stderr, 2)
     return outcome[-1]
-
-
-def _wait_until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + GRACE
-    while not reached() and time.monotonic() < end:
-        time.sleep(0.02)

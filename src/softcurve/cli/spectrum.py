@@ -105,18 +105,18 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
             f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
         )
     saved = SavedHead.load(options.model)
-    rows = gather(open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target), options.data)
-    # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
-    loss = options.loss or cast("FitLoss", saved.loss if rows.soft else "cross_entropy")
-    check_loss(loss, "distributions" if rows.soft else "labels")
     dtype = _dtype(options) or saved.weight.dtype
-    features, target = rows.tensors(dtype)
+    source = open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target)
+    features, target = gather(source, options.data, dtype)
+    # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
+    loss = options.loss or cast("FitLoss", "cross_entropy" if source.kind == "labels" else saved.loss)
+    check_loss(loss, "labels" if source.kind == "labels" else "distributions")
     refuse_zeros(loss, RowBlock(0, features, target))
-    if loss != "cross_entropy" and not rows.soft:
+    if loss != "cross_entropy" and source.kind == "labels":
         target = nn.functional.one_hot(target, len(saved.classes)).to(dtype)
-    batch = min(options.batch_size or len(rows), len(rows))
+    batch = min(options.batch_size or source.rows, source.rows)
     data = list(zip(features.split(batch), target.split(batch), strict=True))
-    return SpectrumProblem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=len(rows))
+    return SpectrumProblem(nn.Identity(), saved.to_linear().to(dtype), data, loss, rows=source.rows)
 
 
 def _user_model(options: SpectrumOptions) -> SpectrumProblem:

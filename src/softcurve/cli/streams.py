@@ -11,7 +11,7 @@ from softcurve.fit import DataError
 
 
 def encoded(text: str) -> bytes:
-    r"""The text in UTF-8, with an escape such as ``\udcff`` for a lone surrogate.
+    r"""Return the text in UTF-8, with an escape such as ``\udcff`` for a lone surrogate.
 
     Python decodes each byte of a file name that is not UTF-8 to a lone surrogate.
     """
@@ -19,7 +19,7 @@ def encoded(text: str) -> bytes:
 
 
 def encodable(text: str) -> str:
-    """The same text with escapes in place of lone surrogates."""
+    """Return the text with escapes in place of lone surrogates."""
     return encoded(text).decode()
 
 
@@ -32,40 +32,31 @@ def use_standard_streams() -> None:
             # Otherwise the next file that is opened gets this number, and with it whatever a library prints. Writing to
             # an output that is opened for reading fails.
             os.open(os.devnull, flags)
-    sys.stdout = _text(_StandardOutput(1, "w", closefd=False), sys.stdout)
-    sys.stderr = sys.__stderr__ = _text(_StandardError(2, "w", closefd=False), sys.stderr)  # type: ignore[misc]
+    sys.stdout, sys.stderr = _text(1, sys.stdout), _text(2, sys.stderr)
+    sys.__stderr__ = sys.stderr  # type: ignore[misc]
 
 
-def _text(raw: io.FileIO, replaced: Any) -> io.TextIOWrapper:
+def _text(number: int, replaced: Any) -> io.TextIOWrapper:
     # The run must not end at a class name with a letter that the encoding of the terminal lacks.
     encoding = getattr(replaced, "encoding", None) or "utf-8"
+    raw = _StandardStream(number, "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
 
 
-class _StandardOutput(io.FileIO):
-    """Standard output. After the first error, which is reported, nothing more is written."""
+class _StandardStream(io.FileIO):
+    """Standard output, which reports its first error only, or standard error, whose errors must not end a long fit."""
 
     failed = False
 
     def write(self, data: Any) -> int:
-        if self.failed:
-            return memoryview(data).nbytes
         try:
-            return super().write(data)
+            return memoryview(data).nbytes if self.failed else super().write(data)
         except OSError as error:
+            if self.fileno() == 2:
+                return memoryview(data).nbytes
             self.failed = True
             if isinstance(error, BrokenPipeError):
                 raise
             raise DataError(
                 f"standard output cannot be written ({error.strerror}); redirect it to a place that takes it"
             ) from error
-
-
-class _StandardError(io.FileIO):
-    """Standard error. That it cannot be written is no reason to end a long fit."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softcurve.fit import DataError
-from softcurve.fit.data.files.shards import is_shard_of, shards_in
+from softcurve.fit.data.opening import is_shard_of, shards_in
 from softcurve.fit.system_errors import unusable
-
-__all__ = ["check_outputs", "check_writable", "replacing", "replacing_all"]
 
 
 @contextmanager
@@ -36,17 +34,18 @@ def replacing_all(outputs: Mapping[str, Path]) -> Iterator[dict[str, BinaryIO]]:
     be written.
     """
     with ExitStack() as discarded:
-        written: list[_Output] = []
-        for argument, path in outputs.items():
-            written.append(_Output(argument, path))
-            discarded.callback(written[-1].discard)
-        yield {output.argument: output.file for output in written}
-        for output in written:
-            output.finish()
+        parts = [_PartFile(argument, path, discarded) for argument, path in outputs.items()]
+        files: dict[str, BinaryIO] = {part.argument: io.BufferedWriter(part) for part in parts}
+        yield files
+        for part in parts:
+            with _named_errors(part.argument, part.path):
+                files[part.argument].flush()
+                os.fsync(part.fileno())
+                files[part.argument].close()
         with ExitStack() as undone:  # if one output cannot be renamed, the others must not be replaced either
-            for output in written:
-                undone.callback(output.undo)
-                output.rename()
+            for part in parts:
+                undone.callback(part.undo)
+                part.rename()
             undone.pop_all()
 
 
@@ -83,7 +82,9 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
                 continue
             if _same_file(Path(path), out):
                 raise DataError(f"{option}: {out} is also an input ({argument}); give another name")
-            if os.path.isdir(path) and _is_shard(out, Path(path)):
+            if not os.path.isdir(path):
+                continue
+            if is_shard_of(out, Path(path)) or any(_same_file(shard, out) for shard in shards_in(Path(path))):
                 raise DataError(
                     f"{option}: {out} would be one of the shards in {path} ({argument}); give a path elsewhere"
                 )
@@ -92,56 +93,36 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
             raise DataError(f"{option}: {out} is also an output ({earlier}); give another name")
 
 
-def _is_shard(out: Path, folder: Path) -> bool:
-    return is_shard_of(out, folder) or any(_same_file(shard, out) for shard in shards_in(folder))
-
-
 def _same_file(first: Path, second: Path) -> bool:
     """Whether both names lead to the same file, or would if it existed."""
-    if os.path.realpath(first) == os.path.realpath(second):
-        return True
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
+    with suppress(OSError):
+        if os.path.samefile(first, second):
+            return True
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 class _PartFile(io.FileIO):
-    """A new file whose errors name the output that it becomes."""
+    """The new file, in the folder of an output, that becomes it; ``discarded`` removes the file if it does not."""
 
-    def __init__(self, part: Path, mode: int, argument: str, path: Path) -> None:
-        super().__init__(part, "x", opener=lambda name, flags: os.open(name, flags, mode))
-        self.argument, self.path = argument, path
-
-    def write(self, data: Any) -> int:
-        with _named_errors(self.argument, self.path):
-            return super().write(data)
-
-
-class _Output:
-    """The part file that is written in the folder of an output."""
-
-    def __init__(self, argument: str, path: Path) -> None:
-        self.argument, self.path = argument, path
-        self.place = Path(os.path.realpath(path))
+    def __init__(self, argument: str, path: Path, discarded: ExitStack) -> None:
+        self.argument, self.path, self.place = argument, path, Path(os.path.realpath(path))
         self.part, self.old = _part_name(self.place), _part_name(self.place)
         self.new = not os.path.lexists(self.place)
+        # A file that only some may read must not be readable by others while it is written.
+        mode = 0o666 if self.new else 0o600
         with _named_errors(argument, path):
-            # A file that only some may read must not be readable by others while it is written.
-            self.raw = _PartFile(self.part, 0o666 if self.new else 0o600, argument, path)
+            super().__init__(self.part, "x", opener=lambda name, flags: os.open(name, flags, mode))
+        discarded.callback(self.discard)
         if not self.new:
             with suppress(OSError):  # only root can give a file to another user
                 os.chown(self.part, (status := os.stat(self.place)).st_uid, status.st_gid)
             with suppress(OSError):  # the file system may have no permissions
                 shutil.copystat(self.place, self.part)
-        self.file = io.BufferedWriter(self.raw)
 
-    def finish(self) -> None:
-        """Make sure that all is on the disk."""
+    def write(self, data: Any) -> int:
+        """Write as a file does; an error names the output."""
         with _named_errors(self.argument, self.path):
-            self.file.flush()
-            os.fsync(self.raw.fileno())
-            self.file.close()
+            return super().write(data)
 
     def rename(self) -> None:
         """Rename the part file to the output, and keep a second name of the file that it replaces for :meth:`undo`."""
@@ -161,7 +142,7 @@ class _Output:
     def discard(self) -> None:
         """Remove the files that have not become the output."""
         with suppress(OSError):
-            self.raw.close()  # not the buffer, which would try to write again
+            self.close()  # not the buffer, which would try to write again
         for name in (self.part, self.old):
             with suppress(OSError):
                 name.unlink(missing_ok=True)

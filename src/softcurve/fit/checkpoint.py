@@ -1,4 +1,4 @@
-"""The state of a fit as a safetensors file, written as a whole or not at all, from which a run that is killed goes on.
+"""The state of a fit as a safetensors file, from which a run that was killed continues.
 
 The file holds a digest of everything else in it, so that any damage is noticed. It names the rows and the options of
 its run; a run with others refuses it.
@@ -27,8 +27,6 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
 from softcurve.fit.tensor_file import encode_tensors, read_tensors
 
-__all__ = ["Checkpoint", "Keeper", "digest", "digest_of_all"]
-
 FORMAT = "softcurve.fit"
 VERSION = "3"
 ANOTHER = "give another file, or the rows and options that it was written with"
@@ -46,11 +44,9 @@ def digest(*pieces: Tensor) -> str:
 
 
 class Checkpoint:
-    """The file of the state of a fit.
+    """The file of the state of a fit, whose ``identity`` has a digest of the rows, and the options by name.
 
-    ``identity`` has a digest of the rows, and the options by name. A Newton step depends only on the state, so that a
-    run that goes on from it ends where it would have ended. Where another machine finds other eigenvectors, the state
-    is converted from the head.
+    A Newton step depends only on the state. Where another machine finds other eigenvectors, it is made from the head.
     """
 
     def __init__(self, path: Path, coordinates: Coordinates, identity: Mapping[str, str], *, every: float) -> None:
@@ -90,7 +86,9 @@ class Checkpoint:
             return
         weight, bias = self.coordinates.head(state.parameters)
         tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
-        metadata = self.identity | {"axes": self.axes, "state": _encoded(state)}
+        values = {field.name: getattr(state, field.name) for field in fields(state) if field.type in LARGEST}
+        encoded = json.dumps(values | {"history": [asdict(step) for step in state.history]})
+        metadata = self.identity | {"axes": self.axes, "state": encoded}
         with replacing(self.path, "checkpoint") as file:
             file.writelines(encode_tensors(tensors, metadata | {"digest": digest_of_all(tensors, metadata)}))
         self.written = time.monotonic()
@@ -173,12 +171,6 @@ def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     for _, tensor in sorted(tensors.items()):
         state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
-
-
-def _encoded(state: State) -> str:
-    """Return all of a state but its parameters as JSON."""
-    values = {field.name: getattr(state, field.name) for field in fields(state) if field.type in LARGEST}
-    return json.dumps(values | {"history": [asdict(step) for step in state.history]})
 
 
 def _decoded(text: str, parameters: Tensor) -> State:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,12 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.file_rows import check_file
+from softcurve.fit.data.files.file_rows import FileState
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
 from softcurve.fit.tensor_file import encode_tensors, read_tensors
 from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.records import ShortRepr
-
-__all__ = ["SavedHead"]
 
 FORMAT = "softcurve.head"
 VERSION = "1"
@@ -68,20 +67,9 @@ class SavedHead(ShortRepr):
     def load(cls, path: Path | str) -> SavedHead:
         """Read a head and check all of it. Raises DataError that names the damage."""
         path = Path(path)
-        check_file(path, "head")
+        FileState.of(path, "a head", "head")
         try:
-            tensors, metadata = read_tensors(path)
-            format_ = metadata.get("format"), metadata.get("format_version")
-            if format_ != (FORMAT, VERSION):
-                raise ValueError(
-                    f"its metadata must say format {FORMAT!r}, format_version {VERSION!r}, and says {format_[0]!r}, "
-                    f"{format_[1]!r}"
-                )
-            weight, bias = _checked_tensors(tensors)
-            classes = _checked_classes(metadata.get("classes", ""), len(bias))
-            if (loss := metadata.get("loss", "")) not in LOSS_NAMES:
-                raise ValueError(f"its metadata 'loss' must be one of {', '.join(LOSS_NAMES)}, and is {loss!r}")
-            return cls(weight, bias, classes, loss, _checked_strength(metadata.get("C", "")))
+            return cls(*_checked(*read_tensors(path)))
         except OSError as error:
             raise unusable("head", path, "read", error) from error
         except ValueError as error:
@@ -90,45 +78,53 @@ class SavedHead(ShortRepr):
             ) from error
 
 
-def _checked_tensors(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    if set(tensors) != {"weight", "bias"}:
-        raise ValueError(f"it must hold the tensors 'bias' and 'weight', and holds {sorted(tensors)}")
+def _checked(
+    tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[Tensor, Tensor, tuple[Label, ...], str, float]:
+    """Return the fields of a head from the content of its file. Raises ValueError that says what is wrong with it."""
+    format_ = metadata.get("format"), metadata.get("format_version")
+    _require(
+        format_ == (FORMAT, VERSION),
+        f"its metadata must say format {FORMAT!r}, format_version {VERSION!r}, and says {format_[0]!r}, {format_[1]!r}",
+    )
+    names = sorted(tensors)
+    _require(names == ["bias", "weight"], f"it must hold the tensors 'bias' and 'weight', and holds {names}")
     weight, bias = tensors["weight"], tensors["bias"]
-    if weight.ndim != 2 or weight.shape[0] < 2 or weight.shape[1] < 1 or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            "'weight' must have shape (C, d) and 'bias' (C,), with C of 2 or more; they have "
-            f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
+    _require(
+        weight.ndim == 2 and weight.shape[0] >= 2 and weight.shape[1] >= 1 and bias.shape == weight.shape[:1],
+        "'weight' must have shape (C, d) and 'bias' (C,), with C of 2 or more; they have "
+        f"{tuple(weight.shape)} and {tuple(bias.shape)}",
+    )
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != weight.dtype:
-            raise ValueError(f"both tensors must be float32 or float64, alike; {name!r} is {tensor.dtype}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} has entries that are not finite")
-    return weight, bias
+        alike = tensor.dtype in (torch.float32, torch.float64) and tensor.dtype == weight.dtype
+        _require(alike, f"both tensors must be float32 or float64, alike; {name!r} is {tensor.dtype}")
+        _require(bool(tensor.isfinite().all()), f"{name!r} has entries that are not finite")
+    classes: Any = None
+    text = metadata.get("classes", "")
+    with suppress(ValueError, RecursionError):
+        classes = json.loads(text)
+    _require(
+        isinstance(classes, list) and all(map(_is_label, classes)),
+        f"its metadata 'classes' must be a JSON list of labels, and is {text[:60]!r}",
+    )
+    count, distinct = len(bias), len(set(classes))
+    _require(
+        len(classes) == distinct == count, f"its metadata 'classes' must name {count} classes, and names {distinct}"
+    )
+    loss = metadata.get("loss", "")
+    _require(loss in LOSS_NAMES, f"its metadata 'loss' must be one of {', '.join(LOSS_NAMES)}, and is {loss!r}")
+    text, strength = metadata.get("C", ""), math.nan
+    with suppress(ValueError):
+        strength = float(text)
+    _require(strength > 0, f"its metadata 'C' must be a positive number, and is {text!r}")  # inf is no penalty
+    return weight, bias, tuple(classes), loss, strength
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 def _is_label(value: object) -> bool:
     """Whether it is text, or an integer that an array can hold."""
     return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**64)
-
-
-def _checked_classes(text: str, count: int) -> tuple[Label, ...]:
-    try:
-        classes = json.loads(text)
-    except (ValueError, RecursionError):
-        classes = None
-    if not isinstance(classes, list) or not all(_is_label(label) for label in classes):
-        raise ValueError(f"its metadata 'classes' must be a JSON list of labels, and is {text[:60]!r}")
-    if len(classes) != count or len(set(classes)) != count:
-        raise ValueError(f"its metadata 'classes' must name {count} classes, and names {len(set(classes))}")
-    return tuple(classes)
-
-
-def _checked_strength(text: str) -> float:
-    try:
-        strength = float(text)
-    except ValueError:
-        strength = math.nan
-    if not strength > 0:  # inf is no penalty
-        raise ValueError(f"its metadata 'C' must be a positive number, and is {text!r}")
-    return strength

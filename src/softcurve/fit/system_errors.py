@@ -8,8 +8,6 @@ from pathlib import Path
 
 from softcurve.fit import DataError
 
-__all__ = ["out_of_memory", "remedy_for", "unusable"]
-
 FULL = "free some space there, or give a path on another disk"
 DENIED = "change its permissions or those of its folder, or give another path"
 REMEDIES = {

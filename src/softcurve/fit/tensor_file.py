@@ -11,8 +11,6 @@ from torch import Tensor
 from softcurve.fit.data.files.arrays import opened_tensors
 from softcurve.fit.system_errors import out_of_memory
 
-__all__ = ["encode_tensors", "read_tensors"]
-
 LENGTH = 8  # bytes that hold the length of the header
 
 
@@ -29,7 +27,7 @@ def encode_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tupl
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata. Raises OSError for a file that cannot be read, ValueError for a damaged one."""
     try:
-        with opened_tensors(path, "pt") as file:
+        with opened_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own type, OSError or ValueError, depending on the damage
         if out_of_memory(error) is not None or (isinstance(error, OSError) and error.errno):

@@ -1,1 +1,1 @@
-"""Rows to fit a head to: from memory, from files and from directories of shards, walked block by block."""
+"""Sources of rows in memory, in files and in directories of shards, which are read block by block."""

@@ -1,4 +1,4 @@
-"""Whether what a fit holds at least can fit into the memory of this machine."""
+"""Checks that the arrays which a fit must hold can fit into the memory of this machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from pathlib import Path
 
 from softcurve.fit import DataError
 
-__all__ = ["available_memory", "require_head", "require_rows"]
-
 # The parameters, their gradient, and the vectors of conjugate gradients (iterate, residual, direction, product).
 ARRAYS_OF_A_HEAD = 6
 NAME = 44  # bytes of an integer in a tuple: the name of a class that has no other
-ROW = 8  # bytes: the index of a label, or of a row in the draw of the hold-out
 
 
 def available_memory() -> int | None:
@@ -30,23 +27,16 @@ def available_memory() -> int | None:
     return min((limit for limit in limits if limit >= 0), default=None)  # -1 where there is none
 
 
-def require_rows(rows: int, name: str) -> None:
-    """Raise DataError where an integer for each row is more than the memory: the header of a sparse file may say so."""
-    _require(rows * ROW, f"{name} has {rows} rows; an integer for each", "correct its shape, or give fewer rows")
-
-
-def require_head(classes: int, width: int, origin: str) -> None:
-    """Raise DataError where a fit to so many classes, which a single index may name, cannot fit into the memory.
-
-    ``origin`` says where the number comes from.
-    """
-    needed = classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME)
-    what = f"{origin} makes {classes} classes; with {width} features a fit to them"
-    _require(needed, what, "correct the largest class or the shape, or give fewer classes")
-
-
-def _require(needed: int, what: str, remedy: str) -> None:
+def require_memory(needed: int, what: str, remedy: str) -> None:
+    """Raise DataError if ``what`` needs more bytes than the memory has."""
     memory = available_memory()
     if memory is not None and needed > memory:
         needs, has = (f"{count / 2**30:.3g} GiB" for count in (needed, memory))
         raise DataError(f"{what} takes {needs} or more, and there are {has} of memory: {remedy}")
+
+
+def require_head(classes: int, width: int, origin: str) -> None:
+    """Raise DataError if a fit needs more than the memory; ``origin`` is where the number of classes comes from."""
+    what = f"{origin} makes {classes} classes; with {width} features a fit to them"
+    remedy = "correct the largest class or the shape, or give fewer classes"
+    require_memory(classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME), what, remedy)

@@ -1,4 +1,4 @@
-"""Features with the targets of the same rows, as they are stored: by which names, and what both must be."""
+"""Stored features with the targets of the same rows, found by their names, and checks of their shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from softcurve.fit import DataError
 from softcurve.fit.data.rows import ArrayRows, Rows, Shards, SparseRows
 from softcurve.fit.data.source import TargetKind
-
-__all__ = ["FEATURES", "LISTS", "Dataset", "describe_names", "join", "named_dataset", "target_names"]
 
 FEATURES, TARGET, LISTS = ("features", "X"), ("target", "y"), ("indices", "log_probs")
 OTHER_TARGET = ("labels",)  # where no array is named target or y
@@ -23,7 +21,7 @@ DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows with a target of one array, a teacher's lists of two (indices and log-probabilities), or none."""
+    """Rows with a target of one array, of two (a teacher's indices and log-probabilities), or without a target."""
 
     features: Rows
     targets: tuple[Rows, ...] = ()
@@ -31,19 +29,22 @@ class Dataset:
 
     @property
     def kind(self) -> TargetKind | None:
-        """What the target is, by its number of arrays and dimensions."""
-        if len(self.targets) == 2:
-            return "top_k"
-        return None if not self.targets else "labels" if len(self.targets[0].shape) == 1 else "distributions"
+        """The kind of the target, by its number of arrays and dimensions."""
+        if len(self.targets) != 1:
+            return "top_k" if self.targets else None
+        return "labels" if len(self.targets[0].shape) == 1 else "distributions"
 
     @property
     def described(self) -> str:
         """The features and the target in words, without the number of rows."""
-        target = f"no targets ({self.absent})" if self.kind is None else "labels"
-        if self.kind in ("distributions", "top_k"):
-            what = "distributions over {} classes" if self.kind == "distributions" else "a teacher's lists of {}"
-            target = what.format(self.targets[0].shape[1])
-        return f"{self.features.shape[1]} features with {target}"
+        sizes = [size for rows in self.targets for size in rows.shape[1:]]
+        described = {
+            None: f"no targets ({self.absent})",
+            "labels": "labels",
+            "distributions": "distributions over {} classes",
+            "top_k": "a teacher's lists of {}",
+        }
+        return f"{self.features.shape[1]} features with {described[self.kind].format(*sizes)}"
 
     @property
     def in_memory(self) -> bool:
@@ -62,25 +63,25 @@ class Dataset:
             raise DataError(f"{name} must have shape (n, d); got {shape}: {remedy}")
         if 0 in shape:
             raise DataError(f"{name} is empty, of shape {shape}; give at least one row and one column")
-        shapes = [target.shape for target in self.targets]
         for target in self.targets:
             if target.shape[:1] != shape[:1]:
                 has = f"{target.shape[0]} rows" if target.shape else "a single value"
                 raise DataError(f"{name} has {shape[0]} rows but {target.name} has {has}; give one target a row")
+        names, shapes = [target.name for target in self.targets], [target.shape for target in self.targets]
         if self.kind == "top_k" and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]):
             raise DataError(
-                f"{self.targets[0].name} and {self.targets[1].name} must have one shape (n, k); got {shapes[0]} and "
-                f"{shapes[1]}: give each listed class its log-probability"
+                f"{names[0]} and {names[1]} must have one shape (n, k); got {shapes[0]} and {shapes[1]}: give each "
+                "listed class its log-probability"
             )
         if self.kind == "distributions" and (len(shapes[0]) != 2 or shapes[0][1] < 2):
             raise DataError(
-                f"{self.targets[0].name} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or "
-                f"more; got {shapes[0]}: reshape it"
+                f"{names[0]} must be labels of shape (n,) or distributions of shape (n, C) with C of 2 or more; got "
+                f"{shapes[0]}: reshape it"
             )
 
 
 def join(datasets: Sequence[Dataset], name: str) -> Dataset:
-    """Return the rows of all datasets as one. Raises DataError for one that does not go with the first."""
+    """Concatenate datasets. Raises DataError for one with other features, or another target, than the first."""
     for dataset in datasets:
         dataset.check()
         if dataset.described != datasets[0].described:
@@ -103,42 +104,40 @@ def named_dataset(
 ) -> Dataset:
     """Choose among arrays, tensors or columns (``what``) of these names; ``rows`` opens one by its name.
 
-    Raises DataError where there are no features, or where more than one name is the same thing's.
+    Raises DataError where there are no features, or where several names are of the features or of the target.
     """
+
+    def only(wanted: tuple[str, ...]) -> str | None:
+        present = [name for name in wanted if name in names]
+        if len(present) > 1:
+            raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
+        return present[0] if present else None
+
     if features is None:
-        if (name := _only(path, what, names, FEATURES)) is None:
+        if (name := only(FEATURES)) is None:
             wanted = " or ".join(FEATURES)
             raise DataError(f"data: {path} has no {what} named {wanted}; it has {describe_names(names)}: rename one")
         features = rows(name)
-    target = _only(path, what, names, target_names(names))
-    lists = [name for name in LISTS if name in names]
+    target = only(target_names(names))
     if not with_target:
         return Dataset(features, absent="another is given")
+    lists = [name for name in LISTS if name in names]
     if len(lists) == len(LISTS):
         if target is not None:
             raise DataError(f"data: {path} has both {target!r} and {' and '.join(LISTS)}; keep one kind of target")
         return Dataset(features, tuple(map(rows, LISTS)))
     if target is not None:
         return Dataset(features, (rows(target),))
-    absent = f"no {what} named {', '.join(TARGET)} or {', '.join(OTHER_TARGET)}"
-    if lists:
-        absent += f", and {lists[0]} without {LISTS[1 - LISTS.index(lists[0])]}"
-    return Dataset(features, absent=absent)
+    missing = "".join(f", and {name} without {LISTS[1 - LISTS.index(name)]}" for name in lists)
+    return Dataset(features, absent=f"no {what} named {', '.join(TARGET)} or {OTHER_TARGET[0]}{missing}")
 
 
 def target_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return what the target may be called in a file that holds these names."""
-    return TARGET if any(name in names for name in TARGET) else OTHER_TARGET
+    return OTHER_TARGET if set(TARGET).isdisjoint(names) else TARGET
 
 
 def describe_names(names: Sequence[str]) -> str:
     """List some names in words."""
-    shown = ", ".join(repr(name) for name in names[:10])
-    return (shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")) or "none at all"
-
-
-def _only(path: Path, what: str, names: Sequence[str], wanted: tuple[str, ...]) -> str | None:
-    present = [name for name in wanted if name in names]
-    if len(present) > 1:
-        raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
-    return present[0] if present else None
+    shown = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return shown or "none at all"

@@ -1,11 +1,10 @@
-"""What the entries of features, labels, distributions and a teacher's lists must be, checked block by block.
+"""Checks of the entries of features, labels, distributions and a teacher's lists, block by block.
 
-Errors give the file and the row in it; ``first`` is the number of a block's first row in all ``rows``.
+Errors name the file and the row in it; ``first`` is the number of a block's first row among all ``rows``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ from softcurve.fit.data.rows import Rows, float_dtype, locate
 from softcurve.fit.data.source import Label
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
-
-__all__ = ["index_labels", "require_finite", "rescale", "to_top_k"]
 
 # Float16 probabilities sum to one no better than this.
 MASS_TOLERANCE = 1e-3
@@ -42,26 +39,23 @@ def rescale(block: NDArray[Any], rows: Rows, first: int) -> Float64[np.ndarray, 
     mass = block.sum(axis=1)
     remedy = "divide each row by its sum, or apply softmax if these are logits"
     _require(np.abs(mass - 1.0) <= MASS_TOLERANCE, mass, "sum to 1 in every row", remedy, rows, first)
-    scaled: NDArray[np.float64] = block / mass[:, None]
-    return scaled
+    return np.asarray(block / mass[:, None])
 
 
 def to_top_k(lists: Sequence[NDArray[Any]], classes: int, targets: tuple[Rows, ...], first: int) -> TopK:
     """Return a teacher's lists as a target. Raises DataError for lists that are of no distribution over the classes."""
     indices = np.require(lists[0], np.int64, ["C", "W"])
     log_probs = np.require(lists[1], float_dtype(targets[1]), ["C", "W"])
-    within = (indices >= 0) & (indices < classes)
-    remedy = "give the number of classes, or lists over these"
-    _require(within, indices, f"be classes from 0 to {classes - 1}", remedy, targets[0], first)
-    in_order = np.sort(indices, axis=1)
-    distinct = (in_order[:, 1:] != in_order[:, :-1]).all(axis=1)
-    _require(
-        distinct, indices, "name distinct classes in each row", "keep one of those that are the same", targets[0], first
-    )
+    what, remedy = f"be classes from 0 to {classes - 1}", "give the number of classes, or lists over these"
+    _require((indices >= 0) & (indices < classes), indices, what, remedy, targets[0], first)
+    distinct = (np.diff(np.sort(indices, axis=1)) != 0).all(axis=1)
+    what, remedy = "name distinct classes in each row", "keep one of those that are the same"
+    _require(distinct, indices, what, remedy, targets[0], first)
     with np.errstate(over="ignore"):
         mass = np.exp(log_probs, dtype=np.float64).sum(axis=1)
-    what, remedy = "be natural log-probabilities with a mass of at most 1 a row", "take log_softmax over all classes"
-    _require(mass <= 1.0 + MASS_TOLERANCE, mass, what, f"{remedy} before topk", targets[1], first)  # NaN is wrong too
+    what = "be natural log-probabilities with a mass of at most 1 a row"
+    remedy = "take log_softmax over all classes before topk"
+    _require(mass <= 1.0 + MASS_TOLERANCE, mass, what, remedy, targets[1], first)  # NaN is wrong too
     return TopK(torch.from_numpy(indices), torch.from_numpy(log_probs))
 
 
@@ -71,8 +65,7 @@ def _require(good: NDArray[np.bool_], values: NDArray[Any], what: str, remedy: s
         bad = np.argwhere(~good)
         place, (name, start) = tuple(bad[0].tolist()), locate(rows, first)
         entries, column = ("entries ", f", column {place[1]}") if good.ndim == 2 else ("", "")
-        value = values[place]
-        shown = f"{value:g}" if isinstance(value, np.floating) else repr(value.tolist())
+        shown = f"{value:g}" if isinstance(value := values[place], np.floating) else repr(value.tolist())
         raise DataError(
             f"{name} must {what}; {len(bad)} {entries}of rows {start} to {start + len(good) - 1} are wrong, the first, "
             f"{shown}, in row {start + place[0]}{column}: {remedy}"
@@ -87,8 +80,6 @@ def index_labels(
     The classes are the sorted distinct labels of all processes, as in scikit-learn, unless they are given.
     Raises DataError for entries that are no labels, a single class, or a label that is none of the given classes.
     """
-    fitted = dict.fromkeys(classes or ())
-    shown = ", ".join(map(repr, list(fitted)[:8])) + (", …" if len(fitted) > 8 else "")
     pieces: list[tuple[list[Label], NDArray[np.int64]]] = []
     distinct: dict[str, dict[Label, None]] = {}  # the labels by the name of their array
     with group.agreed():
@@ -98,27 +89,26 @@ def index_labels(
             labels = values.tolist()
             pieces.append((labels, inverse))
             distinct.setdefault(name, {}).update(dict.fromkeys(labels))
-            if classes is not None:
-                known = np.array([label in fitted for label in labels], dtype=np.bool_)[inverse]
+            if classes is not None and (unknown := set(labels).difference(classes)):
+                known = np.array([label not in unknown for label in labels])[inverse]
+                shown = ", ".join(map(repr, classes[:8])) + (", …" if len(classes) > 8 else "")
                 remedy = "leave the target out, or fit a head to all classes"
                 _require(known, piece, f"be labels of the head's {len(classes)} classes ({shown})", remedy, rows, start)
     if classes is None:
-        texts = group.values(json.dumps([(name, list(labels)) for name, labels in distinct.items()]))
-        classes = _all_classes([named for text in texts for named in json.loads(text)])
+        texts = group.values([(name, list(labels)) for name, labels in distinct.items()])
+        classes = _all_classes([named for text in texts for named in text])
     position = {label: index for index, label in enumerate(classes)}
     indices = [np.array([position[label] for label in labels], dtype=np.int64)[inverse] for labels, inverse in pieces]
     return classes, np.concatenate([np.empty(0, np.int64), *indices])
 
 
-def _all_classes(named: Sequence[Sequence[Any]]) -> tuple[Label, ...]:
-    """Return the sorted distinct labels of arrays with names. Raises DataError for text and numbers, or one class."""
-    words = {True: "text", False: "numbers"}
-    first, kind = named[0][0], isinstance(named[0][1][0], str)
-    for name, labels in named:
-        if isinstance(labels[0], str) != kind:
-            raise DataError(
-                f"{name} has {words[not kind]} for labels, and {first} has {words[kind]}: convert one to the other"
-            )
+def _all_classes(named: Sequence[tuple[str, list[Label]]]) -> tuple[Label, ...]:
+    """Return the sorted distinct labels of named arrays. Raises DataError for text beside numbers, or for one class."""
+    kinds = [(name, "text" if isinstance(labels[0], str) else "numbers") for name, labels in named]
+    first, expected = kinds[0]
+    for name, kind in kinds:
+        if kind != expected:
+            raise DataError(f"{name} has {kind} for labels, and {first} has {expected}: convert one to the other")
     classes = tuple(sorted({label for _, labels in named for label in labels}))
     if len(classes) < 2:
         raise DataError(f"{first} has one class only, {classes[0]!r}; a softmax head needs two or more")
@@ -126,10 +116,9 @@ def _all_classes(named: Sequence[Sequence[Any]]) -> tuple[Label, ...]:
 
 
 def _checked_labels(labels: NDArray[Any], name: str) -> NDArray[Any]:
-    kind = labels.dtype.kind
-    if kind in "iubU":
+    if labels.dtype.kind in "iubU":
         return labels
-    if kind != "f":
+    if labels.dtype.kind != "f":
         raise DataError(f"{name} has labels of dtype {labels.dtype}; they must be integers or strings: convert them")
     if not (np.isfinite(labels).all() and (labels == np.rint(labels)).all() and (np.abs(labels) < 2**53).all()):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Rows from arrays that a program holds: numpy's, torch's, scipy's sparse matrices, and arrays mapped from a file."""
+"""Sources of the rows of arrays: numpy's, torch's, scipy's sparse matrices, and arrays mapped from a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from softcurve.fit.data.rows import ArrayRows, Rows, SparseRows, tensor_array
 from softcurve.fit.data.source import Label
 from softcurve.losses.targets import TopK
 
-__all__ = ["to_source"]
-
 
 def to_source(
     features: Any,
@@ -32,9 +30,9 @@ def to_source(
     """Make arrays a source, checked: features (n, d); a target of labels (n,), distributions (n, C), or a ``TopK``.
 
     The classes are the sorted distinct labels, as in scikit-learn, or 0…C-1, unless they are given. Float32 and float64
-    arrays in C order are shared, not copied. Of a ``numpy.memmap``, or a view of one, no more than two blocks are in
-    memory. A sparse matrix, converted to CSR, is made dense block by block; a tensor on another device, or of a dtype
-    that numpy lacks, is converted whole. Raises DataError, which uses the names.
+    arrays in C order are shared, not copied. A ``numpy.memmap``, or a view of one, is read block by block, and a sparse
+    matrix is made dense so; a tensor on another device, or of a dtype that numpy lacks, is converted whole. Raises
+    DataError, which uses the names.
     """
     targets: tuple[Rows, ...] = ()
     if isinstance(target, TopK):

@@ -1,13 +1,13 @@
-"""The one source of rows, for memory, files and shards: it walks them block by block and checks their entries."""
+"""The source of rows in memory, files and shards, which reads them block by block and checks their entries."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,33 +15,30 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.capacity import require_head, require_rows
+from softcurve.fit.data.capacity import require_head, require_memory
 from softcurve.fit.data.dataset import Dataset
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
-from softcurve.fit.data.read_ahead import read_ahead
 from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
 from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share
 from softcurve.fit.group import ALONE, Group
 
-__all__ = ["RowSource", "assemble", "own_share", "require_same_rows"]
+T = TypeVar("T")
+END = object()
 
-ENTRIES = 65536  # of labels or of lists that are read at a time, where classes are looked for
-MOST = 2**28  # bytes that are hashed of the features, and of each other array. At 500 MB/s they take half a second.
+ENTRIES = 65536  # of labels or of lists, which are read at a time to find the classes
+MOST = 2**28  # bytes that are hashed of each array, which takes half a second at 500 MB/s
 
 
 class RowSource:
     """A share of the rows of a dataset. A block ends where a shard does.
 
-    Labels are held as indices; features, distributions and lists are read in each walk, those of files by a thread,
-    one block ahead, so that two blocks are in memory at a time. Distributions come in float64, rescaled to sum to one.
+    Labels are held as their ``index`` among the classes. Features, distributions and lists are read in each walk, those
+    of files by a thread, one block ahead, so that two blocks are in memory at a time. Distributions come in float64,
+    rescaled to sum to one.
     """
 
     def __init__(
-        self,
-        data: Dataset,
-        classes: tuple[Label, ...],
-        index: Int64[np.ndarray, " rows"] | None,  # the labels
-        share: Share,
+        self, data: Dataset, classes: tuple[Label, ...], index: Int64[np.ndarray, " rows"] | None, share: Share
     ) -> None:
         self.data, self.classes, self.index, self.in_memory = data, classes, index, data.in_memory
         self.share, self.rows = share, share.rows
@@ -52,16 +49,10 @@ class RowSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of the labels and of 256 MiB of each other array, or of all of it where it takes less.
-
-        It is that of the rows of all processes, which must ask for it at the same time.
-        """
+        """The digest of the classes and of 256 MiB of each array; all processes must ask for it at the same time."""
         state = hashlib.sha256(repr((self.share.total, self.kind, self.classes)).encode())
-        if self.index is not None:
-            for piece in self.share.group.in_order(torch.from_numpy(self.index)):
-                state.update(piece.numpy().tobytes())
         with self.share.group.agreed():
-            for rows in self._stored:
+            for rows in (self.data.features, *self.data.targets):
                 state.update(rows.digest(MOST))
         return state.hexdigest()
 
@@ -95,11 +86,7 @@ class RowSource:
 
 
 def assemble(
-    data: Dataset,
-    *,
-    classes: tuple[Label, ...] | None = None,
-    class_count: int | None = None,
-    group: Group = ALONE,
+    data: Dataset, *, classes: tuple[Label, ...] | None = None, class_count: int | None = None, group: Group = ALONE
 ) -> RowSource:
     """Check what can be seen without reading all, read the labels, and make a dataset a source.
 
@@ -113,10 +100,12 @@ def assemble(
             what = f"got {class_count}" if class_count < 2 else "these targets are labels: leave it out"
             raise DataError(f"class_count must be the number of classes, 2 or more, of a teacher's lists; {what}")
         if kind is not None:
-            require_rows(data.features.shape[0], data.features.name)
+            # The header of a sparse file may say any number; 8 bytes are the index of a label, or of a held-out row.
+            what = f"{data.features.name} has {data.features.shape[0]} rows; an integer for each"
+            require_memory(8 * data.features.shape[0], what, "correct its shape, or give fewer rows")
     require_same_rows(data, group)
-    share = own_share(data.features.shape[0], group)
-    index, count = None, 0
+    rows, width = data.features.shape
+    share, index, count = own_share(rows, group), None, 0
     if kind == "labels":
         names, index = index_labels(data.targets[0], _bounds(data, share, ENTRIES), classes, group)
         count = len(names)
@@ -126,19 +115,36 @@ def assemble(
         count = int(group.largest(count)[0])
     if kind is not None and classes is None:
         with group.agreed():
-            origin = data.targets[0].name if class_count is None else "class_count"
-            require_head(count, data.features.shape[1], origin)
+            require_head(count, width, data.targets[0].name if class_count is None else "class_count")
         classes = names if kind == "labels" else tuple(range(count))
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
         with group.agreed():
-            for _ in source.walk(max(1, (1 << 20) // max(source.width, len(source.classes)))):
+            for _ in source.walk(max(1, (1 << 20) // max(width, len(source.classes)))):
                 pass
     return source
 
 
+def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
+    """Yield what ``iterator`` yields or raises; a thread advances it, and begins an item when the last is asked for.
+
+    The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an exception ends it.
+    """
+    ahead: Future[Any] | None = None
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = thread.submit(next, iterator, END)
+            while (item := ahead.result()) is not END:
+                ahead = thread.submit(next, iterator, END)
+                yield item
+                del item  # or it would live on while the next is waited for
+    finally:
+        del ahead  # an error that it holds refers to this frame: no cycle
+        getattr(iterator, "close", lambda: None)()
+
+
 def own_share(rows: int, group: Group) -> Share:
-    """Return the share of so many rows that a process has."""
+    """Return the share of the rows that this process has."""
     first, end = (rows * rank // group.size for rank in (group.rank, group.rank + 1))
     return Share(first, end - first, rows, group)
 
@@ -155,7 +161,7 @@ def _class_count(data: Dataset, share: Share, class_count: int | None, classes: 
     """Return the number of classes of distributions or lists, that of a given number or of given classes if any."""
     count, target = class_count if classes is None else len(classes), data.targets[0]
     if data.kind == "distributions":
-        if count is not None and target.shape[1] != count:
+        if count not in (None, target.shape[1]):
             says = "class_count is" if classes is None else "the head has"
             raise DataError(
                 f"{target.name} has distributions over {target.shape[1]} classes, {says} {count}: give targets over "
@@ -169,17 +175,15 @@ def _class_count(data: Dataset, share: Share, class_count: int | None, classes: 
 
 
 def require_same_rows(data: Dataset, group: Group) -> None:
-    """Raise DataError, in all processes, where one of them sees other rows than the first, as in other files."""
+    """Raise DataError in all processes if one of them sees other rows than the first, as in other files."""
     if group.size == 1:
         return
     with group.agreed():
-        arrays = [
-            (name, digest.hex()) for rows in (data.features, *data.targets) for name, digest in digests(rows, MOST)
-        ]
-    texts = group.values(json.dumps((f"{data.features.shape[0]} rows of {data.described}", arrays)))
-    first_shape, first_arrays = json.loads(texts[0])
+        arrays = [entry for rows in (data.features, *data.targets) for entry in digests(rows, MOST)]
+    by_rank = group.values((f"{data.features.shape[0]} rows of {data.described}", arrays))
+    first_shape, first_arrays = by_rank[0]
     with group.agreed():
-        for other, (shape, arrays) in enumerate(map(json.loads, texts)):
+        for other, (shape, arrays) in enumerate(by_rank):
             pairs = zip(first_arrays, arrays, strict=False)
             unlike = next(((name, other_name) for (name, a), (other_name, b) in pairs if a != b), None)
             if shape != first_shape:

@@ -1,4 +1,4 @@
-"""Arrays that are read in ranges of rows: one protocol for memory, files and directories of shards."""
+"""Arrays in memory, in files and in directories of shards, which are read by ranges of rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = [
-    "ArrayRows", "Rows", "Shards", "SparseRows", "digest_rows", "digests", "float_dtype", "locate", "places",
-    "shards_of", "tensor_array",
-]  # fmt: skip
-
 PIECE, LEAST = 2**20, 2**12  # bytes that are hashed at a time, and of each shard
 
 
@@ -27,8 +22,8 @@ class Rows(Protocol):
     """An array of shape ``(n,)`` or ``(n, …)``, of which only some rows are in memory at a time."""
 
     name: str  # in errors
-    shape: tuple[int, ...]  # rows first
-    dtype: np.dtype[Any]  # of numpy's, and one that holds every entry
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # holds every entry
 
     def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
         """Yield the rows from each bound to the next. Raises DataError that names what is damaged or has changed."""
@@ -38,7 +33,7 @@ class Rows(Protocol):
 
 
 class ArrayRows:
-    """A numpy array; what is read shares its memory."""
+    """The rows of a numpy array; what is read shares its memory."""
 
     def __init__(self, array: NDArray[Any], name: str) -> None:
         self.array, self.name, self.shape, self.dtype = array, name, array.shape, array.dtype
@@ -53,7 +48,7 @@ class ArrayRows:
 
 
 class SparseRows:
-    """A sparse matrix of scipy's in CSR form; what is read is dense."""
+    """The rows of a scipy matrix in CSR form; what is read is dense."""
 
     def __init__(self, matrix: Any, name: str) -> None:
         self.matrix, self.name, self.dtype = matrix, name, np.dtype(matrix.dtype)
@@ -70,13 +65,12 @@ class SparseRows:
 
 
 class Shards:
-    """The rows of several arrays, one after the other; the bounds of what is read include where a shard ends."""
+    """The rows of several arrays, one after the other; the bounds of what is read must include the ends of shards."""
 
     def __init__(self, shards: Sequence[Rows], name: str) -> None:
         self.shards, self.name = tuple(shards), name
         self.edges = list(accumulate((shard.shape[0] for shard in shards), initial=0))
-        self.shape = (self.edges[-1], *shards[0].shape[1:])
-        self.dtype = shards[0].dtype
+        self.shape, self.dtype = (self.edges[-1], *shards[0].shape[1:]), shards[0].dtype
 
     def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
         """Yield the rows; only one shard is open at a time."""
@@ -97,10 +91,9 @@ def shards_of(rows: Rows) -> tuple[Rows, ...]:
 
 def locate(rows: Rows, row: int) -> tuple[str, int]:
     """Return the name of the array that has a row, and the number of the row in it."""
-    if not isinstance(rows, Shards):
-        return rows.name, row
-    number = bisect_right(rows.edges, row) - 1
-    return rows.shards[number].name, row - rows.edges[number]
+    edges = rows.edges if isinstance(rows, Shards) else [0]
+    number = bisect_right(edges, row) - 1
+    return shards_of(rows)[number].name, row - edges[number]
 
 
 def float_dtype(rows: Rows) -> np.dtype[Any]:
@@ -111,8 +104,7 @@ def float_dtype(rows: Rows) -> np.dtype[Any]:
 def tensor_array(tensor: Tensor) -> NDArray[Any]:
     """Return a CPU tensor as an array, in float32 where numpy lacks its dtype."""
     lacking = tensor.dtype == torch.bfloat16 or (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
-    array: NDArray[Any] = (tensor.float() if lacking else tensor).numpy()
-    return array
+    return np.asarray(tensor.float() if lacking else tensor)
 
 
 def digests(rows: Rows, most: int) -> list[tuple[str, bytes]]:

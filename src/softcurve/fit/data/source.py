@@ -1,4 +1,4 @@
-"""Rows that are walked block by block, as often as wanted: what the solver, the figures and the predictions read."""
+"""The protocol of rows that are read block by block, as often as wanted, by the solver, the figures and predictions."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64, Int, Int64
+from softcurve.array_types import Float, Int, Int64
 from softcurve.fit import DataError
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
-
-__all__ = [
-    "BlockTarget",
-    "GatheredRows",
-    "Label",
-    "RowBlock",
-    "Share",
-    "Source",
-    "TargetKind",
-    "gather",
-    "rows_within",
-    "share_of",
-]  # fmt: skip
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.
@@ -53,7 +39,7 @@ class RowBlock:
         return len(self.features)
 
     def number(self, row: int) -> int:
-        """Return the number of the block's ``row`` for people."""
+        """Return the number in the whole source of the block's ``row``."""
         return self.start + row if self.numbers is None else int(self.numbers[row])
 
 
@@ -99,42 +85,21 @@ def rows_within(classes: int, width: int, budget: int | None = None) -> int:
     return max(1, min(budget or BUDGET, BUDGET) // (8 * AT_A_TIME * max(classes, width)))
 
 
-@dataclass(frozen=True, eq=False)
-class GatheredRows:
-    """Features with a target for each row: indices into ``classes``, or distributions over them."""
+def gather(source: Source, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "rows d"], Tensor]:
+    """Return the features of all rows in ``dtype`` with their class indices, or with distributions in ``dtype``.
 
-    features: Float64[np.ndarray, "rows d"]
-    target: Int64[np.ndarray, " rows"] | Float64[np.ndarray, "rows classes"]
-    classes: tuple[Label, ...]
-
-    @property
-    def soft(self) -> bool:
-        """Whether the targets are distributions."""
-        return self.target.ndim == 2
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def tensors(
-        self, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"] | Float[Tensor, "rows classes"]]:
-        """Return features and target, distributions in ``dtype`` too. Raises DataError on overflow."""
-        features = torch.tensor(self.features, dtype=dtype)
-        if not features.isfinite().all():
-            raise DataError(f"data: features go beyond the range of {dtype}; scale them, or use float64")
-        return features, torch.tensor(self.target, dtype=dtype if self.soft else torch.int64)
-
-
-def gather(source: Source, name: str) -> GatheredRows:
-    """Read all rows of a source with labels or distributions; errors call it ``name``. Raises DataError."""
+    Errors call the source ``name``. Raises DataError for features that overflow, and for lists or missing targets.
+    """
     if source.kind == "top_k":
         raise DataError(f"data: {name} has a teacher's lists for targets; give labels or distributions here")
     if source.kind is None:
         raise DataError(f"data: {name} has no targets; give them in an .npy file by --target")
-    features = np.empty((source.rows, source.width), np.float64)
-    targets = []
+    features, targets = torch.empty(source.rows, source.width, dtype=dtype), []
     for block in source.blocks(rows_within(len(source.classes), source.width)):
         assert isinstance(block.target, Tensor)
         features[block.start : block.start + len(block)] = block.features
-        targets.append(block.target.numpy())
-    return GatheredRows(features, np.concatenate(targets), source.classes)
+        targets.append(block.target.clone())
+    if not features.isfinite().all():
+        raise DataError(f"data: features go beyond the range of {dtype}; scale them, or use float64")
+    target = torch.cat(targets)
+    return features, target.to(dtype) if target.is_floating_point() else target

@@ -1,4 +1,4 @@
-"""Some of the rows of a source: the two sides of a hold-out, or the share of a process."""
+"""Parts of the rows of a source: the two sides of a hold-out, or the share of a process."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ class Subset:
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[RowBlock]:
-        """Yield the rows in order; a block is what is left of one of the source's.
+        """Yield the rows in order; a block is what is left of one of the source's, and valid until the next but one.
 
-        The rows of files are copied to two buffers in turn, because the freed memory of a new tensor for each block
-        would stay resident in the heap. So a block is valid until the next but one is asked for.
+        The rows of files are copied to two buffers in turn, because freed blocks would stay resident in the heap.
         """
         blocks = self.source.blocks(at_most)
         dtype = torch.float64 if self.double else torch.float32

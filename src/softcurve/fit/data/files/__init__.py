@@ -1,1 +1,1 @@
-"""Rows in files, one module for each format; what they hold is a part of a source."""
+"""Readers of the rows in files of each format."""

@@ -1,4 +1,4 @@
-"""The arrays of .npy and .npz files, read by numpy, and of .safetensors files, read in slices."""
+"""The arrays of .npy and .npz files, which numpy reads, and of .safetensors files, which are read in slices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset, named_dataset
 from softcurve.fit.data.files.file_rows import FileRows, FileState, read_map, two_buffers
 from softcurve.fit.data.rows import ArrayRows, Rows, tensor_array
-
-__all__ = ["npy_rows", "npz_dataset", "opened_tensors", "safetensors_dataset"]
 
 HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 
@@ -45,19 +43,16 @@ def npz_dataset(path: Path, with_target: bool, *, held: bool) -> Dataset:
     """Open an .npz archive; ``held`` keeps its arrays in memory, otherwise they are decompressed for each walk."""
     state = FileState.of(path, "an .npz archive (numpy.savez)")
     with state.decoding(), path.open("rb") as file:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
+        archive: Any = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
             raise DataError(f"data: {path} is a single array, not an archive; rename it to .npy")
-        members = archive.zip
-        assert members is not None
 
         def ranges(name: str, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
             with np.load(path, allow_pickle=False) as again:
-                array = again[name]
-            return (array[start:stop] for start, stop in pairwise(bounds))
+                return ArrayRows(again[name], name).read(bounds)
 
         def rows(name: str) -> Rows:
-            named, (shape, dtype, checksum) = f"array {name!r} of {path}", _member(members, name)
+            named, (shape, dtype, checksum) = f"array {name!r} of {path}", _member(archive.zip, name)
             if held:
                 return ArrayRows(archive[name], named)
             return FileRows(named, state, shape, dtype, partial(ranges, name), lambda _: checksum)
@@ -88,7 +83,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
 def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
     """Open a .safetensors file, whose header the library compares with the size of the file."""
     state = FileState.of(path, "a .safetensors file")
-    with state.decoding(), opened_tensors(path, "pt") as file:
+    with state.decoding(), opened_tensors(path) as file:
 
         def rows(name: str) -> FileRows:
             tensor = file.get_tensor(name)  # a map, of which nothing is read
@@ -102,25 +97,24 @@ def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
 def _slices(path: Path, name: str, like: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
     """Yield copies of rows. The file is opened for each: the pages of its map stay resident until it is closed."""
     for (start, stop), rows in zip(pairwise(bounds), two_buffers(like.shape, like.dtype, bounds), strict=True):
-        with opened_tensors(path, "pt") as file:
+        with opened_tensors(path) as file:
             torch.from_numpy(rows).copy_(file.get_slice(name)[start:stop])
         yield rows
 
 
 @contextmanager
-def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
+def opened_tensors(path: Path) -> Iterator[Any]:
     """Open a file by ``safetensors.safe_open``.
 
-    That calls a file absent which may not be read, and cannot open a name that is not UTF-8. Here the first raises
-    PermissionError, and the number of the open file stands for the second.
+    That reports a file without permission as absent, and cannot open a name that is not UTF-8. Here the first raises
+    PermissionError, and the second is opened by its file descriptor.
     """
     from safetensors import safe_open
 
     with path.open("rb") as file:
         try:
-            name = str(path)
-            name.encode()
+            name = str(path).encode().decode()
         except UnicodeEncodeError:
             name = f"/dev/fd/{file.fileno()}"
-        with safe_open(name, framework=framework) as opened:
+        with safe_open(name, framework="pt") as opened:
             yield opened

@@ -1,11 +1,10 @@
-"""An array in a file, which must not change while its rows are in use."""
+"""Arrays in files, which must not change while their rows are in use."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import mmap
-import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,23 +21,6 @@ from softcurve.fit import DataError
 from softcurve.fit.data.rows import PIECE, digest_rows
 from softcurve.fit.system_errors import out_of_memory, unusable
 
-__all__ = ["FileRows", "FileState", "check_file", "memmap_rows", "read_map", "two_buffers"]
-
-
-def check_file(path: Path, argument: str) -> os.stat_result:
-    """Return the status of a file. Raises DataError unless there is one at ``path`` with something in it."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{argument}: there is no file {path}; check the path") from error
-    except OSError as error:
-        raise unusable(argument, path, "read", error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{argument}: {path} is not a file; give the path of a file")
-    if status.st_size == 0:
-        raise DataError(f"{argument}: {path} is empty (0 bytes); write it again")
-    return status
-
 
 @dataclass(frozen=True)
 class FileState:
@@ -52,8 +34,17 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, kind: str, argument: str = "data") -> FileState:
-        """Return the present state. Raises DataError where there is no file."""
-        status = check_file(path, argument)
+        """Return the present state. Raises DataError unless there is a file at ``path`` with something in it."""
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{argument}: there is no file {path}; check the path") from error
+        except OSError as error:
+            raise unusable(argument, path, "read", error) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{argument}: {path} is not a file; give the path of a file")
+        if status.st_size == 0:
+            raise DataError(f"{argument}: {path} is empty (0 bytes); write it again")
         return cls(path, kind, argument, status.st_size, status.st_mtime_ns)
 
     def check(self) -> None:
@@ -61,10 +52,8 @@ class FileState:
         now = FileState.of(self.path, self.kind, self.argument)
         if now != self:
             size = f"{now.size} bytes, {self.size} before" if now.size != self.size else f"still {now.size} bytes"
-            raise DataError(
-                f"{self.argument}: {self.path} has changed since it was opened ({size}); leave it as it is and "
-                "start again"
-            )
+            what = f"{self.argument}: {self.path} has changed since it was opened"
+            raise DataError(f"{what} ({size}); leave it as it is and start again")
 
     def digest(self, most: int) -> bytes:
         """Hash the bytes of the file, whatever array they belong to."""
@@ -120,10 +109,9 @@ class FileRows:
 
 
 def two_buffers(shape: tuple[int, ...], dtype: np.dtype[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
-    """Yield an array for the rows between each two bounds, parts of two buffers in turn.
+    """Yield an array for the rows between each two bounds, which is valid until the next but one is asked for.
 
-    So an array is valid until the next but one is asked for, as read-ahead needs. Allocated anew, freed blocks of this
-    size would stay resident in the heap of the reading thread.
+    They are parts of two buffers in turn, because freed blocks would stay resident in the heap of the reading thread.
     """
     counts = [stop - start for start, stop in pairwise(bounds)]
     buffers = [np.empty((max(counts[turn::2], default=0), *shape[1:]), dtype) for turn in range(2)]

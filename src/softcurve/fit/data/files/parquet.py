@@ -1,4 +1,4 @@
-"""The columns of a .parquet table, read by row groups."""
+"""The columns of a .parquet table, which are read in batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
 from softcurve.fit.data.files.file_rows import FileRows, FileState
-
-__all__ = ["parquet_dataset"]
 
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
 
@@ -49,16 +47,19 @@ def parquet_dataset(path: Path, with_target: bool) -> Dataset:
         if not plain:
             raise DataError(f"data: {path} has no feature columns; its columns are {describe_names(names)}")
         for name in plain:
-            _require_numbers(kinds[name], f"column {name!r} of {path}")
+            dtype = _dtype(kinds[name])
+            if _is_list(kinds[name]) or dtype.kind not in "iufb":
+                what = "lists" if _is_list(kinds[name]) else "text" if dtype.kind == "U" else dtype
+                raise DataError(
+                    f"data: column {name!r} of {path} holds {what}; a feature column must be numeric: drop it, encode "
+                    "it as numbers, or put all features into one list column named features"
+                )
         features = columns(f"columns of {path}", plain, (len(plain),))
         return named_dataset(path, "column", targets, column, with_target, features)
 
 
 def _ranges(path: Path, columns: Sequence[str], decoded: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
-    """Yield rows of columns; the row groups before the first bound and after the last are not read.
-
-    ``decoded`` is without rows, and holds those that are decoded and not yet given.
-    """
+    """Yield rows of columns from the row groups within the bounds; ``decoded`` is an empty array of their form."""
     with _table(path, BUFFER) as table:
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
         edges = list(accumulate(sizes, initial=0))
@@ -78,7 +79,7 @@ def _ranges(path: Path, columns: Sequence[str], decoded: NDArray[Any], bounds: S
 
 def _rows(batch: Any, path: Path, columns: Sequence[str], width: tuple[int, ...], first: int) -> NDArray[Any]:
     """Decode a batch of columns side by side, or of one column of values or lists."""
-    arrays = {f"column {name!r} of {path}": batch.column(batch.schema.get_field_index(name)) for name in columns}
+    arrays = {f"column {name!r} of {path}": batch.column(name) for name in columns}
     name, array = next(iter(arrays.items()))
     if _is_list(array.type):
         return _lists(array, name, first, width[0])
@@ -108,22 +109,19 @@ def _dtype(kind: Any) -> np.dtype[Any]:
 def _list_width(table: Any, name: str, named: str) -> int:
     """Return the length of the first list."""
     batch = next(table.iter_batches(1, columns=[name]), None)
-    if batch is None or not len(batch):
+    if batch is None:
         return 0
-    first = batch.column(batch.schema.get_field_index(name))[0]
-    if not first.is_valid:
-        raise DataError(f"data: {named} has no list in row 0; fill it or drop the row")
-    return len(first)
+    _refuse_nulls(batch.column(name), named, 0)
+    return len(batch.column(name).flatten())
 
 
 def _lists(array: Any, named: str, first: int, width: int) -> NDArray[Any]:
     import pyarrow.compute as pc
 
     _refuse_nulls(array, named, first)
-    lengths = pc.min_max(pc.list_value_length(array)).as_py()
-    least, most = min(width, lengths["min"]), max(width, lengths["max"])
-    if least != most:
-        raise DataError(f"data: {named} has lists of {least} to {most} entries; give one length")
+    lengths = {width, *pc.unique(pc.list_value_length(array)).to_pylist()}
+    if len(lengths) > 1:
+        raise DataError(f"data: {named} has lists of {min(lengths)} to {max(lengths)} entries; give one length")
     return _values(array.flatten(), f"the lists in {named}", first).reshape(len(array), width)
 
 
@@ -133,7 +131,7 @@ def _values(array: Any, named: str, first: int) -> NDArray[Any]:
     _refuse_nulls(array, named, first)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+    if str(array.type) in ("string", "large_string", "string_view"):
         return np.array(array.to_pylist(), dtype=np.str_)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
@@ -143,13 +141,3 @@ def _values(array: Any, named: str, first: int) -> NDArray[Any]:
 def _refuse_nulls(array: Any, named: str, first: int) -> None:
     if array.null_count:
         raise DataError(f"data: {named} has {array.null_count} nulls from row {first} on; fill them or drop the rows")
-
-
-def _require_numbers(kind: Any, named: str) -> None:
-    dtype = _dtype(kind)
-    if _is_list(kind) or dtype.kind not in "iufb":
-        what = "lists" if _is_list(kind) else "text" if dtype.kind == "U" else str(dtype)
-        raise DataError(
-            f"data: {named} holds {what}; a feature column must be numeric: drop it, encode it as numbers, or put all "
-            "features into one list column named features"
-        )
