@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -30,40 +30,16 @@ from softcurve.losses.softmax import may_be_masked, unless_masked
 from softcurve.losses.spec import LossSpec
 
 
-class Side:
-    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first used.
+class Side(NamedTuple):
+    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first called.
 
     :mod:`softcurve.losses.divergences` defines score, curve and cross term; a curve or cross term of 0 is ``None``.
     """
 
-    def __init__(
-        self,
-        p: Callable[[], Tensor],
-        score: Callable[[], Tensor],
-        curve: Callable[[], Tensor | None],
-        cross: Callable[[], Tensor | None],
-    ) -> None:
-        self._p, self._score, self._curve, self._cross = p, score, curve, cross
-
-    @cached_property
-    def p(self) -> Tensor:
-        """The probabilities."""
-        return self._p()
-
-    @cached_property
-    def score(self) -> Tensor:
-        """``s``."""
-        return self._score()
-
-    @cached_property
-    def curve(self) -> Tensor | None:
-        """``c``."""
-        return self._curve()
-
-    @cached_property
-    def cross(self) -> Tensor | None:
-        """``x``."""
-        return self._cross()
+    p: Callable[[], Tensor]
+    score: Callable[[], Tensor]
+    curve: Callable[[], Tensor | None]
+    cross: Callable[[], Tensor | None]
 
 
 class Terms(NamedTuple):
@@ -81,7 +57,8 @@ def terms_of(tile: DenseTile) -> Terms:
 
     Seen from the logits of its target, a cross-entropy has ``s = c = −y log p``.
     """
-    z, y = seen_logits(tile), tile.target
+    # A soft cap is slow, so what the softmax sees is kept where there is a buffer for it.
+    z, y = map_logits(tile) if tile.seen is None else tile.seen, tile.target
     log_p = (z - tile.number(OFFSET)).sub_(tile.number(LOG_REST))
     if tile.is_by_logits:
         logits = target_logits(tile)
@@ -89,15 +66,13 @@ def terms_of(tile: DenseTile) -> Terms:
         y = log_y.exp()
     if tile.loss.is_cross_entropy:
         return _cross_entropy_terms(tile, log_p, y)
-    pair = _pair(tile, log_p, log_y, z, logits, y)
-    divergence = tile.loss.divergence
+    pair, divergence = _pair(tile, log_p, log_y, z, logits, y), tile.loss.divergence
     return Terms(pair, log_p, y, _side_of(divergence, pair), _side_of(divergence.exchanged(), pair.exchanged()))
 
 
 def _side_of(divergence: Divergence, pair: Pair) -> Side:
-    return Side(
-        lambda: pair.p, lambda: divergence.score(pair), lambda: divergence.curve(pair), lambda: divergence.cross(pair)
-    )
+    terms = (cache(partial(term, pair)) for term in (divergence.score, divergence.curve, divergence.cross))
+    return Side(lambda: pair.p, *terms)
 
 
 def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tensor, y: Tensor) -> Pair:
@@ -121,23 +96,28 @@ def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tens
 
 
 def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
-    loss, weight = tile.loss, tile.class_weight
+    loss, weight, p = tile.loss, tile.class_weight, cache(log_p.exp)
     own, whole = masses(y, loss, tile.class_count, weight, tile.class_share)
     if tile.is_by_logits:
-        model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -own)
-        target = Side(lambda: y, lambda: -weighted(own, log_p), lambda: target.score, lambda: -own)
-        return Terms(None, log_p, whole, model, target)
+        score, cross = cache(lambda: -weighted(own, log_p)), cache(own.neg)
+        return Terms(
+            None, log_p, whole, Side(p, cache(whole.neg), _nothing, cross), Side(lambda: y, score, score, cross)
+        )
+    # The cross term is with respect to probabilities that no softmax has made.
     factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
 
-    def score() -> Tensor:
+    def score_of_probabilities() -> Tensor:
         score = -factor * log_p
         if may_be_masked(log_p):
             score = torch.where((log_p == -math.inf) & (y == 0) | (factor == 0), 0.0, score)
         return score
 
-    # The cross term is with respect to probabilities that no softmax has made.
-    model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -factor)
-    return Terms(None, log_p, whole, model, Side(lambda: y, score, lambda: None, lambda: -factor))
+    target = Side(lambda: y, cache(score_of_probabilities), _nothing, factor.neg)
+    return Terms(None, log_p, whole, Side(p, cache(whole.neg), _nothing, factor.neg), target)
+
+
+def _nothing() -> None:
+    """Return the curve of a loss that is linear in ``log p``."""
 
 
 def masses(
@@ -150,11 +130,6 @@ def masses(
         return own, own
     each = loss.smoothing / class_count
     return own, own + (each if share is None else each * share)
-
-
-def seen_logits(tile: DenseTile) -> Tensor:
-    """The logits that the softmax sees: after the soft cap, which is slow, so they are kept."""
-    return map_logits(tile) if tile.seen is None else tile.seen
 
 
 def map_logits(tile: DenseTile) -> Tensor:
@@ -195,12 +170,6 @@ def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
     return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
 
 
-def bend_ratio(tile: DenseTile, raw: Tensor) -> Tensor:
-    """``m″/m′ = −(2/κ) tanh(z/κ)`` of the soft cap."""
-    assert tile.loss.softcap is not None
-    return torch.tanh(raw / tile.loss.softcap).mul_(-2 / tile.loss.softcap)
-
-
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +177,7 @@ def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:
     """∂L/∂z of what the softmax sees."""
     gradient = pulled_back(tile, MODEL, terms.model)
     if tile.loss.z_loss:
-        gradient.addcmul_(terms.model.p, tile.number(LSE), value=2 * tile.loss.z_loss)
+        gradient.addcmul_(terms.model.p(), tile.number(LSE), value=2 * tile.loss.z_loss)
     return unless_masked(tile.z, gradient)
 
 
@@ -217,15 +186,15 @@ def pulled_back(tile: DenseTile, side: int, of: Side) -> Tensor:
     if tile.knows_scores:
         total, at_top = tile.number(SCORE, side), tile.number(TOP_RESIDUAL, side)
     else:
-        total, rest = sum_and_rest(tile, side, of.score)
+        total, rest = sum_and_rest(tile, side, of.score())
         at_top = -torch.expm1(-tile.number(LOG_REST, side)) * total - rest
-    gradient = torch.addcmul(of.score, of.p, total, value=-1)
+    gradient = torch.addcmul(of.score(), of.p(), total, value=-1)
     row, column = tile.top_entries(side)
     if len(row):
         gradient[row, column] = at_top[row, 0]
     infinite = (total == math.inf).squeeze(-1).nonzero().squeeze(-1)
     if len(infinite):
-        score, p = of.score[infinite], of.p[infinite]
+        score, p = of.score()[infinite], of.p()[infinite]
         gradient[infinite] = torch.where(score == math.inf, score, torch.where(p > 0, -math.inf, 0.0).to(p.dtype))
     return gradient
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcurve.head.aten.dense_tile import DenseTile
 from softcurve.head.kernel import Residuals
 from softcurve.losses.spec import LogitMap
 
@@ -128,7 +129,7 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 def rescale(tile: Tensor, factor: Tensor) -> None:
-    """``tile ← factor · tile`` row by row."""
+    """Multiply each row of ``tile`` by its factor."""
     tile.mul_(factor.to(tile.dtype))
 
 
@@ -140,7 +141,7 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
     """
     z, v = tile.z, tile.v
     put(z, tile.listed, None)
-    for rows in tile.row_groups() if tile.raw is not None else ():
+    for rows in tile.row_groups():
         _map_logits(tile, rows)
     # Of the unlisted: beside a listed class far above them they would be too small for float32.
     top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
@@ -161,16 +162,15 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
             torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
     # A block without mass leaves the shift to others, which may lie anywhere.
     lowest = torch.where(top == -math.inf, top, shift).double()
-    wide = {"change": change.double(), "moment": moment.double()}
-    return SparseSums.of(lowest, total.double(), **wide, **smoothed), column, z
+    sums = SparseSums.of(lowest, total.double(), change=change.double(), moment=moment.double(), **smoothed)
+    return sums, column, z
 
 
 def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``, in place: the only function of this backend that does.
 
     ``g = β e − w u`` and ``ġ = e (β m′ ż + α)`` with ``e = e^{m(z) − shift}`` at unlisted classes become ``m′ g`` and
-    ``m′ ġ + m″ g ż``. ``exponentials`` are what :func:`statistics` has left,
-    or ``None`` if ``z`` holds logits.
+    ``m′ ġ + m″ g ż``. ``exponentials`` are what :func:`statistics` has left, or ``None`` if ``z`` holds logits.
     """
     z, v, raw, share = tile.z, tile.v, tile.raw, tile.share
     shift, alpha, beta, weight = (part.to(z.dtype) for part in (rows.shift, rows.alpha, rows.beta, rows.weight))
@@ -264,53 +264,57 @@ def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tens
     scaled = not _all_ones(beta)
     alpha, beta, inverse = (part.to(tile.v.dtype) for part in (alpha, beta, inverse))
     for rows in tile.row_groups():
-        v, (slope, bend) = tile.v[rows], _slope_and_bend(tile, rows)
+        v, (slope, bend) = tile.v[rows], slope_and_bend(tile, tile.logit_map, rows)
         if bend is not None:
             bend.mul_(v).mul_(inverse[rows])
         if slope is not None:
             v.mul_(slope)
         if scaled:
             v.mul_(beta[rows])
-        v.add_(alpha[rows]).mul_(tile.z[rows])
-        if slope is not None:
-            v.mul_(slope)
-        if bend is not None:
-            v.add_(bend)
+        through_cap(v.add_(alpha[rows]).mul_(tile.z[rows]), slope, bend)
 
 
 def diagonal(tile: SparseTile, square: Tensor, linear: Tensor, inverse: Tensor) -> None:
-    """``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
+    """Set ``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
     assert tile.v is not None
     square, linear, inverse = (part.to(tile.v.dtype) for part in (square, linear, inverse))
     for rows in tile.row_groups():
-        v, e, (slope, bend) = tile.v[rows], tile.z[rows], _slope_and_bend(tile, rows)
+        v, e, (slope, bend) = tile.v[rows], tile.z[rows], slope_and_bend(tile, tile.logit_map, rows)
         torch.mul(e, square[rows], out=v).add_(linear[rows]).mul_(e)
-        if slope is not None:
-            v.mul_(slope.square_())
-        if bend is not None:
-            v.add_(bend.mul_(inverse[rows]))
+        bend = None if bend is None else bend.mul_(inverse[rows])
+        through_cap(v, None if slope is None else slope.square_(), bend)
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- the soft cap ----------------------------------------------------------------------------------------------------
 
 
 def bend_ratio(logit_map: LogitMap, raw: Tensor) -> Tensor:
-    """``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
+    """Return ``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
     assert logit_map.softcap is not None
     return torch.tanh(raw / logit_map.softcap).mul_(-2 / logit_map.softcap)
 
 
-def _slope_and_bend(tile: SparseTile, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    """``m′`` where there is a soft cap, and ``(m″/m′) (m′ g′)`` where there is a Hessian's residual."""
+def slope_and_bend(
+    tile: SparseTile | DenseTile, logit_map: LogitMap, rows: slice = slice(None)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``m′`` if there is a soft cap, and ``(m″/m′) (m′ g′)`` if there is a Hessian's residual as well."""
     if tile.raw is None:
         return None, None
     raw = tile.raw[rows]
-    bend = None if tile.residual is None else bend_ratio(tile.logit_map, raw).mul_(tile.residual[rows])
-    return tile.logit_map.slope(raw), bend
+    bend = None if tile.residual is None else bend_ratio(logit_map, raw).mul_(tile.residual[rows])
+    return logit_map.slope(raw), bend
+
+
+def through_cap(v: Tensor, slope: Tensor | None, bend: Tensor | None) -> None:
+    """Set ``v ← slope ⊙ v + bend``."""
+    if slope is not None:
+        v.mul_(slope)
+    if bend is not None:
+        v.add_(bend)
 
 
 def _map_logits(tile: SparseTile, rows: slice) -> None:
-    """``z ← m(z)`` and ``ż ← m′(z) ż``, with the logits before it in ``raw``, where there is a soft cap."""
+    """If there is a soft cap, set ``z ← m(z)`` and ``ż ← m′(z) ż``, and copy the logits before it to ``raw``."""
     if tile.raw is None:
         return
     raw = tile.raw[rows].copy_(tile.z[rows])
@@ -319,8 +323,11 @@ def _map_logits(tile: SparseTile, rows: slice) -> None:
         tile.v[rows] *= tile.logit_map.slope(raw)
 
 
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
 def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:
-    """``z ← e^{m(z) − shift}``."""
+    """Set ``z ← e^{m(z) − shift}``."""
     _map_logits(tile, rows)
     tile.z[rows].sub_(shift[rows]).exp_()
 

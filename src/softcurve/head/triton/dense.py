@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.aten.dense_curvature import diagonal
+from softcurve.head.aten.dense import diagonal
 from softcurve.head.aten.dense_tile import MODEL, DenseSums, DenseTile
 from softcurve.head.triton.dense_curvature import accumulate_column, multiply_column, prepare
 from softcurve.head.triton.dense_terms import (
