@@ -43,9 +43,7 @@ from .test_curvature_head import Dense, directions, flat, posed, random_columns,
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
-math, lists, dense, dense_curvature = (
-    backends.kernels(name) for name in ("math", "sparse", "dense", "dense_curvature")
-)
+math, lists, dense, columns = (backends.kernels(name) for name in ("math", "sparse", "dense", "columns"))
 SMALL = (2, 8)  # so that few rows and classes are several programs, and several steps of each
 ROWS, CLASSES = 3, 13
 RAN: set[Any] = set()
@@ -443,9 +441,9 @@ def test_every_kernel_has_run(request: pytest.FixtureRequest) -> None:
         pytest.skip("the tests are divided among processes")
     kernels = {
         value
-        for module in (lists, dense, dense_curvature)
+        for module in (lists, dense, columns)
         for name, value in vars(module).items()
-        if name.startswith("_") and hasattr(value, "__getitem__") and "ROWS" in getattr(value, "arg_names", ())
+        if hasattr(value, "__getitem__") and "ROWS" in getattr(value, "arg_names", ())
         and "rows" in value.arg_names
     }  # fmt: skip
     assert len(kernels) > 10

@@ -227,11 +227,11 @@ def _write(out: Tensor | None, values: Tensor, weight: Tensor) -> None:
         out.masked_fill_(weight == 0, 0.0)
 
 
-# --- second order, for many columns that share a softmax ---------------------------------------------------------------
+# --- second order, for many columns that share a softmax --------------------------------------------------------------
 
 
 def prepare(tile: DenseTile, matrix: str) -> None:
-    """``z ← p``; the logits before their cap, ``q`` and ``m′ g`` go into the buffers that the tile has for them."""
+    """Set ``z ← p``, and the tile's buffers, if there are any, to the logits before their cap, ``q`` and ``m′ g``."""
     for _, part in tile.row_groups():
         terms = terms_of(part)
         if part.residual is not None:
@@ -266,8 +266,8 @@ def accumulate_column(tile: DenseTile) -> Tensor:
 def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
     """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
 
-    ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v`` with ``u = m′ v − mean``; ``numbers (4, rows, 1)`` are the mean,
-    ``u`` at the top, ``rest``, and the factor of ``p`` that ``q`` is if the tile has no ``q``.
+    It sets ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v`` with ``u = m′ v − mean``; ``numbers (4, rows, 1)`` are the
+    mean, ``u`` at the top, ``rest``, and the factor of ``p`` that ``q`` is if the tile has no ``q``.
     """
     numbers = numbers.to(tile.z.dtype)
     for rows, part in tile.row_groups():
@@ -286,7 +286,7 @@ def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
 
 
 def diagonal(tile: DenseTile, factor: Tensor, total: Tensor, complement: Tensor) -> None:
-    """``v ← m′² (q (1 − p) − p (q − total p)) + (m″/m′) (m′ g′)``; ``complement`` is ``1 − p`` at the top."""
+    """Set ``v ← m′² (q (1 − p) − p (q − total p)) + (m″/m′) (m′ g′)``; ``complement`` is ``1 − p`` at the top."""
     factor, total, complement = (column.to(tile.z.dtype) for column in (factor, total, complement))
     for rows, part in tile.row_groups():
         assert part.v is not None
