@@ -18,7 +18,7 @@ from torch import Tensor
 import softcurve
 from softcurve import checks
 from softcurve.head import backends, curvature, loop, per_row, products
-from softcurve.head.aten.dense_tile import MODEL, DenseTile
+from softcurve.head.aten.dense_terms import MODEL, DenseTile
 from softcurve.head.aten.sparse import Places
 from softcurve.head.products import Direction
 from softcurve.losses.divergences import CrossEntropy

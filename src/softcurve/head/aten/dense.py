@@ -13,20 +13,8 @@ import torch
 from torch import Tensor
 
 from softcurve.checks import values_visible
+from softcurve.head.aten import dense_terms as pairs
 from softcurve.head.aten.dense_terms import (
-    Side,
-    Terms,
-    gradient_of,
-    map_logits,
-    pulled_back,
-    slope_of,
-    sum_and_rest,
-    target_logits,
-    terms_of,
-    weighted,
-    without_mean,
-)
-from softcurve.head.aten.dense_tile import (
     CHANGE,
     LSE,
     MEAN_V,
@@ -55,7 +43,7 @@ def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, T
     found = tile.z.new_empty(2, len(tile.z), 1)
     place = torch.full((len(tile.z), 1), -1, dtype=torch.int64, device=tile.z.device)
     for rows, part in tile.row_groups():
-        z = map_logits(part) if side == MODEL else target_logits(part)
+        z = pairs.map_logits(part) if side == MODEL else pairs.target_logits(part)
         top = z.amax(-1, keepdim=True)
         found[0, rows] = top
         found[1, rows] = rest = rest_of((z - torch.where(top == -math.inf, 0.0, top)).exp_())
@@ -78,14 +66,16 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
     found = DenseSums(*tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1))
     label = torch.zeros((len(tile.z), 1), dtype=torch.int64, device=tile.z.device)
     for rows, part in tile.row_groups():
-        pair, log_p, y, model, target = terms_of(part)
+        pair, log_p, y, model, target = pairs.terms_of(part)
         (v, target_v), with_target = _directions(part), part.is_by_logits
         if part.knows_scores:
-            found.score[rows], found.score_rest[rows] = sum_and_rest(part, MODEL, model.score())
+            found.score[rows], found.score_rest[rows] = pairs.sum_and_rest(part, MODEL, model.score())
             if part.wants_target and with_target:
-                found.target_score[rows], found.target_score_rest[rows] = sum_and_rest(part, TARGET, target.score())
+                found.target_score[rows], found.target_score_rest[rows] = pairs.sum_and_rest(
+                    part, TARGET, target.score()
+                )
         if wants_loss and pair is None:
-            found.value[rows] = -weighted(y, log_p).sum(-1, keepdim=True)
+            found.value[rows] = -pairs.weighted(y, log_p).sum(-1, keepdim=True)
         elif wants_loss and pair is not None:
             found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)
             found.surplus[rows] = pair.difference.sum(-1, keepdim=True)
@@ -97,7 +87,7 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
             mean_and_top = _mean_without_top(part, TARGET, target.p(), target_v)
             found.target_mean_v[rows], found.target_top_v[rows] = mean_and_top
         if wants_stats:
-            found.entropy[rows] = -weighted(model.p(), log_p).sum(-1, keepdim=True)
+            found.entropy[rows] = -pairs.weighted(model.p(), log_p).sum(-1, keepdim=True)
             found.best[rows], label[rows] = part.target.max(-1, keepdim=True)
     return found, label
 
@@ -106,7 +96,7 @@ def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
     """Return ``Σ c ⊙ u + x ⊙ u_y`` of both sides."""
     found = tile.z.new_zeros(2, len(tile.z), 1)
     for rows, part in tile.row_groups():
-        terms, (u, u_y) = terms_of(part), _centred(part, *_directions(part))
+        terms, (u, u_y) = pairs.terms_of(part), _centred(part, *_directions(part))
         found[MODEL, rows] = _change_of_score(terms.model, u, u_y).sum(-1, keepdim=True)
         if part.wants_target and part.is_by_logits:
             found[TARGET, rows] = _change_of_score(terms.target, u_y, u).sum(-1, keepdim=True)
@@ -117,7 +107,7 @@ def _mean_without_top(tile: DenseTile, side: int, p: Tensor, v: Tensor) -> tuple
     """Return ``Σ p v`` over all classes but the top, and ``v`` at the top."""
     top, (row, column) = torch.zeros_like(p[:, :1]), tile.top_entries(side)
     top[row, 0] = v[row, column]
-    return sum_and_rest(tile, side, weighted(p, v))[1], top
+    return pairs.sum_and_rest(tile, side, pairs.weighted(p, v))[1], top
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
@@ -131,8 +121,8 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     """
     tangents = tile.z.new_zeros(len(tile.z), 1) if wants_tangents else None
     for rows, part in tile.row_groups():
-        weight, slope, terms = part.number(WEIGHT), slope_of(part), terms_of(part)
-        gradient, in_target = gradient_of(part, terms), _target_gradient(part, terms)
+        weight, slope, terms = part.number(WEIGHT), pairs.slope_of(part), pairs.terms_of(part)
+        gradient, in_target = pairs.gradient_of(part, terms), _target_gradient(part, terms)
         if part.v is not None:
             v, target_v = _directions(part)
             u, u_y = _centred(part, v, target_v)
@@ -150,15 +140,15 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     return tangents
 
 
-def _target_gradient(tile: DenseTile, terms: Terms) -> Tensor | None:
+def _target_gradient(tile: DenseTile, terms: pairs.Terms) -> Tensor | None:
     """Return ∂L/∂t for the target's logits ``t``, or ∂L/∂y for probabilities ``y`` that no softmax has made."""
     if not tile.wants_target or not tile.is_by_logits:
         return terms.target.score() if tile.wants_target else None
-    return unless_masked(tile.target, pulled_back(tile, TARGET, terms.target))
+    return unless_masked(tile.target, pairs.pulled_back(tile, TARGET, terms.target))
 
 
-def _product(tile: DenseTile, terms: Terms, u: Tensor, u_y: Tensor | None) -> Tensor:
-    """Return the change of :func:`gradient_of`."""
+def _product(tile: DenseTile, terms: pairs.Terms, u: Tensor, u_y: Tensor | None) -> Tensor:
+    """Return the change of :func:`~softcurve.head.aten.dense_terms.gradient_of`."""
     product, z_loss = _pulled_back_change(tile, MODEL, terms.model, u, u_y), tile.loss.z_loss
     if z_loss:
         mean = tile.number(MEAN_V)
@@ -166,7 +156,7 @@ def _product(tile: DenseTile, terms: Terms, u: Tensor, u_y: Tensor | None) -> Te
     return unless_masked(tile.z, product)
 
 
-def _target_product(tile: DenseTile, terms: Terms, in_target: Tensor, u: Tensor, u_y: Tensor | None) -> Tensor:
+def _target_product(tile: DenseTile, terms: pairs.Terms, in_target: Tensor, u: Tensor, u_y: Tensor | None) -> Tensor:
     """Return the change of the gradient with respect to the target as the caller gave it."""
     if tile.is_by_logits:
         change = unless_masked(tile.target, _pulled_back_change(tile, TARGET, terms.target, u_y, u))
@@ -179,13 +169,13 @@ def _target_product(tile: DenseTile, terms: Terms, in_target: Tensor, u: Tensor,
     return product
 
 
-def _pulled_back_change(tile: DenseTile, side: int, of: Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
+def _pulled_back_change(tile: DenseTile, side: int, of: pairs.Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
     """Return ``ṡ − p Σṡ − p ⊙ u S`` with ``ṡ = c ⊙ u + x ⊙ u_other``."""
     product = _change_of_score(of, u, u_other).addcmul_(of.p(), tile.number(CHANGE, side), value=-1)
     return product if u is None else product.addcmul_(of.p() * u, tile.number(SCORE, side), value=-1)
 
 
-def _change_of_score(of: Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
+def _change_of_score(of: pairs.Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
     """Return ``ṡ = c ⊙ u + x ⊙ u_other``."""
     curve = None if u is None else of.curve()
     change = torch.zeros_like(of.p()) if u is None or curve is None else curve * u
@@ -195,7 +185,7 @@ def _change_of_score(of: Side, u: Tensor | None, u_other: Tensor | None) -> Tens
 
 def _directions(tile: DenseTile) -> tuple[Tensor | None, Tensor | None]:
     """Return the changes of what the softmax sees, and of the target's logits (or of plain probabilities)."""
-    v, slope = tile.v, None if tile.v is None else slope_of(tile)
+    v, slope = tile.v, None if tile.v is None else pairs.slope_of(tile)
     v = v if v is None or slope is None else v * slope
     return v, None if tile.target_v is None else _through_target(tile, tile.target_v)
 
@@ -204,8 +194,8 @@ def _centred(tile: DenseTile, v: Tensor | None, target_v: Tensor | None) -> tupl
     """Return ``u = v − p·v`` of both sides, and the change itself of probabilities that no softmax has made."""
     assert v is not None
     if target_v is not None and tile.is_by_logits:
-        target_v = without_mean(target_v, tile.number(MEAN_V, TARGET), tile, TARGET, tile.number(TOP_U, TARGET))
-    return without_mean(v, tile.number(MEAN_V), tile, MODEL, tile.number(TOP_U)), target_v
+        target_v = pairs.without_mean(target_v, tile.number(MEAN_V, TARGET), tile, TARGET, tile.number(TOP_U, TARGET))
+    return pairs.without_mean(v, tile.number(MEAN_V), tile, MODEL, tile.number(TOP_U)), target_v
 
 
 def _through_target(tile: DenseTile, values: Tensor) -> Tensor:
@@ -233,9 +223,9 @@ def _write(out: Tensor | None, values: Tensor, weight: Tensor) -> None:
 def prepare(tile: DenseTile, matrix: str) -> None:
     """Set ``z ← p``, and the tile's buffers, if there are any, to the logits before their cap, ``q`` and ``m′ g``."""
     for _, part in tile.row_groups():
-        terms = terms_of(part)
+        terms = pairs.terms_of(part)
         if part.residual is not None:
-            gradient, slope = gradient_of(part, terms), slope_of(part)
+            gradient, slope = pairs.gradient_of(part, terms), pairs.slope_of(part)
             part.residual.copy_(gradient if slope is None else gradient.mul_(slope))
         if part.q is not None:
             assert terms.pair is not None
@@ -251,7 +241,7 @@ def accumulate_column(tile: DenseTile) -> Tensor:
     found = tile.z.new_zeros(3, len(tile.z), 1)
     for rows, part in tile.row_groups():
         assert part.v is not None
-        slope = slope_of(part, part.raw)
+        slope = pairs.slope_of(part, part.raw)
         v = part.v if slope is None else part.v * slope
         row, column = part.top_entries(MODEL)
         along = part.z * v
@@ -277,7 +267,7 @@ def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
         bend = None if bend is None else bend.mul_(v)
         if slope is not None:
             v.mul_(slope)
-        u = without_mean(v, mean, part, MODEL, at_top)
+        u = pairs.without_mean(v, mean, part, MODEL, at_top)
         if part.q is None:
             torch.mul(u.mul_(factor).sub_(rest), part.z, out=v)
         else:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head.aten.dense_tile import DenseTile
+from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.kernel import Residuals
 from softcurve.losses.spec import LogitMap
 

@@ -10,7 +10,8 @@ from typing import no_type_check
 
 import triton.language as tl
 
-from softcurve.head.triton.math import bend_ratio, cap_slope, here, jit, number, own_rows, store_sum
+from softcurve.head.triton import math
+from softcurve.head.triton.math import here, jit, number, own_rows, store_sum
 
 
 @jit
@@ -29,7 +30,7 @@ def accumulate(
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
         if raw is not None:
             before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-            change = change * cap_slope(before, softcap, temperature)
+            change = change * math.cap_slope(before, softcap, temperature)
         along = tl.load(z + row * z_stride + at, mask=inside, other=0.0) * change
         if q is not None:
             moments += tl.load(q + row * q_stride + at, mask=inside, other=0.0) * change
@@ -61,10 +62,10 @@ def multiply(
     bent = tl.zeros([ROWS, BLOCK], tl.float32)
     if raw is not None:
         before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-        slope = cap_slope(before, softcap, temperature)
+        slope = math.cap_slope(before, softcap, temperature)
         if residual is not None:
             g = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
-            bent = bend_ratio(before, softcap) * g * change * number(numbers, 4, row, rows)
+            bent = math.bend_ratio(before, softcap) * g * change * number(numbers, 4, row, rows)
     u = change * slope - number(numbers, 0, row, rows)
     if top is not None:
         u = tl.where(at == number(top, 0, row, rows), number(numbers, 1, row, rows), u)

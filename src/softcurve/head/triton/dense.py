@@ -14,36 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from softcurve.head.aten.dense import diagonal
-from softcurve.head.aten.dense_tile import MODEL, DenseSums, DenseTile
+from softcurve.head.aten.dense_terms import MODEL, DenseSums, DenseTile
 from softcurve.head.triton import columns, math
-from softcurve.head.triton.dense_terms import (
-    CHANGE,
-    ENTRIES,
-    LSE,
-    MEAN_V,
-    OF_TARGET,
-    PROBABILITIES,
-    SCORE,
-    WEIGHT,
-    directions,
-    launch_tile,
-    load_terms,
-    pulled_back,
-    through_target,
-    times_finite,
-)
-from softcurve.head.triton.math import (
-    bend_ratio,
-    cap_slope,
-    capped,
-    difference_exp,
-    here,
-    jit,
-    launch,
-    number,
-    own_rows,
-    store_sum,
-)
+from softcurve.head.triton import dense_terms as terms
+from softcurve.head.triton.dense_terms import CHANGE, ENTRIES, LSE, MEAN_V, OF_TARGET, PROBABILITIES, SCORE, WEIGHT
+from softcurve.head.triton.math import here, jit, launch, number, own_rows, store_sum
 from softcurve.losses.rows import HESSIAN
 
 __all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepare", "residuals", "softmax", "sums"]
@@ -68,15 +43,15 @@ def _softmax(
         x = tl.load(z + row * z_stride + at, mask=inside, other=0.0).to(tl.float32)
         if LOGARITHM:
             x = tl.log(x)
-        x = tl.where(inside, capped(x * scale, softcap, temperature), -float("inf"))
+        x = tl.where(inside, math.capped(x * scale, softcap, temperature), -float("inf"))
         best = tl.max(x, axis=1)[:, None]
         which = start + tl.argmax(x, axis=1)[:, None]
         new = tl.maximum(top, best)
         safe = tl.where(new == -float("inf"), 0.0, new)
-        before = difference_exp(top, safe)
+        before = math.difference_exp(top, safe)
         # The lower of the two tops joins the rest.
-        lower = tl.where(best > top, before, difference_exp(best, safe))
-        rest = rest * before + tl.where(at == which, 0.0, difference_exp(x, safe))
+        lower = tl.where(best > top, before, math.difference_exp(best, safe))
+        rest = rest * before + tl.where(at == which, 0.0, math.difference_exp(x, safe))
         joined = joined * before + lower
         chosen = tl.where(best > top, which, chosen)
         top = new
@@ -119,7 +94,7 @@ def _sums(
     chosen = tl.zeros([ROWS, 1], tl.int64)
     for start in range(0, classes, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
-        logits, (p, score, curve, _), (t_p, t_score, _), (value, minus_log_p, difference) = load_terms(
+        logits, (p, score, curve, _), (t_p, t_score, _), (value, minus_log_p, difference) = terms.load_terms(
             z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
             temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
         )  # fmt: skip
@@ -132,16 +107,16 @@ def _sums(
         differences += tl.where(inside, difference, 0.0)
         curves += tl.where(inside, curve, 0.0)
         if v is not None or target_v is not None:
-            _, change, t_change, _, _ = directions(
+            _, change, t_change, _, _ = terms.directions(
                 v, v_stride, target_v, target_v_stride, logits[0], logits[2], numbers, is_top, t_is_top, row, at,
                 inside, rows, softcap, temperature, target_scale, FAMILY, LOGARITHM
             )  # fmt: skip
-            means += tl.where(is_top, 0.0, times_finite(p, change))
+            means += tl.where(is_top, 0.0, terms.times_finite(p, change))
             at_top += tl.where(is_top, change, 0.0)
-            t_means += tl.where(t_is_top, 0.0, times_finite(t_p, t_change))
+            t_means += tl.where(t_is_top, 0.0, terms.times_finite(t_p, t_change))
             t_at_top += tl.where(t_is_top, t_change, 0.0)
         if label is not None:
-            entropies += times_finite(p, minus_log_p)
+            entropies += terms.times_finite(p, minus_log_p)
             most = tl.where(inside, logits[2], -float("inf"))
             highest = tl.max(most, axis=1)[:, None]
             chosen = tl.where(highest > best, start + tl.argmax(most, axis=1)[:, None], chosen)
@@ -159,7 +134,7 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
     """Do as in ATen; the sums of the loss and of the curve cost nothing more here."""
     found = tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1)
     label = tile.z.new_zeros((len(tile.z), 1), dtype=torch.int64) if wants_stats else None
-    launch_tile(_sums, tile, by_rows=True, found=found, label=label)
+    terms.launch_tile(_sums, tile, by_rows=True, found=found, label=label)
     return DenseSums(*found), label
 
 
@@ -175,12 +150,12 @@ def _changes(
     t_changes = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, classes, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
-        logits, (_, _, curve, cross), (_, _, t_curve), _ = load_terms(
+        logits, (_, _, curve, cross), (_, _, t_curve), _ = terms.load_terms(
             z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
             temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
         )  # fmt: skip
         is_top, t_is_top = at == number(top, 0, row, rows), at == number(top, 1, row, rows)
-        _, _, _, u, t_u = directions(
+        _, _, _, u, t_u = terms.directions(
             v, v_stride, target_v, target_v_stride, logits[0], logits[2], numbers, is_top, t_is_top, row, at, inside,
             rows, softcap, temperature, target_scale, FAMILY, LOGARITHM
         )  # fmt: skip
@@ -193,7 +168,7 @@ def _changes(
 def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
     """Do as in ATen."""
     found = tile.z.new_empty(2, len(tile.z), 1)
-    launch_tile(_changes, tile, by_rows=True, found=found)
+    terms.launch_tile(_changes, tile, by_rows=True, found=found)
     return found[0], found[1]
 
 
@@ -209,24 +184,24 @@ def _residuals(
     FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    (raw, seen, given, t), (p, score, curve, cross), (t_p, t_score, t_curve), _ = load_terms(
+    (raw, seen, given, t), (p, score, curve, cross), (t_p, t_score, t_curve), _ = terms.load_terms(
         z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
         temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
     )  # fmt: skip
     is_top, t_is_top = at == number(top, 0, row, rows), at == number(top, 1, row, rows)
     lse, weight = number(numbers, LSE, row, rows), number(numbers, WEIGHT, row, rows)
     masked = seen == -float("inf")
-    gradient = pulled_back(p, score, numbers, 0, is_top, row, rows) + 2 * z_loss * lse * p
+    gradient = terms.pulled_back(p, score, numbers, 0, is_top, row, rows) + 2 * z_loss * lse * p
     gradient = tl.where(masked, 0.0, gradient)
     t_gradient = t_score
     if FAMILY != PROBABILITIES:
-        t_gradient = pulled_back(t_p, t_score, numbers, OF_TARGET, t_is_top, row, rows)
+        t_gradient = terms.pulled_back(t_p, t_score, numbers, OF_TARGET, t_is_top, row, rows)
         t_gradient = tl.where(t == -float("inf"), 0.0, t_gradient)
     # A row of weight 0 has residual 0, whatever its target holds.
     weighted = tl.where(weight == 0, 0.0, weight * gradient)
-    slope = cap_slope(raw, softcap, temperature)
+    slope = math.cap_slope(raw, softcap, temperature)
     if v_out is not None:
-        moved, change, t_change, u, t_u = directions(
+        moved, change, t_change, u, t_u = terms.directions(
             v, v_stride, target_v, target_v_stride, raw, given, numbers, is_top, t_is_top, row, at, inside, rows,
             softcap, temperature, target_scale, FAMILY, LOGARITHM
         )  # fmt: skip
@@ -235,7 +210,7 @@ def _residuals(
         product += 2 * z_loss * p * (lse * u + number(numbers, MEAN_V, row, rows))
         product = weight * product * slope
         if softcap is not None:
-            product += bend_ratio(raw, softcap) * change * weighted
+            product += math.bend_ratio(raw, softcap) * change * weighted
         product = tl.where(masked | (weight == 0), 0.0, product)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
         t_product = t_curve * t_u + cross * u
@@ -243,7 +218,7 @@ def _residuals(
             t_product -= t_p * number(numbers, OF_TARGET + CHANGE, row, rows)
             t_product -= t_p * t_u * number(numbers, OF_TARGET + SCORE, row, rows)
         if target_v_out is not None:
-            through = through_target(t_product, given, target_scale, LOGARITHM)
+            through = terms.through_target(t_product, given, target_scale, LOGARITHM)
             if LOGARITHM:
                 through -= tl.where(given > 0, t_gradient * moved / (given * given), 0.0) * target_scale
             through = tl.where(weight == 0, 0.0, weight * through)
@@ -252,7 +227,7 @@ def _residuals(
             along = tl.where(change == 0, 0.0, gradient * change) + tl.where(t_change == 0, 0.0, t_gradient * t_change)
             store_sum(tangents, tl.program_id(1), tl.where(inside, along, 0.0), row, rows)
     if target_out is not None:
-        through = through_target(t_gradient, given, target_scale, LOGARITHM)
+        through = terms.through_target(t_gradient, given, target_scale, LOGARITHM)
         through = tl.where(weight == 0, 0.0, weight * through)
         tl.store(target_out + row * target_out_stride + at, through, mask=inside)
     tl.store(out + row * out_stride + at, tl.where(masked, 0.0, weighted * slope), mask=inside)
@@ -266,7 +241,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     """
     pieces = -(-tile.z.shape[1] // math.shape(tile.z, ENTRIES)[1])
     tangents = tile.z.new_zeros(pieces, len(tile.z), 1) if wants_tangents else None
-    launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
+    terms.launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
     return None if tangents is None else tangents.double().sum(0)
 
 
@@ -282,14 +257,14 @@ def _prepare(
     BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    (x, seen, _, _), (p, score, curve, _), _, _ = load_terms(
+    (x, seen, _, _), (p, score, curve, _), _, _ = terms.load_terms(
         z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
         temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
     )  # fmt: skip
     if residual is not None:
-        gradient = pulled_back(p, score, numbers, 0, at == number(top, 0, row, rows), row, rows)
+        gradient = terms.pulled_back(p, score, numbers, 0, at == number(top, 0, row, rows), row, rows)
         gradient += 2 * z_loss * number(numbers, LSE, row, rows) * p
-        gradient = tl.where(seen == -float("inf"), 0.0, gradient * cap_slope(x, softcap, temperature))
+        gradient = tl.where(seen == -float("inf"), 0.0, gradient * math.cap_slope(x, softcap, temperature))
         tl.store(residual + row * residual_stride + at, gradient, mask=inside)
     if q is not None:
         entry = curve - score
@@ -303,13 +278,13 @@ def _prepare(
 
 def prepare(tile: DenseTile, matrix: str) -> None:
     """Do as in ATen."""
-    launch_tile(_prepare, tile, by_rows=False, OF_HESSIAN=matrix == HESSIAN)
+    terms.launch_tile(_prepare, tile, by_rows=False, OF_HESSIAN=matrix == HESSIAN)
 
 
 def accumulate_column(tile: DenseTile) -> Tensor:
     """Do as in ATen."""
     found = tile.z.new_empty(3, len(tile.z), 1)
-    launch_tile(columns.accumulate, tile, by_rows=True, entries=math.ENTRIES, found=found)
+    terms.launch_tile(columns.accumulate, tile, by_rows=True, entries=math.ENTRIES, found=found)
     return found
 
 
@@ -319,4 +294,4 @@ def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
     As in ATen, ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v``, by the kernel that sparse targets launch too.
     """
     numbers = torch.cat([numbers, torch.ones_like(numbers[:1])]).float()
-    launch_tile(columns.multiply, tile, by_rows=False, entries=math.ENTRIES, numbers=numbers)
+    terms.launch_tile(columns.multiply, tile, by_rows=False, entries=math.ENTRIES, numbers=numbers)

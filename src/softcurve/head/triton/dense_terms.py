@@ -1,7 +1,7 @@
 """The elementwise formulas of :mod:`softcurve.losses.divergences` in Triton, in float32, and their launch.
 
 ``FAMILY`` names the member. In a kernel ``None`` stands for a tensor that there is not, and ``numbers`` is the table of
-:class:`softcurve.head.aten.dense_tile.DenseTile`.
+:class:`softcurve.head.aten.dense_terms.DenseTile`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,21 @@ from typing import Any, no_type_check
 
 import triton.language as tl
 
-from softcurve.head.aten import dense_tile
-from softcurve.head.aten.dense_tile import DenseTile
+from softcurve.head.aten import dense_terms as aten
+from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.backends import MEMBERS
-from softcurve.head.triton.math import (
-    cap_slope,
-    capped,
-    clamp_half,
-    difference_exp,
-    exp_excess,
-    jit,
-    launch,
-    log_mixture,
-    number,
-)
+from softcurve.head.triton import math
+from softcurve.head.triton.math import jit, launch, number
 from softcurve.losses.spec import LossSpec
 
 # A cross-entropy against probabilities, one against a softmax, then the divergences.
 PROBABILITIES, SOFTMAX, FORWARD, REVERSE, JENSEN_SHANNON = (tl.constexpr(number) for number in range(5))
 
-OFFSET, LOG_REST, UNIT = map(tl.constexpr, (dense_tile.OFFSET, dense_tile.LOG_REST, dense_tile.UNIT))
-SCORE, TOP_RESIDUAL = map(tl.constexpr, (dense_tile.SCORE, dense_tile.TOP_RESIDUAL))
-MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (dense_tile.MEAN_V, dense_tile.TOP_U, dense_tile.CHANGE))
-OF_TARGET = tl.constexpr(dense_tile.SIDE_NUMBERS)  # from a number of the model to the same number of the target
-LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (dense_tile.LOG_RATIO, dense_tile.LSE, dense_tile.WEIGHT))
+OFFSET, LOG_REST, UNIT = map(tl.constexpr, (aten.OFFSET, aten.LOG_REST, aten.UNIT))
+SCORE, TOP_RESIDUAL = map(tl.constexpr, (aten.SCORE, aten.TOP_RESIDUAL))
+MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (aten.MEAN_V, aten.TOP_U, aten.CHANGE))
+OF_TARGET = tl.constexpr(aten.SIDE_NUMBERS)  # from a number of the model to the same number of the target
+LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (aten.LOG_RATIO, aten.LSE, aten.WEIGHT))
 
 # Entries of a tile for a program that holds many numbers for each of them.
 ENTRIES = 1024
@@ -83,7 +74,7 @@ def times_finite(p, factor):
 def _excess(a, difference, t):
     """Return ``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
     direct = tl.where(t == -float("inf"), float("inf"), difference - times_finite(a, t))
-    return tl.where(tl.abs(t) < 0.5, a * exp_excess(clamp_half(t)), direct)
+    return tl.where(tl.abs(t) < 0.5, a * math.exp_excess(math.clamp_half(t)), direct)
 
 
 @jit
@@ -105,8 +96,8 @@ def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.const
         t_score = -difference
         t_curve = y
     else:
-        to_mixture = log_mixture(-ratio, beta, beta_rest)  # log m/p
-        t_to_mixture = log_mixture(ratio, beta_rest, beta)  # log m/y
+        to_mixture = math.log_mixture(-ratio, beta, beta_rest)  # log m/p
+        t_to_mixture = math.log_mixture(ratio, beta_rest, beta)  # log m/y
         value = beta_rest * _excess(p, -beta * difference, to_mixture)
         value += beta * _excess(y, beta_rest * difference, t_to_mixture)
         score = -beta_rest * times_finite(p, to_mixture)
@@ -131,7 +122,7 @@ def load_terms(
     ``p − y``. Logits are −inf outside the tile.
     """
     raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-    seen = capped(raw, softcap, temperature)
+    seen = math.capped(raw, softcap, temperature)
     given = tl.load(target + row * target_stride + at, mask=inside, other=0.0).to(tl.float32)
     t = given
     if LOGARITHM:
@@ -139,7 +130,7 @@ def load_terms(
     t = tl.where(inside, t * target_scale, -float("inf"))
     offset = number(numbers, OFFSET, row, rows)
     log_rest = number(numbers, LOG_REST, row, rows)
-    p = difference_exp(seen, offset) * number(numbers, UNIT, row, rows)
+    p = math.difference_exp(seen, offset) * number(numbers, UNIT, row, rows)
     minus_log_p = log_rest - (seen - offset)
     t_offset = number(numbers, OF_TARGET + OFFSET, row, rows)
     t_unit = number(numbers, OF_TARGET + UNIT, row, rows)
@@ -151,7 +142,7 @@ def load_terms(
             uniform = uniform * tl.load(class_share + at, mask=inside, other=0.0)
         t_p = given
         if FAMILY == SOFTMAX:
-            t_p = difference_exp(t, t_offset) * t_unit
+            t_p = math.difference_exp(t, t_offset) * t_unit
         own = factor * t_p
         y = own + uniform
         score = -y
@@ -169,14 +160,14 @@ def load_terms(
             t_curve = tl.zeros_like(p)
     else:
         t_log_rest = number(numbers, OF_TARGET + LOG_REST, row, rows)
-        y = difference_exp(t, t_offset) * t_unit
+        y = math.difference_exp(t, t_offset) * t_unit
         # The difference of the logits is exact where they nearly agree; where the rows' offsets differ it is rounded.
         near = (seen - t) - number(numbers, LOG_RATIO, row, rows)
         far = ((seen - offset) - (t - t_offset)) - (log_rest - t_log_rest)
         ratio = tl.where(tl.abs(offset - t_offset) < 1, near, far)
         ratio = tl.where((seen == -float("inf")) & (t == -float("inf")), 0.0, ratio)
-        small = clamp_half(ratio)
-        difference = tl.where(tl.abs(ratio) < 0.5, y * (small + exp_excess(small)), p - y)
+        small = math.clamp_half(ratio)
+        difference = tl.where(tl.abs(ratio) < 0.5, y * (small + math.exp_excess(small)), p - y)
         t_p = y
         score, curve, cross, t_score, t_curve, value = _divergence_terms(
             p, y, ratio, difference, beta, beta_rest, FAMILY
@@ -216,7 +207,7 @@ def directions(
     change = tl.zeros_like(raw)
     moved = tl.zeros_like(raw)
     if v is not None:
-        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
+        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * math.cap_slope(raw, softcap, temperature)
     if target_v is not None:
         moved = tl.load(target_v + row * target_v_stride + at, mask=inside, other=0.0).to(tl.float32)
     t_change = through_target(moved, given, target_scale, LOGARITHM)

@@ -18,20 +18,8 @@ from torch import Tensor
 
 from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, Swept, diagonal, form_residual
 from softcurve.head.kernel import Residuals
-from softcurve.head.triton import columns
-from softcurve.head.triton.math import (
-    bend_ratio,
-    cap_slope,
-    capped,
-    column,
-    difference_exp,
-    here,
-    jit,
-    launch,
-    number,
-    own_rows,
-    store_sum,
-)
+from softcurve.head.triton import columns, math
+from softcurve.head.triton.math import column, here, jit, launch, number, own_rows, store_sum
 
 # The functions of ATen that serve here as well are named too: the kernel takes all of them from this module.
 __all__ = ["accumulate_column", "diagonal", "form_residual", "multiply_column", "prepare", "put", "rescale"]
@@ -108,7 +96,7 @@ def _exponentials(
     else:
         _, at, inside = here(ROWS, BLOCK, rows, classes, 0)
         first = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        guess = tl.max(capped(first, softcap, temperature), axis=1)[:, None]
+        guess = tl.max(math.capped(first, softcap, temperature), axis=1)[:, None]
         guess = tl.where(guess == -float("inf"), 0.0, guess)
         pieces = classes
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -116,12 +104,12 @@ def _exponentials(
     for start in range(0, pieces, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         x = tl.load(z + row * z_stride + at, mask=inside & exists, other=-float("inf"))
-        seen = capped(x, softcap, temperature)
-        e = difference_exp(seen, guess)
+        seen = math.capped(x, softcap, temperature)
+        e = math.difference_exp(seen, guess)
         sums += e
         tops = tl.maximum(tops, seen)
         if softcap is not None:
-            e = tl.where(e == 0, 0.0, e * cap_slope(x, softcap, temperature))
+            e = tl.where(e == 0, 0.0, e * math.cap_slope(x, softcap, temperature))
         tl.store(out + row * out_stride + at, e, mask=inside & exists)
     tl.store(total + row, tl.sum(sums, axis=1)[:, None], mask=exists)
     tl.store(shift + row, guess, mask=exists)
@@ -162,20 +150,22 @@ def _statistics(
     for start in range(0, classes, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        x = capped(raw, softcap, temperature)
+        x = math.capped(raw, softcap, temperature)
         top = tl.max(x, axis=1)[:, None]
         if column is not None:
             chosen = tl.where(top > shift, start + tl.argmax(x, axis=1)[:, None], chosen)
         new = tl.maximum(shift, top)
         safe = tl.where(new == -float("inf"), 0.0, new)
         lowered = tl.where(shift == -float("inf"), 0.0, shift - safe)
-        kept = tl.where(shift == -float("inf"), 0.0, difference_exp(shift, safe))
-        e = difference_exp(x, safe)
+        kept = tl.where(shift == -float("inf"), 0.0, math.difference_exp(shift, safe))
+        e = math.difference_exp(x, safe)
         if column is not None:
             moments = kept * (moments + lowered * sums) + tl.where(e == 0, 0.0, e * (x - safe))
         sums = kept * sums + e
         if v is not None:
-            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
+            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * math.cap_slope(
+                raw, softcap, temperature
+            )
             changes = kept * changes + tl.where(e == 0, 0.0, e * change)
         if share is not None:
             weight = tl.load(share + at, mask=at < classes, other=0.0)
@@ -236,9 +226,9 @@ def _residual(
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
     raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
     factor = number(beta, 0, row, rows)
-    x = capped(raw, softcap, temperature)
-    slope = cap_slope(raw, softcap, temperature)
-    e = difference_exp(x, number(shift, 0, row, rows))
+    x = math.capped(raw, softcap, temperature)
+    slope = math.cap_slope(raw, softcap, temperature)
+    e = math.difference_exp(x, number(shift, 0, row, rows))
     gradient = factor * e
     if share is not None:
         each = tl.load(share + at, mask=at < classes, other=0.0)
@@ -247,7 +237,7 @@ def _residual(
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * slope
         product = tl.where(e == 0, 0.0, e * (factor * change + number(alpha, 0, row, rows)))
         if softcap is not None:
-            bent = bend_ratio(raw, softcap) * change * gradient
+            bent = math.bend_ratio(raw, softcap) * change * gradient
             product = tl.where(x == -float("inf"), 0.0, product * slope + bent)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
     if softcap is not None:
@@ -294,7 +284,7 @@ def _prepare(
         x = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
         if raw is not None:
             tl.store(raw + row * raw_stride + at, x, mask=inside)
-        e = difference_exp(capped(x, softcap, temperature), number(shift, 0, row, rows))
+        e = math.difference_exp(math.capped(x, softcap, temperature), number(shift, 0, row, rows))
         tl.store(z + row * z_stride + at, e, mask=inside)
         best = tl.max(e, axis=1)[:, None]
         which = start + tl.argmax(e, axis=1)[:, None]
