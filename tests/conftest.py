@@ -19,8 +19,10 @@ from .placement import ON_CPU, place_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes.
+# Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes. Not in Triton's
+# interpreter: what runs there checks the values of calls whose shapes other processes check.
 CHECKS_SHAPES = all(map(importlib.util.find_spec, ("jaxtyping", "beartype")))
+CHECKS_SHAPES = CHECKS_SHAPES and os.environ.get("TRITON_INTERPRET") != "1"
 if CHECKS_SHAPES:
     from jaxtyping import config, install_import_hook
 
