@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 import softcurve
 from softcurve import checks
@@ -59,23 +58,6 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         launch_it(kernel, *more)
 
     monkeypatch.setattr(math, "run", run)
-
-
-@pytest.fixture(autouse=True)
-def language_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the interpreter a third of its time.
-
-    It replaces the functions of triton.language at a launch, and looks for what to replace again whenever a kernel calls
-    another function of its module, where there is nothing left.
-    """
-    call_it = InterpretedFunction.__call__
-
-    def call(function: Any, *arguments: Any, **named: Any) -> Any:
-        if function.fn.__module__.startswith("softcurve."):
-            return function.rewrite()(*arguments, **named)
-        return call_it(function, *arguments, **named)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call)
 
 
 def test_the_kernels_are_on() -> None:
