@@ -110,9 +110,6 @@ class SparseResiduals(NamedTuple):
     listed_v: Tensor
 
 
-Swept = tuple[SparseSums, Tensor | None, Tensor | None]
-
-
 def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
     """Set or add to the entries of ``tile`` at the places inside; ``None`` sets −inf."""
     columns, inside = places
@@ -133,7 +130,9 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
     tile.mul_(factor.to(tile.dtype))
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+def statistics(
+    tile: SparseTile, *, wants_stats: bool, leaves_residual: bool
+) -> tuple[SparseSums, Tensor | None, Tensor | None]:
     """Map the logits and sum over the unlisted classes; ``e^{z − shift}`` is left in ``z`` in any case.
 
     Returns the sums, the first column of the largest logit if statistics are wanted, and the tensor with exponentials.
@@ -202,7 +201,7 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 
 
 def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
-    """``z ← e^{m(z) − shift}``, and 0 at listed classes.
+    """Set ``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
     ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
     ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
@@ -234,7 +233,7 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
 
 
 def form_residual(tile: SparseTile, out: Tensor, factor: Tensor) -> None:
-    """``out = m′ (factor · e − u)`` beside the exponentials ``e``: a Hessian's ∂L/∂z at unlisted classes."""
+    """Set ``out = m′ (factor · e − u)`` beside the exponentials ``e``: a Hessian's ∂L/∂z at unlisted classes."""
     for rows in tile.row_groups():
         part = torch.mul(tile.z[rows], factor[rows].to(out.dtype), out=out[rows])
         if tile.share is not None:
@@ -258,7 +257,8 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
     """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
 
-    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
+    It sets ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``, to which the kernel adds at the classes that it
+    keeps apart.
     """
     assert tile.v is not None
     scaled = not _all_ones(beta)
@@ -333,7 +333,7 @@ def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:
 
 
 def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
-    """``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
+    """Return ``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
     share, columns = tile.share, tile.listed.columns
     if share is None:
         return {}
@@ -355,5 +355,5 @@ def or_zero(shift: Tensor) -> Tensor:
 
 
 def _all_ones(factor: Tensor) -> bool:
-    """Whether rows need no factor; not looked at where that would make the device wait."""
+    """Return whether rows need no factor, but False where a look at it would make the device wait."""
     return factor.device.type == "cpu" and bool((factor == 1).all())

@@ -36,9 +36,11 @@ def launch(kernel: Any, out: Tensor, values: dict[str, Any], *, by_rows: bool, e
     rows, block = shape(out, entries)
     grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
     warps = max(1, min(8, rows * block // 256))
-    suffix = "_stride"
-    strides = {n: stride(values[n.removesuffix(suffix)]) for n in kernel.arg_names if n.endswith(suffix)}
-    values = values | strides | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    values = values | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    for name in (name for name in kernel.arg_names if name.endswith("_stride")):
+        tensor = values[name.removesuffix("_stride")]
+        assert tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1  # a kernel reads classes at stride 1
+        values[name] = 0 if tensor is None else tensor.stride(0)
     arguments = {name: values[name] for name in kernel.arg_names}
     # Triton launches on the current device.
     with torch.cuda.device(out.device) if out.device.type == "cuda" else nullcontext():
@@ -56,14 +58,6 @@ def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
         return INTERPRETED_SHAPE
     block = min(triton.next_power_of_2(tile.shape[1]), entries)
     return max(1, min(triton.next_power_of_2(len(tile)), entries // block // 4)), block
-
-
-def stride(tensor: Tensor | None) -> int:
-    """Return the number of entries from a row to the next; a kernel reads classes at stride 1."""
-    if tensor is None:
-        return 0
-    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-    return tensor.stride(0)
 
 
 def column(tensor: Tensor) -> Tensor:
@@ -101,14 +95,6 @@ def difference_exp(z, offset):
 
 @jit
 @no_type_check
-def log1p(x):
-    """Return ``log(1 + x)`` for ``x > −1`` and finite: ``log u + (x − (u − 1))/u`` with ``u = 1 + x`` rounded."""
-    u = 1 + x
-    return tl.log(u) + (x - (u - 1)) / u
-
-
-@jit
-@no_type_check
 def exp_excess(t):
     """Return ``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
@@ -136,7 +122,9 @@ def log_mixture(t, weight, other):
     low = tl.minimum(t, 80.0)
     grown = tl.exp(low)
     change = tl.where(tl.abs(t) < 0.5, small + exp_excess(small), grown - 1)
-    near = log1p(weight * change)
+    x = weight * change
+    u = 1 + x  # rounded, so log(1 + x) = log u + (x − (u − 1))/u
+    near = tl.log(u) + (x - (u - 1)) / u
     # 1 + w (e^t − 1) cancels towards 1 − w
     near = tl.where((t < -1) & (weight > 0.5), tl.log(other + weight * tl.exp(tl.minimum(t, -1.0))), near)
     far = tl.maximum(t, 80.0)

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, Swept, diagonal, form_residual
+from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, diagonal, form_residual
 from softcurve.head.kernel import Residuals
 from softcurve.head.triton import columns, math
 from softcurve.head.triton.math import column, here, jit, launch, number, own_rows, store_sum
@@ -192,7 +192,9 @@ def _statistics(
         tl.store(column + row, chosen, mask=exists)
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+def statistics(
+    tile: SparseTile, *, wants_stats: bool, leaves_residual: bool
+) -> tuple[SparseSums, Tensor | None, Tensor | None]:
     """Sum over the unlisted classes of a block.
 
     If ``leaves_residual`` and nothing else is wanted, ``out`` receives the residual at unlisted classes, but for a
