@@ -361,6 +361,13 @@ def test_rows_whose_factor_cannot_be_divided_by_are_scaled(half_products: list[t
     assert_same(gradient.double().mT, right, "gradient", 2.0**-7)
 
 
+def test_rows_are_multiplied_by_their_factors() -> None:
+    tile, factor = torch.randn(ROWS, CLASSES), torch.tensor([[1.0], [0.0], [-2.5]], dtype=torch.float64)
+    expected = tile * factor.float()
+    lists.rescale(tile, factor)
+    assert torch.equal(tile, expected)
+
+
 @contextmanager
 def room_for(entries: int) -> Iterator[Tensor]:
     """Of float32; on the CPU it occupies nothing until it is touched."""
