@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from .placement import ON_CPU, place_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes.
-CHECKS_SHAPES = all(map(importlib.util.find_spec, ("jaxtyping", "beartype")))
+INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Before the first import of softcurve: annotated functions and dataclasses then check shapes and dtypes. Not in Triton's
+# interpreter: what runs there checks the values of calls whose shapes other processes check.
+CHECKS_SHAPES = all(map(importlib.util.find_spec, ("jaxtyping", "beartype"))) and not INTERPRETS_TRITON
 if CHECKS_SHAPES:
     from jaxtyping import config, install_import_hook
 
@@ -61,6 +65,25 @@ def reproducible() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=INTERPRETS_TRITON)
+def language_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare Triton's interpreter a third of its time.
+
+    It replaces the functions of triton.language at a launch, and looks for what to replace again whenever a kernel calls
+    another function of its module, where there is nothing left.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call_it = InterpretedFunction.__call__
+
+    def call(function: Any, *arguments: Any, **named: Any) -> Any:
+        if function.fn.__module__.startswith("softcurve."):
+            return function.rewrite()(*arguments, **named)
+        return call_it(function, *arguments, **named)
+
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
+
+
 @pytest.fixture
 def without_shape_checks() -> Iterator[None]:
     """For tests of thousands of small calls, which the checks would double; other tests make the same calls checked."""
@@ -81,7 +104,7 @@ def run_python() -> Callable[[str], subprocess.CompletedProcess[str]]:
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
         # A driver's warnings are its own, and so are those of Triton's interpreter.
-        strict = ON_CPU and os.environ.get("TRITON_INTERPRET") != "1"
+        strict = ON_CPU and not INTERPRETS_TRITON
         warnings = ["-W", "error", "-W", INDUCTOR_WARNING] if strict else []
         command = [sys.executable, *warnings, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -118,16 +118,16 @@ MUTANTS = [
     Mutant("digest", "the digest of a checkpoint leaves out its tensors", "fit/checkpoint.py",
            "state.update(tensor.contiguous()", "hashlib.sha256().update(tensor.contiguous()", "test_fit_checkpoint.py"),
     # --- Triton
-    Mutant("triton-guess", "a guess far from the largest logit stays", "head/triton_lists.py",
-           'launch(_exponentials, z, arguments | {"REDO": True}, by_rows=True)', "pass", "interpreted_head.py -k guess", True),
-    Mutant("triton-reverse", "the cross term of the reverse KL is that of the forward one", "head/triton_dense.py",
-           "            cross = -p\n", "            cross = -y\n", "interpreted_head.py -k 'equals_the_dense_loss and reverse-Logits'", True),
-    Mutant("triton-bend", "the second derivative of the soft cap has the other sign on lists", "head/triton_lists.py",
-           "bend = -2 / softcap * tanh(raw / softcap)\n", "bend = 2 / softcap * tanh(raw / softcap)\n", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
-    Mutant("triton-pieces", "the sum of an earlier piece of a row is not lowered to the new maximum", "head/triton_lists.py",
-           "sums = kept * sums + e\n        if DIRECTED", "sums = sums + e\n        if DIRECTED", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
-    Mutant("triton-slope", "a Hessian product of many columns forgets the cap's slope", "head/triton_dense_curvature.py",
-           "    product = product * slope\n", "", "interpreted_head.py -k curvature_products", True),
+    Mutant("triton-guess", "a guess far from the largest logit stays", "head/triton/sparse.py",
+           "for redo in (False, True):", "for redo in (False,):", "interpreted_head.py -k guess", True),
+    Mutant("triton-reverse", "the cross term of the reverse KL is that of the forward one", "head/triton/dense_terms.py",
+           "        cross = -p\n", "        cross = -y\n", "interpreted_head.py -k 'equals_the_dense_loss and reverse-Logits'", True),
+    Mutant("triton-bend", "the second derivative of the soft cap has the other sign on lists", "head/triton/sparse.py",
+           "bent = math.bend_ratio(raw, softcap)", "bent = -math.bend_ratio(raw, softcap)", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
+    Mutant("triton-pieces", "the sum of an earlier piece of a row is not lowered to the new maximum", "head/triton/sparse.py",
+           "        sums = kept * sums + e\n", "        sums = sums + e\n", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
+    Mutant("triton-slope", "a Hessian product of many columns forgets the cap's slope", "head/triton/columns.py",
+           "product * slope + bent", "product + bent", "interpreted_head.py -k curvature_products", True),
 ]  # fmt: skip
 
 

@@ -37,7 +37,10 @@ INTERPRETED = {
         "tests/test_exactness.py",
         "tests/test_head_exactness.py",
         "-k",
-        "(test_confident_row and head and -9-) or (test_offset and float32 and 10000) or a_bias_of_minus_infinity",
+        (
+            "(test_confident_row and head and -9-) or a_bias_of_minus_infinity"
+            " or (test_offset and float32 and 10000 and (index or smoothed or Logits or js))"
+        ),
     ],
 }
 
@@ -177,7 +180,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's own ptxas is a program for Linux")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_kernels_compile_for_a_gpu(launches: Launches, capability: int) -> None:
-    """Every kernel; of its many sets of switches the one with most of them on, for every family."""
+    """Every kernel; of its many sets of switches the one with most of them on, and on 90 for every family and dtype."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -185,8 +188,9 @@ def test_kernels_compile_for_a_gpu(launches: Launches, capability: int) -> None:
     richest: dict[Any, Any] = {}
     for module, name, switches in launches.found:
         settings = dict(switches)
-        kind = settings.get("FAMILY") if name == "_residuals" else settings.get("REDO")
-        key = (module, name, kind, settings["NARROW"])
+        of_family = capability == 90 and name == "_residuals" and settings["NARROW"]
+        kind = settings["FAMILY"] if of_family else settings.get("REDO")
+        key = (module, name, kind, capability == 90 and settings["NARROW"])
         on = sum(bool(value) for value in settings.values())
         if on >= richest.get(key, (-1,))[0]:
             richest[key] = (on, (module, name, switches))

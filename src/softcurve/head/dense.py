@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.dense_tile import DenseTile
+from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.kernel import (
     Block,
     CurvatureBlock,
@@ -90,7 +90,7 @@ class SideStatistics:
         return mean_rest + top_v / (1 + self.rest), top_v * self.complement - mean_rest
 
     def numbers(self) -> list[Tensor]:
-        """The numbers that tile functions use, in the order of :data:`softcurve.head.aten.dense.OFFSET` etc."""
+        """The numbers that tile functions use, in the order of :data:`softcurve.head.aten.dense_terms.OFFSET` etc."""
         offset = torch.where(self.offset == -math.inf, 0.0, self.offset)
         top_residual = self.score * self.complement - self.score_rest
         mean, top_u = self.mean_and_top(self.mean_rest, self.top_v)

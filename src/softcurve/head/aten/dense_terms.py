@@ -1,4 +1,4 @@
-"""The terms of two distributions on the classes of a tile, and the gradient that they make, in ATen.
+"""The tiles of dense targets, in ATen and in Triton alike; the terms of both distributions on a tile, in ATen.
 
 ``torch.where`` costs as much as five exponentials on the CPU, so rare entries (masked classes, classes without mass)
 are handled only where a look at the rows shows that there are some.
@@ -7,63 +7,133 @@ are handled only where a look at the rows shows that there are some.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcurve.head.aten.dense_tile import (
-    LOG_RATIO,
-    LOG_REST,
-    LSE,
-    MODEL,
-    OFFSET,
-    SCORE,
-    TARGET,
-    TOP_RESIDUAL,
-    DenseTile,
-)
 from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import may_be_masked, unless_masked
 from softcurve.losses.spec import LossSpec
 
+MODEL, TARGET = range(2)
 
-class Side:
-    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first used.
+# Rows of ``DenseTile.numbers``: eight of the model's softmax, the same eight of the target's, and three of the loss.
+# With S the sum of the scores and u = v − p·v, the entries of a class with more than half of the mass (the "top") are
+# differences that cancel, so the residual and u at the top are sums over the other classes instead.
+OFFSET, LOG_REST, UNIT, SCORE, TOP_RESIDUAL, MEAN_V, TOP_U, CHANGE = range(8)
+SIDE_NUMBERS = 8
+LOG_RATIO, LSE, WEIGHT = range(2 * SIDE_NUMBERS, 2 * SIDE_NUMBERS + 3)
+
+
+class DenseTile(NamedTuple):
+    """The tensors of a block, ``(rows, classes)`` each, and what its elementwise work depends on."""
+
+    loss: LossSpec
+    class_count: int  # C, of which the block holds some
+    cached: int  # entries that stay in the cache
+    wants_target: bool  # whether the derivatives with respect to the target are wanted
+    knows_scores: bool  # whether sums and numbers have scores; if not, ATen sums them up over whole rows in residuals
+    z: Tensor
+    target: Tensor  # probabilities or logits, as the caller gave them
+    v: Tensor | None = None  # the changes of z and target along a direction
+    target_v: Tensor | None = None
+    out: Tensor | None = None  # for residuals: ``z`` and ``v`` themselves, or buffers in half precision
+    v_out: Tensor | None = None
+    target_out: Tensor | None = None
+    target_v_out: Tensor | None = None
+    seen: Tensor | None = None  # where ATen keeps what the softmax sees, if there is a soft cap and no cut of classes
+    raw: Tensor | None = None  # second order: buffers for the logits before their soft cap, q, and the residual
+    q: Tensor | None = None
+    residual: Tensor | None = None
+    class_weight: Tensor | None = None  # (classes,): the factors of the target's mass, and of label smoothing
+    class_share: Tensor | None = None
+    top: Tensor | None = None  # (2, rows): each softmax's class above one half as a column; elsewhere if there is none
+    numbers: Tensor | None = None  # (19, rows, 1), in the dtype of ``z``
+
+    @property
+    def is_by_logits(self) -> bool:
+        """Whether a softmax makes the target, so that its derivatives pass through one."""
+        return self.loss.target != "probabilities" or not self.loss.is_cross_entropy
+
+    @property
+    def takes_logarithm(self) -> bool:
+        """Whether the target's logits are the logarithm of what the caller gave."""
+        return self.is_by_logits and self.loss.target == "probabilities"
+
+    @property
+    def target_scale(self) -> float:
+        """The factor of the target's logits, where no matrix product has applied it."""
+        return 1.0 if self.loss.target == "teacher" else self.loss.target_scale
+
+    def number(self, which: int, side: int = MODEL) -> Tensor:
+        """Return one number of each row, ``(rows, 1)``; ``side`` for those that each softmax has."""
+        assert self.numbers is not None
+        return self.numbers[which + SIDE_NUMBERS * side]
+
+    def row_groups(self) -> Iterator[tuple[slice, DenseTile]]:
+        """Yield groups of rows that are small enough to stay in the cache, with the target in the dtype of ``z``."""
+        rows, classes = self.z.shape
+        step = max(1, self.cached // max(1, classes))
+        parts = {name: value for name, value in self._asdict().items() if name in _BY_ROWS and value is not None}
+        for start in range(0, rows, step):
+            group = slice(start, start + step)
+            part = self._replace(**{name: value[group] for name, value in parts.items()})
+            yield (
+                group,
+                part._replace(
+                    target=part.target.to(self.z.dtype),
+                    top=None if self.top is None else self.top[:, group],
+                    numbers=None if self.numbers is None else self.numbers[:, group],
+                ),
+            )
+
+    def top_entries(self, side: int) -> tuple[Tensor, Tensor]:
+        """Return the row and column of each class above one half in the tile."""
+        assert self.top is not None
+        column = self.top[side]
+        row = ((column >= 0) & (column < self.z.shape[1])).nonzero().squeeze(-1)
+        return row, column[row]
+
+
+_BY_ROWS = frozenset(
+    ("z", "target", "v", "target_v", "out", "v_out", "target_out", "target_v_out", "seen", "raw", "q", "residual")
+)
+
+
+class DenseSums(NamedTuple):
+    """What the tile function ``sums`` adds up over a block's classes, ``(rows, 1)`` each; 0 where it is not wanted."""
+
+    score: Tensor  # S, and the same sum without the top
+    score_rest: Tensor
+    target_score: Tensor
+    target_score_rest: Tensor
+    value: Tensor
+    surplus: Tensor  # Σ (p − y)
+    curve: Tensor
+    mean_v: Tensor  # Σ p v without the top, and v at the top
+    top_v: Tensor
+    target_mean_v: Tensor
+    target_top_v: Tensor
+    entropy: Tensor
+    best: Tensor  # the target's largest entry
+
+
+# --- terms ------------------------------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """The probabilities of one side and the terms of the loss seen from it, each computed when it is first called.
 
     :mod:`softcurve.losses.divergences` defines score, curve and cross term; a curve or cross term of 0 is ``None``.
     """
 
-    def __init__(
-        self,
-        p: Callable[[], Tensor],
-        score: Callable[[], Tensor],
-        curve: Callable[[], Tensor | None],
-        cross: Callable[[], Tensor | None],
-    ) -> None:
-        self._p, self._score, self._curve, self._cross = p, score, curve, cross
-
-    @cached_property
-    def p(self) -> Tensor:
-        """The probabilities."""
-        return self._p()
-
-    @cached_property
-    def score(self) -> Tensor:
-        """``s``."""
-        return self._score()
-
-    @cached_property
-    def curve(self) -> Tensor | None:
-        """``c``."""
-        return self._curve()
-
-    @cached_property
-    def cross(self) -> Tensor | None:
-        """``x``."""
-        return self._cross()
+    p: Callable[[], Tensor]
+    score: Callable[[], Tensor]
+    curve: Callable[[], Tensor | None]
+    cross: Callable[[], Tensor | None]
 
 
 class Terms(NamedTuple):
@@ -81,7 +151,8 @@ def terms_of(tile: DenseTile) -> Terms:
 
     Seen from the logits of its target, a cross-entropy has ``s = c = −y log p``.
     """
-    z, y = seen_logits(tile), tile.target
+    # A soft cap is slow, so what the softmax sees is kept where there is a buffer for it.
+    z, y = map_logits(tile) if tile.seen is None else tile.seen, tile.target
     log_p = (z - tile.number(OFFSET)).sub_(tile.number(LOG_REST))
     if tile.is_by_logits:
         logits = target_logits(tile)
@@ -89,19 +160,17 @@ def terms_of(tile: DenseTile) -> Terms:
         y = log_y.exp()
     if tile.loss.is_cross_entropy:
         return _cross_entropy_terms(tile, log_p, y)
-    pair = _pair(tile, log_p, log_y, z, logits, y)
-    divergence = tile.loss.divergence
+    pair, divergence = _pair(tile, log_p, log_y, z, logits, y), tile.loss.divergence
     return Terms(pair, log_p, y, _side_of(divergence, pair), _side_of(divergence.exchanged(), pair.exchanged()))
 
 
 def _side_of(divergence: Divergence, pair: Pair) -> Side:
-    return Side(
-        lambda: pair.p, lambda: divergence.score(pair), lambda: divergence.curve(pair), lambda: divergence.cross(pair)
-    )
+    terms = (cache(partial(term, pair)) for term in (divergence.score, divergence.curve, divergence.cross))
+    return Side(lambda: pair.p, *terms)
 
 
 def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tensor, y: Tensor) -> Pair:
-    """Both distributions and their log-ratio, right relatively even where the two nearly agree.
+    """Return both distributions and their log-ratio, right relatively even where the two nearly agree.
 
     There the difference of the logits is exact, as that of two log-probabilities is not. Where the offsets of the rows
     differ, it is rounded at the size of the offsets.
@@ -121,29 +190,33 @@ def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tens
 
 
 def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
-    loss, weight = tile.loss, tile.class_weight
+    loss, weight, p = tile.loss, tile.class_weight, cache(log_p.exp)
     own, whole = masses(y, loss, tile.class_count, weight, tile.class_share)
+    model = partial(Side, p, cache(whole.neg), _nothing)
     if tile.is_by_logits:
-        model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -own)
-        target = Side(lambda: y, lambda: -weighted(own, log_p), lambda: target.score, lambda: -own)
-        return Terms(None, log_p, whole, model, target)
+        score, cross = cache(lambda: -weighted(own, log_p)), cache(own.neg)
+        return Terms(None, log_p, whole, model(cross), Side(lambda: y, score, score, cross))
+    # The cross term is with respect to probabilities that no softmax has made.
     factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
 
-    def score() -> Tensor:
+    def score_of_probabilities() -> Tensor:
         score = -factor * log_p
         if may_be_masked(log_p):
             score = torch.where((log_p == -math.inf) & (y == 0) | (factor == 0), 0.0, score)
         return score
 
-    # The cross term is with respect to probabilities that no softmax has made.
-    model = Side(log_p.exp, lambda: -whole, lambda: None, lambda: -factor)
-    return Terms(None, log_p, whole, model, Side(lambda: y, score, lambda: None, lambda: -factor))
+    target = Side(lambda: y, cache(score_of_probabilities), _nothing, factor.neg)
+    return Terms(None, log_p, whole, model(factor.neg), target)
+
+
+def _nothing() -> None:
+    """Return the curve of a loss that is linear in ``log p``."""
 
 
 def masses(
     y: Tensor, loss: LossSpec, class_count: int, weight: Tensor | None, share: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``w (1 − ε) y`` and, with what label smoothing adds, ``w (1 − ε) y + w′ ε / C``: a cross-entropy's target."""
+    """Return ``w (1 − ε) y`` and a cross-entropy's whole target ``w (1 − ε) y + w′ ε / C``, with label smoothing."""
     own = y * (1 - loss.smoothing) if loss.smoothing else y
     own = own if weight is None else own * weight
     if not loss.smoothing:
@@ -152,13 +225,8 @@ def masses(
     return own, own + (each if share is None else each * share)
 
 
-def seen_logits(tile: DenseTile) -> Tensor:
-    """The logits that the softmax sees: after the soft cap, which is slow, so they are kept."""
-    return map_logits(tile) if tile.seen is None else tile.seen
-
-
 def map_logits(tile: DenseTile) -> Tensor:
-    """``m(z)``, into the buffer for it where the tile has one."""
+    """Return ``m(z)``, in the buffer for it if the tile has one."""
     loss = tile.loss
     if loss.softcap is None or may_be_masked(tile.z):
         seen = loss.logit_map.value(tile.z)
@@ -168,13 +236,13 @@ def map_logits(tile: DenseTile) -> Tensor:
 
 
 def target_logits(tile: DenseTile) -> Tensor:
-    """The logits whose softmax is the target."""
+    """Return the logits whose softmax is the target."""
     logits = torch.log(tile.target) if tile.takes_logarithm else tile.target
     return logits if tile.target_scale == 1 else logits * tile.target_scale
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """``weights ⊙ values``, where a class of weight 0 has no part, also beside an infinite value."""
+    """Return ``weights ⊙ values``, where a class of weight 0 has no part, also beside an infinite value."""
     products = weights * values
     return torch.where(weights == 0, 0.0, products) if products.sum().isnan() else products
 
@@ -191,47 +259,41 @@ def sum_and_rest(tile: DenseTile, side: int, values: Tensor) -> tuple[Tensor, Te
 
 
 def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
-    """``m′`` of the soft cap at the logits before it."""
+    """Return ``m′`` of the soft cap at the logits before it."""
     return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
-
-
-def bend_ratio(tile: DenseTile, raw: Tensor) -> Tensor:
-    """``m″/m′ = −(2/κ) tanh(z/κ)`` of the soft cap."""
-    assert tile.loss.softcap is not None
-    return torch.tanh(raw / tile.loss.softcap).mul_(-2 / tile.loss.softcap)
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:
-    """∂L/∂z of what the softmax sees."""
+    """Return ∂L/∂z for what the softmax sees."""
     gradient = pulled_back(tile, MODEL, terms.model)
     if tile.loss.z_loss:
-        gradient.addcmul_(terms.model.p, tile.number(LSE), value=2 * tile.loss.z_loss)
+        gradient.addcmul_(terms.model.p(), tile.number(LSE), value=2 * tile.loss.z_loss)
     return unless_masked(tile.z, gradient)
 
 
 def pulled_back(tile: DenseTile, side: int, of: Side) -> Tensor:
-    """``s − p S``, at the top as minus the sum of all others, and its limit where ``S`` is infinite."""
+    """Return ``s − p S``, at the top as minus the sum of all others, and its limit where ``S`` is infinite."""
     if tile.knows_scores:
         total, at_top = tile.number(SCORE, side), tile.number(TOP_RESIDUAL, side)
     else:
-        total, rest = sum_and_rest(tile, side, of.score)
+        total, rest = sum_and_rest(tile, side, of.score())
         at_top = -torch.expm1(-tile.number(LOG_REST, side)) * total - rest
-    gradient = torch.addcmul(of.score, of.p, total, value=-1)
+    gradient = torch.addcmul(of.score(), of.p(), total, value=-1)
     row, column = tile.top_entries(side)
     if len(row):
         gradient[row, column] = at_top[row, 0]
     infinite = (total == math.inf).squeeze(-1).nonzero().squeeze(-1)
     if len(infinite):
-        score, p = of.score[infinite], of.p[infinite]
+        score, p = of.score()[infinite], of.p()[infinite]
         gradient[infinite] = torch.where(score == math.inf, score, torch.where(p > 0, -math.inf, 0.0).to(p.dtype))
     return gradient
 
 
 def without_mean(v: Tensor, mean: Tensor, tile: DenseTile, side: int, at_top: Tensor) -> Tensor:
-    """``v − mean``, and the number that each row has for it at the top."""
+    """Return ``v − mean``, but at the top the number that each row has for it."""
     u = v - mean
     row, column = tile.top_entries(side)
     if len(row):

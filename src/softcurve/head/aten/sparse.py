@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.kernel import Residuals
 from softcurve.losses.spec import LogitMap
 
@@ -109,9 +110,6 @@ class SparseResiduals(NamedTuple):
     listed_v: Tensor
 
 
-Swept = tuple[SparseSums, Tensor | None, Tensor | None]
-
-
 def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = False) -> None:
     """Set or add to the entries of ``tile`` at the places inside; ``None`` sets −inf."""
     columns, inside = places
@@ -128,11 +126,13 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 def rescale(tile: Tensor, factor: Tensor) -> None:
-    """``tile ← factor · tile`` row by row."""
+    """Multiply each row of ``tile`` by its factor."""
     tile.mul_(factor.to(tile.dtype))
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+def statistics(
+    tile: SparseTile, *, wants_stats: bool, leaves_residual: bool
+) -> tuple[SparseSums, Tensor | None, Tensor | None]:
     """Map the logits and sum over the unlisted classes; ``e^{z − shift}`` is left in ``z`` in any case.
 
     Returns the sums, the first column of the largest logit if statistics are wanted, and the tensor with exponentials.
@@ -140,7 +140,7 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
     """
     z, v = tile.z, tile.v
     put(z, tile.listed, None)
-    for rows in tile.row_groups() if tile.raw is not None else ():
+    for rows in tile.row_groups():
         _map_logits(tile, rows)
     # Of the unlisted: beside a listed class far above them they would be too small for float32.
     top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
@@ -161,16 +161,15 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
             torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
     # A block without mass leaves the shift to others, which may lie anywhere.
     lowest = torch.where(top == -math.inf, top, shift).double()
-    wide = {"change": change.double(), "moment": moment.double()}
-    return SparseSums.of(lowest, total.double(), **wide, **smoothed), column, z
+    sums = SparseSums.of(lowest, total.double(), change=change.double(), moment=moment.double(), **smoothed)
+    return sums, column, z
 
 
 def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``, in place: the only function of this backend that does.
 
     ``g = β e − w u`` and ``ġ = e (β m′ ż + α)`` with ``e = e^{m(z) − shift}`` at unlisted classes become ``m′ g`` and
-    ``m′ ġ + m″ g ż``. ``exponentials`` are what :func:`statistics` has left,
-    or ``None`` if ``z`` holds logits.
+    ``m′ ġ + m″ g ż``. ``exponentials`` are what :func:`statistics` has left, or ``None`` if ``z`` holds logits.
     """
     z, v, raw, share = tile.z, tile.v, tile.raw, tile.share
     shift, alpha, beta, weight = (part.to(z.dtype) for part in (rows.shift, rows.alpha, rows.beta, rows.weight))
@@ -202,7 +201,7 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 
 
 def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
-    """``z ← e^{m(z) − shift}``, and 0 at listed classes.
+    """Set ``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
     ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
     ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
@@ -234,7 +233,7 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
 
 
 def form_residual(tile: SparseTile, out: Tensor, factor: Tensor) -> None:
-    """``out = m′ (factor · e − u)`` beside the exponentials ``e``: a Hessian's ∂L/∂z at unlisted classes."""
+    """Set ``out = m′ (factor · e − u)`` beside the exponentials ``e``: a Hessian's ∂L/∂z at unlisted classes."""
     for rows in tile.row_groups():
         part = torch.mul(tile.z[rows], factor[rows].to(out.dtype), out=out[rows])
         if tile.share is not None:
@@ -258,59 +257,64 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
     """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
 
-    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
+    It sets ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``, to which the kernel adds at the classes that it
+    keeps apart.
     """
     assert tile.v is not None
     scaled = not _all_ones(beta)
     alpha, beta, inverse = (part.to(tile.v.dtype) for part in (alpha, beta, inverse))
     for rows in tile.row_groups():
-        v, (slope, bend) = tile.v[rows], _slope_and_bend(tile, rows)
+        v, (slope, bend) = tile.v[rows], slope_and_bend(tile, tile.logit_map, rows)
         if bend is not None:
             bend.mul_(v).mul_(inverse[rows])
         if slope is not None:
             v.mul_(slope)
         if scaled:
             v.mul_(beta[rows])
-        v.add_(alpha[rows]).mul_(tile.z[rows])
-        if slope is not None:
-            v.mul_(slope)
-        if bend is not None:
-            v.add_(bend)
+        through_cap(v.add_(alpha[rows]).mul_(tile.z[rows]), slope, bend)
 
 
 def diagonal(tile: SparseTile, square: Tensor, linear: Tensor, inverse: Tensor) -> None:
-    """``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
+    """Set ``v ← m′² e (square · e + linear) + (m″/m′) (m′ g′) · inverse``, to which the kernel adds likewise."""
     assert tile.v is not None
     square, linear, inverse = (part.to(tile.v.dtype) for part in (square, linear, inverse))
     for rows in tile.row_groups():
-        v, e, (slope, bend) = tile.v[rows], tile.z[rows], _slope_and_bend(tile, rows)
+        v, e, (slope, bend) = tile.v[rows], tile.z[rows], slope_and_bend(tile, tile.logit_map, rows)
         torch.mul(e, square[rows], out=v).add_(linear[rows]).mul_(e)
-        if slope is not None:
-            v.mul_(slope.square_())
-        if bend is not None:
-            v.add_(bend.mul_(inverse[rows]))
+        bend = None if bend is None else bend.mul_(inverse[rows])
+        through_cap(v, None if slope is None else slope.square_(), bend)
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+# --- the soft cap ----------------------------------------------------------------------------------------------------
 
 
 def bend_ratio(logit_map: LogitMap, raw: Tensor) -> Tensor:
-    """``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
+    """Return ``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
     assert logit_map.softcap is not None
     return torch.tanh(raw / logit_map.softcap).mul_(-2 / logit_map.softcap)
 
 
-def _slope_and_bend(tile: SparseTile, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    """``m′`` where there is a soft cap, and ``(m″/m′) (m′ g′)`` where there is a Hessian's residual."""
+def slope_and_bend(
+    tile: SparseTile | DenseTile, logit_map: LogitMap, rows: slice = slice(None)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``m′`` if there is a soft cap, and ``(m″/m′) (m′ g′)`` if there is a Hessian's residual as well."""
     if tile.raw is None:
         return None, None
     raw = tile.raw[rows]
-    bend = None if tile.residual is None else bend_ratio(tile.logit_map, raw).mul_(tile.residual[rows])
-    return tile.logit_map.slope(raw), bend
+    bend = None if tile.residual is None else bend_ratio(logit_map, raw).mul_(tile.residual[rows])
+    return logit_map.slope(raw), bend
+
+
+def through_cap(v: Tensor, slope: Tensor | None, bend: Tensor | None) -> None:
+    """Set ``v ← slope ⊙ v + bend``."""
+    if slope is not None:
+        v.mul_(slope)
+    if bend is not None:
+        v.add_(bend)
 
 
 def _map_logits(tile: SparseTile, rows: slice) -> None:
-    """``z ← m(z)`` and ``ż ← m′(z) ż``, with the logits before it in ``raw``, where there is a soft cap."""
+    """If there is a soft cap, set ``z ← m(z)`` and ``ż ← m′(z) ż``, and copy the logits before it to ``raw``."""
     if tile.raw is None:
         return
     raw = tile.raw[rows].copy_(tile.z[rows])
@@ -319,14 +323,17 @@ def _map_logits(tile: SparseTile, rows: slice) -> None:
         tile.v[rows] *= tile.logit_map.slope(raw)
 
 
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
 def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:
-    """``z ← e^{m(z) − shift}``."""
+    """Set ``z ← e^{m(z) − shift}``."""
     _map_logits(tile, rows)
     tile.z[rows].sub_(shift[rows]).exp_()
 
 
 def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
-    """``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
+    """Return ``Σ u (z − base)`` and ``Σ u ż`` of label smoothing over the unlisted classes."""
     share, columns = tile.share, tile.listed.columns
     if share is None:
         return {}
@@ -348,5 +355,5 @@ def or_zero(shift: Tensor) -> Tensor:
 
 
 def _all_ones(factor: Tensor) -> bool:
-    """Whether rows need no factor; not looked at where that would make the device wait."""
+    """Return whether rows need no factor, but False where a look at it would make the device wait."""
     return factor.device.type == "cpu" and bool((factor == 1).all())

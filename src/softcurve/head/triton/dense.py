@@ -13,29 +13,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.aten.dense_curvature import diagonal
-from softcurve.head.aten.dense_tile import MODEL, DenseSums, DenseTile
-from softcurve.head.triton.dense_curvature import accumulate_column, multiply_column, prepare
-from softcurve.head.triton.dense_terms import (
-    CHANGE,
-    ENTRIES,
-    LSE,
-    MEAN_V,
-    OF_TARGET,
-    PROBABILITIES,
-    SCORE,
-    WEIGHT,
-    centred,
-    directions,
-    launch_tile,
-    load_pair,
-    number,
-    pair_terms,
-    pulled_back,
-    through_target,
-    times_finite,
-)
-from softcurve.head.triton.math import bend_ratio, cap_slope, capped, difference_exp, here, jit, launch, own_row, pieces
+from softcurve.head.aten.dense import diagonal
+from softcurve.head.aten.dense_terms import MODEL, DenseSums, DenseTile
+from softcurve.head.triton import columns, math
+from softcurve.head.triton import dense_terms as terms
+from softcurve.head.triton.dense_terms import CHANGE, ENTRIES, LSE, MEAN_V, OF_TARGET, PROBABILITIES, SCORE, WEIGHT
+from softcurve.head.triton.math import here, jit, launch, number, own_rows, store_sum
+from softcurve.losses.rows import HESSIAN
 
 __all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepare", "residuals", "softmax", "sums"]
 
@@ -48,26 +32,26 @@ def _softmax(
     z, z_stride, found, place, softcap, temperature, scale, rows, classes, LOGARITHM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
+    row = own_rows(ROWS)
+    exists = row < rows
     top = tl.full([ROWS, 1], -float("inf"), tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
     rest = tl.zeros([ROWS, BLOCK], tl.float32)
     joined = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         x = tl.load(z + row * z_stride + at, mask=inside, other=0.0).to(tl.float32)
         if LOGARITHM:
             x = tl.log(x)
-        x = tl.where(inside, capped(x * scale, softcap, temperature), -float("inf"))
+        x = tl.where(inside, math.capped(x * scale, softcap, temperature), -float("inf"))
         best = tl.max(x, axis=1)[:, None]
         which = start + tl.argmax(x, axis=1)[:, None]
         new = tl.maximum(top, best)
         safe = tl.where(new == -float("inf"), 0.0, new)
-        before = difference_exp(top, safe)
+        before = math.difference_exp(top, safe)
         # The lower of the two tops joins the rest.
-        lower = tl.where(best > top, before, difference_exp(best, safe))
-        rest = rest * before + tl.where(at == which, 0.0, difference_exp(x, safe))
+        lower = tl.where(best > top, before, math.difference_exp(best, safe))
+        rest = rest * before + tl.where(at == which, 0.0, math.difference_exp(x, safe))
         joined = joined * before + lower
         chosen = tl.where(best > top, which, chosen)
         top = new
@@ -95,71 +79,52 @@ def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, T
 
 @jit
 @no_type_check
-def _store_sum(found, which, values, row, exists, rows):
-    tl.store(found + which * rows + row, tl.sum(values, axis=1)[:, None], mask=exists)
-
-
-@jit
-@no_type_check
 def _sums(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, numbers,
     top, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
     FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
+    row = own_rows(ROWS)
+    exists = row < rows
     zero = tl.zeros([ROWS, BLOCK], tl.float32)
     scores, others, t_scores, t_others = zero, zero, zero, zero
     values, differences, curves, entropies = zero, zero, zero, zero
     means, at_top, t_means, t_at_top = zero, zero, zero, zero
     best = tl.full([ROWS, 1], -float("inf"), tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
-    place = tl.load(top + row, mask=exists, other=-1)
-    t_place = tl.load(top + rows + row, mask=exists, other=-1)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        raw, seen, given, t = load_pair(
-            z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM
-        )
-        p, score, curve, _, t_p, t_score, _, _, value, minus_log_p, difference = pair_terms(
-            seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share,
-            uniform_each, inside, FAMILY
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        logits, (p, score, curve, _), (t_p, t_score, _), (value, minus_log_p, difference) = terms.load_terms(
+            z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
+            temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
         )  # fmt: skip
+        is_top, t_is_top = at == number(top, 0, row, rows), at == number(top, 1, row, rows)
         scores += tl.where(inside, score, 0.0)
-        others += tl.where(inside & (at != place), score, 0.0)
+        others += tl.where(inside & ~is_top, score, 0.0)
         t_scores += tl.where(inside, t_score, 0.0)
-        t_others += tl.where(inside & (at != t_place), t_score, 0.0)
+        t_others += tl.where(inside & ~t_is_top, t_score, 0.0)
         values += tl.where(inside, value, 0.0)
         differences += tl.where(inside, difference, 0.0)
         curves += tl.where(inside, curve, 0.0)
         if v is not None or target_v is not None:
-            change, _, t_change = directions(
-                v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature,
-                target_scale, LOGARITHM
+            _, change, t_change, _, _ = terms.directions(
+                v, v_stride, target_v, target_v_stride, logits[0], logits[2], numbers, is_top, t_is_top, row, at,
+                inside, rows, softcap, temperature, target_scale, FAMILY, LOGARITHM
             )  # fmt: skip
-            means += tl.where(at == place, 0.0, times_finite(p, change))
-            at_top += tl.where(at == place, change, 0.0)
-            t_means += tl.where(at == t_place, 0.0, times_finite(t_p, t_change))
-            t_at_top += tl.where(at == t_place, t_change, 0.0)
+            means += tl.where(is_top, 0.0, terms.times_finite(p, change))
+            at_top += tl.where(is_top, change, 0.0)
+            t_means += tl.where(t_is_top, 0.0, terms.times_finite(t_p, t_change))
+            t_at_top += tl.where(t_is_top, t_change, 0.0)
         if label is not None:
-            entropies += times_finite(p, minus_log_p)
-            most = tl.where(inside, given, -float("inf"))
+            entropies += terms.times_finite(p, minus_log_p)
+            most = tl.where(inside, logits[2], -float("inf"))
             highest = tl.max(most, axis=1)[:, None]
             chosen = tl.where(highest > best, start + tl.argmax(most, axis=1)[:, None], chosen)
             best = tl.maximum(highest, best)
-    # In the order of DenseSums.
-    _store_sum(found, 0, scores, row, exists, rows)
-    _store_sum(found, 1, others, row, exists, rows)
-    _store_sum(found, 2, t_scores, row, exists, rows)
-    _store_sum(found, 3, t_others, row, exists, rows)
-    _store_sum(found, 4, values, row, exists, rows)
-    _store_sum(found, 5, differences, row, exists, rows)
-    _store_sum(found, 6, curves, row, exists, rows)
-    _store_sum(found, 7, means, row, exists, rows)
-    _store_sum(found, 8, at_top, row, exists, rows)
-    _store_sum(found, 9, t_means, row, exists, rows)
-    _store_sum(found, 10, t_at_top, row, exists, rows)
-    _store_sum(found, 11, entropies, row, exists, rows)
+    found_sums = (scores, others, t_scores, t_others, values, differences, curves, means, at_top, t_means, t_at_top)
+    for which in tl.static_range(11):  # in the order of DenseSums
+        store_sum(found, which, found_sums[which], row, rows)
+    store_sum(found, 11, entropies, row, rows)
     if label is not None:
         tl.store(found + 12 * rows + row, best, mask=exists)
         tl.store(label + row, chosen, mask=exists)
@@ -169,7 +134,7 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
     """Do as in ATen; the sums of the loss and of the curve cost nothing more here."""
     found = tile.z.new_zeros(len(DenseSums._fields), len(tile.z), 1)
     label = tile.z.new_zeros((len(tile.z), 1), dtype=torch.int64) if wants_stats else None
-    launch_tile(_sums, tile, by_rows=True, found=found, label=label)
+    terms.launch_tile(_sums, tile, by_rows=True, found=found, label=label)
     return DenseSums(*found), label
 
 
@@ -180,37 +145,30 @@ def _changes(
     top, found, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
     FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
+    row = own_rows(ROWS)
     changes = tl.zeros([ROWS, BLOCK], tl.float32)
     t_changes = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, classes, BLOCK):
-        at = start + tl.arange(0, BLOCK)[None, :]
-        inside = exists & (at < classes)
-        raw, seen, given, t = load_pair(
-            z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM
-        )
-        _, _, curve, cross, _, _, t_curve, t_cross, _, _, _ = pair_terms(
-            seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share,
-            uniform_each, inside, FAMILY
+        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        logits, (_, _, curve, cross), (_, _, t_curve), _ = terms.load_terms(
+            z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
+            temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
         )  # fmt: skip
-        change, _, t_u = directions(
-            v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature, target_scale,
-            LOGARITHM
+        is_top, t_is_top = at == number(top, 0, row, rows), at == number(top, 1, row, rows)
+        _, _, _, u, t_u = terms.directions(
+            v, v_stride, target_v, target_v_stride, logits[0], logits[2], numbers, is_top, t_is_top, row, at, inside,
+            rows, softcap, temperature, target_scale, FAMILY, LOGARITHM
         )  # fmt: skip
-        u = centred(change, numbers, 0, at == tl.load(top + row, mask=exists, other=-1), row, exists, rows)
-        if FAMILY != PROBABILITIES:
-            t_place = tl.load(top + rows + row, mask=exists, other=-1)
-            t_u = centred(t_u, numbers, OF_TARGET, at == t_place, row, exists, rows)
         changes += tl.where(inside, curve * u + cross * t_u, 0.0)
-        t_changes += tl.where(inside, t_curve * t_u + t_cross * u, 0.0)
-    _store_sum(found, 0, changes, row, exists, rows)
-    _store_sum(found, 1, t_changes, row, exists, rows)
+        t_changes += tl.where(inside, t_curve * t_u + cross * u, 0.0)
+    store_sum(found, 0, changes, row, rows)
+    store_sum(found, 1, t_changes, row, rows)
 
 
 def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
     """Do as in ATen."""
     found = tile.z.new_empty(2, len(tile.z), 1)
-    launch_tile(_changes, tile, by_rows=True, found=found)
+    terms.launch_tile(_changes, tile, by_rows=True, found=found)
     return found[0], found[1]
 
 
@@ -226,60 +184,50 @@ def _residuals(
     FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    exists = row < rows
-    raw, seen, given, t = load_pair(
-        z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM
-    )
-    p, score, curve, cross, t_p, t_score, t_curve, t_cross, _, _, _ = pair_terms(
-        seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share,
-        uniform_each, inside, FAMILY
+    (raw, seen, given, t), (p, score, curve, cross), (t_p, t_score, t_curve), _ = terms.load_terms(
+        z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
+        temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
     )  # fmt: skip
-    is_top = at == tl.load(top + row, mask=exists, other=-1)
-    t_is_top = at == tl.load(top + rows + row, mask=exists, other=-1)
-    lse = number(numbers, LSE, row, exists, rows)
-    weight = number(numbers, WEIGHT, row, exists, rows)
+    is_top, t_is_top = at == number(top, 0, row, rows), at == number(top, 1, row, rows)
+    lse, weight = number(numbers, LSE, row, rows), number(numbers, WEIGHT, row, rows)
     masked = seen == -float("inf")
-    gradient = pulled_back(p, score, numbers, 0, is_top, row, exists, rows)
-    gradient = tl.where(masked, 0.0, gradient + 2 * z_loss * lse * p)
+    gradient = terms.pulled_back(p, score, numbers, 0, is_top, row, rows) + 2 * z_loss * lse * p
+    gradient = tl.where(masked, 0.0, gradient)
     t_gradient = t_score
     if FAMILY != PROBABILITIES:
-        t_gradient = pulled_back(t_p, t_score, numbers, OF_TARGET, t_is_top, row, exists, rows)
+        t_gradient = terms.pulled_back(t_p, t_score, numbers, OF_TARGET, t_is_top, row, rows)
         t_gradient = tl.where(t == -float("inf"), 0.0, t_gradient)
     # A row of weight 0 has residual 0, whatever its target holds.
     weighted = tl.where(weight == 0, 0.0, weight * gradient)
-    slope = cap_slope(raw, softcap, temperature)
+    slope = math.cap_slope(raw, softcap, temperature)
     if v_out is not None:
-        change, moved, t_change = directions(
-            v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature, target_scale,
-            LOGARITHM
+        moved, change, t_change, u, t_u = terms.directions(
+            v, v_stride, target_v, target_v_stride, raw, given, numbers, is_top, t_is_top, row, at, inside, rows,
+            softcap, temperature, target_scale, FAMILY, LOGARITHM
         )  # fmt: skip
-        u = centred(change, numbers, 0, is_top, row, exists, rows)
-        t_u = t_change
-        if FAMILY != PROBABILITIES:
-            t_u = centred(t_change, numbers, OF_TARGET, t_is_top, row, exists, rows)
-        product = curve * u + cross * t_u - p * number(numbers, CHANGE, row, exists, rows)
-        product -= p * u * number(numbers, SCORE, row, exists, rows)
-        product += 2 * z_loss * p * (lse * u + number(numbers, MEAN_V, row, exists, rows))
+        product = curve * u + cross * t_u - p * number(numbers, CHANGE, row, rows)
+        product -= p * u * number(numbers, SCORE, row, rows)
+        product += 2 * z_loss * p * (lse * u + number(numbers, MEAN_V, row, rows))
         product = weight * product * slope
         if softcap is not None:
-            product += bend_ratio(raw, softcap) * change * weighted
+            product += math.bend_ratio(raw, softcap) * change * weighted
         product = tl.where(masked | (weight == 0), 0.0, product)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
-        t_product = t_curve * t_u + t_cross * u
+        t_product = t_curve * t_u + cross * u
         if FAMILY != PROBABILITIES:
-            t_product -= t_p * number(numbers, OF_TARGET + CHANGE, row, exists, rows)
-            t_product -= t_p * t_u * number(numbers, OF_TARGET + SCORE, row, exists, rows)
+            t_product -= t_p * number(numbers, OF_TARGET + CHANGE, row, rows)
+            t_product -= t_p * t_u * number(numbers, OF_TARGET + SCORE, row, rows)
         if target_v_out is not None:
-            through = through_target(t_product, given, target_scale, LOGARITHM)
+            through = terms.through_target(t_product, given, target_scale, LOGARITHM)
             if LOGARITHM:
                 through -= tl.where(given > 0, t_gradient * moved / (given * given), 0.0) * target_scale
             through = tl.where(weight == 0, 0.0, weight * through)
             tl.store(target_v_out + row * target_v_out_stride + at, through, mask=inside)
         if tangents is not None:
             along = tl.where(change == 0, 0.0, gradient * change) + tl.where(t_change == 0, 0.0, t_gradient * t_change)
-            _store_sum(tangents, tl.program_id(1), tl.where(inside, along, 0.0), row, exists, rows)
+            store_sum(tangents, tl.program_id(1), tl.where(inside, along, 0.0), row, rows)
     if target_out is not None:
-        through = through_target(t_gradient, given, target_scale, LOGARITHM)
+        through = terms.through_target(t_gradient, given, target_scale, LOGARITHM)
         through = tl.where(weight == 0, 0.0, weight * through)
         tl.store(target_out + row * target_out_stride + at, through, mask=inside)
     tl.store(out + row * out_stride + at, tl.where(masked, 0.0, weighted * slope), mask=inside)
@@ -291,7 +239,59 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     They are multiplied by the rows' weights and written into the tile's ``out``, ``v_out`` etc., which may be ``z`` and
     ``v`` themselves. Returns the change of each row's loss, ``(rows, 1)``, if it is wanted.
     """
-    z = tile.z
-    tangents = z.new_zeros(pieces(z, ENTRIES), len(z), 1) if wants_tangents else None
-    launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
+    pieces = -(-tile.z.shape[1] // math.shape(tile.z, ENTRIES)[1])
+    tangents = tile.z.new_zeros(pieces, len(tile.z), 1) if wants_tangents else None
+    terms.launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
     return None if tangents is None else tangents.double().sum(0)
+
+
+# --- second order, for many columns that share a softmax --------------------------------------------------------------
+
+
+@jit
+@no_type_check
+def _prepare(
+    z, z_stride, target, target_stride, raw, raw_stride, q, q_stride, residual, residual_stride, class_weight,
+    class_share, numbers, top, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss,
+    rows, classes, FAMILY: tl.constexpr, LOGARITHM: tl.constexpr, OF_HESSIAN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr
+):  # fmt: skip
+    row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
+    (x, seen, _, _), (p, score, curve, _), _, _ = terms.load_terms(
+        z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap,
+        temperature, target_scale, beta, beta_rest, own_share, uniform_each, FAMILY, LOGARITHM
+    )  # fmt: skip
+    if residual is not None:
+        gradient = terms.pulled_back(p, score, numbers, 0, at == number(top, 0, row, rows), row, rows)
+        gradient += 2 * z_loss * number(numbers, LSE, row, rows) * p
+        gradient = tl.where(seen == -float("inf"), 0.0, gradient * math.cap_slope(x, softcap, temperature))
+        tl.store(residual + row * residual_stride + at, gradient, mask=inside)
+    if q is not None:
+        entry = curve - score
+        if OF_HESSIAN:
+            entry = curve - p * number(numbers, SCORE, row, rows)
+        tl.store(q + row * q_stride + at, tl.where(p == 0, 0.0, entry), mask=inside)
+    if raw is not None:
+        tl.store(raw + row * raw_stride + at, x, mask=inside)
+    tl.store(z + row * z_stride + at, p, mask=inside)
+
+
+def prepare(tile: DenseTile, matrix: str) -> None:
+    """Do as in ATen."""
+    terms.launch_tile(_prepare, tile, by_rows=False, OF_HESSIAN=matrix == HESSIAN)
+
+
+def accumulate_column(tile: DenseTile) -> Tensor:
+    """Do as in ATen."""
+    found = tile.z.new_empty(3, len(tile.z), 1)
+    terms.launch_tile(columns.accumulate, tile, by_rows=True, entries=math.ENTRIES, found=found)
+    return found
+
+
+def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
+    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
+
+    As in ATen, ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v``, by the kernel that sparse targets launch too.
+    """
+    numbers = torch.cat([numbers, torch.ones_like(numbers[:1])]).float()
+    terms.launch_tile(columns.multiply, tile, by_rows=False, entries=math.ENTRIES, numbers=numbers)

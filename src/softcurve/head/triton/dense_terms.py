@@ -1,7 +1,7 @@
 """The elementwise formulas of :mod:`softcurve.losses.divergences` in Triton, in float32, and their launch.
 
 ``FAMILY`` names the member. In a kernel ``None`` stands for a tensor that there is not, and ``numbers`` is the table of
-:class:`softcurve.head.aten.dense_tile.DenseTile`.
+:class:`softcurve.head.aten.dense_terms.DenseTile`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,21 @@ from typing import Any, no_type_check
 
 import triton.language as tl
 
-from softcurve.head.aten import dense_tile
-from softcurve.head.aten.dense_tile import DenseTile
+from softcurve.head.aten import dense_terms as aten
+from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.backends import MEMBERS
-from softcurve.head.triton.math import (
-    cap_slope,
-    capped,
-    clamp_half,
-    difference_exp,
-    exp_excess,
-    jit,
-    launch,
-    log_mixture,
-)
+from softcurve.head.triton import math
+from softcurve.head.triton.math import jit, launch, number
 from softcurve.losses.spec import LossSpec
 
 # A cross-entropy against probabilities, one against a softmax, then the divergences.
 PROBABILITIES, SOFTMAX, FORWARD, REVERSE, JENSEN_SHANNON = (tl.constexpr(number) for number in range(5))
 
-OFFSET, LOG_REST, UNIT = map(tl.constexpr, (dense_tile.OFFSET, dense_tile.LOG_REST, dense_tile.UNIT))
-SCORE, TOP_RESIDUAL = map(tl.constexpr, (dense_tile.SCORE, dense_tile.TOP_RESIDUAL))
-MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (dense_tile.MEAN_V, dense_tile.TOP_U, dense_tile.CHANGE))
-OF_TARGET = tl.constexpr(dense_tile.SIDE_NUMBERS)  # from a number of the model to the same number of the target
-LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (dense_tile.LOG_RATIO, dense_tile.LSE, dense_tile.WEIGHT))
+OFFSET, LOG_REST, UNIT = map(tl.constexpr, (aten.OFFSET, aten.LOG_REST, aten.UNIT))
+SCORE, TOP_RESIDUAL = map(tl.constexpr, (aten.SCORE, aten.TOP_RESIDUAL))
+MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (aten.MEAN_V, aten.TOP_U, aten.CHANGE))
+OF_TARGET = tl.constexpr(aten.SIDE_NUMBERS)  # from a number of the model to the same number of the target
+LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (aten.LOG_RATIO, aten.LSE, aten.WEIGHT))
 
 # Entries of a tile for a program that holds many numbers for each of them.
 ENTRIES = 1024
@@ -67,46 +59,22 @@ def launch_tile(kernel: Any, tile: DenseTile, *, by_rows: bool, entries: int = E
         "FAMILY": family(loss).value,
         "LOGARITHM": tile.takes_logarithm,
     }
-    values |= more
-    arguments = {name: values[name] for name in kernel.arg_names if name in values}
-    launch(kernel, tile.z, arguments, by_rows=by_rows, entries=entries)
-
-
-@jit
-@no_type_check
-def number(numbers, which, row, exists, rows):
-    """Return one number of each row from the table."""
-    return tl.load(numbers + which * rows + row, mask=exists, other=0.0)
+    launch(kernel, tile.z, values | more, by_rows=by_rows, entries=entries)
 
 
 @jit
 @no_type_check
 def times_finite(p, factor):
-    """``p factor``, where a class without mass has no part in a sum."""
+    """Return ``p factor``, where a class without mass has no part in a sum."""
     return p * tl.where(p == 0, 0.0, factor)
 
 
 @jit
 @no_type_check
 def _excess(a, difference, t):
-    """``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
+    """Return ``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
     direct = tl.where(t == -float("inf"), float("inf"), difference - times_finite(a, t))
-    return tl.where(tl.abs(t) < 0.5, a * exp_excess(clamp_half(t)), direct)
-
-
-@jit
-@no_type_check
-def load_pair(
-    z, z_stride, target, target_stride, row, at, inside, softcap, temperature, target_scale, LOGARITHM: tl.constexpr
-):  # fmt: skip
-    """Return the logits before and after their map, the target as given, and its logits; −inf outside the tile."""
-    raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-    given = tl.load(target + row * target_stride + at, mask=inside, other=0.0).to(tl.float32)
-    t = given
-    if LOGARITHM:
-        t = tl.log(given)
-    t = tl.where(inside, t * target_scale, -float("inf"))
-    return raw, capped(raw, softcap, temperature), given, t
+    return tl.where(tl.abs(t) < 0.5, a * math.exp_excess(math.clamp_half(t)), direct)
 
 
 @jit
@@ -128,8 +96,8 @@ def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.const
         t_score = -difference
         t_curve = y
     else:
-        to_mixture = log_mixture(-ratio, beta, beta_rest)  # log m/p
-        t_to_mixture = log_mixture(ratio, beta_rest, beta)  # log m/y
+        to_mixture = math.log_mixture(-ratio, beta, beta_rest)  # log m/p
+        t_to_mixture = math.log_mixture(ratio, beta_rest, beta)  # log m/y
         value = beta_rest * _excess(p, -beta * difference, to_mixture)
         value += beta * _excess(y, beta_rest * difference, t_to_mixture)
         score = -beta_rest * times_finite(p, to_mixture)
@@ -143,17 +111,29 @@ def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.const
 
 @jit
 @no_type_check
-def pair_terms(
-    seen, given, t, class_weight, class_share, numbers, row, at, exists, rows, beta, beta_rest, own_share, uniform_each,
-    inside, FAMILY: tl.constexpr
+def load_terms(
+    z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap, temperature,
+    target_scale, beta, beta_rest, own_share, uniform_each, FAMILY: tl.constexpr, LOGARITHM: tl.constexpr
 ):  # fmt: skip
-    """Return ``p``, score, curve and cross term of both sides; the value, ``−log p``, and ``p − y``."""
-    offset = number(numbers, OFFSET, row, exists, rows)
-    log_rest = number(numbers, LOG_REST, row, exists, rows)
-    p = difference_exp(seen, offset) * number(numbers, UNIT, row, exists, rows)
+    """Load a piece of both sides, and compare them.
+
+    Returns the logits before and after their map, the target as given and its logits; ``p``, score, curve and cross
+    term of the model, and the first three of the target, whose cross term is the same; the value, ``−log p`` and
+    ``p − y``. Logits are −inf outside the tile.
+    """
+    raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
+    seen = math.capped(raw, softcap, temperature)
+    given = tl.load(target + row * target_stride + at, mask=inside, other=0.0).to(tl.float32)
+    t = given
+    if LOGARITHM:
+        t = tl.log(given)
+    t = tl.where(inside, t * target_scale, -float("inf"))
+    offset = number(numbers, OFFSET, row, rows)
+    log_rest = number(numbers, LOG_REST, row, rows)
+    p = math.difference_exp(seen, offset) * number(numbers, UNIT, row, rows)
     minus_log_p = log_rest - (seen - offset)
-    t_offset = number(numbers, OF_TARGET + OFFSET, row, exists, rows)
-    t_unit = number(numbers, OF_TARGET + UNIT, row, exists, rows)
+    t_offset = number(numbers, OF_TARGET + OFFSET, row, rows)
+    t_unit = number(numbers, OF_TARGET + UNIT, row, rows)
     if FAMILY <= SOFTMAX:
         factor = tl.where(inside, own_share, 0.0)
         uniform = tl.where(inside, uniform_each, 0.0)
@@ -162,7 +142,7 @@ def pair_terms(
             uniform = uniform * tl.load(class_share + at, mask=inside, other=0.0)
         t_p = given
         if FAMILY == SOFTMAX:
-            t_p = difference_exp(t, t_offset) * t_unit
+            t_p = math.difference_exp(t, t_offset) * t_unit
         own = factor * t_p
         y = own + uniform
         score = -y
@@ -178,31 +158,29 @@ def pair_terms(
             nothing = (seen == -float("inf")) & (given == 0)
             t_score = tl.where(nothing | (factor == 0), 0.0, factor * minus_log_p)
             t_curve = tl.zeros_like(p)
-        t_cross = cross
     else:
-        t_log_rest = number(numbers, OF_TARGET + LOG_REST, row, exists, rows)
-        y = difference_exp(t, t_offset) * t_unit
+        t_log_rest = number(numbers, OF_TARGET + LOG_REST, row, rows)
+        y = math.difference_exp(t, t_offset) * t_unit
         # The difference of the logits is exact where they nearly agree; where the rows' offsets differ it is rounded.
-        near = (seen - t) - number(numbers, LOG_RATIO, row, exists, rows)
+        near = (seen - t) - number(numbers, LOG_RATIO, row, rows)
         far = ((seen - offset) - (t - t_offset)) - (log_rest - t_log_rest)
         ratio = tl.where(tl.abs(offset - t_offset) < 1, near, far)
         ratio = tl.where((seen == -float("inf")) & (t == -float("inf")), 0.0, ratio)
-        small = clamp_half(ratio)
-        difference = tl.where(tl.abs(ratio) < 0.5, y * (small + exp_excess(small)), p - y)
+        small = math.clamp_half(ratio)
+        difference = tl.where(tl.abs(ratio) < 0.5, y * (small + math.exp_excess(small)), p - y)
         t_p = y
         score, curve, cross, t_score, t_curve, value = _divergence_terms(
             p, y, ratio, difference, beta, beta_rest, FAMILY
         )
-        t_cross = cross
-    return p, score, curve, cross, t_p, t_score, t_curve, t_cross, value, minus_log_p, difference
+    return (raw, seen, given, t), (p, score, curve, cross), (t_p, t_score, t_curve), (value, minus_log_p, difference)
 
 
 @jit
 @no_type_check
-def pulled_back(p, score, numbers, side, is_top, row, exists, rows):
-    """``s − p S``; at the top as minus the sum of all others, and the limit where ``S`` is infinite."""
-    total = number(numbers, side + SCORE, row, exists, rows)
-    gradient = tl.where(is_top, number(numbers, side + TOP_RESIDUAL, row, exists, rows), score - p * total)
+def pulled_back(p, score, numbers, side, is_top, row, rows):
+    """Return ``s − p S``; at the top as minus the sum of all others, and the limit where ``S`` is infinite."""
+    total = number(numbers, side + SCORE, row, rows)
+    gradient = tl.where(is_top, number(numbers, side + TOP_RESIDUAL, row, rows), score - p * total)
     limit = tl.where(score == float("inf"), score, tl.where(p > 0, -float("inf"), 0.0))
     return tl.where(total == float("inf"), limit, gradient)
 
@@ -210,7 +188,7 @@ def pulled_back(p, score, numbers, side, is_top, row, exists, rows):
 @jit
 @no_type_check
 def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
-    """``values`` times the derivative of the target's logits with respect to what the caller gave."""
+    """Return ``values`` times the derivative of the target's logits with respect to what the caller gave."""
     if LOGARITHM:
         values = tl.where(given > 0, values / given, 0.0)
     return values * target_scale
@@ -219,22 +197,23 @@ def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
 @jit
 @no_type_check
 def directions(
-    v, v_stride, target_v, target_v_stride, raw, given, row, at, inside, softcap, temperature, target_scale,
-    LOGARITHM: tl.constexpr
+    v, v_stride, target_v, target_v_stride, raw, given, numbers, is_top, t_is_top, row, at, inside, rows, softcap,
+    temperature, target_scale, FAMILY: tl.constexpr, LOGARITHM: tl.constexpr
 ):  # fmt: skip
-    """Return the changes of what the softmax sees, of the target as given, and of the target's logits."""
+    """Return the changes of the target as given, of what the softmax sees, and of the target's logits; ``u`` of both.
+
+    ``u = v − p·v``, but the change itself of probabilities that no softmax has made.
+    """
     change = tl.zeros_like(raw)
     moved = tl.zeros_like(raw)
     if v is not None:
-        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
+        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * math.cap_slope(raw, softcap, temperature)
     if target_v is not None:
         moved = tl.load(target_v + row * target_v_stride + at, mask=inside, other=0.0).to(tl.float32)
-    return change, moved, through_target(moved, given, target_scale, LOGARITHM)
-
-
-@jit
-@no_type_check
-def centred(change, numbers, side, is_top, row, exists, rows):
-    """``u = v − p·v``."""
-    u = change - number(numbers, side + MEAN_V, row, exists, rows)
-    return tl.where(is_top, number(numbers, side + TOP_U, row, exists, rows), u)
+    t_change = through_target(moved, given, target_scale, LOGARITHM)
+    u = tl.where(is_top, number(numbers, TOP_U, row, rows), change - number(numbers, MEAN_V, row, rows))
+    t_u = t_change
+    if FAMILY != PROBABILITIES:
+        t_u = t_change - number(numbers, OF_TARGET + MEAN_V, row, rows)
+        t_u = tl.where(t_is_top, number(numbers, OF_TARGET + TOP_U, row, rows), t_u)
+    return moved, change, t_change, u, t_u

@@ -24,11 +24,11 @@ ENTRIES = 4096
 INTERPRETED_SHAPE = (32, 256)  # an interpreted operation costs the same for one row as for many
 
 
-def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool, entries: int = ENTRIES) -> None:
+def launch(kernel: Any, out: Tensor, values: dict[str, Any], *, by_rows: bool, entries: int = ENTRIES) -> None:
     """Run ``kernel`` over the rows of ``out``, and over pieces of its classes unless a program is to see whole rows.
 
-    A kernel that sees whole rows loops over their pieces of ``BLOCK`` classes, ``ROWS`` rows at a time. An argument
-    ``NAME_stride`` that is left out is the stride of the tensor ``NAME``.
+    A kernel that sees whole rows loops over their pieces of ``BLOCK`` classes, ``ROWS`` rows at a time. Its parameters
+    receive those of the ``values`` that have their names, and ``NAME_stride`` the row stride of the tensor ``NAME``.
     """
     count, width = out.shape
     if count == 0 or width == 0:
@@ -36,10 +36,12 @@ def launch(kernel: Any, out: Tensor, arguments: dict[str, Any], *, by_rows: bool
     rows, block = shape(out, entries)
     grid = (triton.cdiv(count, rows), 1 if by_rows else triton.cdiv(width, block))
     warps = max(1, min(8, rows * block // 256))
-    suffix = "_stride"
-    names = (name.removesuffix(suffix) for name in kernel.arg_names if name.endswith(suffix))
-    strides = {name + suffix: stride(arguments[name]) for name in names if name in arguments}
-    arguments = strides | arguments | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    values = values | {"rows": count, "classes": width, "ROWS": rows, "BLOCK": block}
+    for name in (name for name in kernel.arg_names if name.endswith("_stride")):
+        tensor = values[name.removesuffix("_stride")]
+        assert tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1  # a kernel reads classes at stride 1
+        values[name] = 0 if tensor is None else tensor.stride(0)
+    arguments = {name: values[name] for name in kernel.arg_names}
     # Triton launches on the current device.
     with torch.cuda.device(out.device) if out.device.type == "cuda" else nullcontext():
         run(kernel, grid, arguments, {"num_warps": warps, "enable_fp_fusion": True})
@@ -56,19 +58,6 @@ def shape(tile: Tensor, entries: int = ENTRIES) -> tuple[int, int]:
         return INTERPRETED_SHAPE
     block = min(triton.next_power_of_2(tile.shape[1]), entries)
     return max(1, min(triton.next_power_of_2(len(tile)), entries // block // 4)), block
-
-
-def pieces(tile: Tensor, entries: int = ENTRIES) -> int:
-    """Return the number of programs over the classes of a row."""
-    return int(triton.cdiv(tile.shape[1], shape(tile, entries)[1]))
-
-
-def stride(tensor: Tensor | None) -> int:
-    """Return the number of entries from a row to the next; a kernel reads classes at stride 1."""
-    if tensor is None:
-        return 0
-    assert tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-    return tensor.stride(0)
 
 
 def column(tensor: Tensor) -> Tensor:
@@ -91,7 +80,7 @@ def _probe():
 @jit
 @no_type_check
 def difference_exp(z, offset):
-    """``e^{z − offset}`` for ``offset`` finite, with two roundings corrected that show where the two are far apart.
+    """Return ``e^{z − offset}`` for a finite ``offset``, less two roundings that matter where they are far apart.
 
     They are that of the difference, by Knuth's two-sum, and of its product with ``log2 e``, by a fused multiply-add.
     """
@@ -106,16 +95,8 @@ def difference_exp(z, offset):
 
 @jit
 @no_type_check
-def log1p(x):
-    """For ``x > −1`` and finite: ``log u + (x − (u − 1))/u`` with ``u = 1 + x`` rounded."""
-    u = 1 + x
-    return tl.log(u) + (x - (u - 1)) / u
-
-
-@jit
-@no_type_check
 def exp_excess(t):
-    """``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
+    """Return ``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
     total = total * t + 0.0001984126984126984
     total = total * t + 0.001388888888888889
@@ -129,19 +110,21 @@ def exp_excess(t):
 @jit
 @no_type_check
 def clamp_half(t):
-    """``t`` into [−½, ½]."""
+    """Return ``t`` clamped to [−½, ½]."""
     return tl.minimum(tl.maximum(t, -0.5), 0.5)
 
 
 @jit
 @no_type_check
 def log_mixture(t, weight, other):
-    """``log(other + weight e^t)`` for ``other = 1 − weight``, as :func:`softcurve.losses.divergences.log_mixture`."""
+    """Return ``log(other + weight e^t)`` for ``other = 1 − weight``, as in :mod:`softcurve.losses.divergences`."""
     small = clamp_half(t)
     low = tl.minimum(t, 80.0)
     grown = tl.exp(low)
     change = tl.where(tl.abs(t) < 0.5, small + exp_excess(small), grown - 1)
-    near = log1p(weight * change)
+    x = weight * change
+    u = 1 + x  # rounded, so log(1 + x) = log u + (x − (u − 1))/u
+    near = tl.log(u) + (x - (u - 1)) / u
     # 1 + w (e^t − 1) cancels towards 1 − w
     near = tl.where((t < -1) & (weight > 0.5), tl.log(other + weight * tl.exp(tl.minimum(t, -1.0))), near)
     far = tl.maximum(t, 80.0)
@@ -152,7 +135,7 @@ def log_mixture(t, weight, other):
 @jit
 @no_type_check
 def tanh(x):
-    """``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
+    """Return ``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
     e = tl.exp(-2 * tl.abs(x))
     away = tl.where(x < 0, -(1 - e), 1 - e) / (1 + e)
     s = tl.minimum(x * x, 0.0625)
@@ -166,7 +149,7 @@ def tanh(x):
 @jit
 @no_type_check
 def capped(z, softcap, temperature):
-    """``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
+    """Return ``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
     if softcap is not None:
         z = tl.where(z == -float("inf"), z, softcap * tanh(z / softcap) / temperature)
     return z
@@ -175,7 +158,7 @@ def capped(z, softcap, temperature):
 @jit
 @no_type_check
 def cap_slope(z, softcap, temperature):
-    """``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
+    """Return ``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
     slope = tl.full(z.shape, 1.0, tl.float32)
     if softcap is not None:
         e = tl.exp(-2 * tl.abs(z / softcap))
@@ -186,22 +169,38 @@ def cap_slope(z, softcap, temperature):
 @jit
 @no_type_check
 def bend_ratio(z, softcap):
-    """``m″/m′ = −(2/κ) tanh(z/κ)``."""
+    """Return ``m″/m′ = −(2/κ) tanh(z/κ)``."""
     return -2 / softcap * tanh(z / softcap)
+
+
+# --- rows and classes of a program -----------------------------------------------------------------------------------
+
+
+@jit
+@no_type_check
+def own_rows(ROWS: tl.constexpr):
+    """Return the rows of a program as a column, in 64 bits: rows times classes pass 2³¹."""
+    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
 
 
 @jit
 @no_type_check
 def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
-    """Return the rows (in 64 bits: rows times classes pass 2³¹) and classes of a piece, and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    """Return the rows and classes of a piece, and which of its entries exist."""
+    row = own_rows(ROWS)
     at = start + tl.arange(0, BLOCK)[None, :]
     return row, at, (row < rows) & (at < classes)
 
 
 @jit
 @no_type_check
-def own_row(ROWS: tl.constexpr, rows):
-    """Return the rows of a program as a column, and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    return row, row < rows
+def number(table, which, row, rows):
+    """Return one number of each row from a table of ``rows`` numbers a line."""
+    return tl.load(table + which * rows + row, mask=row < rows, other=0)
+
+
+@jit
+@no_type_check
+def store_sum(table, which, values, row, rows):
+    """Store the sums of ``values`` over classes as a line of such a table."""
+    tl.store(table + which * rows + row, tl.sum(values, axis=1)[:, None], mask=row < rows)

@@ -16,27 +16,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from softcurve.head.aten.sparse import (
-    Places,
-    SparseResiduals,
-    SparseSums,
-    SparseTile,
-    Swept,
-    diagonal,
-    form_residual,
-)
+from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, diagonal, form_residual
 from softcurve.head.kernel import Residuals
-from softcurve.head.triton.math import (
-    bend_ratio,
-    cap_slope,
-    capped,
-    column,
-    difference_exp,
-    here,
-    jit,
-    launch,
-    own_row,
-)
+from softcurve.head.triton import columns, math
+from softcurve.head.triton.math import column, here, jit, launch, number, own_rows, store_sum
 
 # The functions of ATen that serve here as well are named too: the kernel takes all of them from this module.
 __all__ = ["accumulate_column", "diagonal", "form_residual", "multiply_column", "prepare", "put", "rescale"]
@@ -48,10 +31,9 @@ GUESS: tl.constexpr = tl.constexpr(40.0)
 
 
 def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> None:
-    """Launch a kernel, whose parameters with the names of the tile's tensors receive them."""
-    tensors = {name: tensor for name, tensor in tile._asdict().items() if name in kernel.arg_names}
+    """Launch a kernel, whose parameters receive what of the tile, its logit map and ``more`` has their names."""
     logit_map = {"softcap": tile.logit_map.softcap, "temperature": tile.logit_map.temperature}
-    launch(kernel, tile.z, tensors | logit_map | more, by_rows=by_rows)
+    launch(kernel, tile.z, tile._asdict() | logit_map | more, by_rows=by_rows)
 
 
 @jit
@@ -83,18 +65,16 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 @jit
 @no_type_check
 def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, exists = own_row(ROWS, rows)
-    scale = tl.load(factor + row, mask=exists, other=1.0)
-    wanted = exists & (scale != 1)
-    pieces = tl.where(tl.max(wanted.to(tl.int32)) > 0, classes, 0)
+    scale = tl.load(factor + own_rows(ROWS), mask=own_rows(ROWS) < rows, other=1.0)
+    pieces = tl.where(tl.max((scale != 1).to(tl.int32)) > 0, classes, 0)
     for start in range(0, pieces, BLOCK):
-        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
-        e = tl.load(tile + row * tile_stride + at, mask=inside & wanted, other=0.0).to(tl.float32)
-        tl.store(tile + row * tile_stride + at, e * scale, mask=inside & wanted)
+        row, at, inside = here(ROWS, BLOCK, rows, classes, start)
+        e = tl.load(tile + row * tile_stride + at, mask=inside & (scale != 1), other=0.0).to(tl.float32)
+        tl.store(tile + row * tile_stride + at, e * scale, mask=inside & (scale != 1))
 
 
 def rescale(tile: Tensor, factor: Tensor) -> None:
-    """``tile ← factor · tile`` row by row; rows whose factor is 1 are not touched."""
+    """Multiply each row of ``tile`` by its factor; rows whose factor is 1 are not touched."""
     launch(_rescale, tile, {"tile": tile, "factor": column(factor)}, by_rows=True)
 
 
@@ -107,16 +87,16 @@ def _exponentials(
     z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
+    row = own_rows(ROWS)
+    exists = row < rows
     if REDO:
-        first = tl.load(shift + row, mask=exists, other=0.0)
-        guess = tl.load(top + row, mask=exists, other=0.0)
+        first, guess = number(shift, 0, row, rows), number(top, 0, row, rows)
         exists = exists & (guess != -float("inf")) & ((guess - first > GUESS) | (first - guess > GUESS))
         pieces = tl.where(tl.max(exists.to(tl.int32)) > 0, classes, 0)
     else:
         _, at, inside = here(ROWS, BLOCK, rows, classes, 0)
         first = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        guess = tl.max(capped(first, softcap, temperature), axis=1)[:, None]
+        guess = tl.max(math.capped(first, softcap, temperature), axis=1)[:, None]
         guess = tl.where(guess == -float("inf"), 0.0, guess)
         pieces = classes
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -124,12 +104,12 @@ def _exponentials(
     for start in range(0, pieces, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         x = tl.load(z + row * z_stride + at, mask=inside & exists, other=-float("inf"))
-        seen = capped(x, softcap, temperature)
-        e = difference_exp(seen, guess)
+        seen = math.capped(x, softcap, temperature)
+        e = math.difference_exp(seen, guess)
         sums += e
         tops = tl.maximum(tops, seen)
         if softcap is not None:
-            e = tl.where(e == 0, 0.0, e * cap_slope(x, softcap, temperature))
+            e = tl.where(e == 0, 0.0, e * math.cap_slope(x, softcap, temperature))
         tl.store(out + row * out_stride + at, e, mask=inside & exists)
     tl.store(total + row, tl.sum(sums, axis=1)[:, None], mask=exists)
     tl.store(shift + row, guess, mask=exists)
@@ -138,7 +118,7 @@ def _exponentials(
 
 
 def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
-    """``out = m′(z) e^{m(z) − shift}``; return ``shift`` and ``Σ e^{m(z) − shift}`` of each row.
+    """Set ``out = m′(z) e^{m(z) − shift}``; return ``shift`` and ``Σ e^{m(z) − shift}`` of each row.
 
     The shift is guessed from the first classes. A second launch redoes the rows whose guess was far from their largest
     logit and leaves at once for the others: nobody waits to see whether there are any.
@@ -155,7 +135,8 @@ def _statistics(
     z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
+    row = own_rows(ROWS)
+    exists = row < rows
     shift = tl.full([ROWS, 1], -float("inf"), tl.float32)
     base = tl.zeros([ROWS, 1], tl.float32)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -169,20 +150,22 @@ def _statistics(
     for start in range(0, classes, BLOCK):
         _, at, inside = here(ROWS, BLOCK, rows, classes, start)
         raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-        x = capped(raw, softcap, temperature)
+        x = math.capped(raw, softcap, temperature)
         top = tl.max(x, axis=1)[:, None]
         if column is not None:
             chosen = tl.where(top > shift, start + tl.argmax(x, axis=1)[:, None], chosen)
         new = tl.maximum(shift, top)
         safe = tl.where(new == -float("inf"), 0.0, new)
         lowered = tl.where(shift == -float("inf"), 0.0, shift - safe)
-        kept = tl.where(shift == -float("inf"), 0.0, difference_exp(shift, safe))
-        e = difference_exp(x, safe)
+        kept = tl.where(shift == -float("inf"), 0.0, math.difference_exp(shift, safe))
+        e = math.difference_exp(x, safe)
         if column is not None:
             moments = kept * (moments + lowered * sums) + tl.where(e == 0, 0.0, e * (x - safe))
         sums = kept * sums + e
         if v is not None:
-            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * cap_slope(raw, softcap, temperature)
+            change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * math.cap_slope(
+                raw, softcap, temperature
+            )
             changes = kept * changes + tl.where(e == 0, 0.0, e * change)
         if share is not None:
             weight = tl.load(share + at, mask=at < classes, other=0.0)
@@ -196,21 +179,22 @@ def _statistics(
             if v is not None:
                 uniform_changes += tl.where(finite, weight * change, 0.0)
         shift = new
-    # One row of the table for each number: see statistics.
+    # One line of the table for each number: see statistics.
     tl.store(table + row, shift, mask=exists)
-    tl.store(table + rows + row, tl.sum(sums, axis=1)[:, None], mask=exists)
-    tl.store(table + 2 * rows + row, tl.sum(changes, axis=1)[:, None], mask=exists)
-    tl.store(table + 3 * rows + row, tl.sum(moments, axis=1)[:, None], mask=exists)
+    store_sum(table, 1, sums, row, rows)
+    store_sum(table, 2, changes, row, rows)
+    store_sum(table, 3, moments, row, rows)
     raised = base - tl.where(shift == -float("inf"), 0.0, shift)
-    uniform = tl.sum(uniforms, axis=1)[:, None] + tl.sum(uniform_masses, axis=1)[:, None] * raised
-    tl.store(table + 4 * rows + row, uniform, mask=exists)
-    tl.store(table + 5 * rows + row, tl.sum(uniform_changes, axis=1)[:, None], mask=exists)
-    tl.store(table + 6 * rows + row, tl.sum(masked, axis=1)[:, None], mask=exists)
+    store_sum(table, 4, uniforms + uniform_masses * raised, row, rows)
+    store_sum(table, 5, uniform_changes, row, rows)
+    store_sum(table, 6, masked, row, rows)
     if column is not None:
         tl.store(column + row, chosen, mask=exists)
 
 
-def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) -> Swept:
+def statistics(
+    tile: SparseTile, *, wants_stats: bool, leaves_residual: bool
+) -> tuple[SparseSums, Tensor | None, Tensor | None]:
     """Sum over the unlisted classes of a block.
 
     If ``leaves_residual`` and nothing else is wanted, ``out`` receives the residual at unlisted classes, but for a
@@ -228,8 +212,8 @@ def statistics(tile: SparseTile, *, wants_stats: bool, leaves_residual: bool) ->
     if share is not None:  # infinite where a class of weight is masked, beside the listed classes, which all are
         listed = (tile.listed_share() != 0).sum(-1, keepdim=True)
         uniform = torch.where(masked > listed, -torch.inf, uniform)
-    smoothed = {"uniform": uniform, "uniform_change": uniform_change}
-    return SparseSums.of(shift, total, change=change, moment=moment, **smoothed), at, None
+    others = {"moment": moment, "uniform": uniform, "uniform_change": uniform_change}
+    return SparseSums.of(shift, total, change=change, **others), at, None
 
 
 # --- residuals -------------------------------------------------------------------------------------------------------
@@ -242,21 +226,20 @@ def _residual(
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    exists = row < rows
     raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
-    factor = tl.load(beta + row, mask=exists, other=0.0)
-    x = capped(raw, softcap, temperature)
-    slope = cap_slope(raw, softcap, temperature)
-    e = difference_exp(x, tl.load(shift + row, mask=exists, other=0.0))
+    factor = number(beta, 0, row, rows)
+    x = math.capped(raw, softcap, temperature)
+    slope = math.cap_slope(raw, softcap, temperature)
+    e = math.difference_exp(x, number(shift, 0, row, rows))
     gradient = factor * e
     if share is not None:
         each = tl.load(share + at, mask=at < classes, other=0.0)
-        gradient -= tl.load(weight + row, mask=exists, other=0.0) * each
+        gradient -= number(weight, 0, row, rows) * each
     if v is not None:
         change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * slope
-        product = tl.where(e == 0, 0.0, e * (factor * change + tl.load(alpha + row, mask=exists, other=0.0)))
+        product = tl.where(e == 0, 0.0, e * (factor * change + number(alpha, 0, row, rows)))
         if softcap is not None:
-            bent = bend_ratio(raw, softcap) * change * gradient
+            bent = math.bend_ratio(raw, softcap) * change * gradient
             product = tl.where(x == -float("inf"), 0.0, product * slope + bent)
         tl.store(v_out + row * v_out_stride + at, product, mask=inside)
     if softcap is not None:
@@ -292,8 +275,8 @@ def _prepare(
     z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
-    of_row = tl.load(shift + row, mask=exists, other=0.0)
+    row = own_rows(ROWS)
+    exists = row < rows
     top = tl.zeros([ROWS, 1], tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
     rest = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -303,7 +286,7 @@ def _prepare(
         x = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
         if raw is not None:
             tl.store(raw + row * raw_stride + at, x, mask=inside)
-        e = difference_exp(capped(x, softcap, temperature), of_row)
+        e = math.difference_exp(math.capped(x, softcap, temperature), number(shift, 0, row, rows))
         tl.store(z + row * z_stride + at, e, mask=inside)
         best = tl.max(e, axis=1)[:, None]
         which = start + tl.argmax(e, axis=1)[:, None]
@@ -330,59 +313,19 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
     return torch.where(above, mass, 0.0), torch.where(above, place, -1), torch.where(above, rest, rest + mass)
 
 
-@jit
-@no_type_check
-def _accumulate_column(
-    z, z_stride, raw, raw_stride, v, v_stride, sums_out, softcap, temperature, rows, classes,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, exists = own_row(ROWS, rows)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, classes, BLOCK):
-        _, at, inside = here(ROWS, BLOCK, rows, classes, start)
-        change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-        if raw is not None:
-            before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-            change = change * cap_slope(before, softcap, temperature)
-        sums += tl.load(z + row * z_stride + at, mask=inside, other=0.0) * change
-    tl.store(sums_out + row, tl.sum(sums, axis=1)[:, None], mask=exists)
-
-
 def accumulate_column(tile: SparseTile) -> Tensor:
     """Return ``Σ e m′ v`` of each row."""
-    sums = tile.z.new_empty(len(tile.z), 1)
-    _launch(_accumulate_column, tile, by_rows=True, sums_out=sums)
-    return sums.double()
-
-
-@jit
-@no_type_check
-def _multiply_column(
-    z, z_stride, raw, raw_stride, residual, residual_stride, v, v_stride, alpha, beta, inverse, softcap, temperature,
-    rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, at, inside = here(ROWS, BLOCK, rows, classes, tl.program_id(1) * BLOCK)
-    exists = row < rows
-    mass = tl.load(z + row * z_stride + at, mask=inside, other=0.0)
-    change = tl.load(v + row * v_stride + at, mask=inside, other=0.0)
-    a = tl.load(alpha + row, mask=exists, other=0.0)
-    b = tl.load(beta + row, mask=exists, other=0.0)
-    product = (b * change + a) * mass
-    if raw is not None:
-        before = tl.load(raw + row * raw_stride + at, mask=inside, other=0.0)
-        slope = cap_slope(before, softcap, temperature)
-        product = (b * slope * change + a) * mass * slope
-        if residual is not None:
-            g = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
-            bent = bend_ratio(before, softcap) * g * change
-            product += bent * tl.load(inverse + row, mask=exists, other=0.0)
-    tl.store(v + row * v_stride + at, product, mask=inside)
+    found = tile.z.new_empty(3, len(tile.z), 1)
+    _launch(columns.accumulate, tile, by_rows=True, q=None, top=None, found=found)
+    return found[0].double()
 
 
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
     """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
 
-    ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``; the kernel adds to it at the classes that it keeps apart.
+    As in ATen, ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``, by the kernel that dense targets launch too;
+    the kernel class adds to it at the classes that it keeps apart.
     """
-    rows = {"alpha": column(alpha), "beta": column(beta), "inverse": column(inverse)}
-    _launch(_multiply_column, tile, by_rows=False, **rows)
+    nothing = torch.zeros_like(alpha)
+    numbers = torch.stack([nothing, nothing, -alpha, beta, inverse]).float()
+    _launch(columns.multiply, tile, by_rows=False, q=None, top=None, numbers=numbers)
