@@ -24,18 +24,17 @@ class Term(NamedTuple):
     in_bias: bool = True  # whether Rᵀ scale is added to the gradient of the bias
 
 
-def terms_of(
-    map: LinearMap, along: Direction, residual: Tensor, change: Tensor | None, factor: Tensor | None, scale: float
-) -> list[Term]:
-    """The terms of a gradient, ``g W`` and ``gᵀ e``; or of its change, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``."""
+def terms_of(map: LinearMap, residual: Tensor, change: Tensor | None, factor: Tensor | None) -> list[Term]:
+    """Return the terms of a gradient, ``g W`` and ``gᵀ e``; or of its change, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``."""
     scaling = None if factor is None else factor.to(map.input.dtype)
-    if scale != 1:
-        scaling = map.input.new_full((len(residual), 1), scale) if scaling is None else scaling * scale
+    if map.scale != 1:
+        ones = map.input.new_ones(residual.shape[0], 1)
+        scaling = (ones if scaling is None else scaling) * map.scale
     if change is None:
         return [Term(residual, map.weight, map.input, scaling)]
     return [
         Term(change, map.weight, map.input, scaling),
-        Term(residual, along.weight, along.input, scaling, in_bias=False),
+        Term(residual, map.along.weight, map.along.input, scaling, in_bias=False),
     ]
 
 
@@ -48,44 +47,42 @@ class MapSums:
     """
 
     into: Direction
-    touched: set[str] | None = None
+    touched: set[tuple[str, int]] | None = None  # the names of the gradients, and the first classes of the blocks
 
     def add(self, rows: slice | Tensor, classes: slice, terms: list[Term]) -> None:
         """Add the terms of one block."""
-        for number, term in enumerate(terms):
-            residual, scale = term.residual, term.scale
-            if self.into.input is not None and term.weight is not None:
-                part = to_features(residual, term.weight[classes], self.into.input.dtype)
+        in_input, in_weight, in_bias = self.into
+        for number, (residual, weight, input, scale, bias_too) in enumerate(terms):
+            if in_input is not None and weight is not None:
+                part = to_features(residual, weight[classes], in_input.dtype)
                 if scale is not None:
                     part.mul_(scale)
-                if self.touched is None or number > 0 or classes.start > 0:
-                    self.into.input[rows] += part
+                # Every tile has rows of its own, whose first product is that with the first block.
+                if self.touched is None or number or classes.start:
+                    in_input[rows] += part
                 else:
-                    self.into.input[rows] = part
-                    self.touched.add("input")
-            if self.into.weight is not None and term.input is not None:
-                e = term.input.to(self.into.weight.dtype)
-                products.back_to_weight(
-                    self.into.weight[classes], residual, e if scale is None else e * scale,
-                    accumulate=self._touches(f"weight {classes.start}"),
-                )  # fmt: skip
-            if self.into.bias is not None and term.in_bias:
-                each = residual.new_ones(len(residual), dtype=self.into.bias.dtype) if scale is None else scale[:, 0]
-                products.back_to_bias(
-                    self.into.bias[classes], residual, each, accumulate=self._touches(f"bias {classes.start}")
-                )
+                    in_input[rows] = part
+                    self.touched.add(("input", 0))
+            if in_weight is not None and input is not None:
+                e = input.to(in_weight.dtype) if scale is None else input.to(in_weight.dtype) * scale
+                products.back_to_weight(in_weight[classes], residual, e, accumulate=self._adds("weight", classes.start))
+            if in_bias is not None and bias_too:
+                each = residual.new_ones(len(residual), dtype=in_bias.dtype) if scale is None else scale[:, 0]
+                products.back_to_bias(in_bias[classes], residual, each, accumulate=self._adds("bias", classes.start))
 
-    def _touches(self, name: str) -> bool:
-        """Whether there is a sum already; from now on there is."""
-        if self.touched is None or name in self.touched:
+    def _adds(self, name: str, start: int) -> bool:
+        """Return whether there is a sum already that a product adds to; from now on there is."""
+        if self.touched is None:
             return True
-        self.touched.add(name)
-        return False
+        count = len(self.touched)
+        self.touched.add((name, start))
+        return len(self.touched) == count
 
     def finish(self, group: ProcessGroup | None) -> Direction:
         """Return the sums; 0 where no tile has added, and the features' over the classes of all processes."""
-        for name, tensor in self.into._asdict().items():
-            if tensor is not None and not any(each.startswith(name) for each in self.touched or ()):
+        touched = {name for name, _ in self.touched or ()}
+        for name, tensor in zip(Direction._fields, self.into, strict=True):
+            if tensor is not None and name not in touched:
                 tensor.zero_()
         if group is not None and self.into.input is not None and self.into.input.numel():
             sum_over([self.into.input], group)  # before it is rounded to half precision
@@ -94,6 +91,6 @@ class MapSums:
 
 def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``residual @ weight``."""
-    out = residual.new_empty((len(residual), weight.shape[1]), dtype=dtype)
+    out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
     products.back_to_features(out, residual, weight, accumulate=False)
     return out

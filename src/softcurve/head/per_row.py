@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.curvature import curvature_tiles, residuals, unweighted
+from softcurve.head.curvature import curvature_tiles, residuals
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
@@ -22,7 +22,7 @@ def gradient_norms(rows: RowLosses) -> Tensor:
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel = tiles.kernel(unweighted(tile))
+            kernel = tile.curvature_kernel()
             for block in residuals(tile, kernel):
                 factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
                 # In float64: the square of a small residual is below float32's range.
@@ -61,7 +61,8 @@ def row_masses(rows: RowLosses) -> Tensor:
         return ones
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel = DenseKernel(loss, unweighted(tile), matrix=HESSIAN)
+            kernel = tile.curvature_kernel(HESSIAN)
+            assert isinstance(kernel, DenseKernel)
             tile.accumulate(kernel)
             ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
     return ones

@@ -28,13 +28,14 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
 from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, bend_ratio, or_zero
-from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Residuals, Statistics, first_of_largest
+from softcurve.head.kernel import Block, CurvatureKernel, Residuals, Statistics, first_of_largest
 from softcurve.losses import rows, softmax
 from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN
 from softcurve.losses.spec import LogitMap
 from softcurve.processes import max_over, sum_over
 
 NO_MASS = -math.inf
+IDENTITY = LogitMap()
 
 
 @dataclass
@@ -65,7 +66,7 @@ class SparseKernel(CurvatureKernel):
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
-        tile, logit_map = self._tile(block, directed=self.data.has_direction), self.loss.logit_map
+        tile, logit_map = self._tile(block), self.loss.logit_map
         places = tile.listed
         self.raw = places.update(self.raw, tile.z)
         self.listed = logit_map.value(self.raw)
@@ -145,10 +146,10 @@ class SparseKernel(CurvatureKernel):
     def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
         target = self.data.target
         if target is None:
-            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
+            return rows.IndexCrossEntropy(IDENTITY, self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
         if self.loss.is_cross_entropy:
-            return rows.DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
-        return rows.LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
+            return rows.DenseCrossEntropy(IDENTITY, self.loss.z_loss), target.double()
+        return rows.LogitDivergence(IDENTITY, divergence=self.loss.divergence), target.double()
 
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
@@ -201,7 +202,7 @@ class SparseKernel(CurvatureKernel):
         self.rows = SparseResiduals(self.shift, alpha, beta, weight.unsqueeze(-1), listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        tile = self._tile(block, directed=self.data.has_direction)
+        tile = self._tile(block)
         residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
         return residuals
 
@@ -265,8 +266,8 @@ class SparseKernel(CurvatureKernel):
             spread = spread + 2 * self.loss.z_loss * lse.clamp(min=0) * p
         return spread + self._smoothing_mass() * p if self.loss.smoothing else spread
 
-    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
-        tile = self._tile(block, directed=False)
+    def prepare_block(self, block: Block, fresh: bool, again: bool = False) -> None:  # noqa: D102
+        tile = self._tile(block)
         scale = None if fresh or self.exponentials is None else self._raised_factor()
         dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
         if dominant is not None:
@@ -288,15 +289,15 @@ class SparseKernel(CurvatureKernel):
     def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
         return torch.zeros_like(torch.cat([self.listed, self.others], -1)), torch.zeros_like(self.others)
 
-    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
+    def accumulate_column(self, block: Block, number: int) -> None:
         """Add ``m′ v`` at the classes kept apart, and ``Σ e m′ v`` of all others."""
         assert block.v is not None
         apart = self._apart(block).take(block.v) * self._apart_slope(block)
-        others = self.tiles.accumulate_column(self._tile(block, directed=True))
+        others = self.tiles.accumulate_column(self._tile(block, along_column=True))
         before = self.sums.get(number)
         self.sums[number] = (apart, others) if before is None else (before[0] + apart, before[1] + others)
 
-    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
         assert block.v is not None
         apart, others = self.sums[number]
         listed, top = apart[:, :-1], apart[:, -1:]
@@ -309,10 +310,10 @@ class SparseKernel(CurvatureKernel):
         centred = (top * self.rest - others) * self.inverse
         at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * centred)
         values = torch.cat([product[:, :-1], at_top], -1) / self.unit
-        self.tiles.multiply_column(self._tile(block, directed=True), alpha, beta, 1 / self.unit)
+        self.tiles.multiply_column(self._tile(block, along_column=True), alpha, beta, 1 / self.unit)
         self._add_apart(block, block.v, values * self._apart_slope(block))
 
-    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def diagonal(self, block: Block) -> None:  # noqa: D102
         assert block.v is not None
         entries = self.curvature.diagonal()
         linear = self.kappa * self.inverse / self.unit
@@ -320,10 +321,10 @@ class SparseKernel(CurvatureKernel):
         top = self.top_mass * self.inverse
         at_top = top * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
         values = torch.cat([entries[:, :-1], at_top], -1) / self.unit
-        self.tiles.diagonal(self._tile(block, directed=True), square, linear, 1 / self.unit)
+        self.tiles.diagonal(self._tile(block, along_column=True), square, linear, 1 / self.unit)
         self._add_apart(block, block.v, values * self._apart_slope(block) ** 2)
 
-    def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def to_probabilities(self, block: Block) -> None:  # noqa: D102
         p, others = self.curvature.p[:, :-1], self.curvature.p[:, -1:] * self.inverse
         self.tiles.rescale(block.z, others)
         self._add_apart(block, block.z, torch.cat([p, others * self.top_mass], -1))
@@ -352,24 +353,17 @@ class SparseKernel(CurvatureKernel):
             return Places(columns, None)
         return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
 
-    def _tile(self, block: Block, *, directed: bool) -> SparseTile:
-        """Bundle the tensors of a block; ``directed`` if its ``v`` is a change of the logits already."""
-        share = None
+    def _tile(self, block: Block, *, along_column: bool = False) -> SparseTile:
+        """Bundle the tensors of a block; ``along_column`` if its ``v`` is the change along a column."""
+        share, listed = None, self._places(block, self.indices)
         if self.loss.smoothing:
-            each, class_weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(block.classes)
-            share = block.z.new_full(block.z.shape[1:], each) if class_weight is None else class_weight * each
+            each, (factors, _) = self.loss.smoothing / self.data.class_count, self.data.factors_of(block.classes)
+            share = block.z.new_full(block.z.shape[1:], each) if factors is None else factors * each
+        v = block.v if along_column or self.data.has_direction else None
         return SparseTile(
-            z=block.z,
-            raw=block.raw,
-            v=block.v if directed else None,
-            out=block.out,
-            v_out=block.v_out,
-            residual=block.residual if isinstance(block, CurvatureBlock) else None,
-            listed=self._places(block, self.indices),
-            share=share,
-            logit_map=self.loss.logit_map,
-            cached=self.data.cached,
-        )
+            block.z, block.raw, v, block.out, block.v_out, block.residual, listed, share, self.loss.logit_map,
+            self.data.cached,
+        )  # fmt: skip
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
