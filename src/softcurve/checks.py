@@ -38,8 +38,10 @@ def values_visible(*tensors: Tensor) -> bool:
     # The second condition detects tracing modes such as make_fx.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    on_cpu = torch._C.DispatchKey.CPU
-    return all(torch._C._dispatch_keys(tensor).has(on_cpu) and is_plain(tensor) for tensor in tensors)
+    for tensor in tensors:
+        if not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.CPU) or not is_plain(tensor):
+            return False
+    return True
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -67,8 +67,8 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    row_count: int, class_count: int, *, dtype: torch.dtype, device: torch.device, needs: Needs, least_pieces: int | float,
-    least_row_entries: int, whole_rows: bool, memory_budget: int | None,
+    row_count: int, class_count: int, *, dtype: torch.dtype, device: torch.device, needs: Needs,
+    least_pieces: int | float, least_row_entries: int, whole_rows: bool, memory_budget: int | None,
 ) -> Plan:  # fmt: skip
     """Return the plan of fewest tiles within ``memory_budget`` bytes; with ``whole_rows`` temporaries are whole rows.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,10 +31,15 @@ class HeadTensors(NamedTuple):
     class_weight: Tensor | None
 
     @staticmethod
-    def split(given: Sequence[Tensor | None]) -> tuple[HeadTensors, Directions]:
-        """Return the tensors and what follows them in a flat sequence."""
+    def split(given: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the tensors, or what there is for each of them, and what follows them in a flat sequence."""
         count = len(HeadTensors._fields)
-        return HeadTensors(*given[:count]), given[count:]  # type: ignore[arg-type]
+        return HeadTensors(*given[:count]), given[count:]
+
+    @property
+    def differentiable(self) -> tuple[Any, ...]:
+        """The tensors that may receive gradients, or what there is for each of them."""
+        return self[:6]
 
     @property
     def dtype(self) -> torch.dtype:

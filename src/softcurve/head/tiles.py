@@ -169,9 +169,24 @@ class Tile:
                 yield loaded, False
 
     def load(self, classes: slice) -> Block:
-        """Compute the logits of a block, and what belongs to them."""
-        tiles, spec, block = self.tiles, self.tiles.spec, Block(classes, self.model.input)
-        block.z, block.v, block.out, block.v_out = self._load_map("z", self.model, classes)
+        """Compute the logits of a block and their changes, with buffers for what becomes of them."""
+        tiles, spec, sides = self.tiles, self.tiles.spec, []
+        for name, map in {"z": self.model, "target": self.teacher}.items():
+            if map is None:
+                continue
+            half, v, out, v_out = None, None, None, None
+            z, operands = self._buffer(name, classes), map.operands(classes)
+            linear_into(z, *operands, scale=map.scale, reference=map.reference)
+            if tiles.directions is not None:
+                v = map.change_into(self._buffer(f"{name} v", classes), map.along, classes)
+            if tiles.wants_residuals:
+                half = backends.residual_dtype(spec, map.narrow, map.weight, tiles.dtype)
+            if half is not None:
+                out = self._buffer(f"{name} out", classes, half)
+                v_out = None if v is None else self._buffer(f"{name} v out", classes, half)
+            sides.append((z, v, out, v_out))
+        z, v, out, v_out = sides[0]
+        block = Block(classes, z, v=v, out=out, v_out=v_out)
         if spec.softcap is not None and (tiles.matrix is not None or not tiles.in_triton):
             block.raw = self._buffer("raw", classes)
         if tiles.columns:
@@ -179,30 +194,13 @@ class Tile:
             block.q = self._buffer("q", classes) if tiles.wants_q else None
             block.residual = self._buffer("residual", classes) if tiles.wants_residual else None
         if self.teacher is not None:
-            block.target, block.target_v, out, v_out = self._load_map("target", self.teacher, classes)
+            block.target, block.target_v, out, v_out = sides[1]
             if tiles.wants_target:  # in place unless in half precision
                 block.target_out = block.target if out is None else out
                 block.target_v_out = block.target_v if v_out is None else v_out
         elif spec.target != "sparse":
             self._load_target(block)
         return block
-
-    def _load_map(
-        self, name: str, map: LinearMap, classes: slice
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Compute logits and their change along the direction, with buffers for residuals in half precision."""
-        tiles, out, v, v_out = self.tiles, None, None, None
-        out_z, operands = self._buffer(name, classes), map.operands(classes)
-        z = linear_into(out_z, *operands, scale=map.scale, reference=map.reference)
-        if tiles.directions is not None:
-            v = map.change_into(self._buffer(f"{name} v", classes), map.along, classes)
-        half = None
-        if tiles.wants_residuals:
-            half = backends.residual_dtype(tiles.spec, map.narrow, map.weight, tiles.dtype)
-        if half is not None:
-            out = self._buffer(f"{name} out", classes, half)
-            v_out = None if v is None else self._buffer(f"{name} v out", classes, half)
-        return z, v, out, v_out
 
     def _load_target(self, block: Block) -> None:
         tiles, classes = self.tiles, block.classes
