@@ -251,8 +251,8 @@ class _Products(Function):
 
 def _tangents(ctx: Any, tensors: HeadTensors, directions: Directions) -> Tensor:
     """Return the change of each row's loss along ``directions``, differentiable."""
-    change: Tensor = _Tangents.apply(*tensors, *directions, ctx.loss, ctx.memory_budget)  # type: ignore[no-untyped-call]
-    return change
+    (change,) = _Tangents.apply(*tensors, *directions, ctx.loss, ctx.memory_budget)  # type: ignore[no-untyped-call]
+    return change  # type: ignore[no-any-return]
 
 
 @_looped
@@ -260,14 +260,14 @@ class _Tangents(Function):
     """The change of each row's loss along directions."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
+    def forward(*arguments: Any) -> tuple[Tensor]:
         *given, loss, memory_budget = arguments
         product = torch.ops.softcurve.head_hessian_product
         change, *_ = operators.batched(product, *given, loss.encode(), memory_budget, True, list(NOTHING))
-        return change
+        return (change,)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
         *given, ctx.loss, ctx.memory_budget = inputs
         _save(ctx, *given)
 
@@ -281,7 +281,7 @@ class _Tangents(Function):
         return *in_tensors, None, None, None, *in_directions, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
         moves, (*v_directions, _, _) = HeadTensors.split(tangents)
         with outer_tangents(ctx) as saved:
             tensors, directions = HeadTensors.split(saved)
@@ -290,7 +290,7 @@ class _Tangents(Function):
                 change = change + _tangents(ctx, tensors, v_directions)
             if any(v is not None for v in moves.differentiable):
                 change = change + _second_tangents(ctx, tensors, directions, moves.differentiable)
-            return change
+            return (change,)
 
 
 def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Directions) -> Tensor:

@@ -100,7 +100,7 @@ class HeadProblem:
         layout = self.head.layout
         if reducer.kind != "mean":
             return reducer.divisor(layout.leading, self.weight, None)
-        return layout.summed_divisor(reducer.divisor(self.head.leading, self.weight, self.mean_weight))
+        return layout.summed(reducer.divisor(self.head.leading, self.weight, self.mean_weight), divides_rows=True)
 
     def row_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
