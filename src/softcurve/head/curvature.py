@@ -12,11 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import products
 from softcurve.head.dense import DenseKernel
-from softcurve.head.gradients import MapSums, Term, to_features
 from softcurve.head.kernel import Block, CurvatureKernel, Kernel
-from softcurve.head.products import Direction
+from softcurve.head.products import Direction, MapSums, Term, back_to_weight, to_features
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.rows import FISHER, HESSIAN
@@ -39,14 +37,12 @@ def add_products(
     with curvature_tiles(rows, matrix, columns=True) as tiles:
         for tile in tiles:
             kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
-            cut = tiles.plan.cuts_classes
-            whole: list[Block] = []
-            for block in prepared(tile, kernel):
-                for j, column in enumerate(columns if cut else ()):
+            cut, blocks = tiles.plan.cuts_classes, prepared(tile, kernel)
+            whole = [] if cut else list(blocks)
+            for block in blocks:
+                for j, column in enumerate(columns):
                     change(tile, block, column)
                     kernel.accumulate_column(block, j)
-                if not cut:
-                    whole.append(block)
             for j, column in enumerate(columns):
                 for block in whole:
                     change(tile, block, column)
@@ -93,7 +89,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
                 traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
                 if in_weight is not None and in_bias is not None:
                     squares = tile.model.input.square() * here
-                    products.back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
+                    back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
                     in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
         tiles.sum_over_classes(traces)
     return Diagonal(in_weight, in_bias, traces)

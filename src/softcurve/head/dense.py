@@ -51,6 +51,11 @@ class SideStatistics:
         self.offset = new
         self.top = torch.where(higher, top, self.top)
 
+    def add(self, score: Tensor, score_rest: Tensor, mean_rest: Tensor, top_v: Tensor) -> None:
+        """Add the sums over further classes."""
+        self.score, self.score_rest = self.score + score, self.score_rest + score_rest
+        self.mean_rest, self.top_v = self.mean_rest + mean_rest, self.top_v + top_v
+
     @staticmethod
     def merge(sides: Sequence[SideStatistics], group: ProcessGroup) -> None:
         """Merge the softmaxes of all processes. The top is that of one of them, and −1 elsewhere."""
@@ -129,11 +134,8 @@ class DenseKernel(CurvatureKernel):
         wants_stats = self.data.wants_stats
         wants_loss = not self.matrix and not self.data.has_direction
         sums, label = self.tiles.sums(tile, wants_loss=wants_loss, wants_stats=wants_stats, wants_curve=self.has_q)
-        model = (sums.score, sums.score_rest, sums.mean_v, sums.top_v)
-        target = (sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
-        for side, (score, score_rest, mean, top_v) in zip(self.sides, (model, target), strict=False):
-            side.score, side.score_rest = side.score + score, side.score_rest + score_rest
-            side.mean_rest, side.top_v = side.mean_rest + mean, side.top_v + top_v
+        self.model.add(sums.score, sums.score_rest, sums.mean_v, sums.top_v)
+        self.target.add(sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
         self.values, self.curve = self.values + sums.value, self.curve + sums.curve
         self.surplus = self.surplus + sums.surplus
         if wants_stats:

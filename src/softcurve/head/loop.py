@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from softcurve.head import workspace
-from softcurve.head.gradients import MapSums, terms_of
 from softcurve.head.kernel import Kernel, Residuals, Statistics
-from softcurve.head.products import STILL, Direction
+from softcurve.head.products import STILL, Direction, MapSums, terms_of
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.spec import LossSpec

@@ -81,18 +81,6 @@ class PlainHead:
         """Return ``make()``; an error in one process is an error in all, and none is left waiting."""
         return make()
 
-    def local_rows(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(..., d)`` or ``(...)`` with the rows of this process."""
-        return tensor
-
-    def local_distributions(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(..., C)`` with the rows and classes of this process."""
-        return tensor
-
-    def local_classes(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(C, ...)`` with the classes of this process."""
-        return tensor
-
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """Return the whole of a small tensor on every process; raise ``ValueError`` if a DTensor requires gradients."""
         return tensor
@@ -100,24 +88,12 @@ class PlainHead:
     def require_leading(self, name: str, shape: Sequence[int], description: str) -> None:
         """Raise ``ValueError`` for rows that are not those of all processes."""
 
-    def summed(self, part: Tensor, *, divides_rows: bool = False) -> Tensor:
-        """Return the sum over the processes that have other rows, which all of them receive.
-
-        If each process divides its own rows by it, it has a part of its gradient.
-        """
-        return part
-
-    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:
-        """Return what a public call returns: a DTensor if ``input`` is one, sharded like ``input`` if ``per_row``."""
+    def _as_it_is(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return a tensor of one process, whose part of it is the whole; see :class:`ShardedHead`."""
         return tensor
 
-    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return the sum over classes of a tensor that lies like the features, from the part of each process."""
-        return part
-
-    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return the sum over rows of a tensor that lies like a weight or bias, from the part of each process."""
-        return part
+    local_rows = local_distributions = local_classes = _as_it_is
+    summed = restored = restored_features = restored_classes = _as_it_is
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,14 +175,17 @@ class ShardedHead(PlainHead):
 
     # --- to local tensors --------------------------------------------------------------------------------------------
 
-    def local_rows(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_rows(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(..., d)`` or ``(...)`` with the rows of this process."""
         return to_local(tensor, self.mesh, self.rows, self.rows)
 
-    def local_distributions(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_distributions(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(..., C)`` with the rows and classes of this process."""
         placements = self._with_classes(self.rows, dtensors().Shard(tensor.ndim - 1))
         return to_local(tensor, self.mesh, placements, placements)
 
-    def local_classes(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_classes(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(C, ...)`` with the classes of this process."""
         placements = self._with_classes(self._replicated, dtensors().Shard(0))
         return to_local(tensor, self.mesh, placements, self._sums_by_class)
 
@@ -227,13 +206,18 @@ class ShardedHead(PlainHead):
 
     # --- back to tensors of all processes ----------------------------------------------------------------------------
 
-    def summed(self, part: Tensor, *, divides_rows: bool = False) -> Tensor:  # noqa: D102
+    def summed(self, part: Tensor, *, divides_rows: bool = False) -> Tensor:
+        """Return the sum over the processes that have other rows, which all of them receive.
+
+        If each process divides its own rows by it, it has a part of its gradient.
+        """
         if not self._cuts_rows:
             return part
         total = from_local(part, self.mesh, self._sums, None, self._replicated, part.shape)
         return to_local(total, self.mesh, self._replicated, self._sums) if divides_rows else total
 
-    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:  # noqa: D102
+    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:
+        """Return what a public call returns: a DTensor if ``input`` is one, sharded like ``input`` if ``per_row``."""
         if not self.returns_dtensor and not (per_row and self._cuts_rows):
             return tensor
         placements = self.rows if per_row else self._replicated
@@ -241,11 +225,13 @@ class ShardedHead(PlainHead):
         outside = placements if self.returns_dtensor else None
         return from_local(tensor, self.mesh, placements, outside, placements, shape)
 
-    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:
+        """Return the sum over classes of a tensor that lies like the features, from the part of each process."""
         placements = self._with_classes(self.rows, dtensors().Partial())
         return from_local(part, self.mesh, placements, placements_of(like), placements, like.shape)
 
-    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:
+        """Return the sum over rows of a tensor that lies like a weight or bias, from the part of each process."""
         return from_local(part, self.mesh, self._sums_by_class, placements_of(like), self._sums_by_class, like.shape)
 
     # --- placements --------------------------------------------------------------------------------------------------

@@ -73,13 +73,13 @@ class SparseKernel(CurvatureKernel):
         if tile.v is not None:
             self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
-        leaves_residual = self.data.wants_gradient and not self.data.cuts_classes
+        whole, wants_stats = not self.data.cuts_classes, self.data.wants_stats
         sums, column, exponentials = self.tiles.statistics(
-            tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual
+            tile, wants_stats=wants_stats, leaves_residual=self.data.wants_gradient and whole
         )
-        if not self.data.cuts_classes:
+        if whole:
             self.exponentials, self.exponentials_shift = exponentials, sums.shift
-        if self.data.wants_stats:
+        if wants_stats:
             listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
             top = listed.amax(-1, keepdim=True)
             first = torch.where(listed == top, self.indices, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
@@ -112,12 +112,9 @@ class SparseKernel(CurvatureKernel):
         here = (self.indices >= 0) & (self.indices < self.data.held)
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
         sums = [self.listed, self.unlisted.total]
-        if self.data.has_direction:
-            sums += [self.v_listed, self.unlisted.change]
-        if self.loss.smoothing:
-            sums += [self.unlisted.uniform] + [self.unlisted.uniform_change] * self.data.has_direction
-        if self.data.wants_stats:
-            sums.append(self.unlisted.moment)
+        sums += [self.v_listed, self.unlisted.change] * self.data.has_direction
+        sums += [self.unlisted.uniform] * bool(self.loss.smoothing) + [self.unlisted.moment] * self.data.wants_stats
+        sums += [self.unlisted.uniform_change] * (self.data.has_direction and bool(self.loss.smoothing))
         sum_over(sums, group)
 
     def finish(self, number: int) -> None:
@@ -144,12 +141,12 @@ class SparseKernel(CurvatureKernel):
     # --- the rows ----------------------------------------------------------------------------------------------------
 
     def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
-        target = self.data.target
+        loss, target = self.loss, self.data.target
         if target is None:
-            return rows.IndexCrossEntropy(IDENTITY, self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
-        if self.loss.is_cross_entropy:
-            return rows.DenseCrossEntropy(IDENTITY, self.loss.z_loss), target.double()
-        return rows.LogitDivergence(IDENTITY, divergence=self.loss.divergence), target.double()
+            return rows.IndexCrossEntropy(IDENTITY, loss.z_loss), torch.zeros_like(self.indices[:, 0])
+        if loss.is_cross_entropy:
+            return rows.DenseCrossEntropy(IDENTITY, loss.z_loss), target.double()
+        return rows.LogitDivergence(IDENTITY, divergence=loss.divergence), target.double()
 
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
@@ -166,7 +163,7 @@ class SparseKernel(CurvatureKernel):
         return gradient, target
 
     def _smoothing_mass(self) -> Tensor | float:
-        """``U = Σ u``."""
+        """Return ``U = Σ u``."""
         weight = self.data.class_weight
         return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
 
@@ -203,8 +200,7 @@ class SparseKernel(CurvatureKernel):
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         tile = self._tile(block)
-        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
-        return residuals
+        return self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)  # type: ignore[no-any-return]
 
     def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the coarse gradient at the listed classes, and ``α``."""
