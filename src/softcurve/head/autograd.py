@@ -1,4 +1,4 @@
-"""Makes the passes over a head's tiles differentiable, twice.
+"""Derivatives of first and second order of the passes over a head's tiles.
 
 ``_Losses`` returns ``Σ weight · loss``, each row's loss and, when a derivative will be wanted of the sum, the gradients
 from the same pass. Its backward hands them over, where it is the last to see them, or applies ``_Gradients``, which
@@ -56,7 +56,7 @@ def head_outcome(
     function: Any = _Losses.apply if transformed else super(Function, _Losses).apply
     if compiling:
         function = torch.ops.softcurve.head_losses
-    outputs = function(*tensors, loss.encode(), memory_budget, stats, all_rows, per_row, weight_moves, wanted)
+    outputs = function(*tensors, loss.encode(), memory_budget, stats, all_rows, per_row, weight_moves, list(wanted))
     total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
 

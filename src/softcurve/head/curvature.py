@@ -96,7 +96,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
 
 
 def class_coefficients(rows: RowLosses, matrix: str) -> bool:
-    """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
+    """Return whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher or a loss convex in the logits."""
     bucket = rows.merges_tail and matrix != FISHER
     plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
     return plain and not DenseKernel.needs_q(rows.loss.divergence, matrix)

@@ -11,6 +11,7 @@ and for second order ``q`` of :class:`softcurve.losses.softmax.RowCurvature`, wh
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -253,18 +254,15 @@ class DenseKernel(CurvatureKernel):
             lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)
             self.factor = mass + 2 * self.loss.z_loss * lse
             self.total = mass + 2 * self.loss.z_loss * (lse + 1)
+        self.sums = defaultdict(lambda: (torch.zeros_like(self.total),) * 3)
 
     def prepare_block(self, block: Block, fresh: bool, again: bool = False) -> None:
         """Replace ``z`` by ``p``, and write ``q`` and the residual into the block's buffers."""
         self.tiles.prepare(self._tile(block), self.matrix)
 
-    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return tuple(torch.zeros_like(self.total) for _ in range(3))
-
     def accumulate_column(self, block: Block, number: int) -> None:  # noqa: D102
         sums = self.tiles.accumulate_column(self._tile(block, along_column=True)).double()
-        before = self.sums.get(number, self.no_sums())
-        self.sums[number] = tuple(a + b for a, b in zip(before, sums, strict=True))
+        self.sums[number] = tuple(a + b for a, b in zip(self.sums[number], sums, strict=True))
 
     def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
         mean_rest, moment, top_v = self.sums[number]
@@ -276,6 +274,3 @@ class DenseKernel(CurvatureKernel):
     def diagonal(self, block: Block) -> None:  # noqa: D102
         tile = self._tile(block, along_column=True)
         self.tiles.diagonal(tile, self.factor, self.total, self.model.complement)
-
-    def sum_of_q(self) -> Tensor:  # noqa: D102
-        return self.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -164,7 +165,9 @@ class CurvatureKernel(Kernel, ABC):
 
     matrix: str = field(kw_only=True, default="")  # empty: residuals are formed, and no matrix
     merges_tail: bool = field(kw_only=True, default=False)
-    sums: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False)
+    # Set by prepare_columns: the total Σ q of softmax.RowCurvature, and the sums of each column over a row.
+    total: Float[Tensor, "rows 1"] = field(init=False)
+    sums: defaultdict[int, tuple[Tensor, ...]] = field(init=False)
 
     @abstractmethod
     def prepare_columns(self) -> None:
@@ -183,13 +186,9 @@ class CurvatureKernel(Kernel, ABC):
 
     def reduce_column(self, number: int, group: ProcessGroup) -> None:
         """Sum what a column has gathered over the processes of a sharded head."""
-        sums = [part.clone() for part in self.sums.get(number, self.no_sums())]
+        sums = [part.clone() for part in self.sums[number]]
         sum_over(sums, group)
         self.sums[number] = tuple(sums)
-
-    @abstractmethod
-    def no_sums(self) -> tuple[Tensor, ...]:
-        """Return the sums of a column that has seen no block."""
 
     @abstractmethod
     def multiply_column(self, block: Block, number: int) -> None:
@@ -202,12 +201,7 @@ class CurvatureKernel(Kernel, ABC):
     def to_probabilities(self, block: Block) -> None:
         """Replace ``z`` of a prepared block by ``p``; by default it is ``p`` already."""
 
-    @abstractmethod
-    def sum_of_q(self) -> Tensor:
-        """Return ``total`` of :class:`softcurve.losses.softmax.RowCurvature`, ``(rows, 1)``."""
-
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``b`` of a matrix ``a diag(p) − b p pᵀ``: with ``q = a p``, ``b = 2a − total``."""
-        total = self.sum_of_q()
         surplus = 2 * self.loss.z_loss if self.matrix != FISHER else 0.0
-        return total - surplus, total - 2 * surplus
+        return self.total - surplus, self.total - 2 * surplus

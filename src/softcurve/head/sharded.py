@@ -1,4 +1,4 @@
-"""The seam between tensors that are sharded over processes (DTensor) and the local tensors that a pass works on.
+"""Conversions between tensors that are sharded over processes (DTensor) and the local tensors of a pass.
 
 The classes of a head are sharded over one dimension of a device mesh, its rows over the others. A DTensor says where it
 lies; a plain tensor is the same on every process. Each process knows only its own classes' part of the features'

@@ -20,6 +20,7 @@ the loss is convex in ``z``; a bucket is one outcome, in whose logit the loss is
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -239,6 +240,7 @@ class SparseKernel(CurvatureKernel):
         if self.loss.smoothing:
             mass = self._smoothing_mass()
             self.curvature = softmax.RowCurvature(p, self.curvature.q + mass * p, self.curvature.total + mass)
+        self.total = self.curvature.total
         self.gradient, _ = self._coarse_gradient(torch.ones_like(self.lse), wants_target=False)
         some = self.others > 0
         self.kappa = torch.where(some, self._spread(p[:, -1:]), 0.0)
@@ -248,6 +250,7 @@ class SparseKernel(CurvatureKernel):
         self.row_factor = self.unit = torch.where(scale > 1e-25, scale, 1.0)
         self.top = torch.full_like(self.others, -1, dtype=torch.int64)  # see the class
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
+        self.sums = defaultdict(lambda: (torch.zeros_like(self.coarse), torch.zeros_like(self.others)))
 
     def _spread(self, p: Tensor) -> Tensor:
         """Return ``κ``; ``p`` is the probability of all unlisted classes."""
@@ -277,21 +280,18 @@ class SparseKernel(CurvatureKernel):
             factor = self.gradient[:, -1:] * self.inverse
             self.tiles.form_residual(tile, block.residual, factor)
             values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
-            self._add_apart(block, block.residual, values * self._apart_slope(block))
+            self._add_apart(block, block.residual, values)
 
     def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
-
-    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return torch.zeros_like(torch.cat([self.listed, self.others], -1)), torch.zeros_like(self.others)
 
     def accumulate_column(self, block: Block, number: int) -> None:
         """Add ``m′ v`` at the classes kept apart, and ``Σ e m′ v`` of all others."""
         assert block.v is not None
         apart = self._apart(block).take(block.v) * self._apart_slope(block)
         others = self.tiles.accumulate_column(self._tile(block, along_column=True))
-        before = self.sums.get(number)
-        self.sums[number] = (apart, others) if before is None else (before[0] + apart, before[1] + others)
+        before_apart, before_others = self.sums[number]
+        self.sums[number] = (before_apart + apart, before_others + others)
 
     def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
         assert block.v is not None
@@ -307,7 +307,7 @@ class SparseKernel(CurvatureKernel):
         at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * centred)
         values = torch.cat([product[:, :-1], at_top], -1) / self.unit
         self.tiles.multiply_column(self._tile(block, along_column=True), alpha, beta, 1 / self.unit)
-        self._add_apart(block, block.v, values * self._apart_slope(block))
+        self._add_apart(block, block.v, values)
 
     def diagonal(self, block: Block) -> None:  # noqa: D102
         assert block.v is not None
@@ -318,15 +318,12 @@ class SparseKernel(CurvatureKernel):
         at_top = top * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
         values = torch.cat([entries[:, :-1], at_top], -1) / self.unit
         self.tiles.diagonal(self._tile(block, along_column=True), square, linear, 1 / self.unit)
-        self._add_apart(block, block.v, values * self._apart_slope(block) ** 2)
+        self._add_apart(block, block.v, values * self._apart_slope(block))
 
     def to_probabilities(self, block: Block) -> None:  # noqa: D102
         p, others = self.curvature.p[:, :-1], self.curvature.p[:, -1:] * self.inverse
         self.tiles.rescale(block.z, others)
-        self._add_apart(block, block.z, torch.cat([p, others * self.top_mass], -1))
-
-    def sum_of_q(self) -> Tensor:  # noqa: D102
-        return self.curvature.total
+        self.tiles.put(block.z, self._apart(block), torch.cat([p, others * self.top_mass], -1), add=True)
 
     def _apart(self, block: Block) -> Places:
         """Return the places of the classes kept apart: the listed, and the one of more than half of the others."""
@@ -337,8 +334,8 @@ class SparseKernel(CurvatureKernel):
         return 1.0 if block.raw is None else self.loss.logit_map.slope(self._apart(block).take(block.raw))
 
     def _add_apart(self, block: Block, tile: Tensor, values: Tensor) -> None:
-        """Add the entries of the classes kept apart to what a soft cap's second derivative gives them, else 0."""
-        self.tiles.put(tile, self._apart(block), values, add=True)
+        """Add ``m′ values`` at the classes kept apart to what a soft cap's second derivative gives them, else 0."""
+        self.tiles.put(tile, self._apart(block), values * self._apart_slope(block), add=True)
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 
