@@ -75,7 +75,6 @@ def _looped(function: type[Function]) -> type[Function]:
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
@@ -99,6 +98,7 @@ class _Losses(Function):
         *tensors, loss, ctx.memory_budget, _, _, ctx.per_row, ctx.weight_moves, ctx.made = inputs
         ctx.loss = LossSpec.decode(loss)
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
         _save(ctx, *tensors, output[1], *output[6:])
 
     @staticmethod
@@ -184,6 +184,7 @@ class _Gradients(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *given, ctx.loss, ctx.memory_budget, ctx.wanted, scale = inputs
         ctx.mark_non_differentiable(*(o for o, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
         tensors, _ = HeadTensors.split(given)
         _save(ctx, *tensors, scale)
 
