@@ -34,7 +34,10 @@ def values_visible(*tensors: Tensor) -> bool:
     # The second condition detects tracing modes such as make_fx.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(torch._C._dispatch_keys(tensor).has(_KEYS.CPU) and is_plain(tensor) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - a generator would add a call for each tensor to every small loss
+        if not torch._C._dispatch_keys(tensor).has(_KEYS.CPU) or not is_plain(tensor):
+            return False
+    return True
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

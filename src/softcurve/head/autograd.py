@@ -1,4 +1,4 @@
-"""Makes the passes over a head's tiles differentiable, twice.
+"""Derivatives of first and second order of the passes over a head's tiles.
 
 ``_Losses`` returns ``Σ weight · loss``, each row's loss and, when a derivative will be wanted of the sum, the gradients
 from the same pass. Its backward hands them over, where it is the last to see them, or applies ``_Gradients``, which
@@ -12,6 +12,7 @@ of ``_Gradients`` are the streaming Hessian product, ``_Products``; the change o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,11 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.kernel import Statistics
-from softcurve.head.loop import evaluate
-from softcurve.head.tensors import NOTHING, HeadTensors, Wanted
+from softcurve.head.loop import rounded
+from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
-
-Optional6 = Sequence[Tensor | None]
 
 
 class HeadOutcome(NamedTuple):
@@ -42,28 +41,46 @@ class HeadOutcome(NamedTuple):
 def head_outcome(
     loss: LossSpec, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
 ) -> HeadOutcome:
-    """The losses of a head, differentiable; of its two forms of result that one which ``per_row`` says is used.
+    """Return the losses of a head, differentiable: their rows if ``per_row``, otherwise their weighted sum.
 
     ``weighs`` says whether somebody's tensor is behind the rows' weights, which may then be differentiated in.
     """
     wanted = NOTHING
     if torch.is_grad_enabled() and not per_row:
-        a, b, c, d, e, f = (tensor is not None and tensor.requires_grad for tensor in tensors[:6])
-        wanted = (a, b, c, d, e, f)
+        wanted = [tensor is not None and tensor.requires_grad for tensor in tensors.differentiable]
     compiling = torch.compiler.is_compiling()
     transformed = compiling or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
     weight_moves = tensors.row_weight.requires_grad or (weighs and transformed)
     all_rows = tensors.row_weight.requires_grad or (transformed and not compiling)
-    function = torch.ops.softcurve.head_losses if compiling else _Losses.apply
-    outputs = function(  # type: ignore[no-untyped-call]
-        *tensors, loss.encode(), memory_budget,
-        stats, all_rows, per_row, weight_moves, list(wanted),
-    )  # fmt: skip
+    # Outside of transforms without the binding of arguments that torch has for them.
+    function: Any = _Losses.apply if transformed else super(Function, _Losses).apply
+    if compiling:
+        function = torch.ops.softcurve.head_losses
+    outputs = function(*tensors, loss.encode(), memory_budget, stats, all_rows, per_row, weight_moves, list(wanted))
     total, rows, lse, entropy, predicted, label = outputs[:6]
     return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
 
 
+def _one_by_one(
+    function: type[Function], info: Any, in_dims: tuple[Any, ...], *inputs: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    stacked = operators.one_by_one(function.apply, info.batch_size, in_dims, inputs)
+    return tuple(stacked), (0,) * len(stacked)
+
+
+def _looped(function: type[Function]) -> type[Function]:
+    """Give a function the ``vmap`` rule that loops over the problems."""
+    function.vmap = staticmethod(partial(_one_by_one, function))  # type: ignore[method-assign]
+    return function
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+@_looped
 class _Losses(Function):
     """The loop of first order; its arguments are those of the operator ``head_losses``.
 
@@ -72,15 +89,10 @@ class _Losses(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
-        if not values_visible(*(tensor for tensor in given if tensor is not None)):
-            return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
-        tensors = HeadTensors(*given)
-        with torch.autocast(tensors.input.device.type, enabled=False):
-            outcome = evaluate(
-                LossSpec.decode(loss), tensors, memory_budget, wanted=tuple(wanted), stats=stats, all_rows=all_rows
-            )
-        return tuple(operators.flattened(outcome, tensors))
+        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+        if values_visible(*tensors):
+            return tuple(operators.head_losses(*arguments))
+        return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,162 +100,127 @@ class _Losses(Function):
         ctx.loss = LossSpec.decode(loss)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[1], *output[6:])
-        ctx.save_for_forward(*tensors, output[1], *output[6:])
+        _save(ctx, *tensors, output[1], *output[6:])
 
     @staticmethod
     def backward(ctx: Any, v_total: Tensor | None, v_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, rows, ready = HeadTensors(*saved[:9]), saved[9], saved[10:]
-        needs = ctx.needs_input_grad[:6]
+        tensors, (rows, *ready) = HeadTensors.split(ctx.saved_tensors)
+        needs, _ = HeadTensors.split(ctx.needs_input_grad)
+        gradients: Directions = [None] * 6
         in_weight = None
-        gradients: Optional6 = [None] * 6
         if v_rows is not None:
             weight = v_rows if v_total is None else v_rows + v_total * tensors.row_weight
-            gradients = _gradients(ctx, tensors._replace(row_weight=weight), needs, torch.ones_like(weight.sum()), None)
+            gradients = _gradients(ctx, tensors._replace(row_weight=weight), needs.differentiable, weight.new_ones(()))
+        elif v_total is not None and _may_hand_over(v_total):
+            gradients = [g if n else None for g, n in zip(ready, needs.differentiable, strict=True)]
+            if not values_visible(v_total) or v_total != 1:
+                gradients = _scaled(gradients, v_total, tensors)
+            gradients = rounded(gradients, tensors)
         elif v_total is not None:
-            if _may_hand_over(v_total):
-                gradients = [g if n else None for g, n in zip(ready, needs, strict=True)]
-                if not values_visible(v_total) or v_total != 1:
-                    gradients = _scaled(gradients, v_total, tensors)
-                gradients = _in_own_dtypes(gradients, tensors)
-            else:
-                gradients = _gradients(ctx, tensors, needs, v_total, ready)
-        if ctx.needs_input_grad[7] and v_total is not None:
+            gradients = _gradients(ctx, tensors, needs.differentiable, v_total, ready)
+        if needs.row_weight and v_total is not None:
             in_weight = v_total * _finite_where_left_out(rows, tensors.row_weight)
         return *gradients, None, in_weight, *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        directions, v_weight = tangents[:6], tangents[7]
+        moves, _ = HeadTensors.split(tangents)
         with outer_tangents(ctx) as saved:
-            tensors, rows = HeadTensors(*saved[:9]), saved[9]
-            moved = any(v is not None for v in directions)
-            change = torch.zeros_like(rows)
-            if moved and (ctx.per_row or ctx.weight_moves):
-                change = _tangents(ctx, tensors, directions)
-            total = torch.zeros_like(rows.sum())
-            if moved and not ctx.per_row:
-                wanted = tuple(v is not None for v in directions)
-                found = _gradients(ctx, tensors, wanted, torch.ones_like(rows.sum()), None)
-                total = total + _inner(found, directions)
-            if v_weight is not None:
-                total = total + (v_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()
+            tensors, (rows, *_) = HeadTensors.split(saved)
+            wanted = [v is not None for v in moves.differentiable]
+            change, total = torch.zeros_like(rows), rows.new_zeros(())
+            if any(wanted) and (ctx.per_row or ctx.weight_moves):
+                change = _tangents(ctx, tensors, moves.differentiable)
+            if any(wanted) and not ctx.per_row:
+                found = _gradients(ctx, tensors, wanted, rows.new_ones(()))
+                total = total + _inner(found, moves.differentiable)
+            if moves.row_weight is not None:
+                total = total + (moves.row_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()
             return total, change, *(None,) * 10
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Losses, info, in_dims, inputs)
 
 
 def _finite_where_left_out(rows: Tensor, weight: Tensor) -> Tensor:
-    """The losses of rows; 0 for an infinite one of weight 0, which has no part."""
+    """Return the losses of rows; 0 for an infinite one of weight 0, which has no part."""
     return torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
 
 
 def _may_hand_over(scale: Tensor) -> bool:
-    """Whether saved gradients may be handed over as they are: this backward is the last to see them."""
+    """Return whether saved gradients may be handed over as they are: this backward is the last to see them."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(scale):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _gradients(
-    ctx: Any, tensors: HeadTensors, wanted: Sequence[bool], scale: Tensor, ready: Sequence[Tensor] | None
+    ctx: Any, tensors: HeadTensors, wanted: Wanted, scale: Tensor, ready: Directions | None = None
 ) -> list[Tensor | None]:
-    """``scale`` times the gradients of ``Σ weight · loss``, differentiable; from those at hand, if they are."""
+    """Return ``scale`` times the gradients of ``Σ weight · loss``, differentiable; from those at hand, if they are."""
     if not any(wanted):
         return [None] * 6
-    complete = ready is not None and all(made or not w for made, w in zip(ctx.made, wanted, strict=True))
-    given = ready if complete and ready is not None else [None] * 6
-    settings = ctx.loss, ctx.memory_budget, tuple(wanted), scale
-    found: tuple[Tensor, ...] = _Gradients.apply(*settings, *given, *tensors)  # type: ignore[no-untyped-call]
+    if ready is None or any(w and not made for made, w in zip(ctx.made, wanted, strict=True)):
+        ready = [None] * 6
+    found: Any = _Gradients.apply(*tensors, *ready, ctx.loss, ctx.memory_budget, tuple(wanted), scale)  # type: ignore[no-untyped-call]
     return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
 
 
+@_looped
 class _Gradients(Function):
+    """The gradients that are wanted, times a scale."""
+
     @staticmethod
-    def forward(
-        loss: LossSpec,
-        memory_budget: int | None,
-        wanted: Wanted,
-        scale: Tensor,
-        g_input: Tensor | None,
-        g_weight: Tensor | None,
-        g_bias: Tensor | None,
-        g_target: Tensor | None,
-        g_target_weight: Tensor | None,
-        g_target_bias: Tensor | None,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor | None,
-        target_weight: Tensor | None,
-        target_bias: Tensor | None,
-        indices: Tensor | None,
-        row_weight: Tensor,
-        class_weight: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ready = (g_input, g_weight, g_bias, g_target, g_target_weight, g_target_bias)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *given, loss, memory_budget, wanted, scale = arguments
+        tensors, ready = HeadTensors.split(given)
         if any(g is not None for g in ready):
-            scaled = [g * scale if g is not None and w else None for g, w in zip(ready, wanted, strict=True)]
-            scaled = _in_own_dtypes(scaled, (input, weight, bias, target, target_weight, target_bias))
-            return tuple(input.new_empty(0) if g is None else g for g in scaled)
-        found = operators.batched(
-            torch.ops.softcurve.head_losses,
-            input, weight, bias, target, target_weight, target_bias, indices, row_weight * scale, class_weight,
-            loss.encode(), memory_budget, False, False, False, False, list(wanted),
+            found = [g * scale if g is not None and w else None for g, w in zip(ready, wanted, strict=True)]
+            return tuple(tensors.input.new_empty(0) if g is None else g for g in rounded(found, tensors))
+        weighted = tensors._replace(row_weight=tensors.row_weight * scale)
+        outputs = operators.batched(
+            torch.ops.softcurve.head_losses, *weighted, loss.encode(), memory_budget, False, False, False, False,
+            list(wanted),
         )  # fmt: skip
-        tensors = (input, weight, bias, target, target_weight, target_bias)
-        return tuple(_in_own_dtypes(found[6:], tensors))  # type: ignore[arg-type]
+        return tuple(rounded(outputs[6:], tensors))  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.memory_budget, ctx.wanted, scale, *rest = inputs
+        *given, ctx.loss, ctx.memory_budget, ctx.wanted, scale = inputs
         ctx.mark_non_differentiable(*(o for o, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, *rest[6:])
-        ctx.save_for_forward(scale, *rest[6:])
+        tensors, _ = HeadTensors.split(given)
+        _save(ctx, *tensors, scale)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         directions = tuple(v if wanted else None for v, wanted in zip(directions, ctx.wanted, strict=True))
         if all(v is None for v in directions):
             return (None,) * 19
-        scale, *rest = ctx.saved_tensors
-        tensors = HeadTensors(*rest)
-        needs = ctx.needs_input_grad
-        tangents = bool(needs[3] or needs[17])
+        tensors, (scale,) = HeadTensors.split(ctx.saved_tensors)
+        needs, (*_, in_scale) = HeadTensors.split(ctx.needs_input_grad)
         weighted = tensors._replace(row_weight=tensors.row_weight * scale)
-        change, *products = _products(ctx, weighted, directions, needs[10:16], tangents)
-        in_scale = (tensors.row_weight * change).sum() if needs[3] else None
-        in_weight = scale * change if needs[17] else None
-        return None, None, None, in_scale, *(None,) * 6, *products, None, in_weight, None
+        tangents = bool(in_scale or needs.row_weight)
+        change, *products = _products(ctx, weighted, directions, needs.differentiable, tangents)
+        in_scale = (tensors.row_weight * change).sum() if in_scale else None
+        in_weight = scale * change if needs.row_weight else None
+        return *products, None, in_weight, *(None,) * 10, in_scale
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        v_scale, directions, v_weight = tangents[3], tangents[10:16], tangents[17]
-        with outer_tangents(ctx) as (scale, *rest):
-            tensors = HeadTensors(*rest)
+        moves, (*_, v_scale) = HeadTensors.split(tangents)
+        with outer_tangents(ctx) as saved:
+            tensors, (scale,) = HeadTensors.split(saved)
             changes: list[list[Tensor | None]] = []
-            if any(v is not None for v in directions):
+            if any(v is not None for v in moves.differentiable):
                 weighted = tensors._replace(row_weight=tensors.row_weight * scale)
-                changes.append(_products(ctx, weighted, directions, ctx.wanted, False)[1:])
+                changes.append(_products(ctx, weighted, moves.differentiable, ctx.wanted, False)[1:])
             if v_scale is not None:
-                changes.append(_gradients(ctx, tensors, ctx.wanted, v_scale, None))
-            if v_weight is not None:
-                changes.append(_gradients(ctx, tensors._replace(row_weight=v_weight), ctx.wanted, scale, None))
-        return tuple(total_of([change[i] for change in changes]) for i in range(6))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Gradients, info, in_dims, inputs)
+                changes.append(_gradients(ctx, tensors, ctx.wanted, v_scale))
+            if moves.row_weight is not None:
+                changes.append(_gradients(ctx, tensors._replace(row_weight=moves.row_weight), ctx.wanted, scale))
+        return tuple(map(total_of, zip(*changes, strict=True))) if changes else (None,) * 6
 
 
-def _products(
-    ctx: Any, tensors: HeadTensors, directions: Optional6, wanted: Sequence[bool], tangents: bool
-) -> list[Any]:
-    """The change of each row's loss, then of the six gradients; ``None`` where it is not wanted."""
+def _products(ctx: Any, tensors: HeadTensors, directions: Directions, wanted: Wanted, tangents: bool) -> list[Any]:
+    """Return the change of each row's loss, then of the six gradients; ``None`` where it is not wanted."""
     if not (tangents or any(wanted)):
         return [None] * 7
     change, *products = _Products.apply(  # type: ignore[no-untyped-call]
@@ -252,8 +229,16 @@ def _products(
     return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
 
 
+def _raise_third(*_: Any) -> Any:
+    raise NotImplementedError(
+        "a streamed head has exact first and second derivatives, but none of third order; for those use the loss on "
+        "logits: softcurve.cross_entropy(linear(input, weight), ...)"
+    )
+
+
+@_looped
 class _Products(Function):
-    """Of the arguments of ``head_hessian_product``."""
+    """The Hessian products of the operator ``head_hessian_product``, whose arguments it has."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -263,74 +248,55 @@ class _Products(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(THIRD)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(THIRD)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Products, info, in_dims, inputs)
+    backward = jvp = staticmethod(_raise_third)  # type: ignore[assignment]
 
 
-THIRD = (
-    "a streamed head has exact first and second derivatives, but none of third order; for those use the loss on "
-    "logits: softcurve.cross_entropy(linear(input, weight), ...)"
-)
-
-
-def _tangents(ctx: Any, tensors: HeadTensors, directions: Optional6) -> Tensor:
-    """The change of each row's loss along ``directions``, differentiable."""
-    (change,) = _Tangents.apply(ctx.loss, ctx.memory_budget, *directions, *tensors)  # type: ignore[no-untyped-call]
+def _tangents(ctx: Any, tensors: HeadTensors, directions: Directions) -> Tensor:
+    """Return the change of each row's loss along ``directions``, differentiable."""
+    (change,) = _Tangents.apply(*tensors, *directions, ctx.loss, ctx.memory_budget)  # type: ignore[no-untyped-call]
     return change  # type: ignore[no-any-return]
 
 
+@_looped
 class _Tangents(Function):
+    """The change of each row's loss along directions."""
+
     @staticmethod
-    def forward(loss: LossSpec, memory_budget: int | None, *rest: Tensor | None) -> tuple[Tensor]:
-        directions, tensors = rest[:6], rest[6:]
-        change, *_ = operators.batched(
-            torch.ops.softcurve.head_hessian_product,
-            *tensors, *directions, loss.encode(), memory_budget, True, list(NOTHING),
-        )  # fmt: skip
+    def forward(*arguments: Any) -> tuple[Tensor]:
+        *given, loss, memory_budget = arguments
+        product = torch.ops.softcurve.head_hessian_product
+        change, *_ = operators.batched(product, *given, loss.encode(), memory_budget, True, list(NOTHING))
         return (change,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
-        ctx.loss, ctx.memory_budget, *rest = inputs
-        ctx.save_for_backward(*rest)
-        ctx.save_for_forward(*rest)
+        *given, ctx.loss, ctx.memory_budget = inputs
+        _save(ctx, *given)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        directions, tensors = ctx.saved_tensors[:6], HeadTensors(*ctx.saved_tensors[6:])
+        tensors, directions = HeadTensors.split(ctx.saved_tensors)
+        needs, (*of_directions, _, _) = HeadTensors.split(ctx.needs_input_grad)
         weighted = tensors._replace(row_weight=v)
-        in_directions = _gradients(ctx, weighted, ctx.needs_input_grad[2:8], torch.ones_like(v.sum()), None)
-        in_tensors = _products(ctx, weighted, directions, ctx.needs_input_grad[8:14], False)[1:]
-        return None, None, *in_directions, *in_tensors, None, None, None
+        in_directions = _gradients(ctx, weighted, of_directions, v.new_ones(()))
+        in_tensors = _products(ctx, weighted, directions, needs.differentiable, False)[1:]
+        return *in_tensors, None, None, None, *in_directions, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
-        v_directions, v_tensors = tangents[2:8], tangents[8:14]
+        moves, (*v_directions, _, _) = HeadTensors.split(tangents)
         with outer_tangents(ctx) as saved:
-            directions, tensors = saved[:6], HeadTensors(*saved[6:])
+            tensors, directions = HeadTensors.split(saved)
             change = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
             if any(v is not None for v in v_directions):
                 change = change + _tangents(ctx, tensors, v_directions)
-            if any(v is not None for v in v_tensors):
-                change = change + _second_tangents(ctx, tensors, directions, v_tensors)
+            if any(v is not None for v in moves.differentiable):
+                change = change + _second_tangents(ctx, tensors, directions, moves.differentiable)
             return (change,)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return _one_by_one(_Tangents, info, in_dims, inputs)
 
-
-def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6) -> Tensor:
-    """The second change ``uᵀ ∇² v`` of each row's loss.
+def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Directions) -> Tensor:
+    """Return the second change ``uᵀ ∇² v`` of each row's loss.
 
     Features are per row, weights are not; but ``W e + t (Ẇ e + ḃ) = [W, Ẇ, ḃ] [e; t e; t]``, so a derivative along a
     weight is one in features of twice the width, with a ``t`` for each row.
@@ -348,7 +314,7 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6)
     wider = HeadTensors(*wide)
     wanted = (True, False, False, u[3] is not None or len(sides) > 1, False, False)
     changes: list[Any] = _products(ctx, wider, along, wanted, False)[1:]
-    gradients: list[Any] = _gradients(ctx, wider, wanted, torch.ones_like(tensors.row_weight.sum()), None)
+    gradients: list[Any] = _gradients(ctx, wider, wanted, tensors.row_weight.new_ones(()))
     total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
     for i in sides:
         e, change, gradient = given[i], changes[i], gradients[i]
@@ -366,20 +332,15 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Optional6, v: Optional6)
     return total
 
 
-def _scaled(gradients: Optional6, scale: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Into the dtypes of the tensors at once: no second copy in single precision."""
+def _scaled(gradients: Directions, scale: Tensor, tensors: HeadTensors) -> list[Tensor | None]:
+    """Return scaled gradients, rounded as they are scaled so that there is no second copy in single precision."""
     return [
         None if g is None or t is None else torch.mul(g, scale, out=torch.empty_like(g, dtype=t.dtype))
-        for g, t in zip(gradients, tensors, strict=False)
+        for g, t in zip(gradients, tensors.differentiable, strict=True)
     ]
 
 
-def _in_own_dtypes(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Saved and scaled in the dtype of the computation, gradients are rounded to their tensors' here, once."""
-    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]
-
-
-def _inner(gradients: Optional6, directions: Optional6) -> Tensor:
+def _inner(gradients: Directions, directions: Directions) -> Tensor:
     products = [
         (g.to(torch.promote_types(g.dtype, torch.float32)) * v).sum()
         for g, v in zip(gradients, directions, strict=True)
@@ -393,15 +354,8 @@ def _below_autograd(operator: Callable[..., list[Tensor]], *arguments: Any) -> t
         return tuple(operators.batched(operator, *arguments))
 
 
-def _one_by_one(
-    function: type[Function], info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    stacked = operators.one_by_one(function.apply, info.batch_size, in_dims, inputs)
-    return tuple(stacked), (0,) * len(stacked)
-
-
 def _differentiated(function: type[Function]) -> Callable[..., list[Tensor]]:
-    """An operator's kernel for autograd: ``function``, at the one level of transforms that the dispatcher is at."""
+    """Return an operator's kernel for autograd: ``function``, at the one level of transforms of the dispatcher."""
 
     def kernel(*arguments: Any) -> list[Tensor]:
         with enable_single_level_autograd_function():

@@ -15,45 +15,44 @@ from softcurve.head import products
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.losses.spec import LossSpec
 
+MEMBERS = {ForwardKL: "FORWARD", ReverseKL: "REVERSE", JensenShannon: "JENSEN_SHANNON"}
+
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-MEMBERS = {ForwardKL: "FORWARD", ReverseKL: "REVERSE", JensenShannon: "JENSEN_SHANNON"}
-
-
 def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tiles of this loss have Triton kernels on this device; on the CPU only in Triton's interpreter.
+    """Return whether tiles of this loss have Triton kernels here; on the CPU only in Triton's interpreter.
 
-    float64 stays with ATen: who asks for it wants its digits, not the hardware's single-precision exponentials. So
-    does a divergence whose terms are not written in Triton, unless the target is sparse: then the divergence is
-    evaluated on the few listed classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`.
+    float64 stays with ATen, because the hardware's exponentials are of single precision. So does a divergence whose
+    terms are not written in Triton, unless the target is sparse: then the divergence is evaluated on the few listed
+    classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`.
     """
     if dtype != torch.float32 or not _has_triton():
         return False
-    if not (loss.is_cross_entropy or loss.target == "sparse" or type(loss.divergence) in MEMBERS):
+    if device.type != "cuda" and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
         return False
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return loss.is_cross_entropy or loss.target == "sparse" or type(loss.divergence) in MEMBERS
 
 
 def residual_dtype(
     loss: LossSpec, input: Tensor | None, weight: Tensor | None, dtype: torch.dtype
 ) -> torch.dtype | None:
-    """The half precision that residuals are left in for the products with these; ``None``: in the logits' place."""
-    if input is None or weight is None or not serves(loss, weight.device, dtype):
+    """Return the half precision of the residuals for products with these; ``None`` if they replace the logits."""
+    if input is None or weight is None:
         return None
-    return products.narrow_residuals(products.shared_half(input, weight))
+    half = products.narrow_residuals(products.shared_half(input, weight))
+    return half if half is not None and serves(loss, weight.device, dtype) else None
 
 
-def kernels(name: str) -> Any:
-    """``softcurve.head.triton.…``, imported when first wanted: it takes Triton with it."""
-    return importlib.import_module(f"softcurve.head.triton.{name}")
+def kernels(name: str, backend: str = "triton") -> Any:
+    """Import a module of kernels when it is first wanted, because those of Triton take Triton with them."""
+    return importlib.import_module(f"softcurve.head.{backend}.{name}")
 
 
 def tile_functions(spec: LossSpec, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the module of functions that work on the tiles of this loss: in Triton where it serves, else in ATen."""
     kind = "sparse" if spec.target == "sparse" else "dense"
-    backend = "triton" if serves(spec, device, dtype) else "aten"
-    return importlib.import_module(f"softcurve.head.{backend}.{kind}")
+    return kernels(kind, "triton" if serves(spec, device, dtype) else "aten")

@@ -1,22 +1,20 @@
 """The loop of second order: products of many columns with a head's matrix, added to where their sums are kept.
 
 The logits of a tile are computed once for all columns; each column then costs its change of the logits and the way
-back. Unlike :func:`softcurve.head.loop.hessian_product` nothing here is differentiable, and the target does not move.
+back. Nothing here is differentiable, and the target does not move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcurve.head import products
 from softcurve.head.dense import DenseKernel
-from softcurve.head.gradients import MapSums, Term, to_features
-from softcurve.head.kernel import CurvatureBlock, CurvatureKernel, Kernel, RowData
-from softcurve.head.products import Direction
+from softcurve.head.kernel import Block, CurvatureKernel, Kernel
+from softcurve.head.products import Direction, MapSums, Term, back_to_weight, to_features
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.rows import FISHER, HESSIAN
@@ -38,15 +36,13 @@ def add_products(
     """
     with curvature_tiles(rows, matrix, columns=True) as tiles:
         for tile in tiles:
-            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
-            cut = tiles.plan.cuts_classes
-            whole: list[CurvatureBlock] = []
-            for block in prepared(tile, kernel):
-                for j, column in enumerate(columns if cut else ()):
+            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
+            cut, blocks = tiles.plan.cuts_classes, prepared(tile, kernel)
+            whole = [] if cut else list(blocks)
+            for block in blocks:
+                for j, column in enumerate(columns):
                     change(tile, block, column)
                     kernel.accumulate_column(block, j)
-                if not cut:
-                    whole.append(block)
             for j, column in enumerate(columns):
                 for block in whole:
                     change(tile, block, column)
@@ -79,7 +75,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
     in_bias = traces.new_zeros(len(t.weight)) if wants_diagonal else None
     with curvature_tiles(rows, matrix, columns=True) as tiles:
         for tile in tiles:
-            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
+            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
             factor = row_weight(tile) * rows.loss.scale**2
             blocks = prepared(tile, kernel)
             if tiles.plan.cuts_classes and rows.loss.target == "sparse":
@@ -93,14 +89,14 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
                 traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
                 if in_weight is not None and in_bias is not None:
                     squares = tile.model.input.square() * here
-                    products.back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
+                    back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
                     in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
         tiles.sum_over_classes(traces)
     return Diagonal(in_weight, in_bias, traces)
 
 
 def class_coefficients(rows: RowLosses, matrix: str) -> bool:
-    """Whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher, or a loss that is convex in the logits."""
+    """Return whether each row's matrix is ``a diag(p) − b p pᵀ``, as for a Fisher or a loss convex in the logits."""
     bucket = rows.merges_tail and matrix != FISHER
     plain = not bucket and rows.loss.softcap is None and matrix != HESSIAN
     return plain and not DenseKernel.needs_q(rows.loss.divergence, matrix)
@@ -115,7 +111,7 @@ def add_class_products(
     """
     with curvature_tiles(rows, matrix, columns=False) as tiles:
         for tile in tiles:
-            kernel = tiles.curvature_kernel(unweighted(tile), merges_tail=rows.merges_tail)
+            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
             along = None if vectors is None else tile.model.input.new_zeros(len(tile), vectors.shape[1])
             block = None
             for block in probabilities(tile, kernel):
@@ -126,10 +122,9 @@ def add_class_products(
             if along is None or into is None:
                 continue
             tiles.sum_over_classes(along)
-            again = probabilities(tile, kernel, again=True) if tiles.plan.cuts_classes else iter([block])
-            for each in again:
-                if each is not None:
-                    into[each.classes] += each.z.T @ (b * along)
+            again: Iterable[Block] = probabilities(tile, kernel, again=True)
+            for each in again if block is None or tiles.plan.cuts_classes else [block]:
+                into[each.classes] += each.z.T @ (b * along)
 
 
 def add_outer_products(
@@ -141,7 +136,7 @@ def add_outer_products(
     """
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel, e = tiles.kernel(unweighted(tile)), tile.model.input
+            kernel, e = tile.curvature_kernel(), tile.model.input
             back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
             block = None
             for block in residuals(tile, kernel):
@@ -161,10 +156,9 @@ def add_outer_products(
             for j, out in enumerate(into):
                 if out.input is not None:
                     out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-            again = residuals(tile, kernel, again=True) if tiles.plan.cuts_classes else iter([block])
-            for each in again:
-                for j, out in enumerate(into if each is not None else ()):
-                    assert each is not None
+            again: Iterable[Block] = residuals(tile, kernel, again=True)
+            for each in again if block is None or tiles.plan.cuts_classes else [block]:
+                for j, out in enumerate(into):
                     along = residual_factor(tile, kernel) * inner[:, j : j + 1]
                     MapSums(out._replace(input=None)).add(tile.rows, each.classes, [Term(each.z, None, e, along)])
 
@@ -172,39 +166,34 @@ def add_outer_products(
 # --- blocks and columns ----------------------------------------------------------------------------------------------
 
 
-def unweighted(tile: Tile) -> RowData:
-    """Return the rows' data with weights of 1: the passes weigh what comes back."""
-    return tile.row_data(weight=tile.model.input.new_ones(len(tile)), wants_gradient=True)
-
-
 def row_weight(tile: Tile) -> Tensor:
     """Return the rows' weights, ``(r, 1)``."""
     return tile.tiles.tensors.row_weight[tile.rows].to(tile.tiles.dtype).unsqueeze(-1)
 
 
-def prepared(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+def prepared(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[Block]:
     """Yield the blocks, ready for columns; ``again`` if the rows' statistics are known."""
     loaded = None if again else tile.accumulate(kernel)
     if not again:
         kernel.prepare_columns()
-    blocks, group = list(tile.class_blocks()), tile.tiles.group
-    for i, (block, fresh) in enumerate(tile.blocks(loaded)):
+    count, group = len(list(tile.class_blocks())), None if again else tile.tiles.group
+    if group is not None and count == 0:  # the other processes have classes
+        kernel.reduce_prepared(group)
+    for number, (block, fresh) in enumerate(tile.blocks(loaded), 1):
         kernel.prepare_block(block, fresh=fresh, again=again)
-        if group is not None and not again and i == len(blocks) - 1:
+        if group is not None and number == count:
             kernel.reduce_prepared(group)
         yield block
-    if group is not None and not again and not blocks:
-        kernel.reduce_prepared(group)
 
 
-def probabilities(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+def probabilities(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[Block]:
     """Yield the blocks with the model's probabilities in place of logits."""
     for block in prepared(tile, kernel, again=again):
         kernel.to_probabilities(block)
         yield block
 
 
-def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[CurvatureBlock]:
+def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[Block]:
     """Yield the blocks with residuals in place of logits, to be multiplied by :func:`residual_factor`."""
     loaded = None if again else tile.accumulate(kernel)
     if not again:
@@ -216,23 +205,23 @@ def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[Cu
 
 def residual_factor(tile: Tile, kernel: Kernel) -> Tensor:
     """Return the factor of the residuals of each row, ``(r, 1)``; the rows' weights are not in it."""
-    ones = tile.model.input.new_full((len(tile), 1), tile.tiles.spec.scale)
+    ones = tile.model.input.new_full((len(tile), 1), tile.model.scale)
     return ones if kernel.row_factor is None else ones * kernel.row_factor.to(ones.dtype)
 
 
-def change(tile: Tile, block: CurvatureBlock, column: Direction) -> None:
+def change(tile: Tile, block: Block, column: Direction) -> None:
     """Write the change of the logits along a column into ``block.v``."""
     assert block.v is not None
     along = column if column.input is None else column._replace(input=column.input[tile.rows])
-    tile.model.change_into(block.v, along, block.classes, tile.tiles.spec.scale)
+    tile.model.change_into(block.v, along, block.classes)
 
 
 def add_column(
-    tile: Tile, block: CurvatureBlock, factor: Tensor | None, column: Direction, into: Direction, scale: float
+    tile: Tile, block: Block, factor: Tensor | None, column: Direction, into: Direction, scale: float
 ) -> None:
     """Take the product with one column back: ``ġ W (+ g Ẇ)``, ``ġᵀ e (+ gᵀ ė)``, ``Σ ġ``."""
     assert block.v is not None
-    outer = row_weight(tile) * (scale * tile.tiles.spec.scale)
+    outer = row_weight(tile) * (scale * tile.model.scale)
     of_change = outer if factor is None else outer * factor.to(block.v.dtype)
     terms = [Term(block.v, tile.model.weight, tile.model.input, of_change)]
     if block.residual is not None:

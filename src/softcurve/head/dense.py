@@ -11,8 +11,9 @@ and for second order ``q`` of :class:`softcurve.losses.softmax.RowCurvature`, wh
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,14 +21,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
 from softcurve.head.aten.dense_terms import DenseTile
-from softcurve.head.kernel import (
-    Block,
-    CurvatureBlock,
-    CurvatureKernel,
-    Residuals,
-    Statistics,
-    first_of_largest,
-)
+from softcurve.head.kernel import Block, CurvatureKernel, Residuals, Statistics, first_of_largest
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.rows import FISHER, HESSIAN
 from softcurve.processes import max_over, sum_over
@@ -58,6 +52,11 @@ class SideStatistics:
         self.offset = new
         self.top = torch.where(higher, top, self.top)
 
+    def add(self, score: Tensor, score_rest: Tensor, mean_rest: Tensor, top_v: Tensor) -> None:
+        """Add the sums over further classes."""
+        self.score, self.score_rest = self.score + score, self.score_rest + score_rest
+        self.mean_rest, self.top_v = self.mean_rest + mean_rest, self.top_v + top_v
+
     @staticmethod
     def merge(sides: Sequence[SideStatistics], group: ProcessGroup) -> None:
         """Merge the softmaxes of all processes. The top is that of one of them, and −1 elsewhere."""
@@ -86,11 +85,11 @@ class SideStatistics:
         return self.rest / (1 + self.rest)
 
     def mean_and_top(self, mean_rest: Tensor, top_v: Tensor) -> tuple[Tensor, Tensor]:
-        """``p·v`` and the top's ``v − p·v``, from ``Σ p v`` over all other classes and the top's ``v``."""
+        """Return ``p·v`` and the top's ``v − p·v``, from ``Σ p v`` over all other classes and the top's ``v``."""
         return mean_rest + top_v / (1 + self.rest), top_v * self.complement - mean_rest
 
     def numbers(self) -> list[Tensor]:
-        """The numbers that tile functions use, in the order of :data:`softcurve.head.aten.dense_terms.OFFSET` etc."""
+        """Return the numbers that tile functions use, in the order of the constants of :mod:`.aten.dense_terms`."""
         offset = torch.where(self.offset == -math.inf, 0.0, self.offset)
         top_residual = self.score * self.complement - self.score_rest
         mean, top_u = self.mean_and_top(self.mean_rest, self.top_v)
@@ -101,8 +100,6 @@ class SideStatistics:
 @dataclass
 class DenseKernel(CurvatureKernel):
     """The float64 statistics of each row; what reads or writes whole tiles is a function of ``tiles``."""
-
-    matrix: str = field(kw_only=True, default="")  # empty: residuals are formed, and no matrix
 
     def __post_init__(self) -> None:
         weight = self.data.weight
@@ -122,7 +119,7 @@ class DenseKernel(CurvatureKernel):
     # --- sweeps ------------------------------------------------------------------------------------------------------
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
-        tile, first = self._tile(block, directed=self.data.has_direction), block.classes.start
+        tile, first = self._tile(block), block.classes.start
         if number == 0:
             for side, statistics in enumerate(self.sides):
                 offset, rest, place = self.tiles.softmax(tile, side, wants_place=self.data.wants_stats)
@@ -138,11 +135,8 @@ class DenseKernel(CurvatureKernel):
         wants_stats = self.data.wants_stats
         wants_loss = not self.matrix and not self.data.has_direction
         sums, label = self.tiles.sums(tile, wants_loss=wants_loss, wants_stats=wants_stats, wants_curve=self.has_q)
-        model = (sums.score, sums.score_rest, sums.mean_v, sums.top_v)
-        target = (sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
-        for side, (score, score_rest, mean, top_v) in zip(self.sides, (model, target), strict=False):
-            side.score, side.score_rest = side.score + score, side.score_rest + score_rest
-            side.mean_rest, side.top_v = side.mean_rest + mean, side.top_v + top_v
+        self.model.add(sums.score, sums.score_rest, sums.mean_v, sums.top_v)
+        self.target.add(sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
         self.values, self.curve = self.values + sums.value, self.curve + sums.curve
         self.surplus = self.surplus + sums.surplus
         if wants_stats:
@@ -152,29 +146,27 @@ class DenseKernel(CurvatureKernel):
             self.label = torch.where(better, label + first, self.label)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
+        wants_stats = self.data.wants_stats
         if number == 0:
-            if self.data.wants_stats:
+            if wants_stats:
                 self.predicted = first_of_largest(self.model.offset, self.model.top, group, self.data)
             SideStatistics.merge(self.sides, group)
             return
-        sums: list[tuple[object, str]] = []
+        of_rows, of_sides = [], ["change"]
         if number == 1:
-            wanted = {"entropy": self.data.wants_stats, "curve": bool(self.matrix)}
-            of_rows = ["values", "surplus", *(name for name, is_wanted in wanted.items() if is_wanted)]
-            of_sides = ["score", "score_rest", *(("mean_rest", "top_v") if self.data.has_direction else ())]
-            sums += [(self, name) for name in of_rows]
-            sums += [(side, name) for side in self.sides for name in of_sides]
-        else:
-            sums += [(side, "change") for side in self.sides]
+            of_rows = ["values", "surplus", *["entropy"] * wants_stats, *["curve"] * bool(self.matrix)]
+            of_sides = ["score", "score_rest", *["mean_rest", "top_v"] * self.data.has_direction]
+        sums: list[tuple[object, str]] = [(self, name) for name in of_rows]
+        sums += [(side, name) for side in self.sides for name in of_sides]
         parts = [getattr(owner, name).clone() for owner, name in sums]
         sum_over(parts, group)
         for (owner, name), part in zip(sums, parts, strict=True):
             setattr(owner, name, part)
-        if number == 1 and self.data.wants_stats:
+        if number == 1 and wants_stats:
             self.label = first_of_largest(self.best, self.label, group, self.data)
 
     def finish(self, number: int) -> None:
-        """Settle the statistics of a sweep, and what tile functions take from them."""
+        """Complete the statistics of a sweep, and compute what tile functions take from them."""
         if number == 0:
             for side in self.sides:  # a row without a class has no softmax
                 side.rest = torch.where(side.offset == -math.inf, math.nan, side.rest)
@@ -201,17 +193,14 @@ class DenseKernel(CurvatureKernel):
         return values.squeeze(-1)
 
     def _log_sum_exp(self) -> Tensor:
-        """The model's, with what was taken off its logits."""
+        """Return the model's log-sum-exp, including what was taken off its logits."""
         lse, offset = self.model.log_sum_exp, self.data.offset
         return lse if offset is None else lse + offset
 
     # --- residuals ---------------------------------------------------------------------------------------------------
 
-    def prepare_residuals(self) -> None:
-        """Do nothing: the sweeps have gathered all of it."""
-
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        tile = self._tile(block, directed=self.data.has_direction)
+        tile = self._tile(block)
         tangents = self.tiles.residuals(tile, wants_tangents=self.data.wants_tangents)
         if tangents is not None:
             self.tangent = self.tangent + tangents
@@ -223,41 +212,29 @@ class DenseKernel(CurvatureKernel):
             sum_over([self.tangent], group)
         return self.tangent.squeeze(-1)
 
-    def _tile(self, block: Block, *, directed: bool) -> DenseTile:
+    def _tile(self, block: Block, *, along_column: bool = False) -> DenseTile:
+        """Bundle the tensors of a block; ``along_column`` if its ``v`` is the change along a column."""
         assert block.target is not None
-        data, second = self.data, block if isinstance(block, CurvatureBlock) else None
-        weighted = self.loss.is_cross_entropy and data.class_weight is not None
-        whole_rows = not data.cuts_classes and self.loss.processes is None
-        v = block.v if directed else None
+        data, loss = self.data, self.loss
+        own, share = data.factors_of(block.classes) if loss.is_cross_entropy else (None, None)
+        whole_rows = not data.cuts_classes and loss.processes is None
+        v = block.v if along_column or data.has_direction else None
         return DenseTile(
-            loss=self.loss,
-            class_count=data.class_count,
-            cached=data.cached,
-            wants_target=data.wants_target or data.wants_tangents,
+            loss, data.class_count, data.cached, wants_target=data.wants_target or data.wants_tangents,
             knows_scores=data.has_direction or bool(self.matrix) or not whole_rows,
-            z=block.z,
-            target=block.target,
-            v=v,
-            target_v=block.target_v,
-            out=block.z if block.out is None else block.out,
-            v_out=v if block.v_out is None else block.v_out,
-            target_out=block.target_out,
-            target_v_out=block.target_v_out,
-            seen=None if data.cuts_classes else block.raw,
-            raw=None if second is None else second.raw,
-            q=None if second is None else second.q,
-            residual=None if second is None else second.residual,
-            class_weight=data.weight_of(block.classes) if weighted else None,
-            class_share=data.share_of(block.classes) if weighted else None,
-            top=None if self.top is None else self.top - block.classes.start,
-            numbers=self.numbers,
-        )
+            z=block.z, target=block.target, v=v, target_v=block.target_v,
+            out=block.z if block.out is None else block.out, v_out=v if block.v_out is None else block.v_out,
+            target_out=block.target_out, target_v_out=block.target_v_out,
+            seen=None if data.cuts_classes else block.raw, raw=block.raw, q=block.q, residual=block.residual,
+            class_weight=own, class_share=share,
+            top=None if self.top is None else self.top - block.classes.start, numbers=self.numbers,
+        )  # fmt: skip
 
     # --- second order ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def needs_q(divergence: Divergence, matrix: str) -> bool:
-        """Whether ``q`` is no multiple of ``p``."""
+        """Return whether ``q`` is no multiple of ``p``."""
         if divergence.hessian_is_fisher or matrix == FISHER:
             return False
         return matrix == HESSIAN or not divergence.gauss_newton_is_fisher
@@ -277,35 +254,23 @@ class DenseKernel(CurvatureKernel):
             lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)
             self.factor = mass + 2 * self.loss.z_loss * lse
             self.total = mass + 2 * self.loss.z_loss * (lse + 1)
+        self.sums = defaultdict(lambda: (torch.zeros_like(self.total),) * 3)
 
-    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:
+    def prepare_block(self, block: Block, fresh: bool, again: bool = False) -> None:
         """Replace ``z`` by ``p``, and write ``q`` and the residual into the block's buffers."""
-        self.tiles.prepare(self._tile(block, directed=False), self.matrix)
+        self.tiles.prepare(self._tile(block), self.matrix)
 
-    def reduce_prepared(self, group: ProcessGroup) -> None:
-        """Do nothing: the sweeps know what is kept apart."""
+    def accumulate_column(self, block: Block, number: int) -> None:  # noqa: D102
+        sums = self.tiles.accumulate_column(self._tile(block, along_column=True)).double()
+        self.sums[number] = tuple(a + b for a, b in zip(self.sums[number], sums, strict=True))
 
-    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return tuple(torch.zeros_like(self.total) for _ in range(3))
-
-    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
-        sums = self.tiles.accumulate_column(self._tile(block, directed=True)).double()
-        before = self.sums.get(number, self.no_sums())
-        self.sums[number] = tuple(a + b for a, b in zip(before, sums, strict=True))
-
-    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
         mean_rest, moment, top_v = self.sums[number]
         mean, top_u = self.model.mean_and_top(mean_rest, top_v)
         moment = self.factor * mean if block.q is None else moment
         numbers = torch.stack([mean, top_u, moment - self.total * mean, self.factor])
-        self.tiles.multiply_column(self._tile(block, directed=True), numbers)
+        self.tiles.multiply_column(self._tile(block, along_column=True), numbers)
 
-    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
-        tile = self._tile(block, directed=True)
+    def diagonal(self, block: Block) -> None:  # noqa: D102
+        tile = self._tile(block, along_column=True)
         self.tiles.diagonal(tile, self.factor, self.total, self.model.complement)
-
-    def to_probabilities(self, block: CurvatureBlock) -> None:
-        """Do nothing: a prepared block holds them."""
-
-    def sum_of_q(self) -> Tensor:  # noqa: D102
-        return self.total

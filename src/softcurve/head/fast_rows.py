@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from softcurve.head import backends
 from softcurve.head.aten.dense import rest_of
 from softcurve.head.aten.dense_terms import masses
 from softcurve.head.dense import DenseKernel
@@ -49,13 +47,10 @@ class FastRows(Kernel):
 
     @staticmethod
     def serves(loss: LossSpec, data: RowData) -> bool:
-        """Whether the fast path knows the loss and all that is wanted of it."""
-        device, dtype = data.weight.device, data.weight.dtype
-        if device.type != "cpu" or backends.serves(loss, device, dtype) or loss.processes is not None:
+        """Return whether the fast path knows the loss, whose target covers every class, and all that is wanted."""
+        if data.weight.device.type != "cpu" or loss.processes is not None:
             return False
-        if loss.target == "sparse" or data.cuts_classes or data.has_direction or data.wants_stats:
-            return False
-        if loss.softcap is not None or loss.z_loss:
+        if data.cuts_classes or data.has_direction or data.wants_stats or loss.softcap is not None or loss.z_loss:
             return False
         if loss.is_cross_entropy:
             plain = not loss.smoothing and data.class_weight is None and loss.target != "probabilities"
@@ -87,37 +82,26 @@ class FastRows(Kernel):
 
     def _compute_again(self, block: Block, doubtful: Tensor) -> None:
         """Overwrite some rows by what the exact formulas give, so many at a time as stay in the cache."""
-        for rows in doubtful.split(max(1, self.data.cached // self.data.class_count)) if len(doubtful) else ():
-            offset = None if self.data.offset is None else self.data.offset[rows]
-            exact = DenseKernel(self.loss, replace(self.data, weight=self.data.weight[rows], offset=offset))
+        data = self.data
+        for rows in doubtful.split(max(1, data.cached // data.class_count)) if len(doubtful) else ():
+            offset = None if data.offset is None else data.offset[rows]
+            exact = DenseKernel(self.loss, replace(data, weight=data.weight[rows], offset=offset))
             anew = self.again(rows)
             for number in range(exact.sweeps):
                 exact.accumulate(number, anew)
                 exact.finish(number)
             self.values[rows] = exact.losses().to(self.values.dtype)
-            if self.data.wants_gradient:
+            if data.wants_gradient:
                 exact.residuals(anew, fresh=False)
                 block.z[rows], self.factor[rows] = anew.z, 1.0
                 if block.target_out is not None and anew.target_out is not None:
                     block.target_out[rows] = anew.target_out
 
-    def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
-        raise NotImplementedError("the fast path serves whole rows only; use DenseKernel for a sharded head")
-
-    def finish(self, number: int) -> None:
-        """Do nothing: every row is complete."""
-
     def losses(self) -> Tensor:  # noqa: D102
         return self.values
 
-    def prepare_residuals(self) -> None:
-        """Do nothing: the sweep has left the residuals."""
-
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         return Residuals(block.z, block.target_out)
-
-    def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
-        raise NotImplementedError("the fast path knows no directions; use DenseKernel")
 
     # --- one group of rows -------------------------------------------------------------------------------------------
 
@@ -125,7 +109,7 @@ class FastRows(Kernel):
         return self.scratch(number)[: like.numel()].view(like.shape)
 
     def _masses(self, target: Tensor, rows: slice) -> Tensor:
-        """A cross-entropy's target, any mass on each class."""
+        """Return a cross-entropy's target, any mass on each class."""
         y, (weight, share) = target, class_factors(self.data.class_weight)
         if self.loss.target != "probabilities":
             logits = target if self.loss.target == "teacher" else self._buffer(2, target).copy_(target)
@@ -144,59 +128,47 @@ class FastRows(Kernel):
     def _compare_with_logits(
         self, z: Tensor, e: Tensor, rest: Tensor, given: Tensor, out: Tensor | None, rows: slice
     ) -> None:
+        """Compare two softmaxes; the target's residual is written into ``out``."""
         y, t = self._buffer(1, z), given
-        if self.loss.target != "teacher":  # not ours to overwrite
-            t = self._buffer(2, z).copy_(given)
-            if self.target_scale != 1:
-                t.mul_(self.target_scale)
-        target_rest = _exponentials(t, y)
-        self.target_rest[rows] = target_rest
+        if self.loss.target != "teacher":  # the caller's tensor must not be overwritten
+            t = torch.mul(given, self.target_scale, out=self._buffer(2, z))
+        self.target_rest[rows] = target_rest = _exponentials(t, y)
         log_rest, target_log_rest = torch.log1p(rest), torch.log1p(target_rest)
         total, target_total = 1 + rest, 1 + target_rest
         weight = self.data.weight[rows].unsqueeze(-1)
-        wants_gradient = self.data.wants_gradient
+        z_out = z if self.data.wants_gradient else None
         self.factor[rows] = weight / total
-        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         out_factor = weight * self.target_scale / target_total
-        if divergence is None or isinstance(divergence, ForwardKL):
-            # s = −log p or log y/p
-            s = torch.sub(log_rest, z, out=z) if divergence is None else torch.sub(t, z, out=z)
-            if divergence is not None:
-                s.add_(log_rest - target_log_rest)
-            value = _pull(s, y, target_total, out, out_factor)
-            if wants_gradient:
-                torch.sub(e, y.mul_(total / target_total) if out is None else y * (total / target_total), out=z)
-        elif isinstance(divergence, ReverseKL):
-            s = self._buffer(2, z)
-            torch.sub(z, t, out=s).sub_(log_rest - target_log_rest)
-            value = _pull(s, e, total, z if wants_gradient else None)
-            if out is not None:
-                torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
-        else:
-            if not isinstance(divergence, JensenShannon):
-                raise TypeError(f"the fast path does not know {type(divergence).__name__}; use DenseKernel")
+        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
+        if isinstance(divergence, JensenShannon):
             value = self._jensen_shannon(divergence.beta, z, e, y, (total, target_total), out, -out_factor)
             self.factor[rows] *= divergence.beta - 1
+        elif isinstance(divergence, ReverseKL):
+            s = torch.sub(z, t, out=self._buffer(2, z)).sub_(log_rest - target_log_rest)
+            value = _pull(s, e, total, z_out)
+            if out is not None:
+                torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
+        else:  # a cross-entropy, s = −log p, or the forward KL, s = log y/p
+            if divergence is None:
+                s = torch.sub(log_rest, z, out=z)
+            else:
+                s = torch.sub(t, z, out=z).add_(log_rest - target_log_rest)
+            value = _pull(s, y, target_total, out, out_factor)
+            if z_out is not None:
+                torch.sub(e, torch.mul(y, total / target_total, out=y if out is None else None), out=z_out)
         self.values[rows] = value.squeeze(-1)
         if out is not None:
             _balance(out, y, target_rest)
 
     def _jensen_shannon(
-        self,
-        beta: float,
-        z: Tensor,
-        e: Tensor,
-        y: Tensor,
-        totals: tuple[Tensor, Tensor],
-        out: Tensor | None,
+        self, beta: float, z: Tensor, e: Tensor, y: Tensor, totals: tuple[Tensor, Tensor], out: Tensor | None,
         out_factor: Tensor,
-    ) -> Tensor:
-        """By ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))``, not as a difference."""
+    ) -> Tensor:  # fmt: skip
+        """Use ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))``, which do not cancel."""
         total, target_total = totals
-        model_side = self._buffer(2, z)
         # Clamped, for a class without mass on either side: 0 times a finite logarithm.
         torch.div(y, e, out=z).mul_(total / target_total).clamp_(1e-35, 1e35)
-        torch.sub(z, 1, out=model_side).mul_(beta).log1p_()
+        model_side = torch.sub(z, 1, out=self._buffer(2, z)).mul_(beta).log1p_()
         z.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
         to_target = _pull(z, y, target_total, out, out_factor * beta)
         to_model = _pull(model_side, e, total, z if self.data.wants_gradient else None)
@@ -204,20 +176,13 @@ class FastRows(Kernel):
 
 
 def _exponentials(z: Tensor, out: Tensor) -> Tensor:
-    """``z ← z − max``, ``out = e^z``; ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
+    """``z ← z − max``, ``out = e^z``; return ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
     z.sub_(z.amax(-1, keepdim=True))
-    torch.exp(z, out=out)
-    return rest_of(out)
-
-
-def _confident(rest: Tensor) -> Tensor | None:
-    """The rows whose largest class has more than one half."""
-    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
-    return confident if confident.numel() else None
+    return rest_of(torch.exp(z, out=out))
 
 
 def _pull(s: Tensor, e: Tensor, total: Tensor, out: Tensor | None, factor: Tensor | None = None) -> Tensor:
-    """``Σ p s`` of ``p = e / total``; ``out = factor · e (s − Σ p s)``. ``s`` is overwritten."""
+    """Return ``Σ p s`` of ``p = e / total``; ``out = factor · e (s − Σ p s)``. ``s`` is overwritten."""
     s.mul_(e)
     mean = s.sum(-1, keepdim=True).div_(total)
     if out is not None:
@@ -228,8 +193,8 @@ def _pull(s: Tensor, e: Tensor, total: Tensor, out: Tensor | None, factor: Tenso
 
 
 def _balance(gradient: Tensor, e: Tensor, rest: Tensor) -> None:
-    """A class above one half takes up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
-    confident = _confident(rest)
-    if confident is not None:
+    """Let a class above one half take up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
+    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    if confident.numel():
         top = e[confident].argmax(-1)
         gradient[confident, top] -= gradient[confident].sum(-1)

@@ -17,15 +17,15 @@ tile of rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softcurve.head import workspace
-from softcurve.head.gradients import MapSums, terms_of
 from softcurve.head.kernel import Kernel, Residuals, Statistics
-from softcurve.head.products import STILL, Direction
+from softcurve.head.products import STILL, Direction, MapSums, terms_of
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.spec import LossSpec
@@ -40,23 +40,15 @@ class Outcome(NamedTuple):
 
 
 def evaluate(
-    spec: LossSpec,
-    tensors: HeadTensors,
-    budget: int | None,
-    *,
-    wanted: Wanted = NOTHING,
-    directions: Directions | None = None,
-    stats: bool = False,
-    tangents: bool = False,
-    all_rows: bool = False,
-) -> Outcome:
+    spec: LossSpec, tensors: HeadTensors, budget: int | None, *, wanted: Wanted = NOTHING,
+    directions: Directions | None = None, stats: bool = False, tangents: bool = False, all_rows: bool = False,
+) -> Outcome:  # fmt: skip
     """Return each row's loss, not weighted, and the gradients of ``Σ weight · loss`` in the tensors ``wanted``.
 
     With ``directions`` (``None``: zero) return the changes of the gradients along them, and with ``tangents`` those of
     the rows' losses. Rows of weight 0 have a loss of 0 unless ``all_rows``, statistics or tangents are asked for.
     """
-    results = _Results(spec, tensors, wanted, directions, stats=stats)
-    directed = directions is not None
+    results = _Results(spec, tensors, wanted, directions is not None, stats=stats)
     kept = kept_rows(tensors.row_weight)
     parts = [(kept, wanted)]
     if isinstance(kept, Tensor):
@@ -66,51 +58,40 @@ def evaluate(
     for rows, in_tensors in parts:
         with Tiles(spec, tensors, budget, rows, in_tensors, directions) as tiles:
             for tile in tiles:
-                data = tile.row_data(
-                    wants_target=any(in_tensors[3:]),
-                    wants_gradient=any(in_tensors),
-                    wants_stats=stats,
-                    wants_tangents=tangents,
-                    has_direction=directed,
-                )
+                gradient = tiles.wants_residuals
+                data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
                 kernel = tile.kernel(data)
                 loaded = tile.accumulate(kernel)
-                if any(in_tensors) or tangents:
+                if gradient or tangents:
                     kernel.prepare_residuals()
                     for block, fresh in tile.blocks(loaded):
                         residuals = kernel.residuals(block, fresh)
-                        if any(in_tensors):
+                        if gradient:
                             results.add(tile, block.classes, residuals, kernel.row_factor)
                 results.add_rows(tile, kernel, tangents=tangents)
-    return results.outcome(None if directions is None else [t if t is None else t.dtype for t in tensors[:6]])
+    return results.outcome()
 
 
 class _Results:
     """The rows' losses, their statistics and the gradients of one pass, to which the tiles add."""
 
-    def __init__(
-        self, spec: LossSpec, tensors: HeadTensors, wanted: Wanted, directions: Directions | None, *, stats: bool
-    ) -> None:
-        self.spec, self.group = spec, spec.processes
-        n, dtype, device = len(tensors.input), tensors.dtype, tensors.input.device
+    def __init__(self, spec: LossSpec, tensors: HeadTensors, wanted: Wanted, directed: bool, *, stats: bool) -> None:
+        self.tensors, self.directed, self.group = tensors, directed, spec.processes
+        n, dtype, device = tensors.input.shape[0], tensors.dtype, tensors.input.device
         self.rows = torch.zeros(n, dtype=dtype, device=device)
-        self.statistics = Statistics()
-        if stats:
-            integers = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
-            self.statistics = Statistics(torch.zeros_like(self.rows), torch.zeros_like(self.rows), *integers)
-
-        def empty(number: int, dtype: torch.dtype) -> Tensor | None:
-            tensor = tensors[number]
-            return workspace.empty(tensor.shape, dtype, device) if wanted[number] and tensor is not None else None
-
+        kinds = (dtype, dtype, torch.int64, torch.int64) if stats else ()
+        self.statistics = Statistics(*(torch.zeros(n, dtype=kind, device=device) for kind in kinds))
         # Gradients are summed over tiles in the dtype of the computation. One written once has its tensor's own.
-        self.model = MapSums(Direction(empty(0, dtype), empty(1, dtype), empty(2, dtype)), set())
-        self.teacher, self.target = MapSums(STILL, set()), None
-        if spec.target == "teacher":
-            self.teacher = MapSums(Direction(empty(3, dtype), empty(4, dtype), empty(5, dtype)), set())
-        elif tensors.target is not None:
-            self.target = empty(3, tensors.target.dtype)
-        self.target_started = False
+        teacher = spec.target == "teacher"
+        e, w, b, y, y_weight, y_bias = (
+            workspace.empty(tensor.shape, tensor.dtype if number == 3 and not teacher else dtype, device)
+            if is_wanted and tensor is not None
+            else None
+            for number, (tensor, is_wanted) in enumerate(zip(tensors[:6], wanted, strict=True))
+        )
+        self.model = MapSums(Direction(e, w, b), set())
+        self.teacher = MapSums(Direction(y, y_weight, y_bias) if teacher else STILL, set())
+        self.target, self.target_started = None if teacher else y, False
 
     def clear_rows(self) -> None:
         """Set to 0 what has one entry for each row: not every row will be visited."""
@@ -120,18 +101,12 @@ class _Results:
 
     def add(self, tile: Tile, classes: slice, residuals: Residuals, factor: Tensor | None) -> None:
         """Take the residuals of a block back to features, weight and bias; the model's times ``factor``, row by row."""
-        spec = self.spec
-        self.model.add(
-            tile.rows, classes, terms_of(tile.model, tile.along, residuals.z, residuals.v, factor, spec.scale)
-        )
-        if tile.teacher is not None:
-            if residuals.target is not None:
-                terms = terms_of(
-                    tile.teacher, tile.teacher_along, residuals.target, residuals.target_v, None, spec.target_scale
-                )
-                self.teacher.add(tile.rows, classes, terms)
-        elif residuals.target is not None:
-            self.add_target(tile.rows, classes, residuals.target if residuals.v is None else residuals.target_v)
+        z, target, v, target_v = residuals
+        self.model.add(tile.rows, classes, terms_of(tile.model, z, v, factor))
+        if tile.teacher is not None and target is not None:
+            self.teacher.add(tile.rows, classes, terms_of(tile.teacher, target, target_v, None))
+        elif target is not None:
+            self.add_target(tile.rows, classes, target_v if self.directed else target)
 
     def add_target(self, rows: slice | Tensor, classes: slice, gradient: Tensor | None) -> None:
         """Write the gradient of some rows and classes of a target that is given as a tensor."""
@@ -142,23 +117,27 @@ class _Results:
 
     def add_rows(self, tile: Tile, kernel: Kernel, *, tangents: bool) -> None:
         """Write what the tile has found for each of its rows."""
-        rows, directed = tile.rows, tile.tiles.directions is not None
-        if tangents:
-            self.rows[rows] = kernel.tangents(self.group).to(self.rows.dtype)
-        elif not directed:
-            self.rows[rows] = kernel.losses().to(self.rows.dtype)
+        if tangents or not self.directed:
+            found = kernel.tangents(self.group) if tangents else kernel.losses()
+            self.rows[tile.rows] = found.to(self.rows.dtype)
         for name, column in vars(kernel.statistics).items():
             whole = getattr(self.statistics, name)
             if column is not None and whole is not None:
-                whole[rows] = column.to(whole.dtype)
-        if self.spec.target == "sparse" and tile.tiles.wanted[3]:
-            self.add_target(rows, slice(None), kernel.target_product if directed else kernel.target_gradient)
+                whole[tile.rows] = column.to(whole.dtype)
+        if tile.tiles.wanted[3] and tile.tiles.spec.target == "sparse":
+            change = kernel.target_product if self.directed else kernel.target_gradient
+            self.add_target(tile.rows, slice(None), change)
 
-    def outcome(self, dtypes: list[torch.dtype | None] | None) -> Outcome:
-        """Return the results, summed over the classes of all processes; rounded to ``dtypes`` if they are given."""
+    def outcome(self) -> Outcome:
+        """Return the results, summed over the classes of all processes; changes in the dtypes of their tensors."""
         gradients = [*self.model.finish(self.group), *self.teacher.finish(self.group)]
         if self.target is not None:
             gradients[3] = self.target if self.target_started else self.target.zero_()
-        if dtypes is not None:
-            gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
-        return Outcome(self.rows, self.statistics, tuple(gradients))  # type: ignore[arg-type]
+        if self.directed:
+            gradients = rounded(gradients, self.tensors)
+        return Outcome(self.rows, self.statistics, gradients)
+
+
+def rounded(gradients: Directions, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients, which are summed and saved in the dtype of the computation, in the dtypes of their tensors."""
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import loop
-from softcurve.head.tensors import Directions, HeadTensors, Wanted
+from softcurve.head.tensors import HeadTensors
 from softcurve.losses.spec import LossSpec
 
 # The fields of HeadTensors. The loss is passed as the string that LossSpec.encode returns.
@@ -42,17 +42,12 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
-def _head_losses(*arguments: Any) -> list[Tensor]:
-    """``Σ weight · loss``, each row's loss; lse, entropy, predicted class and label if ``stats``; the six gradients."""
+def head_losses(*arguments: Any) -> list[Tensor]:
+    """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the six gradients."""
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
-    tensors, loss = HeadTensors(*given), LossSpec.decode(loss)
-    with _no_autocast(tensors.input):
-        outcome = loop.evaluate(loss, tensors, memory_budget, wanted=_six(wanted), stats=stats, all_rows=all_rows)
-    return flattened(outcome, tensors)
-
-
-def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
-    """Return the tensors of ``head_losses``: the weighted sum of the losses, the losses, statistics and gradients."""
+    tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
+    with torch.autocast(tensors.input.device.type, enabled=False):  # what is lowered was lowered before
+        outcome = loop.evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
     return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
 
@@ -60,38 +55,36 @@ def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:
     *given, loss, _, stats, _, _, _, wanted = arguments
     tensors = HeadTensors(*given)
-    rows = _rows_like(tensors)
+    rows = tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
     total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
-    columns: list[Tensor | None] = [None] * 4
-    if stats:
-        columns = [torch.empty_like(rows), torch.empty_like(rows)]
-        columns += [torch.empty_like(rows, dtype=torch.int64) for _ in range(2)]
+    kinds = (rows.dtype, rows.dtype, torch.int64, torch.int64)
+    columns = [torch.empty_like(rows, dtype=kind) if stats else None for kind in kinds]
     # Not rounded yet, but for a target that is written once, tile by tile.
-    wide = [rows.dtype] * 6
-    if LossSpec.decode(loss).target != "teacher" and tensors.target is not None:
-        wide[3] = tensors.target.dtype
-    return [total, rows, *_present(rows, *columns, *_gradients_like(tensors, wanted, wide))]
+    written = None if LossSpec.decode(loss).target == "teacher" else tensors.target
+    gradients = [
+        _like(tensor if is_wanted else None, None if tensor is written else rows.dtype)
+        for tensor, is_wanted in zip(tensors.differentiable, wanted, strict=True)
+    ]
+    return [total, rows, *_present(rows, *columns, *gradients)]
 
 
 @torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
 def _head_hessian_product(*arguments: Any) -> list[Tensor]:
-    """The change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
+    """Return the change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
     *given, loss, memory_budget, tangents, wanted = arguments
     tensors, directions = HeadTensors.split(given)
-    loss = LossSpec.decode(loss)
-    with _no_autocast(tensors.input):
-        outcome = loop.evaluate(
-            loss, tensors, memory_budget, wanted=_six(wanted), directions=directions, tangents=tangents
-        )
+    options = {"wanted": wanted, "directions": directions, "tangents": tangents}
+    with torch.autocast(tensors.input.device.type, enabled=False):
+        outcome = loop.evaluate(LossSpec.decode(loss), tensors, memory_budget, **options)
     return [outcome.rows, *_present(outcome.rows, *outcome.gradients)]
 
 
 def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
     *given, _, _, _, wanted = arguments
     tensors, _ = HeadTensors.split(given)
-    rows = _rows_like(tensors)
-    own = [rows.dtype if tensor is None else tensor.dtype for tensor in tensors[:6]]
-    return [rows, *_present(rows, *_gradients_like(tensors, wanted, own))]
+    rows = tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
+    gradients = [_like(t if w else None) for t, w in zip(tensors.differentiable, wanted, strict=True)]
+    return [rows, *_present(rows, *gradients)]
 
 
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)
@@ -101,21 +94,17 @@ torch.library.register_fake("softcurve::head_hessian_product", _fake_head_hessia
 def one_by_one(
     function: Callable[..., Sequence[Tensor]], size: int, in_dims: Sequence[Any], arguments: Sequence[Any]
 ) -> list[Tensor]:
-    """``vmap`` as a loop over problems, each of which fills the machine; stacked in front."""
+    """Loop over the problems of a ``vmap``, each of which fills the machine; the results are stacked in front."""
+    pairs = list(zip(arguments, in_dims, strict=True))
     results = [
-        function(
-            *(
-                argument if dim is None or not isinstance(argument, Tensor) else argument.select(dim, i)
-                for argument, dim in zip(arguments, in_dims, strict=True)
-            )
-        )
+        function(*(a if dim is None or not isinstance(a, Tensor) else a.select(dim, i) for a, dim in pairs))
         for i in range(size)
     ]
     return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
 def batched(operator: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
-    """``operator(*arguments)``, one by one where ``is_grads_batched`` has batched a gradient.
+    """Return ``operator(*arguments)``, one by one where ``is_grads_batched`` has batched a gradient.
 
     That older ``vmap`` of autograd's does not know the rules of an ``autograd.Function`` and runs its body as it is.
     """
@@ -132,30 +121,11 @@ def batched(operator: Callable[..., list[Tensor]], *arguments: Any) -> list[Tens
         for argument, dim in zip(arguments, in_dims, strict=True)
     ]
     size = next(len(argument) for argument, dim in zip(whole, in_dims, strict=True) if dim == 0)
-    stacked = one_by_one(operator, size, in_dims, whole)
-    return [torch._add_batch_dim(part, 0, level) for part in stacked]
+    return [torch._add_batch_dim(part, 0, level) for part in one_by_one(operator, size, in_dims, whole)]
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """What is lowered was lowered before; inside, the dtypes are the passes' own."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _six(wanted: Sequence[bool]) -> Wanted:
-    a, b, c, d, e, f = wanted
-    return a, b, c, d, e, f
-
-
-def _rows_like(tensors: HeadTensors) -> Tensor:
-    return tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
-
-
-def _gradients_like(tensors: HeadTensors, wanted: Sequence[bool], dtypes: Sequence[torch.dtype]) -> Directions:
-    a, b, c, d, e, f = (
-        tensor.new_empty(tensor.shape, dtype=dtype) if is_wanted and tensor is not None else None
-        for tensor, is_wanted, dtype in zip(tensors[:6], wanted, dtypes, strict=True)
-    )
-    return a, b, c, d, e, f
+def _like(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.new_empty(tensor.shape, dtype=dtype)
 
 
 def _present(like: Tensor, *tensors: Tensor | None) -> list[Tensor]:

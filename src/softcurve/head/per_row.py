@@ -1,4 +1,4 @@
-"""What a pass of second order finds for each row by itself: gradient norms, masses of targets, classes drawn."""
+"""Numbers of each row that the passes of second order find: gradient norms, masses of targets, classes drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.curvature import curvature_tiles, residuals, unweighted
+from softcurve.head.curvature import curvature_tiles, residuals
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import class_factors
 from softcurve.head.products import WIDENED_ENTRIES
@@ -17,12 +17,12 @@ from softcurve.processes import max_over, sum_over
 
 
 def gradient_norms(rows: RowLosses) -> Tensor:
-    """``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
+    """Return ``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
     t = rows.tensors
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel = tiles.kernel(unweighted(tile))
+            kernel = tile.curvature_kernel()
             for block in residuals(tile, kernel):
                 factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
                 # In float64: the square of a small residual is below float32's range.
@@ -33,42 +33,36 @@ def gradient_norms(rows: RowLosses) -> Tensor:
 
 
 def row_masses(rows: RowLosses) -> Tensor:
-    """``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence."""
+    """Return ``Σ_k w_k y_k`` of each row, ``(n,)``, smoothing and class weights ``w`` included; 1 for a divergence."""
     loss, t = rows.loss, rows.tensors
     ones = torch.ones_like(t.row_weight)
     if not loss.is_cross_entropy or (loss.target == "sparse" and t.target is None):
         return ones
     weights, shares = (None if factors is None else factors.to(ones.dtype) for factors in class_factors(t.class_weight))
     smoothed = loss.smoothing * (1.0 if shares is None else shares.mean())
-    group = loss.processes
-    if loss.target == "sparse":
-        assert t.target is not None
+    if loss.target == "sparse" and t.target is not None:
         return t.target.to(ones.dtype).sum(-1) + smoothed
-    if loss.target == "probabilities":
-        assert t.target is not None
+    if loss.target == "probabilities" and t.target is not None:
         held = t.target.shape[1]
-        own = None if weights is None else weights[loss.first : loss.first + held]
-        step = max(1, WIDENED_ENTRIES // max(1, held))
-        parts = [
-            part.sum(-1, dtype=ones.dtype) if own is None else part.to(ones.dtype) @ own
-            for part in t.target.split(step)
-        ]
-        sums = torch.cat(parts)
-        if group is not None:
-            sum_over([sums], group)
+        own = ones.new_ones(held) if weights is None else weights[loss.first : loss.first + held]
+        parts = t.target.split(max(1, WIDENED_ENTRIES // max(1, held)))
+        sums = torch.cat([part.to(ones.dtype) @ own for part in parts])
+        if loss.processes is not None:
+            sum_over([sums], loss.processes)
         return (1 - loss.smoothing) * sums + smoothed
     if weights is None:
         return ones
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
-            kernel = DenseKernel(loss, unweighted(tile), matrix=HESSIAN)
+            kernel = tile.curvature_kernel(HESSIAN)
+            assert isinstance(kernel, DenseKernel)
             tile.accumulate(kernel)
             ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
     return ones
 
 
 def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
-    """Classes drawn from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
+    """Draw classes from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
     classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=rows.tensors.input.device)
     with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
         for tile in tiles:
@@ -87,8 +81,7 @@ def _sampled(tile: Tile, wanted: Tensor) -> Tensor:
         shift = torch.where(new == -torch.inf, 0.0, new)  # every class so far is masked
         total = total * torch.exp((top - shift).double()) + (z - shift).exp_().sum(-1, keepdim=True).double()
         top = new
-    left = wanted * total
-    mine = None
+    left, mine = wanted * total, None
     if group is not None:
         top, left, mine = _own_part(top, total, wanted, group)
     found = torch.zeros_like(left, dtype=torch.bool)
@@ -96,16 +89,10 @@ def _sampled(tile: Tile, wanted: Tensor) -> Tensor:
     for block, _ in tile.blocks():
         mass = (spec.logit_map.value(block.z) - top).exp_()
         cumulated = mass.cumsum(-1, dtype=torch.float64)
-        at = torch.searchsorted(cumulated, left, right=True)
-        here = at < mass.shape[-1]
-        if not here.all():
-            # Where rounding leaves all classes short of the total, the last that has mass is taken.
-            last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
-            at = torch.where(here, at, last)
-        has_mass = cumulated[:, -1:] > 0
-        chosen = torch.where(~found & has_mass, at + block.classes.start, chosen)
+        at, last = _reached(cumulated, left)
+        chosen = torch.where(~found & (cumulated[:, -1:] > 0), torch.minimum(at, last) + block.classes.start, chosen)
         left = left - cumulated[:, -1:]
-        found |= here
+        found |= at < mass.shape[-1]
     if group is not None and mine is not None:
         chosen = torch.where(mine, chosen + spec.first, 0)
         sum_over([chosen], group)
@@ -113,7 +100,7 @@ def _sampled(tile: Tile, wanted: Tensor) -> Tensor:
 
 
 def _own_part(top: Tensor, total: Tensor, wanted: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest logit of all processes, what each draw has left when this one's classes begin, and which are its."""
+    """Return the largest logit of all processes, what a draw has left at this one's first class, and if it is here."""
     highest = top.clone()
     max_over([highest], group)
     lowered = torch.where(highest == -torch.inf, 0.0, (top - highest).double())
@@ -122,8 +109,12 @@ def _own_part(top: Tensor, total: Tensor, wanted: Tensor, group: ProcessGroup) -
     sum_over([masses], group)
     cumulated = masses.cumsum(-1)
     left = wanted * cumulated[:, -1:]
-    # Where rounding leaves all short of the total, the last that has mass.
-    last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
-    owner = torch.minimum(torch.searchsorted(cumulated, left, right=True), last)
+    owner = torch.minimum(*_reached(cumulated, left))
     before = cumulated[:, group.rank()] - masses[:, group.rank()]
     return highest, left - before.unsqueeze(-1), owner == group.rank()
+
+
+def _reached(cumulated: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where sums pass what is left, and the last with mass, for where rounding leaves all short of it."""
+    last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
+    return torch.searchsorted(cumulated, left, right=True), last

@@ -90,17 +90,15 @@ class HeadProblem:
 
     def tensors(self, row_weight: Tensor) -> HeadTensors:
         """Return the tensors that a pass needs, for rows weighted by ``row_weight``."""
-        head = self.head
-        return HeadTensors(
-            head.input, head.weight, head.bias, *self.target, self.indices, row_weight, self.class_weight
-        )
+        h = self.head
+        return HeadTensors(h.input, h.weight, h.bias, *self.target, self.indices, row_weight, self.class_weight)
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """Return what the sum over the rows of all processes is divided by, ``()``."""
         layout = self.head.layout
         if reducer.kind != "mean":
             return reducer.divisor(layout.leading, self.weight, None)
-        return layout.summed_divisor(reducer.divisor(self.head.leading, self.weight, self.mean_weight))
+        return layout.summed(reducer.divisor(self.head.leading, self.weight, self.mean_weight), divides_rows=True)
 
     def row_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
@@ -126,16 +124,16 @@ class HeadProblem:
         result = layout.restored(result.to(head.dtype), per_row=per_row)
         if not return_stats:
             return result
-        columns = (column.detach().reshape(head.leading) for column in vars(outcome.statistics).values())
-        lse, entropy, predicted, label = columns
-        label = label if self.label is None else self.label.reshape(head.leading)
-        correct = (predicted == label) & self.counted.reshape(head.leading)
-        stats = (lse, entropy / reducer.nats, predicted, correct)
-        return result, LossStats(*(layout.restored(column, per_row=True) for column in stats))
+        lse, entropy, predicted, label = vars(outcome.statistics).values()
+        correct = (predicted == (label if self.label is None else self.label)) & self.counted
+        columns = (lse, entropy / reducer.nats, predicted, correct)
+        return result, LossStats(
+            *(layout.restored(column.detach().reshape(head.leading), per_row=True) for column in columns)
+        )
 
     def _explain_nan(self, rows: Tensor) -> None:
         tensors = {"input": self.head.input, "linear_weight": self.head.weight, "linear_bias": self.head.bias}
-        if checks.values_visible(rows, self.weight):
+        if checks.values_visible(self.weight):
             checks.explain_nan(rows, self.weight, tensors, [part for part in self.target if part is not None])
 
 
@@ -165,9 +163,8 @@ def head_problem(
         head = _local_head(layout, loss, input, linear_weight, linear_bias, known)
         row_weight = None
         if sample_weight is not None:
-            row_weight = _local_row_values(layout, "sample_weight", sample_weight, shift, 0)
+            row_weight = _local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
-            row_weight = row_weight.to(head.dtype)
         if isinstance(known, Tensor):
             labels = _local_row_values(layout, "target", known, shift, ignored)
             return _label_problem(head, loss, labels, class_weight, row_weight, ignored)
@@ -208,7 +205,7 @@ def require_shift(shift: object) -> int:
 
 def require_no_shift(shift: object) -> None:
     """Require a shift of 0: only class indices can be shifted."""
-    if require_shift(shift) != 0:
+    if require_shift(shift):
         raise ValueError(
             f"shift must be 0 unless the target holds class indices, got {shift!r}; "
             "a distribution belongs to its row: slice input and target instead"
@@ -239,13 +236,9 @@ def _local_head(
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         lower = torch.get_autocast_dtype(device)
-        input, weight = _lowered(input, lower), _lowered(weight, lower)
-        bias = None if bias is None else _lowered(bias, lower)
+        input, weight = (t if t.dtype == torch.float64 else t.to(lower) for t in (input, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(lower)
     return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias)
-
-
-def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:

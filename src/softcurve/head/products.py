@@ -1,4 +1,4 @@
-"""The matrix products of a linear map, a tile at a time, in the dtype of the computation.
+"""The matrix products of a linear map, forward and back to its gradients, a tile at a time.
 
 Half-precision factors go into a float32 product as they are where the device has such a product (CUDA): their product
 is exact in float32, so nothing is lost against widening them first, and nothing of the weight's size is copied.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.processes import max_over
+from softcurve.processes import max_over, sum_over
 from softcurve.records import short_repr
 
 # Entries of a half-precision weight that are widened at a time.
@@ -24,22 +25,20 @@ REFERENCES = 32
 
 
 def multiplies_half(device: torch.device) -> bool:
-    """Whether half-precision matrices can be multiplied into float32."""
+    """Return whether half-precision matrices can be multiplied into float32."""
     return device.type == "cuda"
 
 
-def shared_half(*tensors: Tensor | None) -> torch.dtype | None:
-    """The half precision of all of these, where they can be multiplied into float32."""
-    dtypes = {None if tensor is None else tensor.dtype for tensor in tensors}
-    dtype = dtypes.pop()
-    if dtypes or dtype not in (torch.float16, torch.bfloat16):
+def shared_half(first: Tensor | None, *others: Tensor | None) -> torch.dtype | None:
+    """Return the half precision of all of these, where they can be multiplied into float32."""
+    if first is None or first.dtype not in (torch.float16, torch.bfloat16):
         return None
-    assert tensors[0] is not None
-    return dtype if multiplies_half(tensors[0].device) else None
+    same = all(tensor is not None and tensor.dtype == first.dtype for tensor in others)
+    return first.dtype if same and multiplies_half(first.device) else None
 
 
 def narrow_residuals(dtype: torch.dtype | None) -> torch.dtype | None:
-    """What residuals are rounded to for the products back: bfloat16, which has float32's range.
+    """Return what residuals are rounded to for the products back: bfloat16, which has float32's range.
 
     float16 has not: a class's probability over the number of rows is below it. There the products back widen.
     """
@@ -70,7 +69,7 @@ def _half_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``addmm`` adds half-precision products to a float32 matrix: some releases want that in half too."""
+    """Return whether ``addmm`` adds half-precision products to float32: some releases want the sum in half too."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, device=device)
     try:
@@ -81,40 +80,31 @@ def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """The rows of ``weight`` that one product takes: all, or so many as may be widened at a time."""
-    step = len(weight) if weight.dtype == dtype else max(1, WIDENED_ENTRIES // max(1, weight.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(weight), step)]
+    """Return the rows of ``weight`` that each product takes: all at once unless they are widened."""
+    count, width = weight.shape
+    if weight.dtype == dtype:
+        return [slice(0, count)]
+    step = max(1, WIDENED_ENTRIES // max(1, width))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def linear_into(
-    out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    scale: float,
-    accumulate: bool = False,
+    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, accumulate: bool = False,
     reference: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``out = scale (input @ weight.T + bias − reference)``, or added to it; ``out`` sets the dtype."""
     if reference is not None:
         return linear_into(out, input, weight, bias, scale=1.0).sub_(reference).mul_(scale)
+    start = 1.0 if accumulate or bias is not None else 0.0
+    if bias is not None:
+        row = bias.to(out.dtype) if scale == 1 else scale * bias.to(out.dtype)
+        out.add_(row) if accumulate else out.copy_(row.expand_as(out))
     if out.dtype == torch.float32 and shared_half(input, weight) is not None:
-        if bias is not None:
-            row = scale * bias.to(out.dtype)
-            out.add_(row) if accumulate else out.copy_(row.expand_as(out))
-        start = 1.0 if accumulate or bias is not None else 0.0
         _half_product(out, input, weight.T, beta=start, alpha=scale)
         return out
     input = input.to(out.dtype)
     for piece in _pieces(weight, out.dtype):
         here = out[:, piece]
-        if bias is not None:
-            row = bias[piece].to(out.dtype)
-            here.add_(row, alpha=scale) if accumulate else here.copy_(
-                (row if scale == 1 else scale * row).expand_as(here)
-            )
-        start = 1.0 if accumulate or bias is not None else 0.0
         torch.addmm(here, input, weight[piece].to(out.dtype).T, beta=start, alpha=scale, out=here)
     return out
 
@@ -122,7 +112,7 @@ def linear_into(
 def back_to_features(out: Tensor, residual: Tensor, weight: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residual @ weight``."""
     if out.dtype == torch.float32 and shared_half(residual, weight) is not None:
-        _half_product(out, residual, weight, beta=1.0 if accumulate else 0.0)
+        _half_product(out, residual, weight, beta=float(accumulate))
         return
     for i, piece in enumerate(_pieces(weight, out.dtype)):
         start = 1.0 if accumulate or i else 0.0
@@ -131,16 +121,16 @@ def back_to_features(out: Tensor, residual: Tensor, weight: Tensor, *, accumulat
 
 def back_to_weight(out: Tensor, residual: Tensor, input: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residualᵀ @ input``; the input is rounded to the residual's dtype."""
-    if shared_half(residual) is not None:
-        _half_product(out, residual.T, input.to(residual.dtype), beta=1.0 if accumulate else 0.0)
-        return
-    torch.addmm(out, residual.T, input, beta=1.0 if accumulate else 0.0, out=out)
+    if shared_half(residual) is None:
+        torch.addmm(out, residual.T, input, beta=float(accumulate), out=out)
+    else:
+        _half_product(out, residual.T, input.to(residual.dtype), beta=float(accumulate))
 
 
 def back_to_bias(out: Tensor, residual: Tensor, scaling: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residualᵀ @ scaling``, ``scaling`` one number a row."""
     if shared_half(residual) is None:
-        torch.addmv(out, residual.T, scaling, beta=1.0 if accumulate else 0.0, out=out)
+        torch.addmv(out, residual.T, scaling, beta=float(accumulate), out=out)
         return
     # A number and what rounding takes from it, side by side: together they have the digits that one has not.
     high = scaling.to(residual.dtype)
@@ -168,7 +158,7 @@ STILL = Direction(None, None, None)
 
 
 class LinearMap(NamedTuple):
-    """``W e + b`` on a tile of rows.
+    """``scale (W e + b − reference)`` on a tile of rows, and the direction along which it changes.
 
     ``narrow`` is the input before it was widened, where products take it so; for ``reference`` see
     :meth:`with_reference`.
@@ -177,27 +167,32 @@ class LinearMap(NamedTuple):
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    narrow: Tensor | None = None
+    narrow: Tensor | None
+    scale: float
+    along: Direction
     reference: Tensor | None = None  # (rows, 1)
 
     @staticmethod
-    def of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LinearMap:
-        """Computed in ``dtype``."""
-        half = shared_half(input, weight)
-        return LinearMap(input.to(dtype), weight, bias, None if half is None else input)
+    def of(
+        input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, along: Direction
+    ) -> LinearMap:
+        """Return the map computed in ``dtype``."""
+        narrow = None if shared_half(input, weight) is None else input
+        return LinearMap(input.to(dtype), weight, bias, narrow, scale, along)
 
     def operands(self, classes: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what :func:`linear_into` multiplies for the logits of some classes: input, weight and bias."""
-        return self._factor, self.weight[classes], None if self.bias is None else self.bias[classes]
+        factor = self.input if self.narrow is None else self.narrow
+        return factor, self.weight[classes], None if self.bias is None else self.bias[classes]
 
-    def with_reference(self, scale: float, group: ProcessGroup | None) -> LinearMap:
-        """The map with a constant of each row that is taken off its logits before they are scaled.
+    def with_reference(self, group: ProcessGroup | None) -> LinearMap:
+        """Return the map with a constant of each row that is taken off its logits before they are scaled.
 
         Without it a common offset of the logits is rounded once more as it is scaled; where scaling is exact there is
         none. It is the largest logit of some classes of all processes, which is near the largest of all beside the
         offset that it stands for.
         """
-        if math.frexp(scale)[0] == 0.5:
+        if math.frexp(self.scale)[0] == 0.5:
             return self
         step = max(1, len(self.weight) // REFERENCES)
         some = torch.arange(0, len(self.weight), step, device=self.weight.device)
@@ -212,22 +207,100 @@ class LinearMap(NamedTuple):
             max_over([top], group)
         return self._replace(reference=torch.where(top.isfinite(), top, 0.0))
 
-    @property
-    def _factor(self) -> Tensor:
-        return self.input if self.narrow is None else self.narrow
-
-    def change_into(self, out: Tensor, along: Direction, classes: slice, scale: float) -> Tensor:
-        """``scale (ė Wᵀ + e Ẇᵀ + ḃ)`` of some classes."""
-        started = False
-        if along.input is not None:
-            linear_into(out, along.input, self.weight[classes], None, scale=scale)
-            started = True
+    def change_into(self, out: Tensor, along: Direction, classes: slice) -> Tensor:
+        """``out = scale (ė Wᵀ + e Ẇᵀ + ḃ)`` of some classes."""
+        terms = [] if along.input is None else [(along.input, self.weight[classes])]
         if along.weight is not None:
-            factor = self.input if shared_half(self._factor, along.weight) is None else self._factor
-            linear_into(out, factor, along.weight[classes], None, scale=scale, accumulate=started)
-            started = True
-        if along.bias is not None:
-            bias_v = along.bias[classes].to(out.dtype)
-            out.add_(bias_v, alpha=scale) if started else out.copy_((bias_v * scale).expand_as(out))
-            started = True
-        return out if started else out.zero_()
+            narrow = None if shared_half(self.narrow, along.weight) is None else self.narrow
+            terms.append((self.input if narrow is None else narrow, along.weight[classes]))
+        bias = None if along.bias is None else along.bias[classes]
+        for i, (input, weight) in enumerate(terms):
+            linear_into(out, input, weight, None if i else bias, scale=self.scale, accumulate=i > 0)
+        if not terms:
+            out.zero_() if bias is None else out.copy_((bias.to(out.dtype) * self.scale).expand_as(out))
+        return out
+
+
+# --- residuals back to the gradients of a map ------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """A summand of the gradients of ``z = W e + b``: ``scale R W`` in the features, ``Rᵀ (scale e)`` in the weight."""
+
+    residual: Tensor
+    weight: Tensor | None
+    input: Tensor | None
+    scale: Tensor | None  # (rows, 1)
+    in_bias: bool = True  # whether Rᵀ scale is added to the gradient of the bias
+
+
+def terms_of(map: LinearMap, residual: Tensor, change: Tensor | None, factor: Tensor | None) -> list[Term]:
+    """Return the terms of a gradient, ``g W`` and ``gᵀ e``; or of its change, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``."""
+    scaling = None if factor is None else factor.to(map.input.dtype)
+    if map.scale != 1:
+        ones = map.input.new_ones(residual.shape[0], 1)
+        scaling = (ones if scaling is None else scaling) * map.scale
+    if change is None:
+        return [Term(residual, map.weight, map.input, scaling)]
+    return [
+        Term(change, map.weight, map.input, scaling),
+        Term(residual, map.along.weight, map.along.input, scaling, in_bias=False),
+    ]
+
+
+@dataclass
+class MapSums:
+    """The gradients of one linear map, as sums over tiles.
+
+    The first product into the rows or classes of a block overwrites what is there; with ``touched=None`` the tensors
+    hold numbers already, and everything is added.
+    """
+
+    into: Direction
+    touched: set[tuple[str, int]] | None = None  # the names of the gradients, and the first classes of the blocks
+
+    def add(self, rows: slice | Tensor, classes: slice, terms: list[Term]) -> None:
+        """Add the terms of one block."""
+        in_input, in_weight, in_bias = self.into
+        for number, (residual, weight, input, scale, bias_too) in enumerate(terms):
+            if in_input is not None and weight is not None:
+                part = to_features(residual, weight[classes], in_input.dtype)
+                if scale is not None:
+                    part.mul_(scale)
+                # Every tile has rows of its own, whose first product is that with the first block.
+                if self.touched is None or number or classes.start:
+                    in_input[rows] += part
+                else:
+                    in_input[rows] = part
+                    self.touched.add(("input", 0))
+            if in_weight is not None and input is not None:
+                e = input.to(in_weight.dtype) if scale is None else input.to(in_weight.dtype) * scale
+                back_to_weight(in_weight[classes], residual, e, accumulate=self._adds("weight", classes.start))
+            if in_bias is not None and bias_too:
+                each = residual.new_ones(len(residual), dtype=in_bias.dtype) if scale is None else scale[:, 0]
+                back_to_bias(in_bias[classes], residual, each, accumulate=self._adds("bias", classes.start))
+
+    def _adds(self, name: str, start: int) -> bool:
+        """Return whether there is a sum already that a product adds to; from now on there is."""
+        if self.touched is None:
+            return True
+        count = len(self.touched)
+        self.touched.add((name, start))
+        return len(self.touched) == count
+
+    def finish(self, group: ProcessGroup | None) -> Direction:
+        """Return the sums; 0 where no tile has added, and the features' over the classes of all processes."""
+        touched = {name for name, _ in self.touched or ()}
+        for name, tensor in zip(Direction._fields, self.into, strict=True):
+            if tensor is not None and name not in touched:
+                tensor.zero_()
+        if group is not None and self.into.input is not None and self.into.input.numel():
+            sum_over([self.into.input], group)  # before it is rounded to half precision
+        return self.into
+
+
+def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``residual @ weight``."""
+    out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
+    back_to_features(out, residual, weight, accumulate=False)
+    return out

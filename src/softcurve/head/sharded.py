@@ -1,4 +1,4 @@
-"""The seam between tensors that are sharded over processes (DTensor) and the local tensors that a pass works on.
+"""Conversions between tensors that are sharded over processes (DTensor) and the local tensors of a pass.
 
 The classes of a head are sharded over one dimension of a device mesh, its rows over the others. A DTensor says where it
 lies; a plain tensor is the same on every process. Each process knows only its own classes' part of the features'
@@ -36,21 +36,14 @@ if TYPE_CHECKING:
 
 def class_group(weight: Tensor) -> ProcessGroup | None:
     """Return the processes that share the classes of a weight, if it is sharded."""
-    head = _head_of(weight)
+    head = ShardedHead.of(torch.empty(0, weight.shape[1], device="meta"), [weight])
     return None if head is None or head.group is None else named_group(head.group)
 
 
 def own_classes(weight: Tensor) -> slice:
     """Return the classes of a weight that this process has."""
-    head = _head_of(weight)
+    head = ShardedHead.of(torch.empty(0, weight.shape[1], device="meta"), [weight])
     return slice(None) if head is None else slice(head.first, head.first + head.local_class_count)
-
-
-def _head_of(weight: Tensor) -> ShardedHead | None:
-    """Return how a weight is sharded that is applied to plain features."""
-    if not lies_over_processes(weight):
-        return None
-    return ShardedHead.of(torch.empty(0, weight.shape[1], device="meta"), [weight])
 
 
 def head_layout(input: Tensor, linear_weight: Tensor, target: object, **others: object) -> PlainHead:
@@ -88,18 +81,6 @@ class PlainHead:
         """Return ``make()``; an error in one process is an error in all, and none is left waiting."""
         return make()
 
-    def local_rows(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(..., d)`` or ``(...)`` with the rows of this process."""
-        return tensor
-
-    def local_distributions(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(..., C)`` with the rows and classes of this process."""
-        return tensor
-
-    def local_classes(self, tensor: Tensor) -> Tensor:
-        """Return the part of ``(C, ...)`` with the classes of this process."""
-        return tensor
-
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """Return the whole of a small tensor on every process; raise ``ValueError`` if a DTensor requires gradients."""
         return tensor
@@ -107,25 +88,12 @@ class PlainHead:
     def require_leading(self, name: str, shape: Sequence[int], description: str) -> None:
         """Raise ``ValueError`` for rows that are not those of all processes."""
 
-    def summed(self, part: Tensor) -> Tensor:
-        """Return the sum over the processes that have other rows, which all of them receive."""
-        return part
-
-    def summed_divisor(self, part: Tensor) -> Tensor:
-        """Return the same as :meth:`summed`; each process divides its own rows by it and has a part of its gradient."""
-        return part
-
-    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:
-        """Return what a public call returns: a DTensor if ``input`` is one, sharded like ``input`` if ``per_row``."""
+    def _as_it_is(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return a tensor of one process, whose part of it is the whole; see :class:`ShardedHead`."""
         return tensor
 
-    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return the sum over classes of a tensor that lies like the features, from the part of each process."""
-        return part
-
-    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:
-        """Return the sum over rows of a tensor that lies like a weight or bias, from the part of each process."""
-        return part
+    local_rows = local_distributions = local_classes = _as_it_is
+    summed = restored = restored_features = restored_classes = _as_it_is
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +141,7 @@ class ShardedHead(PlainHead):
             placement if dim != by_class and placement.is_shard() and placement.dim < input.ndim - 1 else replicated
             for dim, placement in enumerate(placements)
         )
-        classes = weights[0].shape[0]
-        head = ShardedHead(input.shape[:-1], classes, mesh, by_class, kept, of_input is not None)
+        head = ShardedHead(input.shape[:-1], weights[0].shape[0], mesh, by_class, kept, of_input is not None)
         if checks.values_visible(*map(_local_part, (input, *weights))):
             # On more dimensions the local part of a weight is not yet that of its classes.
             one_dimension = mesh.ndim == 1 and by_class is not None
@@ -190,16 +157,17 @@ class ShardedHead(PlainHead):
     @property
     def first(self) -> int:
         """The first class of this process."""
-        if self.by_class is None:
-            return 0
-        each = -(-self.classes // self.mesh.size(self.by_class))
-        return min(each * self.mesh.get_local_rank(self.by_class), self.classes)
+        return 0 if self.by_class is None else min(self._most * self.mesh.get_local_rank(self.by_class), self.classes)
 
     @property
     def local_class_count(self) -> int:
         """The number of classes of this process."""
-        ways = 1 if self.by_class is None else self.mesh.size(self.by_class)
-        return min(self.first - (-self.classes // ways), self.classes) - self.first
+        return min(self.first + self._most, self.classes) - self.first
+
+    @property
+    def _most(self) -> int:
+        """The largest number of classes that a process has."""
+        return -(-self.classes // (1 if self.by_class is None else self.mesh.size(self.by_class)))
 
     @property
     def shard(self) -> dict[str, Any]:  # noqa: D102
@@ -207,14 +175,17 @@ class ShardedHead(PlainHead):
 
     # --- to local tensors --------------------------------------------------------------------------------------------
 
-    def local_rows(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_rows(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(..., d)`` or ``(...)`` with the rows of this process."""
         return to_local(tensor, self.mesh, self.rows, self.rows)
 
-    def local_distributions(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_distributions(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(..., C)`` with the rows and classes of this process."""
         placements = self._with_classes(self.rows, dtensors().Shard(tensor.ndim - 1))
         return to_local(tensor, self.mesh, placements, placements)
 
-    def local_classes(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def local_classes(self, tensor: Tensor) -> Tensor:
+        """Return the part of ``(C, ...)`` with the classes of this process."""
         placements = self._with_classes(self._replicated, dtensors().Shard(0))
         return to_local(tensor, self.mesh, placements, self._sums_by_class)
 
@@ -235,27 +206,32 @@ class ShardedHead(PlainHead):
 
     # --- back to tensors of all processes ----------------------------------------------------------------------------
 
-    def summed(self, part: Tensor) -> Tensor:  # noqa: D102
+    def summed(self, part: Tensor, *, divides_rows: bool = False) -> Tensor:
+        """Return the sum over the processes that have other rows, which all of them receive.
+
+        If each process divides its own rows by it, it has a part of its gradient.
+        """
         if not self._cuts_rows:
             return part
-        return from_local(part, self.mesh, self._sums, None, self._replicated, part.shape)
+        total = from_local(part, self.mesh, self._sums, None, self._replicated, part.shape)
+        return to_local(total, self.mesh, self._replicated, self._sums) if divides_rows else total
 
-    def summed_divisor(self, part: Tensor) -> Tensor:  # noqa: D102
-        return to_local(self.summed(part), self.mesh, self._replicated, self._sums) if self._cuts_rows else part
-
-    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:  # noqa: D102
-        placements = self.rows if per_row else self._replicated
+    def restored(self, tensor: Tensor, *, per_row: bool) -> Tensor:
+        """Return what a public call returns: a DTensor if ``input`` is one, sharded like ``input`` if ``per_row``."""
         if not self.returns_dtensor and not (per_row and self._cuts_rows):
             return tensor
+        placements = self.rows if per_row else self._replicated
         shape = torch.Size([*self.leading, *tensor.shape[len(self.leading) :]]) if per_row else tensor.shape
         outside = placements if self.returns_dtensor else None
         return from_local(tensor, self.mesh, placements, outside, placements, shape)
 
-    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+    def restored_features(self, part: Tensor, like: Tensor) -> Tensor:
+        """Return the sum over classes of a tensor that lies like the features, from the part of each process."""
         placements = self._with_classes(self.rows, dtensors().Partial())
         return from_local(part, self.mesh, placements, placements_of(like), placements, like.shape)
 
-    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+    def restored_classes(self, part: Tensor, like: Tensor) -> Tensor:
+        """Return the sum over rows of a tensor that lies like a weight or bias, from the part of each process."""
         return from_local(part, self.mesh, self._sums_by_class, placements_of(like), self._sums_by_class, like.shape)
 
     # --- placements --------------------------------------------------------------------------------------------------
@@ -286,22 +262,23 @@ class ShardedHead(PlainHead):
     def agreed(self, make: Callable[[], T]) -> T:  # noqa: D102
         if not self._cuts_rows or self.mesh.device_type != "cpu" or torch.compiler.is_compiling():
             return make()  # No process looks at values there.
-        error, made = None, None
+        flag = torch.zeros(1)
         try:
             made = make()
-        except (TypeError, ValueError) as raised:
-            error = raised
-        flag = torch.tensor([float(error is not None)])
-        for dim in range(self.mesh.ndim):
-            max_over([flag], self.mesh.get_group(dim))
-        if error is not None:
-            raise error
+        except (TypeError, ValueError):
+            self._max_over_mesh(flag.fill_(1))
+            raise
+        self._max_over_mesh(flag)
         if flag:
             raise ValueError("the arguments must be right in all processes, got an error in another; see what it says")
-        return made  # type: ignore[return-value]
+        return made
+
+    def _max_over_mesh(self, *tensors: Tensor) -> None:
+        for dim in range(self.mesh.ndim):
+            max_over(tensors, self.mesh.get_group(dim))
 
     def _require_the_same(self, input: Tensor | None, counts: Sequence[int]) -> None:
-        """Compare what each process sees by itself, with one small message on each dimension of the mesh.
+        """Compare what the processes have, with one small message on each dimension of the mesh.
 
         A plain ``input`` is compared by two numbers, which rounding may move a little; ``counts`` are the local numbers
         of classes of each weight that is sharded on them.
@@ -313,8 +290,7 @@ class ShardedHead(PlainHead):
             local[2:] = torch.stack(_fingerprint(input.detach().reshape(-1, input.shape[-1])))
         tolerance = 0.0 if input is None else torch.finfo(input.dtype).eps ** 0.5
         most, least = local.clone(), -local
-        for dim in range(self.mesh.ndim):
-            max_over([most, least], self.mesh.get_group(dim))
+        self._max_over_mesh(most, least)
         distance = most + least
         if most[0]:
             raise ValueError(
@@ -349,9 +325,8 @@ def _refuse_transforms(*tensors: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     forward = forward_ad._current_level >= 0
-    if torch._C._are_functorch_transforms_active() or (
-        forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    ):
+    moves = forward and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if moves or torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "a head over many processes has derivatives in reverse mode alone, and no torch.func transforms; for a "
             "Hessian product differentiate a gradient made with create_graph=True, or use softcurve.curvature"

@@ -20,6 +20,7 @@ the loss is convex in ``z``; a bucket is one outcome, in whose logit the loss is
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,14 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
 from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, bend_ratio, or_zero
-from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Residuals, Statistics, first_of_largest
+from softcurve.head.kernel import Block, CurvatureKernel, Residuals, Statistics, first_of_largest
 from softcurve.losses import rows, softmax
 from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN
 from softcurve.losses.spec import LogitMap
 from softcurve.processes import max_over, sum_over
 
 NO_MASS = -math.inf
+IDENTITY = LogitMap()
 
 
 @dataclass
@@ -65,20 +67,20 @@ class SparseKernel(CurvatureKernel):
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
-        tile, logit_map = self._tile(block, directed=self.data.has_direction), self.loss.logit_map
+        tile, logit_map = self._tile(block), self.loss.logit_map
         places = tile.listed
         self.raw = places.update(self.raw, tile.z)
         self.listed = logit_map.value(self.raw)
         if tile.v is not None:
             self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
-        leaves_residual = self.data.wants_gradient and not self.data.cuts_classes
+        whole, wants_stats = not self.data.cuts_classes, self.data.wants_stats
         sums, column, exponentials = self.tiles.statistics(
-            tile, wants_stats=self.data.wants_stats, leaves_residual=leaves_residual
+            tile, wants_stats=wants_stats, leaves_residual=self.data.wants_gradient and whole
         )
-        if not self.data.cuts_classes:
+        if whole:
             self.exponentials, self.exponentials_shift = exponentials, sums.shift
-        if self.data.wants_stats:
+        if wants_stats:
             listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
             top = listed.amax(-1, keepdim=True)
             first = torch.where(listed == top, self.indices, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
@@ -111,12 +113,9 @@ class SparseKernel(CurvatureKernel):
         here = (self.indices >= 0) & (self.indices < self.data.held)
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
         sums = [self.listed, self.unlisted.total]
-        if self.data.has_direction:
-            sums += [self.v_listed, self.unlisted.change]
-        if self.loss.smoothing:
-            sums += [self.unlisted.uniform] + [self.unlisted.uniform_change] * self.data.has_direction
-        if self.data.wants_stats:
-            sums.append(self.unlisted.moment)
+        sums += [self.v_listed, self.unlisted.change] * self.data.has_direction
+        sums += [self.unlisted.uniform] * bool(self.loss.smoothing) + [self.unlisted.moment] * self.data.wants_stats
+        sums += [self.unlisted.uniform_change] * (self.data.has_direction and bool(self.loss.smoothing))
         sum_over(sums, group)
 
     def finish(self, number: int) -> None:
@@ -143,12 +142,12 @@ class SparseKernel(CurvatureKernel):
     # --- the rows ----------------------------------------------------------------------------------------------------
 
     def _coarse_loss(self) -> tuple[rows.RowLoss, Tensor]:
-        target = self.data.target
+        loss, target = self.loss, self.data.target
         if target is None:
-            return rows.IndexCrossEntropy(LogitMap(), self.loss.z_loss), torch.zeros_like(self.indices[:, 0])
-        if self.loss.is_cross_entropy:
-            return rows.DenseCrossEntropy(LogitMap(), self.loss.z_loss), target.double()
-        return rows.LogitDivergence(LogitMap(), divergence=self.loss.divergence), target.double()
+            return rows.IndexCrossEntropy(IDENTITY, loss.z_loss), torch.zeros_like(self.indices[:, 0])
+        if loss.is_cross_entropy:
+            return rows.DenseCrossEntropy(IDENTITY, loss.z_loss), target.double()
+        return rows.LogitDivergence(IDENTITY, divergence=loss.divergence), target.double()
 
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
@@ -165,7 +164,7 @@ class SparseKernel(CurvatureKernel):
         return gradient, target
 
     def _smoothing_mass(self) -> Tensor | float:
-        """``U = Σ u``."""
+        """Return ``U = Σ u``."""
         weight = self.data.class_weight
         return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
 
@@ -201,9 +200,8 @@ class SparseKernel(CurvatureKernel):
         self.rows = SparseResiduals(self.shift, alpha, beta, weight.unsqueeze(-1), listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        tile = self._tile(block, directed=self.data.has_direction)
-        residuals: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
-        return residuals
+        tile = self._tile(block)
+        return self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)  # type: ignore[no-any-return]
 
     def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the coarse gradient at the listed classes, and ``α``."""
@@ -242,6 +240,7 @@ class SparseKernel(CurvatureKernel):
         if self.loss.smoothing:
             mass = self._smoothing_mass()
             self.curvature = softmax.RowCurvature(p, self.curvature.q + mass * p, self.curvature.total + mass)
+        self.total = self.curvature.total
         self.gradient, _ = self._coarse_gradient(torch.ones_like(self.lse), wants_target=False)
         some = self.others > 0
         self.kappa = torch.where(some, self._spread(p[:, -1:]), 0.0)
@@ -251,6 +250,7 @@ class SparseKernel(CurvatureKernel):
         self.row_factor = self.unit = torch.where(scale > 1e-25, scale, 1.0)
         self.top = torch.full_like(self.others, -1, dtype=torch.int64)  # see the class
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
+        self.sums = defaultdict(lambda: (torch.zeros_like(self.coarse), torch.zeros_like(self.others)))
 
     def _spread(self, p: Tensor) -> Tensor:
         """Return ``κ``; ``p`` is the probability of all unlisted classes."""
@@ -265,8 +265,8 @@ class SparseKernel(CurvatureKernel):
             spread = spread + 2 * self.loss.z_loss * lse.clamp(min=0) * p
         return spread + self._smoothing_mass() * p if self.loss.smoothing else spread
 
-    def prepare_block(self, block: CurvatureBlock, fresh: bool, again: bool = False) -> None:  # noqa: D102
-        tile = self._tile(block, directed=False)
+    def prepare_block(self, block: Block, fresh: bool, again: bool = False) -> None:  # noqa: D102
+        tile = self._tile(block)
         scale = None if fresh or self.exponentials is None else self._raised_factor()
         dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
         if dominant is not None:
@@ -280,23 +280,20 @@ class SparseKernel(CurvatureKernel):
             factor = self.gradient[:, -1:] * self.inverse
             self.tiles.form_residual(tile, block.residual, factor)
             values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
-            self._add_apart(block, block.residual, values * self._apart_slope(block))
+            self._add_apart(block, block.residual, values)
 
     def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
 
-    def no_sums(self) -> tuple[Tensor, ...]:  # noqa: D102
-        return torch.zeros_like(torch.cat([self.listed, self.others], -1)), torch.zeros_like(self.others)
-
-    def accumulate_column(self, block: CurvatureBlock, number: int) -> None:
+    def accumulate_column(self, block: Block, number: int) -> None:
         """Add ``m′ v`` at the classes kept apart, and ``Σ e m′ v`` of all others."""
         assert block.v is not None
         apart = self._apart(block).take(block.v) * self._apart_slope(block)
-        others = self.tiles.accumulate_column(self._tile(block, directed=True))
-        before = self.sums.get(number)
-        self.sums[number] = (apart, others) if before is None else (before[0] + apart, before[1] + others)
+        others = self.tiles.accumulate_column(self._tile(block, along_column=True))
+        before_apart, before_others = self.sums[number]
+        self.sums[number] = (before_apart + apart, before_others + others)
 
-    def multiply_column(self, block: CurvatureBlock, number: int) -> None:  # noqa: D102
+    def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
         assert block.v is not None
         apart, others = self.sums[number]
         listed, top = apart[:, :-1], apart[:, -1:]
@@ -309,10 +306,10 @@ class SparseKernel(CurvatureKernel):
         centred = (top * self.rest - others) * self.inverse
         at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * centred)
         values = torch.cat([product[:, :-1], at_top], -1) / self.unit
-        self.tiles.multiply_column(self._tile(block, directed=True), alpha, beta, 1 / self.unit)
-        self._add_apart(block, block.v, values * self._apart_slope(block))
+        self.tiles.multiply_column(self._tile(block, along_column=True), alpha, beta, 1 / self.unit)
+        self._add_apart(block, block.v, values)
 
-    def diagonal(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def diagonal(self, block: Block) -> None:  # noqa: D102
         assert block.v is not None
         entries = self.curvature.diagonal()
         linear = self.kappa * self.inverse / self.unit
@@ -320,16 +317,13 @@ class SparseKernel(CurvatureKernel):
         top = self.top_mass * self.inverse
         at_top = top * (entries[:, -1:] * top + self.kappa * self.rest * self.inverse)
         values = torch.cat([entries[:, :-1], at_top], -1) / self.unit
-        self.tiles.diagonal(self._tile(block, directed=True), square, linear, 1 / self.unit)
-        self._add_apart(block, block.v, values * self._apart_slope(block) ** 2)
+        self.tiles.diagonal(self._tile(block, along_column=True), square, linear, 1 / self.unit)
+        self._add_apart(block, block.v, values * self._apart_slope(block))
 
-    def to_probabilities(self, block: CurvatureBlock) -> None:  # noqa: D102
+    def to_probabilities(self, block: Block) -> None:  # noqa: D102
         p, others = self.curvature.p[:, :-1], self.curvature.p[:, -1:] * self.inverse
         self.tiles.rescale(block.z, others)
-        self._add_apart(block, block.z, torch.cat([p, others * self.top_mass], -1))
-
-    def sum_of_q(self) -> Tensor:  # noqa: D102
-        return self.curvature.total
+        self.tiles.put(block.z, self._apart(block), torch.cat([p, others * self.top_mass], -1), add=True)
 
     def _apart(self, block: Block) -> Places:
         """Return the places of the classes kept apart: the listed, and the one of more than half of the others."""
@@ -340,8 +334,8 @@ class SparseKernel(CurvatureKernel):
         return 1.0 if block.raw is None else self.loss.logit_map.slope(self._apart(block).take(block.raw))
 
     def _add_apart(self, block: Block, tile: Tensor, values: Tensor) -> None:
-        """Add the entries of the classes kept apart to what a soft cap's second derivative gives them, else 0."""
-        self.tiles.put(tile, self._apart(block), values, add=True)
+        """Add ``m′ values`` at the classes kept apart to what a soft cap's second derivative gives them, else 0."""
+        self.tiles.put(tile, self._apart(block), values * self._apart_slope(block), add=True)
 
     # --- tiles -------------------------------------------------------------------------------------------------------
 
@@ -352,24 +346,17 @@ class SparseKernel(CurvatureKernel):
             return Places(columns, None)
         return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
 
-    def _tile(self, block: Block, *, directed: bool) -> SparseTile:
-        """Bundle the tensors of a block; ``directed`` if its ``v`` is a change of the logits already."""
-        share = None
+    def _tile(self, block: Block, *, along_column: bool = False) -> SparseTile:
+        """Bundle the tensors of a block; ``along_column`` if its ``v`` is the change along a column."""
+        share, listed = None, self._places(block, self.indices)
         if self.loss.smoothing:
-            each, class_weight = self.loss.smoothing / self.data.class_count, self.data.weight_of(block.classes)
-            share = block.z.new_full(block.z.shape[1:], each) if class_weight is None else class_weight * each
+            each, (factors, _) = self.loss.smoothing / self.data.class_count, self.data.factors_of(block.classes)
+            share = block.z.new_full(block.z.shape[1:], each) if factors is None else factors * each
+        v = block.v if along_column or self.data.has_direction else None
         return SparseTile(
-            z=block.z,
-            raw=block.raw,
-            v=block.v if directed else None,
-            out=block.out,
-            v_out=block.v_out,
-            residual=block.residual if isinstance(block, CurvatureBlock) else None,
-            listed=self._places(block, self.indices),
-            share=share,
-            logit_map=self.loss.logit_map,
-            cached=self.data.cached,
-        )
+            block.z, block.raw, v, block.out, block.v_out, block.residual, listed, share, self.loss.logit_map,
+            self.data.cached,
+        )  # fmt: skip
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

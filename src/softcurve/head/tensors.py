@@ -1,14 +1,19 @@
-"""What a pass over a head's tiles is given: the loss as a description of plain values, and the tensors."""
+"""The tensors of a pass over a head's tiles, beside the :class:`~softcurve.losses.spec.LossSpec` that describes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from softcurve.losses.spec import LossSpec
+
+# One entry for each of the first six tensors of HeadTensors: its change, gradient, or whether that is wanted.
+Directions: TypeAlias = Sequence[Tensor | None]
+Wanted: TypeAlias = Sequence[bool]
+NOTHING: Wanted = (False,) * 6
 
 
 class HeadTensors(NamedTuple):
@@ -26,25 +31,23 @@ class HeadTensors(NamedTuple):
     class_weight: Tensor | None
 
     @staticmethod
-    def split(given: Sequence[Tensor | None]) -> tuple[HeadTensors, Directions]:
-        """Return the tensors and the directions that follow them in a flat sequence."""
+    def split(given: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the tensors, or what there is for each of them, and what follows them in a flat sequence."""
         count = len(HeadTensors._fields)
-        a, b, c, d, e, f = given[count:]
-        return HeadTensors(*given[:count]), (a, b, c, d, e, f)  # type: ignore[arg-type]
+        return HeadTensors(*given[:count]), given[count:]
+
+    @property
+    def differentiable(self) -> tuple[Any, ...]:
+        """The tensors that may receive gradients, or what there is for each of them."""
+        return self[:6]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: at least float32."""
+        """The dtype of the computation, at least float32."""
         dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
         if self.target is not None and self.indices is None:
             dtype = torch.promote_types(dtype, self.target.dtype)
         return torch.promote_types(dtype, torch.float32)
-
-
-Directions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-Wanted = tuple[bool, bool, bool, bool, bool, bool]
-
-NOTHING: Wanted = (False, False, False, False, False, False)
 
 
 class RowLosses(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,14 @@ from torch import Tensor
 from softcurve.head import backends, workspace
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.kernel import Block, CurvatureBlock, CurvatureKernel, Kernel, RowData
+from softcurve.head.kernel import Block, CurvatureKernel, Kernel, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
-from softcurve.head.products import STILL, Direction, LinearMap, linear_into
+from softcurve.head.products import Direction, LinearMap, linear_into
 from softcurve.head.sparse import SparseKernel
-from softcurve.head.target import target_block, target_tops
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
-from softcurve.processes import sum_over
+from softcurve.processes import max_over, sum_over
 
 
 @dataclass
@@ -34,25 +33,25 @@ class Tiles:
     spec: LossSpec
     tensors: HeadTensors
     budget: int | None
-    rows: slice | Tensor
+    rows: slice | Tensor  # see kept_rows
     wanted: Wanted = NOTHING
     directions: Directions | None = None
     matrix: str | None = None
     columns: bool = False
 
     def __post_init__(self) -> None:
-        spec, t = self.spec, self.tensors
+        spec, t, rows = self.spec, self.tensors, self.rows
         require_classes(spec, t)
-        self.group = spec.processes
-        self.dtype = t.dtype
-        self.target_tops = target_tops(spec, t)
-        self.in_triton = backends.serves(spec, t.input.device, t.dtype)
-        self.count = len(t.input[self.rows]) if isinstance(self.rows, slice) else len(self.rows)
+        self.group, self.dtype = spec.processes, t.dtype
+        self.target_tops = _target_tops(spec, t)
+        self.wants_residuals, self.wants_target = any(self.wanted), any(self.wanted[3:])
+        self.in_triton = backends.serves(spec, t.input.device, self.dtype)
+        self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and spec.target != "sparse" and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
         )
         self.wants_residual = self.columns and self.matrix == HESSIAN
-        self.buffers = workspace.Buffers(t.dtype, t.input.device)
+        self.buffers = workspace.Buffers(self.dtype, t.input.device)
 
     def __enter__(self) -> Tiles:
         return self
@@ -67,29 +66,12 @@ class Tiles:
         if self.matrix is None:
             self.plan = plan_pass(*shape, directed=self.directions is not None, in_triton=self.in_triton)
         else:
-            extra = self.columns + self.wants_q + self.wants_residual
-            self.plan = plan_curvature(*shape, extra)
-        self.buffers.reserve(math.ceil(self.plan.buffers * self.plan.entries))
+            self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
+        self.entries = self.plan.entries
+        self.buffers.reserve(math.ceil(self.plan.needs.buffers * self.entries))
         for start in range(0, self.count, self.plan.rows):
-            stop = min(start + self.plan.rows, self.count)
-            yield Tile(self, slice(start, stop) if isinstance(self.rows, slice) else self.rows[start:stop])
-
-    def kernel(self, data: RowData) -> Kernel:
-        """Return the kernel that gives the losses and residuals of these rows."""
-        kind: type[Kernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
-        return kind(self.spec, data)
-
-    def curvature_kernel(self, data: RowData, *, merges_tail: bool) -> CurvatureKernel:
-        """Return the kernel that multiplies by the pass's ``matrix``."""
-        assert self.matrix is not None
-        kind: type[CurvatureKernel] = SparseKernel if self.spec.target == "sparse" else DenseKernel
-        return kind(self.spec, data, matrix=self.matrix, merges_tail=merges_tail)
-
-    def buffer(self, name: str, rows: int, classes: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a buffer for a tile, the same for every tile; in half precision in half the memory."""
-        if dtype is None:
-            return self.buffers.take(name, self.plan.entries)[: rows * classes].view(rows, classes)
-        return self.buffers.take(name, self.plan.entries // 2).view(dtype)[: rows * classes].view(rows, classes)
+            some = slice(start, min(start + self.plan.rows, self.count))
+            yield Tile(self, some if isinstance(self.rows, slice) else self.rows[some])
 
     def scratch(self, number: int) -> Tensor:
         """Return a buffer for a group of rows of a tile."""
@@ -107,35 +89,61 @@ class Tile:
     def __init__(self, tiles: Tiles, rows: slice | Tensor) -> None:
         self.tiles, self.rows = tiles, rows
         spec, t = tiles.spec, tiles.tensors
-        self.model = LinearMap.of(t.input[rows], t.weight, t.bias, tiles.dtype)
-        self.model = self.model.with_reference(spec.scale, tiles.group)
-        self.along = self.teacher_along = STILL
-        if tiles.directions is not None:
-            in_input, in_weight, in_bias, in_target, in_target_weight, in_target_bias = tiles.directions
-            self.along = Direction(None if in_input is None else in_input[rows], in_weight, in_bias)
-            if spec.target == "teacher":
-                of_rows = None if in_target is None else in_target[rows]
-                self.teacher_along = Direction(of_rows, in_target_weight, in_target_bias)
+        v, w, b, y, y_weight, y_bias = tiles.directions or (None,) * 6
+        self.model = self._map(spec.scale, t.input, t.weight, t.bias, Direction(v, w, b))
         self.teacher = None
         if spec.target == "teacher":
-            assert t.target is not None
-            assert t.target_weight is not None
-            teacher = LinearMap.of(t.target[rows], t.target_weight, t.target_bias, tiles.dtype)
-            self.teacher = teacher.with_reference(spec.target_scale, tiles.group)
+            along = Direction(y, y_weight, y_bias)
+            self.teacher = self._map(spec.target_scale, t.target, t.target_weight, t.target_bias, along)
+
+    def _map(
+        self, scale: float, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, along: Direction
+    ) -> LinearMap:
+        assert input is not None
+        assert weight is not None
+        if along.input is not None:
+            along = along._replace(input=along.input[self.rows])
+        of_rows = input[self.rows]
+        return LinearMap.of(of_rows, weight, bias, self.tiles.dtype, scale, along).with_reference(self.tiles.group)
 
     def __len__(self) -> int:
-        return len(self.model.input)
+        return self.model.input.shape[0]
 
     def row_data(self, *, weight: Tensor | None = None, **wants: bool) -> RowData:
         """Return what the kernel knows of the rows; ``weight`` in place of their own."""
-        tiles = self.tiles
+        tiles, rows, dtype = self.tiles, self.rows, self.tiles.dtype
+        spec, t, plan, reference = tiles.spec, tiles.tensors, tiles.plan, self.model.reference
         target_v = None if tiles.directions is None else tiles.directions[3]
-        return RowData.of(
-            tiles.spec, tiles.tensors, self.rows, tiles.plan, self.model.reference,
-            weight=weight, target_v=target_v, **wants,
+        listed = spec.target == "sparse"
+        held = t.weight.shape[0]
+        return RowData(
+            weight=t.row_weight[rows].to(dtype) if weight is None else weight,
+            indices=None if t.indices is None else t.indices[rows] - spec.first,
+            target=t.target[rows] if listed and t.target is not None else None,
+            target_v=target_v[rows] if listed and target_v is not None else None,
+            class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
+            class_count=spec.class_count(held), first=spec.first, held=held,
+            cuts_classes=plan.cuts_classes, cached=plan.cached,
+            offset=None if reference is None else spec.scale * reference.double(),
+            has_direction=tiles.directions is not None, wants_target=tiles.wants_target, **wants,
         )  # fmt: skip
 
-    def accumulate(self, kernel: Kernel) -> CurvatureBlock | None:
+    def kernel(self, data: RowData) -> Kernel:
+        """Return the kernel that gives the losses and residuals of these rows, and does so fast where it can."""
+        spec = self.tiles.spec
+        if spec.target == "sparse":
+            return SparseKernel(spec, data)
+        if not self.tiles.in_triton and FastRows.serves(spec, data):
+            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch)
+        return DenseKernel(spec, data)
+
+    def curvature_kernel(self, matrix: str = "", *, merges_tail: bool = False) -> CurvatureKernel:
+        """Return the kernel of second order, for rows of weight 1: the passes weigh what comes back."""
+        data = self.row_data(weight=self.model.input.new_ones(len(self)), wants_gradient=True)
+        kind: type[CurvatureKernel] = SparseKernel if self.tiles.spec.target == "sparse" else DenseKernel
+        return kind(self.tiles.spec, data, matrix=matrix, merges_tail=merges_tail)
+
+    def accumulate(self, kernel: Kernel) -> Block | None:
         """Show every block to the kernel, as often as it wants; return the last one."""
         block = None
         for number in range(kernel.sweeps):
@@ -148,38 +156,11 @@ class Tile:
             kernel.finish(number)
         return block
 
-    def kernel(self, data: RowData) -> Kernel:
-        """Return the kernel that gives the losses and residuals of these rows, and does so fast where it can."""
-        if FastRows.serves(self.tiles.spec, data):
-            return FastRows(self.tiles.spec, data, again=self.again, scratch=self.tiles.scratch)
-        return self.tiles.kernel(data)
-
-    def again(self, rows: Tensor) -> Block:
-        """Compute the logits and the target of some rows of the tile again, in memory of their own."""
-        tiles, spec, everything = self.tiles, self.tiles.spec, slice(0, len(self.model.weight))
-
-        def logits(map: LinearMap, scale: float) -> Tensor:
-            operands, reference = map._replace(input=map.input[rows]).operands(everything), map.reference
-            reference = None if reference is None else reference[rows]
-            return linear_into(
-                map.input.new_empty(len(rows), everything.stop), *operands, scale=scale, reference=reference
-            )
-
-        block = Block(everything, logits(self.model, spec.scale))
-        if self.teacher is not None:
-            block.target = logits(self.teacher, spec.target_scale)
-        else:
-            chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
-            block.target = self.given_target(chosen, everything)
-        if any(tiles.wanted[3:]):
-            block.target_out = torch.empty_like(block.z)
-        return block
-
     def class_blocks(self) -> Iterator[slice]:
-        """The classes of each block."""
-        return self.tiles.plan.class_blocks(len(self.model.weight))
+        """Yield the classes of each block."""
+        return self.tiles.plan.class_blocks(self.model.weight.shape[0])
 
-    def blocks(self, loaded: CurvatureBlock | None = None) -> Iterator[tuple[CurvatureBlock, bool]]:
+    def blocks(self, loaded: Block | None = None) -> Iterator[tuple[Block, bool]]:
         """Yield each block, and whether it was computed anew: where a row is one block, ``loaded`` serves again."""
         for classes in self.class_blocks():
             if loaded is None or self.tiles.plan.cuts_classes:
@@ -187,85 +168,111 @@ class Tile:
             else:
                 yield loaded, False
 
-    def load(self, classes: slice) -> CurvatureBlock:
-        """Compute the logits of a block, and what belongs to them."""
-        tiles, spec = self.tiles, self.tiles.spec
-        buffer = self._buffers_for(classes)
-        model = self.model
-        z = linear_into(buffer("z"), *model.operands(classes), scale=spec.scale, reference=model.reference)
-        block = CurvatureBlock(classes, z)
+    def load(self, classes: slice) -> Block:
+        """Compute the logits of a block and their changes, with buffers for what becomes of them."""
+        tiles, spec, sides = self.tiles, self.tiles.spec, []
+        for name, map in {"z": self.model, "target": self.teacher}.items():
+            if map is None:
+                continue
+            half, v, out, v_out = None, None, None, None
+            z, operands = self._buffer(name, classes), map.operands(classes)
+            linear_into(z, *operands, scale=map.scale, reference=map.reference)
+            if tiles.directions is not None:
+                v = map.change_into(self._buffer(f"{name} v", classes), map.along, classes)
+            if tiles.wants_residuals:
+                half = backends.residual_dtype(spec, map.narrow, map.weight, tiles.dtype)
+            if half is not None:
+                out = self._buffer(f"{name} out", classes, half)
+                v_out = None if v is None else self._buffer(f"{name} v out", classes, half)
+            sides.append((z, v, out, v_out))
+        z, v, out, v_out = sides[0]
+        block = Block(classes, z, v=v, out=out, v_out=v_out)
         if spec.softcap is not None and (tiles.matrix is not None or not tiles.in_triton):
-            block.raw = buffer("raw")
-        if tiles.directions is not None:
-            block.v = self.model.change_into(buffer("v"), self.along, classes, spec.scale)
-        if any(tiles.wanted):
-            block.out = self._half_buffer("z out", self.model, classes)
-            block.v_out = None if block.v is None else self._half_buffer("v out", self.model, classes)
+            block.raw = self._buffer("raw", classes)
         if tiles.columns:
-            block.v = buffer("v")
-            block.q = buffer("q") if tiles.wants_q else None
-            block.residual = buffer("residual") if tiles.wants_residual else None
+            block.v = self._buffer("v", classes)
+            block.q = self._buffer("q", classes) if tiles.wants_q else None
+            block.residual = self._buffer("residual", classes) if tiles.wants_residual else None
         if self.teacher is not None:
-            self._load_teacher(block)
+            block.target, block.target_v, out, v_out = sides[1]
+            if tiles.wants_target:  # in place unless in half precision
+                block.target_out = block.target if out is None else out
+                block.target_v_out = block.target_v if v_out is None else v_out
         elif spec.target != "sparse":
             self._load_target(block)
         return block
 
-    def _load_teacher(self, block: Block) -> None:
-        assert self.teacher is not None
-        tiles, classes, scale = self.tiles, block.classes, self.tiles.spec.target_scale
-        buffer, wants_target = self._buffers_for(classes), any(tiles.wanted[3:])
-        operands, reference = self.teacher.operands(classes), self.teacher.reference
-        block.target = linear_into(buffer("target"), *operands, scale=scale, reference=reference)
-        if wants_target:
-            half = self._half_buffer("target out", self.teacher, classes)
-            block.target_out = block.target if half is None else half
-        if tiles.directions is not None:
-            block.target_v = self.teacher.change_into(buffer("target_v"), self.teacher_along, classes, scale)
-            if wants_target:
-                half = self._half_buffer("target_v out", self.teacher, classes)
-                block.target_v_out = block.target_v if half is None else half
-
     def _load_target(self, block: Block) -> None:
         tiles, classes = self.tiles, block.classes
-        block.target = self.given_target(self.rows, classes)
+        block.target = self._given_target(self.rows, classes)
         if tiles.directions is not None:
             direction = tiles.directions[3]
             moved = torch.zeros_like(block.target) if direction is None else direction[self.rows, classes]
             block.target_v = moved.to(tiles.dtype)
-        if any(tiles.wanted[3:]):
+        if tiles.wants_target:
             block.target_out = torch.empty_like(block.target, dtype=tiles.dtype)
             block.target_v_out = None if tiles.directions is None else torch.empty_like(block.target_out)
 
-    def given_target(self, rows: slice | Tensor, classes: slice) -> Tensor:
-        """Return some rows and classes of a target that is given for every class."""
+    def _given_target(self, rows: slice | Tensor, classes: slice) -> Tensor:
+        """Return some rows and classes of a target that is given for every class, less its largest logits if known."""
         tiles = self.tiles
         assert tiles.tensors.target is not None
-        return target_block(tiles.spec, tiles.tensors.target, tiles.target_tops, rows, classes, tiles.dtype)
+        block, tops = tiles.tensors.target[rows, classes], tiles.target_tops
+        return block if tops is None else block.to(tiles.dtype) - tops[rows].to(tiles.dtype)
 
-    def _buffers_for(self, classes: slice) -> Callable[[str], Tensor]:
-        return lambda name: self.tiles.buffer(name, len(self), classes.stop - classes.start)
+    def again(self, rows: Tensor) -> Block:
+        """Compute the logits and the target of some rows of the tile again, in memory of their own."""
+        everything = slice(0, self.model.weight.shape[0])
 
-    def _half_buffer(self, name: str, map: LinearMap, classes: slice) -> Tensor | None:
-        """Return a buffer for residuals in the half precision of the products, if they are not left in place."""
-        dtype = backends.residual_dtype(self.tiles.spec, map.narrow, map.weight, self.tiles.dtype)
-        width = classes.stop - classes.start
-        return None if dtype is None else self.tiles.buffer(name, len(self), width, dtype)
+        def logits(map: LinearMap) -> Tensor:
+            operands = map._replace(input=map.input[rows]).operands(everything)
+            reference = None if map.reference is None else map.reference[rows]
+            out = map.input.new_empty(rows.shape[0], everything.stop)
+            return linear_into(out, *operands, scale=map.scale, reference=reference)
+
+        block = Block(everything, logits(self.model))
+        if self.teacher is not None:
+            block.target = logits(self.teacher)
+        else:
+            chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
+            block.target = self._given_target(chosen, everything)
+        if self.tiles.wants_target:
+            block.target_out = torch.empty_like(block.z)
+        return block
+
+    def _buffer(self, name: str, classes: slice, half: torch.dtype | None = None) -> Tensor:
+        """Return a buffer for a block, the same for every tile; in half precision in half the memory."""
+        width, entries, buffers = classes.stop - classes.start, self.tiles.entries, self.tiles.buffers
+        flat = buffers.take(name, entries) if half is None else buffers.take(name, entries // 2).view(half)
+        return flat[: len(self) * width].view(len(self), width)
 
 
 def kept_rows(weight: Tensor) -> slice | Tensor:
     """Return the rows of weight other than 0; all of them where looking would make the device wait."""
-    if weight.device.type != "cpu":
-        return slice(0, len(weight))
     kept = weight != 0
-    return slice(0, len(weight)) if kept.all() else kept.nonzero().squeeze(-1)
+    if weight.device.type != "cpu" or kept.all():
+        return slice(0, weight.shape[0])
+    return kept.nonzero().squeeze(-1)
 
 
 def require_classes(spec: LossSpec, tensors: HeadTensors) -> None:
     """Raise ``IndexError`` for class indices out of range, which a graph or a transform hid from the public call."""
-    indices, classes = tensors.indices, spec.class_count(len(tensors.weight))
+    indices, classes = tensors.indices, spec.class_count(tensors.weight.shape[0])
     if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
         return
     least, most = (int(bound) for bound in indices.aminmax())
     if least < 0 or most >= classes:
         raise IndexError(f"target must hold classes from 0 to {classes - 1}, got {least if least < 0 else most}")
+
+
+def _target_tops(loss: LossSpec, tensors: HeadTensors) -> Tensor | None:
+    """Return the largest logit of each row of the target, ``(n, 1)``, where a temperature would round at its size."""
+    given = tensors.target
+    if loss.target != "logits" or given is None or math.frexp(loss.target_scale)[0] == 0.5:
+        return None
+    top = given.new_full((given.shape[0], 1), -math.inf)
+    if given.numel():  # a process of a sharded head may hold no class
+        top = given.amax(-1, keepdim=True)
+    if loss.processes is not None and top.numel():
+        max_over([top], loss.processes)
+    return torch.where(top.isfinite(), top, 0.0)

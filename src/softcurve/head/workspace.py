@@ -11,6 +11,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -24,22 +25,20 @@ _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, 
 
 
 def reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
+    """Return a flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
     if device.type == "cpu":
         for i in reversed(range(len(_kept))):
-            try:
-                room = _kept.pop(i)
-            except IndexError:  # another thread was faster
-                continue
-            if room.dtype == dtype and room.numel() >= entries:
-                return room
-            _kept.append(room)
+            with suppress(IndexError):  # another thread was faster
+                kept = _kept.pop(i)
+                if kept.dtype == dtype and kept.numel() >= entries:
+                    return kept
+                _kept.append(kept)
         _kept.clear()
     return empty((entries,), dtype, device)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, on large pages where the system has them."""
+    """Return ``torch.empty``, on large pages where the system has them."""
     with torch.inference_mode(mode=False):  # it may be kept for a pass outside
         fresh = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and fresh.nbytes >= LARGE_BYTES and (advise := _madvise()) is not None:
@@ -52,22 +51,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    try:
+    with suppress(OSError, AttributeError):
         function = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        return function
+    return None
 
 
 def give_back(buffers: list[Tensor]) -> None:
     """Keep what is no longer needed, the latest first, as far as ``KEPT_BYTES`` allow."""
     _kept.extend(buffer for buffer in buffers if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
     while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
-        try:
+        with suppress(IndexError):
             _kept.pop(0)
-        except IndexError:
-            return
 
 
 @dataclass
@@ -85,12 +81,12 @@ class Buffers:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def reserve(self, size: int) -> None:
-        """So many entries in one piece. On the CPU they occupy nothing until they are written."""
+        """Reserve entries in one piece. On the CPU they occupy nothing until they are written."""
         self.taken.append(reuse(size, self.dtype, self.device))
         self.free = self.taken[-1]
 
     def take(self, name: str, size: int) -> Tensor:
-        """A flat tensor of at least ``size`` entries."""
+        """Return a flat tensor of at least ``size`` entries."""
         if name not in self.buffers or self.buffers[name].numel() < size:
             if self.free is None or self.free.numel() < size:
                 self.reserve(size)
@@ -99,6 +95,6 @@ class Buffers:
         return self.buffers[name]
 
     def release(self) -> None:
-        """They are no longer needed."""
+        """Return the buffers to those that are kept."""
         give_back(self.taken)
         self.taken, self.free, self.buffers = [], None, {}

@@ -124,7 +124,7 @@ class LossSpec:
         """The factor of the target's logits: a divergence applies the temperature to both sides."""
         return 1.0 if self.is_cross_entropy else 1 / self.temperature
 
-    @property
+    @functools.cached_property
     def logit_map(self) -> LogitMap:
         """The map of the logits that remains after the product."""
         return LogitMap() if self.softcap is None else LogitMap(self.temperature, self.softcap)
