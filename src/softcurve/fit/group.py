@@ -94,8 +94,8 @@ class Group:
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
-        tensor = tensor.contiguous()
         if self.processes is not None:
+            tensor = tensor.contiguous()
             with _communication():
                 dist.broadcast(tensor, group=self.processes, group_src=0)
         return tensor

@@ -70,7 +70,7 @@ def is_soft(target: BlockTarget) -> bool:
     return isinstance(target, TopK) or target.is_floating_point()
 
 
-def concatenated(targets: Sequence[BlockTarget | None]) -> BlockTarget:
+def concatenated(targets: Sequence[Tensor | TopK | None]) -> Tensor | TopK:
     """Return one target of the rows of several targets of the same kind."""
     lists = [target for target in targets if isinstance(target, TopK)]
     if lists:
