@@ -92,7 +92,11 @@ def compare(name: str, p: Problem, mesh: DeviceMesh, *, by_rows: bool, **more: A
         yield f"{name}: derivative {number}", distance(got.detach(), wanted.detach()), 1e-10
 
 
-def settings() -> list[dict[str, Any]]:
+# By the number of processes: uneven shards, fewer classes than processes, and with the least budget class blocks.
+CLASSES = {3: (11, 2, 90), 4: (7, 1, 90)}
+
+
+def settings(processes: int) -> list[dict[str, Any]]:
     """Any two of kind of target, divergence, number of classes, placement, reduction, options and budget meet in one."""
 
     def possible(name: str, level: Any, other: str, value: Any) -> bool:
@@ -103,14 +107,13 @@ def settings() -> list[dict[str, Any]]:
         return True
 
     kinds = [case.kind.name for case in CASES if case.is_cross_entropy]
-    factors = {"kind": kinds, "loss": ("cross_entropy", "forward", "reverse", "js0.3"), "classes": (11, 7, 2, 1, 90)}
+    factors = {"kind": kinds, "loss": ("cross_entropy", "forward", "reverse", "js0.3"), "classes": CLASSES[processes]}
     factors |= {"by_rows": (False, True), "options": ("everything", "few"), "budget": (None, "least")}
     return pairwise(factors | {"reduction": ("mean", "none", "sum")}, possible)
 
 
 def all_losses(mesh: DeviceMesh) -> Cases:
-    """Uneven shards, fewer classes than processes, and with the least budget class blocks within each shard."""
-    for number, s in enumerate(settings()):
+    for number, s in enumerate(settings(mesh.size())):
         case = BY_NAME[f"{s['loss']}-{s['kind']}"]
         few = ("softcap", "label_smoothing", "shift") if s["options"] == "few" else ()
         few = (*few, "shift") if s["by_rows"] else few  # with which a sample weight must not require gradients

@@ -30,6 +30,7 @@ pytestmark = [
 # --- tiles ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # thousands of calls
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cross_entropy-bucket", "forward-Logits"])
 def test_gradcheck_of_tiles(name: str) -> None:

@@ -176,6 +176,7 @@ def test_matrices_of_a_head(transform: str, name: str, options: str) -> None:
 # --- against differences -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # thousands of calls
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("route", "name", "reduction", "batched"),
@@ -190,6 +191,7 @@ def test_gradcheck_and_gradgradcheck(route: str, name: str, reduction: str, batc
     assert gradgradcheck(posed.ours, posed.arguments, check_fwd_over_rev=True, check_rev_over_rev=True, **modes)
 
 
+@pytest.mark.usefixtures("without_shape_checks")  # thousands of calls
 @pytest.mark.parametrize(
     ("route", "name"),
     [
