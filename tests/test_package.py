@@ -1,4 +1,4 @@
-"""The package as a whole: what an import loads, and which names are public."""
+"""The package as a whole: what an import loads, which names are public, and that mutants aim at its text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import softcurve
+
+from .mutants import MUTANTS
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "softcurve"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -50,3 +52,11 @@ def test_the_version_is_that_of_the_project():
 
 def test_the_package_says_that_it_is_typed():
     assert (Path(softcurve.__file__).parent / "py.typed").is_file()
+
+
+def test_the_mutants_change_formulas_that_are_there():
+    """The mutation test takes many minutes and is no part of the suite; that it still changes what it says is."""
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        ast.parse(mutant.source())
+        assert mutant.new != mutant.old, mutant.name
