@@ -22,10 +22,10 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.data.files.arrays import encode_tensors, read_tensors
 from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
-from softcurve.fit.tensor_file import encode_tensors, read_tensors
 
 FORMAT = "softcurve.fit"
 VERSION = "3"

@@ -35,8 +35,6 @@ from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
 from softcurve.warn import warn_caller
 
-__all__ = ["SoftmaxRegressionCV"]
-
 
 class SoftmaxRegressionCV(SoftmaxRegression):
     """:class:`SoftmaxRegression` with the ``C`` of the best mean score over the folds of a cross-validation.

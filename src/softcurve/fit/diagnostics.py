@@ -21,8 +21,6 @@ from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
-__all__ = ["Calibration", "ConfusedPair", "Diagnostics", "HardRow", "ScoreSums", "Scores", "diagnose"]
-
 KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
 MOST_CONFUSED = 30
 DENSE_CLASSES = 200  # up to here there is a confusion matrix

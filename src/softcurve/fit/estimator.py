@@ -18,7 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.losses import target_labels
@@ -26,8 +26,6 @@ from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
-
-__all__ = ["SoftmaxRegression"]
 
 Array = NDArray[Any]
 Real = int | float | np.integer[Any] | np.floating[Any]

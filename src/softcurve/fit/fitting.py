@@ -21,16 +21,13 @@ from softcurve.fit.checkpoint import Keeper, digest
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
-from softcurve.fit.losses import check_loss, target_labels, target_probability
+from softcurve.fit.losses import check_loss, named_classes, target_labels, target_probability
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.losses.divergences import Divergence
-from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
-
-__all__ = ["Fit", "check_options", "coordinates_of", "fit_head", "regularisation_path"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -325,13 +322,11 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     with problem.group.summed(frequencies):
         for block, weights in problem.blocks():
             assert block.target is not None
-            if isinstance(block.target, TopK):
-                probs = block.target.log_probs.double().exp() * weights[:, None]
-                frequencies.index_add_(0, block.target.indices.flatten(), probs.flatten())
-            elif block.target.is_floating_point():
+            if (named := named_classes(block.target, torch.float64)) is not None:
+                classes, probs = named
+                frequencies.index_add_(0, classes.flatten(), (probs * weights[:, None]).flatten())
+            elif isinstance(block.target, Tensor):
                 frequencies += weights @ block.target.double()
-            else:
-                frequencies.index_add_(0, block.target, weights)
     return frequencies
 
 

@@ -23,8 +23,6 @@ from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 from softcurve.typing import FitLoss
 
-__all__ = ["CurvatureSpectrum", "curvature_spectrum"]
-
 ROWS = 2000
 FEWEST_ROWS = 200
 WORK = 5e6  # rows · d · C for which some 150 products take one or two seconds

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
+from softcurve.fit.data.files.arrays import encode_tensors, read_tensors
 from softcurve.fit.data.files.file_rows import FileState
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
-from softcurve.fit.tensor_file import encode_tensors, read_tensors
 from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.records import ShortRepr
 

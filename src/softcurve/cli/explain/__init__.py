@@ -21,8 +21,6 @@ from softcurve.cli.printing import Alignment, finite, print_table
 from softcurve.cli.streams import encoded
 from softcurve.fit.atomic import check_writable, replacing
 
-__all__ = ["write_explanation"]
-
 
 def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str, object]:
     """Train a small network on digits, write the page that explains its gradients, and print every check.

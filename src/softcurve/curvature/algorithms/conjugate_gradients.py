@@ -122,74 +122,41 @@ def _iterate(
         r -= system.product(x[:, active])
         relative[active] = dots(r, r).sqrt() / norms[active]
     keep = relative[active] > tol
-    active = active[keep]
-    rounding = torch.finfo(x.dtype).eps
-    columns = Recurrence(system.product, system.preconditioned, x[:, active], r[:, keep], rounding=rounding)
-    iterations = 0
+    # The solutions so far, their residuals, the directions of the next step, and r·z of the preconditioned residuals z.
+    active, r = active[keep], r[:, keep]
+    u = x[:, active]
+    p = system.preconditioned(r).clone()
+    rho = dots(r, p)
+    rounding, iterations = torch.finfo(x.dtype).eps, 0
     while len(active) and iterations < max_iterations:
         iterations += 1
-        keep = columns.advance()
+        q = system.product(p)
+        curvature = dots(p, q)
+        keep = curvature > rounding * (dots(p, p) * dots(q, q)).sqrt()  # the sign of a smaller one is that of rounding
+        step = torch.where(keep, rho / curvature, 0.0).to(q.dtype)
+        u.addcmul_(p, step)
+        r.addcmul_(q, step, value=-1.0)
         indefinite[active[~keep]], stale[active[keep]] = True, True
-        near = dots(columns.r, columns.r).sqrt() <= tol * norms[active]
+        near = dots(r, r).sqrt() <= tol * norms[active]
         if near.any():
             checked = active[near]
-            columns.r[:, near] = r = b[:, checked] - system.product(columns.x[:, near])
-            true = dots(r, r).sqrt() / norms[checked]
+            r[:, near] = exact = b[:, checked] - system.product(u[:, near])
+            true = dots(exact, exact).sqrt() / norms[checked]
             # A residual that has not halved since it was last computed is as small as the dtype lets it be.
             keep[near] = (true > tol) & (true <= relative[checked] / 2)
             relative[checked], stale[checked] = true, False
         if not keep.all():
-            x[:, active[~keep]] = columns.x[:, ~keep]
-            active, near = active[keep], near[keep]
-            columns.select(keep)
-        columns.turn(restart=near)
-    x[:, active] = columns.x
+            x[:, active[~keep]] = u[:, ~keep]
+            active, near, u, r, p, rho = (each[..., keep] for each in (active, near, u, r, p, rho))
+        z, last = system.preconditioned(r), rho
+        rho = dots(r, z)
+        # Conjugate to all earlier directions, or that of steepest descent where the residual was computed anew.
+        p.mul_(torch.where(near, 0.0, rho / last).to(z.dtype)).add_(z)
+    x[:, active] = u
     if stale.any():
         r = b[:, stale] - system.product(x[:, stale])
         relative[stale] = dots(r, r).sqrt() / norms[stale]
     return iterations, relative, indefinite
-
-
-class Recurrence:
-    """The recurrence of conjugate gradients on columns that share the products.
-
-    ``x`` are the solutions so far and ``r`` their residuals, both changed in place, ``p`` the directions of the next
-    step, and ``rho`` are ``r·z`` with ``z``, the preconditioned residuals. With another inner product ``dot`` than that
-    of columns, a whole matrix is one vector. ``rounding`` bounds the curvatures ``p·Ap / (‖p‖ ‖Ap‖)`` whose sign is
-    that of rounding errors.
-    """
-
-    def __init__(
-        self, product: Map, preconditioned: Map, x: Tensor, r: Tensor, *, rounding: float = 0.0,
-        dot: Callable[[Tensor, Tensor], Tensor] = dots,
-    ) -> None:  # fmt: skip
-        self.product, self.preconditioned, self.rounding, self.dot = product, preconditioned, rounding, dot
-        self.x, self.r, self.p = x, r, preconditioned(r).clone()
-        self.rho = dot(r, self.p)
-
-    def advance(self) -> Bool[Tensor, "*columns"]:
-        """Move each column along its direction if it has positive curvature there, and return whether it has."""
-        q = self.product(self.p)
-        curvature = self.dot(self.p, q)
-        bound = self.rounding * (self.dot(self.p, self.p) * self.dot(q, q)).sqrt() if self.rounding else 0.0
-        positive, step = curvature > bound, self.rho / curvature
-        if not positive.all():  # also where a product is not finite
-            q, step = torch.where(positive, q, 0.0), torch.where(positive, step, 0.0)
-        step = step.to(q.dtype)
-        self.x.addcmul_(self.p, step)
-        self.r.addcmul_(q, step, value=-1.0)
-        return positive
-
-    def turn(self, restart: Bool[Tensor, "*columns"] | None = None) -> None:
-        """Choose directions conjugate to all earlier ones, or those of steepest descent in ``restart`` columns."""
-        z, last = self.preconditioned(self.r), self.rho
-        self.rho = self.dot(self.r, z)
-        share = self.rho / last if restart is None else torch.where(restart, 0.0, self.rho / last)
-        self.p.mul_(share.to(z.dtype)).add_(z)
-
-    def select(self, columns: Bool[Tensor, "*columns"]) -> None:
-        """Go on with these columns alone."""
-        self.x, self.r, self.p, self.rho = (each[..., columns] for each in (self.x, self.r, self.p, self.rho))
 
 
 @dataclass(eq=False)

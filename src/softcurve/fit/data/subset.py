@@ -16,8 +16,6 @@ from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
 
-__all__ = ["Subset", "holdout_mask", "rows_of", "shared", "split_source"]
-
 
 class Subset:
     """The rows of ``source`` at which ``mask`` is true, in their order; all the classes.

@@ -18,8 +18,6 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.group import Group
 
-__all__ = ["Coordinates", "find_coordinates"]
-
 WIDEST = 4096  # the widest features whose covariance is decomposed
 WORTH_PRODUCTS = 60  # what the eigenvectors may cost, in products: 10 d³ operations against 4 n d C for a product
 SPAN_BYTES = 2**30  # of the copy of the rows that is made to find their span, if there are fewer rows than features

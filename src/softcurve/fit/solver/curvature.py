@@ -19,12 +19,10 @@ from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
 from softcurve.fit.data.subset import rows_of
 from softcurve.fit.group import Group
+from softcurve.fit.losses import named_classes
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.objective import FitProblem
 from softcurve.losses.divergences import divergence_of
-from softcurve.losses.targets import TopK
-
-__all__ = ["Curvature", "CurvatureTile", "negligible_rows"]
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
@@ -275,17 +273,11 @@ def _errors(tile: CurvatureTile) -> Tensor:
 
 def _listed_errors(tile: CurvatureTile) -> tuple[Tensor | None, Tensor]:
     """Return the classes that a label or a list names, ``(r, k)``, and ``|p − y| − p`` there."""
-    target, p = tile.target, tile.probabilities
-    if isinstance(target, TopK):
-        classes, y = target.indices, target.log_probs.to(p.dtype).exp()
-        if target.tail == "renormalize":
-            y /= y.sum(1, keepdim=True)
-    elif isinstance(target, Tensor) and not target.is_floating_point():
-        classes, y = target[:, None], p.new_ones(1, 1)
-    else:
+    p = tile.probabilities
+    if tile.target is None or (named := named_classes(tile.target, p.dtype)) is None:
         return None, p
-    listed = p.gather(1, classes)
-    return classes, (listed - y).abs_().sub_(listed)
+    listed = p.gather(1, named[0])
+    return named[0], (listed - named[1]).abs_().sub_(listed)
 
 
 def negligible_rows(

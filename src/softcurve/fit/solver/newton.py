@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
-from softcurve.curvature.algorithms.conjugate_gradients import Map, Recurrence
+from softcurve.curvature.algorithms.conjugate_gradients import Map
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
-
-__all__ = ["Newton", "OtherRows", "State", "Step"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5  # a smaller damping counts as none
@@ -305,16 +303,21 @@ def minimise_model(
     Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
     gradient, or where the residual and its squared norm are ``enough``, or after ``most`` products.
     """
-    recurrence = Recurrence(product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
-    square = first = float(recurrence.rho)
-    products = 0
-    while products < most and square > 0.0 and recurrence.advance():
-        products += 1
-        recurrence.turn()
-        square = float(recurrence.rho)
-        if square <= tol * tol * first or (enough is not None and enough(recurrence.r, square)):
+    x, residual = torch.zeros_like(gradient), -gradient
+    along = inverse(residual).clone()
+    square = first = float(_inner(residual, along))
+    for _ in range(most if square > 0.0 else 0):
+        image = product(along)
+        curvature = float(_inner(along, image))
+        if not curvature > 0.0:
             break
-    x, residual = recurrence.x, recurrence.r
+        x.add_(along, alpha=square / curvature)
+        residual.sub_(image, alpha=square / curvature)
+        z = inverse(residual)
+        last, square = square, float(_inner(residual, z))
+        if square <= tol * tol * first or (enough is not None and enough(residual, square)):
+            break
+        along.mul_(square / last).add_(z)
     return x, residual, 0.5 * float(_inner(x, gradient - residual))
 
 

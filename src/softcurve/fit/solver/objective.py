@@ -18,8 +18,6 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.records import ShortRepr
 
-__all__ = ["FitProblem", "Objective", "Point"]
-
 Keep = Callable[[int, Tensor], None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Dataset, named_dataset
 from softcurve.fit.data.files.file_rows import FileRows, FileState, read_map, two_buffers
 from softcurve.fit.data.rows import ArrayRows, Rows, tensor_array
+from softcurve.fit.system_errors import out_of_memory
 
+LENGTH = 8  # bytes that hold the length of the header of a .safetensors file
 HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 
 
@@ -118,3 +122,30 @@ def opened_tensors(path: Path) -> Iterator[Any]:
             name = f"/dev/fd/{file.fileno()}"
         with safe_open(name, framework="pt") as opened:
             yield opened
+
+
+def encode_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
+    """Return the bytes of a .safetensors file in two pieces. Equal content makes equal bytes.
+
+    The metadata, which safetensors orders at random, are sorted.
+    """
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
+    end = LENGTH + int.from_bytes(content[:LENGTH], "little")
+    header = json.loads(content[LENGTH:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % LENGTH)
+    return len(encoded).to_bytes(LENGTH, "little") + encoded, memoryview(content)[end:]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata. Raises OSError for a file that cannot be read, ValueError for a damaged one."""
+    try:
+        with opened_tensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type, OSError or ValueError, depending on the damage
+        if out_of_memory(error) is not None or (isinstance(error, OSError) and error.errno):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"it is no safetensors file ({reason})") from error
