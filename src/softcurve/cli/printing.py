@@ -15,7 +15,7 @@ from rich.text import Text
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.streams import encodable
-from softcurve.fit.diagnostics import Diagnostics, Scores
+from softcurve.fit.diagnostics import Scores
 from softcurve.fit.solver.newton import Step
 
 TextRows = list[tuple[str, str]]
@@ -28,11 +28,9 @@ def console() -> Console:
 
 
 def print_table(
-    title: str,
-    rows: Sequence[Sequence[str]],
-    columns: Mapping[str, Alignment] | None = None,
+    title: str, rows: Sequence[Sequence[str]], columns: Mapping[str, Alignment] | None = None,
     to: Console | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""
     table = Table(title=Text(title), show_header=columns is not None, title_justify="left")
     if columns is None:
@@ -67,7 +65,7 @@ def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
     return otherwise(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
+def score_figures(prefix: str, scores: Scores) -> dict[str, Any]:
     """Return a record's entries for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
     return {
         f"{prefix}loss_nats": scores.loss,

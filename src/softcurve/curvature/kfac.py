@@ -213,7 +213,7 @@ class StreamedClassFactor(SymmetricOperator):
         """The sum of a number over the processes of other rows."""
         return float(self.summed(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
-    def _diagonal_and_products(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _diagonal_and_products(self, vectors: Tensor) -> list[Tensor]:
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
@@ -221,8 +221,7 @@ class StreamedClassFactor(SymmetricOperator):
         def add(rows: RowLosses, own: slice) -> None:
             add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
 
-        diagonal, outer = self._accumulated(add, diagonal, outer)
-        return diagonal, outer
+        return self._accumulated(add, diagonal, outer)
 
     def _accumulated(self, add: Callable[[RowLosses, slice], None], *sums: Tensor) -> list[Tensor]:
         """Call ``add`` with the rows of each batch and this process's classes, then sum over processes and scale."""

@@ -72,21 +72,12 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     mean_scores_: Array
 
     def __init__(
-        self,
-        *,
-        Cs: Whole | Sequence[Real] | Array = 10,
-        cv: Any = None,
-        scoring: str | Callable[..., Any] | None = None,
-        refit: bool = True,
-        loss: FitLoss | Divergence = "cross_entropy",
-        fit_intercept: bool = True,
-        tol: Real = 1e-4,
-        max_iter: Whole = 100,
-        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
-        precision: FitPrecision = "auto",
-        memory_budget: int | None = None,
-        verbose: bool = False,
-    ) -> None:
+        self, *, Cs: Whole | Sequence[Real] | Array = 10, cv: Any = None,
+        scoring: str | Callable[..., Any] | None = None, refit: bool = True,
+        loss: FitLoss | Divergence = "cross_entropy", fit_intercept: bool = True, tol: Real = 1e-4,
+        max_iter: Whole = 100, class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
+        precision: FitPrecision = "auto", memory_budget: int | None = None, verbose: bool = False,
+    ) -> None:  # fmt: skip
         self.Cs, self.cv, self.scoring, self.refit = Cs, cv, scoring, refit
         self.loss, self.fit_intercept, self.class_weight, self.precision = loss, fit_intercept, class_weight, precision
         self.tol, self.max_iter, self.memory_budget, self.verbose = tol, max_iter, memory_budget, verbose

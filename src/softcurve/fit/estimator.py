@@ -21,7 +21,6 @@ from torch import Tensor
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
-from softcurve.fit.losses import target_labels
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
@@ -80,19 +79,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     n_features_in_: int
 
     def __init__(
-        self,
-        *,
-        C: Real = 1.0,
-        loss: FitLoss | Divergence = "cross_entropy",
-        fit_intercept: bool = True,
-        tol: Real = 1e-4,
-        max_iter: Whole = 100,
-        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
-        warm_start: bool = False,
-        precision: FitPrecision = "auto",
-        memory_budget: int | None = None,
+        self, *, C: Real = 1.0, loss: FitLoss | Divergence = "cross_entropy", fit_intercept: bool = True,
+        tol: Real = 1e-4, max_iter: Whole = 100, class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
+        warm_start: bool = False, precision: FitPrecision = "auto", memory_budget: int | None = None,
         verbose: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.C, self.loss, self.fit_intercept, self.class_weight = C, loss, fit_intercept, class_weight
         self.tol, self.max_iter, self.warm_start, self.precision = tol, max_iter, warm_start, precision
         self.memory_budget, self.verbose = memory_budget, verbose
@@ -324,7 +315,7 @@ def has_soft_targets(y: Any) -> bool:
 
 def most_probable(y: Any) -> Array:
     """Return the most probable class of each row of distributions or lists."""
-    return target_labels(y).numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
+    return y.most_probable.numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:

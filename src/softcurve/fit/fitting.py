@@ -64,24 +64,13 @@ class Fit(ShortRepr):
 
 
 def fit_head(
-    source: Source,
-    *,
-    loss: str | Divergence = "cross_entropy",
-    C: float = 1.0,
-    fit_intercept: bool = True,
-    sample_weight: Tensor | None = None,
-    tol: float = 1e-4,
-    max_iter: int = 100,
-    precision: str = "auto",
-    memory_budget: int | None = None,
-    start: tuple[Tensor, Tensor] | None = None,
-    coordinates: Coordinates | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_every: float = 30.0,
-    on_step: Callable[[Step], None] = lambda step: None,
-    on_product: Callable[[int], None] = lambda products: None,
+    source: Source, *, loss: str | Divergence = "cross_entropy", C: float = 1.0, fit_intercept: bool = True,
+    sample_weight: Tensor | None = None, tol: float = 1e-4, max_iter: int = 100, precision: str = "auto",
+    memory_budget: int | None = None, start: tuple[Tensor, Tensor] | None = None,
+    coordinates: Coordinates | None = None, checkpoint: Path | None = None, checkpoint_every: float = 30.0,
+    on_step: Callable[[Step], None] = lambda step: None, on_product: Callable[[int], None] = lambda products: None,
     group: ProcessGroup | None = None,
-) -> Fit:
+) -> Fit:  # fmt: skip
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
     The bias is not penalised. For two classes the penalty is that of their difference, ``½ ‖w_1 − w_0‖²``, as in

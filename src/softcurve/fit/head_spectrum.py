@@ -59,15 +59,9 @@ class CurvatureSpectrum(ShortRepr):
 
 @torch.no_grad()
 def curvature_spectrum(
-    source: Source,
-    weight: Float[Tensor, "classes d"],
-    bias: Float[Tensor, " classes"] | None,
-    *,
-    loss: str | Divergence = "cross_entropy",
-    k: int = 20,
-    rows: int = ROWS,
-    seed: int = 0,
-) -> CurvatureSpectrum | str:
+    source: Source, weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"] | None, *,
+    loss: str | Divergence = "cross_entropy", k: int = 20, rows: int = ROWS, seed: int = 0,
+) -> CurvatureSpectrum | str:  # fmt: skip
     """Return the spectrum on at most ``rows`` rows drawn without replacement, or the reason why it is left out.
 
     The matrix leaves out the penalty of a fit and, without ``bias``, the bias. It is assembled up to 1,500 columns. A

@@ -80,7 +80,7 @@ def concatenated(targets: Sequence[BlockTarget | None]) -> BlockTarget:
 def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
     """Return the most probable class of each row; of equally probable classes, the first."""
     if isinstance(target, TopK):
-        return target.indices.gather(-1, target.log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        return target.most_probable
     return target.argmax(dim=-1) if target.is_floating_point() else target
 
 

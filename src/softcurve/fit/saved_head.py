@@ -54,13 +54,9 @@ class SavedHead(ShortRepr):
     def write(self, file: BinaryIO) -> None:
         """Write the head to an open file."""
         metadata = {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "classes": json.dumps(self.classes),
-            "loss": self.loss,
-            "C": repr(self.C),
-            "softcurve_version": version("softcurve"),
-        }
+            "format": FORMAT, "format_version": VERSION, "classes": json.dumps(self.classes), "loss": self.loss,
+            "C": repr(self.C), "softcurve_version": version("softcurve"),
+        }  # fmt: skip
         file.writelines(encode_tensors({"weight": self.weight, "bias": self.bias}, metadata))
 
     @classmethod

@@ -38,13 +38,9 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
     with _one_thread():
         network = train(seed)
         sections = [
-            explain_chain(network),
-            explain_jacobian(network),
-            explain_targets(network),
-            explain_directions(),
-            explain_minimum(network, seed),
-            explain_vae(),
-        ]
+            explain_chain(network), explain_jacobian(network), explain_targets(network), explain_directions(),
+            explain_minimum(network, seed), explain_vae(),
+        ]  # fmt: skip
         checks = [check for section in sections for check in section.checks]
         accuracy = network.accuracy()
         page = render_page(
@@ -59,13 +55,10 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
     columns: dict[str, Alignment] = {"check": "left", "measured": "right", "bound": "right", "held": "left"}
     print_table("softcurve explain", rows, columns, console)
     record: dict[str, object] = {
-        "command": "explain",
-        "page": str(out),
-        "seed": seed,
-        "held_out_accuracy": accuracy,
+        "command": "explain", "page": str(out), "seed": seed, "held_out_accuracy": accuracy,
         "all_within_bounds": all(check.held for check in checks),
         "checks": [vars(check) | {"held": check.held} for check in checks],
-    }
+    }  # fmt: skip
     return dict(finite(record | {section.key: section.figures for section in sections}, str))
 
 

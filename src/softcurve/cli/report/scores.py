@@ -95,13 +95,10 @@ def show_classes(report: FitReport) -> Section:
         shown = np.lexsort((-judged.support.numpy(), recall.numpy()))[: min(WORST, seen)].tolist()
         drawn = chart.picture(_scatter, judged) if seen else None
     values = {
-        "few": len(report.classes) <= IN_A_TABLE,
-        "unseen": int((judged.support == 0).sum()),
-        "never": int((judged.predicted == 0).sum()),
-        "picture": drawn,
-        "most": max(1, int(judged.support.max())),
+        "few": len(report.classes) <= IN_A_TABLE, "unseen": int((judged.support == 0).sum()),
+        "never": int((judged.predicted == 0).sum()), "picture": drawn, "most": max(1, int(judged.support.max())),
         "rows": [(k, *(int(part[k]) for part in (judged.support, judged.predicted, judged.correct))) for k in shown],
-    }
+    }  # fmt: skip
     return Section("classes", values)
 
 

@@ -44,15 +44,9 @@ class Solution:
 
 
 def solve(
-    matrix: SymmetricMatrix,
-    b: Tensor,
-    *,
-    damping: float = 0.0,
-    preconditioner: Map | None = None,
-    tol: float = 1e-6,
-    max_iterations: int | None = None,
-    x0: Tensor | None = None,
-) -> Solution:
+    matrix: SymmetricMatrix, b: Tensor, *, damping: float = 0.0, preconditioner: Map | None = None, tol: float = 1e-6,
+    max_iterations: int | None = None, x0: Tensor | None = None,
+) -> Solution:  # fmt: skip
     """Solve ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
 
     ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +156,7 @@ def _not_converged(method: str, converged: list[float], k: int, products: int, t
 
 
 def _lanczos(
-    matrix: SymmetricMatrix, k: int, which: str, tol: float, max_products: int | None, seed: int, width: int
+    matrix: SymmetricMatrix, k: int, which: SpectrumEnd, tol: float, max_products: int | None, seed: int, width: int
 ) -> Eigenpairs:
     """Run ARPACK: ``width + 1`` products, then at most ``width − k`` for each restart."""
     with needed("eigsh", "fit"):
@@ -172,9 +172,7 @@ def _lanczos(
     tol = tol or torch.finfo(matrix.dtype).eps
     v0, operator = start.squeeze(1).cpu().numpy(), scaled.for_scipy(checked=True)
     try:
-        values, vectors = arpack(
-            operator, k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
-        )
+        values, vectors = arpack(operator, k, which=which, v0=v0, ncv=width, maxiter=restarts, tol=tol)
     except ArpackNoConvergence as stopped:
         converged = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
         raise _not_converged("lanczos", converged, k, scaled.products, tol) from None

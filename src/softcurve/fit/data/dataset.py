@@ -95,13 +95,9 @@ def join(datasets: Sequence[Dataset], name: str) -> Dataset:
 
 
 def named_dataset(
-    path: Path,
-    what: str,
-    names: Sequence[str],
-    rows: Callable[[str], Rows],
-    with_target: bool,
+    path: Path, what: str, names: Sequence[str], rows: Callable[[str], Rows], with_target: bool,
     features: Rows | None = None,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Choose among arrays, tensors or columns (``what``) of these names; ``rows`` opens one by its name.
 
     Raises DataError where there are no features, or where several names are of the features or of the target.

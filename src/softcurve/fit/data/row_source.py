@@ -95,14 +95,9 @@ class RowSource:
 
 
 def to_source(
-    features: Any,
-    target: Any = None,
-    *,
-    classes: tuple[Label, ...] | None = None,
-    class_count: int | None = None,
-    features_name: str = "features",
-    target_name: str = "target",
-) -> RowSource:
+    features: Any, target: Any = None, *, classes: tuple[Label, ...] | None = None, class_count: int | None = None,
+    features_name: str = "features", target_name: str = "target",
+) -> RowSource:  # fmt: skip
     """Make arrays a source, checked: features (n, d); a target of labels (n,), distributions (n, C), or a ``TopK``.
 
     The classes are the sorted distinct labels, as in scikit-learn, or 0…C-1, unless they are given. Float32 and float64
