@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
-from softcurve.fit.checkpoint import Keeper, digest
+from softcurve.fit.checkpoint import Checkpoint, digest
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
@@ -130,22 +130,22 @@ def fit_head(
         problem = FitProblem(source, weights, loss, (2.0 if classes == 2 else 1.0) / (C * total), rows_at_once)
         objective = Objective(problem, coordinates)
         cold = partial(_cold_state, objective, total, double=double)
-        keeper, state = Keeper(share.group, on_step), None
+        identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
         if checkpoint is not None:
-            identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
-            state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
+        states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)
+        state = states.open(classes)
         if state is None and start is not None:
             state = State(coordinates.parameters(*(part.double() for part in start)), WARM_DAMPING, double=double)
-        with keeper.running(checkpoint):
+        with states.running():
             newton = Newton(
                 objective,
                 partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product),
                 cold() if state is None else state,
                 tol=tol, memory_of_blocks=int(FOR_BLOCKS * budget), cold=None if start is None else cold,
             )  # fmt: skip
-            converged, reason = newton.run(max_iter, keeper.note)
+            converged, reason = newton.run(max_iter, states.note)
         weight, bias = coordinates.head(newton.point.parameters)
         history = newton.state.history
         return Fit(

@@ -180,10 +180,6 @@ class LeaveOneOut:
         sines = torch.where(essential & essential.unsqueeze(1) & (sines > 1e-12), sines, math.inf)
         return cls(q @ u[:, :rank].to(q.dtype), directions, directions.mT @ directions, sines)
 
-    def without(self, coordinates: Float64[Tensor, "rank k"]) -> Float64[Tensor, "rank k"]:
-        """``(I − s_i s_iᵀ) c_i`` for each column."""
-        return coordinates - self.directions * (self.directions * coordinates).sum(0)
-
 
 def _exchangeable_error(
     samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"] | Float64[Tensor, ""]
@@ -215,7 +211,7 @@ def _xtrace(
     images_of_basis = product(matrix, basis, columns_at_once)
     inside = inner(basis, images_of_basis)
     coordinates = inner(basis, vectors)
-    kept = out.without(coordinates).to(basis.dtype)
+    kept = (coordinates - s * (s * coordinates).sum(0)).to(basis.dtype)  # v_i
     outside = vectors - basis @ kept
     slopes = inner(images_of_basis, outside)
     squares = dots(outside, images - images_of_basis @ kept)
