@@ -188,7 +188,7 @@ def coordinates_of(
     """
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
-    _, rows_at_once = _memory(source, memory_budget)
+    rows_at_once = _memory(source, memory_budget)[1]
     with _threads(share.total * source.width * classes, share.group):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 

@@ -66,7 +66,6 @@ def _divergence(q: Tensor, prior: Tensor) -> Tensor:
 
 
 def _cross_entropy(q: Tensor, prior: Tensor) -> Tensor:
-    """Return H(q, prior) = KL(q‖prior) + H(q)."""
     return _divergence(q, prior) + softcurve.entropy(q).sum()
 
 

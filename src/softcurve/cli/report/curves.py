@@ -57,12 +57,9 @@ def show_path(report: FitReport) -> Section:
     """Draw the losses, the accuracy and the norm of the weights against C."""
     points = sorted(report.path, key=lambda point: point.C)
     losses = {"train_loss": {"color": chart.SECOND, "linestyle": "--", "label": "training"}}
-    losses["held_loss"] = {"color": chart.FIRST, "label": "held-out"}
+    losses |= {"held_loss": {"color": chart.FIRST, "label": "held-out"}}
     charts: dict[str, tuple[str, Styles]] = {
-        "Training and held-out loss": (
-            "mean loss, nats",
-            losses | {"held_loss": {"color": chart.FIRST, "label": "held-out"}},
-        ),
+        "Training and held-out loss": ("mean loss, nats", losses),
         "The norm of the weights": ("‖W‖", {"weight_norm": {"color": chart.THIRD}}),
         "Held-out accuracy": ("held-out accuracy", {"held_accuracy": {"color": chart.FIRST}}),
     }

@@ -160,8 +160,11 @@ def assemble(
             count = _class_count(data, share, class_count, classes)
         count = int(group.largest(count)[0])
     if kind is not None and classes is None:
+        origin = data.targets[0].name if class_count is None else "class_count"
+        what = f"{origin} makes {count} classes; with {width} features a fit to them"
         with group.agreed():
-            _require_head(count, width, data.targets[0].name if class_count is None else "class_count")
+            remedy = "correct the largest class or the shape, or give fewer classes"
+            _require_memory(count * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME), what, remedy)
         classes = names if kind == "labels" else tuple(range(count))
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
@@ -263,10 +266,3 @@ def _require_memory(needed: int, what: str, remedy: str) -> None:
     if memory is not None and needed > memory:
         needs, has = (f"{count / 2**30:.3g} GiB" for count in (needed, memory))
         raise DataError(f"{what} takes {needs} or more, and there are {has} of memory: {remedy}")
-
-
-def _require_head(classes: int, width: int, origin: str) -> None:
-    """Raise DataError if a fit needs more than the memory; ``origin`` is where the number of classes comes from."""
-    what = f"{origin} makes {classes} classes; with {width} features a fit to them"
-    remedy = "correct the largest class or the shape, or give fewer classes"
-    _require_memory(classes * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME), what, remedy)

@@ -59,8 +59,7 @@ class Curvature:
         self.parameters: Tensor | None = None
         self._left_out: Tensor | None = None
         self.all_rows = share_of(problem.source).total
-        source, weights, classes = problem.source, problem.weights, problem.classes
-        rows, size = source.rows, coordinates.size
+        source, weights, rows, size = problem.source, problem.weights, problem.source.rows, coordinates.size
         extremes = (float(weights.max()), -float(weights.min())) if rows else (-math.inf, -math.inf)
         heaviest, minus_lightest, most_rows = self.group.largest(*extremes, rows)
         uniform = heaviest == -minus_lightest
@@ -68,15 +67,17 @@ class Curvature:
         self.mean_weight = heaviest if uniform else 1.0 / self.all_rows
         self.weights = None if uniform else (weights / self.mean_weight).to(dtype)[:, None]
         # All processes store their features, or none, according to the process with most rows.
-        store_features = int(most_rows) * size * dtype.itemsize <= memory
-        self.features = torch.empty(rows, size, dtype=dtype) if store_features else None
-        left = memory - (rows * size * dtype.itemsize if store_features else 0)
-        self.probabilities = torch.empty(min(rows, left // (classes * dtype.itemsize)), classes, dtype=dtype)
+        self.features = None
+        if int(most_rows) * size * dtype.itemsize <= memory:
+            self.features = torch.empty(rows, size, dtype=dtype)
+            memory -= self.features.nbytes
+        stored = min(rows, memory // (self.classes * dtype.itemsize))
+        self.probabilities = torch.empty(stored, self.classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
         most = min(problem.rows_at_once, rows)
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
-        self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, classes, dtype=dtype)
+        self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, self.classes, dtype=dtype)
         self._centred = torch.ones(most, source.width + coordinates.intercept, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
         with self.group.agreed():
