@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from softcurve import TopK
 from softcurve.fit import DataError
-from softcurve.fit.data.files.file_rows import FileRows
+from softcurve.fit.data.files.arrays import FileRows
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.row_source import own_share, to_source
 from softcurve.fit.data.subset import Subset, shared, split_source

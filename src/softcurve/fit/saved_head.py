@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.arrays import encode_tensors, read_tensors
-from softcurve.fit.data.files.file_rows import FileState
+from softcurve.fit.data.files.arrays import FileState, encode_tensors, read_tensors
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
 from softcurve.losses.divergences import LOSS_NAMES
@@ -59,13 +58,13 @@ class SavedHead(ShortRepr):
         }  # fmt: skip
         file.writelines(encode_tensors({"weight": self.weight, "bias": self.bias}, metadata))
 
-    @classmethod
-    def load(cls, path: Path | str) -> SavedHead:
+    @staticmethod
+    def load(path: Path | str) -> SavedHead:
         """Read a head and check all of it. Raises DataError that names the damage."""
         path = Path(path)
         FileState.of(path, "a head", "head")
         try:
-            return cls(*_checked(*read_tensors(path)))
+            return _checked(*read_tensors(path))
         except OSError as error:
             raise unusable("head", path, "read", error) from error
         except ValueError as error:
@@ -74,10 +73,8 @@ class SavedHead(ShortRepr):
             ) from error
 
 
-def _checked(
-    tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[Tensor, Tensor, tuple[Label, ...], str, float]:
-    """Return the fields of a head from the content of its file. Raises ValueError that says what is wrong with it."""
+def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedHead:
+    """Return a head from the content of its file. Raises ValueError that says what is wrong with it."""
     format_ = metadata.get("format"), metadata.get("format_version")
     _require(
         format_ == (FORMAT, VERSION),
@@ -113,7 +110,7 @@ def _checked(
     with suppress(ValueError):
         strength = float(text)
     _require(strength > 0, f"its metadata 'C' must be a positive number, and is {text!r}")  # inf is no penalty
-    return weight, bias, tuple(classes), loss, strength
+    return SavedHead(weight, bias, tuple(classes), loss, strength)
 
 
 def _require(condition: bool, message: str) -> None:

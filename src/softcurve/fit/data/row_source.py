@@ -20,10 +20,18 @@ from torch import Tensor
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.dataset import Dataset
+from softcurve.fit.data.dataset import (
+    ArrayRows,
+    Dataset,
+    Rows,
+    SparseRows,
+    digests,
+    float_dtype,
+    shards_of,
+    tensor_array,
+)
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
-from softcurve.fit.data.files.file_rows import memmap_rows
-from softcurve.fit.data.rows import ArrayRows, Rows, SparseRows, digests, float_dtype, shards_of, tensor_array
+from softcurve.fit.data.files.arrays import memmap_rows
 from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
