@@ -59,11 +59,6 @@ class DenseClassFactor(ShortRepr):
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
 
-    @property
-    def classes(self) -> int:
-        """``C``."""
-        return len(self.values)
-
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedDenseFactor:
         """``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
         vectors, values = self.vectors.to(scales.dtype), self.values.to(scales.dtype)
@@ -97,11 +92,6 @@ class LowRankClassFactor(ShortRepr):
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
     rounding: float  # the relative rounding error of the entries
-
-    @property
-    def classes(self) -> int:
-        """``C``."""
-        return len(self.diagonal)
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedLowRankFactor:
         """The same by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
@@ -182,7 +172,7 @@ class StreamedClassFactor(SymmetricOperator):
     @property
     def dtype(self) -> torch.dtype:
         """The weight's dtype, at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return checks.wide_dtype(self.weight.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -324,11 +314,10 @@ class KroneckerFactors(ShortRepr):
             raise ValueError(
                 f"bias must be {'given, as the head has one' if self.has_bias else 'None: the head has none'}"
             )
-        shape = (self.form.classes, len(self.features) - self.has_bias)
+        shape = (self.classes.shape[0], len(self.features) - self.has_bias)
         for name, part, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):
             if part is not None and (not isinstance(part, Tensor) or part.shape != expected):
-                came = checks.describe(part) if isinstance(part, Tensor) else type(part).__name__
-                raise ValueError(f"{name} must be a tensor of shape {expected}, got {came}")
+                raise ValueError(f"{name} must be a tensor of shape {expected}, got {checks.describe(part)}")
         joined = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
         return joined.to(self.features.dtype)
 

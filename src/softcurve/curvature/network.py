@@ -132,9 +132,9 @@ class SplitNetwork:
         e = self.map(x, self.random_seed("features", number), device=self.device, graph=graph)
         width = self.head.in_features
         if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != width:
-            came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(
-                f"features must map x to a tensor of shape (..., {width}), as head takes, got {came} in batch {number}"
+                f"features must map x to a tensor of shape (..., {width}), as head takes, got {checks.describe(e)} in "
+                f"batch {number}"
             )
         if lies_over_processes(e):
             raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")

@@ -174,7 +174,7 @@ class _DampedSystem:
             return r
         z = self.preconditioner(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
-            came = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            came = checks.describe(z)
             raise ValueError(f"preconditioner must map (n, k) to (n, k), got {came} from shape {tuple(r.shape)}")
         z = z.detach().to(r.dtype)
         rho = dots(r, z)

@@ -43,7 +43,7 @@ class SymmetricMatrix(Protocol):
 
 def working_dtype(matrix: SymmetricMatrix) -> torch.dtype:
     """The dtype of columns between products: the matrix's, at least float32."""
-    return torch.promote_types(matrix.dtype, torch.float32)
+    return checks.wide_dtype(matrix.dtype)
 
 
 def product(
