@@ -33,10 +33,7 @@ def fit_command(
     options: FitOptions, group: Group = ALONE, *, progress: bool | None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:  # fmt: skip
-    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError.
-
-    The first process of a group writes and prints. ``on_step`` is called with every step of a fit.
-    """
+    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError."""
     # The path of the data may differ between machines: the contents of the files are compared when they are opened.
     values = asdict(options) | {"target": "a file" if options.target else None}
     values["intercept"] = values.pop("fit_intercept")

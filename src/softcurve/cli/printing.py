@@ -44,10 +44,7 @@ def print_table(
 
 
 def print_record(record: Mapping[str, object]) -> None:
-    """Print the record as one line of JSON in ASCII.
-
-    A file name that is not UTF-8 holds lone surrogates, which ``os.fsencode`` turns back into its bytes.
-    """
+    """Print the record as one line of JSON in ASCII."""
     print(as_json(record), flush=True)
 
 
@@ -94,10 +91,7 @@ def progress_bar(show: bool | None, *columns: ProgressColumn) -> Progress:
 def fit_progress(
     tol: float, on_step: Callable[[Step], None], *, show: bool | None
 ) -> Iterator[dict[str, Callable[[Any], None]]]:
-    """Give the callbacks of a fit that show its steps and products, and call ``on_step``.
-
-    The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
-    """
+    """Give the callbacks of a fit that show its steps and products, and call ``on_step``."""
     figures = "objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"
     texts = [TextColumn(text) for text in (figures, "{task.fields[products]} HVPs", "left")]
     with progress_bar(show, *texts[:2], TimeElapsedColumn(), texts[2], TimeRemainingColumn()) as progress:
@@ -112,6 +106,7 @@ def fit_progress(
             if step.iteration == 0 or math.isnan(first):
                 first = now
                 progress.reset(task)
+            # The bar is how far the gradient has come on its way down to the tolerance, on a logarithmic scale.
             share = max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol and now > tol else now <= tol
             progress.update(task, completed=share, objective=step.objective, gradient=now, products=step.products)
 

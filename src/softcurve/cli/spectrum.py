@@ -185,10 +185,7 @@ def _compute(options: SpectrumOptions, problem: SpectrumProblem, show: bool | No
 
 
 def _largest(operator: Network, options: SpectrumOptions) -> Eigenpairs:
-    """Return the largest eigenvalues.
-
-    LOBPCG comes first, because Lanczos may miss copies of an eigenvalue; it fails if the rank is below their number.
-    """
+    """Return the largest eigenvalues, by LOBPCG if it converges, because Lanczos may miss copies of an eigenvalue."""
     k, tol, seed, method = min(options.top, operator.shape[0]), options.tol, options.seed, options.method
     if method != "auto":
         return operator.eigsh(k, tol=tol, seed=seed, method=method)

@@ -145,7 +145,6 @@ class DampedLowRankFactor:
 
 
 ClassFactor = DenseClassFactor | LowRankClassFactor
-DampedFactor = DampedDenseFactor | DampedLowRankFactor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -305,7 +304,7 @@ class KroneckerFactors(ShortRepr):
         return values.clamp(min=0).to(self.features.dtype), vectors.to(self.features.dtype)
 
     @functools.cached_property
-    def _damped(self) -> Callable[[float], DampedFactor]:
+    def _damped(self) -> Callable[[float], DampedDenseFactor | DampedLowRankFactor]:
         """``a B + damping I`` for each eigenvalue ``a`` of ``A``; the last one is kept."""
         return functools.lru_cache(1)(lambda damping: self.form.damped(self.feature_spectrum[0], damping))
 

@@ -197,10 +197,7 @@ def _own_part(
     source: Source, sample_weight: Tensor | None, group: ProcessGroup, *, start: tuple[Tensor, Tensor] | None,
     coordinates: Coordinates | None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:  # fmt: skip
-    """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
-
-    The other arguments are only compared with those of the other processes.
-    """
+    """Return this process's share of the rows and of their weights. Raises DataError for arguments that differ."""
     part = shared(source, Group(group))
     share = share_of(part)
     weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()

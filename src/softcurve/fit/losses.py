@@ -85,10 +85,7 @@ def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
 
 
 def named_classes(target: BlockTarget, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return the classes that a label or a list names, ``(rows, k)``, and their probabilities; None for distributions.
-
-    The probabilities of labels are ``(1, 1)``.
-    """
+    """Return the classes that labels or lists name, ``(rows, k)``, and their probabilities; None for distributions."""
     if isinstance(target, TopK):
         probs = target.log_probs.to(dtype).exp()
         return target.indices, probs / probs.sum(1, keepdim=True) if target.tail == "renormalize" else probs

@@ -78,12 +78,10 @@ def eigsh(
         raise ValueError(f"which must be 'LA' or 'SA' for method='lobpcg', got {which!r}; use method='lanczos'")
     if which == "BE" and k == 1:
         which = "LA"  # ARPACK takes the odd one from below
-    width = max(2 * k + 1, 20)
-    first = POWERS + (width if method == "lanczos" else 5 * k + 4)
-    is_small = n <= first - POWERS
-    least, purpose = n, f"a dense matrix of {n} columns"
-    if not is_small:
-        least, purpose = first + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    width = max(2 * k + 1, 20) if method == "lanczos" else 5 * k + 4
+    least, purpose = POWERS + width + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    if is_small := n <= width:
+        least, purpose = n, f"a dense matrix of {n} columns"
     if max_products is not None and max_products < least:
         raise ValueError(f"max_products must be at least {least} for {purpose}, got {max_products}")
     if is_small:

@@ -183,10 +183,7 @@ def assemble(
 
 
 def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Yield what ``iterator`` yields or raises; a thread advances it, and begins an item when the last is asked for.
-
-    The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an exception ends it.
-    """
+    """Yield what ``iterator`` yields or raises; a thread, which ends with this generator, is one item ahead."""
     ahead: Future[Any] | None = None
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:

@@ -62,10 +62,7 @@ class Subset:
 
 
 def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Subset]:
-    """Divide rows at random into those to fit and those held out, both in their first order.
-
-    Raises DataError where either side would be empty.
-    """
+    """Divide rows at random into those to fit and those held out, in order. Raises DataError for an empty side."""
     held = holdout_mask(share_of(source).total, holdout, seed)
     return Subset(source, ~held), Subset(source, held)
 

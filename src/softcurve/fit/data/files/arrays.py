@@ -258,10 +258,7 @@ def opened_tensors(path: Path) -> Iterator[Any]:
 
 
 def encode_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
-    """Return the bytes of a .safetensors file in two pieces. Equal content makes equal bytes.
-
-    The metadata, which safetensors orders at random, are sorted.
-    """
+    """Return the bytes of a .safetensors file in two pieces. The metadata, which the library shuffles, are sorted."""
     from safetensors.torch import save
 
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
