@@ -18,17 +18,7 @@ from torch import Tensor
 
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import Subset
-from softcurve.fit.estimator import (
-    Array,
-    Real,
-    SoftmaxRegression,
-    TrainingData,
-    Whole,
-    class_weighted,
-    most_probable,
-    to_numpy,
-    training_data,
-)
+from softcurve.fit.estimator import Array, Real, SoftmaxRegression, TrainingData, Whole, most_probable, to_numpy
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
 from softcurve.fit.losses import row_losses
 from softcurve.losses.divergences import Divergence
@@ -92,8 +82,8 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         """
         self._check_parameters(C=1.0)
         Cs = self._grid()
-        data = training_data(self, X, y, sample_weight)
-        source, weights = class_weighted(self, data)
+        data = self._training_data(X, y, sample_weight)
+        source, weights = self._class_weighted(data)
         options = self._options()
         options["coordinates"] = coordinates_of(
             source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
