@@ -163,7 +163,6 @@ class _DampedSystem:
     products: int = 0
 
     def product(self, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return ``(A + damping I) p``, and count its columns."""
         self.products += p.shape[1]
         q = product(self.matrix, p)
         return q + self.damping * p if self.damping else q

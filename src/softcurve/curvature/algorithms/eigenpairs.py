@@ -125,7 +125,6 @@ class _ScaledMatrix:
             start = (image / self.scale).to(start.dtype)
 
     def tensor(self, columns: Columns) -> Tensor:
-        """An array as a tensor of the working dtype."""
         dtype = working_dtype(self.matrix)
         return torch.from_numpy(np.ascontiguousarray(columns)).to(device=self.matrix.device, dtype=dtype)
 
@@ -138,7 +137,6 @@ class _ScaledMatrix:
         return scaled.astype(self.numpy_dtype, copy=False)
 
     def for_scipy(self, *, checked: bool) -> Any:
-        """The same as a ``scipy.sparse.linalg.LinearOperator``."""
         from scipy.sparse.linalg import LinearOperator
 
         times = functools.partial(self.times, checked=checked)

@@ -32,7 +32,7 @@ from softcurve.fit.data.dataset import (
 )
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
 from softcurve.fit.data.files.arrays import memmap_rows
-from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share
+from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share, rows_within
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK
 
@@ -177,7 +177,7 @@ def assemble(
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
         with group.agreed():
-            for _ in source.walk(max(1, (1 << 20) // max(width, len(source.classes)))):
+            for _ in source.walk(rows_within(len(source.classes), width)):
                 pass
     return source
 

@@ -120,10 +120,8 @@ class Newton:
         while True:
             on_step(self.state)
             gain = self._gain()
-            lacking = "" if gain == math.inf else (
-                f" (the gradient is within tol, but a step may still gain {gain:.1e} nats a row, and "
-                f"{GAIN * self.tol:.1e} are allowed)"
-            )  # fmt: skip
+            lacking = f"a step may still gain {gain:.1e} nats a row, and {GAIN * self.tol:.1e} are allowed"
+            lacking = "" if gain == math.inf else f" (the gradient is within tol, but {lacking})"
             if gain <= GAIN * self.tol:
                 return True, "the gradient and the Newton decrement are within the tolerance"
             if self.state.failures >= MOST_FAILURES:

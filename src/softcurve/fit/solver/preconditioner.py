@@ -142,7 +142,6 @@ class _LargestWeights:
         self.most_pending = max(count, GATHERED // (curvature.classes * curvature.dtype.itemsize))
 
     def add(self, numbers: Tensor, weights: Tensor) -> None:
-        """Add the rows of a tile, with their numbers."""
         self.pending.append((numbers, weights))
         if sum(len(numbers) for numbers, _ in self.pending) >= self.most_pending:
             self._merge()
