@@ -44,9 +44,7 @@ def refuse_zeros(loss: str | Divergence, block: RowBlock, weights: Float64[Tenso
         )
 
 
-def row_losses(
-    loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget
-) -> Float[Tensor, " rows"]:
+def row_losses(loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> Tensor:
     """Return each row's loss in nats; ``js`` is at β = ½, and the unlisted classes of a ``TopK`` are one outcome."""
     member = divergence_of(loss)
     given: Target

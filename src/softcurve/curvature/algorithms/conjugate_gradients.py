@@ -8,7 +8,6 @@ direction along which the curvature is not positive ends its column as indefinit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Float64
-from softcurve.curvature.algorithms.matrix import SymmetricMatrix, dots, product, working_dtype
+from softcurve.curvature.algorithms.matrix import Map, SymmetricMatrix, dots, product, working_dtype
 from softcurve.records import dataclass_repr
 from softcurve.warn import warn_caller
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +61,7 @@ def solve(
     return solution
 
 
-def warn_unless_converged(
-    name: str, residuals: Float64[Tensor, "*columns"], indefinite: Bool[Tensor, "*columns"], tol: float, iterations: int
-) -> None:
+def warn_unless_converged(name: str, residuals: Tensor, indefinite: Tensor, tol: float, iterations: int) -> None:
     """Warn if a residual is above ``tol``; ``name`` is that of the public function."""
     failed = ~(residuals <= tol)
     if not failed.any():

@@ -181,9 +181,7 @@ class LeaveOneOut:
         return cls(q @ u[:, :rank].to(q.dtype), directions, directions.mT @ directions, sines)
 
 
-def _exchangeable_error(
-    samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"] | Float64[Tensor, ""]
-) -> Tensor:
+def _exchangeable_error(samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"]) -> Tensor:
     """The standard error of the mean of exchangeable samples: ``s²/k + Cov(t_i, t_j)``, ``E s² = Var(t_i) − Cov``.
 
     The paper takes ``s²/k`` alone, which is too small by up to two thirds of the variance. Let ``t_i^{(j)}`` be sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from softcurve import checks
 from softcurve.array_types import Float, Float64
 
 Distribution = Literal["rademacher", "normal"]
+Map = Callable[[Tensor], Tensor]
 
 ROWS_AT_ONCE = 1 << 16  # widened to float64 for an inner product
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
-from softcurve.curvature.algorithms.conjugate_gradients import Map
+from softcurve.curvature.algorithms.matrix import Map
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
