@@ -23,10 +23,9 @@ import torch.distributed as dist
 
 from softcurve import TopK
 from softcurve.fit import DataError
-from softcurve.fit.data.files.file_rows import FileRows
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.files.arrays import FileRows
 from softcurve.fit.data.opening import open_source
-from softcurve.fit.data.row_source import own_share
+from softcurve.fit.data.row_source import own_share, to_source
 from softcurve.fit.data.subset import Subset, shared, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head, regularisation_path

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from softcurve.fit.data.memory import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import gather
 from softcurve.fit.data.subset import holdout_mask
 

@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_used_is_one_line(fault):
 
 
 def test_labels_that_are_too_many_classes_are_refused(monkeypatch):
-    monkeypatch.setattr("softcurve.fit.data.capacity.available_memory", lambda: 900)
+    monkeypatch.setattr("softcurve.fit.data.row_source.available_memory", lambda: 900)
     assert "makes 3 classes; with 5 features a fit to them takes" in refused("fit", "d.npz", *FIT)
 
 

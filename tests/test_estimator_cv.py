@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from softcurve import SoftmaxRegression, SoftmaxRegressionCV, TopK
 from softcurve.fit import DataError
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head, regularisation_path
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # hundreds of fits, which test_estimator.py has checked

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 
 from softcurve.fit import DataError, fitting
 from softcurve.fit.checkpoint import digest_of_all
-from softcurve.fit.data.memory import to_source
-from softcurve.fit.data.row_source import RowSource
+from softcurve.fit.data.row_source import RowSource, to_source
 from softcurve.fit.fitting import fit_head
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -175,7 +174,7 @@ import sys, time
 from pathlib import Path
 import numpy as np, torch
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 torch.set_num_threads(1)
 data = np.load(sys.argv[1], allow_pickle=False)
 fit_head(to_source(data["X"], data["y"]), C=100.0, tol=1e-9, checkpoint=Path(sys.argv[2]), checkpoint_every=0.0,

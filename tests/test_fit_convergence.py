@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from softcurve import SoftmaxRegression, TopK
 from softcurve.fit import DataError
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver import newton
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcurve.curvature import GGN
 from softcurve.fit import DataError
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import BUDGET, RowBlock
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from softcurve.fit import DataError
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from softcurve.fit import DataError
-from softcurve.fit.data.files.file_rows import FileRows
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.dataset import ArrayRows, SparseRows, places
+from softcurve.fit.data.files.arrays import FileRows
 from softcurve.fit.data.opening import open_source, open_source_for
-from softcurve.fit.data.rows import ArrayRows, SparseRows, places
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source
 from softcurve.fit.data.subset import Subset, split_source
 from softcurve.losses.targets import TopK
@@ -623,7 +623,7 @@ def test_a_digest_is_of_all_or_of_a_bounded_part_with_both_ends(length, most, pi
 WALK = """
 import json, numpy as np, torch
 from bench.measure import extra_peak_of
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.opening import open_source, open_source_for
 from softcurve.fit.data.subset import split_source
 torch.set_num_threads(1)

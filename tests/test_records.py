@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import softcurve as sc
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head
 from softcurve.records import ShortRepr, summary

@@ -19,7 +19,7 @@ from softcurve.cli.options import FitOptions
 from softcurve.cli.page.picture import Picture, decades, picture
 from softcurve.cli.page.render import seconds, show
 from softcurve.cli.report import FitReport, PathPoint, render_report
-from softcurve.cli.report.scores import IN_A_TABLE
+from softcurve.cli.report.sections import IN_A_TABLE
 from softcurve.fit.data.source import RowBlock
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit

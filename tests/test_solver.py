@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 
 from softcurve.fit import DataError, fitting
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature

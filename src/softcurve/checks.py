@@ -50,9 +50,9 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor.dtype))
 
 
-def describe(tensor: Tensor) -> str:
-    """Return the shape and dtype of a tensor for an error message."""
-    return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+def describe(value: object) -> str:
+    """Return the shape and dtype of a tensor, or the type of any other value, for an error message."""
+    return f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def require_floating(name: str, tensor: object, last: str = "(..., C) with the C >= 1 classes") -> None:

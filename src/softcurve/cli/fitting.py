@@ -30,16 +30,10 @@ from softcurve.fit.solver.newton import Step
 
 
 def fit_command(
-    options: FitOptions,
-    group: Group = ALONE,
-    *,
-    progress: bool | None,
+    options: FitOptions, group: Group = ALONE, *, progress: bool | None,
     on_step: Callable[[Step], None] = lambda step: None,
-) -> None:
-    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError.
-
-    The first process of a group writes and prints. ``on_step`` is called with every step of a fit.
-    """
+) -> None:  # fmt: skip
+    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError."""
     # The path of the data may differ between machines: the contents of the files are compared when they are opened.
     values = asdict(options) | {"target": "a file" if options.target else None}
     values["intercept"] = values.pop("fit_intercept")
@@ -100,17 +94,10 @@ def _fit(
     bias = fit.bias if options.fit_intercept else None
     assert train.kind is not None
     return FitReport(
-        options=options,
-        fit=fit,
-        seconds=seconds,
-        features=train.width,
-        classes=train.classes,
-        kind=train.kind,
-        train=_diagnose(options, train, fit),
+        options, fit, seconds, train.width, train.classes, train.kind, train=_diagnose(options, train, fit),
         held=None if held is None else _diagnose(options, held, fit),
-        spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed),
-        path=path,
-    )
+        spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed), path=path,
+    )  # fmt: skip
 
 
 def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
@@ -152,28 +139,17 @@ def _record(report: FitReport) -> dict[str, Any]:
     # Absent classes are those without a label: a distribution may give a class probability that is never the largest.
     absent = int((train.support == 0).sum()) if report.kind == "labels" else 0
     return {
-        "command": "fit",
-        "data": options.data,
-        "rows": train.rows + rows_held,
-        "rows_train": train.rows,
-        "rows_held_out": rows_held,
-        "features": report.features,
-        "classes": len(report.classes),
-        "classes_without_training_rows": absent,
-        "targets": report.kind,
+        "command": "fit", "data": options.data, "rows": train.rows + rows_held, "rows_train": train.rows,
+        "rows_held_out": rows_held, "features": report.features, "classes": len(report.classes),
+        "classes_without_training_rows": absent, "targets": report.kind,
         **{name: getattr(options, name) for name in ("loss", "C", "fit_intercept", "seed", "precision", "dtype")},
         **{name: getattr(fit, name) for name in ("iterations", "products", "converged", "separated")},
-        "ended": fit.reason,
-        "objective": fit.objective,
-        "gradient_max": fit.gradient_max,
-        "tol": options.tol,
-        "train_loss_nats": train.loss,
-        "train_accuracy": train.accuracy,
+        "ended": fit.reason, "objective": fit.objective, "gradient_max": fit.gradient_max, "tol": options.tol,
+        "train_loss_nats": train.loss, "train_accuracy": train.accuracy,
         **({} if held is None else score_figures("held_out_", held)),
-        "calibration_error": report.judged.calibration.error,
-        "path": [asdict(point) for point in report.path],
+        "calibration_error": report.judged.calibration.error, "path": [asdict(point) for point in report.path],
         "seconds": report.seconds,
-    }
+    }  # fmt: skip
 
 
 def _rows(record: dict[str, Any]) -> TextRows:

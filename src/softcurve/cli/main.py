@@ -25,8 +25,6 @@ except ImportError as error:
     print(f"softcurve: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
-__all__ = ["app", "main"]
-
 Work = Callable[[Any, bool | None], None]
 BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
 

@@ -131,16 +131,10 @@ def predict_command(head_path: Path, data: str, target: Path | None, out: Path |
             write = outputs.enter_context(WRITERS[out.suffix.lower()](file, source.rows, head.classes))
         results = _predict(head, source, data, write)
     record: dict[str, Any] = {
-        "command": "predict",
-        "head": str(head_path),
-        "data": data,
-        "rows": source.rows,
-        "features": source.width,
-        "classes": len(head.classes),
-        **results,
-        "seconds": time.perf_counter() - start,
+        "command": "predict", "head": str(head_path), "data": data, "rows": source.rows, "features": source.width,
+        "classes": len(head.classes), **results, "seconds": time.perf_counter() - start,
         "predictions": None if out is None else str(out),
-    }
+    }  # fmt: skip
     print_table("softcurve predict", _rows(record))
     print_record(record)
 

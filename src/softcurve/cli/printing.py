@@ -15,7 +15,7 @@ from rich.text import Text
 
 from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.streams import encodable
-from softcurve.fit.diagnostics import Diagnostics, Scores
+from softcurve.fit.diagnostics import Scores
 from softcurve.fit.solver.newton import Step
 
 TextRows = list[tuple[str, str]]
@@ -28,11 +28,9 @@ def console() -> Console:
 
 
 def print_table(
-    title: str,
-    rows: Sequence[Sequence[str]],
-    columns: Mapping[str, Alignment] | None = None,
+    title: str, rows: Sequence[Sequence[str]], columns: Mapping[str, Alignment] | None = None,
     to: Console | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Print a table of plain text, with headings and the alignments of their columns, or of names and values."""
     table = Table(title=Text(title), show_header=columns is not None, title_justify="left")
     if columns is None:
@@ -46,10 +44,7 @@ def print_table(
 
 
 def print_record(record: Mapping[str, object]) -> None:
-    """Print the record as one line of JSON in ASCII.
-
-    A file name that is not UTF-8 holds lone surrogates, which ``os.fsencode`` turns back into its bytes.
-    """
+    """Print the record as one line of JSON in ASCII."""
     print(as_json(record), flush=True)
 
 
@@ -67,7 +62,7 @@ def finite(value: Any, otherwise: Callable[[float], str | None]) -> Any:
     return otherwise(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def score_figures(prefix: str, scores: Scores | Diagnostics) -> dict[str, Any]:
+def score_figures(prefix: str, scores: Scores) -> dict[str, Any]:
     """Return a record's entries for the loss, the accuracy and D(target‖model), each name after ``prefix``."""
     return {
         f"{prefix}loss_nats": scores.loss,
@@ -96,10 +91,7 @@ def progress_bar(show: bool | None, *columns: ProgressColumn) -> Progress:
 def fit_progress(
     tol: float, on_step: Callable[[Step], None], *, show: bool | None
 ) -> Iterator[dict[str, Callable[[Any], None]]]:
-    """Give the callbacks of a fit that show its steps and products, and call ``on_step``.
-
-    The bar is the share of the way of the gradient down to ``tol``, on a logarithmic scale.
-    """
+    """Give the callbacks of a fit that show its steps and products, and call ``on_step``."""
     figures = "objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"
     texts = [TextColumn(text) for text in (figures, "{task.fields[products]} HVPs", "left")]
     with progress_bar(show, *texts[:2], TimeElapsedColumn(), texts[2], TimeRemainingColumn()) as progress:
@@ -114,6 +106,7 @@ def fit_progress(
             if step.iteration == 0 or math.isnan(first):
                 first = now
                 progress.reset(task)
+            # The bar is how far the gradient has come on its way down to the tolerance, on a logarithmic scale.
             share = max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol and now > tol else now <= tol
             progress.update(task, completed=share, objective=step.objective, gradient=now, products=step.products)
 

@@ -185,10 +185,7 @@ def _compute(options: SpectrumOptions, problem: SpectrumProblem, show: bool | No
 
 
 def _largest(operator: Network, options: SpectrumOptions) -> Eigenpairs:
-    """Return the largest eigenvalues.
-
-    LOBPCG comes first, because Lanczos may miss copies of an eigenvalue; it fails if the rank is below their number.
-    """
+    """Return the largest eigenvalues, by LOBPCG if it converges, because Lanczos may miss copies of an eigenvalue."""
     k, tol, seed, method = min(options.top, operator.shape[0]), options.tol, options.seed, options.method
     if method != "auto":
         return operator.eigsh(k, tol=tol, seed=seed, method=method)
@@ -204,10 +201,9 @@ def _require_finite(name: str, *tensors: torch.Tensor) -> None:
 
 
 def _draw(out: Path, title: str, density: SpectralDensity, top: Eigenpairs) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = density.plot(ax=figure.subplots())
+    axes = density.plot()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     values = top.values.tolist()
     mark = axes.get_xaxis_transform()  # heights are shares of the axis
     label = "largest eigenvalue" if len(values) == 1 else f"{len(values)} largest eigenvalues"
@@ -229,29 +225,18 @@ def _record(options: SpectrumOptions, problem: SpectrumProblem, spectrum: Spectr
     scale = 1 / trace.value if trace.value > 0 else math.nan
     share = float(top.values.double().sum()) * scale
     return {
-        "command": "spectrum",
-        "model": options.model,
-        "data": options.data,
-        "rows": problem.rows,
-        "classes": problem.head.out_features,
-        "parameters": spectrum.size,
-        "matrix": options.matrix,
-        "loss": problem.loss,
-        "dtype": str(top.values.dtype).removeprefix("torch."),
-        "seed": options.seed,
-        "eigenvalues": top.values.tolist(),
-        "residuals": top.residuals.tolist(),
-        **{f"eigenvalues_{name}": getattr(top, name) for name in ("method", "products")},
-        "share_of_trace": share,
-        "share_of_trace_standard_error": share * trace.standard_error * scale,
-        "trace": trace.value,
+        "command": "spectrum", "model": options.model, "data": options.data, "rows": problem.rows,
+        "classes": problem.head.out_features, "parameters": spectrum.size, "matrix": options.matrix,
+        "loss": problem.loss, "dtype": str(top.values.dtype).removeprefix("torch."), "seed": options.seed,
+        "eigenvalues": top.values.tolist(), "residuals": top.residuals.tolist(),
+        **{f"eigenvalues_{name}": getattr(top, name) for name in ("method", "products")}, "share_of_trace": share,
+        "share_of_trace_standard_error": share * trace.standard_error * scale, "trace": trace.value,
         **{f"trace_{name}": getattr(trace, name) for name in ("standard_error", "method", "products")},
         "density": None if density is None else _density_figures(density),
         "products": top.products + trace.products + (0 if density is None else density.products),
-        "passes": spectrum.passes,
-        "seconds": spectrum.seconds,
+        "passes": spectrum.passes, "seconds": spectrum.seconds,
         "picture": None if options.out is None else str(options.out),
-    }
+    }  # fmt: skip
 
 
 def _density_figures(density: SpectralDensity) -> dict[str, Any]:

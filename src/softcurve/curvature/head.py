@@ -89,9 +89,7 @@ class HeadCurvature:
             checks.require_choice("parts", part, PARTS)
         t = self.rows.tensors
         columns = [self._local(each) for each in (direction if isinstance(direction, list) else [direction])]
-        wanted = [
-            each if name in parts else None for name, each in zip(PARTS, (t.input, t.weight, t.bias), strict=True)
-        ]
+        wanted = [getattr(t, name) if name in parts else None for name in PARTS]
         into = [
             Direction(*(None if each is None else torch.zeros_like(each, dtype=t.dtype) for each in wanted))
             for _ in columns

@@ -59,11 +59,6 @@ class DenseClassFactor(ShortRepr):
     values: Float[Tensor, " classes"]
     vectors: Float[Tensor, "classes classes"]
 
-    @property
-    def classes(self) -> int:
-        """``C``."""
-        return len(self.values)
-
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedDenseFactor:
         """``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
         vectors, values = self.vectors.to(scales.dtype), self.values.to(scales.dtype)
@@ -97,11 +92,6 @@ class LowRankClassFactor(ShortRepr):
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
     rounding: float  # the relative rounding error of the entries
-
-    @property
-    def classes(self) -> int:
-        """``C``."""
-        return len(self.diagonal)
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedLowRankFactor:
         """The same by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
@@ -155,7 +145,6 @@ class DampedLowRankFactor:
 
 
 ClassFactor = DenseClassFactor | LowRankClassFactor
-DampedFactor = DampedDenseFactor | DampedLowRankFactor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,7 +171,7 @@ class StreamedClassFactor(SymmetricOperator):
     @property
     def dtype(self) -> torch.dtype:
         """The weight's dtype, at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return checks.wide_dtype(self.weight.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +202,7 @@ class StreamedClassFactor(SymmetricOperator):
         """The sum of a number over the processes of other rows."""
         return float(self.summed(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
-    def _diagonal_and_products(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _diagonal_and_products(self, vectors: Tensor) -> list[Tensor]:
         """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
@@ -221,8 +210,7 @@ class StreamedClassFactor(SymmetricOperator):
         def add(rows: RowLosses, own: slice) -> None:
             add_class_products(rows, self.matrix, vectors[own], outer[own], diagonal[own])
 
-        diagonal, outer = self._accumulated(add, diagonal, outer)
-        return diagonal, outer
+        return self._accumulated(add, diagonal, outer)
 
     def _accumulated(self, add: Callable[[RowLosses, slice], None], *sums: Tensor) -> list[Tensor]:
         """Call ``add`` with the rows of each batch and this process's classes, then sum over processes and scale."""
@@ -316,7 +304,7 @@ class KroneckerFactors(ShortRepr):
         return values.clamp(min=0).to(self.features.dtype), vectors.to(self.features.dtype)
 
     @functools.cached_property
-    def _damped(self) -> Callable[[float], DampedFactor]:
+    def _damped(self) -> Callable[[float], DampedDenseFactor | DampedLowRankFactor]:
         """``a B + damping I`` for each eigenvalue ``a`` of ``A``; the last one is kept."""
         return functools.lru_cache(1)(lambda damping: self.form.damped(self.feature_spectrum[0], damping))
 
@@ -325,11 +313,10 @@ class KroneckerFactors(ShortRepr):
             raise ValueError(
                 f"bias must be {'given, as the head has one' if self.has_bias else 'None: the head has none'}"
             )
-        shape = (self.form.classes, len(self.features) - self.has_bias)
+        shape = (self.classes.shape[0], len(self.features) - self.has_bias)
         for name, part, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):
             if part is not None and (not isinstance(part, Tensor) or part.shape != expected):
-                came = checks.describe(part) if isinstance(part, Tensor) else type(part).__name__
-                raise ValueError(f"{name} must be a tensor of shape {expected}, got {came}")
+                raise ValueError(f"{name} must be a tensor of shape {expected}, got {checks.describe(part)}")
         joined = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
         return joined.to(self.features.dtype)
 

@@ -100,7 +100,8 @@ class LastLayerLaplace:
         else:
             factors = operator.kfac(form=form, rank=rank, seed=seed)
             values, vectors = factors.feature_spectrum
-            self.structure = KroneckerPrecision(prior, budget, values.double(), vectors, factors.form)
+            classes = self.head.out_features
+            self.structure = KroneckerPrecision(prior, budget, values.double(), vectors, factors.form, classes)
 
     def __repr__(self) -> str:
         shape = f"classes={self.head.out_features}, features={self.head.in_features}"
@@ -215,11 +216,11 @@ class LastLayerLaplace:
         width, weight = self.head.in_features, self.head.weight
         e = self._map(x, self._seed, device=weight.device, graph=False)
         if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != width:
-            came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
+            came = checks.describe(e)
             raise ValueError(f"x must have floating-point features of shape (..., {width}), as head takes, got {came}")
         if e.device != weight.device:
             raise ValueError(f"x must have features on head's device {weight.device}, got {e.device}; move it there")
-        return e.detach().to(torch.promote_types(torch.promote_types(e.dtype, weight.dtype), torch.float32))
+        return e.detach().to(checks.wide_dtype(e.dtype, weight.dtype))
 
 
 def slices(count: int, each: int, budget: int) -> list[slice]:
@@ -266,18 +267,19 @@ class KroneckerPrecision(ShortRepr):
     values: Float64[Tensor, " d"]
     vectors: Float[Tensor, "d d"]
     form: ClassFactor
+    classes: int
 
     def log_ratio(self) -> float:
         """``log det(I + H / prior) = Σ_j log det(a_j / prior B + I)``."""
         total = 0.0
         for part in self._parts:
             damped = self.form.damped(self.values[part], self.prior, name="prior_precision")
-            total += float((damped.log_determinants() - self.form.classes * math.log(self.prior)).sum())
+            total += float((damped.log_determinants() - self.classes * math.log(self.prior)).sum())
         return total
 
     def variance(self, e: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
         """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
-        variance = e.new_zeros(len(e), self.form.classes)
+        variance = e.new_zeros(len(e), self.classes)
         vectors = self.vectors.to(e.dtype)
         for part, inverse in self._inverse_diagonals or map(self._inverse_diagonal, self._parts):
             for rows in slices(len(e), 4 * e.itemsize * inverse.shape[1], self.budget):
@@ -290,7 +292,7 @@ class KroneckerPrecision(ShortRepr):
     @property
     def _parts(self) -> list[slice]:
         """The eigenvectors, as many at a time as the budget allows."""
-        return slices(len(self.values), 4 * 8 * self.form.classes, self.budget)
+        return slices(len(self.values), 4 * 8 * self.classes, self.budget)
 
     @functools.cached_property
     def _inverse_diagonals(self) -> list[tuple[slice, Tensor]]:

@@ -124,10 +124,9 @@ class HeadLosses(ShortRepr):
         weight, ignore_index, shift = options["weight"], options["ignore_index"], require_shift(options["shift"])
         if not spec.is_cross_entropy:
             require_no_shift(shift)
-            smoothing, z_loss = spec.smoothing != 0, spec.z_loss != 0
-            given = {"weight": weight is not None, "ignore_index": ignore_index is not None}
-            for name, is_given in (given | {"label_smoothing": smoothing, "z_loss": z_loss}).items():
-                if is_given:
+            given = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": spec.smoothing or None}
+            for name, value in (given | {"z_loss": spec.z_loss or None}).items():
+                if value is not None:
                     raise ValueError(f"{name} must not be given for loss={loss!r}, got {dict(options)[name]}")
         return HeadLosses(loss, spec, reducer, weight, ignore_index, shift, require_budget(options["memory_budget"]))
 

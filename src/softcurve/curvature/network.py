@@ -132,9 +132,9 @@ class SplitNetwork:
         e = self.map(x, self.random_seed("features", number), device=self.device, graph=graph)
         width = self.head.in_features
         if not isinstance(e, Tensor) or e.ndim == 0 or e.shape[-1] != width:
-            came = checks.describe(e) if isinstance(e, Tensor) else type(e).__name__
             raise ValueError(
-                f"features must map x to a tensor of shape (..., {width}), as head takes, got {came} in batch {number}"
+                f"features must map x to a tensor of shape (..., {width}), as head takes, got {checks.describe(e)} in "
+                f"batch {number}"
             )
         if lies_over_processes(e):
             raise TypeError("features must return a plain tensor, got a DTensor; return its own rows by to_local()")
@@ -164,14 +164,11 @@ class SplitNetwork:
         return float(self.sum_data_shards(self.sum_class_shards(part) if over_classes else part))
 
     def divisor(self, total: float, name: str = "data") -> float:
-        """What the sum over all rows is divided by, from the ``total`` of this process's batches.
-
-        Raises ``ValueError`` if it is 0; ``name`` is that of the argument that holds the rows.
-        """
+        """What the sum over all rows is divided by, from the ``total`` of this process's batches."""
         return 1.0 if self.losses.reducer.kind == "sum" else self.require_rows(total, name)
 
     def require_rows(self, total: float, name: str = "data") -> float:
-        """Sum a number over the processes with other data; it is 0 if no row counts, which is an error."""
+        """Sum a number over the processes with other data; 0 is an error that names the argument of the rows."""
         total = self.sum_number(total)
         if total == 0:
             raise ValueError(f"{name} must hold a row that counts, got none; see ignore_index and sample weights")

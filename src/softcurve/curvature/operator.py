@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.curvature.algorithms import conjugate_gradients, eigenpairs, estimates, spectral_density
 from softcurve.curvature.algorithms.matrix import SymmetricMatrix, identity_chunks
@@ -62,8 +63,7 @@ class SymmetricOperator(SymmetricMatrix):
         if isinstance(vectors, np.ndarray):
             _require_floating(vectors.dtype, np.issubdtype(vectors.dtype, np.floating), "astype(float)")
             copied = torch.from_numpy(np.array(vectors, dtype=_numpy_dtype(self.dtype), order="C")).to(self.device)
-            product = self._product(copied)
-            return product.to(torch.promote_types(product.dtype, torch.float32)).cpu().numpy()
+            return checks.widened(self._product(copied)).cpu().numpy()
         if not isinstance(vectors, Tensor):
             kind = type(vectors).__name__
             raise TypeError(f"vectors must be a torch.Tensor or a numpy array, got {kind}; use torch.as_tensor")

@@ -120,7 +120,6 @@ class _PartFile(io.FileIO):
                 shutil.copystat(self.place, self.part)
 
     def write(self, data: Any) -> int:
-        """Write as a file does; an error names the output."""
         with _named_errors(self.argument, self.path):
             return super().write(data)
 
@@ -132,7 +131,6 @@ class _PartFile(io.FileIO):
             self.part.replace(self.place)
 
     def undo(self) -> None:
-        """Restore the file that was replaced."""
         with suppress(OSError):
             if self.old.exists():
                 self.old.replace(self.place)

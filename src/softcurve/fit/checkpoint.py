@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from softcurve.fit import DataError
 from softcurve.fit.atomic import check_writable, replacing
+from softcurve.fit.data.files.arrays import encode_tensors, read_tensors
 from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
-from softcurve.fit.tensor_file import encode_tensors, read_tensors
 
 FORMAT = "softcurve.fit"
 VERSION = "3"
@@ -44,27 +45,68 @@ def digest(*pieces: Tensor) -> str:
 
 
 class Checkpoint:
-    """The file of the state of a fit, whose ``identity`` has a digest of the rows, and the options by name.
+    """The latest state of a fit, also in a file if ``path`` is given, which the first process reads and writes.
 
-    A Newton step depends only on the state. Where another machine finds other eigenvectors, it is made from the head.
+    ``identity`` has a digest of the rows, and the options by name; ``on_step`` is called with every step. A Newton step
+    depends only on the state. Where another machine finds other eigenvectors, it is made from the head.
     """
 
-    def __init__(self, path: Path, coordinates: Coordinates, identity: Mapping[str, str], *, every: float) -> None:
-        check_writable(path, "checkpoint")
-        if not every >= 0:
-            raise DataError(f"checkpoint_every must be a number of seconds, 0 or more; got {every!r}")
-        self.path, self.coordinates, self.every = path, coordinates, every
-        basis = coordinates.basis
-        self.axes = digest(coordinates.mean) + ("" if basis is None else digest(basis))
+    def __init__(
+        self, path: Path | None, coordinates: Coordinates, identity: Mapping[str, str], group: Group, *, every: float,
+        on_step: Callable[[Step], None],
+    ) -> None:  # fmt: skip
+        self.path, self.coordinates, self.group, self.every, self.on_step = path, coordinates, group, every, on_step
         self.identity = {"format": FORMAT, "format_version": VERSION, **identity}
+        self.latest: State | None = None
         self.written = time.monotonic()
 
-    def load(self, classes: int) -> State | None:
-        """Return the state, or ``None`` if there is no file. Raises DataError, and leaves the file unchanged."""
-        if not self.path.exists():
+    @cached_property
+    def axes(self) -> str:
+        """The digest of the coordinates."""
+        basis = self.coordinates.basis
+        return digest(self.coordinates.mean) + ("" if basis is None else digest(basis))
+
+    def open(self, classes: int) -> State | None:
+        """Return the state in the file, in all processes; ``None`` if there is no file. Raises DataError."""
+        if self.path is None:
             return None
+        state = None
+        with self.group.agreed():
+            if self.group.first:
+                check_writable(self.path, "checkpoint")
+                if not self.every >= 0:
+                    raise DataError(f"checkpoint_every must be a number of seconds, 0 or more; got {self.every!r}")
+                state = self._load(self.path, classes) if self.path.exists() else None
+        return self.group.values(state)[0]
+
+    def note(self, state: State) -> None:
+        """Keep the state after a step."""
+        self.latest = state
+        with self.group.agreed():
+            self._save(now=False)
+            self.on_step(state.history[-1])
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Write the latest state at the end of the block, and where it is interrupted or another process is lost."""
         try:
-            tensors, metadata = read_tensors(self.path)
+            yield
+            with self.group.agreed():
+                self._save(now=True)
+        except KeyboardInterrupt:
+            self._save(now=True)
+            raise
+        except LostProcess:
+            with suppress(OSError, DataError):  # the loss is the error to be shown
+                self._save(now=True)
+            raise
+        except OtherRows as error:
+            raise DataError(f"checkpoint: {self.path} is of other rows: {error}; {ANOTHER}") from error
+
+    def _load(self, path: Path, classes: int) -> State:
+        """Read the state. Raises DataError, and leaves the file unchanged."""
+        try:
+            tensors, metadata = read_tensors(path)
         except ValueError as error:
             raise self._damaged(str(error)) from error
         self._require_same(metadata, ("format", "format_version"))
@@ -80,9 +122,10 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._damaged("its metadata 'state' cannot be read") from error
 
-    def save(self, state: State, *, now: bool = False) -> None:
-        """Write the state if ``every`` seconds have passed since the last time, or ``now``."""
-        if not now and time.monotonic() - self.written < self.every:
+    def _save(self, *, now: bool) -> None:
+        """Write the latest state if ``every`` seconds have passed since the last time, or ``now``."""
+        state, waits = self.latest, not now and time.monotonic() - self.written < self.every
+        if self.path is None or state is None or waits or not self.group.first:
             return
         weight, bias = self.coordinates.head(state.parameters)
         tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
@@ -111,57 +154,6 @@ class Checkpoint:
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")
-
-
-class Keeper:
-    """Keeps the latest state of a fit, also in a checkpoint if one is opened, and calls ``on_step`` with every step.
-
-    Only the first process of the group reads and writes the checkpoint.
-    """
-
-    def __init__(self, group: Group, on_step: Callable[[Step], None]) -> None:
-        self.group, self.on_step = group, on_step
-        self.file: Checkpoint | None = None
-        self.latest: State | None = None
-
-    def open(
-        self, path: Path, coordinates: Coordinates, identity: Mapping[str, str], classes: int, *, every: float
-    ) -> State | None:
-        """Return the state in the file, in all processes; ``None`` if there is no file yet. Raises DataError."""
-        state = None
-        with self.group.agreed():
-            if self.group.first:
-                self.file = Checkpoint(path, coordinates, identity, every=every)
-                state = self.file.load(classes)
-        return self.group.values(state)[0]
-
-    def note(self, state: State) -> None:
-        """Keep the state after a step."""
-        self.latest = state
-        with self.group.agreed():
-            self._save(now=False)
-            self.on_step(state.history[-1])
-
-    @contextmanager
-    def running(self, path: Path | None) -> Iterator[None]:
-        """Write the latest state at the end of the block, and where it is interrupted or another process is lost."""
-        try:
-            yield
-            with self.group.agreed():
-                self._save(now=True)
-        except KeyboardInterrupt:
-            self._save(now=True)
-            raise
-        except LostProcess:
-            with suppress(OSError, DataError):  # the loss is the error to be shown
-                self._save(now=True)
-            raise
-        except OtherRows as error:
-            raise DataError(f"checkpoint: {path} is of other rows: {error}; {ANOTHER}") from error
-
-    def _save(self, *, now: bool) -> None:
-        if self.file is not None and self.latest is not None:
-            self.file.save(self.latest, now=now)
 
 
 def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -18,24 +18,12 @@ from torch import Tensor
 
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import Subset
-from softcurve.fit.estimator import (
-    Array,
-    Real,
-    SoftmaxRegression,
-    TrainingData,
-    Whole,
-    class_weighted,
-    most_probable,
-    to_numpy,
-    training_data,
-)
+from softcurve.fit.estimator import Array, Real, SoftmaxRegression, TrainingData, Whole, most_probable, to_numpy
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
 from softcurve.fit.losses import row_losses
 from softcurve.losses.divergences import Divergence
 from softcurve.typing import FitLoss, FitPrecision
 from softcurve.warn import warn_caller
-
-__all__ = ["SoftmaxRegressionCV"]
 
 
 class SoftmaxRegressionCV(SoftmaxRegression):
@@ -74,21 +62,12 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     mean_scores_: Array
 
     def __init__(
-        self,
-        *,
-        Cs: Whole | Sequence[Real] | Array = 10,
-        cv: Any = None,
-        scoring: str | Callable[..., Any] | None = None,
-        refit: bool = True,
-        loss: FitLoss | Divergence = "cross_entropy",
-        fit_intercept: bool = True,
-        tol: Real = 1e-4,
-        max_iter: Whole = 100,
-        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
-        precision: FitPrecision = "auto",
-        memory_budget: int | None = None,
-        verbose: bool = False,
-    ) -> None:
+        self, *, Cs: Whole | Sequence[Real] | Array = 10, cv: Any = None,
+        scoring: str | Callable[..., Any] | None = None, refit: bool = True,
+        loss: FitLoss | Divergence = "cross_entropy", fit_intercept: bool = True, tol: Real = 1e-4,
+        max_iter: Whole = 100, class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
+        precision: FitPrecision = "auto", memory_budget: int | None = None, verbose: bool = False,
+    ) -> None:  # fmt: skip
         self.Cs, self.cv, self.scoring, self.refit = Cs, cv, scoring, refit
         self.loss, self.fit_intercept, self.class_weight, self.precision = loss, fit_intercept, class_weight, precision
         self.tol, self.max_iter, self.memory_budget, self.verbose = tol, max_iter, memory_budget, verbose
@@ -103,8 +82,8 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         """
         self._check_parameters(C=1.0)
         Cs = self._grid()
-        data = training_data(self, X, y, sample_weight)
-        source, weights = class_weighted(self, data)
+        data = self._training_data(X, y, sample_weight)
+        source, weights = self._class_weighted(data)
         options = self._options()
         options["coordinates"] = coordinates_of(
             source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget

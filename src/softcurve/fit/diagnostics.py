@@ -21,8 +21,6 @@ from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 
-__all__ = ["Calibration", "ConfusedPair", "Diagnostics", "HardRow", "ScoreSums", "Scores", "diagnose"]
-
 KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept
 MOST_CONFUSED = 30
 DENSE_CLASSES = 200  # up to here there is a confusion matrix
@@ -68,23 +66,31 @@ class ConfusedPair:
     count: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Diagnostics(ShortRepr):
-    """Figures of a head on rows, in nats; the most probable class of a target is its label.
+@dataclass(frozen=True)
+class Scores:
+    """Means over rows, in nats; the most probable class of a target is its label.
 
-    ``kl`` is the mean ``D(target‖model)``, ``None`` for labels; ``entropy`` is the mean entropy of the model;
-    ``brier`` is the mean ``‖p − y‖²``, from 0 to 2, over the outcomes of a top-k list with a bucket. ``matrix`` is the
-    confusion matrix (label, predicted) if there are few classes, and ``confused`` are the most frequent confusions.
-    ``hardest`` are the rows of largest EL2N (Paul, Ganguli, Dziugaite 2021), in descending order.
+    ``kl`` is the mean ``D(target‖model)``, ``None`` for labels; ``entropy`` is the mean entropy of the model; ``brier``
+    is the mean ``‖p − y‖²``, from 0 to 2, over the outcomes of a top-k list with a bucket.
     """
 
-    rows: int
-    kind: TargetKind
     loss: float
     accuracy: float
     kl: float | None
     entropy: float
     brier: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagnostics(ShortRepr, Scores):
+    """The scores of a head on rows, and further figures.
+
+    ``matrix`` is the confusion matrix (label, predicted) if there are few classes, and ``confused`` are the most
+    frequent confusions. ``hardest`` are the rows of largest EL2N (Paul, Ganguli, Dziugaite 2021), in descending order.
+    """
+
+    rows: int
+    kind: TargetKind
     calibration: Calibration
     support: Int64[Tensor, " classes"]
     predicted: Int64[Tensor, " classes"]
@@ -97,15 +103,9 @@ class Diagnostics(ShortRepr):
 
 @torch.no_grad()
 def diagnose(
-    source: Source,
-    weight: Float[Tensor, "classes d"],
-    bias: Float[Tensor, " classes"],
-    loss: str | Divergence,
-    *,
-    hardest: int = 24,
-    bins: int = 15,
-    rows_at_once: int | None = None,
-) -> Diagnostics:
+    source: Source, weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"], loss: str | Divergence, *,
+    hardest: int = 24, bins: int = 15, rows_at_once: int | None = None,
+) -> Diagnostics:  # fmt: skip
     """Return the figures of ``softmax(W e + b)`` on all rows, in float64, from one pass over the rows.
 
     If the source is a share of the rows, the figures are those of the rows of all processes, all of which must call
@@ -138,19 +138,14 @@ def diagnose(
     hard.add_processes(share.group)
     in_bin, confidence, accuracy = calibration
     error = (accuracy - confidence).abs().sum() / in_bin.sum()
+    of_labels, of_predictions, right = map(torch.as_tensor, (counts.sum(1), counts.sum(0), counts.diagonal()))
     return Diagnostics(
-        rows=sums.rows,
-        kind=source.kind,
-        **asdict(sums.means()),
+        **asdict(sums.means()), rows=sums.rows, kind=source.kind,
         calibration=Calibration(in_bin.long(), confidence / in_bin, accuracy / in_bin, error.item()),  # 0/0 is NaN
-        support=torch.as_tensor(counts.sum(1)),
-        predicted=torch.as_tensor(counts.sum(0)),
-        correct=torch.as_tensor(counts.diagonal()),
+        support=of_labels, predicted=of_predictions, correct=right,
         matrix=torch.as_tensor(counts.toarray()) if len(bias) <= DENSE_CLASSES else None,
-        confused=_most_confused(counts),
-        hardest=tuple(hard.rows),
-        hardest_features=hard.features,
-    )
+        confused=_most_confused(counts), hardest=tuple(hard.rows), hardest_features=hard.features,
+    )  # fmt: skip
 
 
 def _most_confused(counts: csr_array) -> tuple[ConfusedPair, ...]:
@@ -159,17 +154,6 @@ def _most_confused(counts: csr_array) -> tuple[ConfusedPair, ...]:
     wrong = np.flatnonzero(pairs.row != pairs.col)
     order = wrong[np.lexsort((pairs.col[wrong], pairs.row[wrong], -pairs.data[wrong]))][:MOST_CONFUSED]
     return tuple(ConfusedPair(int(pairs.row[i]), int(pairs.col[i]), int(pairs.data[i])) for i in order)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Means over rows, in nats: see :class:`Diagnostics`."""
-
-    loss: float
-    accuracy: float
-    kl: float | None  # D(target‖model); None for labels
-    entropy: float
-    brier: float
 
 
 class RowScores(NamedTuple):

@@ -18,16 +18,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from softcurve.fit.data.memory import to_source
+from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
-from softcurve.fit.losses import target_labels
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
-
-__all__ = ["SoftmaxRegression"]
 
 Array = NDArray[Any]
 Real = int | float | np.integer[Any] | np.floating[Any]
@@ -82,19 +79,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     n_features_in_: int
 
     def __init__(
-        self,
-        *,
-        C: Real = 1.0,
-        loss: FitLoss | Divergence = "cross_entropy",
-        fit_intercept: bool = True,
-        tol: Real = 1e-4,
-        max_iter: Whole = 100,
-        class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
-        warm_start: bool = False,
-        precision: FitPrecision = "auto",
-        memory_budget: int | None = None,
+        self, *, C: Real = 1.0, loss: FitLoss | Divergence = "cross_entropy", fit_intercept: bool = True,
+        tol: Real = 1e-4, max_iter: Whole = 100, class_weight: Mapping[Any, Any] | Literal["balanced"] | None = None,
+        warm_start: bool = False, precision: FitPrecision = "auto", memory_budget: int | None = None,
         verbose: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.C, self.loss, self.fit_intercept, self.class_weight = C, loss, fit_intercept, class_weight
         self.tol, self.max_iter, self.warm_start, self.precision = tol, max_iter, warm_start, precision
         self.memory_budget, self.verbose = memory_budget, verbose
@@ -111,8 +100,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         were not enough, or if the loss has no minimum because separable classes are fitted without a penalty.
         """
         self._check_parameters(self.C)
-        data = training_data(self, X, y, sample_weight)
-        source, weights = class_weighted(self, data)
+        data = self._training_data(X, y, sample_weight)
+        source, weights = self._class_weighted(data)
         start = self._start(data.classes) if self.warm_start else None
         fit = fit_head(source, C=float(self.C), sample_weight=weights, start=start, **self._options())
         self._keep(fit, data.classes, like=X)
@@ -209,7 +198,6 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _labels(self, y: Any) -> Array:
         """Return labels as they are, and the most probable classes of distributions and lists."""
-        require_dense(y)
         if has_soft_targets(y):
             return np.asarray(np.asarray(self.classes_)[most_probable(y)])
         return np.asarray(to_numpy(y))
@@ -224,6 +212,55 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
                 raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
+    def _training_data(self, X: Any, y: Any, sample_weight: Any) -> TrainingData:
+        """Check rows, targets and weights. Raises ValueError."""
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        rows = features_of(self, X, reset=True)
+        weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+        if has_soft_targets(y):
+            target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
+            source: Source = to_source(rows, target, features_name="X", target_name="y")
+            return TrainingData(rows, source, np.arange(len(source.classes)), None, weights)
+        labels = column_or_1d(to_numpy(y), warn=True)
+        check_consistent_length(rows, labels)
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError("Input y contains NaN or infinity; drop or mend such rows")
+        check_classification_targets(labels)
+        classes, index = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data contains only "
+                f"one class: {classes.tolist()[0]!r}"
+            )
+        names, index = tuple(range(len(classes))), index.astype(np.int64)
+        source = to_source(rows, index, classes=names, features_name="X", target_name="y")
+        return TrainingData(rows, source, classes, labels, weights)
+
+    def _class_weighted(self, data: TrainingData) -> tuple[Source, Tensor]:
+        """Return the rows with their targets, and their weights, both with ``class_weight`` applied.
+
+        The copies of a row with a distribution are weighted by the weight of their class, and the row by their sum.
+        """
+        classes, source, weights = data.classes, data.source, data.weights
+        if self.class_weight is None:
+            return source, weights
+        if data.labels is not None:
+            index = torch.as_tensor(np.searchsorted(classes, data.labels))
+            mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
+            return source, weights * _class_weights(self.class_weight, classes, mass)[index]
+        if source.kind != "distributions" or self.loss not in ("cross_entropy", "forward_kl"):
+            raise ValueError(
+                "class_weight of distributions is defined for the losses cross_entropy and forward_kl, and not for "
+                f"a TopK; got loss {self.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
+            )
+        target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
+        target *= _class_weights(self.class_weight, classes, weights @ target)
+        mass = target.sum(1)
+        target /= torch.where(mass > 0, mass, 1.0)[:, None]
+        target[mass == 0] = 1.0 / len(classes)
+        return to_source(data.rows, target, features_name="X", target_name="y"), weights * mass
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
@@ -234,58 +271,6 @@ class TrainingData:
     classes: Array
     labels: Array | None
     weights: Tensor
-
-
-def training_data(estimator: Any, X: Any, y: Any, sample_weight: Any) -> TrainingData:
-    """Check rows, targets and weights. Raises ValueError."""
-    if y is None:
-        raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
-    rows = features_of(estimator, X, reset=True)
-    weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
-    require_dense(y)
-    if has_soft_targets(y):
-        target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
-        source: Source = to_source(rows, target, features_name="X", target_name="y")
-        return TrainingData(rows, source, np.arange(len(source.classes)), None, weights)
-    labels = column_or_1d(to_numpy(y), warn=True)
-    check_consistent_length(rows, labels)
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError("Input y contains NaN or infinity; drop or mend such rows")
-    check_classification_targets(labels)
-    classes, index = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"{type(estimator).__name__} needs samples of at least 2 classes in the data, but the data contains only "
-            f"one class: {classes.tolist()[0]!r}"
-        )
-    names, index = tuple(range(len(classes))), index.astype(np.int64)
-    source = to_source(rows, index, classes=names, features_name="X", target_name="y")
-    return TrainingData(rows, source, classes, labels, weights)
-
-
-def class_weighted(estimator: Any, data: TrainingData) -> tuple[Source, Tensor]:
-    """Return the rows with their targets, and their weights, both with ``class_weight`` applied.
-
-    The copies of a row with a distribution are weighted by the weight of their class, and the row by their sum.
-    """
-    classes, source, weights = data.classes, data.source, data.weights
-    if estimator.class_weight is None:
-        return source, weights
-    if data.labels is not None:
-        index = torch.as_tensor(np.searchsorted(classes, data.labels))
-        mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
-        return source, weights * _class_weights(estimator.class_weight, classes, mass)[index]
-    if source.kind != "distributions" or estimator.loss not in ("cross_entropy", "forward_kl"):
-        raise ValueError(
-            "class_weight of distributions is defined for the losses cross_entropy and forward_kl alone, and not for a "
-            f"TopK; got loss {estimator.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
-        )
-    target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
-    target *= _class_weights(estimator.class_weight, classes, weights @ target)
-    mass = target.sum(1)
-    target /= torch.where(mass > 0, mass, 1.0)[:, None]
-    target[mass == 0] = 1.0 / len(classes)
-    return to_source(data.rows, target, features_name="X", target_name="y"), weights * mass
 
 
 def _class_weights(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
@@ -307,8 +292,8 @@ def _class_weights(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
     return torch.tensor([weights.get(label, 1.0) for label in labels], dtype=torch.float64)
 
 
-def require_dense(y: Any) -> None:
-    """Raise ValueError for a sparse target."""
+def has_soft_targets(y: Any) -> bool:
+    """Whether targets are distributions or lists, and not labels. Raises ValueError for a sparse target."""
     sparse = issparse(y)
     if sparse or (isinstance(y, Tensor) and y.layout != torch.strided):
         what = "y.toarray()" if sparse else "y.to_dense()"
@@ -316,17 +301,13 @@ def require_dense(y: Any) -> None:
             f"y must be dense, labels (n,) or distributions (n, C); got a sparse {type(y).__name__} of shape "
             f"{tuple(getattr(y, 'shape', ()))}: give {what}, or a softcurve.TopK of the largest entries of each row"
         )
-
-
-def has_soft_targets(y: Any) -> bool:
-    """Whether targets are distributions or lists, and not labels."""
     nested = isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1
     return nested or isinstance(y, TopK) or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
 
 
 def most_probable(y: Any) -> Array:
     """Return the most probable class of each row of distributions or lists."""
-    return target_labels(y).numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
+    return y.most_probable.numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:

@@ -17,20 +17,17 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
-from softcurve.fit.checkpoint import Keeper, digest
+from softcurve.fit.checkpoint import Checkpoint, digest
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
-from softcurve.fit.losses import check_loss, target_labels, target_probability
+from softcurve.fit.losses import check_loss, named_classes, target_labels, target_probability
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.losses.divergences import Divergence
-from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
-
-__all__ = ["Fit", "check_options", "coordinates_of", "fit_head", "regularisation_path"]
 
 IN_MEMORY, FROM_FILES = 2**30, 2**28
 LEAST_BUDGET = 2**24
@@ -67,24 +64,13 @@ class Fit(ShortRepr):
 
 
 def fit_head(
-    source: Source,
-    *,
-    loss: str | Divergence = "cross_entropy",
-    C: float = 1.0,
-    fit_intercept: bool = True,
-    sample_weight: Tensor | None = None,
-    tol: float = 1e-4,
-    max_iter: int = 100,
-    precision: str = "auto",
-    memory_budget: int | None = None,
-    start: tuple[Tensor, Tensor] | None = None,
-    coordinates: Coordinates | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_every: float = 30.0,
-    on_step: Callable[[Step], None] = lambda step: None,
-    on_product: Callable[[int], None] = lambda products: None,
+    source: Source, *, loss: str | Divergence = "cross_entropy", C: float = 1.0, fit_intercept: bool = True,
+    sample_weight: Tensor | None = None, tol: float = 1e-4, max_iter: int = 100, precision: str = "auto",
+    memory_budget: int | None = None, start: tuple[Tensor, Tensor] | None = None,
+    coordinates: Coordinates | None = None, checkpoint: Path | None = None, checkpoint_every: float = 30.0,
+    on_step: Callable[[Step], None] = lambda step: None, on_product: Callable[[int], None] = lambda products: None,
     group: ProcessGroup | None = None,
-) -> Fit:
+) -> Fit:  # fmt: skip
     """Minimise ``Σ w_i loss_i / Σ w_i + ‖W‖² / (2 C Σ w_i)``: scikit-learn's objective divided by ``C Σ w_i``.
 
     The bias is not penalised. For two classes the penalty is that of their difference, ``½ ‖w_1 − w_0‖²``, as in
@@ -144,22 +130,22 @@ def fit_head(
         problem = FitProblem(source, weights, loss, (2.0 if classes == 2 else 1.0) / (C * total), rows_at_once)
         objective = Objective(problem, coordinates)
         cold = partial(_cold_state, objective, total, double=double)
-        keeper, state = Keeper(share.group, on_step), None
+        identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
         if checkpoint is not None:
-            identity = {name: str(value) for name, value in options.items()} | {"classes": str(classes)}
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
-            state = keeper.open(checkpoint, coordinates, identity, classes, every=checkpoint_every)
+        states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)
+        state = states.open(classes)
         if state is None and start is not None:
             state = State(coordinates.parameters(*(part.double() for part in start)), WARM_DAMPING, double=double)
-        with keeper.running(checkpoint):
+        with states.running():
             newton = Newton(
                 objective,
                 partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product),
                 cold() if state is None else state,
                 tol=tol, memory_of_blocks=int(FOR_BLOCKS * budget), cold=None if start is None else cold,
             )  # fmt: skip
-            converged, reason = newton.run(max_iter, keeper.note)
+            converged, reason = newton.run(max_iter, states.note)
         weight, bias = coordinates.head(newton.point.parameters)
         history = newton.state.history
         return Fit(
@@ -202,7 +188,7 @@ def coordinates_of(
     """
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
-    _, rows_at_once = _memory(source, memory_budget)
+    rows_at_once = _memory(source, memory_budget)[1]
     with _threads(share.total * source.width * classes, share.group):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 
@@ -211,10 +197,7 @@ def _own_part(
     source: Source, sample_weight: Tensor | None, group: ProcessGroup, *, start: tuple[Tensor, Tensor] | None,
     coordinates: Coordinates | None,
 ) -> tuple[Source, Float[Tensor, " rows"] | None]:  # fmt: skip
-    """Return this process's share of the rows and of their weights; see :func:`fit_head`. Raises DataError.
-
-    The other arguments are only compared with those of the other processes.
-    """
+    """Return this process's share of the rows and of their weights. Raises DataError for arguments that differ."""
     part = shared(source, Group(group))
     share = share_of(part)
     weights = None if sample_weight is None else torch.as_tensor(sample_weight).double()
@@ -325,13 +308,11 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     with problem.group.summed(frequencies):
         for block, weights in problem.blocks():
             assert block.target is not None
-            if isinstance(block.target, TopK):
-                probs = block.target.log_probs.double().exp() * weights[:, None]
-                frequencies.index_add_(0, block.target.indices.flatten(), probs.flatten())
-            elif block.target.is_floating_point():
+            if (named := named_classes(block.target, torch.float64)) is not None:
+                classes, probs = named
+                frequencies.index_add_(0, classes.flatten(), (probs * weights[:, None]).flatten())
+            elif isinstance(block.target, Tensor):
                 frequencies += weights @ block.target.double()
-            else:
-                frequencies.index_add_(0, block.target, weights)
     return frequencies
 
 

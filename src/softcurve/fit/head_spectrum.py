@@ -13,7 +13,7 @@ from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.kfac import DenseClassFactor
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, Source, share_of
+from softcurve.fit.data.source import BlockTarget, Source, rows_within, share_of
 from softcurve.fit.data.subset import rows_of
 from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
@@ -22,8 +22,6 @@ from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
 from softcurve.losses.targets import TopK
 from softcurve.records import ShortRepr
 from softcurve.typing import FitLoss
-
-__all__ = ["CurvatureSpectrum", "curvature_spectrum"]
 
 ROWS = 2000
 FEWEST_ROWS = 200
@@ -61,15 +59,9 @@ class CurvatureSpectrum(ShortRepr):
 
 @torch.no_grad()
 def curvature_spectrum(
-    source: Source,
-    weight: Float[Tensor, "classes d"],
-    bias: Float[Tensor, " classes"] | None,
-    *,
-    loss: str | Divergence = "cross_entropy",
-    k: int = 20,
-    rows: int = ROWS,
-    seed: int = 0,
-) -> CurvatureSpectrum | str:
+    source: Source, weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"] | None, *,
+    loss: str | Divergence = "cross_entropy", k: int = 20, rows: int = ROWS, seed: int = 0,
+) -> CurvatureSpectrum | str:  # fmt: skip
     """Return the spectrum on at most ``rows`` rows drawn without replacement, or the reason why it is left out.
 
     The matrix leaves out the penalty of a fit and, without ``bias``, the bias. It is assembled up to 1,500 columns. A
@@ -120,7 +112,13 @@ def curvature_spectrum(
         shares = density.weights.flatten()[order]
         shares /= shares.sum()
     else:
-        values = _of_factors(streamed) if method == "kronecker" else _of_matrix(features, target, head, loss)
+        if method == "dense":
+            values = _of_matrix(features, target, head, loss)
+        else:  # those of B ⊗ A are the products of the eigenvalues of B and of A
+            factors = streamed.kfac(form="dense")
+            assert isinstance(factors.form, DenseClassFactor)
+            of_features = torch.linalg.eigvalsh(factors.features).clamp(min=0)
+            values = factors.form.values.outer(of_features).flatten().sort().values
         places = torch.linspace(0, size - 1, min(QUANTILES, size)).round().long()
         largest, nodes = values.flip(0)[:k], values[places]
         shares = torch.full_like(nodes, 1 / len(nodes))
@@ -152,14 +150,6 @@ def _of_matrix(features: Tensor, target: BlockTarget, head: nn.Linear, loss: str
     return values.clamp(min=0)
 
 
-def _of_factors(head: HeadCurvature) -> Tensor:
-    """Return the eigenvalues of ``B ⊗ A``, which are the products of the eigenvalues of ``B`` and of ``A``."""
-    factors = head.kfac(form="dense")
-    assert isinstance(factors.form, DenseClassFactor)
-    of_features = torch.linalg.eigvalsh(factors.features).clamp(min=0)
-    return factors.form.values.outer(of_features).flatten().sort().values
-
-
 def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "rows d"], BlockTarget]:
     """Return the features and targets of rows drawn at random from those of all processes, in their order."""
     share = share_of(source)
@@ -167,7 +157,7 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
     wanted = torch.from_numpy(drawn).sort().values - share.first
     parts: list[tuple[Tensor, BlockTarget | None]] = []
     with share.group.agreed():
-        for block in source.blocks(max(1, 1_000_000 // max(source.width, len(source.classes)))):
+        for block in source.blocks(rows_within(len(source.classes), source.width)):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
                 parts.append((block.features[here].double(), rows_of(block.target, here)))

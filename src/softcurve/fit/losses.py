@@ -14,8 +14,6 @@ from softcurve.functional import cross_entropy, divergence
 from softcurve.losses.divergences import LOSS_NAMES, CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.targets import Probabilities, Target, TopK
 
-__all__ = ["check_loss", "concatenated", "is_soft", "refuse_zeros", "row_losses", "target_labels", "target_probability"]
-
 
 def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
     """Raise DataError for an unknown loss, or one that is infinite for targets of this kind."""
@@ -46,9 +44,7 @@ def refuse_zeros(loss: str | Divergence, block: RowBlock, weights: Float64[Tenso
         )
 
 
-def row_losses(
-    loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget
-) -> Float[Tensor, " rows"]:
+def row_losses(loss: str | Divergence, logits: Float[Tensor, "rows classes"], target: BlockTarget) -> Tensor:
     """Return each row's loss in nats; ``js`` is at β = ½, and the unlisted classes of a ``TopK`` are one outcome."""
     member = divergence_of(loss)
     given: Target
@@ -82,8 +78,16 @@ def concatenated(targets: Sequence[Tensor | TopK | None]) -> Tensor | TopK:
 def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
     """Return the most probable class of each row; of equally probable classes, the first."""
     if isinstance(target, TopK):
-        return target.indices.gather(-1, target.log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        return target.most_probable
     return target.argmax(dim=-1) if target.is_floating_point() else target
+
+
+def named_classes(target: BlockTarget, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return the classes that labels or lists name, ``(rows, k)``, and their probabilities; None for distributions."""
+    if isinstance(target, TopK):
+        probs = target.log_probs.to(dtype).exp()
+        return target.indices, probs / probs.sum(1, keepdim=True) if target.tail == "renormalize" else probs
+    return None if target.is_floating_point() else (target[:, None], torch.ones(1, 1, dtype=dtype))
 
 
 def target_probability(target: BlockTarget, index: Int64[Tensor, " rows"], classes: int) -> Float64[Tensor, " rows"]:
@@ -91,15 +95,11 @@ def target_probability(target: BlockTarget, index: Int64[Tensor, " rows"], class
 
     The probability that a top-k list leaves to all unlisted classes is divided equally among them.
     """
-    if isinstance(target, TopK):
-        probs = target.log_probs.double().exp()
-        total = probs.sum(-1)
-        if target.tail == "renormalize":
-            probs, unlisted = probs / total[:, None], torch.zeros_like(total)
-        else:
-            unlisted = (1.0 - total).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
-        listed = target.indices == index[:, None]
-        return torch.where(listed.any(-1), (probs * listed).sum(-1), unlisted)
-    if target.is_floating_point():
-        return target.gather(-1, index[:, None]).squeeze(-1).double()
-    return (target == index).double()
+    if (named := named_classes(target, torch.float64)) is None:
+        return target.gather(-1, index[:, None]).squeeze(-1).double()  # type: ignore[union-attr]
+    names, probs = named
+    listed = names == index[:, None]
+    unlisted = probs.new_zeros(1)
+    if isinstance(target, TopK) and target.tail == "bucket":
+        unlisted = (1.0 - probs.sum(-1)).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
+    return torch.where(listed.any(-1), (probs * listed).sum(-1), unlisted)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.fit import DataError
 from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.file_rows import FileState
+from softcurve.fit.data.files.arrays import FileState, encode_tensors, read_tensors
 from softcurve.fit.data.source import Label
 from softcurve.fit.system_errors import unusable
-from softcurve.fit.tensor_file import encode_tensors, read_tensors
 from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.records import ShortRepr
 
@@ -54,22 +53,18 @@ class SavedHead(ShortRepr):
     def write(self, file: BinaryIO) -> None:
         """Write the head to an open file."""
         metadata = {
-            "format": FORMAT,
-            "format_version": VERSION,
-            "classes": json.dumps(self.classes),
-            "loss": self.loss,
-            "C": repr(self.C),
-            "softcurve_version": version("softcurve"),
-        }
+            "format": FORMAT, "format_version": VERSION, "classes": json.dumps(self.classes), "loss": self.loss,
+            "C": repr(self.C), "softcurve_version": version("softcurve"),
+        }  # fmt: skip
         file.writelines(encode_tensors({"weight": self.weight, "bias": self.bias}, metadata))
 
-    @classmethod
-    def load(cls, path: Path | str) -> SavedHead:
+    @staticmethod
+    def load(path: Path | str) -> SavedHead:
         """Read a head and check all of it. Raises DataError that names the damage."""
         path = Path(path)
         FileState.of(path, "a head", "head")
         try:
-            return cls(*_checked(*read_tensors(path)))
+            return _checked(*read_tensors(path))
         except OSError as error:
             raise unusable("head", path, "read", error) from error
         except ValueError as error:
@@ -78,10 +73,8 @@ class SavedHead(ShortRepr):
             ) from error
 
 
-def _checked(
-    tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[Tensor, Tensor, tuple[Label, ...], str, float]:
-    """Return the fields of a head from the content of its file. Raises ValueError that says what is wrong with it."""
+def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedHead:
+    """Return a head from the content of its file. Raises ValueError that says what is wrong with it."""
     format_ = metadata.get("format"), metadata.get("format_version")
     _require(
         format_ == (FORMAT, VERSION),
@@ -117,7 +110,7 @@ def _checked(
     with suppress(ValueError):
         strength = float(text)
     _require(strength > 0, f"its metadata 'C' must be a positive number, and is {text!r}")  # inf is no penalty
-    return weight, bias, tuple(classes), loss, strength
+    return SavedHead(weight, bias, tuple(classes), loss, strength)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,32 +19,25 @@ from softcurve.cli.printing import Alignment, finite, print_table
 from softcurve.cli.streams import encoded
 from softcurve.fit.atomic import check_writable, replacing
 
-__all__ = ["write_explanation"]
-
 
 def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str, object]:
     """Train a small network on digits, write the page that explains its gradients, and print every check.
 
-    The same seed gives the same page and the same record. The record holds figures by section, in nats unless stated
-    otherwise, as valid JSON: an infinity is `"inf"`.
-
-    Raises:
-        ValueError: `seed` is negative or too large, or `out` cannot be written; raised before any work.
+    The same seed gives the same page and the same record, which holds figures by section, in nats unless stated
+    otherwise; an infinity is `"inf"`. Raises ValueError for a seed out of range, or if `out` cannot be written.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
     check_writable(out, "--out")
     check_suffix("--out", out, ".html", ".htm")
-    with _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are tiny, and sums have the same order on every machine
+    try:
         network = train(seed)
         sections = [
-            explain_chain(network),
-            explain_jacobian(network),
-            explain_targets(network),
-            explain_directions(),
-            explain_minimum(network, seed),
-            explain_vae(),
-        ]
+            explain_chain(network), explain_jacobian(network), explain_targets(network), explain_directions(),
+            explain_minimum(network, seed), explain_vae(),
+        ]  # fmt: skip
         checks = [check for section in sections for check in section.checks]
         accuracy = network.accuracy()
         page = render_page(
@@ -57,26 +48,14 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
         stop_if_interrupted()
         with replacing(out, "--out") as file:
             file.write(encoded(page))
+    finally:
+        torch.set_num_threads(threads)
     rows = [(c.name, f"{c.measured:.3g}", f"{c.relation} {c.bound:.3g}", "yes" if c.held else "NO") for c in checks]
     columns: dict[str, Alignment] = {"check": "left", "measured": "right", "bound": "right", "held": "left"}
     print_table("softcurve explain", rows, columns, console)
     record: dict[str, object] = {
-        "command": "explain",
-        "page": str(out),
-        "seed": seed,
-        "held_out_accuracy": accuracy,
+        "command": "explain", "page": str(out), "seed": seed, "held_out_accuracy": accuracy,
         "all_within_bounds": all(check.held for check in checks),
         "checks": [vars(check) | {"held": check.held} for check in checks],
-    }
+    }  # fmt: skip
     return dict(finite(record | {section.key: section.figures for section in sections}, str))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: the matrices are tiny, and sums have the same order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -126,10 +126,7 @@ def explain_jacobian(network: Network) -> Section:
             "likeliest": p.topk(2).indices.tolist(),
         },
         figures={
-            "label": int(label),
-            "p": p.tolist(),
-            "eigenvalues": eigenvalues.tolist(),
-            "trace": jacobian.trace().item(),
+            "label": int(label), "p": p.tolist(), "eigenvalues": eigenvalues.tolist(), "trace": jacobian.trace().item(),
             "one_minus_p_squared": (1 - p.square().sum()).item(),
         },
         checks=(
@@ -142,7 +139,7 @@ def explain_jacobian(network: Network) -> Section:
             Check("eigenvalues interlace with the sorted p: largest violation", violation.item(), "≤", ROUNDING),
             at_most("J(y ⊘ p) = y − (Σy) p, for Σy = 1 and Σy = 2.5", identity, 1e-14),
         ),
-    )
+    )  # fmt: skip
 
 
 def _matrix(values: Tensor, columns: int, *, signed: bool = True, cell: float = 0.2) -> Figure:

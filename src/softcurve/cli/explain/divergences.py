@@ -53,12 +53,8 @@ def explain_targets(network: Network) -> Section:
         "targets",
         {"picture": picture(_training, history, nats["entropy"])},
         figures={
-            "values": values,
-            "gradient_deviation": deviation,
-            "gap_drift": drift,
-            "steps": history.steps[-1],
-            "cross_entropy_first": history.cross_entropy[0],
-            "divergence_first": history.divergence[0],
+            "values": values, "gradient_deviation": deviation, "gap_drift": drift, "steps": history.steps[-1],
+            "cross_entropy_first": history.cross_entropy[0], "divergence_first": history.divergence[0],
         },
         checks=(
             Check("gradients of CE and KL(y‖p) w.r.t. all parameters: largest difference", deviation, "≤", 1e-14),
@@ -66,7 +62,7 @@ def explain_targets(network: Network) -> Section:
             Check("KL = −H(y) + H(y, p), in nats and in bits", decomposition, "≤", 1e-14),
             Check("bits × ln 2 = nats", conversion, "≤", 1e-14),
         ),
-    )
+    )  # fmt: skip
 
 
 def _training(history: History, entropy: float) -> Figure:
@@ -153,13 +149,11 @@ def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) ->
     q = logits.softmax(-1)
     mean = (q * GRID).sum()
     return {
-        "mean": mean.item(),
-        "deviation": (q * (GRID - mean).square()).sum().sqrt().item(),
-        "left": q[GRID < MIDDLE].sum().item(),
-        "right": q[GRID >= MIDDLE].sum().item(),
+        "mean": mean.item(), "deviation": (q * (GRID - mean).square()).sum().sqrt().item(),
+        "left": q[GRID < MIDDLE].sum().item(), "right": q[GRID >= MIDDLE].sum().item(),
         "forward": softcurve.kl_divergence(target, logits, reduction="sum").item(),
         "reverse": softcurve.kl_divergence(logits, target, reduction="sum").item(),
-    }
+    }  # fmt: skip
 
 
 def _modes(target: list[float], forward: list[float], reverse: list[float]) -> Figure:
@@ -200,16 +194,10 @@ def explain_minimum(network: Network, seed: int) -> Section:
             "differences": picture(_log_log, line, "scale × |κ₃| / 3κ₂", difference, swapped_difference, label),
         },
         figures={
-            "rows": DIGITS,
-            "scales": SCALES,
-            "divergence": forward,
-            "swapped_divergence": backward,
-            "quadratic_model": quadratic,
-            "median_relative_difference": difference,
-            "left_of_the_terms": (ways[0][0] / terms.abs().sum(-1)).median().item(),
-            "float32_errors": errors,
-            "slope": slope,
-            "median_third_order_coefficient": predicted,
+            "rows": DIGITS, "scales": SCALES, "divergence": forward, "swapped_divergence": backward,
+            "quadratic_model": quadratic, "median_relative_difference": difference,
+            "left_of_the_terms": (ways[0][0] / terms.abs().sum(-1)).median().item(), "float32_errors": errors,
+            "slope": slope, "median_third_order_coefficient": predicted,
         },
         checks=(
             Check("smallest KL at any scale", min(forward), "≥", 0.0),
@@ -217,7 +205,7 @@ def explain_minimum(network: Network, seed: int) -> Section:
             Check("relative difference at the smallest scale against the third cumulant", leading, "≤", 1e-2),
             Check("KL in float32: median relative error at any scale", float32_error, "≤", 1e-6),
         ),
-    )
+    )  # fmt: skip
 
 
 def _float32_errors(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"], scale: float) -> dict[str, float]:

@@ -66,7 +66,6 @@ def _divergence(q: Tensor, prior: Tensor) -> Tensor:
 
 
 def _cross_entropy(q: Tensor, prior: Tensor) -> Tensor:
-    """Return H(q, prior) = KL(q‖prior) + H(q)."""
     return _divergence(q, prior) + softcurve.entropy(q).sum()
 
 
@@ -89,14 +88,11 @@ def _descend(loss: Loss, *, learned: bool) -> Descent:
         optimizer.step()
     qs, priors = (torch.stack(states) for states in zip(*path, strict=True))
     figures = {
-        "first_gradient_in_q": norms[0][0],
-        "first_gradient_in_prior": norms[0][1] if learned else None,
-        "q_moved": _variation(qs[-1], qs[0]),
-        "prior_moved": _variation(priors[-1], priors[0]),
-        "distance_at_the_end": _variation(qs[-1], priors[-1]),
-        "q_at_the_end": qs[-1, 0].tolist(),
+        "first_gradient_in_q": norms[0][0], "first_gradient_in_prior": norms[0][1] if learned else None,
+        "q_moved": _variation(qs[-1], qs[0]), "prior_moved": _variation(priors[-1], priors[0]),
+        "distance_at_the_end": _variation(qs[-1], priors[-1]), "q_at_the_end": qs[-1, 0].tolist(),
         "prior_at_the_end": priors[-1].tolist(),
-    }
+    }  # fmt: skip
     return Descent(qs, priors, figures)
 
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import softcurve
 from softcurve.cli.page.render import render_page
-from softcurve.cli.report.curves import show_convergence, show_curvature, show_path
 from softcurve.cli.report.record import FitReport, PathPoint
-from softcurve.cli.report.scores import show_calibration, show_classes, show_confusion, show_hardest
+from softcurve.cli.report.sections import (
+    show_calibration,
+    show_classes,
+    show_confusion,
+    show_convergence,
+    show_curvature,
+    show_hardest,
+    show_path,
+)
 
 __all__ = ["FitReport", "PathPoint", "render_report"]
 

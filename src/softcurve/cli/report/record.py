@@ -28,10 +28,7 @@ class PathPoint:
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """A fit with its options, its scores on the training rows and on any held-out rows, and its path.
-
-    ``spectrum`` may be the reason why there is none.
-    """
+    """A fit with its options, its scores on the training rows and on any held-out rows, and its path."""
 
     options: FitOptions
     fit: Fit
@@ -41,7 +38,7 @@ class FitReport:
     kind: TargetKind
     train: Diagnostics
     held: Diagnostics | None = None
-    spectrum: CurvatureSpectrum | str = "it was not requested"
+    spectrum: CurvatureSpectrum | str = "it was not requested"  # or the reason why there is none
     path: tuple[PathPoint, ...] = ()
 
     @property

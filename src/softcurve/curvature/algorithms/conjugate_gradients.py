@@ -16,11 +16,9 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Float64
-from softcurve.curvature.algorithms.matrix import SymmetricMatrix, dots, product, working_dtype
+from softcurve.curvature.algorithms.matrix import Map, SymmetricMatrix, dots, product, working_dtype
 from softcurve.records import dataclass_repr
 from softcurve.warn import warn_caller
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +42,9 @@ class Solution:
 
 
 def solve(
-    matrix: SymmetricMatrix,
-    b: Tensor,
-    *,
-    damping: float = 0.0,
-    preconditioner: Map | None = None,
-    tol: float = 1e-6,
-    max_iterations: int | None = None,
-    x0: Tensor | None = None,
-) -> Solution:
+    matrix: SymmetricMatrix, b: Tensor, *, damping: float = 0.0, preconditioner: Map | None = None, tol: float = 1e-6,
+    max_iterations: int | None = None, x0: Tensor | None = None,
+) -> Solution:  # fmt: skip
     """Solve ``(A + damping I) x = b`` to ``‖residual‖ ≤ tol ‖b‖`` in each column of ``b``, ``(n,)`` or ``(n, k)``.
 
     ``preconditioner`` maps residuals ``(n, k)`` to ``(n, k)``, column by column, as a symmetric positive definite
@@ -213,7 +205,7 @@ class _DampedSystem:
             return r
         z = self.preconditioner(r)
         if not isinstance(z, Tensor) or z.shape != r.shape:
-            came = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            came = checks.describe(z)
             raise ValueError(f"preconditioner must map (n, k) to (n, k), got {came} from shape {tuple(r.shape)}")
         z = z.detach().to(r.dtype)
         rho = dots(r, z)

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -78,12 +78,10 @@ def eigsh(
         raise ValueError(f"which must be 'LA' or 'SA' for method='lobpcg', got {which!r}; use method='lanczos'")
     if which == "BE" and k == 1:
         which = "LA"  # ARPACK takes the odd one from below
-    width = max(2 * k + 1, 20)
-    first = POWERS + (width if method == "lanczos" else 5 * k + 4)
-    is_small = n <= first - POWERS
-    least, purpose = n, f"a dense matrix of {n} columns"
-    if not is_small:
-        least, purpose = first + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    width = max(2 * k + 1, 20) if method == "lanczos" else 5 * k + 4
+    least, purpose = POWERS + width + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    if is_small := n <= width:
+        least, purpose = n, f"a dense matrix of {n} columns"
     if max_products is not None and max_products < least:
         raise ValueError(f"max_products must be at least {least} for {purpose}, got {max_products}")
     if is_small:
@@ -127,7 +125,6 @@ class _ScaledMatrix:
             start = (image / self.scale).to(start.dtype)
 
     def tensor(self, columns: Columns) -> Tensor:
-        """An array as a tensor of the working dtype."""
         dtype = working_dtype(self.matrix)
         return torch.from_numpy(np.ascontiguousarray(columns)).to(device=self.matrix.device, dtype=dtype)
 
@@ -140,7 +137,6 @@ class _ScaledMatrix:
         return scaled.astype(self.numpy_dtype, copy=False)
 
     def for_scipy(self, *, checked: bool) -> Any:
-        """The same as a ``scipy.sparse.linalg.LinearOperator``."""
         from scipy.sparse.linalg import LinearOperator
 
         times = functools.partial(self.times, checked=checked)
@@ -156,7 +152,7 @@ def _not_converged(method: str, converged: list[float], k: int, products: int, t
 
 
 def _lanczos(
-    matrix: SymmetricMatrix, k: int, which: str, tol: float, max_products: int | None, seed: int, width: int
+    matrix: SymmetricMatrix, k: int, which: SpectrumEnd, tol: float, max_products: int | None, seed: int, width: int
 ) -> Eigenpairs:
     """Run ARPACK: ``width + 1`` products, then at most ``width − k`` for each restart."""
     with needed("eigsh", "fit"):
@@ -172,9 +168,7 @@ def _lanczos(
     tol = tol or torch.finfo(matrix.dtype).eps
     v0, operator = start.squeeze(1).cpu().numpy(), scaled.for_scipy(checked=True)
     try:
-        values, vectors = arpack(
-            operator, k, which=cast("SpectrumEnd", which), v0=v0, ncv=width, maxiter=restarts, tol=tol
-        )
+        values, vectors = arpack(operator, k, which=which, v0=v0, ncv=width, maxiter=restarts, tol=tol)
     except ArpackNoConvergence as stopped:
         converged = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
         raise _not_converged("lanczos", converged, k, scaled.products, tol) from None

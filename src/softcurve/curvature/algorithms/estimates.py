@@ -180,14 +180,8 @@ class LeaveOneOut:
         sines = torch.where(essential & essential.unsqueeze(1) & (sines > 1e-12), sines, math.inf)
         return cls(q @ u[:, :rank].to(q.dtype), directions, directions.mT @ directions, sines)
 
-    def without(self, coordinates: Float64[Tensor, "rank k"]) -> Float64[Tensor, "rank k"]:
-        """``(I − s_i s_iᵀ) c_i`` for each column."""
-        return coordinates - self.directions * (self.directions * coordinates).sum(0)
 
-
-def _exchangeable_error(
-    samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"] | Float64[Tensor, ""]
-) -> Tensor:
+def _exchangeable_error(samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"]) -> Tensor:
     """The standard error of the mean of exchangeable samples: ``s²/k + Cov(t_i, t_j)``, ``E s² = Var(t_i) − Cov``.
 
     The paper takes ``s²/k`` alone, which is too small by up to two thirds of the variance. Let ``t_i^{(j)}`` be sample
@@ -215,7 +209,7 @@ def _xtrace(
     images_of_basis = product(matrix, basis, columns_at_once)
     inside = inner(basis, images_of_basis)
     coordinates = inner(basis, vectors)
-    kept = out.without(coordinates).to(basis.dtype)
+    kept = (coordinates - s * (s * coordinates).sum(0)).to(basis.dtype)  # v_i
     outside = vectors - basis @ kept
     slopes = inner(images_of_basis, outside)
     squares = dots(outside, images - images_of_basis @ kept)

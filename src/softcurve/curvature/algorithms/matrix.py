@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from softcurve import checks
 from softcurve.array_types import Float, Float64
 
 Distribution = Literal["rademacher", "normal"]
+Map = Callable[[Tensor], Tensor]
 
 ROWS_AT_ONCE = 1 << 16  # widened to float64 for an inner product
 
@@ -43,7 +44,7 @@ class SymmetricMatrix(Protocol):
 
 def working_dtype(matrix: SymmetricMatrix) -> torch.dtype:
     """The dtype of columns between products: the matrix's, at least float32."""
-    return torch.promote_types(matrix.dtype, torch.float32)
+    return checks.wide_dtype(matrix.dtype)
 
 
 def product(

@@ -6,13 +6,11 @@ Frangella, Tropp, Udell 2023, Randomized Nyström preconditioning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from softcurve.array_types import Float
-from softcurve.curvature.algorithms.matrix import SymmetricMatrix, inner
+from softcurve.curvature.algorithms.matrix import Map, SymmetricMatrix, inner
 
 
 def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) -> Float[Tensor, "n k"]:
@@ -38,9 +36,7 @@ def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) ->
     return torch.matmul(factor, rotation.to(factor.dtype))
 
 
-def nystrom_preconditioner(
-    matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int
-) -> Callable[[Tensor], Tensor]:
+def nystrom_preconditioner(matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int) -> Map:
     """``(A + damping I)⁻¹`` with ``A ≈ U diag(λ) Uᵀ``, and its smallest ``λ`` in all other directions, up to a factor.
 
     ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)`` on columns ``(n, k)``. Source: Frangella, Tropp, Udell 2023.

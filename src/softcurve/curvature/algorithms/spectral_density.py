@@ -137,9 +137,7 @@ def spectral_density(
     return SpectralDensity(nodes, weights, n, products)
 
 
-def _jacobi_matrices(
-    matrix: SymmetricMatrix, vectors: Float[Tensor, "n probes"], steps: int
-) -> list[Float64[Tensor, "_m _m"]]:
+def _jacobi_matrices(matrix: SymmetricMatrix, vectors: Float[Tensor, "n probes"], steps: int) -> list[Tensor]:
     """The tridiagonal matrix of each probe, of as many rows as it took steps."""
     probes = vectors.shape[1]
     active = torch.arange(probes, device=vectors.device)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.rows import Rows, float_dtype, locate
+from softcurve.fit.data.dataset import Rows, float_dtype, locate
 from softcurve.fit.data.source import Label
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.targets import TopK

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softcurve.array_types import Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.capacity import require_head, require_memory
-from softcurve.fit.data.dataset import Dataset
+from softcurve.fit.data.dataset import (
+    ArrayRows,
+    Dataset,
+    Rows,
+    SparseRows,
+    digests,
+    float_dtype,
+    shards_of,
+    tensor_array,
+)
 from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
-from softcurve.fit.data.rows import Rows, digests, float_dtype, shards_of
-from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share
+from softcurve.fit.data.files.arrays import memmap_rows
+from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share, rows_within
 from softcurve.fit.group import ALONE, Group
+from softcurve.losses.targets import TopK
 
 T = TypeVar("T")
 END = object()
 
 ENTRIES = 65536  # of labels or of lists, which are read at a time to find the classes
+# The parameters, their gradient, and the vectors of conjugate gradients (iterate, residual, direction, product).
+ARRAYS_OF_A_HEAD = 6
+NAME = 44  # bytes of an integer in a tuple: the name of a class that has no other
 MOST = 2**28  # bytes that are hashed of each array, which takes half a second at 500 MB/s
 
 
@@ -85,6 +102,43 @@ class RowSource:
         return None
 
 
+def to_source(
+    features: Any, target: Any = None, *, classes: tuple[Label, ...] | None = None, class_count: int | None = None,
+    features_name: str = "features", target_name: str = "target",
+) -> RowSource:  # fmt: skip
+    """Make arrays a source, checked: features (n, d); a target of labels (n,), distributions (n, C), or a ``TopK``.
+
+    The classes are the sorted distinct labels, as in scikit-learn, or 0…C-1, unless they are given. Float32 and float64
+    arrays in C order are shared, not copied. A ``numpy.memmap``, or a view of one, is read block by block, and a sparse
+    matrix is made dense so; a tensor on another device, or of a dtype that numpy lacks, is converted whole. Raises
+    DataError, which uses the names.
+    """
+    targets: tuple[Rows, ...] = ()
+    if isinstance(target, TopK):
+        if target.tail != "bucket":
+            raise DataError(f"{target_name} must be a TopK with tail 'bucket'; got {target.tail!r}")
+        lists = {"indices": target.indices, "log_probs": target.log_probs}
+        targets = tuple(_rows(tensor, f"{target_name}.{part}") for part, tensor in lists.items())
+    elif target is not None:
+        targets = (_rows(target, target_name),)
+    return assemble(Dataset(_rows(features, features_name), targets), classes=classes, class_count=class_count)
+
+
+def _rows(array: Any, name: str) -> Rows:
+    sparse = sys.modules.get("scipy.sparse")  # whoever has a sparse matrix has imported it
+    if sparse is not None and sparse.issparse(array):
+        return SparseRows(array.tocsr(), name)
+    if isinstance(array, Tensor):
+        if array.layout != torch.strided:
+            raise DataError(f"{name} must be a dense tensor; got layout {array.layout}: convert it to scipy's CSR")
+        return ArrayRows(tensor_array(array.detach().cpu()), name)
+    try:
+        array = np.asanyarray(array)
+    except ValueError as error:
+        raise DataError(f"{name} must be an array; {error}: give every row the same length") from error
+    return memmap_rows(array, name) or ArrayRows(np.asarray(array), name)
+
+
 def assemble(
     data: Dataset, *, classes: tuple[Label, ...] | None = None, class_count: int | None = None, group: Group = ALONE
 ) -> RowSource:
@@ -102,7 +156,7 @@ def assemble(
         if kind is not None:
             # The header of a sparse file may say any number; 8 bytes are the index of a label, or of a held-out row.
             what = f"{data.features.name} has {data.features.shape[0]} rows; an integer for each"
-            require_memory(8 * data.features.shape[0], what, "correct its shape, or give fewer rows")
+            _require_memory(8 * data.features.shape[0], what, "correct its shape, or give fewer rows")
     require_same_rows(data, group)
     rows, width = data.features.shape
     share, index, count = own_share(rows, group), None, 0
@@ -114,22 +168,22 @@ def assemble(
             count = _class_count(data, share, class_count, classes)
         count = int(group.largest(count)[0])
     if kind is not None and classes is None:
+        origin = data.targets[0].name if class_count is None else "class_count"
+        what = f"{origin} makes {count} classes; with {width} features a fit to them"
         with group.agreed():
-            require_head(count, width, data.targets[0].name if class_count is None else "class_count")
+            remedy = "correct the largest class or the shape, or give fewer classes"
+            _require_memory(count * (ARRAYS_OF_A_HEAD * 8 * (width + 1) + NAME), what, remedy)
         classes = names if kind == "labels" else tuple(range(count))
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
         with group.agreed():
-            for _ in source.walk(max(1, (1 << 20) // max(width, len(source.classes)))):
+            for _ in source.walk(rows_within(len(source.classes), width)):
                 pass
     return source
 
 
 def read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Yield what ``iterator`` yields or raises; a thread advances it, and begins an item when the last is asked for.
-
-    The thread ends, and the iterator is closed, when this generator is exhausted or closed, or an exception ends it.
-    """
+    """Yield what ``iterator`` yields or raises; a thread, which ends with this generator, is one item ahead."""
     ahead: Future[Any] | None = None
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
@@ -195,3 +249,25 @@ def require_same_rows(data: Dataset, group: Group) -> None:
             else:
                 continue
             raise DataError(f"data: {what}; give all of them the same files")
+
+
+def available_memory() -> int | None:
+    """Return the bytes that this process may use at most, where the system says so."""
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(ImportError, OSError):
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    with suppress(ValueError, OSError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is none
+    return min((limit for limit in limits if limit >= 0), default=None)  # -1 where there is none
+
+
+def _require_memory(needed: int, what: str, remedy: str) -> None:
+    """Raise DataError if ``what`` needs more bytes than the memory has."""
+    memory = available_memory()
+    if memory is not None and needed > memory:
+        needs, has = (f"{count / 2**30:.3g} GiB" for count in (needed, memory))
+        raise DataError(f"{what} takes {needs} or more, and there are {has} of memory: {remedy}")

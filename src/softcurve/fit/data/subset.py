@@ -16,8 +16,6 @@ from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.losses.targets import TopK
 
-__all__ = ["Subset", "holdout_mask", "rows_of", "shared", "split_source"]
-
 
 class Subset:
     """The rows of ``source`` at which ``mask`` is true, in their order; all the classes.
@@ -64,10 +62,7 @@ class Subset:
 
 
 def split_source(source: Source, holdout: float, seed: int) -> tuple[Subset, Subset]:
-    """Divide rows at random into those to fit and those held out, both in their first order.
-
-    Raises DataError where either side would be empty.
-    """
+    """Divide rows at random into those to fit and those held out, in order. Raises DataError for an empty side."""
     held = holdout_mask(share_of(source).total, holdout, seed)
     return Subset(source, ~held), Subset(source, held)
 

@@ -18,8 +18,6 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.group import Group
 
-__all__ = ["Coordinates", "find_coordinates"]
-
 WIDEST = 4096  # the widest features whose covariance is decomposed
 WORTH_PRODUCTS = 60  # what the eigenvectors may cost, in products: 10 d³ operations against 4 n d C for a product
 SPAN_BYTES = 2**30  # of the copy of the rows that is made to find their span, if there are fewer rows than features
@@ -111,16 +109,14 @@ def find_coordinates(
     with group.summed(covariance):
         covariance += moments.about(mean)
     if not pays:
-        return _coordinates(mean, None, intercept, squares, covariance <= SPREAD**2 * squares)
+        return _of_axes(mean, None, intercept, squares, covariance <= SPREAD**2 * squares)
     if not covariance.isfinite().all():
         raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
     basis, null = _axes(covariance, covariance.diagonal() <= SPREAD**2 * squares, source)
-    return _coordinates(mean, basis, intercept, squares, torch.arange(width) < null)
+    return _of_axes(mean, basis, intercept, squares, torch.arange(width) < null)
 
 
-def _coordinates(
-    mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor
-) -> Coordinates:  # fmt: skip
+def _of_axes(mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor) -> Coordinates:
     """Return coordinates whose moments are those of the axes, from the squares of the columns."""
     moments = squares if basis is None else basis.square().T @ squares
     if intercept:
@@ -172,9 +168,9 @@ def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *
     gram = (triangle * weights) @ triangle.T
     constant = gram.diagonal() <= SPREAD**2 * (basis.square().T @ squares)
     if not turned:
-        return _coordinates(mean, basis, intercept, squares, constant)
+        return _of_axes(mean, basis, intercept, squares, constant)
     axes, null = _axes(gram, constant, source)
-    return _coordinates(mean, basis @ axes, intercept, squares, torch.arange(len(gram)) < null)
+    return _of_axes(mean, basis @ axes, intercept, squares, torch.arange(len(gram)) < null)
 
 
 class _Moments:

@@ -19,12 +19,10 @@ from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
 from softcurve.fit.data.subset import rows_of
 from softcurve.fit.group import Group
+from softcurve.fit.losses import named_classes
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.objective import FitProblem
 from softcurve.losses.divergences import divergence_of
-from softcurve.losses.targets import TopK
-
-__all__ = ["Curvature", "CurvatureTile", "negligible_rows"]
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
@@ -61,8 +59,7 @@ class Curvature:
         self.parameters: Tensor | None = None
         self._left_out: Tensor | None = None
         self.all_rows = share_of(problem.source).total
-        source, weights, classes = problem.source, problem.weights, problem.classes
-        rows, size = source.rows, coordinates.size
+        source, weights, rows, size = problem.source, problem.weights, problem.source.rows, coordinates.size
         extremes = (float(weights.max()), -float(weights.min())) if rows else (-math.inf, -math.inf)
         heaviest, minus_lightest, most_rows = self.group.largest(*extremes, rows)
         uniform = heaviest == -minus_lightest
@@ -70,15 +67,17 @@ class Curvature:
         self.mean_weight = heaviest if uniform else 1.0 / self.all_rows
         self.weights = None if uniform else (weights / self.mean_weight).to(dtype)[:, None]
         # All processes store their features, or none, according to the process with most rows.
-        store_features = int(most_rows) * size * dtype.itemsize <= memory
-        self.features = torch.empty(rows, size, dtype=dtype) if store_features else None
-        left = memory - (rows * size * dtype.itemsize if store_features else 0)
-        self.probabilities = torch.empty(min(rows, left // (classes * dtype.itemsize)), classes, dtype=dtype)
+        self.features = None
+        if int(most_rows) * size * dtype.itemsize <= memory:
+            self.features = torch.empty(rows, size, dtype=dtype)
+            memory -= self.features.nbytes
+        stored = min(rows, memory // (self.classes * dtype.itemsize))
+        self.probabilities = torch.empty(stored, self.classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
         most = min(problem.rows_at_once, rows)
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
-        self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, classes, dtype=dtype)
+        self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, self.classes, dtype=dtype)
         self._centred = torch.ones(most, source.width + coordinates.intercept, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
         with self.group.agreed():
@@ -275,17 +274,11 @@ def _errors(tile: CurvatureTile) -> Tensor:
 
 def _listed_errors(tile: CurvatureTile) -> tuple[Tensor | None, Tensor]:
     """Return the classes that a label or a list names, ``(r, k)``, and ``|p − y| − p`` there."""
-    target, p = tile.target, tile.probabilities
-    if isinstance(target, TopK):
-        classes, y = target.indices, target.log_probs.to(p.dtype).exp()
-        if target.tail == "renormalize":
-            y /= y.sum(1, keepdim=True)
-    elif isinstance(target, Tensor) and not target.is_floating_point():
-        classes, y = target[:, None], p.new_ones(1, 1)
-    else:
+    p = tile.probabilities
+    if tile.target is None or (named := named_classes(tile.target, p.dtype)) is None:
         return None, p
-    listed = p.gather(1, classes)
-    return classes, (listed - y).abs_().sub_(listed)
+    listed = p.gather(1, named[0])
+    return named[0], (listed - named[1]).abs_().sub_(listed)
 
 
 def negligible_rows(

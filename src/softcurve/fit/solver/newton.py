@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from softcurve.array_types import Float64
-from softcurve.curvature.algorithms.conjugate_gradients import Map, Recurrence
+from softcurve.curvature.algorithms.conjugate_gradients import Recurrence
+from softcurve.curvature.algorithms.matrix import Map
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
 from softcurve.records import ShortRepr
-
-__all__ = ["Newton", "OtherRows", "State", "Step"]
 
 REMEDY = "raise tol, or scale the features to the order of 1"
 NO_DAMPING = 1e-5  # a smaller damping counts as none
@@ -122,10 +121,8 @@ class Newton:
         while True:
             on_step(self.state)
             gain = self._gain()
-            lacking = "" if gain == math.inf else (
-                f" (the gradient is within tol, but a step may still gain {gain:.1e} nats a row, and "
-                f"{GAIN * self.tol:.1e} are allowed)"
-            )  # fmt: skip
+            lacking = f"a step may still gain {gain:.1e} nats a row, and {GAIN * self.tol:.1e} are allowed"
+            lacking = "" if gain == math.inf else f" (the gradient is within tol, but {lacking})"
             if gain <= GAIN * self.tol:
                 return True, "the gradient and the Newton decrement are within the tolerance"
             if self.state.failures >= MOST_FAILURES:

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from softcurve.array_types import Float64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, RowBlock, Source, share_of
+from softcurve.fit.data.source import RowBlock, Source, share_of
 from softcurve.fit.group import Group
 from softcurve.fit.losses import refuse_zeros, row_losses
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.records import ShortRepr
 
-__all__ = ["FitProblem", "Objective", "Point"]
-
 Keep = Callable[[int, Tensor], None]
+Loss = str | Divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class FitProblem:
 
     source: Source
     weights: Float64[Tensor, " rows"]
-    loss: str | Divergence
+    loss: Loss
     penalty: float
     rows_at_once: int
 
@@ -94,8 +93,7 @@ class Objective:
                 logits = torch.mm(features, weight.T, out=self._logits[:count])
                 if bias is not None:
                     logits += bias
-                assert block.target is not None
-                losses, residual = row_losses_of(loss, logits, block.target, keep, block.start)
+                losses, residual = row_losses_of(loss, logits, block, keep)
                 # A row of weight zero has no part in the sums, even if its loss is infinite.
                 total += (weights * torch.where(weights > 0, losses, 0.0)).sum()
                 residual *= weights[:, None]
@@ -120,12 +118,11 @@ class Objective:
         )
 
 
-def _cross_entropy(
-    loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
-) -> tuple[Tensor, Tensor]:
+def _cross_entropy(loss: Loss, logits: Tensor, block: RowBlock, keep: Keep | None) -> tuple[Tensor, Tensor]:
     """Return the losses and the residuals ``Σy p − y``, which overwrite the logits."""
+    target = block.target
     if not isinstance(target, Tensor):
-        return _any_loss(loss, logits, target, keep, start)
+        return _any_loss(loss, logits, block, keep)
     logits -= logits.amax(1, keepdim=True)
     y = target.double() if target.is_floating_point() else None
     mass = logits.new_ones(1) if y is None else y.sum(1)
@@ -136,20 +133,19 @@ def _cross_entropy(
     losses += mass * total.log()[:, 0]
     logits /= total
     if keep is not None:
-        keep(start, logits)
+        keep(block.start, logits)
     if y is not None:
         return losses, logits.mul_(mass[:, None]).sub_(y)
     return losses, logits.scatter_add_(1, target[:, None], logits.new_full((1, 1), -1.0).expand(len(logits), 1))
 
 
-def _any_loss(
-    loss: str | Divergence, logits: Tensor, target: BlockTarget, keep: Keep | None, start: int
-) -> tuple[Tensor, Tensor]:
+def _any_loss(loss: Loss, logits: Tensor, block: RowBlock, keep: Keep | None) -> tuple[Tensor, Tensor]:
     """Return the losses and their gradients with respect to the logits by automatic differentiation."""
+    assert block.target is not None
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        losses = row_losses(loss, leaf, target)
+        losses = row_losses(loss, leaf, block.target)
         (residual,) = torch.autograd.grad(losses.sum(), leaf)
     if keep is not None:
-        keep(start, torch.softmax(logits.detach(), 1))
+        keep(block.start, torch.softmax(logits.detach(), 1))
     return losses.detach(), residual

@@ -18,8 +18,6 @@ from softcurve.array_types import Float64
 from softcurve.fit.group import Group
 from softcurve.fit.solver.curvature import Curvature
 
-__all__ = ["ClassBlocks", "Eigenbasis", "blocks_pay"]
-
 MOST_CLASSES = 512  # above it, eigenvectors over the classes take longer than the products that they save
 # Lower bound for the diagonal, relative to the largest curvature of the axis. A direction without curvature, such as
 # the same change in all classes, is left to the gradient, which is zero there.
@@ -144,7 +142,6 @@ class _LargestWeights:
         self.most_pending = max(count, GATHERED // (curvature.classes * curvature.dtype.itemsize))
 
     def add(self, numbers: Tensor, weights: Tensor) -> None:
-        """Add the rows of a tile, with their numbers."""
         self.pending.append((numbers, weights))
         if sum(len(numbers) for numbers, _ in self.pending) >= self.most_pending:
             self._merge()

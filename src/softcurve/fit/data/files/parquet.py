@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
-from softcurve.fit.data.files.file_rows import FileRows, FileState
+from softcurve.fit.data.files.arrays import FileRows, FileState
 
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
 
