@@ -208,8 +208,7 @@ class DenseKernel(CurvatureKernel):
         return Residuals(tile.out, tile.target_out, tile.v_out, tile.target_v_out)
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
-        if group is not None:
-            sum_over([self.tangent], group)
+        sum_over([self.tangent], group)
         return self.tangent.squeeze(-1)
 
     def _tile(self, block: Block, *, along_column: bool = False) -> DenseTile:

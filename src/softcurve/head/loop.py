@@ -56,19 +56,18 @@ def evaluate(
         if all_rows or stats or tangents:
             parts.append(((tensors.row_weight == 0).nonzero().squeeze(-1), NOTHING))
     for rows, in_tensors in parts:
-        with Tiles(spec, tensors, budget, rows, in_tensors, directions) as tiles:
-            for tile in tiles:
-                gradient = tiles.wants_residuals
-                data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
-                kernel = tile.kernel(data)
-                loaded = tile.accumulate(kernel)
-                if gradient or tangents:
-                    kernel.prepare_residuals()
-                    for block, fresh in tile.blocks(loaded):
-                        residuals = kernel.residuals(block, fresh)
-                        if gradient:
-                            results.add(tile, block.classes, residuals, kernel.row_factor)
-                results.add_rows(tile, kernel, tangents=tangents)
+        for tile in Tiles(spec, tensors, budget, rows, in_tensors, directions):
+            gradient = tile.tiles.wants_residuals
+            data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
+            kernel = tile.kernel(data)
+            loaded = tile.accumulate(kernel)
+            if gradient or tangents:
+                kernel.prepare_residuals()
+                for block, fresh in tile.blocks(loaded):
+                    residuals = kernel.residuals(block, fresh)
+                    if gradient:
+                        results.add(tile, block.classes, residuals, kernel.row_factor)
+            results.add_rows(tile, kernel, tangents=tangents)
     return results.outcome()
 
 

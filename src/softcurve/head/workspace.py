@@ -58,14 +58,6 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return None
 
 
-def give_back(buffers: list[Tensor]) -> None:
-    """Keep what is no longer needed, the latest first, as far as ``KEPT_BYTES`` allow."""
-    _kept.extend(buffer for buffer in buffers if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
-    while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
-        with suppress(IndexError):
-            _kept.pop(0)
-
-
 @dataclass
 class Buffers:
     """The buffers of one pass, by name, the same for all of its tiles.
@@ -95,6 +87,9 @@ class Buffers:
         return self.buffers[name]
 
     def release(self) -> None:
-        """Return the buffers to those that are kept."""
-        give_back(self.taken)
+        """Keep the buffers for later passes, the latest first, as far as ``KEPT_BYTES`` allow."""
+        _kept.extend(buffer for buffer in self.taken if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
+        while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
+            with suppress(IndexError):
+                _kept.pop(0)
         self.taken, self.free, self.buffers = [], None, {}

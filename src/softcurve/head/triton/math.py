@@ -7,7 +7,7 @@ loss runs on them.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton
@@ -72,13 +72,11 @@ def jit(function: Any) -> Any:
 
 
 @jit
-@no_type_check
 def _probe():
     """Show by its type whether Triton's interpreter was on when Triton was imported."""
 
 
 @jit
-@no_type_check
 def difference_exp(z, offset):
     """Return ``e^{z − offset}`` for a finite ``offset``, less two roundings that matter where they are far apart.
 
@@ -94,7 +92,6 @@ def difference_exp(z, offset):
 
 
 @jit
-@no_type_check
 def exp_excess(t):
     """Return ``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
@@ -108,14 +105,12 @@ def exp_excess(t):
 
 
 @jit
-@no_type_check
 def clamp_half(t):
     """Return ``t`` clamped to [−½, ½]."""
     return tl.minimum(tl.maximum(t, -0.5), 0.5)
 
 
 @jit
-@no_type_check
 def log_mixture(t, weight, other):
     """Return ``log(other + weight e^t)`` for ``other = 1 − weight``, as in :mod:`softcurve.losses.divergences`."""
     small = clamp_half(t)
@@ -133,7 +128,6 @@ def log_mixture(t, weight, other):
 
 
 @jit
-@no_type_check
 def tanh(x):
     """Return ``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
     e = tl.exp(-2 * tl.abs(x))
@@ -147,7 +141,6 @@ def tanh(x):
 
 
 @jit
-@no_type_check
 def capped(z, softcap, temperature):
     """Return ``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
     if softcap is not None:
@@ -156,7 +149,6 @@ def capped(z, softcap, temperature):
 
 
 @jit
-@no_type_check
 def cap_slope(z, softcap, temperature):
     """Return ``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
     slope = tl.full(z.shape, 1.0, tl.float32)
@@ -167,7 +159,6 @@ def cap_slope(z, softcap, temperature):
 
 
 @jit
-@no_type_check
 def bend_ratio(z, softcap):
     """Return ``m″/m′ = −(2/κ) tanh(z/κ)``."""
     return -2 / softcap * tanh(z / softcap)
@@ -177,14 +168,12 @@ def bend_ratio(z, softcap):
 
 
 @jit
-@no_type_check
 def own_rows(ROWS: tl.constexpr):
     """Return the rows of a program as a column, in 64 bits: rows times classes pass 2³¹."""
     return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
 
 
 @jit
-@no_type_check
 def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
     """Return the rows and classes of a piece, and which of its entries exist."""
     row = own_rows(ROWS)
@@ -193,14 +182,12 @@ def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
 
 
 @jit
-@no_type_check
 def number(table, which, row, rows):
     """Return one number of each row from a table of ``rows`` numbers a line."""
     return tl.load(table + which * rows + row, mask=row < rows, other=0)
 
 
 @jit
-@no_type_check
 def store_sum(table, which, values, row, rows):
     """Store the sums of ``values`` over classes as a line of such a table."""
     tl.store(table + which * rows + row, tl.sum(values, axis=1)[:, None], mask=row < rows)

@@ -10,7 +10,7 @@ In a kernel ``None`` stands for what there is not, and ``classes`` are those of 
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -37,7 +37,6 @@ def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> Non
 
 
 @jit
-@no_type_check
 def _put(
     tile, tile_stride, places, values, width, rows, classes, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -63,7 +62,6 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 @jit
-@no_type_check
 def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     scale = tl.load(factor + own_rows(ROWS), mask=own_rows(ROWS) < rows, other=1.0)
     pieces = tl.where(tl.max((scale != 1).to(tl.int32)) > 0, classes, 0)
@@ -82,7 +80,6 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
 
 
 @jit
-@no_type_check
 def _exponentials(
     z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -130,7 +127,6 @@ def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
-@no_type_check
 def _statistics(
     z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -220,7 +216,6 @@ def statistics(
 
 
 @jit
-@no_type_check
 def _residual(
     z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, share, shift, alpha, beta, weight, softcap,
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -270,7 +265,6 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 
 
 @jit
-@no_type_check
 def _prepare(
     z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
