@@ -86,8 +86,7 @@ class RowData:
         return None if own is None else own[here], None if share is None else share[here]
 
 
-@dataclass
-class Statistics:
+class Statistics(NamedTuple):
     """The statistics of each row's softmax that ``return_stats`` returns."""
 
     lse: Tensor | None = None
@@ -105,7 +104,7 @@ class Kernel(ABC):
     sweeps: int = field(default=1, init=False)
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
     row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
-    statistics: Statistics = field(default_factory=Statistics, init=False)
+    statistics: Statistics = field(default=Statistics(), init=False)
     # The gradient with respect to a sparse target's distribution, and its change along a direction.
     target_gradient: Tensor | None = field(default=None, init=False)
     target_product: Tensor | None = field(default=None, init=False)
@@ -136,12 +135,11 @@ class Kernel(ABC):
         """Return the change of each row's loss, not weighted, along the direction, once the residuals are formed."""
         raise NotImplementedError(f"{type(self).__name__} serves no directions")
 
-    def groups(self, block: Block) -> Iterator[slice]:
-        """Yield groups of rows small enough to stay in the cache."""
-        count, classes = block.z.shape
-        step = max(1, self.data.cached // max(1, classes))
-        for start in range(0, count, step):
-            yield slice(start, start + step)
+
+def row_groups(tile: Tensor, cached: int) -> Iterator[slice]:
+    """Return groups of rows that are small enough to stay in the cache, ``cached`` entries each."""
+    step = max(1, cached // max(1, tile.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(tile), step))
 
 
 def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:

@@ -119,8 +119,7 @@ class _Results:
         if tangents or not self.directed:
             found = kernel.tangents(self.group) if tangents else kernel.losses()
             self.rows[tile.rows] = found.to(self.rows.dtype)
-        for name, column in vars(kernel.statistics).items():
-            whole = getattr(self.statistics, name)
+        for whole, column in zip(self.statistics, kernel.statistics, strict=True):
             if column is not None and whole is not None:
                 whole[tile.rows] = column.to(whole.dtype)
         if tile.tiles.wanted[3] and tile.tiles.spec.target == "sparse":

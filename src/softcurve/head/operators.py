@@ -49,7 +49,7 @@ def head_losses(*arguments: Any) -> list[Tensor]:
     with torch.autocast(tensors.input.device.type, enabled=False):  # what is lowered was lowered before
         outcome = loop.evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
-    return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
+    return [total, outcome.rows, *_present(outcome.rows, *outcome.statistics, *outcome.gradients)]
 
 
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:

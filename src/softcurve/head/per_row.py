@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head.curvature import curvature_tiles, residuals
 from softcurve.head.dense import DenseKernel
-from softcurve.head.kernel import class_factors
+from softcurve.head.kernel import class_factors, row_groups
 from softcurve.head.products import WIDENED_ENTRIES
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile
@@ -24,7 +24,7 @@ def gradient_norms(rows: RowLosses) -> Tensor:
         for block in residuals(tile, kernel):
             factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
             # In float64: the square of a small residual is below float32's range.
-            squares = [block.z[some].double().square_().sum(-1) for some in kernel.groups(block)]
+            squares = [block.z[some].double().square_().sum(-1) for some in row_groups(block.z, kernel.data.cached)]
             norms[tile.rows] += torch.cat(squares) * factor**2
     sum_over([norms], rows.loss.processes)
     return norms.sqrt().mul_(rows.loss.scale)

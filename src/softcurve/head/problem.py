@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
-from softcurve.head.autograd import HeadOutcome
+from softcurve.head.autograd import head_outcome
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
@@ -109,22 +109,25 @@ class HeadProblem:
         safe = torch.where(divisor == 0, 1.0, divisor)
         return torch.where(divisor == 0, 0.0, self.weight / (safe * reducer.nats))
 
-    def result(
-        self, outcome: HeadOutcome, reducer: Reduction, divisor: Tensor, return_stats: bool
+    def computed(
+        self, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """Return what the public call returns, from the ``outcome`` of the pass."""
-        head, layout = self.head, self.head.layout
-        layout.agreed(lambda: self._explain_nan(outcome.rows))
-        per_row = reducer.kind == "none"
+        """Compute what the public call returns, the loss and its statistics, in one pass over the tiles."""
+        head, layout, per_row = self.head, self.head.layout, reducer.kind == "none"
+        total, rows, statistics = head_outcome(
+            self.loss, self.tensors(self.row_weight(reducer, divisor)), require_budget(memory_budget), per_row=per_row,
+            weighs=self.has_sample_weight, stats=return_stats,
+        )  # fmt: skip
+        layout.agreed(lambda: self._explain_nan(rows))
         if per_row:
-            result = weighted(self.weight, outcome.rows).reshape(head.leading)
+            result = weighted(self.weight, rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
         else:
-            result = layout.summed(outcome.total) + torch.where(divisor == 0, math.nan, 0.0).to(self.weight.dtype)
+            result = layout.summed(total) + torch.where(divisor == 0, math.nan, 0.0).to(self.weight.dtype)
         result = layout.restored(result.to(head.dtype), per_row=per_row)
         if not return_stats:
             return result
-        lse, entropy, predicted, label = vars(outcome.statistics).values()
+        lse, entropy, predicted, label = statistics
         correct = (predicted == (label if self.label is None else self.label)) & self.counted
         columns = (lse, entropy / reducer.nats, predicted, correct)
         return result, LossStats(

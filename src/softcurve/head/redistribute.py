@@ -6,6 +6,7 @@ They are adjoint linear maps, each the derivative of the other, so derivatives o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -38,24 +39,9 @@ def placements_of(tensor: Any) -> Placements | None:
     return tuple(replicated if placement.is_partial() else placement for placement in tensor.placements)
 
 
-def to_local(tensor: Tensor, mesh: DeviceMesh, local: Placements, gradient: Placements) -> Tensor:
-    """Return the local part of a tensor redistributed by ``local``; ``gradient`` are the placements of its gradient."""
-    part: Tensor = _ToLocal.apply(tensor, mesh, local, gradient)  # type: ignore[no-untyped-call]
-    return part
-
-
-def from_local(
-    part: Tensor, mesh: DeviceMesh, local: Placements, outside: Placements | None, change: Placements, shape: torch.Size
-) -> Tensor:
-    """Return a tensor of all processes from their parts: a DTensor placed by ``outside``, or a plain tensor.
-
-    ``change`` are the placements of the part's gradient.
-    """
-    whole: Tensor = _FromLocal.apply(part, mesh, local, outside, change, shape)  # type: ignore[no-untyped-call]
-    return whole
-
-
 class _ToLocal(Function):
+    """The local part of a tensor redistributed by ``local``; ``gradient`` are the placements of its gradient."""
+
     @staticmethod
     def forward(tensor: Tensor, mesh: DeviceMesh, local: Placements, gradient: Placements) -> Tensor:
         whole: Any = tensor.detach()
@@ -75,6 +61,11 @@ class _ToLocal(Function):
 
 
 class _FromLocal(Function):
+    """A tensor of all processes from their parts: a DTensor placed by ``outside``, or a plain tensor.
+
+    ``change`` are the placements of the part's gradient.
+    """
+
     @staticmethod
     def forward(
         part: Tensor, mesh: DeviceMesh, local: Placements, outside: Placements | None, change: Placements,
@@ -94,3 +85,7 @@ class _FromLocal(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return to_local(gradient, ctx.mesh, ctx.change, ctx.local), None, None, None, None, None
+
+
+to_local: Callable[..., Tensor] = _ToLocal.apply
+from_local: Callable[..., Tensor] = _FromLocal.apply

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head.aten.dense_terms import DenseTile
-from softcurve.head.kernel import Residuals
+from softcurve.head.kernel import Residuals, row_groups
 from softcurve.losses.spec import LogitMap
 
 # Where each row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
@@ -53,10 +53,8 @@ class SparseTile(NamedTuple):
     cached: int  # entries that stay in the cache
 
     def row_groups(self) -> Iterator[slice]:
-        """Yield groups of rows that are small enough to stay in the cache."""
-        rows, classes = self.z.shape
-        step = max(1, self.cached // max(1, classes))
-        return (slice(start, start + step) for start in range(0, rows, step))
+        """Return groups of rows that are small enough to stay in the cache."""
+        return row_groups(self.z, self.cached)
 
     def listed_share(self) -> Tensor:
         """Return ``u`` of the listed classes, ``(rows, k)``, and 0 for those outside the block."""
