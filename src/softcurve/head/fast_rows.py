@@ -103,8 +103,6 @@ class FastRows(Kernel):
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         return Residuals(block.z, block.target_out)
 
-    # --- one group of rows -------------------------------------------------------------------------------------------
-
     def _buffer(self, number: int, like: Tensor) -> Tensor:
         return self.scratch(number)[: like.numel()].view(like.shape)
 

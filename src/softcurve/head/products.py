@@ -165,14 +165,6 @@ class LinearMap(NamedTuple):
     along: Direction
     reference: Tensor | None = None  # (rows, 1)
 
-    @staticmethod
-    def of(
-        input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, along: Direction
-    ) -> LinearMap:
-        """Return the map computed in ``dtype``."""
-        narrow = None if shared_half(input, weight) is None else input
-        return LinearMap(input.to(dtype), weight, bias, narrow, scale, along)
-
     def operands(self, classes: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what :func:`linear_into` multiplies for the logits of some classes: input, weight and bias."""
         factor = self.input if self.narrow is None else self.narrow
@@ -211,9 +203,6 @@ class LinearMap(NamedTuple):
         if not terms:
             out.zero_() if bias is None else out.copy_((bias.to(out.dtype) * self.scale).expand_as(out))
         return out
-
-
-# --- residuals back to the gradients of a map ------------------------------------------------------------------------
 
 
 class Term(NamedTuple):

@@ -14,7 +14,7 @@ from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.kernel import Block, Kernel, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
-from softcurve.head.products import Direction, LinearMap, linear_into
+from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
@@ -95,8 +95,10 @@ class Tile:
         assert weight is not None
         if along.input is not None:
             along = along._replace(input=along.input[self.rows])
-        of_rows = input[self.rows]
-        return LinearMap.of(of_rows, weight, bias, self.tiles.dtype, scale, along).with_reference(self.tiles.group)
+        rows = input[self.rows]
+        narrow = None if shared_half(rows, weight) is None else rows
+        map = LinearMap(rows.to(self.tiles.dtype), weight, bias, narrow, scale, along)
+        return map.with_reference(self.tiles.group)
 
     def __len__(self) -> int:
         return self.model.input.shape[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from softcurve.checks import values_visible
 from softcurve.head.aten import dense_terms as pairs
 from softcurve.head.aten.dense_terms import MODEL, TARGET, DenseSums, DenseTile
-from softcurve.head.aten.sparse import bend_ratio, slope_and_bend, through_cap
+from softcurve.head.aten.sparse import slope_and_bend, through_cap
 from softcurve.losses.rows import divergence_second_order
 from softcurve.losses.softmax import unless_masked
 
@@ -119,7 +119,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
                 tangents[rows] = _inner(gradient, v) + _inner(in_target, target_v)
             product = _product(part, terms, u, u_y)
             if slope is not None and v is not None:
-                product.mul_(slope).addcmul_(bend_ratio(part.loss.logit_map, part.z).mul_(v), gradient)
+                product.mul_(slope).addcmul_(part.loss.logit_map.bend_ratio(part.z).mul_(v), gradient)
             if in_target is not None and part.target_v_out is not None:
                 _write(part.target_v_out, _target_product(part, terms, in_target, u, u_y), weight)
             _write(part.v_out, product, weight)

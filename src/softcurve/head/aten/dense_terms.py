@@ -256,9 +256,6 @@ def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
     return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
 
 
-# --- derivatives -----------------------------------------------------------------------------------------------------
-
-
 def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:
     """Return ∂L/∂z for what the softmax sees."""
     gradient = pulled_back(tile, MODEL, terms.model)

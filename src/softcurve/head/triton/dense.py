@@ -228,11 +228,7 @@ def _residuals(
 
 
 def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
-    """Form ∂L/∂z, ∂L/∂target and their changes along a direction: the only function of this backend that does.
-
-    They are multiplied by the rows' weights and written into the tile's ``out``, ``v_out`` etc., which may be ``z`` and
-    ``v`` themselves. Returns the change of each row's loss, ``(rows, 1)``, if it is wanted.
-    """
+    """Form ∂L/∂z, ∂L/∂target and their changes along a direction: the only function of this backend that does."""
     pieces = -(-tile.z.shape[1] // math.shape(tile.z, ENTRIES)[1])
     tangents = tile.z.new_zeros(pieces, len(tile.z), 1) if wants_tangents else None
     terms.launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
@@ -282,9 +278,6 @@ def accumulate_column(tile: DenseTile) -> Tensor:
 
 
 def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
-    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
-
-    As in ATen, ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v``, by the kernel that sparse targets launch too.
-    """
+    """Multiply a column by a Hessian or Gauss-Newton matrix: the only function of this backend that does."""
     numbers = torch.cat([numbers, torch.ones_like(numbers[:1])]).float()
     terms.launch_tile(columns.multiply, tile, by_rows=False, entries=math.ENTRIES, numbers=numbers)

@@ -164,9 +164,6 @@ def bend_ratio(z, softcap):
     return -2 / softcap * tanh(z / softcap)
 
 
-# --- rows and classes of a program -----------------------------------------------------------------------------------
-
-
 @jit
 def own_rows(ROWS: tl.constexpr):
     """Return the rows of a program as a column, in 64 bits: rows times classes pass 2³¹."""

@@ -245,9 +245,8 @@ def _residual(
 def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``: the only function of this backend that does.
 
-    ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` at unlisted classes become ``m′ g`` in ``out`` and
-    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``exponentials`` are the ``out`` that :func:`statistics` has filled,
-    where β is missing.
+    They are written into ``out`` and ``v_out``, or in place. ``exponentials`` are the ``out`` that :func:`statistics`
+    has filled, where β is missing.
     """
     out, v_out = tile.z if tile.out is None else tile.out, tile.v if tile.v_out is None else tile.v_out
     if exponentials is not None:
@@ -315,11 +314,7 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 
 
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
-    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
-
-    As in ATen, ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``, by the kernel that dense targets launch too;
-    the kernel class adds to it at the classes that it keeps apart.
-    """
+    """Multiply a column by a Hessian or Gauss-Newton matrix: the only function of this backend that does."""
     nothing = torch.zeros_like(alpha)
     numbers = torch.stack([nothing, nothing, -alpha, beta, inverse]).float()
     _launch(columns.multiply, tile, by_rows=False, q=None, top=None, numbers=numbers)
