@@ -43,26 +43,23 @@ def add_products(
     seen all blocks of a row before any block is multiplied.
     """
     for tile, kernel in curvature_tiles(rows, matrix, columns=True):
-        cut, blocks = tile.tiles.plan.cuts_classes, prepared(tile, kernel)
-        whole = [] if cut else list(blocks)
-        for block in blocks:
-            for j, column in enumerate(columns):
-                change(tile, block, column)
-                kernel.accumulate_column(block, j)
-        for j, column in enumerate(columns):
-            for block in whole:
-                change(tile, block, column)
-                kernel.accumulate_column(block, j)
-            if tile.tiles.group is not None:
+        cut, numbered = tile.tiles.plan.cuts_classes, list(enumerate(columns))
+        blocks: Iterable[Block] = prepared(tile, kernel)
+        blocks = blocks if cut else list(blocks)
+        # A block holds one change at a time. Where it is all of a row, a column is multiplied before the next is read.
+        for batch in [numbered] if cut else [[pair] for pair in numbered]:
+            for block in blocks:
+                for j, column in batch:
+                    change(tile, block, column)
+                    kernel.accumulate_column(block, j)
+            for j, _ in batch:
                 kernel.reduce_column(j, tile.tiles.group)
-            for block in whole:
-                kernel.multiply_column(block, j)
-                add_column(tile, block, kernel.row_factor, column, into[j], scale)
-        for block in prepared(tile, kernel, again=True) if cut else ():
-            for j, column in enumerate(columns):
-                change(tile, block, column)
-                kernel.multiply_column(block, j)
-                add_column(tile, block, kernel.row_factor, column, into[j], scale)
+            for block in prepared(tile, kernel, again=True) if cut else blocks:
+                for j, column in batch:
+                    if cut:
+                        change(tile, block, column)
+                    kernel.multiply_column(block, j)
+                    add_column(tile, block, kernel.row_factor, column, into[j], scale)
 
 
 class Diagonal(NamedTuple):

@@ -62,8 +62,9 @@ class FastRows(Kernel):
 
     def accumulate(self, number: int, block: Block) -> None:
         """Form losses, ∂L/∂z and ∂L/∂target of all rows, and again those of the rows that are not sure."""
+        assert block.target is not None
         for rows in row_groups(block.z, self.data.cached):
-            z, target = block.z[rows], block.target_of(rows)
+            z, target = block.z[rows], block.target[rows].to(block.z.dtype)
             e = self._buffer(0, z)
             self.rest[rows] = rest = _exponentials(z, e)
             if self.loss.is_cross_entropy and not self.data.wants_target:

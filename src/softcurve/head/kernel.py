@@ -35,11 +35,6 @@ class Block:
     q: Tensor | None = None  # second order: buffers for what columns share besides z
     residual: Tensor | None = None
 
-    def target_of(self, rows: slice) -> Tensor:
-        """Return the target of some rows in the dtype of the logits."""
-        assert self.target is not None
-        return self.target[rows].to(self.z.dtype)
-
 
 class Residuals(NamedTuple):
     """The gradients with respect to the logits and the target, times the rows' weights, and their changes."""
@@ -182,7 +177,7 @@ class CurvatureKernel(Kernel, ABC):
     def accumulate_column(self, block: Block, number: int) -> None:
         """Add a block's terms to the sums of a column over each row."""
 
-    def reduce_column(self, number: int, group: ProcessGroup) -> None:
+    def reduce_column(self, number: int, group: ProcessGroup | None) -> None:
         """Sum what a column has gathered over the processes of a sharded head."""
         sums = [part.clone() for part in self.sums[number]]
         sum_over(sums, group)

@@ -55,6 +55,7 @@ class LocalHead:
     leading: torch.Size  # of the rows before they were flattened
     dtype: torch.dtype  # of the losses: float32 or wider
     full_bias: Tensor | None  # (C,), without gradient; None unless masked classes matter to the target
+    class_weight: Tensor | None  # (C,)
 
     def uniform(self) -> Tensor | None:
         """Return the uniform distribution over the unmasked classes, ``(C,)``; ``None`` if none is masked."""
@@ -63,13 +64,13 @@ class LocalHead:
         uniform = targets.uniform_over_unmasked(self.full_bias.to(self.dtype))
         return uniform if uniform.ndim else None
 
-    def share_of_smoothing(self, class_weight: Tensor | None) -> Tensor | None:
+    def share_of_smoothing(self) -> Tensor | None:
         """Return each class's factor in the ``ε / C`` of label smoothing, ``(C,)``: its weight, or 0 if masked."""
         uniform = self.uniform()
         if uniform is None:
-            return class_weight
+            return self.class_weight
         share = uniform * self.layout.classes
-        return share if class_weight is None else share * class_weight.to(share.dtype)
+        return share if self.class_weight is None else share * self.class_weight.to(share.dtype)
 
 
 @dataclass(frozen=True)
@@ -163,21 +164,21 @@ def head_problem(
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
             known, ignored = _require_distribution(target), 0
-        head = _local_head(layout, loss, input, linear_weight, linear_bias, known)
+        head = _local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
         row_weight = None
         if sample_weight is not None:
             row_weight = _local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
         if isinstance(known, Tensor):
             labels = _local_row_values(layout, "target", known, shift, ignored)
-            return _label_problem(head, loss, labels, class_weight, row_weight, ignored)
+            return _label_problem(head, loss, labels, row_weight, ignored)
         require_no_shift(shift)
         layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
         known.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
         if not isinstance(known, TopK):  # whose own rows are checked where they are made local
             # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
             known.require_values(layout.classes, None if sample_weight is None else sample_weight != 0)
-        return _distribution_problem(head, loss, known, class_weight, row_weight)
+        return _distribution_problem(head, loss, known, row_weight)
 
     return layout.agreed(make)
 
@@ -227,8 +228,9 @@ def require_budget(budget: object) -> int | None:
 
 
 def _local_head(
-    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target
-) -> LocalHead:
+    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target,
+    class_weight: Tensor | None,
+) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None
     if bias is not None and (loss.smoothing or (isinstance(target, Target) and target.merges_tail)):
@@ -241,7 +243,7 @@ def _local_head(
         lower = torch.get_autocast_dtype(device)
         input, weight = (t if t.dtype == torch.float64 else t.to(lower) for t in (input, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(lower)
-    return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias)
+    return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias, class_weight)
 
 
 def _local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
@@ -265,40 +267,36 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _label_problem(
-    head: LocalHead, loss: LossSpec, target: Tensor, class_weight: Tensor | None, sample_weight: Tensor | None,
-    ignore_index: int,
-) -> HeadProblem:  # fmt: skip
+    head: LocalHead, loss: LossSpec, target: Tensor, sample_weight: Tensor | None, ignore_index: int
+) -> HeadProblem:
     """Return the cross-entropy of class indices ``(n,)``."""
-    wide = None if class_weight is None else class_weight.to(head.dtype)
-    labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index)
-    row_weight, mean_weight = labels.row_weights(sample_weight, head.dtype)
+    wide = None if head.class_weight is None else head.class_weight.to(head.dtype)
+    labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index, head.dtype)
     masses = None
     if loss.smoothing or (loss.z_loss and wide is not None):
         # The masses on the class and on all others. The pass itself spreads the smoothing over all classes.
-        mass = torch.ones_like(row_weight) if labels.class_weight is None else labels.class_weight
+        mass = torch.ones_like(labels.weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
     return HeadProblem(
         head, dataclasses.replace(loss, target="sparse", **head.layout.shard),
-        weight=mean_weight if masses is None else row_weight, mean_weight=mean_weight, counted=labels.counted,
-        has_sample_weight=sample_weight is not None, target=(masses, None, None),
+        weight=labels.mean_weight if masses is None else labels.weight, mean_weight=labels.mean_weight,
+        counted=labels.counted, has_sample_weight=sample_weight is not None, target=(masses, None, None),
         indices=labels.classes.unsqueeze(-1), label=labels.classes,
-        class_weight=head.share_of_smoothing(class_weight) if loss.smoothing else None,
+        class_weight=head.share_of_smoothing() if loss.smoothing else None,
     )  # fmt: skip
 
 
-def _distribution_problem(
-    head: LocalHead, loss: LossSpec, target: Target, class_weight: Tensor | None, sample_weight: Tensor | None
-) -> HeadProblem:
+def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None) -> HeadProblem:
     """Return the loss of a distribution whose rows, classes and values are checked, but which is not localised."""
-    layout, indices, label = head.layout, None, None
+    layout, class_weight, indices, label = head.layout, head.class_weight, None, None
     form: TargetForm
     tensors: TargetTensors
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
         local = local.checked(sample_weight, layout.classes)
-        masses, loss = _list_outcomes(head, loss, local, class_weight)
+        masses, loss = _list_outcomes(head, loss, local)
         form, tensors, indices, label = "sparse", (masses, None, None), local.indices, local.most_probable
-        class_weight = head.share_of_smoothing(class_weight) if loss.smoothing else None
+        class_weight = head.share_of_smoothing() if loss.smoothing else None
     else:
         if isinstance(target, LinearTeacher):
             e, w, b = _flat(layout.local_rows(target.input)), target.linear_weight, target.linear_bias
@@ -309,7 +307,7 @@ def _distribution_problem(
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
             tensors = (_flat(layout.local_distributions(values)), None, None)
-        share = head.share_of_smoothing(class_weight) if loss.smoothing else class_weight
+        share = head.share_of_smoothing() if loss.smoothing else class_weight
         if share is not None and share is not class_weight:
             # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
             in_target = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
@@ -323,9 +321,7 @@ def _distribution_problem(
     )  # fmt: skip
 
 
-def _list_outcomes(
-    head: LocalHead, loss: LossSpec, target: TopK, class_weight: Tensor | None
-) -> tuple[Tensor, LossSpec]:
+def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tensor, LossSpec]:
     """Return a list over the listed classes and all others, ``(n, k + 1)``, and the loss without its smoothing.
 
     For a cross-entropy the outcomes are smoothed and weighted probabilities, for other divergences logits. Only a list
@@ -344,6 +340,6 @@ def _list_outcomes(
         each = y.new_full((head.layout.classes,), 1 / head.layout.classes) if uniform is None else uniform
         y = y + smoothing * target.uniform_over_outcomes(each)
         loss = dataclasses.replace(loss, smoothing=0.0)
-    if class_weight is not None:
-        y = torch.cat([y[:, :-1] * class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
+    if head.class_weight is not None:
+        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
     return y, loss

@@ -24,7 +24,7 @@ PAGE, MADV_HUGEPAGE = 4096, 14
 _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, so threads do not share one
 
 
-def reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
     if device.type == "cpu":
         for i in reversed(range(len(_kept))):
@@ -74,7 +74,7 @@ class Buffers:
 
     def reserve(self, size: int) -> None:
         """Reserve entries in one piece. On the CPU they occupy nothing until they are written."""
-        self.taken.append(reuse(size, self.dtype, self.device))
+        self.taken.append(_reuse(size, self.dtype, self.device))
         self.free = self.taken[-1]
 
     def take(self, name: str, size: int) -> Tensor:
