@@ -41,9 +41,6 @@ class LossStats(NamedTuple):
         return short_repr(self, self._asdict())
 
 
-TargetTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 @dataclass(frozen=True)
 class LocalHead:
     """The part of a head and of its rows that this process holds; rows are flattened."""
@@ -79,52 +76,46 @@ class HeadProblem:
 
     head: LocalHead
     loss: LossSpec
-    weight: Tensor  # (n,), of the rows
+    tensors: HeadTensors
     mean_weight: Tensor | None  # (n,), whose sum is the divisor of a mean; None: one each
     counted: Tensor  # (n,): which rows are not ignored
     has_sample_weight: bool
-    target: TargetTensors
-    indices: Tensor | None = None
     label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
-    class_weight: Tensor | None = None
     merges_tail: bool = False  # whether the outcomes are a list and one bucket
-
-    def tensors(self, row_weight: Tensor) -> HeadTensors:
-        """Return the tensors that a pass needs, for rows weighted by ``row_weight``."""
-        h = self.head
-        return HeadTensors(h.input, h.weight, h.bias, *self.target, self.indices, row_weight, self.class_weight)
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """Return what the sum over the rows of all processes is divided by, ``()``."""
-        layout = self.head.layout
+        layout, weight = self.head.layout, self.tensors.row_weight
         if reducer.kind != "mean":
-            return reducer.divisor(layout.leading, self.weight, None)
-        return layout.summed(reducer.divisor(self.head.leading, self.weight, self.mean_weight), divides_rows=True)
+            return reducer.divisor(layout.leading, weight, None)
+        return layout.summed(reducer.divisor(self.head.leading, weight, self.mean_weight), divides_rows=True)
 
-    def row_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
+    def _pass_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
+        weight = self.tensors.row_weight
         if reducer.kind == "none":
-            counted = self.counted.to(self.weight.dtype)
-            return counted if self.weight.requires_grad else torch.where(self.weight == 0, 0.0, counted)
+            counted = self.counted.to(weight.dtype)
+            return counted if weight.requires_grad else torch.where(weight == 0, 0.0, counted)
         # As in torch, a mean over no rows is NaN and has gradient 0.
         safe = torch.where(divisor == 0, 1.0, divisor)
-        return torch.where(divisor == 0, 0.0, self.weight / (safe * reducer.nats))
+        return torch.where(divisor == 0, 0.0, weight / (safe * reducer.nats))
 
     def computed(
         self, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
         """Compute what the public call returns, the loss and its statistics, in one pass over the tiles."""
         head, layout, per_row = self.head, self.head.layout, reducer.kind == "none"
+        tensors, weight = self.tensors._replace(row_weight=self._pass_weight(reducer, divisor)), self.tensors.row_weight
         total, rows, statistics = head_outcome(
-            self.loss, self.tensors(self.row_weight(reducer, divisor)), require_budget(memory_budget), per_row=per_row,
-            weighs=self.has_sample_weight, stats=return_stats,
+            self.loss, tensors, require_budget(memory_budget), per_row=per_row, weighs=self.has_sample_weight,
+            stats=return_stats,
         )  # fmt: skip
         layout.agreed(lambda: self._explain_nan(rows))
         if per_row:
-            result = weighted(self.weight, rows).reshape(head.leading)
+            result = weighted(weight, rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
         else:
-            result = layout.summed(total) + torch.where(divisor == 0, math.nan, 0.0).to(self.weight.dtype)
+            result = layout.summed(total) + torch.where(divisor == 0, math.nan, 0.0).to(weight.dtype)
         result = layout.restored(result.to(head.dtype), per_row=per_row)
         if not return_stats:
             return result
@@ -136,9 +127,11 @@ class HeadProblem:
         )
 
     def _explain_nan(self, rows: Tensor) -> None:
-        tensors = {"input": self.head.input, "linear_weight": self.head.weight, "linear_bias": self.head.bias}
-        if checks.values_visible(self.weight):
-            checks.explain_nan(rows, self.weight, tensors, [part for part in self.target if part is not None])
+        t = self.tensors
+        if checks.values_visible(t.row_weight):
+            of_head = {"input": t.input, "linear_weight": t.weight, "linear_bias": t.bias}
+            of_target = [part for part in (t.target, t.target_weight, t.target_bias) if part is not None]
+            checks.explain_nan(rows, t.row_weight, of_head, of_target)
 
 
 # --- from a public call to a problem ---------------------------------------------------------------------------------
@@ -277,47 +270,48 @@ def _label_problem(
         # The masses on the class and on all others. The pass itself spreads the smoothing over all classes.
         mass = torch.ones_like(labels.weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
-    return HeadProblem(
-        head, dataclasses.replace(loss, target="sparse", **head.layout.shard),
-        weight=labels.mean_weight if masses is None else labels.weight, mean_weight=labels.mean_weight,
-        counted=labels.counted, has_sample_weight=sample_weight is not None, target=(masses, None, None),
-        indices=labels.classes.unsqueeze(-1), label=labels.classes,
+    tensors = HeadTensors(
+        head.input, head.weight, head.bias, masses, None, None, labels.classes.unsqueeze(-1),
+        row_weight=labels.mean_weight if masses is None else labels.weight,
         class_weight=head.share_of_smoothing() if loss.smoothing else None,
+    )  # fmt: skip
+    return HeadProblem(
+        head, dataclasses.replace(loss, target="sparse", **head.layout.shard), tensors, labels.mean_weight,
+        labels.counted, sample_weight is not None, label=labels.classes,
     )  # fmt: skip
 
 
 def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None) -> HeadProblem:
     """Return the loss of a distribution whose rows, classes and values are checked, but which is not localised."""
-    layout, class_weight, indices, label = head.layout, head.class_weight, None, None
+    layout, class_weight, label = head.layout, head.class_weight, None
+    everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
+    row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
+    tensors = HeadTensors(head.input, head.weight, head.bias, None, None, None, None, row_weight, class_weight)
     form: TargetForm
-    tensors: TargetTensors
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
         local = local.checked(sample_weight, layout.classes)
         masses, loss = _list_outcomes(head, loss, local)
-        form, tensors, indices, label = "sparse", (masses, None, None), local.indices, local.most_probable
-        class_weight = head.share_of_smoothing() if loss.smoothing else None
+        form, label, class_weight = "sparse", local.most_probable, head.share_of_smoothing() if loss.smoothing else None
+        tensors = tensors._replace(target=masses, indices=local.indices)
     else:
         if isinstance(target, LinearTeacher):
             e, w, b = _flat(layout.local_rows(target.input)), target.linear_weight, target.linear_bias
             e = LinearTeacher(e, w, b).checked(sample_weight, layout.classes).input
-            form = "teacher"
-            tensors = (e, layout.local_classes(w), None if b is None else layout.local_classes(b))
+            form, w, b = "teacher", layout.local_classes(w), None if b is None else layout.local_classes(b)
+            tensors = tensors._replace(target=e, target_weight=w, target_bias=b)
         else:
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
-            tensors = (_flat(layout.local_distributions(values)), None, None)
+            tensors = tensors._replace(target=_flat(layout.local_distributions(values)))
         share = head.share_of_smoothing() if loss.smoothing else class_weight
         if share is not None and share is not class_weight:
             # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
             in_target = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
             class_weight = torch.stack([in_target, share])
-    everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     return HeadProblem(
-        head, dataclasses.replace(loss, target=form, **layout.shard),
-        weight=everywhere.to(head.dtype) if sample_weight is None else sample_weight, mean_weight=sample_weight,
-        counted=everywhere, has_sample_weight=sample_weight is not None, target=tensors, indices=indices, label=label,
-        class_weight=class_weight, merges_tail=target.merges_tail,
+        head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
+        sample_weight, everywhere, sample_weight is not None, label, target.merges_tail,
     )  # fmt: skip
 
 
