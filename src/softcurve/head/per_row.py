@@ -52,7 +52,7 @@ def row_masses(rows: RowLosses) -> Tensor:
     for tile, kernel in curvature_tiles(rows, HESSIAN, columns=False):
         assert isinstance(kernel, DenseKernel)
         tile.accumulate(kernel)
-        ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
+        ones[tile.rows] = -kernel.totals.score.squeeze(-1).to(ones.dtype)
     return ones
 
 
