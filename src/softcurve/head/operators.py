@@ -21,11 +21,7 @@ TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
     "Tensor? indices, Tensor row_weight, Tensor? class_weight"
 )
-DIRECTIONS = (
-    "Tensor? input_v, Tensor? weight_v, Tensor? bias_v, Tensor? target_v, Tensor? target_weight_v, "
-    "Tensor? target_bias_v"
-)
-
+DIRECTIONS = ", ".join(f"Tensor? {name}_v" for name in HeadTensors._fields[:6])
 
 LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
 # ``per_row``, ``weight_moves``: whether derivatives of the rows will be wanted, and in the rows' weights.
