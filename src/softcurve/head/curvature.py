@@ -137,7 +137,7 @@ def add_outer_products(
         e = tile.model.input
         back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
         block = None
-        for block in residuals(tile, kernel):
+        for block, _ in tile.residuals(kernel):
             factor = residual_factor(tile, kernel)
             back += factor * to_features(block.z, tile.model.weight[block.classes], tile.tiles.dtype)
             for j, column in enumerate(columns):
@@ -154,7 +154,7 @@ def add_outer_products(
         for j, out in enumerate(into):
             if out.input is not None:
                 out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-        again: Iterable[Block] = residuals(tile, kernel, again=True)
+        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, again=True))
         for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
             for j, out in enumerate(into):
                 along = residual_factor(tile, kernel) * inner[:, j : j + 1]
@@ -188,16 +188,6 @@ def probabilities(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -
     """Yield the blocks with the model's probabilities in place of logits."""
     for block in prepared(tile, kernel, again=again):
         kernel.to_probabilities(block)
-        yield block
-
-
-def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[Block]:
-    """Yield the blocks with residuals in place of logits, to be multiplied by :func:`residual_factor`."""
-    loaded = None if again else tile.accumulate(kernel)
-    if not again:
-        kernel.prepare_residuals()
-    for block, fresh in tile.blocks(loaded):
-        kernel.residuals(block, fresh)
         yield block
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.curvature import curvature_tiles, residuals
+from softcurve.head.curvature import curvature_tiles
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import class_factors, row_groups
 from softcurve.head.products import WIDENED_ENTRIES
@@ -21,7 +21,7 @@ def gradient_norms(rows: RowLosses) -> Tensor:
     t = rows.tensors
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
     for tile, kernel in curvature_tiles(rows, "", columns=False):
-        for block in residuals(tile, kernel):
+        for block, _ in tile.residuals(kernel):
             factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
             # In float64: the square of a small residual is below float32's range.
             squares = [block.z[some].double().square_().sum(-1) for some in row_groups(block.z, kernel.data.cached)]

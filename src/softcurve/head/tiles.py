@@ -12,7 +12,7 @@ from torch import Tensor
 from softcurve.head import backends, workspace
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.kernel import Block, Kernel, RowData
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
@@ -143,6 +143,15 @@ class Tile:
                 kernel.reduce_over(number, self.tiles.group)
             kernel.finish(number)
         return block
+
+    def residuals(self, kernel: Kernel, *, again: bool = False) -> Iterator[tuple[Block, Residuals]]:
+        """Yield the blocks with residuals, of which the model's replace logits; ``again`` if their sums are known."""
+        loaded = None
+        if not again:
+            loaded = self.accumulate(kernel)
+            kernel.prepare_residuals()
+        for block, fresh in self.blocks(loaded):
+            yield block, kernel.residuals(block, fresh)
 
     def class_blocks(self) -> Iterator[slice]:
         """Yield the classes of each block."""
