@@ -282,7 +282,7 @@ def test_half_precision_is_no_worse_than_dense(
     ):
         found.append([value, *torch.autograd.grad(value, posed_as.arguments, materialize_grads=True)])
     assert set(half_products) == {dtype}
-    # Forward, and back to features and weight: bfloat16 all three, float16 the first (see narrow_residuals).
+    # Forward, and back to features and weight: bfloat16 all three, float16 the first (see residual_dtype).
     sides = 2 if "Teacher" in name else 1
     assert len(half_products) >= sides * (3 if dtype == torch.bfloat16 else 1)
     for what, got, plain, right in zip(("value", *given.names), *found, strict=True):

@@ -153,7 +153,9 @@ def rows_of(given: Problem, tiling: str, run: Pass, monkeypatch: pytest.MonkeyPa
     if tiling != "rows":
         return whole(given, memory_budget=least)
     plan, plan_with = plan_of(run, whole(given), monkeypatch)
-    low, high = least, 2 * plan.bytes
+    low = high = least
+    while 2 * plan_with(high).rows < plan.rows:
+        low, high = high, 2 * high
     while high - low > 64:
         middle = (low + high) // 2
         few = 2 * plan_with(middle).rows >= plan.rows

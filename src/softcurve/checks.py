@@ -217,9 +217,9 @@ def outside_classes(indices: Tensor, classes: int) -> Tensor:
     return (indices < 0) | (indices >= classes)
 
 
-def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
-    """Require finite entries ≥ 0 in the rows ``(..., C)`` that are ``counted``, by default all."""
-    if not _rows_visible(rows, counted):
+def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None, *, of_any_sum: bool = False) -> None:
+    """Require finite entries ≥ 0 that sum to 1 in the rows ``(..., C)`` that are ``counted``, by default all."""
+    if rows.numel() == 0 or not values_visible(rows, *(() if counted is None else (counted,))):
         return
     if counted is None:
         least, most = (each.item() for each in rows.detach().aminmax())
@@ -237,13 +237,8 @@ def require_nonnegative(name: str, rows: Tensor, counted: Tensor | None = None) 
         )
     if most == math.inf:
         raise ValueError(f"{name} must hold finite probabilities, got inf; divide each row by its sum, or mask it")
-
-
-def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None) -> None:
-    """Require entries ≥ 0 that sum to 1 in the rows ``(..., C)`` that are ``counted``, by default all."""
-    if not _rows_visible(rows, counted):
+    if of_any_sum:
         return
-    require_nonnegative(name, rows, counted)
     sums = row_sums(rows) if counted is None else torch.where(counted, row_sums(rows), 1.0)
     distance = (sums - 1).abs()
     if not distance.max() <= sum_tolerance(rows.dtype):
@@ -268,11 +263,6 @@ def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool
 
     # For most logits the first rows decide, without a pass over all of them.
     return rows.numel() > 0 and are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
-
-
-def _rows_visible(rows: Tensor, counted: Tensor | None) -> bool:
-    """Return whether there are rows, and both their values and ``counted`` can be read."""
-    return rows.numel() > 0 and values_visible(rows) and (counted is None or values_visible(counted))
 
 
 def row_sums(rows: Tensor) -> Tensor:

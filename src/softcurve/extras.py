@@ -7,17 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 # The extra in pyproject.toml that installs a module; "app" includes "fit".
-EXTRA_OF = {
-    "scipy": "fit",
-    "sklearn": "fit",
-    "safetensors": "fit",
-    "pyarrow": "fit",
-    "typer": "app",
-    "rich": "app",
-    "matplotlib": "app",
-    "jinja2": "app",
-    "latex2mathml": "app",
-}
+EXTRA_OF = dict.fromkeys(("scipy", "sklearn", "safetensors", "pyarrow"), "fit")
+EXTRA_OF |= dict.fromkeys(("typer", "rich", "matplotlib", "jinja2", "latex2mathml"), "app")
 DISTRIBUTION_OF = {"sklearn": "scikit-learn"}
 
 

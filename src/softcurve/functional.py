@@ -93,8 +93,8 @@ def cross_entropy(
         rows = _against_distribution(row_loss, logits, target.checked(sample_weight, classes), weight, loss.smoothing)
     else:
         checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
-        labels = Labels.of(target, sample_weight, weight, classes, ignore_index)
-        sample_weight, mean_weight = labels.row_weights(sample_weight, checks.wide_dtype(dtype))
+        labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
+        sample_weight, mean_weight = labels.weight, labels.mean_weight
         if loss.smoothing or (loss.z_loss and weight is not None):
             rows = row_losses(row_loss, logits, _densified(loss.smoothing, logits, labels, weight))
         else:

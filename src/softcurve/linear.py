@@ -14,8 +14,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.head.autograd import head_outcome
-from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_budget, require_shift
+from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
@@ -122,18 +121,7 @@ def linear_cross_entropy(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
         ignore_index=ignore_index, shift=shift,
     )  # fmt: skip
-    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
-
-
-def _computed(
-    problem: HeadProblem, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Compute the loss of a problem, and its statistics if they are wanted, in one pass over the tiles."""
-    outcome = head_outcome(
-        problem.loss, problem.tensors(problem.row_weight(reducer, divisor)), require_budget(memory_budget),
-        per_row=reducer.kind == "none", weighs=problem.has_sample_weight, stats=return_stats,
-    )  # fmt: skip
-    return problem.result(outcome, reducer, divisor, return_stats)
+    return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
 # fmt: off
@@ -278,7 +266,7 @@ def linear_divergence(
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
-    return _computed(problem, reducer, problem.divisor(reducer), memory_budget, return_stats)
+    return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------
@@ -310,7 +298,7 @@ def _by_position(
     """Compute the loss of the problems of all positions, whose mean has one divisor."""
     divisors = [problem.divisor(reducer) for problem in problems]
     divisor = torch.stack(divisors).sum() if reducer.kind == "mean" else divisors[0]
-    parts: list[Any] = [_computed(problem, reducer, divisor, memory_budget, return_stats) for problem in problems]
+    parts: list[Any] = [problem.computed(reducer, divisor, memory_budget, return_stats) for problem in problems]
     losses = torch.stack([part[0] if return_stats else part for part in parts], -1)
     result = losses.reshape(rows) if reducer.kind == "none" else losses.sum()
     if not return_stats:

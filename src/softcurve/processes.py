@@ -15,17 +15,22 @@ def named_group(name: str) -> ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
-def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Replace tensors of one dtype by their sums over the processes, which are bitwise equal in all of them."""
+def sum_over(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
+    """Replace tensors of one dtype by their sums over the processes, which are bitwise equal in all of them.
+
+    A single process (``None``) changes nothing.
+    """
     _reduce(tensors, group, dist.ReduceOp.SUM)
 
 
-def max_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+def max_over(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
     """Replace tensors of one dtype by their elementwise maxima over the processes."""
     _reduce(tensors, group, dist.ReduceOp.MAX)
 
 
-def _reduce(tensors: Sequence[Tensor], group: ProcessGroup, operation: dist.ReduceOp.RedOpType) -> None:
+def _reduce(tensors: Sequence[Tensor], group: ProcessGroup | None, operation: dist.ReduceOp.RedOpType) -> None:
+    if group is None:
+        return
     if len(tensors) == 1 and tensors[0].is_contiguous():
         dist.all_reduce(tensors[0], operation, group=group)
         return

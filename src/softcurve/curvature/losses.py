@@ -146,6 +146,6 @@ class HeadLosses(ShortRepr):
 
     def rows(self, problem: HeadProblem) -> RowLosses:
         """The rows of a batch for the passes over tiles, weighted as in the sum over all rows, in units of ``base``."""
-        tensors = problem.tensors(problem.weight / self.reducer.nats)
+        tensors = problem.tensors._replace(row_weight=problem.tensors.row_weight / self.reducer.nats)
         tensors = tensors._replace(**{n: each.detach() for n, each in tensors._asdict().items() if each is not None})
         return RowLosses(problem.loss, tensors, problem.merges_tail, self.memory_budget)

@@ -12,8 +12,7 @@ of ``_Gradients`` are the streaming Hessian product, ``_Products``; the change o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from torch.autograd import Function, forward_ad
 
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
-from softcurve.head.kernel import Statistics
 from softcurve.head.loop import rounded
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents
@@ -30,20 +28,13 @@ from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
 
 
-class HeadOutcome(NamedTuple):
-    """The weighted sum of the rows' losses, the losses, and statistics if they were asked for."""
-
-    total: Tensor
-    rows: Tensor
-    statistics: Statistics
-
-
 def head_outcome(
     loss: LossSpec, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
-) -> HeadOutcome:
-    """Return the losses of a head, differentiable: their rows if ``per_row``, otherwise their weighted sum.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the weighted sum of the rows' losses, the losses themselves, and the four statistics if ``stats``.
 
-    ``weighs`` says whether somebody's tensor is behind the rows' weights, which may then be differentiated in.
+    The losses are differentiable if ``per_row``, otherwise their sum. ``weighs`` says whether somebody's tensor is
+    behind the rows' weights, which may then be differentiated in.
     """
     wanted = NOTHING
     if torch.is_grad_enabled() and not per_row:
@@ -58,20 +49,18 @@ def head_outcome(
     if compiling:
         function = torch.ops.softcurve.head_losses
     outputs = function(*tensors, loss.encode(), memory_budget, stats, all_rows, per_row, weight_moves, list(wanted))
-    total, rows, lse, entropy, predicted, label = outputs[:6]
-    return HeadOutcome(total, rows, Statistics(lse, entropy, predicted, label) if stats else Statistics())
-
-
-def _one_by_one(
-    function: type[Function], info: Any, in_dims: tuple[Any, ...], *inputs: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    stacked = operators.one_by_one(function.apply, info.batch_size, in_dims, inputs)
-    return tuple(stacked), (0,) * len(stacked)
+    total, rows, *statistics = outputs[:6]
+    return total, rows, statistics
 
 
 def _looped(function: type[Function]) -> type[Function]:
     """Give a function the ``vmap`` rule that loops over the problems."""
-    function.vmap = staticmethod(partial(_one_by_one, function))  # type: ignore[method-assign]
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        stacked = operators.one_by_one(function.apply, info.batch_size, in_dims, inputs)
+        return tuple(stacked), (0,) * len(stacked)
+
+    function.vmap = staticmethod(vmap)  # type: ignore[method-assign]
     return function
 
 

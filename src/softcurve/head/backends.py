@@ -40,11 +40,12 @@ def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
 def residual_dtype(
     loss: LossSpec, input: Tensor | None, weight: Tensor | None, dtype: torch.dtype
 ) -> torch.dtype | None:
-    """Return the half precision of the residuals for products with these; ``None`` if they replace the logits."""
-    if input is None or weight is None:
-        return None
-    half = products.narrow_residuals(products.shared_half(input, weight))
-    return half if half is not None and serves(loss, weight.device, dtype) else None
+    """Return the half precision of the residuals for products with these; ``None`` if they replace the logits.
+
+    float16 lacks float32's range: a class's probability over the number of rows is below it. Those products widen.
+    """
+    half = products.shared_half(input, weight)
+    return half if half == torch.bfloat16 and weight is not None and serves(loss, weight.device, dtype) else None
 
 
 def kernels(name: str, backend: str = "triton") -> Any:

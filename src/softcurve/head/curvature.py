@@ -15,15 +15,23 @@ from torch import Tensor
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, CurvatureKernel, Kernel
 from softcurve.head.products import Direction, MapSums, Term, back_to_weight, to_features
+from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.rows import FISHER, HESSIAN
+from softcurve.processes import sum_over
 
 
-def curvature_tiles(rows: RowLosses, matrix: str, *, columns: bool) -> Tiles:
-    """Return the tiles of the rows of weight other than 0; with ``columns`` there are buffers for a column's change."""
-    kept = kept_rows(rows.tensors.row_weight)
-    return Tiles(rows.loss, rows.tensors, rows.memory_budget, kept, matrix=matrix, columns=columns)
+def curvature_tiles(rows: RowLosses, matrix: str, *, columns: bool) -> Iterator[tuple[Tile, CurvatureKernel]]:
+    """Yield the tiles of the rows of weight other than 0; with ``columns`` they have buffers for a column's change.
+
+    Their kernels see rows of weight 1: the passes weigh what comes back.
+    """
+    loss, t = rows.loss, rows.tensors
+    kind: type[CurvatureKernel] = SparseKernel if loss.target == "sparse" else DenseKernel
+    for tile in Tiles(loss, t, rows.memory_budget, kept_rows(t.row_weight), matrix=matrix, columns=columns):
+        data = tile.row_data(weight=tile.model.input.new_ones(len(tile)), wants_gradient=True)
+        yield tile, kind(loss, data, matrix=matrix, merges_tail=rows.merges_tail)
 
 
 def add_products(
@@ -34,27 +42,22 @@ def add_products(
     For the Hessian the second derivative of ``z = W e + b`` is included. Where classes are cut, every column must have
     seen all blocks of a row before any block is multiplied.
     """
-    with curvature_tiles(rows, matrix, columns=True) as tiles:
-        for tile in tiles:
-            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
-            cut, blocks = tiles.plan.cuts_classes, prepared(tile, kernel)
-            whole = [] if cut else list(blocks)
+    for tile, kernel in curvature_tiles(rows, matrix, columns=True):
+        cut, numbered = tile.tiles.plan.cuts_classes, list(enumerate(columns))
+        blocks: Iterable[Block] = prepared(tile, kernel)
+        blocks = blocks if cut else list(blocks)
+        # A block holds one change at a time. Where it is all of a row, a column is multiplied before the next is read.
+        for batch in [numbered] if cut else [[pair] for pair in numbered]:
             for block in blocks:
-                for j, column in enumerate(columns):
+                for j, column in batch:
                     change(tile, block, column)
                     kernel.accumulate_column(block, j)
-            for j, column in enumerate(columns):
-                for block in whole:
-                    change(tile, block, column)
-                    kernel.accumulate_column(block, j)
-                if tiles.group is not None:
-                    kernel.reduce_column(j, tiles.group)
-                for block in whole:
-                    kernel.multiply_column(block, j)
-                    add_column(tile, block, kernel.row_factor, column, into[j], scale)
-            for block in prepared(tile, kernel, again=True) if cut else ():
-                for j, column in enumerate(columns):
-                    change(tile, block, column)
+            for j, _ in batch:
+                kernel.reduce_column(j, tile.tiles.group)
+            for block in prepared(tile, kernel, again=True) if cut else blocks:
+                for j, column in batch:
+                    if cut:
+                        change(tile, block, column)
                     kernel.multiply_column(block, j)
                     add_column(tile, block, kernel.row_factor, column, into[j], scale)
 
@@ -73,25 +76,23 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
     traces = torch.zeros(len(t.input), dtype=t.dtype, device=t.input.device)
     in_weight = torch.zeros(t.weight.shape, dtype=t.dtype, device=t.input.device) if wants_diagonal else None
     in_bias = traces.new_zeros(len(t.weight)) if wants_diagonal else None
-    with curvature_tiles(rows, matrix, columns=True) as tiles:
-        for tile in tiles:
-            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
-            factor = row_weight(tile) * rows.loss.scale**2
-            blocks = prepared(tile, kernel)
-            if tiles.plan.cuts_classes and rows.loss.target == "sparse":
-                for _ in blocks:  # what lies beside the largest class of a confident row is known after the last
-                    pass
-                blocks = prepared(tile, kernel, again=True)
-            for block in blocks:
-                assert block.v is not None
-                kernel.diagonal(block)
-                here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(t.dtype)
-                traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
-                if in_weight is not None and in_bias is not None:
-                    squares = tile.model.input.square() * here
-                    back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
-                    in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
-        tiles.sum_over_classes(traces)
+    for tile, kernel in curvature_tiles(rows, matrix, columns=True):
+        factor = row_weight(tile) * rows.loss.scale**2
+        blocks = prepared(tile, kernel)
+        if tile.tiles.plan.cuts_classes and rows.loss.target == "sparse":
+            for _ in blocks:  # what lies beside the largest class of a confident row is known after the last
+                pass
+            blocks = prepared(tile, kernel, again=True)
+        for block in blocks:
+            assert block.v is not None
+            kernel.diagonal(block)
+            here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(t.dtype)
+            traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
+            if in_weight is not None and in_bias is not None:
+                squares = tile.model.input.square() * here
+                back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
+                in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
+    sum_over([traces], rows.loss.processes)
     return Diagonal(in_weight, in_bias, traces)
 
 
@@ -109,22 +110,20 @@ def add_class_products(
 
     For rows of :func:`class_coefficients`; the curvature's ``Σ_i w_i B_i`` is ``diag(diagonal)`` minus the latter.
     """
-    with curvature_tiles(rows, matrix, columns=False) as tiles:
-        for tile in tiles:
-            kernel = tile.curvature_kernel(matrix, merges_tail=rows.merges_tail)
-            along = None if vectors is None else tile.model.input.new_zeros(len(tile), vectors.shape[1])
-            block = None
-            for block in probabilities(tile, kernel):
-                a, b = (row_weight(tile) * rows.loss.scale**2 * c.to(tiles.dtype) for c in kernel.coefficients())
-                diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
-                if vectors is not None and along is not None:
-                    along += block.z @ vectors[block.classes]
-            if along is None or into is None:
-                continue
-            tiles.sum_over_classes(along)
-            again: Iterable[Block] = probabilities(tile, kernel, again=True)
-            for each in again if block is None or tiles.plan.cuts_classes else [block]:
-                into[each.classes] += each.z.T @ (b * along)
+    for tile, kernel in curvature_tiles(rows, matrix, columns=False):
+        along = None if vectors is None else tile.model.input.new_zeros(len(tile), vectors.shape[1])
+        block = None
+        for block in probabilities(tile, kernel):
+            a, b = (row_weight(tile) * rows.loss.scale**2 * c.to(tile.tiles.dtype) for c in kernel.coefficients())
+            diagonal[block.classes] += (block.z.T @ a).squeeze(-1)
+            if vectors is not None and along is not None:
+                along += block.z @ vectors[block.classes]
+        if along is None or into is None:
+            continue
+        sum_over([along], tile.tiles.group)
+        again: Iterable[Block] = probabilities(tile, kernel, again=True)
+        for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
+            into[each.classes] += each.z.T @ (b * along)
 
 
 def add_outer_products(
@@ -134,33 +133,32 @@ def add_outer_products(
 
     The features' part of ``g_i`` belongs to row ``i`` alone. Rows of weight 0 have no part.
     """
-    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
-        for tile in tiles:
-            kernel, e = tile.curvature_kernel(), tile.model.input
-            back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
-            block = None
-            for block in residuals(tile, kernel):
-                factor = residual_factor(tile, kernel)
-                back += factor * to_features(block.z, tile.model.weight[block.classes], tiles.dtype)
-                for j, column in enumerate(columns):
-                    if column.weight is not None:
-                        part = to_features(block.z, column.weight[block.classes], tiles.dtype)
-                        inner[:, j] += factor.squeeze(-1) * (part * e).sum(-1)
-                    if column.bias is not None:
-                        inner[:, j] += factor.squeeze(-1) * (block.z @ column.bias[block.classes].to(tiles.dtype))
+    for tile, kernel in curvature_tiles(rows, "", columns=False):
+        e = tile.model.input
+        back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
+        block = None
+        for block, _ in tile.residuals(kernel):
+            factor = residual_factor(tile, kernel)
+            back += factor * to_features(block.z, tile.model.weight[block.classes], tile.tiles.dtype)
             for j, column in enumerate(columns):
-                if column.input is not None:
-                    inner[:, j] += (back * column.input[tile.rows].to(tiles.dtype)).sum(-1)
-            tiles.sum_over_classes(inner)
-            inner *= scale * row_factor[tile.rows].to(tiles.dtype).unsqueeze(-1)
+                if column.weight is not None:
+                    part = to_features(block.z, column.weight[block.classes], tile.tiles.dtype)
+                    inner[:, j] += factor.squeeze(-1) * (part * e).sum(-1)
+                if column.bias is not None:
+                    inner[:, j] += factor.squeeze(-1) * (block.z @ column.bias[block.classes].to(tile.tiles.dtype))
+        for j, column in enumerate(columns):
+            if column.input is not None:
+                inner[:, j] += (back * column.input[tile.rows].to(tile.tiles.dtype)).sum(-1)
+        sum_over([inner], tile.tiles.group)
+        inner *= scale * row_factor[tile.rows].to(tile.tiles.dtype).unsqueeze(-1)
+        for j, out in enumerate(into):
+            if out.input is not None:
+                out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
+        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, again=True))
+        for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
             for j, out in enumerate(into):
-                if out.input is not None:
-                    out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-            again: Iterable[Block] = residuals(tile, kernel, again=True)
-            for each in again if block is None or tiles.plan.cuts_classes else [block]:
-                for j, out in enumerate(into):
-                    along = residual_factor(tile, kernel) * inner[:, j : j + 1]
-                    MapSums(out._replace(input=None)).add(tile.rows, each.classes, [Term(each.z, None, e, along)])
+                along = residual_factor(tile, kernel) * inner[:, j : j + 1]
+                MapSums(out._replace(input=None)).add(tile.rows, each.classes, [Term(each.z, None, e, along)])
 
 
 # --- blocks and columns ----------------------------------------------------------------------------------------------
@@ -190,16 +188,6 @@ def probabilities(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -
     """Yield the blocks with the model's probabilities in place of logits."""
     for block in prepared(tile, kernel, again=again):
         kernel.to_probabilities(block)
-        yield block
-
-
-def residuals(tile: Tile, kernel: Kernel, *, again: bool = False) -> Iterator[Block]:
-    """Yield the blocks with residuals in place of logits, to be multiplied by :func:`residual_factor`."""
-    loaded = None if again else tile.accumulate(kernel)
-    if not again:
-        kernel.prepare_residuals()
-    for block, fresh in tile.blocks(loaded):
-        kernel.residuals(block, fresh)
         yield block
 
 

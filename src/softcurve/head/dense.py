@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.dense_terms import DenseTile
+from softcurve.head.aten.dense_terms import DenseSums, DenseTile
 from softcurve.head.kernel import Block, CurvatureKernel, Residuals, Statistics, first_of_largest
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.rows import FISHER, HESSIAN
@@ -28,7 +28,7 @@ from softcurve.processes import max_over, sum_over
 
 
 class SideStatistics:
-    """The statistics of one softmax and of the loss seen from its logits, float64, ``(rows, 1)`` each.
+    """The statistics of one softmax, float64, ``(rows, 1)`` each.
 
     The class of the largest logit is kept apart, so that nothing cancels where it has more than half of the mass.
     """
@@ -38,9 +38,7 @@ class SideStatistics:
         self.offset = torch.full_like(zeros, -math.inf)  # the largest logit
         self.rest = zeros  # Σ e^{z − offset} over all other classes
         self.top = torch.full_like(zeros, -1, dtype=torch.int64)  # its class; known if rest < 1
-        self.score, self.score_rest = zeros, zeros  # S, and the sum of all scores but the top's
-        self.mean_rest, self.top_v = zeros, zeros  # Σ p v over all other classes, and the top's v
-        self.change = zeros  # Σ c ⊙ u + x ⊙ u_y
+        self.change = zeros.clone()  # Σ c ⊙ u + x ⊙ u_y of the loss seen from its logits
 
     def absorb(self, offset: Tensor, rest: Tensor, top: Tensor) -> None:
         """Merge the softmax of further classes."""
@@ -51,11 +49,6 @@ class SideStatistics:
         self.rest = rest * now + self.rest * before + torch.where(higher, before, now)  # the lower top joins the rest
         self.offset = new
         self.top = torch.where(higher, top, self.top)
-
-    def add(self, score: Tensor, score_rest: Tensor, mean_rest: Tensor, top_v: Tensor) -> None:
-        """Add the sums over further classes."""
-        self.score, self.score_rest = self.score + score, self.score_rest + score_rest
-        self.mean_rest, self.top_v = self.mean_rest + mean_rest, self.top_v + top_v
 
     @staticmethod
     def merge(sides: Sequence[SideStatistics], group: ProcessGroup) -> None:
@@ -88,13 +81,12 @@ class SideStatistics:
         """Return ``p·v`` and the top's ``v − p·v``, from ``Σ p v`` over all other classes and the top's ``v``."""
         return mean_rest + top_v / (1 + self.rest), top_v * self.complement - mean_rest
 
-    def numbers(self) -> list[Tensor]:
+    def numbers(self, score: Tensor, score_rest: Tensor, mean_rest: Tensor, top_v: Tensor) -> list[Tensor]:
         """Return the numbers that tile functions use, in the order of the constants of :mod:`.aten.dense_terms`."""
         offset = torch.where(self.offset == -math.inf, 0.0, self.offset)
-        top_residual = self.score * self.complement - self.score_rest
-        mean, top_u = self.mean_and_top(self.mean_rest, self.top_v)
         softmax = [offset, torch.log1p(self.rest), 1 / (1 + self.rest)]
-        return [*softmax, self.score, top_residual, mean, top_u, self.change]
+        mean_and_top = self.mean_and_top(mean_rest, top_v)
+        return [*softmax, score, score * self.complement - score_rest, *mean_and_top, self.change]
 
 
 @dataclass
@@ -108,10 +100,9 @@ class DenseKernel(CurvatureKernel):
         self.model, self.target = SideStatistics(weight), SideStatistics(weight)
         by_logits = self.loss.target != "probabilities" or not self.loss.is_cross_entropy
         self.sides = [self.model, self.target] if by_logits else [self.model]
-        zeros = self.model.rest
-        self.values, self.curve, self.tangent = zeros, zeros, zeros
-        self.surplus = zeros  # Σ (p − y), which rounding leaves
-        self.entropy, self.best = zeros, self.model.offset
+        zeros = self.model.rest.new_zeros(len(DenseSums._fields), len(weight), 1)
+        self.totals = DenseSums(*zeros)._replace(best=self.model.offset)
+        self.tangent = self.model.rest
         self.label = self.predicted = self.model.top
         self.numbers: Tensor | None = None  # what tile functions take from the statistics; see DenseTile
         self.top: Tensor | None = None
@@ -135,14 +126,11 @@ class DenseKernel(CurvatureKernel):
         wants_stats = self.data.wants_stats
         wants_loss = not self.matrix and not self.data.has_direction
         sums, label = self.tiles.sums(tile, wants_loss=wants_loss, wants_stats=wants_stats, wants_curve=self.has_q)
-        self.model.add(sums.score, sums.score_rest, sums.mean_v, sums.top_v)
-        self.target.add(sums.target_score, sums.target_score_rest, sums.target_mean_v, sums.target_top_v)
-        self.values, self.curve = self.values + sums.value, self.curve + sums.curve
-        self.surplus = self.surplus + sums.surplus
+        best = self.totals.best
+        self.totals = DenseSums(*(total + part for total, part in zip(self.totals, sums, strict=True)))
         if wants_stats:
-            self.entropy = self.entropy + sums.entropy
-            better = sums.best > self.best
-            self.best = torch.where(better, sums.best.double(), self.best)
+            better = sums.best > best
+            self.totals = self.totals._replace(best=torch.where(better, sums.best.double(), best))
             self.label = torch.where(better, label + first, self.label)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
@@ -151,19 +139,15 @@ class DenseKernel(CurvatureKernel):
             if wants_stats:
                 self.predicted = first_of_largest(self.model.offset, self.model.top, group, self.data)
             SideStatistics.merge(self.sides, group)
-            return
-        of_rows, of_sides = [], ["change"]
-        if number == 1:
-            of_rows = ["values", "surplus", *["entropy"] * wants_stats, *["curve"] * bool(self.matrix)]
-            of_sides = ["score", "score_rest", *["mean_rest", "top_v"] * self.data.has_direction]
-        sums: list[tuple[object, str]] = [(self, name) for name in of_rows]
-        sums += [(side, name) for side in self.sides for name in of_sides]
-        parts = [getattr(owner, name).clone() for owner, name in sums]
-        sum_over(parts, group)
-        for (owner, name), part in zip(sums, parts, strict=True):
-            setattr(owner, name, part)
-        if number == 1 and wants_stats:
-            self.label = first_of_largest(self.best, self.label, group, self.data)
+        elif number == 1:
+            of_side = ["score", "score_rest", *["mean_v", "top_v"] * self.data.has_direction]
+            names = ["value", "surplus", *["entropy"] * wants_stats, *["curve"] * bool(self.matrix), *of_side]
+            names += [f"target_{name}" for name in of_side] * (len(self.sides) > 1)
+            sum_over([getattr(self.totals, name) for name in names], group)
+            if wants_stats:
+                self.label = first_of_largest(self.totals.best, self.label, group, self.data)
+        else:
+            sum_over([side.change for side in self.sides], group)
 
     def finish(self, number: int) -> None:
         """Complete the statistics of a sweep, and compute what tile functions take from them."""
@@ -173,21 +157,23 @@ class DenseKernel(CurvatureKernel):
             if self.loss.processes is None:
                 self.predicted = self.model.top
         elif number == 1 and self.data.wants_stats:
-            columns = self._log_sum_exp(), self.entropy, self.predicted, self.label
+            columns = self._log_sum_exp(), self.totals.entropy, self.predicted, self.label
             self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
-        model, target = self.model, self.target
+        model, target, t = self.model, self.target, self.totals
         log_ratio = model.log_sum_exp - target.log_sum_exp
         weight = self.data.weight.unsqueeze(-1).double()
-        numbers = [*model.numbers(), *target.numbers(), log_ratio, self._log_sum_exp(), weight]
+        numbers = model.numbers(t.score, t.score_rest, t.mean_v, t.top_v)
+        numbers += target.numbers(t.target_score, t.target_score_rest, t.target_mean_v, t.target_top_v)
+        numbers += [log_ratio, self._log_sum_exp(), weight]
         self.numbers = torch.stack(numbers).to(self.data.weight.dtype)
         self.top = torch.stack([torch.where(side.rest < 1, side.top, -1).squeeze(-1) for side in (model, target)])
 
     def losses(self) -> Tensor:  # noqa: D102
-        values = self.values
+        values = self.totals.value
         if not self.loss.is_cross_entropy:
             # The rounding of both log-sum-exps leaves Σ p − Σ y = σ, which shifts every log-ratio: σ²/2 of the value.
             share = self.loss.divergence.curvature_at_agreement
-            values = (values - share * self.surplus.square() / 2).clamp(min=0)
+            values = (values - share * self.totals.surplus.square() / 2).clamp(min=0)
         if self.loss.z_loss:
             values = values + self.loss.z_loss * self._log_sum_exp().square()
         return values.squeeze(-1)
@@ -208,8 +194,7 @@ class DenseKernel(CurvatureKernel):
         return Residuals(tile.out, tile.target_out, tile.v_out, tile.target_v_out)
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
-        if group is not None:
-            sum_over([self.tangent], group)
+        sum_over([self.tangent], group)
         return self.tangent.squeeze(-1)
 
     def _tile(self, block: Block, *, along_column: bool = False) -> DenseTile:
@@ -246,9 +231,10 @@ class DenseKernel(CurvatureKernel):
 
     def prepare_columns(self) -> None:
         """Form ``Σ q``, and the factor of ``p`` that ``q`` is otherwise."""
-        mass = -self.model.score if self.loss.is_cross_entropy else torch.ones_like(self.values)
+        score = self.totals.score
+        mass = -score if self.loss.is_cross_entropy else torch.ones_like(score)
         # Σ q is Σ c − S of a Hessian with q = c − p S, and of a Gauss-Newton matrix with q = c − s.
-        self.factor, self.total = mass, self.curve - self.model.score if self.has_q else mass
+        self.factor, self.total = mass, self.totals.curve - score if self.has_q else mass
         if self.loss.z_loss and self.matrix != FISHER:
             lse = self._log_sum_exp()
             lse = lse if self.matrix == HESSIAN else lse.clamp(min=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from softcurve.head.aten.dense import rest_of
 from softcurve.head.aten.dense_terms import masses
 from softcurve.head.dense import DenseKernel
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors, row_groups
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.losses.spec import LossSpec
 
@@ -62,8 +62,9 @@ class FastRows(Kernel):
 
     def accumulate(self, number: int, block: Block) -> None:
         """Form losses, ∂L/∂z and ∂L/∂target of all rows, and again those of the rows that are not sure."""
-        for rows in self.groups(block):
-            z, target = block.z[rows], block.target_of(rows)
+        assert block.target is not None
+        for rows in row_groups(block.z, self.data.cached):
+            z, target = block.z[rows], block.target[rows].to(block.z.dtype)
             e = self._buffer(0, z)
             self.rest[rows] = rest = _exponentials(z, e)
             if self.loss.is_cross_entropy and not self.data.wants_target:
@@ -102,8 +103,6 @@ class FastRows(Kernel):
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         return Residuals(block.z, block.target_out)
-
-    # --- one group of rows -------------------------------------------------------------------------------------------
 
     def _buffer(self, number: int, like: Tensor) -> Tensor:
         return self.scratch(number)[: like.numel()].view(like.shape)

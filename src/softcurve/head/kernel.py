@@ -35,11 +35,6 @@ class Block:
     q: Tensor | None = None  # second order: buffers for what columns share besides z
     residual: Tensor | None = None
 
-    def target_of(self, rows: slice) -> Tensor:
-        """Return the target of some rows in the dtype of the logits."""
-        assert self.target is not None
-        return self.target[rows].to(self.z.dtype)
-
 
 class Residuals(NamedTuple):
     """The gradients with respect to the logits and the target, times the rows' weights, and their changes."""
@@ -86,8 +81,7 @@ class RowData:
         return None if own is None else own[here], None if share is None else share[here]
 
 
-@dataclass
-class Statistics:
+class Statistics(NamedTuple):
     """The statistics of each row's softmax that ``return_stats`` returns."""
 
     lse: Tensor | None = None
@@ -105,7 +99,7 @@ class Kernel(ABC):
     sweeps: int = field(default=1, init=False)
     # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
     row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
-    statistics: Statistics = field(default_factory=Statistics, init=False)
+    statistics: Statistics = field(default=Statistics(), init=False)
     # The gradient with respect to a sparse target's distribution, and its change along a direction.
     target_gradient: Tensor | None = field(default=None, init=False)
     target_product: Tensor | None = field(default=None, init=False)
@@ -136,12 +130,11 @@ class Kernel(ABC):
         """Return the change of each row's loss, not weighted, along the direction, once the residuals are formed."""
         raise NotImplementedError(f"{type(self).__name__} serves no directions")
 
-    def groups(self, block: Block) -> Iterator[slice]:
-        """Yield groups of rows small enough to stay in the cache."""
-        count, classes = block.z.shape
-        step = max(1, self.data.cached // max(1, classes))
-        for start in range(0, count, step):
-            yield slice(start, start + step)
+
+def row_groups(tile: Tensor, cached: int) -> Iterator[slice]:
+    """Return groups of rows that are small enough to stay in the cache, ``cached`` entries each."""
+    step = max(1, cached // max(1, tile.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(tile), step))
 
 
 def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:
@@ -184,7 +177,7 @@ class CurvatureKernel(Kernel, ABC):
     def accumulate_column(self, block: Block, number: int) -> None:
         """Add a block's terms to the sums of a column over each row."""
 
-    def reduce_column(self, number: int, group: ProcessGroup) -> None:
+    def reduce_column(self, number: int, group: ProcessGroup | None) -> None:
         """Sum what a column has gathered over the processes of a sharded head."""
         sums = [part.clone() for part in self.sums[number]]
         sum_over(sums, group)

@@ -56,19 +56,17 @@ def evaluate(
         if all_rows or stats or tangents:
             parts.append(((tensors.row_weight == 0).nonzero().squeeze(-1), NOTHING))
     for rows, in_tensors in parts:
-        with Tiles(spec, tensors, budget, rows, in_tensors, directions) as tiles:
-            for tile in tiles:
-                gradient = tiles.wants_residuals
-                data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
-                kernel = tile.kernel(data)
-                loaded = tile.accumulate(kernel)
-                if gradient or tangents:
-                    kernel.prepare_residuals()
-                    for block, fresh in tile.blocks(loaded):
-                        residuals = kernel.residuals(block, fresh)
-                        if gradient:
-                            results.add(tile, block.classes, residuals, kernel.row_factor)
-                results.add_rows(tile, kernel, tangents=tangents)
+        for tile in Tiles(spec, tensors, budget, rows, in_tensors, directions):
+            gradient = tile.tiles.wants_residuals
+            data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
+            kernel = tile.kernel(data)
+            if gradient or tangents:
+                for block, residuals in tile.residuals(kernel):
+                    if gradient:
+                        results.add(tile, block.classes, residuals, kernel.row_factor)
+            else:
+                tile.accumulate(kernel)
+            results.add_rows(tile, kernel, tangents=tangents)
     return results.outcome()
 
 
@@ -120,8 +118,7 @@ class _Results:
         if tangents or not self.directed:
             found = kernel.tangents(self.group) if tangents else kernel.losses()
             self.rows[tile.rows] = found.to(self.rows.dtype)
-        for name, column in vars(kernel.statistics).items():
-            whole = getattr(self.statistics, name)
+        for whole, column in zip(self.statistics, kernel.statistics, strict=True):
             if column is not None and whole is not None:
                 whole[tile.rows] = column.to(whole.dtype)
         if tile.tiles.wanted[3] and tile.tiles.spec.target == "sparse":

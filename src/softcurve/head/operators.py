@@ -21,11 +21,7 @@ TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
     "Tensor? indices, Tensor row_weight, Tensor? class_weight"
 )
-DIRECTIONS = (
-    "Tensor? input_v, Tensor? weight_v, Tensor? bias_v, Tensor? target_v, Tensor? target_weight_v, "
-    "Tensor? target_bias_v"
-)
-
+DIRECTIONS = ", ".join(f"Tensor? {name}_v" for name in HeadTensors._fields[:6])
 
 LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
 # ``per_row``, ``weight_moves``: whether derivatives of the rows will be wanted, and in the rows' weights.
@@ -49,7 +45,7 @@ def head_losses(*arguments: Any) -> list[Tensor]:
     with torch.autocast(tensors.input.device.type, enabled=False):  # what is lowered was lowered before
         outcome = loop.evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
-    return [total, outcome.rows, *_present(outcome.rows, *vars(outcome.statistics).values(), *outcome.gradients)]
+    return [total, outcome.rows, *_present(outcome.rows, *outcome.statistics, *outcome.gradients)]
 
 
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.curvature import curvature_tiles, residuals
+from softcurve.head.curvature import curvature_tiles
 from softcurve.head.dense import DenseKernel
-from softcurve.head.kernel import class_factors
+from softcurve.head.kernel import class_factors, row_groups
 from softcurve.head.products import WIDENED_ENTRIES
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile
@@ -20,15 +20,13 @@ def gradient_norms(rows: RowLosses) -> Tensor:
     """Return ``‖∂ loss_i/∂z_i‖`` of each row, not weighted; 0 for rows of weight 0."""
     t = rows.tensors
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
-    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
-        for tile in tiles:
-            kernel = tile.curvature_kernel()
-            for block in residuals(tile, kernel):
-                factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
-                # In float64: the square of a small residual is below float32's range.
-                squares = [block.z[some].double().square_().sum(-1) for some in kernel.groups(block)]
-                norms[tile.rows] += torch.cat(squares) * factor**2
-        tiles.sum_over_classes(norms)
+    for tile, kernel in curvature_tiles(rows, "", columns=False):
+        for block, _ in tile.residuals(kernel):
+            factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
+            # In float64: the square of a small residual is below float32's range.
+            squares = [block.z[some].double().square_().sum(-1) for some in row_groups(block.z, kernel.data.cached)]
+            norms[tile.rows] += torch.cat(squares) * factor**2
+    sum_over([norms], rows.loss.processes)
     return norms.sqrt().mul_(rows.loss.scale)
 
 
@@ -47,26 +45,22 @@ def row_masses(rows: RowLosses) -> Tensor:
         own = ones.new_ones(held) if weights is None else weights[loss.first : loss.first + held]
         parts = t.target.split(max(1, WIDENED_ENTRIES // max(1, held)))
         sums = torch.cat([part.to(ones.dtype) @ own for part in parts])
-        if loss.processes is not None:
-            sum_over([sums], loss.processes)
+        sum_over([sums], loss.processes)
         return (1 - loss.smoothing) * sums + smoothed
     if weights is None:
         return ones
-    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
-        for tile in tiles:
-            kernel = tile.curvature_kernel(HESSIAN)
-            assert isinstance(kernel, DenseKernel)
-            tile.accumulate(kernel)
-            ones[tile.rows] = -kernel.model.score.squeeze(-1).to(ones.dtype)
+    for tile, kernel in curvature_tiles(rows, HESSIAN, columns=False):
+        assert isinstance(kernel, DenseKernel)
+        tile.accumulate(kernel)
+        ones[tile.rows] = -kernel.totals.score.squeeze(-1).to(ones.dtype)
     return ones
 
 
 def sample_classes(rows: RowLosses, uniforms: Tensor) -> Tensor:
     """Draw classes from each row's softmax: where the cumulated ``p`` passes its ``uniforms (n, s)`` in [0, 1)."""
     classes = torch.zeros(uniforms.shape, dtype=torch.int64, device=rows.tensors.input.device)
-    with curvature_tiles(rows, HESSIAN, columns=False) as tiles:
-        for tile in tiles:
-            classes[tile.rows] = _sampled(tile, uniforms[tile.rows].to(torch.float64).contiguous())
+    for tile, _ in curvature_tiles(rows, "", columns=False):
+        classes[tile.rows] = _sampled(tile, uniforms[tile.rows].to(torch.float64).contiguous())
     return classes
 
 
@@ -93,7 +87,7 @@ def _sampled(tile: Tile, wanted: Tensor) -> Tensor:
         chosen = torch.where(~found & (cumulated[:, -1:] > 0), torch.minimum(at, last) + block.classes.start, chosen)
         left = left - cumulated[:, -1:]
         found |= at < mass.shape[-1]
-    if group is not None and mine is not None:
+    if mine is not None:
         chosen = torch.where(mine, chosen + spec.first, 0)
         sum_over([chosen], group)
     return chosen

@@ -43,7 +43,6 @@ class Plan(NamedTuple):
     classes: int
     cached: int
     needs: Needs
-    itemsize: int
 
     @property
     def cuts_classes(self) -> bool:
@@ -54,12 +53,6 @@ class Plan(NamedTuple):
     def entries(self) -> int:
         """The size of a tile's buffer, rounded up to a multiple of 16 so that every buffer is 64-byte aligned."""
         return -(-self.rows * self.classes // 16) * 16
-
-    @property
-    def bytes(self) -> int:
-        """The most that tiles and temporaries occupy."""
-        each_row = self.needs.buffers * self.classes + self.needs.row_entries
-        return int(self.itemsize * (self.rows * each_row + self.needs.temporaries * self.cached))
 
     def class_blocks(self, held: int) -> Iterator[slice]:
         """Yield the classes of each tile, of ``held``: all of them unless other processes have more."""
@@ -95,12 +88,12 @@ def make_plan(
     if fits and rows >= min(row_count, FEWEST_ROWS):
         rows = -(-row_count // -(-row_count // rows))  # tiles of equal size
         cached = min(cached, max(rows * class_count, 1))
-        return Plan(row_count, class_count, rows, class_count, cached, needs, itemsize)
+        return Plan(row_count, class_count, rows, class_count, cached, needs)
     free = entries - temporaries * few
     rows = max(1, min(row_count, 1024, int(free // (buffers * min(class_count, 256) + row_entries))))
     classes = max(1, min(class_count, int((free - rows * row_entries) // (buffers * rows))))
     blocks = -(-class_count // classes)
-    return Plan(row_count, class_count, rows, -(-class_count // blocks), min(few, rows * classes), needs, itemsize)
+    return Plan(row_count, class_count, rows, -(-class_count // blocks), min(few, rows * classes), needs)
 
 
 def plan_pass(

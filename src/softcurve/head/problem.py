@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
-from softcurve.head.autograd import HeadOutcome
+from softcurve.head.autograd import head_outcome
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
@@ -41,9 +41,6 @@ class LossStats(NamedTuple):
         return short_repr(self, self._asdict())
 
 
-TargetTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 @dataclass(frozen=True)
 class LocalHead:
     """The part of a head and of its rows that this process holds; rows are flattened."""
@@ -55,6 +52,7 @@ class LocalHead:
     leading: torch.Size  # of the rows before they were flattened
     dtype: torch.dtype  # of the losses: float32 or wider
     full_bias: Tensor | None  # (C,), without gradient; None unless masked classes matter to the target
+    class_weight: Tensor | None  # (C,)
 
     def uniform(self) -> Tensor | None:
         """Return the uniform distribution over the unmasked classes, ``(C,)``; ``None`` if none is masked."""
@@ -63,13 +61,13 @@ class LocalHead:
         uniform = targets.uniform_over_unmasked(self.full_bias.to(self.dtype))
         return uniform if uniform.ndim else None
 
-    def share_of_smoothing(self, class_weight: Tensor | None) -> Tensor | None:
+    def share_of_smoothing(self) -> Tensor | None:
         """Return each class's factor in the ``ε / C`` of label smoothing, ``(C,)``: its weight, or 0 if masked."""
         uniform = self.uniform()
         if uniform is None:
-            return class_weight
+            return self.class_weight
         share = uniform * self.layout.classes
-        return share if class_weight is None else share * class_weight.to(share.dtype)
+        return share if self.class_weight is None else share * self.class_weight.to(share.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,53 +76,50 @@ class HeadProblem:
 
     head: LocalHead
     loss: LossSpec
-    weight: Tensor  # (n,), of the rows
+    tensors: HeadTensors
     mean_weight: Tensor | None  # (n,), whose sum is the divisor of a mean; None: one each
     counted: Tensor  # (n,): which rows are not ignored
     has_sample_weight: bool
-    target: TargetTensors
-    indices: Tensor | None = None
     label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
-    class_weight: Tensor | None = None
     merges_tail: bool = False  # whether the outcomes are a list and one bucket
-
-    def tensors(self, row_weight: Tensor) -> HeadTensors:
-        """Return the tensors that a pass needs, for rows weighted by ``row_weight``."""
-        h = self.head
-        return HeadTensors(h.input, h.weight, h.bias, *self.target, self.indices, row_weight, self.class_weight)
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """Return what the sum over the rows of all processes is divided by, ``()``."""
-        layout = self.head.layout
+        layout, weight = self.head.layout, self.tensors.row_weight
         if reducer.kind != "mean":
-            return reducer.divisor(layout.leading, self.weight, None)
-        return layout.summed(reducer.divisor(self.head.leading, self.weight, self.mean_weight), divides_rows=True)
+            return reducer.divisor(layout.leading, weight, None)
+        return layout.summed(reducer.divisor(self.head.leading, weight, self.mean_weight), divides_rows=True)
 
-    def row_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
+    def _pass_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
+        weight = self.tensors.row_weight
         if reducer.kind == "none":
-            counted = self.counted.to(self.weight.dtype)
-            return counted if self.weight.requires_grad else torch.where(self.weight == 0, 0.0, counted)
+            counted = self.counted.to(weight.dtype)
+            return counted if weight.requires_grad else torch.where(weight == 0, 0.0, counted)
         # As in torch, a mean over no rows is NaN and has gradient 0.
         safe = torch.where(divisor == 0, 1.0, divisor)
-        return torch.where(divisor == 0, 0.0, self.weight / (safe * reducer.nats))
+        return torch.where(divisor == 0, 0.0, weight / (safe * reducer.nats))
 
-    def result(
-        self, outcome: HeadOutcome, reducer: Reduction, divisor: Tensor, return_stats: bool
+    def computed(
+        self, reducer: Reduction, divisor: Tensor, memory_budget: Integer | None, return_stats: bool
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """Return what the public call returns, from the ``outcome`` of the pass."""
-        head, layout = self.head, self.head.layout
-        layout.agreed(lambda: self._explain_nan(outcome.rows))
-        per_row = reducer.kind == "none"
+        """Compute what the public call returns, the loss and its statistics, in one pass over the tiles."""
+        head, layout, per_row = self.head, self.head.layout, reducer.kind == "none"
+        tensors, weight = self.tensors._replace(row_weight=self._pass_weight(reducer, divisor)), self.tensors.row_weight
+        total, rows, statistics = head_outcome(
+            self.loss, tensors, require_budget(memory_budget), per_row=per_row, weighs=self.has_sample_weight,
+            stats=return_stats,
+        )  # fmt: skip
+        layout.agreed(lambda: self._explain_nan(rows))
         if per_row:
-            result = weighted(self.weight, outcome.rows).reshape(head.leading)
+            result = weighted(weight, rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
         else:
-            result = layout.summed(outcome.total) + torch.where(divisor == 0, math.nan, 0.0).to(self.weight.dtype)
+            result = layout.summed(total) + torch.where(divisor == 0, math.nan, 0.0).to(weight.dtype)
         result = layout.restored(result.to(head.dtype), per_row=per_row)
         if not return_stats:
             return result
-        lse, entropy, predicted, label = vars(outcome.statistics).values()
+        lse, entropy, predicted, label = statistics
         correct = (predicted == (label if self.label is None else self.label)) & self.counted
         columns = (lse, entropy / reducer.nats, predicted, correct)
         return result, LossStats(
@@ -132,9 +127,11 @@ class HeadProblem:
         )
 
     def _explain_nan(self, rows: Tensor) -> None:
-        tensors = {"input": self.head.input, "linear_weight": self.head.weight, "linear_bias": self.head.bias}
-        if checks.values_visible(self.weight):
-            checks.explain_nan(rows, self.weight, tensors, [part for part in self.target if part is not None])
+        t = self.tensors
+        if checks.values_visible(t.row_weight):
+            of_head = {"input": t.input, "linear_weight": t.weight, "linear_bias": t.bias}
+            of_target = [part for part in (t.target, t.target_weight, t.target_bias) if part is not None]
+            checks.explain_nan(rows, t.row_weight, of_head, of_target)
 
 
 # --- from a public call to a problem ---------------------------------------------------------------------------------
@@ -160,21 +157,21 @@ def head_problem(
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
             known, ignored = _require_distribution(target), 0
-        head = _local_head(layout, loss, input, linear_weight, linear_bias, known)
+        head = _local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
         row_weight = None
         if sample_weight is not None:
             row_weight = _local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
         if isinstance(known, Tensor):
             labels = _local_row_values(layout, "target", known, shift, ignored)
-            return _label_problem(head, loss, labels, class_weight, row_weight, ignored)
+            return _label_problem(head, loss, labels, row_weight, ignored)
         require_no_shift(shift)
         layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
         known.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
         if not isinstance(known, TopK):  # whose own rows are checked where they are made local
             # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
             known.require_values(layout.classes, None if sample_weight is None else sample_weight != 0)
-        return _distribution_problem(head, loss, known, class_weight, row_weight)
+        return _distribution_problem(head, loss, known, row_weight)
 
     return layout.agreed(make)
 
@@ -224,8 +221,9 @@ def require_budget(budget: object) -> int | None:
 
 
 def _local_head(
-    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target
-) -> LocalHead:
+    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target,
+    class_weight: Tensor | None,
+) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None
     if bias is not None and (loss.smoothing or (isinstance(target, Target) and target.merges_tail)):
@@ -238,7 +236,7 @@ def _local_head(
         lower = torch.get_autocast_dtype(device)
         input, weight = (t if t.dtype == torch.float64 else t.to(lower) for t in (input, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(lower)
-    return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias)
+    return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias, class_weight)
 
 
 def _local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
@@ -262,67 +260,62 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _label_problem(
-    head: LocalHead, loss: LossSpec, target: Tensor, class_weight: Tensor | None, sample_weight: Tensor | None,
-    ignore_index: int,
-) -> HeadProblem:  # fmt: skip
+    head: LocalHead, loss: LossSpec, target: Tensor, sample_weight: Tensor | None, ignore_index: int
+) -> HeadProblem:
     """Return the cross-entropy of class indices ``(n,)``."""
-    wide = None if class_weight is None else class_weight.to(head.dtype)
-    labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index)
-    row_weight, mean_weight = labels.row_weights(sample_weight, head.dtype)
+    wide = None if head.class_weight is None else head.class_weight.to(head.dtype)
+    labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index, head.dtype)
     masses = None
     if loss.smoothing or (loss.z_loss and wide is not None):
         # The masses on the class and on all others. The pass itself spreads the smoothing over all classes.
-        mass = torch.ones_like(row_weight) if labels.class_weight is None else labels.class_weight
+        mass = torch.ones_like(labels.weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
+    tensors = HeadTensors(
+        head.input, head.weight, head.bias, masses, None, None, labels.classes.unsqueeze(-1),
+        row_weight=labels.mean_weight if masses is None else labels.weight,
+        class_weight=head.share_of_smoothing() if loss.smoothing else None,
+    )  # fmt: skip
     return HeadProblem(
-        head, dataclasses.replace(loss, target="sparse", **head.layout.shard),
-        weight=mean_weight if masses is None else row_weight, mean_weight=mean_weight, counted=labels.counted,
-        has_sample_weight=sample_weight is not None, target=(masses, None, None),
-        indices=labels.classes.unsqueeze(-1), label=labels.classes,
-        class_weight=head.share_of_smoothing(class_weight) if loss.smoothing else None,
+        head, dataclasses.replace(loss, target="sparse", **head.layout.shard), tensors, labels.mean_weight,
+        labels.counted, sample_weight is not None, label=labels.classes,
     )  # fmt: skip
 
 
-def _distribution_problem(
-    head: LocalHead, loss: LossSpec, target: Target, class_weight: Tensor | None, sample_weight: Tensor | None
-) -> HeadProblem:
+def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None) -> HeadProblem:
     """Return the loss of a distribution whose rows, classes and values are checked, but which is not localised."""
-    layout, indices, label = head.layout, None, None
+    layout, class_weight, label = head.layout, head.class_weight, None
+    everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
+    row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
+    tensors = HeadTensors(head.input, head.weight, head.bias, None, None, None, None, row_weight, class_weight)
     form: TargetForm
-    tensors: TargetTensors
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
         local = local.checked(sample_weight, layout.classes)
-        masses, loss = _list_outcomes(head, loss, local, class_weight)
-        form, tensors, indices, label = "sparse", (masses, None, None), local.indices, local.most_probable
-        class_weight = head.share_of_smoothing(class_weight) if loss.smoothing else None
+        masses, loss = _list_outcomes(head, loss, local)
+        form, label, class_weight = "sparse", local.most_probable, head.share_of_smoothing() if loss.smoothing else None
+        tensors = tensors._replace(target=masses, indices=local.indices)
     else:
         if isinstance(target, LinearTeacher):
             e, w, b = _flat(layout.local_rows(target.input)), target.linear_weight, target.linear_bias
             e = LinearTeacher(e, w, b).checked(sample_weight, layout.classes).input
-            form = "teacher"
-            tensors = (e, layout.local_classes(w), None if b is None else layout.local_classes(b))
+            form, w, b = "teacher", layout.local_classes(w), None if b is None else layout.local_classes(b)
+            tensors = tensors._replace(target=e, target_weight=w, target_bias=b)
         else:
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
-            tensors = (_flat(layout.local_distributions(values)), None, None)
-        share = head.share_of_smoothing(class_weight) if loss.smoothing else class_weight
+            tensors = tensors._replace(target=_flat(layout.local_distributions(values)))
+        share = head.share_of_smoothing() if loss.smoothing else class_weight
         if share is not None and share is not class_weight:
             # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
             in_target = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
             class_weight = torch.stack([in_target, share])
-    everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     return HeadProblem(
-        head, dataclasses.replace(loss, target=form, **layout.shard),
-        weight=everywhere.to(head.dtype) if sample_weight is None else sample_weight, mean_weight=sample_weight,
-        counted=everywhere, has_sample_weight=sample_weight is not None, target=tensors, indices=indices, label=label,
-        class_weight=class_weight, merges_tail=target.merges_tail,
+        head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
+        sample_weight, everywhere, sample_weight is not None, label, target.merges_tail,
     )  # fmt: skip
 
 
-def _list_outcomes(
-    head: LocalHead, loss: LossSpec, target: TopK, class_weight: Tensor | None
-) -> tuple[Tensor, LossSpec]:
+def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tensor, LossSpec]:
     """Return a list over the listed classes and all others, ``(n, k + 1)``, and the loss without its smoothing.
 
     For a cross-entropy the outcomes are smoothed and weighted probabilities, for other divergences logits. Only a list
@@ -341,6 +334,6 @@ def _list_outcomes(
         each = y.new_full((head.layout.classes,), 1 / head.layout.classes) if uniform is None else uniform
         y = y + smoothing * target.uniform_over_outcomes(each)
         loss = dataclasses.replace(loss, smoothing=0.0)
-    if class_weight is not None:
-        y = torch.cat([y[:, :-1] * class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
+    if head.class_weight is not None:
+        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
     return y, loss

@@ -37,14 +37,6 @@ def shared_half(first: Tensor | None, *others: Tensor | None) -> torch.dtype | N
     return first.dtype if same and multiplies_half(first.device) else None
 
 
-def narrow_residuals(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return what residuals are rounded to for the products back: bfloat16, which has float32's range.
-
-    float16 has not: a class's probability over the number of rows is below it. There the products back widen.
-    """
-    return dtype if dtype == torch.bfloat16 else None
-
-
 def _half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
     """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
     if beta == 0 and alpha == 1:
@@ -109,14 +101,15 @@ def linear_into(
     return out
 
 
-def back_to_features(out: Tensor, residual: Tensor, weight: Tensor, *, accumulate: bool) -> None:
-    """``out (+)= residual @ weight``."""
-    if out.dtype == torch.float32 and shared_half(residual, weight) is not None:
-        _half_product(out, residual, weight, beta=float(accumulate))
-        return
-    for i, piece in enumerate(_pieces(weight, out.dtype)):
-        start = 1.0 if accumulate or i else 0.0
-        torch.addmm(out, residual[:, piece].to(out.dtype), weight[piece].to(out.dtype), beta=start, out=out)
+def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``residual @ weight``."""
+    out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
+    if dtype == torch.float32 and shared_half(residual, weight) is not None:
+        _half_product(out, residual, weight, beta=0.0)
+        return out
+    for i, piece in enumerate(_pieces(weight, dtype)):
+        torch.addmm(out, residual[:, piece].to(dtype), weight[piece].to(dtype), beta=float(i > 0), out=out)
+    return out
 
 
 def back_to_weight(out: Tensor, residual: Tensor, input: Tensor, *, accumulate: bool) -> None:
@@ -172,14 +165,6 @@ class LinearMap(NamedTuple):
     along: Direction
     reference: Tensor | None = None  # (rows, 1)
 
-    @staticmethod
-    def of(
-        input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, along: Direction
-    ) -> LinearMap:
-        """Return the map computed in ``dtype``."""
-        narrow = None if shared_half(input, weight) is None else input
-        return LinearMap(input.to(dtype), weight, bias, narrow, scale, along)
-
     def operands(self, classes: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what :func:`linear_into` multiplies for the logits of some classes: input, weight and bias."""
         factor = self.input if self.narrow is None else self.narrow
@@ -203,8 +188,7 @@ class LinearMap(NamedTuple):
             logits = logits + self.bias[some].to(logits.dtype)
         none = logits.new_full((len(logits), 1), -math.inf)
         top = torch.cat([logits, none], -1).amax(-1, keepdim=True)  # there may be no class here
-        if group is not None:
-            max_over([top], group)
+        max_over([top], group)
         return self._replace(reference=torch.where(top.isfinite(), top, 0.0))
 
     def change_into(self, out: Tensor, along: Direction, classes: slice) -> Tensor:
@@ -219,9 +203,6 @@ class LinearMap(NamedTuple):
         if not terms:
             out.zero_() if bias is None else out.copy_((bias.to(out.dtype) * self.scale).expand_as(out))
         return out
-
-
-# --- residuals back to the gradients of a map ------------------------------------------------------------------------
 
 
 class Term(NamedTuple):
@@ -294,13 +275,6 @@ class MapSums:
         for name, tensor in zip(Direction._fields, self.into, strict=True):
             if tensor is not None and name not in touched:
                 tensor.zero_()
-        if group is not None and self.into.input is not None and self.into.input.numel():
+        if self.into.input is not None and self.into.input.numel():
             sum_over([self.into.input], group)  # before it is rounded to half precision
         return self.into
-
-
-def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``residual @ weight``."""
-    out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
-    back_to_features(out, residual, weight, accumulate=False)
-    return out

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, bend_ratio, or_zero
+from softcurve.head.aten.sparse import Places, SparseResiduals, SparseSums, SparseTile, or_zero
 from softcurve.head.kernel import Block, CurvatureKernel, Residuals, Statistics, first_of_largest
 from softcurve.losses import rows, softmax
 from softcurve.losses.rows import FISHER, GAUSS_NEWTON, HESSIAN
@@ -189,7 +189,7 @@ class SparseKernel(CurvatureKernel):
         if self.data.has_direction:
             product, alpha = self._differentiate(weight, gradient)
             if self.loss.softcap is not None:
-                product = product * slope + bend_ratio(logit_map, self.raw) * self.v_raw * slope * listed
+                product = product * slope + logit_map.bend_ratio(self.raw) * self.v_raw * slope * listed
             listed_v = self._unless_masked(product)
         else:
             # Leave β to the products' small operands, unless it is too small to divide by.

@@ -12,14 +12,14 @@ from torch import Tensor
 from softcurve.head import backends, workspace
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.kernel import Block, CurvatureKernel, Kernel, RowData
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
-from softcurve.head.products import Direction, LinearMap, linear_into
+from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
-from softcurve.processes import max_over, sum_over
+from softcurve.processes import max_over
 
 
 @dataclass
@@ -53,12 +53,6 @@ class Tiles:
         self.wants_residual = self.columns and self.matrix == HESSIAN
         self.buffers = workspace.Buffers(self.dtype, t.input.device)
 
-    def __enter__(self) -> Tiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.buffers.release()
-
     def __iter__(self) -> Iterator[Tile]:
         if self.count == 0:
             return
@@ -69,18 +63,16 @@ class Tiles:
             self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
         self.entries = self.plan.entries
         self.buffers.reserve(math.ceil(self.plan.needs.buffers * self.entries))
-        for start in range(0, self.count, self.plan.rows):
-            some = slice(start, min(start + self.plan.rows, self.count))
-            yield Tile(self, some if isinstance(self.rows, slice) else self.rows[some])
+        try:
+            for start in range(0, self.count, self.plan.rows):
+                some = slice(start, min(start + self.plan.rows, self.count))
+                yield Tile(self, some if isinstance(self.rows, slice) else self.rows[some])
+        finally:
+            self.buffers.release()
 
     def scratch(self, number: int) -> Tensor:
         """Return a buffer for a group of rows of a tile."""
         return self.buffers.take(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
-
-    def sum_over_classes(self, sums: Tensor) -> None:
-        """Sum over all processes that share the classes, in place."""
-        if self.group is not None:
-            sum_over([sums], self.group)
 
 
 class Tile:
@@ -103,8 +95,10 @@ class Tile:
         assert weight is not None
         if along.input is not None:
             along = along._replace(input=along.input[self.rows])
-        of_rows = input[self.rows]
-        return LinearMap.of(of_rows, weight, bias, self.tiles.dtype, scale, along).with_reference(self.tiles.group)
+        rows = input[self.rows]
+        narrow = None if shared_half(rows, weight) is None else rows
+        map = LinearMap(rows.to(self.tiles.dtype), weight, bias, narrow, scale, along)
+        return map.with_reference(self.tiles.group)
 
     def __len__(self) -> int:
         return self.model.input.shape[0]
@@ -137,12 +131,6 @@ class Tile:
             return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch)
         return DenseKernel(spec, data)
 
-    def curvature_kernel(self, matrix: str = "", *, merges_tail: bool = False) -> CurvatureKernel:
-        """Return the kernel of second order, for rows of weight 1: the passes weigh what comes back."""
-        data = self.row_data(weight=self.model.input.new_ones(len(self)), wants_gradient=True)
-        kind: type[CurvatureKernel] = SparseKernel if self.tiles.spec.target == "sparse" else DenseKernel
-        return kind(self.tiles.spec, data, matrix=matrix, merges_tail=merges_tail)
-
     def accumulate(self, kernel: Kernel) -> Block | None:
         """Show every block to the kernel, as often as it wants; return the last one."""
         block = None
@@ -155,6 +143,15 @@ class Tile:
                 kernel.reduce_over(number, self.tiles.group)
             kernel.finish(number)
         return block
+
+    def residuals(self, kernel: Kernel, *, again: bool = False) -> Iterator[tuple[Block, Residuals]]:
+        """Yield the blocks with residuals, of which the model's replace logits; ``again`` if their sums are known."""
+        loaded = None
+        if not again:
+            loaded = self.accumulate(kernel)
+            kernel.prepare_residuals()
+        for block, fresh in self.blocks(loaded):
+            yield block, kernel.residuals(block, fresh)
 
     def class_blocks(self) -> Iterator[slice]:
         """Yield the classes of each block."""
@@ -273,6 +270,6 @@ def _target_tops(loss: LossSpec, tensors: HeadTensors) -> Tensor | None:
     top = given.new_full((given.shape[0], 1), -math.inf)
     if given.numel():  # a process of a sharded head may hold no class
         top = given.amax(-1, keepdim=True)
-    if loss.processes is not None and top.numel():
+    if top.numel():
         max_over([top], loss.processes)
     return torch.where(top.isfinite(), top, 0.0)

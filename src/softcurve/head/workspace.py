@@ -24,7 +24,7 @@ PAGE, MADV_HUGEPAGE = 4096, 14
 _kept: list[Tensor] = []  # flat CPU tensors; popping and appending are atomic, so threads do not share one
 
 
-def reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a flat tensor of at least ``entries``, with anything in it. What is kept and too small is freed for it."""
     if device.type == "cpu":
         for i in reversed(range(len(_kept))):
@@ -58,14 +58,6 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return None
 
 
-def give_back(buffers: list[Tensor]) -> None:
-    """Keep what is no longer needed, the latest first, as far as ``KEPT_BYTES`` allow."""
-    _kept.extend(buffer for buffer in buffers if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
-    while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
-        with suppress(IndexError):
-            _kept.pop(0)
-
-
 @dataclass
 class Buffers:
     """The buffers of one pass, by name, the same for all of its tiles.
@@ -82,7 +74,7 @@ class Buffers:
 
     def reserve(self, size: int) -> None:
         """Reserve entries in one piece. On the CPU they occupy nothing until they are written."""
-        self.taken.append(reuse(size, self.dtype, self.device))
+        self.taken.append(_reuse(size, self.dtype, self.device))
         self.free = self.taken[-1]
 
     def take(self, name: str, size: int) -> Tensor:
@@ -95,6 +87,9 @@ class Buffers:
         return self.buffers[name]
 
     def release(self) -> None:
-        """Return the buffers to those that are kept."""
-        give_back(self.taken)
+        """Keep the buffers for later passes, the latest first, as far as ``KEPT_BYTES`` allow."""
+        _kept.extend(buffer for buffer in self.taken if buffer.device.type == "cpu" and buffer.nbytes <= KEPT_BYTES)
+        while sum(buffer.nbytes for buffer in list(_kept)) > KEPT_BYTES:
+            with suppress(IndexError):
+                _kept.pop(0)
         self.taken, self.free, self.buffers = [], None, {}

@@ -15,16 +15,18 @@ DEFAULT_IGNORE_INDEX = -100  # torch's own default
 
 
 class Labels(NamedTuple):
-    """Checked class indices; an ignored row has class 0 and does not count."""
+    """Checked class indices and the weights of their rows; an ignored row has class 0 and weight 0."""
 
     classes: Indices
     counted: Flags
     class_weight: Values | None  # of the class of each row
+    weight: Values
+    mean_weight: Values  # the weight of each row times that of its class
 
     @staticmethod
     def of(
-        target: Indices, sample_weight: Values | None,
-        class_weight: Float[Tensor, " classes"] | None, classes: int, ignore_index: int,
+        target: Indices, sample_weight: Values | None, class_weight: Float[Tensor, " classes"] | None, classes: int,
+        ignore_index: int, dtype: torch.dtype,
     ) -> Labels:  # fmt: skip
         """Check class indices; a row of sample weight 0 may hold any number, and is ignored if that is no class."""
         if sample_weight is not None:
@@ -33,12 +35,9 @@ class Labels(NamedTuple):
         checks.require_class_indices("target", target, classes, ignore_index)
         counted = target != ignore_index
         label = torch.where(counted, target, 0)
-        return Labels(label, counted, None if class_weight is None else class_weight[label])
-
-    def row_weights(self, sample_weight: Values | None, dtype: torch.dtype) -> tuple[Values, Values]:
-        """Return the weight of each row, 0 if it is ignored, without and with the weight of its class."""
-        weight = self.counted.to(dtype) if sample_weight is None else torch.where(self.counted, sample_weight, 0.0)
-        return weight, weight if self.class_weight is None else weight * self.class_weight
+        of_class = None if class_weight is None else class_weight[label]
+        weight = counted.to(dtype) if sample_weight is None else torch.where(counted, sample_weight, 0.0)
+        return Labels(label, counted, of_class, weight, weight if of_class is None else weight * of_class)
 
 
 def cross_entropy_target(

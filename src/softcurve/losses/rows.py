@@ -100,9 +100,9 @@ class RowLoss(ABC):
             in_z = total_of([in_z, self._z_loss_product(mapped, offset, inner)])
         if in_z is not None and slope is not None:
             in_z = in_z * slope
-        if v_z is not None and self.logit_map.softcap is not None:
+        if inner is not None and self.logit_map.softcap is not None:
             gradient = self._differentiable_gradient(mapped, offset, wide_target)
-            in_z = total_of([in_z, self.logit_map.bend(wide_z) * gradient * v_z])
+            in_z = total_of([in_z, self.logit_map.bend_ratio(wide_z) * gradient * inner])
         column = scale.unsqueeze(-1)
         in_z, in_target = (None if part is None else column * part for part in (in_z, in_target))
         return _rounded(scale, in_z, z.dtype), _rounded(scale, in_target, target.dtype)

@@ -100,9 +100,6 @@ def may_be_masked(z: Tensor) -> bool:
     return not values_visible(z) or z.numel() == 0 or not z.amin() > -math.inf  # beside NaN too
 
 
-# --- cross-entropy ---------------------------------------------------------------------------------------------------
-
-
 def around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``e^{z − m}`` with 0 at the target, ``e^{z_t − m}``, ``Σ_{k≠t} e^{z_k − m}`` and ``m − z_t``.
 
@@ -177,9 +174,6 @@ def divergence_hessian_product(divergence: Divergence, pair: Pair, u_p: Rows, u_
     return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total
 
 
-# --- the curvature of a row ------------------------------------------------------------------------------------------
-
-
 class RowCurvature(NamedTuple):
     """The matrix ``B = diag(q) − q pᵀ − p qᵀ + total p pᵀ``, the form of all second-order matrices of softmax losses.
 
@@ -201,9 +195,6 @@ class RowCurvature(NamedTuple):
     def diagonal(self) -> Rows:
         """Return ``q (1 − 2p) + total p²``."""
         return self.q * (1 - 2 * self.p) + self.total * self.p.square()
-
-
-# --- entropy ---------------------------------------------------------------------------------------------------------
 
 
 def entropy_rows(z: Rows) -> Values:

@@ -71,10 +71,10 @@ class LogitMap:
         e = torch.exp(-2 * (z / self.softcap).abs())
         return 4 * e / ((1 + e).square() * self.temperature)
 
-    def bend(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Return ``m″(z) = −(2/κ) tanh(z/κ) m′(z)`` of a soft cap."""
+    def bend_ratio(self, z: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Return ``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
         assert self.softcap is not None
-        return (-2 / self.softcap) * torch.tanh(z / self.softcap) * self.slope(z)
+        return (-2 / self.softcap) * torch.tanh(z / self.softcap)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Masses(Probabilities):
     kind = "probabilities"
 
     def require_values(self, classes: int, counted: Flags | None) -> None:  # noqa: D102
-        checks.require_nonnegative("target", self.values, counted)
+        checks.require_probabilities("target", self.values, counted, of_any_sum=True)
 
     def malformed(self, classes: int) -> Flags:  # noqa: D102
         return ~((self.values.detach().amin(-1) >= 0) & checks.row_sums(self.values).isfinite())

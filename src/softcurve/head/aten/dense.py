@@ -14,19 +14,8 @@ from torch import Tensor
 
 from softcurve.checks import values_visible
 from softcurve.head.aten import dense_terms as pairs
-from softcurve.head.aten.dense_terms import (
-    CHANGE,
-    LSE,
-    MEAN_V,
-    MODEL,
-    SCORE,
-    TARGET,
-    TOP_U,
-    WEIGHT,
-    DenseSums,
-    DenseTile,
-)
-from softcurve.head.aten.sparse import bend_ratio, slope_and_bend, through_cap
+from softcurve.head.aten.dense_terms import MODEL, TARGET, DenseSums, DenseTile
+from softcurve.head.aten.sparse import slope_and_bend, through_cap
 from softcurve.losses.rows import divergence_second_order
 from softcurve.losses.softmax import unless_masked
 
@@ -121,7 +110,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
     """
     tangents = tile.z.new_zeros(len(tile.z), 1) if wants_tangents else None
     for rows, part in tile.row_groups():
-        weight, slope, terms = part.number(WEIGHT), pairs.slope_of(part), pairs.terms_of(part)
+        weight, slope, terms = part.number(pairs.WEIGHT), pairs.slope_of(part), pairs.terms_of(part)
         gradient, in_target = pairs.gradient_of(part, terms), _target_gradient(part, terms)
         if part.v is not None:
             v, target_v = _directions(part)
@@ -130,7 +119,7 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
                 tangents[rows] = _inner(gradient, v) + _inner(in_target, target_v)
             product = _product(part, terms, u, u_y)
             if slope is not None and v is not None:
-                product.mul_(slope).addcmul_(bend_ratio(part.loss.logit_map, part.z).mul_(v), gradient)
+                product.mul_(slope).addcmul_(part.loss.logit_map.bend_ratio(part.z).mul_(v), gradient)
             if in_target is not None and part.target_v_out is not None:
                 _write(part.target_v_out, _target_product(part, terms, in_target, u, u_y), weight)
             _write(part.v_out, product, weight)
@@ -151,8 +140,8 @@ def _product(tile: DenseTile, terms: pairs.Terms, u: Tensor, u_y: Tensor | None)
     """Return the change of :func:`~softcurve.head.aten.dense_terms.gradient_of`."""
     product, z_loss = _pulled_back_change(tile, MODEL, terms.model, u, u_y), tile.loss.z_loss
     if z_loss:
-        mean = tile.number(MEAN_V)
-        product.addcmul_(terms.model.p(), (tile.number(LSE) * u).add_(mean), value=2 * z_loss)
+        mean = tile.number(pairs.MEAN_V)
+        product.addcmul_(terms.model.p(), (tile.number(pairs.LSE) * u).add_(mean), value=2 * z_loss)
     return unless_masked(tile.z, product)
 
 
@@ -171,8 +160,8 @@ def _target_product(tile: DenseTile, terms: pairs.Terms, in_target: Tensor, u: T
 
 def _pulled_back_change(tile: DenseTile, side: int, of: pairs.Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
     """Return ``ṡ − p Σṡ − p ⊙ u S`` with ``ṡ = c ⊙ u + x ⊙ u_other``."""
-    product = _change_of_score(of, u, u_other).addcmul_(of.p(), tile.number(CHANGE, side), value=-1)
-    return product if u is None else product.addcmul_(of.p() * u, tile.number(SCORE, side), value=-1)
+    product = _change_of_score(of, u, u_other).addcmul_(of.p(), tile.number(pairs.CHANGE, side), value=-1)
+    return product if u is None else product.addcmul_(of.p() * u, tile.number(pairs.SCORE, side), value=-1)
 
 
 def _change_of_score(of: pairs.Side, u: Tensor | None, u_other: Tensor | None) -> Tensor:
@@ -194,8 +183,10 @@ def _centred(tile: DenseTile, v: Tensor | None, target_v: Tensor | None) -> tupl
     """Return ``u = v − p·v`` of both sides, and the change itself of probabilities that no softmax has made."""
     assert v is not None
     if target_v is not None and tile.is_by_logits:
-        target_v = pairs.without_mean(target_v, tile.number(MEAN_V, TARGET), tile, TARGET, tile.number(TOP_U, TARGET))
-    return pairs.without_mean(v, tile.number(MEAN_V), tile, MODEL, tile.number(TOP_U)), target_v
+        target_v = pairs.without_mean(
+            target_v, tile.number(pairs.MEAN_V, TARGET), tile, TARGET, tile.number(pairs.TOP_U, TARGET)
+        )
+    return pairs.without_mean(v, tile.number(pairs.MEAN_V), tile, MODEL, tile.number(pairs.TOP_U)), target_v
 
 
 def _through_target(tile: DenseTile, values: Tensor) -> Tensor:
@@ -229,7 +220,7 @@ def prepare(tile: DenseTile, matrix: str) -> None:
             part.residual.copy_(gradient if slope is None else gradient.mul_(slope))
         if part.q is not None:
             assert terms.pair is not None
-            q = divergence_second_order(part.loss.divergence, matrix, terms.pair, part.number(SCORE))
+            q = divergence_second_order(part.loss.divergence, matrix, terms.pair, part.number(pairs.SCORE))
             part.q.copy_(torch.where(terms.model.p() == 0, 0.0, q))
         if part.raw is not None:
             part.raw.copy_(part.z)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcurve.head.kernel import row_groups
 from softcurve.losses.divergences import Divergence, Pair
 from softcurve.losses.softmax import may_be_masked, unless_masked
 from softcurve.losses.spec import LossSpec
@@ -75,20 +76,12 @@ class DenseTile(NamedTuple):
 
     def row_groups(self) -> Iterator[tuple[slice, DenseTile]]:
         """Yield groups of rows that are small enough to stay in the cache, with the target in the dtype of ``z``."""
-        rows, classes = self.z.shape
-        step = max(1, self.cached // max(1, classes))
         parts = {name: value for name, value in self._asdict().items() if name in _BY_ROWS and value is not None}
-        for start in range(0, rows, step):
-            group = slice(start, start + step)
+        for group in row_groups(self.z, self.cached):
             part = self._replace(**{name: value[group] for name, value in parts.items()})
-            yield (
-                group,
-                part._replace(
-                    target=part.target.to(self.z.dtype),
-                    top=None if self.top is None else self.top[:, group],
-                    numbers=None if self.numbers is None else self.numbers[:, group],
-                ),
-            )
+            top = None if self.top is None else self.top[:, group]
+            numbers = None if self.numbers is None else self.numbers[:, group]
+            yield group, part._replace(target=part.target.to(self.z.dtype), top=top, numbers=numbers)
 
     def top_entries(self, side: int) -> tuple[Tensor, Tensor]:
         """Return the row and column of each class above one half in the tile."""
@@ -261,9 +254,6 @@ def sum_and_rest(tile: DenseTile, side: int, values: Tensor) -> tuple[Tensor, Te
 def slope_of(tile: DenseTile, raw: Tensor | None = None) -> Tensor | None:
     """Return ``m′`` of the soft cap at the logits before it."""
     return None if tile.loss.softcap is None else tile.loss.logit_map.slope(tile.z if raw is None else raw)
-
-
-# --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 def gradient_of(tile: DenseTile, terms: Terms) -> Tensor:

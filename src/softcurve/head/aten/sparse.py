@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head.aten.dense_terms import DenseTile
-from softcurve.head.kernel import Residuals
+from softcurve.head.kernel import Residuals, row_groups
 from softcurve.losses.spec import LogitMap
 
 # Where each row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
@@ -53,10 +53,8 @@ class SparseTile(NamedTuple):
     cached: int  # entries that stay in the cache
 
     def row_groups(self) -> Iterator[slice]:
-        """Yield groups of rows that are small enough to stay in the cache."""
-        rows, classes = self.z.shape
-        step = max(1, self.cached // max(1, classes))
-        return (slice(start, start + step) for start in range(0, rows, step))
+        """Return groups of rows that are small enough to stay in the cache."""
+        return row_groups(self.z, self.cached)
 
     def listed_share(self) -> Tensor:
         """Return ``u`` of the listed classes, ``(rows, k)``, and 0 for those outside the block."""
@@ -189,7 +187,7 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
         if raw is not None:
             slope = tile.logit_map.slope(raw[group])
             if v is not None:
-                v[group].mul_(slope).add_(bend_ratio(tile.logit_map, raw[group]).mul_(mapped).mul_(e))
+                v[group].mul_(slope).add_(tile.logit_map.bend_ratio(raw[group]).mul_(mapped).mul_(e))
             e.mul_(slope)
     put(z, tile.listed, rows.listed)
     if v is not None:
@@ -285,15 +283,6 @@ def diagonal(tile: SparseTile, square: Tensor, linear: Tensor, inverse: Tensor) 
         through_cap(v, None if slope is None else slope.square_(), bend)
 
 
-# --- the soft cap ----------------------------------------------------------------------------------------------------
-
-
-def bend_ratio(logit_map: LogitMap, raw: Tensor) -> Tensor:
-    """Return ``m″/m′ = −(2/κ) tanh(z/κ)`` of a soft cap."""
-    assert logit_map.softcap is not None
-    return torch.tanh(raw / logit_map.softcap).mul_(-2 / logit_map.softcap)
-
-
 def slope_and_bend(
     tile: SparseTile | DenseTile, logit_map: LogitMap, rows: slice = slice(None)
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -301,7 +290,7 @@ def slope_and_bend(
     if tile.raw is None:
         return None, None
     raw = tile.raw[rows]
-    bend = None if tile.residual is None else bend_ratio(logit_map, raw).mul_(tile.residual[rows])
+    bend = None if tile.residual is None else logit_map.bend_ratio(raw).mul_(tile.residual[rows])
     return logit_map.slope(raw), bend
 
 
@@ -321,9 +310,6 @@ def _map_logits(tile: SparseTile, rows: slice) -> None:
     tile.z[rows] = tile.logit_map.value(raw)
     if tile.v is not None:
         tile.v[rows] *= tile.logit_map.slope(raw)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _exponentiate(tile: SparseTile, rows: slice, shift: Tensor) -> None:

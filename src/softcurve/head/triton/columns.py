@@ -6,8 +6,6 @@ before the soft cap. In a kernel ``None`` stands for a tensor that there is not.
 
 from __future__ import annotations
 
-from typing import no_type_check
-
 import triton.language as tl
 
 from softcurve.head.triton import math
@@ -15,7 +13,6 @@ from softcurve.head.triton.math import here, jit, number, own_rows, store_sum
 
 
 @jit
-@no_type_check
 def accumulate(
     z, z_stride, q, q_stride, raw, raw_stride, v, v_stride, top, found, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -45,7 +42,6 @@ def accumulate(
 
 
 @jit
-@no_type_check
 def multiply(
     z, z_stride, q, q_stride, raw, raw_stride, residual, residual_stride, v, v_stride, numbers, top, softcap,
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr

@@ -7,8 +7,6 @@ along a direction, and then for the residuals of both sides.
 
 from __future__ import annotations
 
-from typing import no_type_check
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +25,6 @@ __all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepa
 
 
 @jit
-@no_type_check
 def _softmax(
     z, z_stride, found, place, softcap, temperature, scale, rows, classes, LOGARITHM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -78,7 +75,6 @@ def softmax(tile: DenseTile, side: int, *, wants_place: bool) -> tuple[Tensor, T
 
 
 @jit
-@no_type_check
 def _sums(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, numbers,
     top, found, label, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
@@ -139,7 +135,6 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
 
 
 @jit
-@no_type_check
 def _changes(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, class_weight, class_share, numbers,
     top, found, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, rows, classes,
@@ -176,7 +171,6 @@ def changes(tile: DenseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
-@no_type_check
 def _residuals(
     z, z_stride, target, target_stride, v, v_stride, target_v, target_v_stride, out, out_stride, v_out, v_out_stride,
     target_out, target_out_stride, target_v_out, target_v_out_stride, class_weight, class_share, numbers, top,
@@ -234,11 +228,7 @@ def _residuals(
 
 
 def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
-    """Form ∂L/∂z, ∂L/∂target and their changes along a direction: the only function of this backend that does.
-
-    They are multiplied by the rows' weights and written into the tile's ``out``, ``v_out`` etc., which may be ``z`` and
-    ``v`` themselves. Returns the change of each row's loss, ``(rows, 1)``, if it is wanted.
-    """
+    """Form ∂L/∂z, ∂L/∂target and their changes along a direction: the only function of this backend that does."""
     pieces = -(-tile.z.shape[1] // math.shape(tile.z, ENTRIES)[1])
     tangents = tile.z.new_zeros(pieces, len(tile.z), 1) if wants_tangents else None
     terms.launch_tile(_residuals, tile, by_rows=False, tangents=tangents)
@@ -249,7 +239,6 @@ def residuals(tile: DenseTile, *, wants_tangents: bool) -> Tensor | None:
 
 
 @jit
-@no_type_check
 def _prepare(
     z, z_stride, target, target_stride, raw, raw_stride, q, q_stride, residual, residual_stride, class_weight,
     class_share, numbers, top, softcap, temperature, target_scale, beta, beta_rest, own_share, uniform_each, z_loss,
@@ -289,9 +278,6 @@ def accumulate_column(tile: DenseTile) -> Tensor:
 
 
 def multiply_column(tile: DenseTile, numbers: Tensor) -> None:
-    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
-
-    As in ATen, ``v ← m′ (q ⊙ u − p rest) + (m″/m′) (m′ g′) v``, by the kernel that sparse targets launch too.
-    """
+    """Multiply a column by a Hessian or Gauss-Newton matrix: the only function of this backend that does."""
     numbers = torch.cat([numbers, torch.ones_like(numbers[:1])]).float()
     terms.launch_tile(columns.multiply, tile, by_rows=False, entries=math.ENTRIES, numbers=numbers)

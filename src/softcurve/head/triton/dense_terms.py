@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
 import triton.language as tl
 
@@ -63,14 +63,12 @@ def launch_tile(kernel: Any, tile: DenseTile, *, by_rows: bool, entries: int = E
 
 
 @jit
-@no_type_check
 def times_finite(p, factor):
     """Return ``p factor``, where a class without mass has no part in a sum."""
     return p * tl.where(p == 0, 0.0, factor)
 
 
 @jit
-@no_type_check
 def _excess(a, difference, t):
     """Return ``a h(log(b/a))`` from ``difference = b − a`` and ``t = log(b/a)``."""
     direct = tl.where(t == -float("inf"), float("inf"), difference - times_finite(a, t))
@@ -78,7 +76,6 @@ def _excess(a, difference, t):
 
 
 @jit
-@no_type_check
 def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.constexpr):
     """Return score, curve and cross term, the score and curve seen from the target, and the value."""
     if FAMILY == FORWARD:
@@ -110,7 +107,6 @@ def _divergence_terms(p, y, ratio, difference, beta, beta_rest, FAMILY: tl.const
 
 
 @jit
-@no_type_check
 def load_terms(
     z, z_stride, target, target_stride, class_weight, class_share, numbers, row, at, inside, rows, softcap, temperature,
     target_scale, beta, beta_rest, own_share, uniform_each, FAMILY: tl.constexpr, LOGARITHM: tl.constexpr
@@ -176,7 +172,6 @@ def load_terms(
 
 
 @jit
-@no_type_check
 def pulled_back(p, score, numbers, side, is_top, row, rows):
     """Return ``s − p S``; at the top as minus the sum of all others, and the limit where ``S`` is infinite."""
     total = number(numbers, side + SCORE, row, rows)
@@ -186,7 +181,6 @@ def pulled_back(p, score, numbers, side, is_top, row, rows):
 
 
 @jit
-@no_type_check
 def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
     """Return ``values`` times the derivative of the target's logits with respect to what the caller gave."""
     if LOGARITHM:
@@ -195,7 +189,6 @@ def through_target(values, given, target_scale, LOGARITHM: tl.constexpr):
 
 
 @jit
-@no_type_check
 def directions(
     v, v_stride, target_v, target_v_stride, raw, given, numbers, is_top, t_is_top, row, at, inside, rows, softcap,
     temperature, target_scale, FAMILY: tl.constexpr, LOGARITHM: tl.constexpr

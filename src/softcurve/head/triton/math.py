@@ -6,8 +6,9 @@ loss runs on them.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton
@@ -67,18 +68,17 @@ def column(tensor: Tensor) -> Tensor:
 
 def jit(function: Any) -> Any:
     """``triton.jit`` that compiles once for all numbers of rows and first classes of a block."""
+    function = inspect.unwrap(function)  # a run-time check of annotations may wrap it
     counts = [name for name in ("rows", "first") if name in function.__code__.co_varnames]
     return triton.jit(function, do_not_specialize=counts)
 
 
 @jit
-@no_type_check
 def _probe():
     """Show by its type whether Triton's interpreter was on when Triton was imported."""
 
 
 @jit
-@no_type_check
 def difference_exp(z, offset):
     """Return ``e^{z − offset}`` for a finite ``offset``, less two roundings that matter where they are far apart.
 
@@ -94,7 +94,6 @@ def difference_exp(z, offset):
 
 
 @jit
-@no_type_check
 def exp_excess(t):
     """Return ``h(t) = e^t − 1 − t`` for ``|t| ≤ ½`` by its series."""
     total = t * 2.7557319223985893e-06 + 2.48015873015873e-05
@@ -108,14 +107,12 @@ def exp_excess(t):
 
 
 @jit
-@no_type_check
 def clamp_half(t):
     """Return ``t`` clamped to [−½, ½]."""
     return tl.minimum(tl.maximum(t, -0.5), 0.5)
 
 
 @jit
-@no_type_check
 def log_mixture(t, weight, other):
     """Return ``log(other + weight e^t)`` for ``other = 1 − weight``, as in :mod:`softcurve.losses.divergences`."""
     small = clamp_half(t)
@@ -133,7 +130,6 @@ def log_mixture(t, weight, other):
 
 
 @jit
-@no_type_check
 def tanh(x):
     """Return ``(1 − e)/(1 + e)`` with ``e = e^{−2|x|}``; near 0, where that cancels, its series."""
     e = tl.exp(-2 * tl.abs(x))
@@ -147,7 +143,6 @@ def tanh(x):
 
 
 @jit
-@no_type_check
 def capped(z, softcap, temperature):
     """Return ``m(z) = κ tanh(z/κ) / T``, or ``z`` without a soft cap; a masked class stays masked."""
     if softcap is not None:
@@ -156,7 +151,6 @@ def capped(z, softcap, temperature):
 
 
 @jit
-@no_type_check
 def cap_slope(z, softcap, temperature):
     """Return ``m′(z) = 4 e / (T (1 + e)²)`` with ``e = e^{−2|z|/κ}``, or 1 without a soft cap."""
     slope = tl.full(z.shape, 1.0, tl.float32)
@@ -167,24 +161,18 @@ def cap_slope(z, softcap, temperature):
 
 
 @jit
-@no_type_check
 def bend_ratio(z, softcap):
     """Return ``m″/m′ = −(2/κ) tanh(z/κ)``."""
     return -2 / softcap * tanh(z / softcap)
 
 
-# --- rows and classes of a program -----------------------------------------------------------------------------------
-
-
 @jit
-@no_type_check
 def own_rows(ROWS: tl.constexpr):
     """Return the rows of a program as a column, in 64 bits: rows times classes pass 2³¹."""
     return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
 
 
 @jit
-@no_type_check
 def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
     """Return the rows and classes of a piece, and which of its entries exist."""
     row = own_rows(ROWS)
@@ -193,14 +181,12 @@ def here(ROWS: tl.constexpr, BLOCK: tl.constexpr, rows, classes, start):
 
 
 @jit
-@no_type_check
 def number(table, which, row, rows):
     """Return one number of each row from a table of ``rows`` numbers a line."""
     return tl.load(table + which * rows + row, mask=row < rows, other=0)
 
 
 @jit
-@no_type_check
 def store_sum(table, which, values, row, rows):
     """Store the sums of ``values`` over classes as a line of such a table."""
     tl.store(table + which * rows + row, tl.sum(values, axis=1)[:, None], mask=row < rows)

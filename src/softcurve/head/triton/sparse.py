@@ -10,7 +10,7 @@ In a kernel ``None`` stands for what there is not, and ``classes`` are those of 
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -37,7 +37,6 @@ def _launch(kernel: Any, tile: SparseTile, *, by_rows: bool, **more: Any) -> Non
 
 
 @jit
-@no_type_check
 def _put(
     tile, tile_stride, places, values, width, rows, classes, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -63,7 +62,6 @@ def put(tile: Tensor, places: Places, values: Tensor | None, *, add: bool = Fals
 
 
 @jit
-@no_type_check
 def _rescale(tile, tile_stride, factor, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     scale = tl.load(factor + own_rows(ROWS), mask=own_rows(ROWS) < rows, other=1.0)
     pieces = tl.where(tl.max((scale != 1).to(tl.int32)) > 0, classes, 0)
@@ -82,7 +80,6 @@ def rescale(tile: Tensor, factor: Tensor) -> None:
 
 
 @jit
-@no_type_check
 def _exponentials(
     z, z_stride, out, out_stride, shift, total, top, softcap, temperature, rows, classes, REDO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -130,7 +127,6 @@ def exponentials(tile: SparseTile) -> tuple[Tensor, Tensor]:
 
 
 @jit
-@no_type_check
 def _statistics(
     z, z_stride, v, v_stride, share, table, column, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -220,7 +216,6 @@ def statistics(
 
 
 @jit
-@no_type_check
 def _residual(
     z, z_stride, v, v_stride, out, out_stride, v_out, v_out_stride, share, shift, alpha, beta, weight, softcap,
     temperature, rows, classes, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -250,9 +245,8 @@ def _residual(
 def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:
     """Form ∂L/∂z and its change along ``v``: the only function of this backend that does.
 
-    ``g = β e^{m(z) − shift} − w u`` and ``ġ = e^{…} (β m′ ż + α)`` at unlisted classes become ``m′ g`` in ``out`` and
-    ``m′ ġ + m″ g ż`` in ``v_out``, or in place. ``exponentials`` are the ``out`` that :func:`statistics` has filled,
-    where β is missing.
+    They are written into ``out`` and ``v_out``, or in place. ``exponentials`` are the ``out`` that :func:`statistics`
+    has filled, where β is missing.
     """
     out, v_out = tile.z if tile.out is None else tile.out, tile.v if tile.v_out is None else tile.v_out
     if exponentials is not None:
@@ -270,7 +264,6 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 
 
 @jit
-@no_type_check
 def _prepare(
     z, z_stride, raw, raw_stride, shift, masses, place, softcap, temperature, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -321,11 +314,7 @@ def accumulate_column(tile: SparseTile) -> Tensor:
 
 
 def multiply_column(tile: SparseTile, alpha: Tensor, beta: Tensor, inverse: Tensor) -> None:
-    """Form the product of a Hessian or Gauss-Newton matrix with a column: the only function of this backend that does.
-
-    As in ATen, ``v ← m′ e (β m′ v + α) + (m″/m′) (m′ g′) v · inverse``, by the kernel that dense targets launch too;
-    the kernel class adds to it at the classes that it keeps apart.
-    """
+    """Multiply a column by a Hessian or Gauss-Newton matrix: the only function of this backend that does."""
     nothing = torch.zeros_like(alpha)
     numbers = torch.stack([nothing, nothing, -alpha, beta, inverse]).float()
     _launch(columns.multiply, tile, by_rows=False, q=None, top=None, numbers=numbers)
