@@ -54,7 +54,7 @@ def require_deterministic(network: SplitNetwork, name: str, *, ordered: bool) ->
 
 
 def _random_sampler(data: object) -> str | None:
-    """The name of a sampler at any depth of a loader that is known to be random."""
+    """Return the name of a sampler at any depth of a loader that is known to be random."""
     for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
         if isinstance(sampler, RandomSampler | WeightedRandomSampler | SubsetRandomSampler):
             return type(sampler).__name__
@@ -123,7 +123,7 @@ def _hint(network: SplitNetwork) -> str:
 
 
 def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:
-    """One number per row, 0 for one that does not count; each part adds about 1, so that none hides the others."""
+    """Return a number per row, 0 for one that does not count; each part adds about 1, so that none hides others."""
     t = rows.tensors
     numbers = _direction_and_length(t.input) + torch.sin(t.row_weight.double())
     if t.indices is not None:
@@ -136,7 +136,7 @@ def _numbers_of(rows: RowLosses) -> Float64[Tensor, " n"]:
 
 
 def _direction_and_length(vectors: Tensor) -> Float64[Tensor, " n"]:
-    """``v·r/‖v‖ + log ‖v‖`` with a random ``r``: a relative change of ``v`` changes it by about as much."""
+    """Return ``v·r/‖v‖ + log ‖v‖`` with a random ``r``: a relative change of ``v`` changes it by about as much."""
     probe = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     probe = probe.to(vectors.device)
     numbers = []
@@ -148,7 +148,7 @@ def _direction_and_length(vectors: Tensor) -> Float64[Tensor, " n"]:
 
 
 def _tolerance(network: SplitNetwork, *more: torch.dtype) -> float:
-    """A thousand times the rounding errors of features, which depend on the other rows of a batch."""
+    """Return a thousand times the rounding errors of features, which depend on the other rows of a batch."""
     kind = network.device.type
     dtypes = [*more, *(parameter.dtype for parameter in network.features.parameters())]
     if torch.is_autocast_enabled(kind):

@@ -38,7 +38,7 @@ class FeatureMap:
         self.module = module
 
     def __call__(self, x: Any, seed: int, *, device: torch.device, graph: bool) -> Any:
-        """``features(x)``, or ``features(**x)`` of a mapping, in the module's present mode."""
+        """Return ``features(x)``, or ``features(**x)`` of a mapping, in the module's present mode."""
         devices = [] if device.type == "cpu" else [device]
         with torch.inference_mode(False), torch.set_grad_enabled(graph), torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(seed)
@@ -62,13 +62,13 @@ class FeatureMap:
 
 
 def parallel_wrapper(module: nn.Module) -> str | None:
-    """The name of torch's wrapper for several processes or devices that the module is an instance of."""
+    """Return the name of torch's wrapper for several processes or devices that the module is an instance of."""
     names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", "deepspeed.")))
     return next((name for name in names if name in WRAPPERS), None)
 
 
 def eager() -> Any:
-    """A context in which compiled modules run uncompiled."""
+    """Return a context in which compiled modules run uncompiled."""
     # Where torch.compile has not been used there is no need to import it, which takes seconds.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 

@@ -29,7 +29,7 @@ class JacobianSandwich(NetworkOperator):
         return ()
 
     def kfac(self, *, form: FactorForm = "auto", rank: int = 128, seed: int = 0) -> KroneckerFactors:
-        """The Kronecker factors of the head's block; see :meth:`softcurve.curvature.HeadCurvature.kfac`."""
+        """Return the Kronecker factors of the head's block; see :meth:`softcurve.curvature.HeadCurvature.kfac`."""
         network, head = self.network, self.network.head
         total = sum(rows.divisor for rows in network.rows("Rows", graph=False))
 
@@ -44,7 +44,7 @@ class JacobianSandwich(NetworkOperator):
         self, damping: float, *, kind: Literal["auto", "kronecker", "nystrom"] = "auto", products: int = 16,
         form: FactorForm = "auto", rank: int = 128, seed: int = 0,
     ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-        """A preconditioner for :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
+        """Return a preconditioner for :meth:`solve`: near ``(A + damping I)⁻¹``, symmetric and positive definite.
 
         ``"kronecker"``: ``(B ⊗ A + damping I)⁻¹`` of :meth:`kfac` (``form``, ``rank``) on the head, and on each other
         parameter ``1 / (mean of its diagonal + damping)``, estimated from ``products`` random products. It is by far
@@ -86,7 +86,7 @@ class JacobianSandwich(NetworkOperator):
         return apply
 
     def _mean_diagonals(self, products: int, seed: int) -> Tensor:
-        """The mean of the diagonal over each parameter of the features, by Hutchinson's estimate; 0 for the head."""
+        """Return the mean of the diagonal over each parameter of the features, by Hutchinson's estimate; head: 0."""
         generator = torch.Generator().manual_seed(seed)
         parts = [self.layout.slices[number] for number in self.layout.of_features]
         probes = torch.zeros(self.layout.size, products, dtype=self.dtype, device=self.device)

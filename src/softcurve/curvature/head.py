@@ -71,7 +71,7 @@ class HeadCurvature:
         return f"HeadCurvature({shape}, loss={self.losses.loss!r}, dtype={dtype}, device={t.input.device})"
 
     def hvp(self, direction: OneOrMany, *, parts: Sequence[PartName] = PARTS) -> OneOrMany:
-        """The Hessian's product with ``Direction(input, weight, bias)``, whose parts may be ``None`` for zero.
+        """Return the Hessian's product with ``Direction(input, weight, bias)``, whose parts may be ``None`` for zero.
 
         A list of directions shares the passes. ``parts`` names the wanted parts of the product, which are in the dtype
         of the computation; the bias's is ``None`` for a head without one.
@@ -99,7 +99,7 @@ class HeadCurvature:
         return products if isinstance(direction, list) else products[0]
 
     def _global(self, local: Direction) -> Direction:
-        """The parts in the shapes of the arguments, and sharded as they are."""
+        """Return the parts in the shapes of the arguments, and sharded as they are."""
         e, layout = local.input, self.layout
         input, weight, bias = self.arguments
         shape = (*self.leading, input.shape[-1])
@@ -132,7 +132,7 @@ class HeadCurvature:
         return Direction(None if e is None else e.reshape(t.input.shape), local.get("weight"), local.get("bias"))
 
     def diagonal(self, *, matrix: MatrixName = "gauss_newton") -> Direction:
-        """The exact diagonal in the weight ``(C, d)`` and the bias: ``Σ_i diag(B_i) ⊗ (e ⊙ e)``; not the input's."""
+        """Return the exact diagonal ``Σ_i diag(B_i) ⊗ (e ⊙ e)`` in the weight ``(C, d)`` and the bias alone."""
         checks.require_choice("matrix", matrix, get_args(MatrixName))
         weight, bias, _ = curvature.diagonal(self.rows, matrix, wants_diagonal=True)
         assert weight is not None
@@ -141,13 +141,13 @@ class HeadCurvature:
         return self._global(Direction(None, weight * self.scale, in_bias))
 
     def trace(self, *, matrix: MatrixName = "gauss_newton") -> float:
-        """The exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
+        """Return the exact trace in weight and bias: ``Σ_i tr(B_i) (‖e_i‖² + 1)``, the 1 with a bias."""
         checks.require_choice("matrix", matrix, get_args(MatrixName))
         traces = curvature.diagonal(self.rows, matrix, wants_diagonal=False).rows
         return float(self.layout.summed((traces.double() * self._squared_norms()).sum())) * self.scale
 
     def gradient_norms(self, kind: Literal["grand", "el2n"] = "grand") -> Tensor:
-        """The gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
+        """Return the gradient norm of each row's own loss, ``(...)``, in float64; 0 for a row that does not count.
 
         ``"el2n"``: with respect to the logits, ``‖p − y‖`` for a cross-entropy. ``"grand"``: with respect to weight and
         bias, ``‖∂ℓ/∂z‖ ‖[e; 1]‖``, the 1 with a bias. Source: Paul, Ganguli, Dziugaite 2021, "Deep learning on a data
@@ -167,7 +167,7 @@ class HeadCurvature:
     def kfac(
         self, *, matrix: PositiveMatrixName = "gauss_newton", form: FactorForm = "auto", rank: int = 128, seed: int = 0
     ) -> KroneckerFactors:
-        """The Kronecker factors of the matrix in weight and bias.
+        """Return the Kronecker factors of the matrix in weight and bias.
 
         ``form`` is the explicit form of the class factor for its inverse: ``"dense"`` ``(C, C)``, ``"low_rank"``
         ``(C, rank)``, or ``"auto"``, dense up to 2,048 classes.
@@ -178,7 +178,7 @@ class HeadCurvature:
         return KroneckerFactors.of(factor, has_bias=has_bias, form=form, rank=rank, seed=seed)
 
     def largest_eigenvalue_bound(self) -> float:
-        """An upper bound of the largest eigenvalue of the Gauss-Newton matrix in weight and bias.
+        """Return an upper bound of the largest eigenvalue of the Gauss-Newton matrix in weight and bias.
 
         It costs one ``d × d`` problem, and holds for row and class weights that are not negative:
         ``diag(p) − p pᵀ ⪯ ½ (I − 1 1ᵀ/C)``, so ``½ λ_max(Σ_i m_i ẽ_i ẽ_iᵀ) / T²``; a JS divergence has ``1 − β`` of it,

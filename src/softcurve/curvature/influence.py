@@ -59,11 +59,11 @@ class Influence(ShortRepr):
         return -self.values / self.divisor
 
     def most_helpful(self, k: int) -> Int64[Tensor, " k *test"]:
-        """The rows whose weight lowers the test loss most, the most helpful first."""
+        """Return the rows whose weight lowers the test loss most, the most helpful first."""
         return self._ranked(k, largest=False)
 
     def most_harmful(self, k: int) -> Int64[Tensor, " k *test"]:
-        """The rows whose weight raises the test loss most, the most harmful first: where to look for wrong labels."""
+        """Return the rows whose weight raises the test loss most, the worst first: candidates for wrong labels."""
         return self._ranked(k, largest=True)
 
     def _ranked(self, k: int, largest: bool) -> Tensor:
@@ -81,7 +81,7 @@ def influence(
     columns_at_once: int = 16, seed: int = 0, progress: bool = False, process_group: ProcessGroup | None = None,
     check_deterministic: bool = True, **options: Unpack[LossOptions],
 ) -> Influence:  # fmt: skip
-    """The influence of each row of ``train_data`` on the loss on ``test_data``, in the parameters that are trained.
+    """Return the influence of each row of ``train_data`` on the loss on ``test_data``, in the trained parameters.
 
     Args:
         features: a module that maps a batch ``x`` to ``e (..., d)``, in its present mode; ``nn.Identity()`` for none.
@@ -151,7 +151,7 @@ def influence(
 
 
 def _mean_gradient(test: SplitNetwork) -> Tensor:
-    """``∇L_test``, ``(P,)``."""
+    """Return ``∇L_test``, ``(P,)``."""
     flat, total = torch.zeros(test.layout.size, dtype=test.layout.dtype, device=test.device), 0.0
     for rows in test.rows("Test gradient"):
         total += rows.divisor
@@ -160,7 +160,7 @@ def _mean_gradient(test: SplitNetwork) -> Tensor:
 
 
 def _row_gradients(test: SplitNetwork) -> Iterator[Tensor]:
-    """``w_r ∇ℓ_r`` of each test row, ``(P,)``, one at a time."""
+    """Yield ``w_r ∇ℓ_r`` of each test row, ``(P,)``, one at a time."""
     for rows in test.rows("Test gradients"):
         for number in range(len(rows.e)):
             flat = torch.zeros(test.layout.size, dtype=test.layout.dtype, device=test.device)
@@ -186,7 +186,7 @@ def _add_gradient(network: SplitNetwork, rows: BatchRows, some: slice, flat: Ten
 
 
 def _changes(train: SplitNetwork, columns: Float[Tensor, "parameters k"]) -> tuple[Float[Tensor, "n k"], float]:
-    """``w_i ∇ℓ_i · s`` of each training row and each column ``s``, and what the training loss is divided by."""
+    """Return ``w_i ∇ℓ_i · s`` of each training row and each column ``s``, and what the training loss is divided by."""
     changes, total = [columns.new_zeros(0, columns.shape[1])], 0.0
     for rows in train.rows("Training rows"):
         total += rows.divisor

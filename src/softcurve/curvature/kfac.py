@@ -34,7 +34,7 @@ DENSE_CLASSES = 2048  # the most classes for which the form "auto" is dense
 
 
 def split_rows(input: Float[Tensor, "n d"], *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Parts of the rows of several tensors, few enough to be widened to float64 at a time."""
+    """Return parts of the rows of several tensors, few enough to be widened to float64 at a time."""
     step = max(1, WIDENED_ENTRIES // max(1, input.shape[1]))
     return zip(*(tensor.split(step) for tensor in (input, *others)), strict=True)
 
@@ -42,7 +42,7 @@ def split_rows(input: Float[Tensor, "n d"], *others: Tensor) -> Iterable[tuple[T
 def weighted_moment(
     input: Float[Tensor, "n d"], mass: Float[Tensor, " n"], *, has_bias: bool, dtype: torch.dtype
 ) -> Float[Tensor, "m m"]:
-    """``Σ_i mass_i ẽ_i ẽ_iᵀ`` without the rows of mass 0, some rows at a time."""
+    """Return ``Σ_i mass_i ẽ_i ẽ_iᵀ`` without the rows of mass 0, some rows at a time."""
     width = input.shape[1] + has_bias
     moment = torch.zeros(width, width, dtype=dtype, device=input.device)
     for e, m in split_rows(input, mass):
@@ -60,7 +60,7 @@ class DenseClassFactor(ShortRepr):
     vectors: Float[Tensor, "classes classes"]
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedDenseFactor:
-        """``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
+        """Return ``a B + damping I`` for each scale ``a ≥ 0``, in the dtype of the scales."""
         vectors, values = self.vectors.to(scales.dtype), self.values.to(scales.dtype)
         return DampedDenseFactor(vectors, values.unsqueeze(-1) * scales + damping)
 
@@ -73,15 +73,15 @@ class DampedDenseFactor:
     values: Float[Tensor, "classes k"]
 
     def solve(self, columns: Float[Tensor, "classes k"]) -> Float[Tensor, "classes k"]:
-        """``M_j⁻¹ x_j`` of each column."""
+        """Return ``M_j⁻¹ x_j`` of each column."""
         return self.vectors @ (self.vectors.T @ columns / self.values)
 
     def inverse_diagonal(self) -> Float[Tensor, "classes k"]:
-        """``diag(M_j⁻¹)``."""
+        """Return ``diag(M_j⁻¹)``."""
         return self.vectors.square() @ (1 / self.values)
 
     def log_determinants(self) -> Float64[Tensor, " k"]:
-        """``log det M_j``."""
+        """Return ``log det M_j``."""
         return self.values.double().log().sum(0)
 
 
@@ -94,7 +94,7 @@ class LowRankClassFactor(ShortRepr):
     rounding: float  # the relative rounding error of the entries
 
     def damped(self, scales: Float[Tensor, " k"], damping: float, *, name: str = "damping") -> DampedLowRankFactor:
-        """The same by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
+        """Return it by Woodbury's formula: with ``D = a diagonal + damping``, each has a core ``I − a lowᵀ D⁻¹ low``.
 
         Raises ``ValueError`` if the damping, which the caller calls ``name``, is lost in the rounding errors of ``B``.
         """
@@ -124,14 +124,14 @@ class DampedLowRankFactor:
     cholesky: Float64[Tensor, "k rank rank"]  # of the cores, lower
 
     def solve(self, columns: Float[Tensor, "classes k"]) -> Float[Tensor, "classes k"]:
-        """``M_j⁻¹ x_j`` of each column."""
+        """Return ``M_j⁻¹ x_j`` of each column."""
         first = self.inverse * columns
         small = (self.low.T @ first).double()
         core = torch.cholesky_solve(small.T.unsqueeze(-1), self.cholesky).squeeze(-1).T * self.scales.double()
         return first + self.inverse * (self.low @ core.to(first.dtype))
 
     def inverse_diagonal(self) -> Float[Tensor, "classes k"]:
-        """``diag(M_j⁻¹)``."""
+        """Return ``diag(M_j⁻¹)``."""
         diagonal = self.inverse.clone()
         for j, (factor, a) in enumerate(zip(self.cholesky, self.scales, strict=True)):
             half = torch.linalg.solve_triangular(factor, self.low.T.double(), upper=False)
@@ -139,7 +139,7 @@ class DampedLowRankFactor:
         return diagonal
 
     def log_determinants(self) -> Float64[Tensor, " k"]:
-        """``log det M_j``."""
+        """Return ``log det M_j``."""
         cores = 2 * self.cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
         return cores - self.inverse.double().log().sum(0)
 
@@ -199,11 +199,11 @@ class StreamedClassFactor(SymmetricOperator):
         return not self.total(float(others))
 
     def total(self, number: float) -> float:
-        """The sum of a number over the processes of other rows."""
+        """Return the sum of a number over the processes of other rows."""
         return float(self.summed(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
     def _diagonal_and_products(self, vectors: Tensor) -> list[Tensor]:
-        """``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
+        """Return ``diagonal`` of ``B = diag(diagonal) − Σ b p pᵀ``, and ``Σ b p pᵀ`` times ``vectors``."""
         diagonal = torch.zeros(len(vectors), dtype=self.dtype, device=self.device)
         outer = torch.zeros(vectors.shape, dtype=self.dtype, device=self.device)
 
@@ -224,13 +224,13 @@ class StreamedClassFactor(SymmetricOperator):
         return [self.summed(part).mul_(self.scale) for part in sums]
 
     def dense(self) -> DenseClassFactor:
-        """All of ``B``."""
+        """Return all of ``B``."""
         matrix = self.to_dense(columns_at_once=256).double()
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         return DenseClassFactor(values.clamp(min=0).to(self.dtype), vectors.to(self.dtype))
 
     def low_rank(self, rank: int, seed: int) -> LowRankClassFactor:
-        """``diag − low lowᵀ`` by the Nyström method after one step of subspace iteration.
+        """Return ``diag − low lowᵀ`` by the Nyström method after one step of subspace iteration.
 
         Nyström's approximation of ``Pᵀ m P`` is below it, so that the result is above ``B`` and stays positive. On the
         way it takes about four times the memory of ``low``.
@@ -284,11 +284,11 @@ class KroneckerFactors(ShortRepr):
         return KroneckerFactors(factor.summed(moment) / total, factor, explicit, has_bias)
 
     def product(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``B [weight | bias] A``, ``(C, d)`` and ``(C,)``, with the exact ``B``."""
+        """Return ``B [weight | bias] A``, ``(C, d)`` and ``(C,)``, with the exact ``B``."""
         return self._split(self.classes @ (self._join(weight, bias) @ self.features))
 
     def solve(self, weight: Tensor, bias: Tensor | None = None, *, damping: float) -> tuple[Tensor, Tensor | None]:
-        """``(B ⊗ A + damping I)⁻¹ [weight | bias]``, ``(C, d)`` and ``(C,)``, exact for the explicit form of ``B``.
+        """Return ``(B ⊗ A + damping I)⁻¹ [weight | bias]``, ``(C, d)`` and ``(C,)``, exact for an explicit ``B``.
 
         Raises ``ValueError`` where a form of low rank in float32 cannot resolve the ``damping``.
         """

@@ -114,14 +114,14 @@ class LastLayerLaplace:
         return self.structure.prior
 
     def with_prior_precision(self, prior_precision: float) -> LastLayerLaplace:
-        """The same curvature under another prior, without another pass over the data."""
+        """Return the same curvature under another prior, without another pass over the data."""
         checks.require_positive("prior_precision", prior_precision)
         other = copy.copy(self)
         other.structure = replace(self.structure, prior=float(prior_precision))
         return other
 
     def log_marginal_likelihood(self, prior_precision: float | Tensor | None = None) -> Float64[Tensor, "*precisions"]:
-        """``log p(D) ≈ log p(D|θ*) − ½ (δ ‖θ*‖² + log det(I + H/δ))``, in nats, for each of ``prior_precision``.
+        """Return ``log p(D) ≈ log p(D|θ*) − ½ (δ ‖θ*‖² + log det(I + H/δ))``, in nats, for each of ``prior_precision``.
 
         That is ``log p(D|θ*) + log N(θ*; 0, I/δ) + ½ P log 2π − ½ log det(H + δ I)``, and concave in ``log δ``. It is
         only up to a constant where rows have weights or soft labels. For a class factor of low rank each value costs
@@ -141,7 +141,7 @@ class LastLayerLaplace:
     def optimize_prior_precision(
         self, *, bounds: tuple[float, float] = (1e-6, 1e6), tol: float = 1e-6
     ) -> LastLayerLaplace:
-        """The same posterior with the ``δ`` of the largest evidence within ``bounds``, to ``tol`` relatively.
+        """Return the same posterior with the ``δ`` of the largest evidence within ``bounds``, to ``tol`` relatively.
 
         The evidence has one maximum: there ``δ ‖θ*‖² = Σ h/(h + δ)``, the number of well-determined parameters. Where
         it still rises at a bound, the result is that bound. Brent's method in ``log δ``; needs scipy.
@@ -166,7 +166,7 @@ class LastLayerLaplace:
 
     @torch.no_grad()
     def predictive_variance(self, x: Any) -> Float[Tensor, "*rows classes"]:
-        """``diag(J Σ Jᵀ)``: the posterior variance of each logit ``W e + b``, before soft cap and temperature.
+        """Return ``diag(J Σ Jᵀ)``: the posterior variance of each logit ``W e + b``, before soft cap and temperature.
 
         ``x`` is an input of ``features``, or ``e (..., d)`` itself where there are none.
         """
@@ -177,7 +177,7 @@ class LastLayerLaplace:
     def predict_proba(
         self, x: Any, *, correction: Literal["probit", "mc", "none"] = "probit", samples: int = 256, seed: int = 0
     ) -> Float[Tensor, "*rows classes"]:
-        """The probabilities of the classes, averaged over the posterior as ``correction`` says.
+        """Return the probabilities of the classes, averaged over the posterior as ``correction`` says.
 
         ``"probit"``: ``softmax(z / √(1 + π/8 var))`` (MacKay 1992; Lu, Ie, Sha 2020); ``"mc"``: the mean of ``samples``
         softmaxes of independent normal logits with these variances, drawn from ``seed``; ``"none"``: the softmax at the
@@ -203,7 +203,7 @@ class LastLayerLaplace:
         return output.reshape(*e.shape[:-1], classes)
 
     def _mean_softmax(self, z: Tensor, deviation: Tensor, samples: int, seed: int) -> Tensor:
-        """The mean of the softmax of ``z + deviation ⊙ ε``."""
+        """Return the mean of the softmax of ``z + deviation ⊙ ε``."""
         generator = torch.Generator().manual_seed(seed)
         total = torch.zeros_like(z)
         for _ in range(samples):
@@ -212,7 +212,7 @@ class LastLayerLaplace:
         return total / samples
 
     def _features_of(self, x: Any) -> Tensor:
-        """The features in the computation's dtype; dropout in training mode is that of the data's first batch."""
+        """Return features in the computation's dtype; dropout in training mode is that of the data's first batch."""
         width, weight = self.head.in_features, self.head.weight
         e = self._map(x, self._seed, device=weight.device, graph=False)
         if not isinstance(e, Tensor) or not e.is_floating_point() or e.ndim == 0 or e.shape[-1] != width:
@@ -224,7 +224,7 @@ class LastLayerLaplace:
 
 
 def slices(count: int, each: int, budget: int) -> list[slice]:
-    """Slices of ``count`` items of ``each`` bytes that need at most ``budget`` bytes, but hold at least one item."""
+    """Yield slices of ``count`` items of ``each`` bytes that need at most ``budget`` bytes, but hold at least one."""
     step = max(1, budget // each)
     return [slice(start, start + step) for start in range(0, count, step)]
 
@@ -239,14 +239,14 @@ class DiagonalPrecision(ShortRepr):
     bias: Float[Tensor, " classes"] | None
 
     def log_ratio(self) -> float:
-        """``log det(I + H / prior) = Σ log1p(h / prior)``."""
+        """Return ``log det(I + H / prior) = Σ log1p(h / prior)``."""
         total = 0.0 if self.bias is None else float(torch.log1p(self.bias.double() / self.prior).sum())
         for classes in slices(len(self.weight), 3 * 8 * self.weight.shape[1], self.budget):
             total += float(torch.log1p(self.weight[classes].double() / self.prior).sum())
         return total
 
     def variance(self, e: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
-        """``(e ⊙ e) @ (1 / (h + prior))ᵀ``, some rows and classes at a time."""
+        """Return ``(e ⊙ e) @ (1 / (h + prior))ᵀ``, some rows and classes at a time."""
         variance = e.new_empty(len(e), len(self.weight))
         bytes_each = 4 * e.itemsize * e.shape[1]
         for classes in slices(len(self.weight), bytes_each, self.budget):
@@ -270,7 +270,7 @@ class KroneckerPrecision(ShortRepr):
     classes: int
 
     def log_ratio(self) -> float:
-        """``log det(I + H / prior) = Σ_j log det(a_j / prior B + I)``."""
+        """Return ``log det(I + H / prior) = Σ_j log det(a_j / prior B + I)``."""
         total = 0.0
         for part in self._parts:
             damped = self.form.damped(self.values[part], self.prior, name="prior_precision")
@@ -278,7 +278,7 @@ class KroneckerPrecision(ShortRepr):
         return total
 
     def variance(self, e: Float[Tensor, "n features"]) -> Float[Tensor, "n classes"]:
-        """``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
+        """Return ``Σ_j (ẽ·u_j)² [(a_j B + prior I)⁻¹]_kk``, some rows and eigenvectors at a time."""
         variance = e.new_zeros(len(e), self.classes)
         vectors = self.vectors.to(e.dtype)
         for part, inverse in self._inverse_diagonals or map(self._inverse_diagonal, self._parts):
@@ -300,12 +300,12 @@ class KroneckerPrecision(ShortRepr):
         return list(map(self._inverse_diagonal, self._parts)) if len(self._parts) == 1 else []
 
     def _inverse_diagonal(self, part: slice) -> tuple[slice, Tensor]:
-        """``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``, for some eigenvectors."""
+        """Return ``[(a_j B + prior I)⁻¹]_kk``, ``(C, j)``, for some eigenvectors."""
         return part, self.form.damped(self.values[part], self.prior, name="prior_precision").inverse_diagonal()
 
 
 def _copy_parameters(head: nn.Linear) -> nn.Linear:
-    """A head without ties, hooks and freezing, so that later training does not move the posterior."""
+    """Return a head without ties, hooks and freezing, so that later training does not move the posterior."""
     require_head(head)
     if lies_over_processes(head.weight):
         raise TypeError("head must hold plain tensors, got a DTensor; gather it by head.weight.full_tensor() first")
@@ -321,7 +321,7 @@ def _copy_parameters(head: nn.Linear) -> nn.Linear:
 
 
 def _log_likelihood(network: SplitNetwork) -> float:
-    """``Σ weight_i log p(y_i)``."""
+    """Return ``Σ weight_i log p(y_i)``."""
     total, counted = 0.0, 0.0
     for rows in network.rows("Log-likelihood", graph=False):
         loss, tensors, _, budget = rows.losses
@@ -333,7 +333,7 @@ def _log_likelihood(network: SplitNetwork) -> float:
 
 
 def _diagonal_of(network: SplitNetwork) -> tuple[Tensor, Tensor | None]:
-    """The diagonal of ``H`` in weight and bias, without rounding errors below 0."""
+    """Return the diagonal of ``H`` in weight and bias, without rounding errors below 0."""
     weight = torch.zeros_like(network.head.weight.detach(), dtype=network.layout.dtype)
     bias = weight.new_zeros(len(weight))
     for rows in network.rows("Diagonal", graph=False):

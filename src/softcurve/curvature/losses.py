@@ -133,7 +133,7 @@ class HeadLosses(ShortRepr):
     def problem(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
     ) -> HeadProblem:
-        """The loss of a batch before the reduction; the errors are those of the public loss.
+        """Return the loss of a batch before the reduction; the errors are those of the public loss.
 
         A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.
         """
@@ -145,7 +145,7 @@ class HeadLosses(ShortRepr):
         )  # fmt: skip
 
     def rows(self, problem: HeadProblem) -> RowLosses:
-        """The rows of a batch for the passes over tiles, weighted as in the sum over all rows, in units of ``base``."""
+        """Return the rows of a batch for the passes over tiles, weighted as in the whole sum, in units of ``base``."""
         tensors = problem.tensors._replace(row_weight=problem.tensors.row_weight / self.reducer.nats)
         tensors = tensors._replace(**{n: each.detach() for n, each in tensors._asdict().items() if each is not None})
         return RowLosses(problem.loss, tensors, problem.merges_tail, self.memory_budget)

@@ -64,7 +64,7 @@ class Layout:
         return f"Layout(size={self.size}, parameters={len(self.names)}, dtype={str(self.dtype).removeprefix('torch.')})"
 
     def view(self, flat: Tensor, number: int) -> Tensor:
-        """A parameter's part of a flat vector, in the parameter's shape."""
+        """Return a parameter's part of a flat vector, in the parameter's shape."""
         return flat[self.slices[number]].view(self.tensors[number].shape)
 
 
@@ -120,14 +120,14 @@ class SplitNetwork:
             yield BatchRows(number, flat, self.losses.rows(problem), float(problem.divisor(self.losses.reducer)))
 
     def random_seed(self, use: str, number: int) -> int:
-        """A seed for one use of random numbers in one batch; the hash keeps neighbouring seeds and uses apart."""
+        """Return a seed for one use of random numbers in a batch; the hash keeps neighbouring seeds and uses apart."""
         # Batches of the same number are different ones in each process.
         process = f"{self.process_group.rank()} " if self.process_group is not None else ""
         mixed = hashlib.blake2b(f"{process}{self.seed} {number} {use}".encode(), digest_size=4)  # mt19937 takes 32 bits
         return int.from_bytes(mixed.digest(), "little")
 
     def features_of(self, batch: Any, number: int, *, graph: bool) -> Tensor:
-        """The features of a batch, ``(..., d)``; dropout is drawn from the seed and the batch's number."""
+        """Return the features of a batch, ``(..., d)``; dropout is drawn from the seed and the batch's number."""
         x = _unpack(batch, number)[0]
         e = self.map(x, self.random_seed("features", number), device=self.device, graph=graph)
         width = self.head.in_features
@@ -184,7 +184,7 @@ class SplitNetwork:
     def directions(
         self, rows: BatchRows, columns: Tensor, cotangent: Tensor | None = None
     ) -> tuple[list[Direction], list[Parts]]:
-        """Each of ``columns (k, P)`` as a change of the head's input, ``J v``, weight and bias.
+        """Return each of ``columns (k, P)`` as a change of the head's input, ``J v``, weight and bias.
 
         With a ``cotangent`` ``u (n, d)`` also the second-order terms ``(Σ u ∂²e) v`` of each column.
         """
@@ -205,7 +205,7 @@ class SplitNetwork:
         return directions, terms
 
     def _vjp(self, outputs: Any, inputs: Parts, cotangents: Any, *, create_graph: bool = False) -> Parts:
-        """The vector-Jacobian product of a part of the features' graph, which is kept."""
+        """Return the vector-Jacobian product of a part of the features' graph, which is kept."""
         if not len(outputs):
             return [torch.zeros_like(each) for each in inputs]
         with self.map.conditions():
@@ -274,7 +274,7 @@ class NetworkOperator(SymmetricOperator):
         return self.network.device
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector ``(P,)`` as tensors by parameter name."""
+        """Return a flat vector ``(P,)`` as tensors by parameter name."""
         if vector.shape != (self.layout.size,):
             raise ValueError(f"vector must be of shape ({self.layout.size},), got {checks.describe(vector)}")
         return {name: self.layout.view(vector, number) for number, name in enumerate(self.layout.names)}
@@ -311,7 +311,7 @@ def require_reiterable(name: str, data: object) -> None:
 
 
 def length_of(data: Any) -> int | None:
-    """The number of batches, where it is known: a ``DataLoader`` of an iterable dataset has no working length."""
+    """Return the number of batches if it is known: a ``DataLoader`` of an iterable dataset has no working length."""
     try:
         return len(data)
     except TypeError:

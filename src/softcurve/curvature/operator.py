@@ -35,7 +35,7 @@ class SymmetricOperator(SymmetricMatrix):
 
     @abstractmethod
     def _columns(self, vectors: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """The products with ``k ≥ 0`` columns, which come detached, in the operator's dtype and on its device."""
+        """Return the products with ``k ≥ 0`` columns, which come detached, in the operator's dtype and device."""
 
     trace = estimates.trace
     diagonal = estimates.diagonal
@@ -52,7 +52,7 @@ class SymmetricOperator(SymmetricMatrix):
     @overload
     def __matmul__(self, vectors: FloatArray) -> FloatArray: ...
     def __matmul__(self, vectors: object) -> Tensor | FloatArray:
-        """``A v`` for a vector ``(n,)`` or a matrix of columns ``(n, k)``, in the operator's dtype, detached.
+        """Return ``A v`` for a vector ``(n,)`` or a matrix of columns ``(n, k)``, in the operator's dtype, detached.
 
         A torch tensor gives a tensor, a numpy array an array (in float32 where numpy lacks the operator's dtype).
 
@@ -83,14 +83,14 @@ class SymmetricOperator(SymmetricMatrix):
         return self._columns(columns.reshape(n, -1)).detach().reshape(vectors.shape)
 
     def to_dense(self, *, columns_at_once: int = 16) -> Float[Tensor, "n n"]:
-        """The matrix itself: its products with the identity, ``columns_at_once`` at a time, not symmetrised."""
+        """Return the matrix itself: its products with the identity, ``columns_at_once`` at a time, not symmetrised."""
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for columns, chunk in identity_chunks(self, columns_at_once):
             dense[:, columns] = self @ chunk
         return dense
 
     def to_scipy(self) -> LinearOperator:
-        """The same matrix for scipy's solvers, in the operator's dtype (half precisions as float32)."""
+        """Return the same matrix for scipy's solvers, in the operator's dtype (half precisions as float32)."""
         with needed("to_scipy", "fit"):
             from scipy.sparse.linalg import LinearOperator
 

@@ -50,7 +50,7 @@ class HeadInput(nn.Module):
         self._is_compiled, self._was_called = compiled, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The head's input when the model is called with these arguments."""
+        """Return the head's input when the model is called with these arguments."""
         entered: list[tuple[nn.Module, Tensor]] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class HeadInput(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters of the model except those that belong to the head alone."""
+        """Return all parameters of the model except those that belong to the head alone."""
 
         def members(module: nn.Module) -> Iterable[tuple[str, nn.Parameter | None]]:
             return () if module is self._head[0] else module._parameters.items()
@@ -140,7 +140,7 @@ def require_same_logits(features: nn.Module, temperature: float, softcap: float 
 
 
 def _path_to(model: nn.Module, head: str) -> tuple[tuple[nn.Module, ...], bool]:
-    """The uncompiled modules from the model down to its head, and whether one of them is compiled."""
+    """Return the uncompiled modules from the model down to its head, and whether one of them is compiled."""
     module, compiled = model, False
     place, path = "", []
     for part in ["", *(part for part in head.split(".") if part not in ("", COMPILED))]:
@@ -178,7 +178,7 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def _not_linear(module: nn.Module, head: str) -> str:
-    """The error message for a module that is no ``nn.Linear``, with the remedy."""
+    """Return the error message for a module that is no ``nn.Linear``, with the remedy."""
     message = f"head must name a torch.nn.Linear, got {class_name(module)} at {head!r}"
     if adapter_parts(module):
         return (
@@ -250,14 +250,14 @@ def _computes_linear(head: nn.Linear) -> bool:
 
 
 def class_name(value: object) -> str:
-    """The class, with its module where the name alone would be mistaken for torch's own."""
+    """Return the class, with its module where the name alone would be mistaken for torch's own."""
     kind = type(value)
     is_torch = kind.__module__.startswith("torch.nn.")
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in vars(nn) and not is_torch else kind.__name__
 
 
 def adapter_parts(module: nn.Module) -> list[str]:
-    """Names of children that hold parameters, and of parameters, that adapters have."""
+    """Return names of children that hold parameters, and of parameters, that adapters have."""
     names = {name.partition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
     return [name for name in (*module._modules, *module._parameters) if name in names and ADAPTER.match(name)]
 
@@ -299,7 +299,7 @@ def require_nothing_beside(path: Sequence[nn.Module], name: str) -> bool:
 
 
 def _low_rank_pair(parent: nn.Module, head: nn.Linear) -> tuple[str, str] | None:
-    """Two matrices beside the head that map its features to its classes by fewer dimensions."""
+    """Return two matrices beside the head that map its features to its classes by fewer dimensions."""
     if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return None
     down: dict[int, str] = {}
@@ -358,7 +358,7 @@ def warn_of_logit_maps(modules: Sequence[nn.Module], softcap: float | None, temp
 
 
 def _logit_maps(modules: Sequence[nn.Module]) -> dict[str, tuple[str, float]]:
-    """The place and value of each attribute or entry of a configuration whose name is that of a map of the logits."""
+    """Return place and value of each attribute or entry of a configuration that is named as a map of the logits."""
     maps: dict[str, tuple[str, float]] = {}
     for module in modules:
         config = getattr(module, "config", None)

@@ -46,7 +46,7 @@ def eigsh(
     matrix: SymmetricMatrix, k: int = 6, *, which: SpectrumEnd = "LA", tol: float = 0.0,
     max_products: int | None = None, seed: int = 0, method: EigenMethod = "lanczos",
 ) -> Eigenpairs:  # fmt: skip
-    """The ``k`` largest (``"LA"``), smallest (``"SA"``) or absolutely largest (``"LM"``) eigenvalues, or both ends.
+    """Return the ``k`` largest (``"LA"``), smallest (``"SA"``), absolutely largest (``"LM"``) or outermost eigenvalues.
 
     ``"BE"`` takes half from each end, and the odd one from above.
 
@@ -129,7 +129,7 @@ class _ScaledMatrix:
         return torch.from_numpy(np.ascontiguousarray(columns)).to(device=self.matrix.device, dtype=dtype)
 
     def times(self, columns: Columns, *, checked: bool = True) -> Columns:
-        """The product with ``(n,)`` or ``(n, k)``, ``checked`` to be finite."""
+        """Return the product with ``(n,)`` or ``(n, k)``, ``checked`` to be finite."""
         vectors = self.tensor(columns.reshape(len(columns), -1))
         self.products += vectors.shape[1]
         image = product(self.matrix, vectors) if checked else (self.matrix @ vectors.to(self.matrix.dtype)).to(vectors)

@@ -56,7 +56,7 @@ class Estimate:
 
     @staticmethod
     def mean_of(samples: Float64[Tensor, " k"], products: int, method: str) -> Estimate:
-        """The mean of independent samples."""
+        """Return the mean of independent samples."""
         error = samples.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
         return Estimate(samples.mean().item(), error, len(samples), products, method)
 
@@ -80,7 +80,7 @@ def trace(
     matrix: SymmetricMatrix, *, method: TraceMethod = "xtrace", products: int = 64,
     distribution: Distribution = "rademacher", seed: int = 0, columns_at_once: int = 16,
 ) -> Estimate:  # fmt: skip
-    """``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
+    """Return ``tr A`` by ``"hutchinson"``, ``"hutch++"`` or ``"xtrace"``, from at most ``products`` products.
 
     The error falls like ``products^(−1/2)`` by Hutchinson, and like ``1/products`` or faster by the other two where the
     spectrum decays. Where it is flat, Hutchinson with random signs is better. The other two are exact for a rank below
@@ -118,7 +118,7 @@ def diagonal(
     matrix: SymmetricMatrix, *, method: DiagonalMethod = "xdiag", products: int = 64, seed: int = 0,
     columns_at_once: int = 16,
 ) -> DiagonalEstimate:  # fmt: skip
-    """``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
+    """Return ``diag A`` by ``"hutchinson"`` or ``"xdiag"`` with random signs, from at most ``products`` products.
 
     XDiag is exact for a rank below ``products/2`` and holds three times as many columns of length ``n`` as products.
     Hutchinson holds ``columns_at_once``. From ``products ≥ n`` on the diagonal is exact, by ``n`` products with the
@@ -136,7 +136,7 @@ def diagonal(
 def _hutch_plus_plus(
     matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], sketched: int, columns_at_once: int
 ) -> Estimate:
-    """``tr QᵀA Q`` plus Hutchinson's mean of ``(Pω)ᵀA(Pω)``, ``P = I − QQᵀ``: a third of the products each."""
+    """Return ``tr QᵀA Q`` plus Hutchinson's mean of ``(Pω)ᵀA(Pω)``, ``P = I − QQᵀ``: a third of the products each."""
     basis, _ = torch.linalg.qr(product(matrix, vectors[:, :sketched], columns_at_once))
     inside = dots(basis, product(matrix, basis, columns_at_once)).sum().item()
     outside = vectors[:, sketched:]
@@ -182,7 +182,7 @@ class LeaveOneOut:
 
 
 def _exchangeable_error(samples: Float64[Tensor, "*n k"], covariance: Float64[Tensor, "*n"]) -> Tensor:
-    """The standard error of the mean of exchangeable samples: ``s²/k + Cov(t_i, t_j)``, ``E s² = Var(t_i) − Cov``.
+    """Return the error of the mean of exchangeable samples: ``s²/k + Cov(t_i, t_j)``, ``E s² = Var(t_i) − Cov``.
 
     The paper takes ``s²/k`` alone, which is too small by up to two thirds of the variance. Let ``t_i^{(j)}`` be sample
     i without vector j altogether. Given all vectors but the j-th, ``t_j`` and ``t_j^{(i)}`` have mean ``tr A``
@@ -195,7 +195,7 @@ def _exchangeable_error(samples: Float64[Tensor, "*n k"], covariance: Float64[Te
 def _xtrace(
     matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_once: int, *, is_normal: bool
 ) -> Estimate:
-    """The mean over i of ``tr Q_iᵀA Q_i + (P_i ω_i)ᵀA(P_i ω_i)``, ``Q_i`` the range of all columns of ``AΩ`` but i.
+    """Return the mean over i of ``tr Q_iᵀA Q_i + (P_i ω_i)ᵀA(P_i ω_i)``, ``Q_i`` the range of ``AΩ`` without column i.
 
     In the coordinates of the whole range Q, with ``H = QᵀAQ`` and ``v_i = (I − s_i s_iᵀ)Qᵀω_i``, these are
     ``tr H − s_iᵀH s_i``, ``P_i ω_i = ω_i − Q v_i`` and ``A P_i ω_i = y_i − (AQ)v_i``. Normal vectors are rescaled to
@@ -237,7 +237,7 @@ def _xtrace(
 
 
 def _xdiag(matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_once: int) -> DiagonalEstimate:
-    """The mean over i of ``diag Q_iQ_iᵀA + ω_i ⊙ (I − Q_iQ_iᵀ)A ω_i`` for signs ``ω_i``, ``Q_i`` as for XTrace.
+    """Return the mean over i of ``diag Q_iQ_iᵀA + ω_i ⊙ (I − Q_iQ_iᵀ)A ω_i`` for signs ``ω_i``, ``Q_i`` as for XTrace.
 
     With ``y_i = A ω_i`` in the range Q: ``t_i = diag QQᵀA − Qs_i ⊙ AQs_i + ω_i ⊙ Qs_i (s_i·Qᵀy_i)`` and, since
     ``s_j·Qᵀy_i = 0``, ``δ_ij = Qu_ij ⊙ AQu_ij − ω_i ⊙ Qu_ij (u_ij·Qᵀy_i)`` with
@@ -265,7 +265,7 @@ def _xdiag(matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_on
 
 
 def _hutchinson_diagonal(matrix: SymmetricMatrix, products: int, seed: int, columns_at_once: int) -> DiagonalEstimate:
-    """The mean of ``ω ⊙ A ω``; means and squared deviations of chunks are merged (Chan, Golub, LeVeque 1983)."""
+    """Return the mean of ``ω ⊙ A ω``; means and squared deviations of chunks are merged (Chan, Golub, LeVeque 1983)."""
     mean = torch.zeros(matrix.shape[0], dtype=working_dtype(matrix), device=matrix.device)
     deviations = torch.zeros_like(mean)
     seen = 0

@@ -39,18 +39,18 @@ class SymmetricMatrix(Protocol):
 
     @abstractmethod
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
-        """``A v`` for a vector ``(n,)`` or columns ``(n, k)`` of the matrix's dtype and device."""
+        """Return ``A v`` for a vector ``(n,)`` or columns ``(n, k)`` of the matrix's dtype and device."""
 
 
 def working_dtype(matrix: SymmetricMatrix) -> torch.dtype:
-    """The dtype of columns between products: the matrix's, at least float32."""
+    """Return the dtype of columns between products: the matrix's, at least float32."""
     return checks.wide_dtype(matrix.dtype)
 
 
 def product(
     matrix: SymmetricMatrix, vectors: Float[Tensor, "n k"], columns_at_once: int | None = None
 ) -> Float[Tensor, "n k"]:
-    """``A V`` in the working dtype, ``columns_at_once`` columns (``None``: all) at a time.
+    """Return ``A V`` in the working dtype, ``columns_at_once`` columns (``None``: all) at a time.
 
     Raises ``ValueError`` for products that are not finite, because results made from NaN could look valid.
     """
@@ -66,7 +66,7 @@ def product(
 
 
 def identity_chunks(matrix: SymmetricMatrix, columns_at_once: int) -> Iterator[tuple[slice, Float[Tensor, "n k"]]]:
-    """Columns of the identity in the matrix's dtype and on its device, each time with their places."""
+    """Yield columns of the identity in the matrix's dtype and on its device, each time with their places."""
     checks.require_count("columns_at_once", columns_at_once, 1)
     n = matrix.shape[0]
     for start in range(0, n, columns_at_once):
@@ -79,7 +79,7 @@ def identity_chunks(matrix: SymmetricMatrix, columns_at_once: int) -> Iterator[t
 def random_chunks(
     matrix: SymmetricMatrix, count: int, columns_at_once: int, *, seed: int, distribution: Distribution = "normal"
 ) -> Iterator[Float[Tensor, "n k"]]:
-    """``count`` columns of independent entries of mean 0 and variance 1, ``columns_at_once`` at a time.
+    """Yield ``count`` columns of independent entries of mean 0 and variance 1, ``columns_at_once`` at a time.
 
     They are drawn one by one on the CPU, so that they depend neither on the device nor on ``columns_at_once``.
     """
@@ -98,12 +98,12 @@ def random_chunks(
 def random_columns(
     matrix: SymmetricMatrix, count: int, *, seed: int, distribution: Distribution = "normal"
 ) -> Float[Tensor, "n {count}"]:
-    """All columns of :func:`random_chunks` in one tensor."""
+    """Return all columns of :func:`random_chunks` in one tensor."""
     return next(random_chunks(matrix, count, count, seed=seed, distribution=distribution))
 
 
 def inner(a: Float[Tensor, "n k"], b: Float[Tensor, "n m"]) -> Float64[Tensor, "k m"]:
-    """``aᵀb`` in float64, by blocks of rows so that no wide copy of either factor is held."""
+    """Return ``aᵀb`` in float64, by blocks of rows so that no wide copy of either factor is held."""
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
     for rows_a, rows_b in zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True):
         total.addmm_(rows_a.double().mT, rows_b.double())
@@ -111,6 +111,6 @@ def inner(a: Float[Tensor, "n k"], b: Float[Tensor, "n m"]) -> Float64[Tensor, "
 
 
 def dots(a: Float[Tensor, "n k"], b: Float[Tensor, "n k"]) -> Float64[Tensor, " k"]:
-    """``a_i·b_i`` of the columns in float64, by blocks of rows."""
+    """Return ``a_i·b_i`` of the columns in float64, by blocks of rows."""
     blocks = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
     return torch.stack([torch.linalg.vecdot(x.double(), y.double(), dim=0) for x, y in blocks]).sum(0)

@@ -14,7 +14,7 @@ from softcurve.curvature.algorithms.matrix import Map, SymmetricMatrix, inner
 
 
 def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) -> Float[Tensor, "n k"]:
-    """``L`` of ``L Lᵀ ⪯ A``, ``k ≤ r``, from orthonormal ``probes`` and ``image = A probes``, which is overwritten.
+    """Return ``L`` of ``L Lᵀ ⪯ A``, ``k ≤ r``, from orthonormal ``probes`` and ``image = A probes``, overwritten.
 
     The columns of ``L`` are orthogonal, the longest first. For stability the matrix is shifted by a rounding error,
     which is taken off the squared lengths of the columns again.
@@ -37,7 +37,7 @@ def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) ->
 
 
 def nystrom_preconditioner(matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int) -> Map:
-    """``(A + damping I)⁻¹`` with ``A ≈ U diag(λ) Uᵀ``, and its smallest ``λ`` in all other directions, up to a factor.
+    """Return a multiple of ``(A + damping I)⁻¹`` with ``A ≈ U diag(λ) Uᵀ``, its smallest ``λ`` in all other directions.
 
     ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)`` on columns ``(n, k)``. Source: Frangella, Tropp, Udell 2023.
     """

@@ -48,7 +48,7 @@ class SpectralDensity(ShortRepr):
         return Estimate(self.n * mean.value, self.n * mean.standard_error, mean.samples, self.products, mean.method)
 
     def moment(self, power: int) -> Estimate:
-        """``tr A^power / n``, the mean over eigenvalues, with the standard error over probes (NaN for one probe)."""
+        """Return ``tr A^power / n``, a mean over eigenvalues, with its standard error over probes (NaN for one)."""
         checks.require_count("power", power, 0)
         return Estimate.mean_of((self.weights * self.nodes**power).sum(1), self.products, "lanczos quadrature")
 
@@ -61,7 +61,7 @@ class SpectralDensity(ShortRepr):
         return (high - low if high - low > 1e-10 * size else size or 1.0) / 100
 
     def density(self, grid: Float[Tensor, " points"], width: float | None = None) -> Float64[Tensor, " points"]:
-        """The density at the points of a grid, each node a normal distribution of standard deviation ``width``."""
+        """Return the density at points, with each node a normal distribution of standard deviation ``width``."""
         return self._densities(grid, width).mean(0)
 
     def _densities(self, grid: Tensor, width: float | None) -> Float64[Tensor, "probes points"]:
@@ -72,13 +72,13 @@ class SpectralDensity(ShortRepr):
         return torch.stack([scale * (w @ torch.exp(-0.5 * ((grid - x.unsqueeze(1)) / width) ** 2)) for x, w in rows])
 
     def cumulative(self, grid: Float[Tensor, " points"]) -> Float64[Tensor, " points"]:
-        """The share of eigenvalues up to and including each point, without broadening."""
+        """Return the share of eigenvalues up to and including each point, without broadening."""
         nodes, order = self.nodes.flatten().sort()
         shares = torch.cat([nodes.new_zeros(1), self.weights.flatten()[order].cumsum(0) / len(self.nodes)])
         return shares[torch.searchsorted(nodes, grid.to(nodes), right=True)]
 
     def plot(self, ax: Axes | None = None, path: str | Path | None = None, *, width: float | None = None) -> Axes:
-        """The density on a logarithmic scale, with a band of one standard error over probes.
+        """Draw the density on a logarithmic scale, with a band of one standard error over probes.
 
         The scale ends at a tenth of what a single eigenvalue would show. ``path`` is written whole or not at all, in
         the format of its suffix (PNG without one). Needs matplotlib, of the extra ``app``.
@@ -110,7 +110,7 @@ class SpectralDensity(ShortRepr):
 def spectral_density(
     matrix: SymmetricMatrix, *, probes: int = 10, steps: int = 80, seed: int = 0, columns_at_once: int | None = None
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues by stochastic Lanczos quadrature, fully reorthogonalised.
+    """Return the distribution of the eigenvalues by stochastic Lanczos quadrature, fully reorthogonalised.
 
     ``columns_at_once`` probes (``None``: all) share one product per step and hold ``steps`` columns of length ``n``
     each. A probe that has found an invariant subspace (after ``n`` steps at the latest) is complete and takes no more
@@ -138,7 +138,7 @@ def spectral_density(
 
 
 def _jacobi_matrices(matrix: SymmetricMatrix, vectors: Float[Tensor, "n probes"], steps: int) -> list[Tensor]:
-    """The tridiagonal matrix of each probe, of as many rows as it took steps."""
+    """Return the tridiagonal matrix of each probe, of as many rows as it took steps."""
     probes = vectors.shape[1]
     active = torch.arange(probes, device=vectors.device)
     basis = torch.empty(probes, steps, vectors.shape[0], dtype=vectors.dtype, device=vectors.device)

@@ -67,7 +67,7 @@ def column(tensor: Tensor) -> Tensor:
 
 
 def jit(function: Any) -> Any:
-    """``triton.jit`` that compiles once for all numbers of rows and first classes of a block."""
+    """Return ``triton.jit`` that compiles once for all numbers of rows and first classes of a block."""
     function = inspect.unwrap(function)  # a run-time check of annotations may wrap it
     counts = [name for name in ("rows", "first") if name in function.__code__.co_varnames]
     return triton.jit(function, do_not_specialize=counts)
