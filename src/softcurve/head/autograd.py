@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
-from softcurve.head.loop import rounded
+from softcurve.head.loop import evaluate, rounded
 from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents
 from softcurve.losses.rows import total_of
@@ -78,10 +78,13 @@ class _Losses(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-        if values_visible(*tensors):
-            return tuple(operators.head_losses(*arguments))
-        return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
+        *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
+        if not values_visible(*(tensor for tensor in given if tensor is not None)):
+            return _below_autograd(torch.ops.softcurve.head_losses, *arguments)
+        tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
+        with torch.autocast(tensors.input.device.type, enabled=False):
+            outcome = evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
+        return tuple(operators.flattened(outcome, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -136,8 +136,9 @@ def add_outer_products(
     for tile, kernel in curvature_tiles(rows, "", columns=False):
         e = tile.model.input
         back, inner = torch.zeros_like(e), e.new_zeros(len(e), len(columns))  # Wᵀ g, and g · column
-        block = None
-        for block, _ in tile.residuals(kernel):
+        block, loaded = None, tile.accumulate(kernel)
+        kernel.prepare_residuals()
+        for block, _ in tile.residuals(kernel, loaded):
             factor = residual_factor(tile, kernel)
             back += factor * to_features(block.z, tile.model.weight[block.classes], tile.tiles.dtype)
             for j, column in enumerate(columns):
@@ -154,7 +155,7 @@ def add_outer_products(
         for j, out in enumerate(into):
             if out.input is not None:
                 out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, again=True))
+        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, None))
         for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
             for j, out in enumerate(into):
                 along = residual_factor(tile, kernel) * inner[:, j : j + 1]

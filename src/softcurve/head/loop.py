@@ -60,12 +60,12 @@ def evaluate(
             gradient = tile.tiles.wants_residuals
             data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
             kernel = tile.kernel(data)
+            loaded = tile.accumulate(kernel)
             if gradient or tangents:
-                for block, residuals in tile.residuals(kernel):
+                kernel.prepare_residuals()
+                for block, residuals in tile.residuals(kernel, loaded):
                     if gradient:
                         results.add(tile, block.classes, residuals, kernel.row_factor)
-            else:
-                tile.accumulate(kernel)
             results.add_rows(tile, kernel, tangents=tangents)
     return results.outcome()
 

@@ -38,12 +38,17 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
-def head_losses(*arguments: Any) -> list[Tensor]:
+def _head_losses(*arguments: Any) -> list[Tensor]:
     """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the six gradients."""
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
     tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
     with torch.autocast(tensors.input.device.type, enabled=False):  # what is lowered was lowered before
         outcome = loop.evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
+    return flattened(outcome, tensors)
+
+
+def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
+    """Return what ``head_losses`` returns of an outcome."""
     total = torch.where(tensors.row_weight == 0, 0.0, tensors.row_weight * outcome.rows).sum()
     return [total, outcome.rows, *_present(outcome.rows, *outcome.statistics, *outcome.gradients)]
 

@@ -21,7 +21,9 @@ def gradient_norms(rows: RowLosses) -> Tensor:
     t = rows.tensors
     norms = torch.zeros(len(t.input), dtype=torch.float64, device=t.input.device)
     for tile, kernel in curvature_tiles(rows, "", columns=False):
-        for block, _ in tile.residuals(kernel):
+        loaded = tile.accumulate(kernel)
+        kernel.prepare_residuals()
+        for block, _ in tile.residuals(kernel, loaded):
             factor = 1.0 if kernel.row_factor is None else kernel.row_factor.double().squeeze(-1)
             # In float64: the square of a small residual is below float32's range.
             squares = [block.z[some].double().square_().sum(-1) for some in row_groups(block.z, kernel.data.cached)]

@@ -144,12 +144,8 @@ class Tile:
             kernel.finish(number)
         return block
 
-    def residuals(self, kernel: Kernel, *, again: bool = False) -> Iterator[tuple[Block, Residuals]]:
-        """Yield the blocks with residuals, of which the model's replace logits; ``again`` if their sums are known."""
-        loaded = None
-        if not again:
-            loaded = self.accumulate(kernel)
-            kernel.prepare_residuals()
+    def residuals(self, kernel: Kernel, loaded: Block | None) -> Iterator[tuple[Block, Residuals]]:
+        """Yield the blocks with residuals, of which the model's replace logits; ``loaded`` is as in :meth:`blocks`."""
         for block, fresh in self.blocks(loaded):
             yield block, kernel.residuals(block, fresh)
 
