@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from softcurve.fit import DataError
@@ -246,8 +248,6 @@ def opened_tensors(path: Path) -> Iterator[Any]:
     That reports a file without permission as absent, and cannot open a name that is not UTF-8. Here the first raises
     PermissionError, and the second is opened by its file descriptor.
     """
-    from safetensors import safe_open
-
     with path.open("rb") as file:
         try:
             name = str(path).encode().decode()
@@ -259,8 +259,6 @@ def opened_tensors(path: Path) -> Iterator[Any]:
 
 def encode_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
     """Return the bytes of a .safetensors file in two pieces. The metadata, which the library shuffles, are sorted."""
-    from safetensors.torch import save
-
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
     end = LENGTH + int.from_bytes(content[:LENGTH], "little")
     header = json.loads(content[LENGTH:end]) | {"__metadata__": dict(sorted(metadata.items()))}
