@@ -6,9 +6,11 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -353,6 +355,67 @@ def test_two_classes_of_one_name_are_not_confused():
     x, w, t = torch.randn(3, 2, dtype=F64), torch.randn(4, 2, dtype=F64), torch.randn(3, 4, dtype=F64)
     one, two = (softcurve.linear_divergence(x, w, Logits(t), divergence=made(factor)) for factor in (1.0, 2.0))
     same(two, 2 * one)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=F64)])
+def test_a_number_may_be_of_numpy_or_torch(number):
+    x, w, t = torch.randn(3, 2, dtype=F64), torch.randn(4, 2, dtype=F64), Logits(torch.randn(3, 4, dtype=F64))
+    for member in (AlphaDivergence, SkewKL, JensenShannon, PowerDivergence):
+        of_number, of_python = (softcurve.linear_divergence(x, w, t, divergence=member(n)) for n in (number, 0.5))
+        assert torch.equal(of_number, of_python)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("wrong", [0.0, 1.0, -0.5, 2.0, math.nan, "0.5", None])
+def test_a_number_out_of_range_is_refused_by_its_name(wrong):
+    with pytest.raises(ValueError, match=r"beta must be a finite number above 0 and below 1"):
+        JensenShannon(wrong)
+    if wrong not in (-0.5, 2.0):
+        with pytest.raises(ValueError, match=r"alpha must be a finite number other than 0 and 1"):
+            AlphaDivergence(wrong)
+    if wrong != 0.0:
+        with pytest.raises(ValueError, match=r"weight must be a finite number at least 0 and below 1"):
+            SkewKL(wrong)
+
+
+def test_a_cached_property_is_no_state():
+    @dataclass(frozen=True)
+    class Cached(PowerDivergence):
+        @cached_property
+        def half(self):
+            return self.a / 2
+
+        def score(self, pair):
+            return super().score(pair) * (2 * self.half / self.a)
+
+    member = Cached(0.4)
+    x, w, t = torch.randn(3, 2, dtype=F64), torch.randn(4, 2, dtype=F64), Logits(torch.randn(3, 4, dtype=F64))
+    first = softcurve.linear_divergence(x, w, t, divergence=member)
+    assert member.half == 0.2
+    same(softcurve.linear_divergence(x, w, t, divergence=member), first)
+
+
+def test_the_curvature_of_a_skewed_kl_of_weight_0_is_that_of_the_kl():
+    e, w, y = torch.ones(1, 1, dtype=F64), torch.tensor([[0.0], [4.0]], dtype=F64), Logits(torch.tensor([[4.0, 0.0]]))
+    for member in (SkewKL(0.0), SkewKL(0.0, "reverse")):
+        kl = ForwardKL() if member.direction == "forward" else ReverseKL()
+        found, expected = (HeadCurvature(e, w, y, loss=each) for each in (member, kl))
+        assert found.trace() == pytest.approx(expected.trace(), rel=1e-12)
+        assert found.trace() <= found.largest_eigenvalue_bound() * 2  # two eigenvalues, one of them 0
+
+
+def test_the_gradient_of_an_infinite_divergence_is_its_limit():
+    z = torch.tensor([[0.0, -120.0]], requires_grad=True)  # of probability 0 in float32
+    loss = softcurve.divergence(
+        softcurve.Probabilities(torch.tensor([[0.5, 0.5]])), z, divergence=AlphaDivergence(2.5)
+    )  # fmt: skip
+    assert loss == math.inf
+    assert torch.autograd.grad(loss, z)[0].tolist() == [[math.inf, -math.inf]]
+    w, p = torch.tensor([[1.0], [-120.0]]), softcurve.Probabilities(torch.tensor([[0.5, 0.5]]))
+    x = torch.ones(1, 1, requires_grad=True)
+    loss = softcurve.linear_divergence(x, w, p, divergence=AlphaDivergence(2.5))
+    assert torch.autograd.grad(loss, x)[0].item() == math.inf
 
 
 def test_what_cannot_be_encoded_is_refused():

@@ -154,7 +154,7 @@ def _number(name: str, value: object) -> float | None:
     return float(value)
 
 
-def _require_number(name: str, value: object, holds: Callable[[float], bool], what: str) -> float:
+def require_number(name: str, value: object, holds: Callable[[float], bool], what: str) -> float:
     """Return a finite number for which ``holds`` as a Python number; raise ValueError for anything else."""
     number = _number(name, value)
     # torch.compile does not trace math.isfinite.
@@ -165,18 +165,18 @@ def _require_number(name: str, value: object, holds: Callable[[float], bool], wh
 
 def require_positive(name: str, value: object) -> float:
     """Return a finite number above 0 as a Python number; raise ValueError for anything else."""
-    return _require_number(name, value, lambda number: number > 0, "above 0")
+    return require_number(name, value, lambda number: number > 0, "above 0")
 
 
 def require_between(name: str, value: object, low: float, high: float) -> float:
     """Return a finite number in ``[low, high]`` as a Python number; raise ValueError for anything else."""
     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    return _require_number(name, value, lambda number: low <= number <= high, bounds)
+    return require_number(name, value, lambda number: low <= number <= high, bounds)
 
 
 def require_base(value: object) -> float:
     """Return the base of a logarithm as a Python number: finite, above 0 and not 1."""
-    return _require_number("base", value, lambda number: number > 0 and number != 1, "above 0 and not 1 (2 for bits)")
+    return require_number("base", value, lambda number: number > 0 and number != 1, "above 0 and not 1 (2 for bits)")
 
 
 def as_integer(value: object) -> int | None:
@@ -299,7 +299,7 @@ def explain_nan(
         masked = values == -math.inf
         faults = {
             "hold numbers, got NaN; look for the step that made it, or mask those rows": values.isnan(),
-            "be below +inf, got +inf, whose softmax is undefined; clamp it": values == math.inf,
+            f"be {'below +inf' if masks else 'finite'}, got +inf; clamp it, or mask those rows": values == math.inf,
             "be finite, got -inf; clamp it, or mask those rows": masked & (not masks),
             "have at least one finite entry per row, got a row of -inf only; unmask a class or drop the row": (
                 masked.all(-1) & masks

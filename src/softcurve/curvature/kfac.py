@@ -67,7 +67,7 @@ class DenseClassFactor(ShortRepr):
 
 @dataclass(frozen=True, eq=False)
 class DampedDenseFactor:
-    """``M_j = a_j B + damping I`` by eigenvectors."""
+    """The matrices ``M_j = a_j B + damping I`` by eigenvectors."""
 
     vectors: Float[Tensor, "classes classes"]
     values: Float[Tensor, "classes k"]
@@ -87,7 +87,7 @@ class DampedDenseFactor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankClassFactor(ShortRepr):
-    """``B = diag(diagonal) − low lowᵀ``."""
+    """A class factor ``B = diag(diagonal) − low lowᵀ``."""
 
     diagonal: Float[Tensor, " classes"]
     low: Float[Tensor, "classes rank"]
@@ -116,7 +116,7 @@ class LowRankClassFactor(ShortRepr):
 
 @dataclass(frozen=True, eq=False)
 class DampedLowRankFactor:
-    """``M_j = a_j B + damping I`` by Woodbury's formula."""
+    """The matrices ``M_j = a_j B + damping I`` by Woodbury's formula."""
 
     low: Float[Tensor, "classes rank"]
     scales: Float[Tensor, " k"]
@@ -165,7 +165,7 @@ class StreamedClassFactor(SymmetricOperator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(C, C)``."""
+        """The shape ``(C, C)``."""
         return len(self.weight), len(self.weight)
 
     @property
@@ -294,7 +294,10 @@ class KroneckerFactors(ShortRepr):
         """
         checks.require_positive("damping", damping)
         vectors = self.feature_spectrum[1]
-        rotated = self._damped(damping).solve(self._join(weight, bias) @ vectors)
+        if damping not in self._damped:
+            self._damped.clear()
+            self._damped[damping] = self.form.damped(self.feature_spectrum[0], damping)
+        rotated = self._damped[damping].solve(self._join(weight, bias) @ vectors)
         return self._split(rotated @ vectors.T)
 
     @functools.cached_property
@@ -304,9 +307,9 @@ class KroneckerFactors(ShortRepr):
         return values.clamp(min=0).to(self.features.dtype), vectors.to(self.features.dtype)
 
     @functools.cached_property
-    def _damped(self) -> Callable[[float], DampedDenseFactor | DampedLowRankFactor]:
-        """``a B + damping I`` for each eigenvalue ``a`` of ``A``; the last one is kept."""
-        return functools.lru_cache(1)(lambda damping: self.form.damped(self.feature_spectrum[0], damping))
+    def _damped(self) -> dict[float, DampedDenseFactor | DampedLowRankFactor]:
+        """``a B + damping I`` for each eigenvalue ``a`` of ``A``, by the last ``damping``."""
+        return {}
 
     def _join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         if (bias is not None) != self.has_bias:

@@ -110,7 +110,7 @@ class LastLayerLaplace:
 
     @property
     def prior_precision(self) -> float:
-        """``δ``."""
+        """The precision ``δ`` of the prior."""
         return self.structure.prior
 
     def with_prior_precision(self, prior_precision: float) -> LastLayerLaplace:

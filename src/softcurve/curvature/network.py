@@ -260,7 +260,7 @@ class NetworkOperator(SymmetricOperator):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(P, P)`` for ``P`` trained parameters."""
+        """The shape ``(P, P)`` for ``P`` trained parameters."""
         return self.layout.size, self.layout.size
 
     @property

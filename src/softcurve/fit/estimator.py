@@ -22,7 +22,7 @@ from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.solver.newton import Step
-from softcurve.losses.divergences import Divergence
+from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.targets import TopK
 from softcurve.typing import FitLoss, FitPrecision
 
@@ -249,7 +249,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             index = torch.as_tensor(np.searchsorted(classes, data.labels))
             mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
             return source, weights * _class_weights(self.class_weight, classes, mass)[index]
-        if source.kind != "distributions" or self.loss not in ("cross_entropy", "forward_kl"):
+        if source.kind != "distributions" or not divergence_of(self.loss).hessian_is_fisher:  # linear in the target
             raise ValueError(
                 "class_weight of distributions is defined for the losses cross_entropy and forward_kl, and not for "
                 f"a TopK; got loss {self.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"

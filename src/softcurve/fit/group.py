@@ -55,12 +55,14 @@ class Group:
             yield
             return
         assert not self.in_block, "a block must not communicate, as it may end early"
-        self.in_block, error = True, None
+        error: BaseException | None = None
         try:
+            self.in_block = True
             yield
         except BaseException as caught:
             error = caught
-        self.in_block = False
+        finally:
+            self.in_block = False
         status = torch.tensor([error is not None, self.stop_signal() > 0]).to(tensors[0] if tensors else torch.float32)
         with _communication():
             sum_over([*tensors, status], self.processes)
@@ -90,7 +92,15 @@ class Group:
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, by rank; they may differ in length."""
-        return self.values(tensor.clone())  # a view would be sent with all of its storage
+        if self.processes is None:
+            return [tensor]
+        lengths = self.values(len(tensor))
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        received = [torch.empty_like(padded) for _ in lengths]
+        with _communication():
+            dist.all_gather(received, padded, group=self.processes)
+        return [each[:length] for each, length in zip(received, lengths, strict=True)]
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""

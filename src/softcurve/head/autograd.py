@@ -33,8 +33,8 @@ def head_outcome(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the weighted sum of the rows' losses, the losses themselves, and the four statistics if ``stats``.
 
-    The losses are differentiable if ``per_row``, otherwise their sum. ``weighs`` says whether somebody's tensor is
-    behind the rows' weights, which may then be differentiated in.
+    The losses are differentiable if ``per_row``, otherwise their sum. ``weighs`` says whether the caller gave
+    weights of the rows, in which a transform may differentiate.
     """
     wanted = NOTHING
     if torch.is_grad_enabled() and not per_row:
@@ -146,7 +146,7 @@ def _may_hand_over(scale: Tensor) -> bool:
 def _gradients(
     ctx: Any, tensors: HeadTensors, wanted: Wanted, scale: Tensor, ready: Directions | None = None
 ) -> list[Tensor | None]:
-    """Return ``scale`` times the gradients of ``Σ weight · loss``, differentiable; from those at hand, if they are."""
+    """Return ``scale`` times the gradients of ``Σ weight · loss``, differentiable; ``ready`` are known ones."""
     if not any(wanted):
         return [None] * 6
     if ready is None or any(w and not made for made, w in zip(ctx.made, wanted, strict=True)):

@@ -69,12 +69,12 @@ class SideStatistics:
 
     @property
     def log_sum_exp(self) -> Tensor:
-        """``log Σ e^z``."""
+        """The log-sum-exp of each row."""
         return self.offset + torch.log1p(self.rest)
 
     @property
     def complement(self) -> Tensor:
-        """``1 − p`` of the top."""
+        """``1 − p`` of the most probable class."""
         return self.rest / (1 + self.rest)
 
     def mean_and_top(self, mean_rest: Tensor, top_v: Tensor) -> tuple[Tensor, Tensor]:

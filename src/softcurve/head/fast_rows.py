@@ -1,7 +1,7 @@
 """A fast path for targets that cover every class, on tiles of whole rows on the CPU: few passes over a tile.
 
 The formulas are those of :mod:`softcurve.losses.divergences` without the branches that only masked, nearly equal or
-extremely confident rows need. Rows whose statistics do not vouch for four digits are computed again by
+extremely confident rows need. Rows whose statistics do not guarantee four digits are computed again by
 :class:`softcurve.head.dense.DenseKernel`. With ``e = e^{z − max z}`` and ``S = Σ e``, so ``p = e / S``, a residual is
 left as a multiple of ``e``, and ``1 / S`` goes with the row's weight into ``row_factor``.
 """

@@ -20,7 +20,7 @@ from softcurve.processes import max_over, sum_over
 
 @dataclass
 class Block:
-    """The logits of a tile's rows over some classes. A kernel writes residuals where the logits stood."""
+    """The logits of a tile's rows over some classes. A kernel overwrites the logits with residuals."""
 
     classes: slice
     z: Tensor
@@ -55,7 +55,7 @@ def class_factors(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | 
 
 @dataclass
 class RowData:
-    """What belongs to the rows of a tile, all classes together."""
+    """The data of the rows of a tile, which do not depend on the block of classes."""
 
     weight: Tensor  # (r,)
     indices: Tensor | None = None  # (r, k), counted from ``first``

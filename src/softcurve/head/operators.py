@@ -42,7 +42,7 @@ def _head_losses(*arguments: Any) -> list[Tensor]:
     """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the six gradients."""
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
     tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
-    with torch.autocast(tensors.input.device.type, enabled=False):  # what is lowered was lowered before
+    with torch.autocast(tensors.input.device.type, enabled=False):  # the inputs are in autocast's dtype already
         outcome = loop.evaluate(spec, tensors, memory_budget, wanted=wanted, stats=stats, all_rows=all_rows)
     return flattened(outcome, tensors)
 

@@ -17,11 +17,14 @@ import math
 from abc import ABC, abstractmethod
 from ast import literal_eval
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from softcurve import checks
 from softcurve.array_types import Float, Rows, Values
 
 
@@ -130,7 +133,9 @@ class Divergence(ABC):
         """
         fields = getattr(self, "__dataclass_fields__", {})
         values = [(name, getattr(self, name)) for name in fields]
-        if len(self.__dict__) != len(fields) or not all(isinstance(v, bool | int | float | str) for _, v in values):
+        values = [(name, v.item() if isinstance(v, np.generic | Tensor) else v) for name, v in values]
+        state = [name for name in self.__dict__ if not isinstance(getattr(type(self), name, None), cached_property)]
+        if len(state) != len(fields) or not all(isinstance(v, bool | int | float | str) for _, v in values):
             raise TypeError(
                 f"divergence must be a frozen dataclass whose fields are numbers or strings, got {self!r}; "
                 "keep other state out of the instance"
@@ -247,6 +252,10 @@ class JensenShannon(Divergence):
 
     beta: float
 
+    def __post_init__(self) -> None:
+        remedy = "above 0 and below 1; use ForwardKL() for the limit at 0 and ReverseKL() for the limit at 1"
+        object.__setattr__(self, "beta", checks.require_number("beta", self.beta, lambda b: 0 < b < 1, remedy))
+
     @property
     def gauss_newton_bound(self) -> float:  # noqa: D102
         return 1 - self.beta
@@ -268,7 +277,7 @@ class JensenShannon(Divergence):
         return -self.beta * (1 - self.beta) * harmonic
 
     def exchanged(self) -> JensenShannon:  # noqa: D102
-        return JensenShannon(1 - self.beta)
+        return JensenShannon(min(1 - self.beta, math.nextafter(1.0, 0.0)))
 
 
 @dataclass(frozen=True)
@@ -284,11 +293,8 @@ class AlphaDivergence(Divergence):
     alpha: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or self.alpha in (0, 1):
-            raise ValueError(
-                f"alpha must be a finite number other than 0 and 1, got {self.alpha}; "
-                "use ReverseKL() for the limit at 0 and ForwardKL() for the limit at 1"
-            )
+        remedy = "other than 0 and 1; use ReverseKL() for the limit at 0 and ForwardKL() for the limit at 1"
+        object.__setattr__(self, "alpha", checks.require_number("alpha", self.alpha, lambda a: a not in (0, 1), remedy))
 
     def value(self, pair: Pair) -> Values:
         """Return ``Σ p [α h(−r) − h(−αr)] / (α(1−α))`` with ``h(t) = e^t − 1 − t``: nothing cancels for ``α ≤ ½``."""
@@ -334,10 +340,14 @@ class SkewKL(Divergence):
     direction: str = "forward"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < 1:
-            raise ValueError(f"weight must be at least 0 and below 1, got {self.weight}")
+        weight = checks.require_number("weight", self.weight, lambda w: 0 <= w < 1, "at least 0 and below 1")
+        object.__setattr__(self, "weight", weight)
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f"direction must be 'forward' or 'reverse', got {self.direction!r}")
+
+    @property
+    def hessian_is_fisher(self) -> bool:  # type: ignore[override]  # noqa: D102
+        return self.weight == 0 and self.direction == "forward"
 
     @property
     def gauss_newton_bound(self) -> float:

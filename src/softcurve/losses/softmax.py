@@ -155,16 +155,17 @@ def pair(z_p: Rows, z_y: Rows) -> Pair:
 def divergence_gradient(divergence: Divergence, pair: Pair) -> Rows:
     """Return ``∂D/∂z_p = s − p Σ_k s_k``.
 
-    Where ``Σ s`` is ``+inf`` (mass on a class that the target excludes) it is the limit: ``+inf`` at those classes,
-    ``−inf`` at the others with mass.
+    Where ``Σ s`` is infinite it is the limit: ``+inf`` at classes with mass that the target excludes and ``−inf`` at
+    those of the target without mass, if their ``s`` is infinite, and the opposite at the others with mass.
     """
     score = divergence.score(pair)
     total = score.sum(-1, keepdim=True)
-    limit = torch.where(score == math.inf, score, torch.where(pair.p > 0, -math.inf, 0.0).to(score.dtype))
+    infinite = total.isinf()
+    limit = torch.where(score.isinf(), score, torch.where(pair.p > 0, -total, 0.0))
     gradient = score - pair.p * total
     # As in dense_residual, a class above one half takes up what the row misses of its sum of 0.
-    surplus = torch.where(total == math.inf, 0.0, gradient.sum(-1, keepdim=True))
-    return torch.where(total == math.inf, limit, torch.where(pair.p > 0.5, gradient - surplus, gradient))
+    surplus = torch.where(infinite, 0.0, gradient.sum(-1, keepdim=True))
+    return torch.where(infinite, limit, torch.where(pair.p > 0.5, gradient - surplus, gradient))
 
 
 def divergence_hessian_product(divergence: Divergence, pair: Pair, u_p: Rows, u_y: Rows) -> Rows:

@@ -1,4 +1,4 @@
-"""Pages of sections as HTML that loads nothing: templates, numbers for people, and formulas as MathML."""
+"""Pages of sections as HTML that loads nothing: templates, formatted numbers, and formulas as MathML."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class Recurrence:
         self.p.mul_(share.to(z.dtype)).add_(z)
 
     def select(self, columns: Bool[Tensor, "*columns"]) -> None:
-        """Go on with these columns alone."""
+        """Keep these columns and drop the others."""
         self.x, self.r, self.p, self.rho = (each[..., columns] for each in (self.x, self.r, self.p, self.rho))
 
 

@@ -25,7 +25,7 @@ class SymmetricMatrix(Protocol):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """``(n, n)``."""
+        """The shape ``(n, n)``."""
 
     @property
     @abstractmethod

@@ -125,7 +125,7 @@ def to_source(
 
 
 def _rows(array: Any, name: str) -> Rows:
-    sparse = sys.modules.get("scipy.sparse")  # whoever has a sparse matrix has imported it
+    sparse = sys.modules.get("scipy.sparse")  # a caller with a sparse matrix has imported it
     if sparse is not None and sparse.issparse(array):
         return SparseRows(array.tocsr(), name)
     if isinstance(array, Tensor):

@@ -59,7 +59,10 @@ class Source(Protocol):
         """A digest that changes when the rows do: a checkpoint belongs to one."""
 
     def blocks(self, at_most: int) -> Iterator[RowBlock]:
-        """Yield all rows in order, ``at_most`` a block. Raises DataError that names the file and place of damage."""
+        """Yield all rows in order, ``at_most`` a block; a block of a file is valid until the next one is asked for.
+
+        Raises DataError that names the file and place of damage.
+        """
 
 
 @dataclass(frozen=True)

@@ -41,21 +41,21 @@ class Subset:
         return hashlib.sha256(self.source.fingerprint.encode() + np.packbits(self.mask).tobytes()).hexdigest()
 
     def blocks(self, at_most: int) -> Iterator[RowBlock]:
-        """Yield the rows in order; a block is what is left of one of the source's, and valid until the next but one.
+        """Yield the rows in order; a block is what is left of one of the source's.
 
-        The rows of files are copied to two buffers in turn, because freed blocks would stay resident in the heap.
+        The rows of files are copied to one buffer, because freed blocks would stay resident in the heap.
         """
         blocks = self.source.blocks(at_most)
         dtype = torch.float64 if self.double else torch.float32
-        buffers = None if self.in_memory else torch.empty(2, min(at_most, self.rows), self.width, dtype=dtype)
+        buffer = None if self.in_memory else torch.empty(min(at_most, self.rows), self.width, dtype=dtype)
         start = 0
-        for number, block in enumerate(blocks):
+        for block in blocks:
             index = torch.from_numpy(np.flatnonzero(self._chosen[block.start : block.start + len(block)]))
             if len(index):
                 features = block.features
                 if len(index) < len(block):
-                    buffer = None if buffers is None else buffers[number % 2, : len(index)]
-                    features = torch.index_select(block.features, 0, index, out=buffer)
+                    out = None if buffer is None else buffer[: len(index)]
+                    features = torch.index_select(block.features, 0, index, out=out)
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
                 yield RowBlock(start, features, rows_of(block.target, index), numbers)
                 start += len(index)

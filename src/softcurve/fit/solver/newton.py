@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class State(ShortRepr):
-    """Everything that the next step depends on."""
+    """The state of a fit, on which the next step depends."""
 
     parameters: Float64[Tensor, "classes size"]
     damping: float

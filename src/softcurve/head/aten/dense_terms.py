@@ -130,7 +130,7 @@ class Side(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Two distributions compared."""
+    """The terms that compare the distributions of the model and of the target."""
 
     pair: Pair | None  # None for a cross-entropy
     log_p: Tensor
@@ -275,10 +275,10 @@ def pulled_back(tile: DenseTile, side: int, of: Side) -> Tensor:
     row, column = tile.top_entries(side)
     if len(row):
         gradient[row, column] = at_top[row, 0]
-    infinite = (total == math.inf).squeeze(-1).nonzero().squeeze(-1)
-    if len(infinite):
+    infinite = total.isinf().squeeze(-1).nonzero().squeeze(-1)
+    if len(infinite):  # as in softmax.divergence_gradient
         score, p = of.score()[infinite], of.p()[infinite]
-        gradient[infinite] = torch.where(score == math.inf, score, torch.where(p > 0, -math.inf, 0.0).to(p.dtype))
+        gradient[infinite] = torch.where(score.isinf(), score, torch.where(p > 0, -total[infinite], 0.0))
     return gradient
 
 
