@@ -6,8 +6,8 @@ tile of rows
 1. every block of logits comes from one matrix product, and the kernel accumulates the statistics of the rows from it,
    in as many sweeps over the blocks as it needs;
 2. over a sharded head the statistics of each sweep are reduced over the processes;
-3. the kernel turns each block into residuals ``∂L/∂z``, or into their changes along a direction, where the logits
-   stood; a block is computed again only where classes are cut;
+3. the kernel overwrites the logits of each block with residuals ``∂L/∂z``, and forms their changes along a direction;
+   a block is computed again only where classes are cut;
 4. products with the weight and the features take the residuals back.
 
 :func:`evaluate` is the loop, of first order or along a direction; :mod:`softcurve.head.autograd` differentiates it.
