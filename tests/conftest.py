@@ -51,11 +51,17 @@ SHARES_A_FIXTURE = {
 }
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.stem in SHARES_A_FIXTURE:
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send the tests of a file that share a fixture to one worker: xdist's own groups have no effect in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return stem if stem in SHARES_A_FIXTURE else nodeid
+
+    return ByFixture(config, log)
 
 
 @pytest.fixture(autouse=True)
