@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve.curvature import HeadCurvature
 from softcurve.curvature.losses import HeadLosses
 from softcurve.head import curvature, per_row
 from softcurve.head import plan as plan_module
@@ -430,3 +433,16 @@ def test_the_frequencies_of_classes_are_the_probabilities():
     frequencies = torch.stack([(drawn == k).double().mean(-1) for k in range(4)], -1)
     deviations = (frequencies - p) / (p * (1 - p) / draws).sqrt()
     assert deviations.abs().max() < 4
+
+
+def test_kronecker_factors_are_freed_without_the_cyclic_collector():
+    e, w = torch.randn(6, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    factors = HeadCurvature(e, w, torch.arange(6) % 4).kfac()
+    factors.solve(w, damping=0.1)
+    seen = weakref.ref(factors)
+    gc.disable()
+    try:
+        del factors
+        assert seen() is None
+    finally:
+        gc.enable()

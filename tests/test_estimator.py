@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from softcurve import SoftmaxRegression, TopK
+from softcurve import ForwardKL, ReverseKL, SoftmaxRegression, TopK
 
 RNG = np.random.default_rng(0)
 
@@ -150,6 +150,15 @@ def test_distributions_weigh_the_copies_of_a_row(classes, loss):
     weight = WEIGHTS[150][:90] + 0.5
     ours = SoftmaxRegression(loss=loss, tol=1e-11, C=3.0).fit(ROWS, soft, weight)
     close(ours, theirs(*copies(ROWS, soft, weight), C=3.0), ROWS)
+
+
+def test_class_weights_follow_what_a_member_declares_and_not_its_name():
+    of_name, of_member = (
+        SoftmaxRegression(loss=loss, class_weight="balanced").fit(ROWS, SOFT) for loss in ("forward_kl", ForwardKL())
+    )
+    assert np.array_equal(of_name.coef_, of_member.coef_)
+    with pytest.raises(ValueError, match="class_weight of distributions is defined for"):
+        SoftmaxRegression(loss=ReverseKL(), class_weight="balanced").fit(ROWS, SOFT)
 
 
 @pytest.mark.parametrize("class_weight", [{0: 2.0, 3: 0.25}, "balanced"])

@@ -79,7 +79,7 @@ class HeadCurvature:
         return self._product(HESSIAN, direction, parts)
 
     def ggnvp(self, direction: OneOrMany, *, parts: Sequence[PartName] = PARTS) -> OneOrMany:
-        """As :meth:`hvp`, for the Gauss-Newton matrix (see :class:`~softcurve.curvature.GGN`)."""
+        """Return the same product with the Gauss-Newton matrix (see :class:`~softcurve.curvature.GGN`)."""
         return self._product(GAUSS_NEWTON, direction, parts)
 
     def _product(self, matrix: str, direction: OneOrMany, parts: Sequence[PartName]) -> OneOrMany:

@@ -94,7 +94,7 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
 
 
 def _same_file(first: Path, second: Path) -> bool:
-    """Whether both names lead to the same file, or would if it existed."""
+    """Return whether both names lead to the same file, or would if it existed."""
     with suppress(OSError):
         if os.path.samefile(first, second):
             return True

@@ -216,7 +216,7 @@ def _require_length(weights: Tensor, rows: int) -> None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a real number other than a bool."""
+    """Return whether a value is a real number other than a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -119,5 +119,5 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _is_label(value: object) -> bool:
-    """Whether it is text, or an integer that an array can hold."""
+    """Return whether a value is text, or an integer that an array can hold."""
     return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**64)

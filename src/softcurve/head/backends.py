@@ -1,4 +1,4 @@
-"""Which kernels serve which device, dtype and loss."""
+"""The choice of the kernels that serve a device, dtype and loss."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from softcurve.losses.spec import LossSpec
 
 
 class Outcome(NamedTuple):
-    """What a pass returns; what was not asked for is ``None``."""
+    """The result of a pass; a part that was not asked for is ``None``."""
 
     rows: Tensor  # (n,): each row's loss, or its change along a direction
     statistics: Statistics

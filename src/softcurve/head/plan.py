@@ -27,7 +27,7 @@ FEWEST_ROWS = 64
 
 
 class Needs(NamedTuple):
-    """What a pass holds at a time."""
+    """The memory that a pass holds at a time, in buffers and numbers."""
 
     buffers: int | float  # tiles; one of half precision counts half
     temporaries: int  # pieces of ``Plan.cached`` entries

@@ -27,7 +27,7 @@ class Check:
 
     @property
     def held(self) -> bool:
-        """Whether the bound is kept; NaN keeps none."""
+        """Whether the value keeps the bound; NaN keeps none."""
         compare = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}[self.relation]
         return bool(compare(self.measured, self.bound))
 

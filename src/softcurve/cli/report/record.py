@@ -1,4 +1,4 @@
-"""What a report shows of a fit."""
+"""The record of a fit, from which a report is rendered."""
 
 from __future__ import annotations
 
