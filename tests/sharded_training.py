@@ -251,9 +251,9 @@ def operations(mesh: DeviceMesh) -> Cases:
     first = min(step.own_classes * mesh.get_local_rank(), classes)
     loss = LossSpec(CrossEntropy(), "sparse", group=mesh.get_group().group_name, first=first, classes=classes)
     x, indices = torch.randn(rows, d), (torch.arange(rows) % classes).unsqueeze(-1)
-    tensors = HeadTensors(x, own, None, None, None, None, indices, torch.ones(rows), None)
-    both = (True, True, False, False, False, False)
-    direction = (torch.randn(rows, d), torch.randn(own.shape), None, None, None, None)
+    tensors = HeadTensors(x, own, *(None,) * 6, indices, torch.ones(rows), None)
+    both = (True, True, *(False,) * 6)
+    direction = (torch.randn(rows, d), torch.randn(own.shape), *(None,) * 6)
 
     def counted_in_products(run: Callable[[], object]) -> float:
         with FlopCounterMode(display=False) as counter:

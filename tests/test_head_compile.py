@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softcurve
+from softcurve.head.tensors import DIFFERENTIABLE
 
 from .cases import BY_NAME, Case, along, directions, everything, problem
 from .test_transforms import CHOSEN, everywhere
@@ -82,10 +83,10 @@ def test_opcheck(name: str) -> None:
 def test_opcheck_with_gradients(case: Case) -> None:
     """The operator's own derivatives, in all its tensors, with what was asked for saved and without."""
     func, args, _ = calls_of([case])["softcurve::head_losses"][-1]
-    learned = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args[:8]]
-    wanted = [t is not None and t.requires_grad for t in learned[:6]]
-    for saved in (wanted, [False] * 6):
-        torch.library.opcheck(func, (*learned, *args[8:12], True, False, True, saved))
+    learned = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args[:10]]
+    wanted = [t is not None and t.requires_grad for t in learned[:DIFFERENTIABLE]]
+    for saved in (wanted, [False] * DIFFERENTIABLE):
+        torch.library.opcheck(func, (*learned, *args[10:16], True, False, True, saved))
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------------------

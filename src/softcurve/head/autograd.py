@@ -22,7 +22,7 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.loop import evaluate, rounded
-from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
+from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
@@ -98,7 +98,7 @@ class _Losses(Function):
     def backward(ctx: Any, v_total: Tensor | None, v_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         tensors, (rows, *ready) = HeadTensors.split(ctx.saved_tensors)
         needs, _ = HeadTensors.split(ctx.needs_input_grad)
-        gradients: Directions = [None] * 6
+        gradients: Directions = NONE
         in_weight = None
         if v_rows is not None:
             weight = v_rows if v_total is None else v_rows + v_total * tensors.row_weight
@@ -112,7 +112,7 @@ class _Losses(Function):
             gradients = _gradients(ctx, tensors, needs.differentiable, v_total, ready)
         if needs.row_weight and v_total is not None:
             in_weight = v_total * _finite_where_left_out(rows, tensors.row_weight)
-        return *gradients, None, in_weight, *(None,) * 8
+        return *HeadTensors.derivatives(gradients, in_weight), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -128,7 +128,7 @@ class _Losses(Function):
                 total = total + _inner(found, moves.differentiable)
             if moves.row_weight is not None:
                 total = total + (moves.row_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()
-            return total, change, *(None,) * 10
+            return total, change, *(None,) * (4 + len(NONE))
 
 
 def _finite_where_left_out(rows: Tensor, weight: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return ``scale`` times the gradients of ``Σ weight · loss``, differentiable; ``ready`` are known ones."""
     if not any(wanted):
-        return [None] * 6
+        return list(NONE)
     if ready is None or any(w and not made for made, w in zip(ctx.made, wanted, strict=True)):
-        ready = [None] * 6
+        ready = NONE
     found: Any = _Gradients.apply(*tensors, *ready, ctx.loss, ctx.memory_budget, tuple(wanted), scale)  # type: ignore[no-untyped-call]
     return [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
 
@@ -185,7 +185,7 @@ class _Gradients(Function):
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         directions = tuple(v if wanted else None for v, wanted in zip(directions, ctx.wanted, strict=True))
         if all(v is None for v in directions):
-            return (None,) * 19
+            return (*HeadTensors.derivatives(NONE), *NONE, *(None,) * 4)
         tensors, (scale,) = HeadTensors.split(ctx.saved_tensors)
         needs, (*_, in_scale) = HeadTensors.split(ctx.needs_input_grad)
         weighted = tensors._replace(row_weight=tensors.row_weight * scale)
@@ -193,7 +193,7 @@ class _Gradients(Function):
         change, *products = _products(ctx, weighted, directions, needs.differentiable, tangents)
         in_scale = (tensors.row_weight * change).sum() if in_scale else None
         in_weight = scale * change if needs.row_weight else None
-        return *products, None, in_weight, *(None,) * 10, in_scale
+        return *HeadTensors.derivatives(products, in_weight), *NONE, None, None, None, in_scale
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -208,13 +208,13 @@ class _Gradients(Function):
                 changes.append(_gradients(ctx, tensors, ctx.wanted, v_scale))
             if moves.row_weight is not None:
                 changes.append(_gradients(ctx, tensors._replace(row_weight=moves.row_weight), ctx.wanted, scale))
-        return tuple(map(total_of, zip(*changes, strict=True))) if changes else (None,) * 6
+        return tuple(map(total_of, zip(*changes, strict=True))) if changes else tuple(NONE)
 
 
 def _products(ctx: Any, tensors: HeadTensors, directions: Directions, wanted: Wanted, tangents: bool) -> list[Any]:
-    """Return the change of each row's loss, then of the six gradients; ``None`` where it is not wanted."""
+    """Return the change of each row's loss, then of the gradients; ``None`` where it is not wanted."""
     if not (tangents or any(wanted)):
-        return [None] * 7
+        return [None, *NONE]
     change, *products = _Products.apply(  # type: ignore[no-untyped-call]
         *tensors, *directions, ctx.loss.encode(), ctx.memory_budget, tangents, list(wanted)
     )
@@ -272,7 +272,7 @@ class _Tangents(Function):
         weighted = tensors._replace(row_weight=v)
         in_directions = _gradients(ctx, weighted, of_directions, v.new_ones(()))
         in_tensors = _products(ctx, weighted, directions, needs.differentiable, False)[1:]
-        return *in_tensors, None, None, None, *in_directions, None, None
+        return *HeadTensors.derivatives(in_tensors), *in_directions, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
@@ -304,7 +304,9 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
         wide[i], wide[i + 1] = torch.nn.functional.pad(e, padding), torch.cat([weight, *columns], -1)
         along[i : i + 2] = [None if t is None else torch.nn.functional.pad(t, padding) for t in v[i : i + 2]]
     wider = HeadTensors(*wide)
-    wanted = (True, False, False, u[3] is not None or len(sides) > 1, False, False)
+    wanted = [
+        number == 0 or (number == TARGET and (u[TARGET] is not None or len(sides) > 1)) for number in range(len(v))
+    ]
     changes: list[Any] = _products(ctx, wider, along, wanted, False)[1:]
     gradients: list[Any] = _gradients(ctx, wider, wanted, tensors.row_weight.new_ones(()))
     total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
@@ -319,8 +321,8 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
                 total = total + (gradient[:, d : 2 * d] * v[i]).sum(-1)
         if u[i + 2] is not None:
             total = total + change[:, -1]
-    if len(sides) == 1 and u[3] is not None:
-        total = total + (changes[3] * u[3]).sum(-1)
+    if len(sides) == 1 and u[TARGET] is not None:
+        total = total + (changes[TARGET] * u[TARGET]).sum(-1)
     return total
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from softcurve.head import workspace
 from softcurve.head.kernel import Kernel, Residuals, Statistics
 from softcurve.head.products import STILL, Direction, MapSums, terms_of
-from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
+from softcurve.head.tensors import NOTHING, TARGET, Directions, HeadTensors, Wanted
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.spec import LossSpec
 
@@ -81,11 +81,11 @@ class _Results:
         self.statistics = Statistics(*(torch.zeros(n, dtype=kind, device=device) for kind in kinds))
         # Gradients are summed over tiles in the dtype of the computation. One written once has its tensor's own.
         teacher = spec.target == "teacher"
-        e, w, b, y, y_weight, y_bias = (
-            workspace.empty(tensor.shape, tensor.dtype if number == 3 and not teacher else dtype, device)
+        e, w, b, y, y_weight, y_bias, _, _ = (
+            workspace.empty(tensor.shape, tensor.dtype if number == TARGET and not teacher else dtype, device)
             if is_wanted and tensor is not None
             else None
-            for number, (tensor, is_wanted) in enumerate(zip(tensors[:6], wanted, strict=True))
+            for number, (tensor, is_wanted) in enumerate(zip(tensors.differentiable, wanted, strict=True))
         )
         self.model = MapSums(Direction(e, w, b), set())
         self.teacher = MapSums(Direction(y, y_weight, y_bias) if teacher else STILL, set())
@@ -121,15 +121,15 @@ class _Results:
         for whole, column in zip(self.statistics, kernel.statistics, strict=True):
             if column is not None and whole is not None:
                 whole[tile.rows] = column.to(whole.dtype)
-        if tile.tiles.wanted[3] and tile.tiles.spec.target == "sparse":
+        if tile.tiles.wanted[TARGET] and tile.tiles.spec.target == "sparse":
             change = kernel.target_product if self.directed else kernel.target_gradient
             self.add_target(tile.rows, slice(None), change)
 
     def outcome(self) -> Outcome:
         """Return the results, summed over the classes of all processes; changes in the dtypes of their tensors."""
-        gradients = [*self.model.finish(self.group), *self.teacher.finish(self.group)]
+        gradients = [*self.model.finish(self.group), *self.teacher.finish(self.group), None, None]
         if self.target is not None:
-            gradients[3] = self.target if self.target_started else self.target.zero_()
+            gradients[TARGET] = self.target if self.target_started else self.target.zero_()
         if self.directed:
             gradients = rounded(gradients, self.tensors)
         return Outcome(self.rows, self.statistics, gradients)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from softcurve.head import loop
-from softcurve.head.tensors import HeadTensors
+from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses.spec import LossSpec
 
 # The fields of HeadTensors. The loss is passed as the string that LossSpec.encode returns.
 TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
-    "Tensor? indices, Tensor row_weight, Tensor? class_weight"
+    "Tensor? low_rank, Tensor? target_low_rank, Tensor? indices, Tensor row_weight, Tensor? class_weight, "
+    "Tensor? excluded, Tensor? row_scale"
 )
-DIRECTIONS = ", ".join(f"Tensor? {name}_v" for name in HeadTensors._fields[:6])
+DIRECTIONS = ", ".join(f"Tensor? {name}_v" for name in HeadTensors._fields[:DIFFERENTIABLE])
 
 LIBRARY = torch.library.Library("softcurve", "FRAGMENT")
 # ``per_row``, ``weight_moves``: whether derivatives of the rows will be wanted, and in the rows' weights.
@@ -39,7 +40,7 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
 def _head_losses(*arguments: Any) -> list[Tensor]:
-    """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the six gradients."""
+    """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the gradients."""
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
     tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
     with torch.autocast(tensors.input.device.type, enabled=False):  # the inputs are in autocast's dtype already
@@ -71,7 +72,7 @@ def _fake_head_losses(*arguments: Any) -> list[Tensor]:
 
 @torch.library.impl(LIBRARY, "head_hessian_product", "CompositeExplicitAutograd")
 def _head_hessian_product(*arguments: Any) -> list[Tensor]:
-    """Return the change of each row's loss if ``tangents``, and of the six gradients ``wanted``, along a direction."""
+    """Return the change of each row's loss if ``tangents``, and of the gradients ``wanted``, along a direction."""
     *given, loss, memory_budget, tangents, wanted = arguments
     tensors, directions = HeadTensors.split(given)
     options = {"wanted": wanted, "directions": directions, "tangents": tangents}

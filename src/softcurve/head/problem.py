@@ -271,7 +271,7 @@ def _label_problem(
         mass = torch.ones_like(labels.weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
     tensors = HeadTensors(
-        head.input, head.weight, head.bias, masses, None, None, labels.classes.unsqueeze(-1),
+        head.input, head.weight, head.bias, masses, *(None,) * 4, indices=labels.classes.unsqueeze(-1),
         row_weight=labels.mean_weight if masses is None else labels.weight,
         class_weight=head.share_of_smoothing() if loss.smoothing else None,
     )  # fmt: skip
@@ -286,7 +286,7 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
     layout, class_weight, label = head.layout, head.class_weight, None
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
-    tensors = HeadTensors(head.input, head.weight, head.bias, None, None, None, None, row_weight, class_weight)
+    tensors = HeadTensors(head.input, head.weight, head.bias, *(None,) * 6, row_weight, class_weight)
     form: TargetForm
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)

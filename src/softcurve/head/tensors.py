@@ -10,14 +10,17 @@ from torch import Tensor
 
 from softcurve.losses.spec import LossSpec
 
-# One entry for each of the first six tensors of HeadTensors: its change, gradient, or whether that is wanted.
+# One entry for each of the tensors of HeadTensors.differentiable: its change, gradient, or whether that is wanted.
 Directions: TypeAlias = Sequence[Tensor | None]
 Wanted: TypeAlias = Sequence[bool]
-NOTHING: Wanted = (False,) * 6
+DIFFERENTIABLE = 8  # the number of tensors that may receive gradients
+TARGET = 3  # the position of the target among them
+NOTHING: Wanted = (False,) * DIFFERENTIABLE
+NONE: Directions = (None,) * DIFFERENTIABLE
 
 
 class HeadTensors(NamedTuple):
-    """The tensors of a head's loss, rows flattened; the first six may receive gradients."""
+    """The tensors of a head's loss, rows flattened; the first eight may receive gradients."""
 
     input: Tensor  # (n, d)
     weight: Tensor  # (C, d)
@@ -25,10 +28,14 @@ class HeadTensors(NamedTuple):
     target: Tensor | None  # see LossSpec
     target_weight: Tensor | None
     target_bias: Tensor | None
+    low_rank: Tensor | None  # (C, r): more columns of the weight, for the last r of the features
+    target_low_rank: Tensor | None  # likewise of a teacher's weight
     indices: Tensor | None  # (n, k)
     row_weight: Tensor  # (n,)
     # (C,); or (2, C) where masked classes have no share of label smoothing: in the target's own mass, in the smoothing.
     class_weight: Tensor | None
+    excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax; −1 is none
+    row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:
@@ -39,7 +46,12 @@ class HeadTensors(NamedTuple):
     @property
     def differentiable(self) -> tuple[Any, ...]:
         """The tensors that may receive gradients, or what there is for each of them."""
-        return self[:6]
+        return self[:DIFFERENTIABLE]
+
+    @staticmethod
+    def derivatives(of_differentiable: Directions, of_row_weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Return the derivatives in all fields, of which those that are not named are ``None``."""
+        return *of_differentiable, None, of_row_weight, None, None, None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,7 +16,7 @@ from softcurve.head.kernel import Block, Kernel, Residuals, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
-from softcurve.head.tensors import NOTHING, Directions, HeadTensors, Wanted
+from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over
@@ -44,7 +44,8 @@ class Tiles:
         require_classes(spec, t)
         self.group, self.dtype = spec.processes, t.dtype
         self.target_tops = _target_tops(spec, t)
-        self.wants_residuals, self.wants_target = any(self.wanted), any(self.wanted[3:])
+        self.wants_residuals = any(self.wanted)
+        self.wants_target = any((*self.wanted[TARGET : TARGET + 3], self.wanted[-1]))  # the teacher's low rank last
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
@@ -81,7 +82,7 @@ class Tile:
     def __init__(self, tiles: Tiles, rows: slice | Tensor) -> None:
         self.tiles, self.rows = tiles, rows
         spec, t = tiles.spec, tiles.tensors
-        v, w, b, y, y_weight, y_bias = tiles.directions or (None,) * 6
+        v, w, b, y, y_weight, y_bias, _, _ = tiles.directions or NONE
         self.model = self._map(spec.scale, t.input, t.weight, t.bias, Direction(v, w, b))
         self.teacher = None
         if spec.target == "teacher":
@@ -107,7 +108,7 @@ class Tile:
         """Return what the kernel knows of the rows; ``weight`` in place of their own."""
         tiles, rows, dtype = self.tiles, self.rows, self.tiles.dtype
         spec, t, plan, reference = tiles.spec, tiles.tensors, tiles.plan, self.model.reference
-        target_v = None if tiles.directions is None else tiles.directions[3]
+        target_v = None if tiles.directions is None else tiles.directions[TARGET]
         listed = spec.target == "sparse"
         held = t.weight.shape[0]
         return RowData(
@@ -199,7 +200,7 @@ class Tile:
         tiles, classes = self.tiles, block.classes
         block.target = self._given_target(self.rows, classes)
         if tiles.directions is not None:
-            direction = tiles.directions[3]
+            direction = tiles.directions[TARGET]
             moved = torch.zeros_like(block.target) if direction is None else direction[self.rows, classes]
             block.target_v = moved.to(tiles.dtype)
         if tiles.wants_target:
