@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Int
+from softcurve.head.log_probs import HeadStatistics, statistics_of_head
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction
@@ -267,6 +268,45 @@ def linear_divergence(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
+
+
+def linear_log_probs(
+    input: Features, linear_weight: HeadWeight, index: Int[Tensor, "*rows_k"] | None, *,
+    linear_bias: HeadBias | None = None, temperature: Number | Float[Tensor, "*rows"] = 1.0,
+    softcap: Number | None = None, memory_budget: Integer | None = None,
+) -> HeadStatistics:  # fmt: skip
+    """Return log-probabilities and other statistics of ``softmax(linear(input, ...))`` without holding the logits.
+
+    Args:
+        input: Features ``(..., d)``.
+        linear_weight: ``(C, d)``.
+        index: The classes whose log-probabilities are wanted: one for each row, ``(...)``, or ``k``, ``(..., k)``; or
+            ``None`` for the other statistics alone.
+        linear_bias: ``(C,)``; −inf masks a class.
+        temperature: ``T`` of ``softmax(z / T)``, a number or one for each row, ``(...)``, without gradient.
+        softcap: ``κ``: the logits become ``κ tanh(z / κ)`` before they are divided by ``T``.
+        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
+
+    Returns:
+        :class:`HeadStatistics`, in nats and float32 or wider: ``log_probs``, ``entropy``, ``lse``, ``mean_logit`` and
+        ``collision``. All are differentiable in features, weight and bias, once and twice, with one more pass in the
+        backward whichever of them are used. Rows whose incoming gradients are 0 are left out of it.
+
+    Raises:
+        TypeError, ValueError: If an argument has a wrong type, shape or value, such as an index that names no class.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
+        >>> found = softcurve.linear_log_probs(x, w, torch.tensor([0, 4, 2]), temperature=0.7)
+        >>> loss = -(found.log_probs + 0.01 * found.entropy).mean()
+
+    Source: ``∂ log p_k/∂z = δ_k − p``, ``∂H/∂z = −p ⊙ (z − p·z)``, ``∂(p·z)/∂z = p ⊙ (1 + z − p·z)`` and
+    ``∂ log Σp²/∂z = 2 p ⊙ (p / Σp² − 1)``.
+    """
+    return statistics_of_head(
+        input, linear_weight, index, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
+        memory_budget=memory_budget,
+    )  # fmt: skip
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------

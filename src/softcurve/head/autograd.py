@@ -131,6 +131,51 @@ class _Losses(Function):
             return total, change, *(None,) * (4 + len(NONE))
 
 
+def head_statistics(loss: LossSpec, tensors: HeadTensors, memory_budget: int | None) -> Tensor:
+    """Return the statistics of each row, ``(n, k + 4)`` and differentiable; ``tensors.target`` has their shape."""
+    function: Any = torch.ops.softcurve.head_statistics if torch.compiler.is_compiling() else _Statistics.apply
+    (found,) = function(*tensors, loss.encode(), memory_budget)
+    return found  # type: ignore[no-any-return]
+
+
+@_looped
+class _Statistics(Function):
+    """The statistics of the operator ``head_statistics``: the gradient of their combination in its coefficients.
+
+    So their derivatives are the gradients of the combination whose coefficients are the incoming gradient.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(torch.ops.softcurve.head_statistics, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, loss, ctx.memory_budget = inputs
+        ctx.loss = LossSpec.decode(loss)
+        _save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needs = HeadTensors(*ctx.saved_tensors), HeadTensors.split(ctx.needs_input_grad)[0]
+        weight = tensors.row_weight
+        if not torch.is_grad_enabled():  # Otherwise the gradients may be differentiated in coefficients of 0, too.
+            weight = weight * (v != 0).any(-1)
+        combined = tensors._replace(target=v, row_weight=weight)
+        gradients = _gradients(ctx, combined, needs.differentiable, weight.new_ones(()))
+        return *HeadTensors.derivatives(gradients), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:
+        moves, _ = HeadTensors.split(tangents)
+        with outer_tangents(ctx) as saved:
+            tensors = HeadTensors(*saved)
+            wanted = [number == TARGET for number in range(len(NONE))]
+            change = _products(ctx, tensors, moves.differentiable, wanted, False)[1 + TARGET]
+            assert tensors.target is not None
+            return (torch.zeros_like(tensors.target) if change is None else change,)
+
+
 def _finite_where_left_out(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the losses of rows; 0 for an infinite one of weight 0, which has no part."""
     return torch.where((weight == 0) & ~rows.isfinite(), 0.0, rows)
@@ -359,4 +404,5 @@ def _differentiated(function: type[Function]) -> Callable[..., list[Tensor]]:
 
 
 operators.LIBRARY.impl("head_losses", _differentiated(_Losses), "Autograd")
+operators.LIBRARY.impl("head_statistics", _differentiated(_Statistics), "Autograd")
 operators.LIBRARY.impl("head_hessian_product", _differentiated(_Products), "Autograd")

@@ -30,7 +30,7 @@ def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
     terms are not written in Triton, unless the target is sparse: then the divergence is evaluated on the few listed
     classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`.
     """
-    if dtype != torch.float32 or not _has_triton():
+    if dtype != torch.float32 or loss.target == "statistics" or not _has_triton():
         return False
     if device.type != "cuda" and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
         return False
@@ -55,5 +55,5 @@ def kernels(name: str, backend: str = "triton") -> Any:
 
 def tile_functions(spec: LossSpec, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the module of functions that work on the tiles of this loss: in Triton where it serves, else in ATen."""
-    kind = "sparse" if spec.target == "sparse" else "dense"
+    kind = spec.target if spec.lists_classes else "dense"
     return kernels(kind, "triton" if serves(spec, device, dtype) else "aten")

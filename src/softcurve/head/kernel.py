@@ -72,6 +72,7 @@ class RowData:
     held: int = 0
     cuts_classes: bool = False  # whether a row's classes come in several blocks, computed anew for every sweep
     cached: int = 0
+    row_scale: Tensor | None = None  # (r, 1)
     offset: Tensor | None = None  # (r, 1), float64: what was taken off the logits, which a z-loss and the lse see
 
     def factors_of(self, classes: slice) -> tuple[Tensor | None, Tensor | None]:

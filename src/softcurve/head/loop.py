@@ -57,12 +57,13 @@ def evaluate(
             parts.append(((tensors.row_weight == 0).nonzero().squeeze(-1), NOTHING))
     for rows, in_tensors in parts:
         for tile in Tiles(spec, tensors, budget, rows, in_tensors, directions):
-            gradient = tile.tiles.wants_residuals
+            gradient, listed = tile.tiles.wants_residuals, spec.lists_classes
             data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
             kernel = tile.kernel(data)
             loaded = tile.accumulate(kernel)
-            if gradient or tangents:
+            if any(in_tensors) or tangents:
                 kernel.prepare_residuals()
+            if gradient or (tangents and not listed):
                 for block, residuals in tile.residuals(kernel, loaded):
                     if gradient:
                         results.add(tile, block.classes, residuals, kernel.row_factor)
@@ -121,7 +122,7 @@ class _Results:
         for whole, column in zip(self.statistics, kernel.statistics, strict=True):
             if column is not None and whole is not None:
                 whole[tile.rows] = column.to(whole.dtype)
-        if tile.tiles.wanted[TARGET] and tile.tiles.spec.target == "sparse":
+        if tile.tiles.wanted[TARGET] and tile.tiles.spec.lists_classes:
             change = kernel.target_product if self.directed else kernel.target_gradient
             self.add_target(tile.rows, slice(None), change)
 

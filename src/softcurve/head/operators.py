@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import loop
-from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
+from softcurve.head.tensors import DIFFERENTIABLE, TARGET, HeadTensors
 from softcurve.losses.spec import LossSpec
 
 # The fields of HeadTensors. The loss is passed as the string that LossSpec.encode returns.
@@ -35,6 +35,9 @@ LIBRARY.define(
     f"head_hessian_product({TENSORS}, {DIRECTIONS}, str loss, int? memory_budget, bool tangents, bool[] wanted) "
     "-> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    f"head_statistics({TENSORS}, str loss, int? memory_budget) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
 )
 
 
@@ -89,6 +92,24 @@ def _fake_head_hessian_product(*arguments: Any) -> list[Tensor]:
     return [rows, *_present(rows, *gradients)]
 
 
+@torch.library.impl(LIBRARY, "head_statistics", "CompositeExplicitAutograd")
+def _head_statistics(*arguments: Any) -> list[Tensor]:
+    """Return the gradient of a combination of statistics with respect to its coefficients: the statistics."""
+    *given, loss, memory_budget = arguments
+    tensors, wanted = HeadTensors(*given), [number == TARGET for number in range(DIFFERENTIABLE)]
+    with torch.autocast(tensors.input.device.type, enabled=False):
+        outcome = loop.evaluate(LossSpec.decode(loss), tensors, memory_budget, wanted=wanted)
+    found = outcome.gradients[TARGET]
+    assert found is not None
+    return [found]
+
+
+def _fake_head_statistics(*arguments: Any) -> list[Tensor]:
+    tensors, _ = HeadTensors.split(arguments)
+    return [tensors.target.new_empty(tensors.target.shape)]
+
+
+torch.library.register_fake("softcurve::head_statistics", _fake_head_statistics, lib=LIBRARY)
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)
 torch.library.register_fake("softcurve::head_hessian_product", _fake_head_hessian_product, lib=LIBRARY)
 

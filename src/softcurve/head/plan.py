@@ -100,7 +100,7 @@ def plan_pass(
     spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, *, directed: bool, in_triton: bool
 ) -> Plan:
     """Plan a pass of first order over ``count`` rows; a ``directed`` one holds the changes beside the logits."""
-    teacher, sparse = spec.target == "teacher", spec.target == "sparse"
+    teacher, sparse = spec.target == "teacher", spec.lists_classes
     width, dtype = _width(spec, tensors), tensors.dtype
 
     def needs(directed: bool) -> Needs:

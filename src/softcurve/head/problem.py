@@ -110,7 +110,7 @@ class HeadProblem:
             self.loss, tensors, require_budget(memory_budget), per_row=per_row, weighs=self.has_sample_weight,
             stats=return_stats,
         )  # fmt: skip
-        layout.agreed(lambda: self._explain_nan(rows))
+        layout.agreed(lambda: explain_head_nan(self.tensors, rows))
         if per_row:
             result = weighted(weight, rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
@@ -126,12 +126,13 @@ class HeadProblem:
             *(layout.restored(column.detach().reshape(head.leading), per_row=True) for column in columns)
         )
 
-    def _explain_nan(self, rows: Tensor) -> None:
-        t = self.tensors
-        if checks.values_visible(t.row_weight):
-            of_head = {"input": t.input, "linear_weight": t.weight, "linear_bias": t.bias}
-            of_target = [part for part in (t.target, t.target_weight, t.target_bias) if part is not None]
-            checks.explain_nan(rows, t.row_weight, of_head, of_target)
+
+def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
+    """If a row that counts has NaN as its loss, raise an error that names the argument at fault."""
+    if checks.values_visible(t.row_weight):
+        of_head = {"input": t.input, "linear_weight": t.weight, "linear_bias": t.bias}
+        of_target = [part for part in (t.target, t.target_weight, t.target_bias) if part is not None]
+        checks.explain_nan(rows, t.row_weight, of_head, of_target)
 
 
 # --- from a public call to a problem ---------------------------------------------------------------------------------
@@ -157,13 +158,13 @@ def head_problem(
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
             known, ignored = _require_distribution(target), 0
-        head = _local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
+        head = local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
         row_weight = None
         if sample_weight is not None:
-            row_weight = _local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
+            row_weight = local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
         if isinstance(known, Tensor):
-            labels = _local_row_values(layout, "target", known, shift, ignored)
+            labels = local_row_values(layout, "target", known, shift, ignored)
             return _label_problem(head, loss, labels, row_weight, ignored)
         require_no_shift(shift)
         layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
@@ -220,7 +221,7 @@ def require_budget(budget: object) -> int | None:
 # --- local tensors ---------------------------------------------------------------------------------------------------
 
 
-def _local_head(
+def local_head(
     layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target,
     class_weight: Tensor | None,
 ) -> LocalHead:  # fmt: skip
@@ -239,7 +240,7 @@ def _local_head(
     return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias, class_weight)
 
 
-def _local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
+def local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
     """Return one entry for each row of this process, ``(n,)``: that of ``shift`` positions ahead, or ``missing``."""
     checks.require_tensor(name, tensor)
     layout.require_leading(name, tensor.shape, checks.describe(tensor))

@@ -170,14 +170,14 @@ class LinearMap(NamedTuple):
         factor = self.input if self.narrow is None else self.narrow
         return factor, self.weight[classes], None if self.bias is None else self.bias[classes]
 
-    def with_reference(self, group: ProcessGroup | None) -> LinearMap:
+    def with_reference(self, group: ProcessGroup | None, *, scales_rows: bool) -> LinearMap:
         """Return the map with a constant of each row that is taken off its logits before they are scaled.
 
         Without it a common offset of the logits is rounded once more as it is scaled; where scaling is exact there is
         none. It is the largest logit of some classes of all processes, which is near the largest of all beside the
         offset that it stands for.
         """
-        if math.frexp(self.scale)[0] == 0.5:
+        if math.frexp(self.scale)[0] == 0.5 and not scales_rows:
             return self
         step = max(1, len(self.weight) // REFERENCES)
         some = torch.arange(0, len(self.weight), step, device=self.weight.device)

@@ -14,6 +14,7 @@ from softcurve.losses.spec import LossSpec
 Directions: TypeAlias = Sequence[Tensor | None]
 Wanted: TypeAlias = Sequence[bool]
 DIFFERENTIABLE = 8  # the number of tensors that may receive gradients
+STATISTICS = 4  # of each row, after the log-probabilities: entropy, log-sum-exp, mean logit, collision
 TARGET = 3  # the position of the target among them
 NOTHING: Wanted = (False,) * DIFFERENTIABLE
 NONE: Directions = (None,) * DIFFERENTIABLE

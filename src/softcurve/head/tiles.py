@@ -16,6 +16,7 @@ from softcurve.head.kernel import Block, Kernel, Residuals, RowData
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
+from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
@@ -44,12 +45,13 @@ class Tiles:
         require_classes(spec, t)
         self.group, self.dtype = spec.processes, t.dtype
         self.target_tops = _target_tops(spec, t)
-        self.wants_residuals = any(self.wanted)
+        # The gradient of a list of classes comes with the rows' statistics.
+        self.wants_residuals = any(w and not (spec.lists_classes and i == TARGET) for i, w in enumerate(self.wanted))
         self.wants_target = any((*self.wanted[TARGET : TARGET + 3], self.wanted[-1]))  # the teacher's low rank last
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
-            self.columns and spec.target != "sparse" and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
+            self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
         )
         self.wants_residual = self.columns and self.matrix == HESSIAN
         self.buffers = workspace.Buffers(self.dtype, t.input.device)
@@ -99,7 +101,8 @@ class Tile:
         rows = input[self.rows]
         narrow = None if shared_half(rows, weight) is None else rows
         map = LinearMap(rows.to(self.tiles.dtype), weight, bias, narrow, scale, along)
-        return map.with_reference(self.tiles.group)
+        scales_rows = self.tiles.tensors.row_scale is not None and self.tiles.spec.softcap is None
+        return map.with_reference(self.tiles.group, scales_rows=scales_rows)
 
     def __len__(self) -> int:
         return self.model.input.shape[0]
@@ -109,7 +112,7 @@ class Tile:
         tiles, rows, dtype = self.tiles, self.rows, self.tiles.dtype
         spec, t, plan, reference = tiles.spec, tiles.tensors, tiles.plan, self.model.reference
         target_v = None if tiles.directions is None else tiles.directions[TARGET]
-        listed = spec.target == "sparse"
+        listed = spec.lists_classes
         held = t.weight.shape[0]
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
@@ -119,6 +122,7 @@ class Tile:
             class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
             class_count=spec.class_count(held), first=spec.first, held=held,
             cuts_classes=plan.cuts_classes, cached=plan.cached,
+            row_scale=None if t.row_scale is None else t.row_scale[rows].unsqueeze(-1),
             offset=None if reference is None else spec.scale * reference.double(),
             has_direction=tiles.directions is not None, wants_target=tiles.wants_target, **wants,
         )  # fmt: skip
@@ -128,6 +132,8 @@ class Tile:
         spec = self.tiles.spec
         if spec.target == "sparse":
             return SparseKernel(spec, data)
+        if spec.target == "statistics":
+            return StatisticsKernel(spec, data)
         if not self.tiles.in_triton and FastRows.serves(spec, data):
             return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch)
         return DenseKernel(spec, data)
@@ -192,7 +198,7 @@ class Tile:
             if tiles.wants_target:  # in place unless in half precision
                 block.target_out = block.target if out is None else out
                 block.target_v_out = block.target_v if v_out is None else v_out
-        elif spec.target != "sparse":
+        elif not spec.lists_classes:
             self._load_target(block)
         return block
 

@@ -23,7 +23,7 @@ from softcurve.losses.reduction import Reduction
 from softcurve.processes import named_group
 from softcurve.typing import Number
 
-TargetForm = Literal["sparse", "probabilities", "logits", "teacher"]
+TargetForm = Literal["sparse", "statistics", "probabilities", "logits", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class LossSpec:
 
     ``sparse``: ``k`` classes a row, and a distribution ``(n, k + 1)`` over them and all other classes together, as
     probabilities for a cross-entropy (``None``: all mass on the first of one) and as logits for any other divergence.
+    ``statistics``: ``k`` classes a row, and ``(n, k + 4)`` coefficients of statistics of the softmax, of which the loss
+    is the combination; see :mod:`softcurve.head.statistics`.
     ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head.
 
     """
@@ -113,6 +115,11 @@ class LossSpec:
     def is_cross_entropy(self) -> bool:
         """Whether the target is probabilities, on which smoothing and class weights act, rather than logits."""
         return type(self.divergence) is CrossEntropy
+
+    @property
+    def lists_classes(self) -> bool:
+        """Whether the target names some classes of each row, rather than giving a number for every class."""
+        return self.target in ("sparse", "statistics")
 
     @property
     def scale(self) -> float:

@@ -1,0 +1,98 @@
+"""Log-probabilities and other statistics of a head's softmax, as :func:`softcurve.linear_log_probs` returns them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve import checks
+from softcurve.array_types import Float
+from softcurve.head.autograd import head_statistics
+from softcurve.head.problem import LocalHead, explain_head_nan, local_head, local_row_values, require_budget
+from softcurve.head.sharded import PlainHead, head_layout
+from softcurve.head.tensors import STATISTICS, HeadTensors
+from softcurve.losses.divergences import CrossEntropy
+from softcurve.losses.reduction import Reduction
+from softcurve.losses.spec import LossSpec
+from softcurve.records import short_repr
+from softcurve.typing import Integer, Number
+
+
+class HeadStatistics(NamedTuple):
+    """Statistics of the softmax ``p`` of each row, in nats and differentiable; the rows are those of ``input``."""
+
+    log_probs: Float[Tensor, "*rows_k"] | None  # log p of the classes asked for, (...) or (..., k)
+    entropy: Float[Tensor, "*rows"]  # −Σ p log p
+    lse: Float[Tensor, "*rows"]  # log Σ e^z
+    mean_logit: Float[Tensor, "*rows"]  # Σ p z, which is lse − entropy
+    collision: Float[Tensor, "*rows"]  # log Σ p²
+
+    def __repr__(self) -> str:
+        return short_repr(self, self._asdict())
+
+
+def statistics_of_head(
+    input: Tensor, linear_weight: Tensor, index: Tensor | None, *, linear_bias: Tensor | None,
+    temperature: Number | Tensor, softcap: Number | None, memory_budget: Integer | None,
+) -> HeadStatistics:  # fmt: skip
+    """Compute what :func:`softcurve.linear_log_probs` returns."""
+    checks.require_head(input, linear_weight, linear_bias)
+    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias, index=index, temperature=temperature)
+
+    def make() -> tuple[LocalHead, LossSpec, HeadTensors]:
+        per_row = temperature if isinstance(temperature, Tensor) and temperature.ndim else None
+        number: Any = 1.0 if per_row is not None else temperature
+        loss = LossSpec.of(CrossEntropy(), Reduction.of("none", math.e), number, softcap)
+        loss = dataclasses.replace(loss, target="statistics", **layout.shard)
+        rows = _flat_index(layout, index, input.device)
+        head = local_head(layout, loss, input, linear_weight, linear_bias, rows, None)
+        scale = None if per_row is None else 1 / _row_temperature(layout, per_row).to(head.dtype)
+        n, device = len(head.input), head.input.device
+        count = rows.shape[1] + STATISTICS
+        tensors = HeadTensors(
+            head.input, head.weight, head.bias, torch.zeros(n, count, dtype=head.dtype, device=device), *(None,) * 4,
+            indices=rows, row_weight=torch.ones(n, dtype=head.dtype, device=device), class_weight=None,
+            row_scale=scale,
+        )  # fmt: skip
+        return head, loss, tensors
+
+    head, loss, tensors = layout.agreed(make)
+    found = head_statistics(loss, tensors, require_budget(memory_budget))
+    layout.agreed(lambda: explain_head_nan(tensors, found[:, -1]))
+    whole = layout.restored(found.reshape(*head.leading, found.shape[-1]), per_row=True)
+    log_probs, entropy, lse, mean, collision = whole.tensor_split([-4, -3, -2, -1], -1)
+    one = index is not None and index.ndim < input.ndim
+    listed = None if index is None else log_probs.squeeze(-1) if one else log_probs
+    return HeadStatistics(listed, *(column.squeeze(-1) for column in (entropy, lse, mean, collision)))
+
+
+def _flat_index(layout: PlainHead, index: Tensor | None, device: torch.device) -> Tensor:
+    """Return the classes asked for in the rows of this process, ``(n, k)``."""
+    leading = tuple(layout.leading)
+    if index is None:
+        index = torch.empty(*leading, 0, dtype=torch.int64, device=device)
+    checks.require_tensor("index", index)
+    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"index must hold class indices (int64), got {index.dtype}; convert it with .long()")
+    if tuple(index.shape) != leading and tuple(index.shape[:-1]) != leading:
+        raise ValueError(
+            f"index must have one class per row, shape {leading} (the leading dimensions of input), or k of them, "
+            f"{(*leading, 'k')}, got {checks.describe(index)}"
+        )
+    index = layout.local_rows(index if index.ndim > len(leading) else index.unsqueeze(-1)).long()
+    checks.require_class_indices("index", index, layout.classes)
+    return index.reshape(math.prod(index.shape[:-1]), index.shape[-1])
+
+
+def _row_temperature(layout: PlainHead, temperature: Tensor) -> Tensor:
+    """Return the temperature of each row of this process, ``(n,)``."""
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require gradients, which are not computed in it; detach it")
+    rows = local_row_values(layout, "temperature", temperature, 0, 0)
+    if checks.values_visible(rows) and not bool(((rows > 0) & rows.isfinite()).all()):
+        raise ValueError("temperature must be positive and finite in every row, got another; clamp it")
+    return rows
