@@ -212,7 +212,7 @@ def everything(case: Case, *without: str) -> dict[str, Any]:
 
 
 class Stats(NamedTuple):
-    """What ``return_stats`` must hold."""
+    """What ``return_stats`` must hold; the first two are differentiable."""
 
     lse: Tensor
     entropy: Tensor
@@ -298,7 +298,7 @@ class Problem:
         return self.case.rows(torch.log_softmax(raw / temperature, -1), log_p) / math.log(options.get("base", math.e))
 
     def dense_stats(self) -> Stats:
-        named, leaves = self._named(tuple(a.detach() for a in self.arguments))
+        named, leaves = self._named(self.arguments)
         z = self._logits(named)
         seen = oracle.seen_by_softmax(z, self.options.get("temperature", 1.0), self.options.get("softcap"))
         kind, s = self.case.kind, self.options.get("shift", 0)

@@ -91,7 +91,8 @@ def linear_cross_entropy(
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions do not contribute.
         memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-        return_stats: Also return :class:`LossStats`, from the same pass.
+        return_stats: Also return :class:`LossStats`, from the same pass; a gradient of its log-sum-exp or entropy takes
+            one more.
 
     The other options are those of :func:`softcurve.cross_entropy`.
 

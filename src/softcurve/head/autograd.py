@@ -22,7 +22,7 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.loop import evaluate, rounded
-from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
+from softcurve.head.tensors import NONE, NOTHING, STATISTICS, TARGET, Directions, HeadTensors, Wanted
 from softcurve.losses.autograd import outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
@@ -131,10 +131,22 @@ class _Losses(Function):
             return total, change, *(None,) * (4 + len(NONE))
 
 
-def head_statistics(loss: LossSpec, tensors: HeadTensors, memory_budget: int | None) -> Tensor:
-    """Return the statistics of each row, ``(n, k + 4)`` and differentiable; ``tensors.target`` has their shape."""
+def head_statistics(
+    loss: LossSpec, tensors: HeadTensors, indices: Tensor, memory_budget: int | None, known: Tensor | None = None
+) -> Tensor:
+    """Return the statistics of each row's softmax, ``(n, k + 4)``, differentiable; see :mod:`.statistics`.
+
+    ``indices (n, k)`` are the classes whose log-probabilities are wanted. ``known`` are the statistics, if another pass
+    has found them: then only their derivatives are computed.
+    """
+    n, k = indices.shape
+    of_model = tensors._replace(
+        target=tensors.row_weight.new_zeros((n, k + STATISTICS), dtype=tensors.dtype if known is None else known.dtype),
+        target_weight=None, target_bias=None, target_low_rank=None, indices=indices,
+        row_weight=torch.ones_like(tensors.row_weight, requires_grad=False), class_weight=None,
+    )  # fmt: skip
     function: Any = torch.ops.softcurve.head_statistics if torch.compiler.is_compiling() else _Statistics.apply
-    (found,) = function(*tensors, loss.encode(), memory_budget)
+    (found,) = function(*of_model, loss.of_statistics().encode(), memory_budget, known)
     return found  # type: ignore[no-any-return]
 
 
@@ -151,7 +163,7 @@ class _Statistics(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, loss, ctx.memory_budget = inputs
+        *tensors, loss, ctx.memory_budget, _ = inputs
         ctx.loss = LossSpec.decode(loss)
         _save(ctx, *tensors)
 
@@ -163,7 +175,7 @@ class _Statistics(Function):
             weight = weight * (v != 0).any(-1)
         combined = tensors._replace(target=v, row_weight=weight)
         gradients = _gradients(ctx, combined, needs.differentiable, weight.new_ones(()))
-        return *HeadTensors.derivatives(gradients), None, None
+        return *HeadTensors.derivatives(gradients), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor]:

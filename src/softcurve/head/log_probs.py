@@ -12,9 +12,15 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.head.autograd import head_statistics
-from softcurve.head.problem import LocalHead, explain_head_nan, local_head, local_row_values, require_budget
+from softcurve.head.problem import (
+    LocalHead,
+    explain_head_nan,
+    local_head,
+    local_row_values,
+    require_budget,
+)
 from softcurve.head.sharded import PlainHead, head_layout
-from softcurve.head.tensors import STATISTICS, HeadTensors
+from softcurve.head.tensors import HeadTensors
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
@@ -23,11 +29,11 @@ from softcurve.typing import Integer, Number
 
 
 class HeadStatistics(NamedTuple):
-    """Statistics of the softmax ``p`` of each row, in nats and differentiable; the rows are those of ``input``."""
+    """Statistics of the softmax ``p`` of each row, in nats, differentiable; ``(...)`` as the rows of ``input``."""
 
     log_probs: Float[Tensor, "*rows_k"] | None  # log p of the classes asked for, (...) or (..., k)
     entropy: Float[Tensor, "*rows"]  # −Σ p log p
-    lse: Float[Tensor, "*rows"]  # log Σ e^z
+    lse: Float[Tensor, "*rows"]  # log Σ e^z of what the softmax sees
     mean_logit: Float[Tensor, "*rows"]  # Σ p z, which is lse − entropy
     collision: Float[Tensor, "*rows"]  # log Σ p²
 
@@ -47,21 +53,17 @@ def statistics_of_head(
         per_row = temperature if isinstance(temperature, Tensor) and temperature.ndim else None
         number: Any = 1.0 if per_row is not None else temperature
         loss = LossSpec.of(CrossEntropy(), Reduction.of("none", math.e), number, softcap)
-        loss = dataclasses.replace(loss, target="statistics", **layout.shard)
+        loss = dataclasses.replace(loss, **layout.shard)
         rows = _flat_index(layout, index, input.device)
         head = local_head(layout, loss, input, linear_weight, linear_bias, rows, None)
         scale = None if per_row is None else 1 / _row_temperature(layout, per_row).to(head.dtype)
-        n, device = len(head.input), head.input.device
-        count = rows.shape[1] + STATISTICS
-        tensors = HeadTensors(
-            head.input, head.weight, head.bias, torch.zeros(n, count, dtype=head.dtype, device=device), *(None,) * 4,
-            indices=rows, row_weight=torch.ones(n, dtype=head.dtype, device=device), class_weight=None,
-            row_scale=scale,
-        )  # fmt: skip
+        ones = torch.ones(len(head.input), dtype=head.dtype, device=head.input.device)
+        tensors = HeadTensors(head.input, head.weight, head.bias, *(None,) * 5, rows, ones, None, row_scale=scale)
         return head, loss, tensors
 
     head, loss, tensors = layout.agreed(make)
-    found = head_statistics(loss, tensors, require_budget(memory_budget))
+    assert tensors.indices is not None
+    found = head_statistics(loss, tensors, tensors.indices, require_budget(memory_budget))
     layout.agreed(lambda: explain_head_nan(tensors, found[:, -1]))
     whole = layout.restored(found.reshape(*head.leading, found.shape[-1]), per_row=True)
     log_probs, entropy, lse, mean, collision = whole.tensor_split([-4, -3, -2, -1], -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
-from softcurve.head.autograd import head_outcome
+from softcurve.head.autograd import head_outcome, head_statistics
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
@@ -30,7 +30,7 @@ from softcurve.typing import Integer
 
 
 class LossStats(NamedTuple):
-    """Statistics of the softmax of each row, without gradients: shape ``(...)`` as the rows of ``input``."""
+    """Statistics of the softmax of each row, ``(...)`` as the rows of ``input``; the first two are differentiable."""
 
     lse: Float[Tensor, "*rows"]  # log Σ e^z of what the softmax sees, in nats
     entropy: Float[Tensor, "*rows"]  # in units of ``base``
@@ -120,11 +120,12 @@ class HeadProblem:
         if not return_stats:
             return result
         lse, entropy, predicted, label = statistics
+        known = torch.stack([entropy, lse, lse - entropy, torch.zeros_like(lse)], -1)
+        nothing = predicted.new_empty((len(predicted), 0))
+        found = head_statistics(self.loss, tensors, nothing, require_budget(memory_budget), known)
         correct = (predicted == (label if self.label is None else self.label)) & self.counted
-        columns = (lse, entropy / reducer.nats, predicted, correct)
-        return result, LossStats(
-            *(layout.restored(column.detach().reshape(head.leading), per_row=True) for column in columns)
-        )
+        columns = (found[:, 1], found[:, 0] / reducer.nats, predicted, correct)
+        return result, LossStats(*(layout.restored(c.reshape(head.leading), per_row=True) for c in columns))
 
 
 def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:

@@ -6,6 +6,7 @@ operators of :mod:`softcurve.head.operators`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from ast import literal_eval
@@ -110,6 +111,10 @@ class LossSpec:
         z_loss = checks.require_between("z_loss", z_loss, 0.0, math.inf) * reduction.nats
         smoothing = checks.require_between("label_smoothing", label_smoothing, 0.0, 1.0)
         return LossSpec(divergence, "logits", logit_map.temperature, logit_map.softcap, z_loss, smoothing)
+
+    def of_statistics(self) -> LossSpec:
+        """Return the description of the statistics of the softmax that this loss sees."""
+        return dataclasses.replace(self, divergence=CrossEntropy(), target="statistics", z_loss=0.0, smoothing=0.0)
 
     @property
     def is_cross_entropy(self) -> bool:
