@@ -20,6 +20,7 @@ from softcurve.head.log_probs import HeadStatistics
 from softcurve.head.problem import LossStats
 from softcurve.linear import (
     linear_cross_entropy,
+    linear_distillation,
     linear_divergence,
     linear_js_divergence,
     linear_kl_divergence,
@@ -53,9 +54,9 @@ __all__ = [
     "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics", "JensenShannon",
     "LinearTeacher", "Logits", "LossStats", "Pair", "Probabilities", "ReverseKL", "SkewKL", "SoftmaxRegression",
     "SoftmaxRegressionCV", "TopK", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy", "functional",
-    "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_divergence", "linear_js_divergence",
-    "linear_kl_divergence", "linear_log_probs", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product",
-    "typing",
+    "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_distillation", "linear_divergence",
+    "linear_js_divergence", "linear_kl_divergence", "linear_log_probs", "nn", "reference", "softmax_jacobian",
+    "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ value, gradients and second derivatives. The memory beyond inputs and gradients 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 import torch
@@ -16,11 +17,14 @@ from softcurve import checks
 from softcurve.array_types import Float, Int
 from softcurve.head.log_probs import HeadStatistics, statistics_of_head
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
-from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
+from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
+from softcurve.losses.labels import require_labels
 from softcurve.losses.reduction import Reduction
-from softcurve.losses.spec import LossSpec
+from softcurve.losses.spec import Beside, LossSpec
 from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
+
+FORWARD_KL = ForwardKL()
 
 Features: TypeAlias = Float[Tensor, "*rows features"]
 HeadWeight: TypeAlias = Float[Tensor, "classes *positions features"]
@@ -269,6 +273,64 @@ def linear_divergence(
         loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
     )
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
+
+
+def linear_distillation(
+    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    divergence: Divergence = FORWARD_KL, temperature: Number = 1.0, entropy_bonus: Number = 0.0,
+    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None, ignore_index: Integer | None = None,
+    label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
+    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0, memory_budget: Integer | None = None,
+) -> Loss:  # fmt: skip
+    """Return the loss of a student of labels and of a teacher, from one product with the student's weight.
+
+    The loss of a row is ``alpha CE(target, model) + (1 − alpha) T² D(teacher‖model) − entropy_bonus H(model)``. The
+    temperature ``T`` is that of both sides of the divergence; the other two terms are at temperature 1.
+
+    Args:
+        input: Features of the student ``(..., d)``.
+        linear_weight: ``(C, d)``.
+        target: Class indices ``(...)``. Rows of ``ignore_index`` are left out of all terms.
+        teacher: A :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
+        alpha: The share of the labels, from 0 to 1.
+        divergence: ``D``, such as :class:`~softcurve.ReverseKL` or an instance of your own subclass of
+            :class:`~softcurve.Divergence`.
+        temperature: ``T``. The factor ``T²`` keeps the size of the divergence's gradient.
+        entropy_bonus: The factor of the entropy ``H``, ≥ 0; it rewards an uncertain model.
+        label_smoothing: Of the cross-entropy of the labels, as is ``z_loss``.
+        reduction: As in :func:`softcurve.cross_entropy`, of all terms together.
+        shift: ``s`` compares position ``i`` with the label of ``i + s``; the teacher belongs to position ``i`` itself.
+
+    The other options and errors are those of :func:`linear_cross_entropy`.
+
+    Example:
+        >>> x, w, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
+        >>> teacher = softcurve.LinearTeacher(torch.randn(3, 8), torch.randn(5, 8))
+        >>> loss = softcurve.linear_distillation(x, w, labels, teacher, alpha=0.5, temperature=2.0)
+
+    Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
+    """
+    divergence = divergence_of(divergence)
+    if type(divergence) is CrossEntropy:
+        raise ValueError("divergence must compare two distributions, got CrossEntropy(); use ForwardKL()")
+    if not isinstance(teacher, Target):
+        raise TypeError(
+            "teacher must be one of softcurve.Probabilities, Logits, TopK, LinearTeacher, got "
+            f"{type(teacher).__name__}; wrap the tensor to say what it holds"
+        )
+    reducer, shift = Reduction.of(reduction, base), require_shift(shift)
+    of_labels = LossSpec.of(CrossEntropy(), reducer, 1.0, softcap, z_loss, label_smoothing)
+    loss = LossSpec.of(divergence, reducer, temperature, softcap)
+    share = checks.require_between("alpha", alpha, 0.0, 1.0)
+    bonus = checks.require_between("entropy_bonus", entropy_bonus, 0.0, math.inf)
+    beside = Beside((1 - share) * loss.temperature**2, share, bonus, of_labels.smoothing, of_labels.z_loss)
+    problem = head_problem(
+        replace(loss, beside=beside), input, linear_weight, teacher, linear_bias=linear_bias,
+        sample_weight=sample_weight, ignore_index=ignore_index, shift=shift, labels=require_labels(target),
+    )  # fmt: skip
+    result = problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats=False)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def linear_log_probs(

@@ -44,7 +44,7 @@ def residual_dtype(
 
     float16 lacks float32's range: a class's probability over the number of rows is below it. Those products widen.
     """
-    half = products.shared_half(input, weight)
+    half = products.shared_half(input, weight) if loss.beside is None else None  # to which other residuals are added
     return half if half == torch.bfloat16 and weight is not None and serves(loss, weight.device, dtype) else None
 
 

@@ -21,7 +21,7 @@ from softcurve.head.autograd import head_outcome, head_statistics
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
-from softcurve.losses.labels import Labels, cross_entropy_target
+from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore_index
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
 from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, Target, TopK
@@ -142,15 +142,16 @@ def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
 def head_problem(
     loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, *,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, shift: int = 0,
+    ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | None = None,
 ) -> HeadProblem:  # fmt: skip
     """Return the problem of a public call, on the rows and classes of this process.
 
-    Raises what the public call raises, in all processes if in one.
+    ``labels`` are those of the terms beside a divergence; then ``ignore_index`` and ``shift`` are for them. Raises what
+    the public call raises, in all processes if in one.
     """
     checks.require_head(input, linear_weight, linear_bias)
     layout = head_layout(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight, labels=labels
     )
 
     def make() -> HeadProblem:
@@ -158,24 +159,43 @@ def head_problem(
         if loss.is_cross_entropy:
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
-            known, ignored = _require_distribution(target), 0
+            known, ignored = _require_distribution(target), resolve_ignore_index(ignore_index)
         head = local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
         row_weight = None
         if sample_weight is not None:
             row_weight = local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
         if isinstance(known, Tensor):
-            labels = local_row_values(layout, "target", known, shift, ignored)
-            return _label_problem(head, loss, labels, row_weight, ignored)
-        require_no_shift(shift)
+            of_rows = local_row_values(layout, "target", known, shift, ignored)
+            return _label_problem(head, loss, of_rows, row_weight, ignored)
+        beside: Labels | None = None
+        counted = None if sample_weight is None else sample_weight != 0
+        if labels is None:
+            require_no_shift(shift)
+        else:
+            of_rows = local_row_values(layout, "target", labels, shift, ignored)
+            beside = Labels.of(of_rows, row_weight, None, layout.classes, ignored, head.dtype)
+            row_weight = beside.weight
+            if head.leading == layout.leading:  # where all rows are here
+                counted = (beside.weight != 0).reshape(layout.leading)
         layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
         known.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
         if not isinstance(known, TopK):  # whose own rows are checked where they are made local
             # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
-            known.require_values(layout.classes, None if sample_weight is None else sample_weight != 0)
-        return _distribution_problem(head, loss, known, row_weight)
+            known.require_values(layout.classes, counted)
+        problem = _distribution_problem(head, loss, known, row_weight)
+        return problem if beside is None else _with_labels(problem, beside)
 
     return layout.agreed(make)
+
+
+def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:
+    """Add the labels of the terms beside a divergence; their ignored rows are left out of all terms."""
+    share = problem.head.share_of_smoothing() if problem.loss.smooths_labels else None
+    tensors = problem.tensors._replace(labels=labels.classes.unsqueeze(-1), class_weight=share)
+    return dataclasses.replace(
+        problem, tensors=tensors, mean_weight=labels.mean_weight, counted=labels.counted, label=labels.classes
+    )
 
 
 def _require_distribution(target: Tensor | Target) -> Target:
@@ -228,7 +248,7 @@ def local_head(
 ) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None
-    if bias is not None and (loss.smoothing or (isinstance(target, Target) and target.merges_tail)):
+    if bias is not None and (loss.smooths_labels or (isinstance(target, Target) and target.merges_tail)):
         full_bias = layout.full("linear_bias", bias.detach())
     input, weight = layout.local_rows(input), layout.local_classes(weight)
     bias = None if bias is None else layout.local_classes(bias)

@@ -36,6 +36,7 @@ class HeadTensors(NamedTuple):
     # (C,); or (2, C) where masked classes have no share of label smoothing: in the target's own mass, in the smoothing.
     class_weight: Tensor | None
     excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax; −1 is none
+    labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
 
     @staticmethod
@@ -52,7 +53,7 @@ class HeadTensors(NamedTuple):
     @staticmethod
     def derivatives(of_differentiable: Directions, of_row_weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the derivatives in all fields, of which those that are not named are ``None``."""
-        return *of_differentiable, None, of_row_weight, None, None, None
+        return *of_differentiable, None, of_row_weight, None, None, None, None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import backends, workspace
+from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData
@@ -129,7 +131,15 @@ class Tile:
 
     def kernel(self, data: RowData) -> Kernel:
         """Return the kernel that gives the losses and residuals of these rows, and does so fast where it can."""
-        spec = self.tiles.spec
+        spec, labels = self.tiles.spec, self.tiles.tensors.labels
+        if spec.beside is None or labels is None:
+            return self._kernel(spec, data)
+        weight = spec.beside.divergence * data.weight
+        of_divergence = dataclasses.replace(data, weight=weight, class_weight=None, wants_stats=False)
+        main = self._kernel(dataclasses.replace(spec, beside=None), of_divergence)
+        return CompositeKernel(spec, data, main, terms_beside(spec, data, labels[self.rows]), self._buffer)
+
+    def _kernel(self, spec: LossSpec, data: RowData) -> Kernel:
         if spec.target == "sparse":
             return SparseKernel(spec, data)
         if spec.target == "statistics":

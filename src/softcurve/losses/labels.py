@@ -64,6 +64,15 @@ def cross_entropy_target(
     return target, index
 
 
+def require_labels(target: object) -> Tensor:
+    """Return class indices as an int64 tensor; raise ``TypeError`` for a target of another kind."""
+    labels = as_target(target)  # type: ignore[arg-type]
+    if isinstance(labels, Target):
+        kind = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must hold class indices (int64), got {kind}; pass a distribution as the teacher")
+    return labels
+
+
 def resolve_ignore_index(ignore_index: object) -> int:
     """Return the class index of ignored rows as a Python int; ``None`` is the default, −100."""
     index = DEFAULT_IGNORE_INDEX if ignore_index is None else checks.as_integer(ignore_index)

@@ -11,7 +11,7 @@ import functools
 import math
 from ast import literal_eval
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,16 @@ class LogitMap:
         return (-2 / self.softcap) * torch.tanh(z / self.softcap)
 
 
+class Beside(NamedTuple):
+    """The terms beside a divergence, of the model at temperature 1; see :func:`softcurve.linear_distillation`."""
+
+    divergence: float  # the factors of the divergence, of the cross-entropy of labels and of the entropy, with −1
+    labels: float
+    entropy: float
+    smoothing: float = 0.0  # of the labels
+    z_loss: float = 0.0
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """A loss of softmax rows; ``target`` says what its target tensors hold.
@@ -96,6 +106,7 @@ class LossSpec:
     softcap: float | None = None
     z_loss: float = 0.0
     smoothing: float = 0.0
+    beside: Beside | None = None
     # A sharded head holds the classes from ``first`` on of ``classes`` in all; ``group`` names the processes.
     group: str | None = None
     first: int = 0
@@ -114,7 +125,9 @@ class LossSpec:
 
     def of_statistics(self) -> LossSpec:
         """Return the description of the statistics of the softmax that this loss sees."""
-        return dataclasses.replace(self, divergence=CrossEntropy(), target="statistics", z_loss=0.0, smoothing=0.0)
+        return dataclasses.replace(
+            self, divergence=CrossEntropy(), target="statistics", z_loss=0.0, smoothing=0.0, beside=None
+        )
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -125,6 +138,11 @@ class LossSpec:
     def lists_classes(self) -> bool:
         """Whether the target names some classes of each row, rather than giving a number for every class."""
         return self.target in ("sparse", "statistics")
+
+    @property
+    def smooths_labels(self) -> bool:
+        """Whether a term has label smoothing."""
+        return bool(self.smoothing or (self.beside is not None and self.beside.smoothing))
 
     @property
     def scale(self) -> float:
@@ -158,6 +176,7 @@ class LossSpec:
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
+        options += f"|{None if self.beside is None else tuple(self.beside)!r}"
         shard = f"{self.group!r}|{self.first}|{self.classes}"
         return f"{self.target}|{options}|{shard}|{self.divergence.encode()}"
 
@@ -165,6 +184,7 @@ class LossSpec:
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 8)
-        values = map(literal_eval, options)
+        target, *options, divergence = text.split("|", 9)
+        values = list(map(literal_eval, options))
+        values[4] = None if values[4] is None else Beside(*values[4])
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]
