@@ -16,11 +16,13 @@ import runpy
 import socket
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 # What most programs import, directly or through torch's lazy imports. None of these starts a thread.
 PRELOADED = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+    *("sklearn.datasets", "sklearn.model_selection", "matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("softcurve", "softcurve.curvature", "softcurve.fit", "softcurve.cli.main", "tests.cases"),
 )
 PRELOADED_WITH_TRITON = ("torch._dynamo", "torch._dynamo.testing")
@@ -70,7 +72,8 @@ def run(request: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     for name in PRELOADED:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # of an extra that is not installed
+            importlib.import_module(name)
     # An interpreter that ends does not free what is frozen, which spares each fork a second. Triton's bindings are not
     # frozen, because they print a message for each of their types that was not freed.
     gc.freeze()

@@ -1,7 +1,7 @@
 """Processes that start together, as torchrun's do, without torchrun: each with its number in the environment.
 
 On Linux they are forks of one process for each worker of pytest (``fork_server.py``), since a new interpreter spends
-seconds on the import of torch. With ``fresh=True``, and on other systems, they are interpreters of their own.
+seconds on the import of torch. On other systems they are interpreters of their own.
 """
 
 from __future__ import annotations
@@ -104,13 +104,33 @@ def _ask(request: dict[str, Any], files: Sequence[int] = ()) -> Any:
     return json.loads(answer)
 
 
-def started(program: Sequence[str], environment: dict[str, str], *, fresh: bool = False) -> Process:
-    if not fresh and sys.platform == "linux":
+def started(program: Sequence[str], environment: dict[str, str]) -> Process:
+    if sys.platform == "linux":
         return Forked(program, environment)
     return subprocess.Popen(
         [sys.executable, *STRICT, *program], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def run_program(
+    *program: str, timeout: float, ignored: Sequence[str] = (), folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a program, which is named as on Python's command line, with warnings as errors save the ignored ones."""
+    if sys.platform == "linux":
+        forked = Forked(program, os.environ | {"OMP_NUM_THREADS": "1"}, folder, ignored)
+        output, errors = forked.communicate(timeout)
+        assert forked.returncode is not None
+        return subprocess.CompletedProcess(program, forked.returncode, output, errors)
+    command = [
+        sys.executable,
+        *STRICT,
+        *(word for message in ignored for word in ("-W", f"ignore:{message}")),
+        *program,
+    ]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=False
+    )
 
 
 def free_port() -> int:
@@ -119,14 +139,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(size: int, *arguments: str, last: Sequence[str] = (), fresh: bool = False) -> list[Process]:
+def start(size: int, *arguments: str, last: Sequence[str] = ()) -> list[Process]:
     """``python arguments``, ``size`` times; the last process has some more arguments."""
     common = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
-        started([*arguments, *(last if rank == size - 1 else ())], common | {"RANK": str(rank)}, fresh=fresh)
-        for rank in range(size)
+        started([*arguments, *(last if rank == size - 1 else ())], common | {"RANK": str(rank)}) for rank in range(size)
     ]
 
 
