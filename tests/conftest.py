@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from .placement import ON_CPU, place_tensors
+from .spawned import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +41,11 @@ if importlib.util.find_spec("hypothesis"):
 place_tensors()
 
 
+Run = Callable[[str], subprocess.CompletedProcess[str]]
+
 # What torch does to itself when its inductor is first used, and nothing that a caller could change.
-INDUCTOR_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+DEPRECATED = "`torch.jit.script_method` is deprecated"
+INDUCTOR_WARNING = f"ignore:{DEPRECATED}:DeprecationWarning"
 
 
 # Their tests share a fixture that takes seconds to make, so that one worker runs all of them (make test).
@@ -101,7 +105,7 @@ def without_shape_checks() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[[str], subprocess.CompletedProcess[str]]:
+def run_python() -> Run:
     """Run code in a fresh interpreter at the repository's root, without the import hook, warnings as errors.
 
     For what the hook's wrappers disturb (``torch.compile``) and what only a fresh process shows (imports).
@@ -114,6 +118,21 @@ def run_python() -> Callable[[str], subprocess.CompletedProcess[str]]:
         warnings = ["-W", "error", "-W", INDUCTOR_WARNING] if strict else []
         command = [sys.executable, *warnings, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            pytest.fail(f"exit code {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_forked(run_python: Run) -> Run:
+    """Run code as ``run_python`` does, but in a fork of a process that has imported torch, softcurve and dynamo."""
+    if not ON_CPU:
+        return run_python
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        done = run_program("-c", code, timeout=300, ignored=[DEPRECATED])
         if done.returncode != 0:
             pytest.fail(f"exit code {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
         return done

@@ -5,6 +5,7 @@ The forks end as any interpreter does, and have the standard streams that the ca
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import sys
 from softcurve.cli.main import main
 
 if __name__ == "__main__":
+    gc.freeze()  # A fork that ends does not free what has been imported, which would take most of its time.
     for arguments, *streams in json.loads(sys.argv[1]):
         if child := os.fork():
             sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")

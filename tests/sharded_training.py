@@ -284,7 +284,8 @@ def main() -> Cases:
     yield from fsdp()
     yield from tensor_parallel()
     yield from both()
-    yield from compiled()
+    if dist.get_world_size() == 2:  # A graph is compiled in each process.
+        yield from compiled()
     yield from positions()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from traffic(mesh)

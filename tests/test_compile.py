@@ -71,8 +71,8 @@ def together(names):  # in one graph, for a compilation costs as much as many of
 """
 
 
-def compiled(run_python: Callable[[str], object], body: str) -> dict[str, float]:
-    done = run_python(PREAMBLE + body)
+def compiled(run_forked: Callable[[str], object], body: str) -> dict[str, float]:
+    done = run_forked(PREAMBLE + body)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[attr-defined]
 
 
@@ -82,7 +82,7 @@ def assert_small(found: dict[str, float], count: int) -> None:
 
 
 @pytest.mark.slow
-def test_fullgraph(run_python: Callable[[str], object]) -> None:
+def test_fullgraph(run_forked: Callable[[str], object]) -> None:
     """All of the losses, several of them in each graph."""
     body = """
 groups = [list(LOSSES)[first::3] for first in range(3)]
@@ -91,11 +91,11 @@ print(json.dumps({
     for names in groups
 }))
 """
-    assert_small(compiled(run_python, body), 3)
+    assert_small(compiled(run_forked, body), 3)
 
 
 @pytest.mark.slow
-def test_dynamic_shapes(run_python: Callable[[str], object]) -> None:
+def test_dynamic_shapes(run_forked: Callable[[str], object]) -> None:
     """A graph made for one batch serves batches of any size: none of them compiles anew."""
     body = """
 found = {}
@@ -111,11 +111,11 @@ for names in (("index", "Logits", "reverse"),):
     found[" ".join(names)] = max(errors) + compiled[-1] - compiled[0]
 print(json.dumps(found))
 """
-    assert_small(compiled(run_python, "import torch._dynamo.testing\n" + body), 1)
+    assert_small(compiled(run_forked, "import torch._dynamo.testing\n" + body), 1)
 
 
 @pytest.mark.slow
-def test_func_grad(run_python: Callable[[str], object]) -> None:
+def test_func_grad(run_forked: Callable[[str], object]) -> None:
     """Compiled, ``torch.func.grad`` passes by an autograd.Function's backward; the gradient is right all the same."""
     body = """
 def of(f):
@@ -128,15 +128,15 @@ for names in (("index", "dense"), ("renormalize", "reverse")):
     found[" ".join(names)] = worst(of(torch.compile(gradient, fullgraph=True, backend="aot_eager")), of(gradient))
 print(json.dumps(found))
 """
-    assert_small(compiled(run_python, body), 2)
+    assert_small(compiled(run_forked, body), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor(run_python: Callable[[str], object]) -> None:
+def test_inductor(run_forked: Callable[[str], object]) -> None:
     """The default backend, which makes code of its own for the row passes."""
     body = """
 f = lambda z, t: LOSSES["index"](z, t) + LOSSES["forward"](z, t)
 print(json.dumps({"both": worst(evaluated(torch.compile(f, fullgraph=True), 6), evaluated(f, 6))}))
 """
-    assert_small(compiled(run_python, body), 1)
+    assert_small(compiled(run_forked, body), 1)

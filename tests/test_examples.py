@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from .spawned import run_program
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "categorical_vae.py"
 LAPLACE, INFLUENCE = (ROOT / "examples" / f"{name}_digits.py" for name in ("laplace", "influence"))
@@ -32,8 +34,7 @@ class Run:
 
 
 def example(*arguments: str, script: Path = EXAMPLE) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    return run_program(str(script), *arguments, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,24 @@ from .spawned import start, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
-# Three take every case; more and fewer those in which the number counts.
+# Two take every case, since a message of more processes costs several times as much; three and four take those in which
+# the number of processes counts.
 OF_SIZE = {
-    3: tuple(CASES),
-    2: ("labels", "weights", "held out", "gone on with", "refused: unlike"),
-    4: ("two rows", "three rows, streamed", "wide", "parquet shards", "gone on with", "refused: not finite"),
+    2: tuple(CASES),
+    3: (
+        *("labels, mixed", "lists", "JS", "weights", "negligible rows", "negligible rows left out", "two rows"),
+        *(
+            "three rows, streamed",
+            "held out",
+            "confused pairs",
+            "spectra",
+            "npz shards",
+            "npy shards",
+            "own rows alone",
+        ),
+        *("bytes", "gone on with", "asked to stop", "refused: unlike", "refused: full disk", "refused: zero"),
+    ),
+    4: ("two rows", "three rows, streamed", "wide", "parquet shards", "refused: not finite"),
 }
 
 

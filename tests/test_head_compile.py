@@ -154,8 +154,8 @@ def together(names):  # in one graph, for a compilation costs as much as many of
 """
 
 
-def compiled(run_python: Callable[[str], object], body: str) -> dict[str, float]:
-    done = run_python(PREAMBLE + body)
+def compiled(run_forked: Callable[[str], object], body: str) -> dict[str, float]:
+    done = run_forked(PREAMBLE + body)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[attr-defined]
 
 
@@ -165,7 +165,7 @@ def assert_small(found: dict[str, float], count: int) -> None:
 
 
 @pytest.mark.slow
-def test_fullgraph(run_python: Callable[[str], object]) -> None:
+def test_fullgraph(run_forked: Callable[[str], object]) -> None:
     """All of the losses, several of them in each graph."""
     body = """
 groups = [list(LOSSES)[first::3] for first in range(3)]
@@ -174,11 +174,11 @@ print(json.dumps({
     for names in groups
 }))
 """
-    assert_small(compiled(run_python, body), 3)
+    assert_small(compiled(run_forked, body), 3)
 
 
 @pytest.mark.slow
-def test_dynamic_shapes(run_python: Callable[[str], object]) -> None:
+def test_dynamic_shapes(run_forked: Callable[[str], object]) -> None:
     """A graph made for one batch serves batches of any size: none of them compiles anew."""
     body = """
 found = {}
@@ -194,11 +194,11 @@ for names in (("index", "budget"), ("reverse", "bucket")):
     found[" ".join(names)] = max(errors) + compiled[-1] - compiled[0]
 print(json.dumps(found))
 """
-    assert_small(compiled(run_python, "import torch._dynamo.testing\n" + body), 2)
+    assert_small(compiled(run_forked, "import torch._dynamo.testing\n" + body), 2)
 
 
 @pytest.mark.slow
-def test_compiled_func_and_evaluation(run_python: Callable[[str], object]) -> None:
+def test_compiled_func_and_evaluation(run_forked: Callable[[str], object]) -> None:
     """``torch.func.grad`` inside the graph, and losses without gradients."""
     body = """
 def of(f):
@@ -215,12 +215,12 @@ with torch.no_grad():
     found["no_grad"] = worst([of(torch.compile(f, fullgraph=True, backend="aot_eager"))], [of(f)])
 print(json.dumps(found))
 """
-    assert_small(compiled(run_python, body), 4)
+    assert_small(compiled(run_forked, body), 4)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor(run_python: Callable[[str], object]) -> None:
+def test_inductor(run_forked: Callable[[str], object]) -> None:
     """The default backend, with a model around the head, in autocast as well."""
     body = """
 f = lambda x, w, t: LOSSES["index"]((x @ w.T).tanh() @ w, w, t) + LOSSES["reverse"](x, w, t)
@@ -235,7 +235,7 @@ got, plain = evaluated(torch.compile(cast, fullgraph=True), 6), evaluated(cast, 
 found["autocast"] = 0.0 if worst(got, plain) < 2e-2 else worst(got, plain)
 print(json.dumps(found))
 """
-    assert_small(compiled(run_python, body), 2)
+    assert_small(compiled(run_forked, body), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

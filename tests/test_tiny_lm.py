@@ -6,7 +6,6 @@ import json
 import math
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from .spawned import run_program
 
 pytest.importorskip("tokenizers", reason="the extra `all` is not installed")
 
@@ -59,8 +60,7 @@ def run_example(tmp_path_factory) -> Callable[..., str]:
         shutil.copytree(Path(sysconfig.get_path("stdlib"), package), library / package)
 
     def run(name: str, *arguments: str) -> str:
-        command = [sys.executable, "-W", "error", "-c", ON_A_PART, str(EXAMPLES / name), str(library), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=1800, check=False)
+        done = run_program("-c", ON_A_PART, str(EXAMPLES / name), str(library), *arguments, timeout=1800)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
