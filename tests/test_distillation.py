@@ -1,0 +1,150 @@
+"""``linear_distillation`` against its definition: dense losses of each term, weighted and reduced together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softcurve
+from softcurve import AlphaDivergence, ForwardKL, JensenShannon, LinearTeacher, Logits, Probabilities, ReverseKL, TopK
+
+from . import oracle
+from .cases import assert_same
+from .pairwise import pairwise
+from .test_head_conformance import work_of
+
+TRUTH = torch.float64
+LEVELS: dict[str, list[Any]] = {
+    "teacher": ["head", "logits", "probabilities", "bucket", "renormalize"],
+    "divergence": [ForwardKL(), ReverseKL(), JensenShannon(0.3), AlphaDivergence(0.5)],
+    "temperature": [1.0, 2.0, 0.7],
+    "softcap": [None, 3.0],
+    "classes": [13, 300],  # in whole rows, and in blocks
+    "alpha": [0.0, 0.5, 1.0],
+    "entropy_bonus": [0.0, 0.2],
+    "reduction": ["mean", "sum", "none"],
+    "options": ["none", "smoothing", "z_loss", "both"],
+    "shift": [0, 1],
+    "base": [math.e, 2],
+}
+
+
+def goes_together(name: str, level: Any, other: str, value: Any) -> bool:
+    """Leave out what a list refuses: a temperature of a bucket, and a mass of 0 where the model has some."""
+    if (name, other) == ("teacher", "temperature"):
+        return level != "bucket" or value == 1
+    if (name, other) == ("teacher", "divergence"):
+        return level != "renormalize" or isinstance(value, ForwardKL | JensenShannon)
+    return True
+
+
+def teacher_of(kind: str, rows: tuple[int, ...], classes: int) -> tuple[Any, list[Tensor]]:
+    if kind == "head":
+        leaves = [torch.randn(*rows, 3, dtype=TRUTH), torch.randn(classes, 3, dtype=TRUTH)]
+        made: Any = LinearTeacher
+    elif kind in ("logits", "probabilities"):
+        leaves = [torch.randn(*rows, classes, dtype=TRUTH)]
+        made = Logits if kind == "logits" else Probabilities
+        leaves = leaves if kind == "logits" else [leaves[0].softmax(-1)]
+    else:
+        log_probs, indices = torch.randn(*rows, classes, dtype=TRUTH).log_softmax(-1).topk(3)
+        leaves = [log_probs]
+
+        def made(values: Tensor) -> TopK:
+            return TopK(indices, values, tail=kind)  # type: ignore[arg-type]
+
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    return made(*leaves), leaves
+
+
+@pytest.mark.parametrize("setting", pairwise(LEVELS, goes_together), ids=lambda s: "-".join(map(str, s.values())))
+def test_values_and_both_derivatives_equal_the_definition(setting: dict[str, Any]) -> None:
+    classes, shift, named = setting["classes"], setting["shift"], dict(setting)
+    rows = (2, 5) if classes == 13 else (70,)
+    teacher, of_teacher = teacher_of(named.pop("teacher"), rows, named.pop("classes"))
+    x, w, b = (torch.randn(*s, dtype=TRUTH, requires_grad=True) for s in ((*rows, 4), (classes, 4), (classes,)))
+    target, sample_weight = torch.randint(0, classes, rows), torch.rand(rows, dtype=TRUTH)
+    target[..., 0], sample_weight[..., 1] = -100, 0.0
+    options = named.pop("options")
+    smoothing, z_loss = 0.1 * (options in ("smoothing", "both")), 0.01 * (options in ("z_loss", "both"))
+    got = softcurve.linear_distillation(
+        x, w, target, teacher, linear_bias=b, sample_weight=sample_weight, label_smoothing=smoothing, z_loss=z_loss,
+        memory_budget=None if classes == 13 else 8 * 6000, **named,
+    )  # fmt: skip
+
+    z = oracle.seen_by_softmax(x @ w.T + b, 1.0, named["softcap"])
+    log_p, nats = z.log_softmax(-1), math.log(named["base"])
+    if shift:
+        target = torch.cat([target[..., 1:], torch.full_like(target[..., :1], -100)], -1)
+        sample_weight = torch.cat([sample_weight[..., 1:], torch.zeros_like(sample_weight[..., :1])], -1)
+    weight = torch.where(target == -100, 0.0, sample_weight)
+    of_labels = -log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    of_labels = (1 - smoothing) * of_labels - smoothing * log_p.mean(-1) + z_loss * nats * z.logsumexp(-1) ** 2
+    options_of_divergence = {"divergence": named["divergence"], "temperature": named["temperature"]}
+    apart = softcurve.divergence(teacher, z, reduction="none", **options_of_divergence)
+    alpha, squared = named["alpha"], named["temperature"] ** 2
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    each = alpha * of_labels + (1 - alpha) * squared * apart - named["entropy_bonus"] * entropy
+    each = weight * each / nats
+    right = {"none": each, "sum": each.sum(), "mean": each.sum() / weight.sum()}[named["reduction"]]
+    leaves = [x, w, b, *of_teacher]
+    for ours, truth in zip(derivatives(got, leaves), derivatives(right, leaves), strict=True):
+        assert_same(ours, truth, bound=1e-9)
+
+
+def derivatives(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Return the value, its gradients, and the gradients of those along fixed directions."""
+
+    def along(part: Tensor) -> Tensor:
+        return (part * torch.arange(1, part.numel() + 1, dtype=TRUTH).sin().reshape(part.shape)).sum()
+
+    first = torch.autograd.grad(along(value), leaves, create_graph=True, materialize_grads=True)
+    total = torch.stack([along(gradient) for gradient in first]).sum()
+    second = torch.autograd.grad(total, leaves, materialize_grads=True)
+    return [part.detach() for part in (value, *first, *second)]
+
+
+def test_one_product_with_the_weight_serves_all_terms() -> None:
+    """A loss with its gradients takes the products of one loss: three of the student's, and one of the teacher's."""
+    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    teacher, target = LinearTeacher(torch.randn(16, 8), torch.randn(40, 8)), torch.randint(0, 40, (16,))
+    options = {"alpha": 0.5, "entropy_bonus": 0.1, "temperature": 2.0}
+    work = work_of(lambda: softcurve.linear_distillation(x, w, target, teacher, **options).backward())
+    assert work == 4 * 16 * 8 * 40
+
+
+def test_all_of_the_teacher_and_none_of_it() -> None:
+    """At the ends of ``alpha`` the loss is the divergence or the cross-entropy, even where the other is infinite."""
+    x, w, target = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
+    one_hot = Probabilities(torch.eye(5)[:4])
+    options: dict[str, Any] = {"divergence": ReverseKL()}
+    assert softcurve.linear_distillation(x, w, target, one_hot, alpha=0.5, **options) == math.inf
+    only_labels = softcurve.linear_distillation(x, w, target, one_hot, alpha=1.0, **options)
+    assert torch.allclose(only_labels, softcurve.linear_cross_entropy(x, w, target))
+    bias = torch.tensor([0.0, -math.inf, 0.0, 0.0, 0.0])
+    teacher = Logits(bias.expand(4, 5))
+    only_teacher = softcurve.linear_distillation(x, w, target, teacher, alpha=0.0, linear_bias=bias)
+    assert torch.allclose(only_teacher, softcurve.linear_kl_divergence(x, w, teacher, linear_bias=bias))
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"alpha": 1.5}, ValueError, "alpha must be"),
+        ({"entropy_bonus": -1.0}, ValueError, "entropy_bonus must be"),
+        ({"teacher": torch.zeros(2, 9)}, TypeError, "teacher must be one of"),
+        ({"target": torch.zeros(2, 9)}, TypeError, "target must hold class indices"),
+        ({"target": torch.tensor([0, 9])}, ValueError, "target must hold classes in 0 … 8"),
+        ({"divergence": softcurve.CrossEntropy()}, ValueError, "divergence must compare two distributions"),
+        ({"shift": -1}, ValueError, "shift must be an int >= 0"),
+    ],
+)
+@pytest.mark.usefixtures("without_shape_checks")
+def test_errors(named: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"target": torch.tensor([0, 1]), "teacher": Logits(torch.zeros(2, 9)), "alpha": 0.5} | named
+    with pytest.raises(error, match=message):
+        softcurve.linear_distillation(torch.randn(2, 3), torch.randn(9, 3), **given)
