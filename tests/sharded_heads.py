@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import softcurve
 
 from . import cases
-from .cases import BY_NAME, CASES, Problem, everything, problem
+from .cases import BY_NAME, CASES, OTHER_TEACHER, Problem, everything, problem
 from .pairwise import pairwise
 from .process_cases import Cases, begin, distance
 
@@ -42,7 +42,7 @@ def layouts(p: Problem, mesh: DeviceMesh, *, by_rows: bool) -> dict[str, Any]:
     placed: dict[str, Any] = {"linear_weight": on_classes}
     if "linear_bias" in p.names:
         placed["linear_bias"] = on_classes
-    if "Teacher" in kind:
+    if "Teacher" in kind and p.case.kind is not OTHER_TEACHER:  # whose classes may be on other processes
         placed["target 1"] = on_classes
         if "target 2" in p.names:
             placed["target 2"] = on_classes

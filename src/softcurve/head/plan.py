@@ -105,6 +105,7 @@ def plan_pass(
 
     def needs(directed: bool) -> Needs:
         buffers: int | float = (1 + teacher) * (1 + directed) + (spec.softcap is not None and not in_triton)
+        buffers += (spec.teacher_softcap is not None) * (1 + directed)
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
         row = (3 + 2 * directed) * width + 32

@@ -41,6 +41,11 @@ class LogitMap:
             None if softcap is None else checks.require_positive("softcap", softcap),
         )
 
+    @staticmethod
+    def of_scaled(scale: float, softcap: float | None, temperature: float = 1.0) -> LogitMap:
+        """Return ``κ tanh(s z/κ) / T``, which is the map of soft cap ``κ/s`` and temperature ``T/s``."""
+        return LogitMap(temperature / scale, None if softcap is None else softcap / scale)
+
     @property
     def is_identity(self) -> bool:
         """Whether the map changes nothing."""
@@ -83,8 +88,8 @@ class LossSpec:
 
     ``sparse``: ``k`` classes a row, and a distribution ``(n, k + 1)`` over them and all other classes together, as
     probabilities for a cross-entropy (``None``: all mass on the first of one) and as logits for any other divergence.
-    ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head.
-
+    ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head, whose logits
+    have a scale and a soft cap of their own.
     """
 
     divergence: Divergence
@@ -97,6 +102,8 @@ class LossSpec:
     group: str | None = None
     first: int = 0
     classes: int = 0
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
 
     @staticmethod
     def of(
@@ -121,8 +128,20 @@ class LossSpec:
 
     @property
     def target_scale(self) -> float:
-        """The factor of the target's logits: a divergence applies the temperature to both sides."""
-        return 1.0 if self.is_cross_entropy else 1 / self.temperature
+        """The factor of the target's logits before a soft cap; see :attr:`teacher_map`."""
+        return 1.0 if self.teacher_softcap is not None else self.teacher_scale / self._target_temperature
+
+    @property
+    def _target_temperature(self) -> float:
+        """The temperature of the target: a divergence applies it to both sides."""
+        return 1.0 if self.is_cross_entropy else self.temperature
+
+    @functools.cached_property
+    def teacher_map(self) -> LogitMap:
+        """The map of a teacher's logits that remains after the product: its soft cap, scale and temperature."""
+        if self.teacher_softcap is None:
+            return LogitMap()
+        return LogitMap.of_scaled(self.teacher_scale, self.teacher_softcap, self._target_temperature)
 
     @functools.cached_property
     def logit_map(self) -> LogitMap:
@@ -147,12 +166,13 @@ class LossSpec:
         """Return a string from which :meth:`decode` makes an equal description."""
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
         shard = f"{self.group!r}|{self.first}|{self.classes}"
-        return f"{self.target}|{options}|{shard}|{self.divergence.encode()}"
+        teacher = f"{self.teacher_scale!r}|{self.teacher_softcap!r}"
+        return f"{self.target}|{options}|{shard}|{teacher}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 8)
+        target, *options, divergence = text.split("|", 10)
         values = map(literal_eval, options)
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]
