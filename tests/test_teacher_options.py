@@ -168,6 +168,10 @@ def test_mass_where_the_teacher_has_none_is_infinite() -> None:
     teacher = LinearTeacher(e, u, classes=torch.tensor([0, -1, 2, 1, -1]))
     assert softcurve.linear_kl_divergence(x, w, teacher, direction="reverse") == math.inf
     assert softcurve.linear_kl_divergence(x, w, teacher).isfinite()
+    for masked, is_finite in ((1, True), (0, False)):  # a class that the teacher lacks, and one that it has
+        bias = torch.zeros(5).index_fill(0, torch.tensor([masked]), -math.inf)
+        assert softcurve.linear_kl_divergence(x, w, teacher, linear_bias=bias).isfinite() == is_finite
+        assert softcurve.linear_js_divergence(x, w, teacher, linear_bias=bias).isfinite()
 
 
 def test_a_common_offset_is_not_rounded_by_the_scale() -> None:

@@ -17,7 +17,6 @@ from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted, sides
-from softcurve.losses.divergences import ForwardKL, ReverseKL
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over
@@ -48,9 +47,8 @@ class Tiles:
         self.wants_residuals = any(self.wanted)
         self.wants_target = any((*self.wanted[TARGET : TARGET + 3], self.wanted[-1]))  # the teacher's low rank last
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
-        masks = t.target_bias if spec.target == "teacher" and t.input.device.type == "cpu" else None
-        # A KL divergence from or to a class without mass is no number in the fast path, which every row would leave.
-        self.masks_target = masks is not None and bool((masks == -math.inf).any())
+        bias = t.target_bias if spec.target == "teacher" and t.input.device.type == "cpu" else None
+        self.masks_target = bias is not None and bool((bias == -math.inf).any())
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and spec.target != "sparse" and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
@@ -130,9 +128,9 @@ class Tile:
         spec = self.tiles.spec
         if spec.target == "sparse":
             return SparseKernel(spec, data)
-        fast = not self.tiles.in_triton and FastRows.serves(spec, data)
-        if fast and not (self.tiles.masks_target and type(spec.divergence) in (ForwardKL, ReverseKL)):
-            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch)
+        if not self.tiles.in_triton and FastRows.serves(spec, data):
+            masks = self.tiles.masks_target
+            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch, masks_target=masks)
         return DenseKernel(spec, data)
 
     def accumulate(self, kernel: Kernel) -> Block | None:
