@@ -110,6 +110,20 @@ BIASLESS_TEACHER = Kind(
     tiles=4,
 )
 
+
+def _chosen(classes: int) -> Tensor:
+    """The classes of a larger teacher that are those of the model; some are chosen twice."""
+    return (2 * torch.arange(classes) + 1) % (classes + 3)
+
+
+OTHER_TEACHER = Kind(
+    "LinearTeacher of other classes",
+    lambda rows, classes, _: (*_teacher(rows, classes, _)[:1], _logits(classes + 3, 3) / 2, _logits(classes + 3) / 2),
+    lambda _, e, w, b: softcurve.LinearTeacher(e, w, b, softcap=2.0, scale=0.6, classes=_chosen(len(w) - 3)),
+    lambda z, _, e, w, b: (2 * torch.tanh(0.6 * F.linear(e, w, b) / 2))[..., _chosen(z.shape[-1])],
+    tiles=6,
+)
+
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 LOGIT_ROUTE, HEAD_ROUTE = "logits", "head"
@@ -173,9 +187,9 @@ def _js(name: str, kind: Kind, beta: float, *, model_first: bool = False) -> Cas
 
 
 def _cases() -> list[Case]:
-    kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER)
+    kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER, OTHER_TEACHER)
     cases = [Case("cross_entropy", kind, "cross_entropy") for kind in kinds]
-    for kind in (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER):
+    for kind in (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER, OTHER_TEACHER):
         cases.append(Case("forward", kind, "kl_divergence", oracle.kl_rows))
         if kind is not RENORMALIZED:  # infinite
             cases.append(Case("reverse", kind, "kl_divergence", _exchanged(oracle.kl_rows), model_first=True))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import softcurve
 
 from . import cases
-from .cases import BY_NAME, CASES, Problem, everything, problem
+from .cases import BY_NAME, CASES, OTHER_TEACHER, Problem, everything, problem
 from .pairwise import pairwise
 from .process_cases import Cases, begin, distance
 
@@ -42,7 +42,7 @@ def layouts(p: Problem, mesh: DeviceMesh, *, by_rows: bool) -> dict[str, Any]:
     placed: dict[str, Any] = {"linear_weight": on_classes}
     if "linear_bias" in p.names:
         placed["linear_bias"] = on_classes
-    if "Teacher" in kind:
+    if "Teacher" in kind and p.case.kind is not OTHER_TEACHER:  # whose classes may be on other processes
         placed["target 1"] = on_classes
         if "target 2" in p.names:
             placed["target 2"] = on_classes
@@ -246,6 +246,10 @@ def refused(mesh: DeviceMesh) -> Cases:
         ("a target alone", "target must be plain", lambda: softcurve.linear_kl_divergence(
             e, weight.full_tensor(), softcurve.Logits(distribute_tensor(torch.randn(6, 9), mesh, [Shard(1)])))),
         ("rows in another order", "input must be the same", lambda: loss(e.flip(0) if rank else e, weight, y)),
+        ("chosen classes of a sharded teacher", "LinearTeacher classes must be None", lambda: softcurve.linear_kl_divergence(
+            e, weight, softcurve.LinearTeacher(e, weight, classes=slice(9)))),
+        ("a low rank alone", "linear_weight must be plain", lambda: loss(e, softcurve.LowRankWeight(
+            weight.full_tensor(), distribute_tensor(torch.randn(9, 2), mesh, [Shard(0)]), torch.randn(2, 4)), y)),
         ("uneven shards", "must be sharded evenly", lambda: loss(e, DTensor.from_local(
             torch.randn(2 + (rank == mesh.size() - 1), 4), mesh, [Shard(0)], shape=(2 * mesh.size() + 1, 4), stride=(4, 1)), y % 2)),
     ):  # fmt: skip
@@ -349,6 +353,42 @@ def own_members(mesh: DeviceMesh) -> Cases:
             yield f"own member, {kind}, {budget}: derivatives", distance(sharded, alone), 1e-10
 
 
+def wide_heads(mesh: DeviceMesh, rows: int | None = None) -> Cases:
+    """A weight of low rank, and chosen classes of a teacher whose weight is plain; ``rows``: the mesh's dimension."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = ((6, 5), (11, 5), (11, 2), (2, 5), (), (6, 3), (13, 3), (13, 1), (1, 3), (13,))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    chosen = torch.randperm(13, generator=generator)[:11].index_fill(0, torch.tensor([4]), -1)
+    by_rows, by_class = ([Replicate()] * mesh.ndim for _ in range(2))
+    by_class[-1] = Shard(0)
+    if rows is not None:
+        by_rows[rows] = Shard(0)
+
+    def value(x: Tensor, *more: Tensor, budget: int | None = None) -> Tensor:
+        w, a, b, scale, e, u, c, d, bias = more
+        teacher = softcurve.LinearTeacher(e, softcurve.LowRankWeight(u, c, d), bias, classes=chosen, softcap=2.0)
+        weight = softcurve.LowRankWeight(w, a, b, scale)
+        return softcurve.linear_js_divergence(x, weight, teacher, temperature=0.7, memory_budget=budget)
+
+    alone = [t.clone().requires_grad_() for t in tensors]
+    expected = value(*alone)
+    truth = list(derivatives(expected, tuple(alone)))
+    for spread_a in (True, False):
+        placed = {0: by_rows, 1: by_class, 2: by_class, 5: by_rows} if rows is not None else {1: by_class, 2: by_class}
+        if not spread_a:
+            del placed[2]
+        given = [
+            (distribute_tensor(t, mesh, placed[n]) if n in placed else t.clone()).requires_grad_()
+            for n, t in enumerate(tensors)
+        ]
+        for budget in (None, 9000):
+            name = f"low rank, {rows}, {spread_a}, {budget}"
+            found = value(*given, budget=budget)
+            yield f"{name}: value", distance(whole(found).detach(), expected.detach()), 1e-10
+            for at, (got, right) in enumerate(zip(derivatives(found, tuple(given)), truth, strict=True)):
+                yield f"{name}: derivative {at}", distance(got.detach(), right.detach()), 1e-10
+
+
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from all_losses(mesh)
@@ -358,6 +398,9 @@ def main() -> Cases:
     if mesh.size() == 3:
         yield from half_precision(mesh)
         yield from own_members(mesh)
+    yield from wide_heads(mesh)
+    if mesh.size() == 4:
+        yield from wide_heads(init_device_mesh("cpu", (2, 2)), rows=0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import softcurve
 from softcurve import LinearTeacher, Logits, Probabilities, TopK
 
 from . import oracle
-from .cases import BIASLESS_TEACHER, BY_NAME, CASES, Case, assert_same, problem
+from .cases import BIASLESS_TEACHER, BY_NAME, CASES, OTHER_TEACHER, Case, assert_same, problem
 from .pairwise import pairwise
 from .placement import DEVICE, ON_CPU
 from .test_exactness import budgets
@@ -249,7 +249,8 @@ def test_zeros_in_probabilities() -> None:
     [
         pytest.param(case, *(("none", NAN) if n % 2 else ("mean", INF)), id=str(case))
         for n, case in enumerate(CASES)
-        if case.kind is not BIASLESS_TEACHER
+        # A soft cap makes an infinite logit finite, and of the last class of that teacher the model may have none.
+        if case.kind not in (BIASLESS_TEACHER, OTHER_TEACHER)
     ],
 )
 def test_poison_is_never_a_plausible_number(case: Case, reduction: str, poison: float) -> None:

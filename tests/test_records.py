@@ -28,8 +28,10 @@ def of_a_chain():
 SHOWN = {
     "Probabilities(values=float32[2, 3])": lambda: sc.Probabilities(ROWS),
     "Logits(values=bfloat16[2, 3])": lambda: sc.Logits(HALF),
-    "LinearTeacher(input=float32[2, 3], linear_weight=float32[4, 3], linear_bias=None)": lambda: sc.LinearTeacher(
-        ROWS, torch.ones(4, 3)
+    "LinearTeacher(input=float32[2, 3], linear_weight=float32[4, 3], linear_bias=None, softcap=None, scale=1, "
+    "classes=int64[2])": lambda: sc.LinearTeacher(ROWS, torch.ones(4, 3), classes=INDICES[0]),
+    "LowRankWeight(weight=bfloat16[2, 3], a=float32[2, 1], b=float32[1, 3], scale=0.5)": lambda: sc.LowRankWeight(
+        HALF, ROWS[:, :1], ROWS[:1], 0.5
     ),
     "TopK(indices=int64[2, 2], log_probs=float32[2, 2], tail='bucket')": lambda: sc.TopK(INDICES, ROWS[:, :2].log()),
     "LossStats(lse=float32[2], entropy=float32[2], predicted=int64[2], correct=bool[2])": of_a_head,

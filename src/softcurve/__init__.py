@@ -36,7 +36,9 @@ from softcurve.losses.divergences import (
     ReverseKL,
     SkewKL,
 )
-from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, TopK
+from softcurve.losses.low_rank import LowRankWeight
+from softcurve.losses.targets import Logits, Probabilities, TopK
+from softcurve.losses.teacher import LinearTeacher
 
 if TYPE_CHECKING:
     from softcurve.fit.cross_validation import SoftmaxRegressionCV
@@ -52,11 +54,11 @@ _LAZY = {
 
 __all__ = [
     "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics", "JensenShannon",
-    "LinearTeacher", "Logits", "LossStats", "Pair", "Probabilities", "ReverseKL", "SkewKL", "SoftmaxRegression",
-    "SoftmaxRegressionCV", "TopK", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy", "functional",
-    "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_distillation", "linear_divergence",
-    "linear_js_divergence", "linear_kl_divergence", "linear_log_probs", "nn", "reference", "softmax_jacobian",
-    "softmax_jacobian_product", "typing",
+    "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
+    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "chain_rule", "cross_entropy", "curvature", "divergence",
+    "entropy", "functional", "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_distillation",
+    "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "linear_log_probs", "nn", "reference",
+    "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

@@ -295,7 +295,7 @@ def explain_nan(
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        values, masks = tensor.detach(), name not in ("input", "linear_weight")
+        values, masks = tensor.detach(), not name.startswith(("input", "linear_weight"))
         masked = values == -math.inf
         faults = {
             "hold numbers, got NaN; look for the step that made it, or mask those rows": values.isnan(),

@@ -19,6 +19,7 @@ from softcurve.head.log_probs import HeadStatistics, statistics_of_head
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import require_labels
+from softcurve.losses.low_rank import LowRankWeight
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import Beside, LossSpec
 from softcurve.losses.targets import Target
@@ -27,7 +28,7 @@ from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 FORWARD_KL = ForwardKL()
 
 Features: TypeAlias = Float[Tensor, "*rows features"]
-HeadWeight: TypeAlias = Float[Tensor, "classes *positions features"]
+HeadWeight: TypeAlias = Float[Tensor, "classes *positions features"] | LowRankWeight
 HeadBias: TypeAlias = Float[Tensor, " classes *positions"]
 Loss: TypeAlias = Float[Tensor, "*reduced"]
 
@@ -85,7 +86,7 @@ def linear_cross_entropy(
 
     Args:
         input: Features ``(..., d)``.
-        linear_weight: ``(C, d)``; it may be a tied embedding's.
+        linear_weight: ``(C, d)``; it may be a tied embedding's, or a :class:`~softcurve.LowRankWeight`.
         target: Class indices ``(...)``; a floating-point tensor ``(..., C)``, whose rows may have any sum, as in torch;
             or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         linear_bias: ``(C,)``; −inf masks a class, which then has no share of the label smoothing.

@@ -16,6 +16,7 @@ from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.split import require_classes
 from softcurve.head import curvature, loop, per_row
 from softcurve.head.products import Direction
+from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.rows import GAUSS_NEWTON, HESSIAN
 from softcurve.losses.targets import Target
 
@@ -32,7 +33,8 @@ class HeadCurvature:
 
     Args:
         input: features ``(..., d)``.
-        linear_weight: ``(C, d)``.
+        linear_weight: ``(C, d)``; for a :class:`~softcurve.LowRankWeight` the derivatives are those with respect to the
+            sum.
         target: as for the loss.
         linear_bias: ``(C,)``.
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
@@ -49,11 +51,12 @@ class HeadCurvature:
 
     @with_options_of(HeadLosses.of)
     def __init__(
-        self, input: Float[Tensor, "*rows features"], linear_weight: Float[Tensor, "classes features"],
-        target: Tensor | Target, *, linear_bias: Float[Tensor, " classes"] | None = None,
-        sample_weight: Tensor | None = None, **options: Unpack[LossOptions],
+        self, input: Float[Tensor, "*rows features"],
+        linear_weight: Float[Tensor, "classes features"] | LowRankWeight, target: Tensor | Target, *,
+        linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
+        **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
-        if isinstance(linear_weight, Tensor) and linear_weight.ndim == 2:
+        if isinstance(linear_weight, Tensor | LowRankWeight) and len(linear_weight.shape) == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
         self.losses = HeadLosses.of(**options)
         problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight)
@@ -61,12 +64,13 @@ class HeadCurvature:
         if divisor == 0:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")
         self.rows, self.scale = self.losses.rows(problem), 1 / divisor
-        self.arguments, self.layout = (input.detach(), linear_weight.detach(), linear_bias), problem.head.layout
+        self.arguments = (input.detach(), matrix_of(linear_weight).detach(), linear_bias)
+        self.layout, self.weight = problem.head.layout, problem.head.weight
         self.leading = problem.head.leading  # of this process's rows
 
     def __repr__(self) -> str:
         t = self.rows.tensors
-        shape = f"rows={len(t.input)}, classes={self.arguments[1].shape[0]}, features={t.input.shape[1]}"
+        shape = f"rows={len(t.input)}, classes={self.arguments[1].shape[0]}, features={t.weight.shape[1]}"
         dtype = str(t.dtype).removeprefix("torch.")
         return f"HeadCurvature({shape}, loss={self.losses.loss!r}, dtype={dtype}, device={t.input.device})"
 
@@ -103,6 +107,8 @@ class HeadCurvature:
         e, layout = local.input, self.layout
         input, weight, bias = self.arguments
         shape = (*self.leading, input.shape[-1])
+        if e is not None and isinstance(self.weight, LowRankWeight):
+            e = self.weight.narrowed(e)
         return Direction(
             None if e is None else layout.restored_features(e.reshape(shape), input),
             None if local.weight is None else layout.restored_classes(local.weight, weight),
@@ -129,6 +135,8 @@ class HeadCurvature:
             localise = self.layout.local_rows if name == "input" else self.layout.local_classes
             local[name] = localise(part.detach()).to(t.dtype)
         e = local.get("input")
+        if e is not None and isinstance(self.weight, LowRankWeight):
+            e = self.weight.widened(e, t.dtype)
         return Direction(None if e is None else e.reshape(t.input.shape), local.get("weight"), local.get("bias"))
 
     def diagonal(self, *, matrix: MatrixName = "gauss_newton") -> Direction:
@@ -197,10 +205,10 @@ class HeadCurvature:
             assert lse is not None
             mass += 2 * loss.z_loss * (1 + lse.double().clamp(min=0) / 2)
         mass *= t.row_weight.double()
-        moment = self.layout.summed(weighted_moment(t.input, mass, has_bias=t.bias is not None, dtype=torch.float64))
+        moment = self.layout.summed(weighted_moment(t.features, mass, has_bias=t.bias is not None, dtype=torch.float64))
         return float(torch.linalg.eigvalsh(moment)[-1]) * self.scale / loss.temperature**2
 
     def _squared_norms(self) -> Tensor:
         t = self.rows.tensors
-        norms = [torch.linalg.vecdot(part.double(), part.double()) for (part,) in split_rows(t.input)]
+        norms = [torch.linalg.vecdot(part.double(), part.double()) for (part,) in split_rows(t.features)]
         return torch.cat(norms) + (t.bias is not None)

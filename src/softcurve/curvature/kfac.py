@@ -274,7 +274,7 @@ class KroneckerFactors(ShortRepr):
         total = 0.0
         for rows in factor.batches():
             mass = rows.tensors.row_weight * row_masses(rows)
-            moment += weighted_moment(rows.tensors.input, mass, has_bias=has_bias, dtype=moment.dtype)
+            moment += weighted_moment(rows.tensors.features, mass, has_bias=has_bias, dtype=moment.dtype)
             total += float(mass.sum())
         total = factor.total(total)
         if total == 0:

@@ -16,6 +16,7 @@ from softcurve.head.problem import HeadProblem, head_problem, require_budget, re
 from softcurve.head.tensors import RowLosses
 from softcurve.linear import linear_cross_entropy
 from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.losses.low_rank import LowRankWeight
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Probabilities, Target
@@ -131,8 +132,9 @@ class HeadLosses(ShortRepr):
         return HeadLosses(loss, spec, reducer, weight, ignore_index, shift, require_budget(options["memory_budget"]))
 
     def problem(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target, sample_weight: Tensor | None
-    ) -> HeadProblem:
+        self, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None, target: Tensor | Target,
+        sample_weight: Tensor | None,
+    ) -> HeadProblem:  # fmt: skip
         """Return the loss of a batch before the reduction; the errors are those of the public loss.
 
         A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.

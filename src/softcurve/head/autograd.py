@@ -22,7 +22,19 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.loop import evaluate, rounded
-from softcurve.head.tensors import NONE, NOTHING, STATISTICS, TARGET, Directions, HeadTensors, Wanted
+from softcurve.head.products import FACTORS, ClassRows, MapParts, columns_of
+from softcurve.head.tensors import (
+    DIFFERENTIABLE,
+    NONE,
+    NOTHING,
+    STATISTICS,
+    TARGET,
+    Directions,
+    HeadTensors,
+    Wanted,
+    joined,
+    sides,
+)  # fmt: skip
 from softcurve.losses.autograd import outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
@@ -142,7 +154,7 @@ def head_statistics(
     n, k = indices.shape
     of_model = tensors._replace(
         target=tensors.row_weight.new_zeros((n, k + STATISTICS), dtype=tensors.dtype if known is None else known.dtype),
-        target_weight=None, target_bias=None, target_low_rank=None, indices=indices,
+        target_weight=None, target_bias=None, target_low_rank=None, indices=indices, target_classes=None,
         row_weight=torch.ones_like(tensors.row_weight, requires_grad=False), class_weight=None,
     )  # fmt: skip
     function: Any = torch.ops.softcurve.head_statistics if torch.compiler.is_compiling() else _Statistics.apply
@@ -348,39 +360,69 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
     """Return the second change ``uᵀ ∇² v`` of each row's loss.
 
     Features are per row, weights are not; but ``W e + t (Ẇ e + ḃ) = [W, Ẇ, ḃ] [e; t e; t]``, so a derivative along a
-    weight is one in features of twice the width, with a ``t`` for each row.
+    weight is one in more features, with a ``t`` for each row, whose columns of the weight are low-rank columns.
     """
-    tensors = tensors._replace(row_weight=torch.ones_like(tensors.row_weight))
-    sides = (0, 3) if ctx.loss.target == "teacher" else (0,)
-    given: Sequence[Any] = tensors
-    wide, along = list(given), list(v)
-    for i in sides:
-        (e, weight), more, bias = given[i : i + 2], u[i + 1], u[i + 2]
-        columns = [c for c in (more, None if bias is None else bias.unsqueeze(-1)) if c is not None]
-        padding = (0, sum(c.shape[1] for c in columns))
-        wide[i], wide[i + 1] = torch.nn.functional.pad(e, padding), torch.cat([weight, *columns], -1)
-        along[i : i + 2] = [None if t is None else torch.nn.functional.pad(t, padding) for t in v[i : i + 2]]
-    wider = HeadTensors(*wide)
-    wanted = [
-        number == 0 or (number == TARGET and (u[TARGET] is not None or len(sides) > 1)) for number in range(len(v))
-    ]
-    changes: list[Any] = _products(ctx, wider, along, wanted, False)[1:]
-    gradients: list[Any] = _gradients(ctx, wider, wanted, tensors.row_weight.new_ones(()))
+    is_teacher, rows = ctx.loss.target == "teacher", ClassRows(tensors.target_classes)
+    of_model, of_target = zip(*(sides(each) for each in (tensors.differentiable, u, v)), strict=True)
+    if rows.chosen is not None:  # ḃ is in the order of the classes, and so must be what stands beside it
+        of_target = tuple(_of_classes(rows, each) for each in of_target)
+    model, along_model = _with_columns(of_model)
+    target, along_target = _with_columns(of_target) if is_teacher else (of_target[0], of_target[2])
+    fields: dict[str, Any] = dict(zip(HeadTensors._fields, joined(model, target), strict=False))
+    wider = tensors._replace(row_weight=torch.ones_like(tensors.row_weight), target_classes=None, **fields)
+    wanted = [n == 0 or (n == TARGET and (u[TARGET] is not None or is_teacher)) for n in range(DIFFERENTIABLE)]
+    changes: list[Any] = _products(ctx, wider, joined(along_model, along_target), wanted, False)[1:]
+    gradients: list[Any] = _gradients(ctx, wider, wanted, wider.row_weight.new_ones(()))
     total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
-    for i in sides:
-        e, change, gradient = given[i], changes[i], gradients[i]
-        d = e.shape[1]
-        if u[i] is not None:
-            total = total + (change[:, :d] * u[i]).sum(-1)
-        if u[i + 1] is not None:
-            total = total + (change[:, d : 2 * d] * e).sum(-1)
-            if v[i] is not None:
-                total = total + (gradient[:, d : 2 * d] * v[i]).sum(-1)
-        if u[i + 2] is not None:
-            total = total + change[:, -1]
-    if len(sides) == 1 and u[TARGET] is not None:
+    total = total + _change_along(of_model, changes[0], gradients[0])
+    if is_teacher:
+        total = total + _change_along(of_target, changes[TARGET], gradients[TARGET])
+    elif u[TARGET] is not None:
         total = total + (changes[TARGET] * u[TARGET]).sum(-1)
     return total
+
+
+def _of_classes(rows: ClassRows, of: MapParts) -> MapParts:
+    """Return a teacher's tensors, or changes of them, with the weight's rows in the order of the classes."""
+    factors = {name: getattr(of, name) for name in FACTORS}
+    return of._replace(**{name: None if t is None else rows(t, slice(None)) for name, t in factors.items()})
+
+
+def _with_columns(of_head: Sequence[MapParts]) -> tuple[MapParts, MapParts]:
+    """Return a head with its first change, of the weights, as low-rank columns, and its second as one of that head."""
+    at, u, v = of_head
+    of_bias = None if u.bias is None else u.bias.unsqueeze(-1)
+    columns = [c for c in (u.weight, u.low_rank, of_bias) if c is not None]
+    if not columns:
+        return at, v
+    more = (0, sum(c.shape[1] for c in columns))
+    low_rank = torch.cat([*([] if at.low_rank is None else [at.low_rank]), *columns], -1)
+
+    def padded(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.nn.functional.pad(tensor, more)
+
+    return (
+        at._replace(input=padded(at.input), low_rank=low_rank),
+        v._replace(input=padded(v.input), low_rank=padded(v.low_rank)),
+    )
+
+
+def _change_along(of_head: Sequence[MapParts], change: Tensor, gradient: Tensor) -> Tensor:
+    """Return the part of one head from the change and the gradient in the features of :func:`_with_columns`."""
+    at, u, v = of_head
+    assert at.input is not None
+    start = at.input.shape[1]
+    total = change.new_zeros(len(change)) if u.input is None else (change[:, :start] * u.input).sum(-1)
+    for name in FACTORS:
+        moved = getattr(u, name)
+        if moved is None:
+            continue
+        columns, features = slice(start, start + moved.shape[1]), columns_of(name, moved)
+        total = total + (change[:, columns] * at.input[:, features]).sum(-1)
+        if v.input is not None:
+            total = total + (gradient[:, columns] * v.input[:, features]).sum(-1)
+        start = columns.stop
+    return total if u.bias is None else total + change[:, -1]
 
 
 def _scaled(gradients: Directions, scale: Tensor, tensors: HeadTensors) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, CurvatureKernel, Kernel
-from softcurve.head.products import Direction, MapSums, Term, back_to_weight, to_features
+from softcurve.head.products import Direction, MapParts, MapSums, Term, back_to_weight, to_features
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile, Tiles, kept_rows
@@ -89,7 +89,7 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
             here = factor if kernel.row_factor is None else factor * kernel.row_factor.to(t.dtype)
             traces[tile.rows] += (here * block.v.sum(-1, keepdim=True)).squeeze(-1)
             if in_weight is not None and in_bias is not None:
-                squares = tile.model.input.square() * here
+                squares = tile.model.input[:, : t.weight.shape[1]].square() * here
                 back_to_weight(in_weight[block.classes], block.v, squares, accumulate=True)
                 in_bias[block.classes].addmv_(block.v.T, here.squeeze(-1))
     sum_over([traces], rows.loss.processes)
@@ -159,7 +159,8 @@ def add_outer_products(
         for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
             for j, out in enumerate(into):
                 along = residual_factor(tile, kernel) * inner[:, j : j + 1]
-                MapSums(out._replace(input=None)).add(tile.rows, each.classes, [Term(each.z, None, e, along)])
+                sums = MapSums(MapParts(None, out.weight, out.bias))
+                sums.add(tile.rows, each.classes, [Term(each.z, MapParts(e, None, None), along)])
 
 
 # --- blocks and columns ----------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def change(tile: Tile, block: Block, column: Direction) -> None:
     """Write the change of the logits along a column into ``block.v``."""
     assert block.v is not None
     along = column if column.input is None else column._replace(input=column.input[tile.rows])
-    tile.model.change_into(block.v, along, block.classes)
+    tile.model.change_into(block.v, MapParts(*along), block.classes)
 
 
 def add_column(
@@ -212,8 +213,8 @@ def add_column(
     assert block.v is not None
     outer = row_weight(tile) * (scale * tile.model.scale)
     of_change = outer if factor is None else outer * factor.to(block.v.dtype)
-    terms = [Term(block.v, tile.model.weight, tile.model.input, of_change)]
+    terms = [Term(block.v, tile.model.at, of_change)]
     if block.residual is not None:
-        e_v = None if column.input is None else column.input[tile.rows]
-        terms.append(Term(block.residual, column.weight, e_v, outer, in_bias=False))
-    MapSums(into).add(tile.rows, block.classes, terms)
+        along = column if column.input is None else column._replace(input=column.input[tile.rows])
+        terms.append(Term(block.residual, MapParts(*along), outer, in_bias=False))
+    MapSums(MapParts(*into)).add(tile.rows, block.classes, terms)

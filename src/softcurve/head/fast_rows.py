@@ -8,6 +8,7 @@ left as a multiple of ``e``, and ``1 / S`` goes with the row's weight into ``row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ from softcurve.losses.spec import LossSpec
 # logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows.
 LEAST_VALUE = 1e-2
 LEAST_REST = 1e-9
+# In place of −inf: the exponential is 0, and 0 times a difference of logits is 0.
+FAR = -1e30
 
 
 @dataclass
@@ -32,11 +35,13 @@ class FastRows(Kernel):
     """Losses and residuals of whole rows in one sweep.
 
     ``again(rows)`` returns a block with the logits and the target of some rows, computed anew; ``scratch(i)`` is a
-    buffer for a group of rows, the same for every tile.
+    buffer for a group of rows, the same for every tile. ``masks_target`` says that some classes have no mass in the
+    target of any row, so that the other rows must not be computed again for them.
     """
 
     again: Callable[[Tensor], Block] = field(kw_only=True)
     scratch: Callable[[int], Tensor] = field(kw_only=True)
+    masks_target: bool = field(kw_only=True, default=False)
 
     def __post_init__(self) -> None:
         weight = self.data.weight
@@ -132,6 +137,7 @@ class FastRows(Kernel):
         if self.loss.target != "teacher":  # the caller's tensor must not be overwritten
             t = torch.mul(given, self.target_scale, out=self._buffer(2, z))
         self.target_rest[rows] = target_rest = _exponentials(t, y)
+        unsure = self._replace_masks(z, e, t, y) if self.masks_target else None
         log_rest, target_log_rest = torch.log1p(rest), torch.log1p(target_rest)
         total, target_total = 1 + rest, 1 + target_rest
         weight = self.data.weight[rows].unsqueeze(-1)
@@ -155,9 +161,21 @@ class FastRows(Kernel):
             value = _pull(s, y, target_total, out, out_factor)
             if z_out is not None:
                 torch.sub(e, torch.mul(y, total / target_total, out=y if out is None else None), out=z_out)
+        value = value if unsure is None else torch.where(unsure, math.nan, value)
         self.values[rows] = value.squeeze(-1)
         if out is not None:
             _balance(out, y, target_rest)
+
+    def _replace_masks(self, z: Tensor, e: Tensor, t: Tensor, y: Tensor) -> Tensor | None:
+        """Replace −inf by a finite logit; return the rows, ``(rows, 1)``, where a mass meets a class without one."""
+        least, meets = torch.finfo(z.dtype).min, None
+        if isinstance(self.loss.divergence, ReverseKL):
+            meets = (t < least) & (e > 0)
+        elif not isinstance(self.loss.divergence, JensenShannon):  # which is finite
+            meets = (z < least) & (y > 0)
+        z.clamp_(min=FAR)
+        t.clamp_(min=FAR)
+        return None if meets is None else meets.any(-1, keepdim=True)
 
     def _jensen_shannon(
         self, beta: float, z: Tensor, e: Tensor, y: Tensor, totals: tuple[Tensor, Tensor], out: Tensor | None,
@@ -167,6 +185,8 @@ class FastRows(Kernel):
         total, target_total = totals
         # Clamped, for a class without mass on either side: 0 times a finite logarithm.
         torch.div(y, e, out=z).mul_(total / target_total).clamp_(1e-35, 1e35)
+        if self.masks_target:
+            z.nan_to_num_(1.0)  # of a class that has no mass on either side
         model_side = torch.sub(z, 1, out=self._buffer(2, z)).mul_(beta).log1p_()
         z.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
         to_target = _pull(z, y, target_total, out, out_factor * beta)

@@ -28,6 +28,8 @@ class Block:
     v: Tensor | None = None  # the change of z along a direction, or along a column
     target: Tensor | None = None  # the target's probabilities or logits; the kernel's own, if a product made them
     target_v: Tensor | None = None
+    target_raw: Tensor | None = None  # what takes residuals through a teacher's own soft cap; see Tile
+    target_bend: Tensor | None = None
     target_out: Tensor | None = None  # buffers for the target's residual and its change
     target_v_out: Tensor | None = None
     out: Tensor | None = None  # buffers for the residuals of z and v in half precision, if not in their place

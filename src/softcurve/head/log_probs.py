@@ -22,6 +22,7 @@ from softcurve.head.problem import (
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.divergences import CrossEntropy
+from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.records import short_repr
@@ -42,11 +43,11 @@ class HeadStatistics(NamedTuple):
 
 
 def statistics_of_head(
-    input: Tensor, linear_weight: Tensor, index: Tensor | None, *, linear_bias: Tensor | None,
+    input: Tensor, linear_weight: Tensor | LowRankWeight, index: Tensor | None, *, linear_bias: Tensor | None,
     temperature: Number | Tensor, softcap: Number | None, memory_budget: Integer | None,
 ) -> HeadStatistics:  # fmt: skip
     """Compute what :func:`softcurve.linear_log_probs` returns."""
-    checks.require_head(input, linear_weight, linear_bias)
+    checks.require_head(input, matrix_of(linear_weight), linear_bias)
     layout = head_layout(input, linear_weight, None, linear_bias=linear_bias, index=index, temperature=temperature)
 
     def make() -> tuple[LocalHead, LossSpec, HeadTensors]:
@@ -58,7 +59,7 @@ def statistics_of_head(
         head = local_head(layout, loss, input, linear_weight, linear_bias, rows, None)
         scale = None if per_row is None else 1 / _row_temperature(layout, per_row).to(head.dtype)
         ones = torch.ones(len(head.input), dtype=head.dtype, device=head.input.device)
-        tensors = HeadTensors(head.input, head.weight, head.bias, *(None,) * 5, rows, ones, None, row_scale=scale)
+        tensors = HeadTensors(**head.tensors, indices=rows, row_weight=ones, class_weight=None, row_scale=scale)
         return head, loss, tensors
 
     head, loss, tensors = layout.agreed(make)

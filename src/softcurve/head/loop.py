@@ -25,8 +25,8 @@ from torch import Tensor
 
 from softcurve.head import workspace
 from softcurve.head.kernel import Kernel, Residuals, Statistics
-from softcurve.head.products import STILL, Direction, MapSums, terms_of
-from softcurve.head.tensors import NOTHING, TARGET, Directions, HeadTensors, Wanted
+from softcurve.head.products import STILL, ClassRows, MapSums, terms_of
+from softcurve.head.tensors import NOTHING, TARGET, Directions, HeadTensors, Wanted, joined, sides
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.spec import LossSpec
 
@@ -82,15 +82,15 @@ class _Results:
         self.statistics = Statistics(*(torch.zeros(n, dtype=kind, device=device) for kind in kinds))
         # Gradients are summed over tiles in the dtype of the computation. One written once has its tensor's own.
         teacher = spec.target == "teacher"
-        e, w, b, y, y_weight, y_bias, _, _ = (
+        of_model, of_target = sides([
             workspace.empty(tensor.shape, tensor.dtype if number == TARGET and not teacher else dtype, device)
             if is_wanted and tensor is not None
             else None
             for number, (tensor, is_wanted) in enumerate(zip(tensors.differentiable, wanted, strict=True))
-        )
-        self.model = MapSums(Direction(e, w, b), set())
-        self.teacher = MapSums(Direction(y, y_weight, y_bias) if teacher else STILL, set())
-        self.target, self.target_started = None if teacher else y, False
+        ])  # fmt: skip
+        self.model = MapSums(of_model, set())
+        self.teacher = MapSums(of_target if teacher else STILL, set(), ClassRows(tensors.target_classes))
+        self.target, self.target_started = None if teacher else of_target.input, False
 
     def clear_rows(self) -> None:
         """Set to 0 what has one entry for each row: not every row will be visited."""
@@ -128,7 +128,7 @@ class _Results:
 
     def outcome(self) -> Outcome:
         """Return the results, summed over the classes of all processes; changes in the dtypes of their tensors."""
-        gradients = [*self.model.finish(self.group), *self.teacher.finish(self.group), None, None]
+        gradients = joined(self.model.finish(self.group), self.teacher.finish(self.group))
         if self.target is not None:
             gradients[TARGET] = self.target if self.target_started else self.target.zero_()
         if self.directed:

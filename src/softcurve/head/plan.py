@@ -108,6 +108,7 @@ def plan_pass(
         if spec.beside is not None:
             terms = bool(spec.beside.labels) + bool(spec.beside.entropy)
             buffers += terms * (1 + directed + (spec.softcap is not None))
+        buffers += (spec.teacher_softcap is not None) * (1 + directed)
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
         row = (3 + 2 * directed) * width + 32

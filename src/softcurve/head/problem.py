@@ -8,9 +8,10 @@ of target becomes the tensors that a :class:`~softcurve.losses.spec.LossSpec` of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import head_outcome, head_statistics
+from softcurve.head.products import shared_half
 from softcurve.head.sharded import PlainHead, head_layout
-from softcurve.head.tensors import HeadTensors
+from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses import targets
 from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore_index
+from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
-from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, Target, TopK
+from softcurve.losses.targets import Logits, Probabilities, Target, TopK
+from softcurve.losses.teacher import LinearTeacher
 from softcurve.records import short_repr
 from softcurve.typing import Integer
 
@@ -46,13 +50,20 @@ class LocalHead:
     """The part of a head and of its rows that this process holds; rows are flattened."""
 
     layout: PlainHead
-    input: Tensor  # (n, d)
-    weight: Tensor  # (C_local, d)
+    input: Tensor  # (n, d), or (n, d + r) with r low-rank columns
+    weight: Tensor | LowRankWeight  # (C_local, d)
     bias: Tensor | None  # (C_local,)
     leading: torch.Size  # of the rows before they were flattened
     dtype: torch.dtype  # of the losses: float32 or wider
     full_bias: Tensor | None  # (C,), without gradient; None unless masked classes matter to the target
     class_weight: Tensor | None  # (C,)
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The differentiable fields of :class:`~softcurve.head.tensors.HeadTensors`, ``None`` for a target's."""
+        own = {"input": self.input, "weight": matrix_of(self.weight), "bias": self.bias}
+        nothing = dict.fromkeys(HeadTensors._fields[:DIFFERENTIABLE])
+        return nothing | own | {"low_rank": _low_rank_of(self.weight)}
 
     def uniform(self) -> Tensor | None:
         """Return the uniform distribution over the unmasked classes, ``(C,)``; ``None`` if none is masked."""
@@ -131,16 +142,18 @@ class HeadProblem:
 def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
     """If a row that counts has NaN as its loss, raise an error that names the argument at fault."""
     if checks.values_visible(t.row_weight):
-        of_head = {"input": t.input, "linear_weight": t.weight, "linear_bias": t.bias}
-        of_target = [part for part in (t.target, t.target_weight, t.target_bias) if part is not None]
-        checks.explain_nan(rows, t.row_weight, of_head, of_target)
+        of_head = {"input": t.features, "linear_weight": t.weight, "linear_bias": t.bias}
+        if t.low_rank is not None:
+            of_head |= {"linear_weight a": t.low_rank, "linear_weight b": t.input[:, t.weight.shape[1] :]}
+        of_target = [t.target, t.target_weight, t.target_bias, t.target_low_rank]
+        checks.explain_nan(rows, t.row_weight, of_head, [part for part in of_target if part is not None])
 
 
 # --- from a public call to a problem ---------------------------------------------------------------------------------
 
 
 def head_problem(
-    loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, *,
+    loss: LossSpec, input: Tensor, linear_weight: Tensor | LowRankWeight, target: Tensor | Target, *,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | None = None,
 ) -> HeadProblem:  # fmt: skip
@@ -149,7 +162,7 @@ def head_problem(
     ``labels`` are those of the terms beside a divergence; then ``ignore_index`` and ``shift`` are for them. Raises what
     the public call raises, in all processes if in one.
     """
-    checks.require_head(input, linear_weight, linear_bias)
+    checks.require_head(input, matrix_of(linear_weight), linear_bias)
     layout = head_layout(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight, labels=labels
     )
@@ -243,22 +256,57 @@ def require_budget(budget: object) -> int | None:
 
 
 def local_head(
-    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target,
-    class_weight: Tensor | None,
+    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None,
+    target: Tensor | Target, class_weight: Tensor | None,
 ) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None
     if bias is not None and (loss.smooths_labels or (isinstance(target, Target) and target.merges_tail)):
         full_bias = layout.full("linear_bias", bias.detach())
-    input, weight = layout.local_rows(input), layout.local_classes(weight)
-    bias = None if bias is None else layout.local_classes(bias)
     dtype = checks.wide_dtype(input.dtype, weight.dtype, *([target.dtype] if isinstance(target, Target) else []))
+    input, weight = layout.local_rows(input), _local_weight(layout, weight)
+    bias = None if bias is None else layout.local_classes(bias)
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         lower = torch.get_autocast_dtype(device)
-        input, weight = (t if t.dtype == torch.float64 else t.to(lower) for t in (input, weight))
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(lower)
-    return LocalHead(layout, _flat(input), weight, bias, input.shape[:-1], dtype, full_bias, class_weight)
+        input, weight, bias = (_lowered(each, lower) for each in (input, weight, bias))
+    return LocalHead(
+        layout, _flat(_widened(input, weight)), weight, bias, input.shape[:-1], dtype, full_bias, class_weight
+    )
+
+
+def _lowered(tensor: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor, or a weight of low rank, with what is not float64 in ``dtype``."""
+    if isinstance(tensor, LowRankWeight):
+        return dataclasses.replace(tensor, **{n: _lowered(getattr(tensor, n), dtype) for n in ("weight", "a", "b")})
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _local_weight(
+    layout: PlainHead, weight: Tensor | LowRankWeight, *, by_class: bool = True
+) -> Tensor | LowRankWeight:
+    """Return the part of a weight with the classes of this process; the whole unless ``by_class``."""
+    local = layout.local_classes if by_class else functools.partial(layout.local_whole, by_class=True)
+    if not isinstance(weight, LowRankWeight):
+        return local(weight)
+    scale = layout.local_whole(weight.scale) if isinstance(weight.scale, Tensor) else weight.scale
+    return LowRankWeight(local(weight.weight), local(weight.a), layout.local_whole(weight.b), scale)
+
+
+def _low_rank_of(weight: Tensor | LowRankWeight) -> Tensor | None:
+    """Return the low-rank columns of a weight, if it has any."""
+    return weight.a if isinstance(weight, LowRankWeight) else None
+
+
+def _widened(input: Tensor, weight: Tensor | LowRankWeight) -> Tensor:
+    """Return the features that a weight and its low-rank columns multiply.
+
+    They are float32 or wider, unless all factors have the one half precision that the device multiplies.
+    """
+    if not isinstance(weight, LowRankWeight):
+        return input
+    half = shared_half(input, weight.weight, weight.a, weight.b)
+    return weight.widened(input, half or checks.wide_dtype(input.dtype, weight.dtype))
 
 
 def local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
@@ -293,7 +341,7 @@ def _label_problem(
         mass = torch.ones_like(labels.weight) if labels.class_weight is None else labels.class_weight
         masses = torch.stack([(1 - loss.smoothing) * mass, torch.zeros_like(mass)], -1)
     tensors = HeadTensors(
-        head.input, head.weight, head.bias, masses, *(None,) * 4, indices=labels.classes.unsqueeze(-1),
+        **head.tensors | {"target": masses}, indices=labels.classes.unsqueeze(-1),
         row_weight=labels.mean_weight if masses is None else labels.weight,
         class_weight=head.share_of_smoothing() if loss.smoothing else None,
     )  # fmt: skip
@@ -308,7 +356,7 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
     layout, class_weight, label = head.layout, head.class_weight, None
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
-    tensors = HeadTensors(head.input, head.weight, head.bias, *(None,) * 6, row_weight, class_weight)
+    tensors = HeadTensors(**head.tensors, indices=None, row_weight=row_weight, class_weight=class_weight)
     form: TargetForm
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
@@ -318,10 +366,11 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
         tensors = tensors._replace(target=masses, indices=local.indices)
     else:
         if isinstance(target, LinearTeacher):
-            e, w, b = _flat(layout.local_rows(target.input)), target.linear_weight, target.linear_bias
-            e = LinearTeacher(e, w, b).checked(sample_weight, layout.classes).input
-            form, w, b = "teacher", layout.local_classes(w), None if b is None else layout.local_classes(b)
-            tensors = tensors._replace(target=e, target_weight=w, target_bias=b)
+            form = "teacher"
+            teacher = dataclasses.replace(target, input=_flat(layout.local_rows(target.input)))
+            tensors = tensors._replace(**_teacher_tensors(layout, teacher.checked(sample_weight, layout.classes)))
+            cap = None if target.softcap is None else float(target.softcap)
+            loss = dataclasses.replace(loss, teacher_scale=float(target.scale), teacher_softcap=cap)
         else:
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
@@ -335,6 +384,19 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
         head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
         sample_weight, everywhere, sample_weight is not None, label, target.merges_tail,
     )  # fmt: skip
+
+
+def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any]:
+    """Return the fields of :class:`~softcurve.head.tensors.HeadTensors` that are a teacher's."""
+    weight, bias, rows = teacher.chosen()
+    weight = _local_weight(layout, weight, by_class=rows is None)
+    return {
+        "target": _widened(teacher.input, weight),
+        "target_weight": matrix_of(weight),
+        "target_low_rank": _low_rank_of(weight),
+        "target_bias": None if bias is None else layout.local_classes(bias),
+        "target_classes": None if rows is None else layout.local_classes(rows),
+    }
 
 
 def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tensor, LossSpec]:

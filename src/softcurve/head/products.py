@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch.distributed import ProcessGroup
 from softcurve.processes import max_over, sum_over
 from softcurve.records import short_repr
 
-# Entries of a half-precision weight that are widened at a time.
+# Entries of a weight that are widened from half precision, or gathered by an index, at a time.
 WIDENED_ENTRIES = 2**20
 # Classes of which LinearMap.reference looks at the logits.
 REFERENCES = 32
@@ -81,12 +82,9 @@ def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 
 
 def linear_into(
-    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, accumulate: bool = False,
-    reference: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``out = scale (input @ weight.T + bias − reference)``, or added to it; ``out`` sets the dtype."""
-    if reference is not None:
-        return linear_into(out, input, weight, bias, scale=1.0).sub_(reference).mul_(scale)
+    out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, accumulate: bool = False
+) -> Tensor:
+    """``out = scale (input @ weight.T + bias)``, or added to it; ``out`` sets the dtype."""
     start = 1.0 if accumulate or bias is not None else 0.0
     if bias is not None:
         row = bias.to(out.dtype) if scale == 1 else scale * bias.to(out.dtype)
@@ -147,28 +145,68 @@ class Direction(NamedTuple):
         return short_repr(self, self._asdict())
 
 
-STILL = Direction(None, None, None)
+class MapParts(NamedTuple):
+    """The tensors of a linear map, or what there is for each of them: a change, a gradient; ``None`` is none."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    low_rank: Tensor | None = None  # ``a`` of a :class:`~softcurve.LowRankWeight`
+
+
+STILL = MapParts(None, None, None)
+# The fields that multiply features: the weight the first of them, its low-rank columns the last.
+FACTORS = ("weight", "low_rank")
+
+
+def columns_of(name: str, factor: Tensor) -> slice:
+    """Return the features that one of the ``FACTORS`` multiplies."""
+    width = factor.shape[1]
+    return slice(0, width) if name == "weight" else slice(-width, None)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassRows:
+    """The rows of a weight that are the classes of a linear map: all in their order, or those ``chosen (C,)``."""
+
+    chosen: Tensor | None = None
+
+    def __call__(self, weight: Tensor, classes: slice | Tensor) -> Tensor:
+        """Return the rows of some classes."""
+        return weight[classes] if self.chosen is None else weight[self.chosen[classes]]
+
+    def pieces(self, classes: slice, width: int) -> Iterator[tuple[slice, slice]]:
+        """Yield the classes that each product takes, and where they are in the block: all unless rows are gathered."""
+        step = classes.stop - classes.start if self.chosen is None else WIDENED_ENTRIES // width
+        for start in range(classes.start, classes.stop, max(1, step)):
+            stop = min(start + max(1, step), classes.stop)
+            yield slice(start, stop), slice(start - classes.start, stop - classes.start)
+
+
+EVERY_ROW = ClassRows()
 
 
 class LinearMap(NamedTuple):
     """``scale (W e + b − reference)`` on a tile of rows, and the direction along which it changes.
 
     ``narrow`` is the input before it was widened, where products take it so; for ``reference`` see
-    :meth:`with_reference`.
+    :meth:`with_reference`. With ``low_rank`` columns the weight multiplies the first features and these the last.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
+    low_rank: Tensor | None
     narrow: Tensor | None
     scale: float
-    along: Direction
+    along: MapParts
+    rows: ClassRows
     reference: Tensor | None = None  # (rows, 1)
 
-    def operands(self, classes: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what :func:`linear_into` multiplies for the logits of some classes: input, weight and bias."""
-        factor = self.input if self.narrow is None else self.narrow
-        return factor, self.weight[classes], None if self.bias is None else self.bias[classes]
+    @property
+    def at(self) -> MapParts:
+        """The tensors of the map."""
+        return MapParts(self.input, self.weight, self.bias, self.low_rank)
 
     def with_reference(self, group: ProcessGroup | None, *, scales_rows: bool) -> LinearMap:
         """Return the map with a constant of each row that is taken off its logits before they are scaled.
@@ -179,29 +217,49 @@ class LinearMap(NamedTuple):
         """
         if math.frexp(self.scale)[0] == 0.5 and not scales_rows:
             return self
-        step = max(1, len(self.weight) // REFERENCES)
-        some = torch.arange(0, len(self.weight), step, device=self.weight.device)
+        count = len(self.weight if self.rows.chosen is None else self.rows.chosen)
+        some = torch.arange(0, count, max(1, count // REFERENCES), device=self.weight.device)
         if self.bias is not None and len(self.bias):
             some = torch.cat([some, self.bias.argmax(keepdim=True)])
-        logits = self.input @ self.weight[some].to(self.input.dtype).T
-        if self.bias is not None:
-            logits = logits + self.bias[some].to(logits.dtype)
+        few = self._replace(
+            weight=self.rows(self.weight, some), bias=None if self.bias is None else self.bias[some],
+            low_rank=None if self.low_rank is None else self.rows(self.low_rank, some), narrow=None, scale=1.0,
+            rows=EVERY_ROW,
+        )  # fmt: skip
+        logits = few.logits_into(self.input.new_empty(len(self.input), len(some)), slice(0, len(some)))
         none = logits.new_full((len(logits), 1), -math.inf)
         top = torch.cat([logits, none], -1).amax(-1, keepdim=True)  # there may be no class here
         max_over([top], group)
         return self._replace(reference=torch.where(top.isfinite(), top, 0.0))
 
-    def change_into(self, out: Tensor, along: Direction, classes: slice) -> Tensor:
+    def logits_into(self, out: Tensor, classes: slice) -> Tensor:
+        """``out = scale (e Wᵀ + b − reference)`` of some classes."""
+        if self.reference is None:
+            return self._sum_into(out, [(self.input, self.at)], self.bias, classes, self.scale)
+        self._sum_into(out, [(self.input, self.at)], self.bias, classes, 1.0)
+        return out.sub_(self.reference).mul_(self.scale)
+
+    def change_into(self, out: Tensor, along: MapParts, classes: slice) -> Tensor:
         """``out = scale (ė Wᵀ + e Ẇᵀ + ḃ)`` of some classes."""
-        terms = [] if along.input is None else [(along.input, self.weight[classes])]
-        if along.weight is not None:
-            narrow = None if shared_half(self.narrow, along.weight) is None else self.narrow
-            terms.append((self.input if narrow is None else narrow, along.weight[classes]))
-        bias = None if along.bias is None else along.bias[classes]
-        for i, (input, weight) in enumerate(terms):
-            linear_into(out, input, weight, None if i else bias, scale=self.scale, accumulate=i > 0)
-        if not terms:
-            out.zero_() if bias is None else out.copy_((bias.to(out.dtype) * self.scale).expand_as(out))
+        summands = [] if along.input is None else [(along.input, self.at)]
+        return self._sum_into(out, [*summands, (self.input, along)], along.bias, classes, self.scale)
+
+    def _sum_into(
+        self, out: Tensor, summands: Sequence[tuple[Tensor, MapParts]], bias: Tensor | None, classes: slice,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """``out = scale (Σ input @ factorᵀ + bias)`` over the factors of every summand."""
+        pairs = [(input, name, getattr(of, name)) for input, of in summands for name in FACTORS]
+        pairs = [(input, name, factor) for input, name, factor in pairs if factor is not None]
+        for piece, at in self.rows.pieces(classes, self.input.shape[1]):
+            here, row = out[:, at], None if bias is None else bias[piece]
+            for number, (input, name, factor) in enumerate(pairs):
+                if input is self.input and self.narrow is not None and shared_half(self.narrow, factor) is not None:
+                    input = self.narrow
+                columns, rows = columns_of(name, factor), self.rows(factor, piece)
+                linear_into(here, input[:, columns], rows, None if number else row, scale=scale, accumulate=number > 0)
+            if not pairs:
+                here.zero_() if row is None else here.copy_((row.to(out.dtype) * scale).expand_as(here))
         return out
 
 
@@ -209,8 +267,7 @@ class Term(NamedTuple):
     """A summand of the gradients of ``z = W e + b``: ``scale R W`` in the features, ``Rᵀ (scale e)`` in the weight."""
 
     residual: Tensor
-    weight: Tensor | None
-    input: Tensor | None
+    at: MapParts  # whose factors and input multiply the residual; its bias has no part
     scale: Tensor | None  # (rows, 1)
     in_bias: bool = True  # whether Rᵀ scale is added to the gradient of the bias
 
@@ -222,11 +279,8 @@ def terms_of(map: LinearMap, residual: Tensor, change: Tensor | None, factor: Te
         ones = map.input.new_ones(residual.shape[0], 1)
         scaling = (ones if scaling is None else scaling) * map.scale
     if change is None:
-        return [Term(residual, map.weight, map.input, scaling)]
-    return [
-        Term(change, map.weight, map.input, scaling),
-        Term(residual, map.along.weight, map.along.input, scaling, in_bias=False),
-    ]
+        return [Term(residual, map.at, scaling)]
+    return [Term(change, map.at, scaling), Term(residual, map.along, scaling, in_bias=False)]
 
 
 @dataclass
@@ -234,32 +288,68 @@ class MapSums:
     """The gradients of one linear map, as sums over tiles.
 
     The first product into the rows or classes of a block overwrites what is there; with ``touched=None`` the tensors
-    hold numbers already, and everything is added.
+    hold numbers already, and everything is added. Where ``rows`` gathers the classes, one row of the weight may belong
+    to several of them, and products are added to zeros.
     """
 
-    into: Direction
+    into: MapParts
     touched: set[tuple[str, int]] | None = None  # the names of the gradients, and the first classes of the blocks
+    rows: ClassRows = EVERY_ROW
+
+    def __post_init__(self) -> None:
+        for name in FACTORS if self.rows.chosen is not None else ():
+            if (gradient := getattr(self.into, name)) is not None and self.touched is not None:
+                gradient.zero_()
+                self.touched.add((name, 0))
 
     def add(self, rows: slice | Tensor, classes: slice, terms: list[Term]) -> None:
         """Add the terms of one block."""
-        in_input, in_weight, in_bias = self.into
-        for number, (residual, weight, input, scale, bias_too) in enumerate(terms):
-            if in_input is not None and weight is not None:
-                part = to_features(residual, weight[classes], in_input.dtype)
-                if scale is not None:
-                    part.mul_(scale)
-                # Every tile has rows of its own, whose first product is that with the first block.
-                if self.touched is None or number or classes.start:
-                    in_input[rows] += part
-                else:
-                    in_input[rows] = part
-                    self.touched.add(("input", 0))
-            if in_weight is not None and input is not None:
-                e = input.to(in_weight.dtype) if scale is None else input.to(in_weight.dtype) * scale
-                back_to_weight(in_weight[classes], residual, e, accumulate=self._adds("weight", classes.start))
-            if in_bias is not None and bias_too:
-                each = residual.new_ones(len(residual), dtype=in_bias.dtype) if scale is None else scale[:, 0]
-                back_to_bias(in_bias[classes], residual, each, accumulate=self._adds("bias", classes.start))
+        begun: set[str] = set()
+        for residual, at, scale, in_bias in terms:
+            for name in FACTORS:
+                factor, gradient = getattr(at, name), getattr(self.into, name)
+                if self.into.input is not None and factor is not None:
+                    # Every tile has rows of its own, whose first product is that with the first block.
+                    first = self.touched is not None and classes.start == 0 and name not in begun
+                    begun.add(name)
+                    part = self._pulled_back(residual, factor, classes, self.into.input.dtype)
+                    part = part if scale is None else part.mul_(scale)
+                    self._add_to_features(self.into.input[:, columns_of(name, factor)], rows, part, first=first)
+                if gradient is not None and at.input is not None:
+                    e = at.input[:, columns_of(name, gradient)].to(gradient.dtype)
+                    self._add_to_factor(name, gradient, classes, residual, e if scale is None else e * scale)
+            if self.into.bias is not None and in_bias:
+                into = self.into.bias
+                each = residual.new_ones(len(residual), dtype=into.dtype) if scale is None else scale[:, 0]
+                back_to_bias(into[classes], residual, each, accumulate=self._adds("bias", classes.start))
+
+    def _pulled_back(self, residual: Tensor, factor: Tensor, classes: slice, dtype: torch.dtype) -> Tensor:
+        """Return ``R W`` of a block."""
+        parts = (
+            to_features(residual[:, at], self.rows(factor, piece), dtype)
+            for piece, at in self.rows.pieces(classes, factor.shape[1])
+        )
+        total = next(parts)
+        for part in parts:
+            total += part
+        return total
+
+    def _add_to_features(self, into: Tensor, rows: slice | Tensor, part: Tensor, *, first: bool) -> None:
+        if first and self.touched is not None:
+            into[rows] = part
+            self.touched.add(("input", 0))
+        else:
+            into[rows] += part
+
+    def _add_to_factor(self, name: str, into: Tensor, classes: slice, residual: Tensor, e: Tensor) -> None:
+        """``into (+)= Rᵀ e`` at the classes of a block."""
+        if self.rows.chosen is None:
+            back_to_weight(into[classes], residual, e, accumulate=self._adds(name, classes.start))
+            return
+        for piece, at in self.rows.pieces(classes, e.shape[1]):
+            part = into.new_empty(piece.stop - piece.start, e.shape[1])
+            back_to_weight(part, residual[:, at], e, accumulate=False)
+            into.index_add_(0, self.rows.chosen[piece], part)
 
     def _adds(self, name: str, start: int) -> bool:
         """Return whether there is a sum already that a product adds to; from now on there is."""
@@ -269,10 +359,10 @@ class MapSums:
         self.touched.add((name, start))
         return len(self.touched) == count
 
-    def finish(self, group: ProcessGroup | None) -> Direction:
+    def finish(self, group: ProcessGroup | None) -> MapParts:
         """Return the sums; 0 where no tile has added, and the features' over the classes of all processes."""
         touched = {name for name, _ in self.touched or ()}
-        for name, tensor in zip(Direction._fields, self.into, strict=True):
+        for name, tensor in zip(MapParts._fields, self.into, strict=True):
             if tensor is not None and name not in touched:
                 tensor.zero_()
         if self.into.input is not None and self.into.input.numel():

@@ -19,7 +19,9 @@ from torch.autograd import Function, forward_ad
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
-from softcurve.losses.targets import LinearTeacher, Target
+from softcurve.losses.low_rank import LowRankWeight, matrix_of
+from softcurve.losses.targets import Target
+from softcurve.losses.teacher import LinearTeacher
 from softcurve.processes import max_over, named_group
 
 __all__ = ["PlainHead", "ShardedHead", "class_group", "head_layout", "lies_over_processes", "own_classes"]
@@ -58,23 +60,35 @@ def own_classes(weight: Tensor) -> slice:
     return slice(None) if head is None else slice(head.first, head.first + head.local_class_count)
 
 
-def head_layout(input: Tensor, linear_weight: Tensor, target: object, **others: object) -> PlainHead:
+def head_layout(input: Tensor, linear_weight: Tensor | LowRankWeight, target: object, **others: object) -> PlainHead:
     """Return how the arguments of a public call lie over the processes.
 
-    Raises ``ValueError`` for a DTensor beside plain ``input`` and weights, and for what :meth:`ShardedHead.of` refuses.
+    Raises ``ValueError`` for a DTensor beside plain ``input`` and weights, for chosen classes of a sharded teacher, and
+    for what :meth:`ShardedHead.of` refuses.
     """
-    teacher = [target.linear_weight] if isinstance(target, LinearTeacher) else []
-    sharded = ShardedHead.of(input, [linear_weight, *teacher])
+    teacher = [target] if isinstance(target, LinearTeacher) else []
+    if any(each.classes is not None and lies_over_processes(matrix_of(each.linear_weight)) for each in teacher):
+        raise ValueError(
+            "LinearTeacher classes must be None where its linear_weight is a DTensor: the chosen classes may be on "
+            "other processes; pass the weight of those classes, distributed as that of the model, or a plain one"
+        )
+    sharded = ShardedHead.of(input, [matrix_of(linear_weight), *(matrix_of(each.linear_weight) for each in teacher)])
     if sharded is not None:
         return sharded
-    for name, value in {"target": target, **others}.items():
-        parts = vars(value).values() if isinstance(value, Target) else (value,)
-        if any(map(lies_over_processes, parts)):
+    for name, value in {"target": target, "linear_weight": linear_weight, **others}.items():
+        if any(map(lies_over_processes, _parts_of(value))):
             raise ValueError(
                 f"{name} must be plain where input and linear_weight are, got a DTensor; make input one too, "
                 "replicated or sharded on rows, by DTensor.from_local"
             )
     return PlainHead(input.shape[:-1], linear_weight.shape[0])
+
+
+def _parts_of(value: object) -> list[object]:
+    """Return the attributes of a target or of a weight of low rank, and any other value itself."""
+    if not isinstance(value, Target | LowRankWeight):
+        return [value]
+    return [part for attribute in vars(value).values() for part in _parts_of(attribute)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +118,7 @@ class PlainHead:
         """Return a tensor of one process, whose part of it is the whole; see :class:`ShardedHead`."""
         return tensor
 
-    local_rows = local_distributions = local_classes = _as_it_is
+    local_rows = local_distributions = local_classes = local_whole = _as_it_is
     summed = restored = restored_features = restored_classes = _as_it_is
 
 
@@ -200,6 +214,11 @@ class ShardedHead(PlainHead):
         """Return the part of ``(C, ...)`` with the classes of this process."""
         placements = self._with_classes(self._replicated, dtensors().Shard(0))
         return to_local(tensor, self.mesh, placements, self._sums_by_class)
+
+    def local_whole(self, tensor: Tensor, *, by_class: bool = False) -> Tensor:
+        """Return the whole of a tensor that all rows use and, if ``by_class``, of which each process needs a part."""
+        sums = self._with_classes(self._sums, dtensors().Partial()) if by_class else self._sums
+        return to_local(tensor, self.mesh, self._replicated, sums)
 
     def full(self, name: str, tensor: Any) -> Tensor:  # noqa: D102
         if not lies_over_processes(tensor):

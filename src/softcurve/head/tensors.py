@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from softcurve.head.products import MapParts
 from softcurve.losses.spec import LossSpec
 
 # One entry for each of the tensors of HeadTensors.differentiable: its change, gradient, or whether that is wanted.
@@ -38,6 +39,7 @@ class HeadTensors(NamedTuple):
     excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax; −1 is none
     labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
+    target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:
@@ -53,7 +55,12 @@ class HeadTensors(NamedTuple):
     @staticmethod
     def derivatives(of_differentiable: Directions, of_row_weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the derivatives in all fields, of which those that are not named are ``None``."""
-        return *of_differentiable, None, of_row_weight, None, None, None, None
+        return *of_differentiable, None, of_row_weight, None, None, None, None, None
+
+    @property
+    def features(self) -> Tensor:
+        """The features that the weight multiplies, without those of low-rank columns, ``(n, d)``."""
+        return self.input[:, : self.weight.shape[1]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +69,19 @@ class HeadTensors(NamedTuple):
         if self.target is not None and self.indices is None:
             dtype = torch.promote_types(dtype, self.target.dtype)
         return torch.promote_types(dtype, torch.float32)
+
+
+def sides(each: Sequence[Any]) -> tuple[MapParts, MapParts]:
+    """Return what there is for the differentiable tensors of the model's head, and of a teacher's."""
+    e, weight, bias, target, target_weight, target_bias, low_rank, target_low_rank = each
+    return MapParts(e, weight, bias, low_rank), MapParts(target, target_weight, target_bias, target_low_rank)
+
+
+def joined(model: MapParts, target: MapParts) -> list[Tensor | None]:
+    """Return the sequence that :func:`sides` splits."""
+    e, weight, bias, low_rank = model
+    y, y_weight, y_bias, y_low_rank = target
+    return [e, weight, bias, y, y_weight, y_bias, low_rank, y_low_rank]
 
 
 class RowLosses(NamedTuple):

@@ -14,12 +14,12 @@ from softcurve.head import backends, workspace
 from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, row_groups
 from softcurve.head.plan import plan_curvature, plan_pass
-from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
+from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
-from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
+from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted, sides
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.processes import max_over
@@ -51,6 +51,8 @@ class Tiles:
         self.wants_residuals = any(w and not (spec.lists_classes and i == TARGET) for i, w in enumerate(self.wanted))
         self.wants_target = any((*self.wanted[TARGET : TARGET + 3], self.wanted[-1]))  # the teacher's low rank last
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
+        bias = t.target_bias if spec.target == "teacher" and t.input.device.type == "cpu" else None
+        self.masks_target = bias is not None and bool((bias == -math.inf).any())
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
@@ -86,23 +88,21 @@ class Tile:
     def __init__(self, tiles: Tiles, rows: slice | Tensor) -> None:
         self.tiles, self.rows = tiles, rows
         spec, t = tiles.spec, tiles.tensors
-        v, w, b, y, y_weight, y_bias, _, _ = tiles.directions or NONE
-        self.model = self._map(spec.scale, t.input, t.weight, t.bias, Direction(v, w, b))
+        model, teacher = zip(sides(t.differentiable), sides(tiles.directions or NONE), strict=True)
+        self.model = self._map(spec.scale, *model, EVERY_ROW)
         self.teacher = None
         if spec.target == "teacher":
-            along = Direction(y, y_weight, y_bias)
-            self.teacher = self._map(spec.target_scale, t.target, t.target_weight, t.target_bias, along)
+            self.teacher = self._map(spec.target_scale, *teacher, ClassRows(t.target_classes))
 
-    def _map(
-        self, scale: float, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, along: Direction
-    ) -> LinearMap:
-        assert input is not None
-        assert weight is not None
+    def _map(self, scale: float, at: MapParts, along: MapParts, classes: ClassRows) -> LinearMap:
+        assert at.input is not None
+        assert at.weight is not None
         if along.input is not None:
             along = along._replace(input=along.input[self.rows])
-        rows = input[self.rows]
-        narrow = None if shared_half(rows, weight) is None else rows
-        map = LinearMap(rows.to(self.tiles.dtype), weight, bias, narrow, scale, along)
+        rows = at.input[self.rows]
+        narrow = None if shared_half(rows, at.weight) is None else rows
+        wide = rows.to(self.tiles.dtype)
+        map = LinearMap(wide, at.weight, at.bias, at.low_rank, narrow, scale, along, classes)
         scales_rows = self.tiles.tensors.row_scale is not None and self.tiles.spec.softcap is None
         return map.with_reference(self.tiles.group, scales_rows=scales_rows)
 
@@ -145,7 +145,8 @@ class Tile:
         if spec.target == "statistics":
             return StatisticsKernel(spec, data)
         if not self.tiles.in_triton and FastRows.serves(spec, data):
-            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch)
+            masks = self.tiles.masks_target
+            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch, masks_target=masks)
         return DenseKernel(spec, data)
 
     def accumulate(self, kernel: Kernel) -> Block | None:
@@ -164,7 +165,10 @@ class Tile:
     def residuals(self, kernel: Kernel, loaded: Block | None) -> Iterator[tuple[Block, Residuals]]:
         """Yield the blocks with residuals, of which the model's replace logits; ``loaded`` is as in :meth:`blocks`."""
         for block, fresh in self.blocks(loaded):
-            yield block, kernel.residuals(block, fresh)
+            found = kernel.residuals(block, fresh)
+            if block.target_raw is not None and found.target is not None:
+                self._take_back_through_cap(block, found.target, found.target_v)
+            yield block, found
 
     def class_blocks(self) -> Iterator[slice]:
         """Yield the classes of each block."""
@@ -185,8 +189,7 @@ class Tile:
             if map is None:
                 continue
             half, v, out, v_out = None, None, None, None
-            z, operands = self._buffer(name, classes), map.operands(classes)
-            linear_into(z, *operands, scale=map.scale, reference=map.reference)
+            z = map.logits_into(self._buffer(name, classes), classes)
             if tiles.directions is not None:
                 v = map.change_into(self._buffer(f"{name} v", classes), map.along, classes)
             if tiles.wants_residuals:
@@ -205,12 +208,40 @@ class Tile:
             block.residual = self._buffer("residual", classes) if tiles.wants_residual else None
         if self.teacher is not None:
             block.target, block.target_v, out, v_out = sides[1]
+            if spec.teacher_softcap is not None:
+                self._cap_target(block, block.target, block.target_v)
             if tiles.wants_target:  # in place unless in half precision
                 block.target_out = block.target if out is None else out
                 block.target_v_out = block.target_v if v_out is None else v_out
         elif not spec.lists_classes:
             self._load_target(block)
         return block
+
+    def _cap_target(self, block: Block, target: Tensor, v: Tensor | None) -> None:
+        """Map a teacher's logits and their change by its own soft cap, so that no kernel needs to know of it.
+
+        Kept for :meth:`_take_back_through_cap` are the logits ``t`` and ``(m″/m′) ṫ``.
+        """
+        tiles, map = self.tiles, self.tiles.spec.teacher_map
+        if tiles.wants_target:
+            block.target_raw = self._buffer("target raw", block.classes).copy_(target)
+            block.target_bend = None if v is None else self._buffer("target bend", block.classes)
+        for rows in row_groups(target, tiles.plan.cached):
+            t = target[rows]
+            if v is not None and block.target_bend is not None:
+                torch.mul(map.bend_ratio(t), v[rows], out=block.target_bend[rows])
+            if v is not None:
+                v[rows] *= map.slope(t)
+            target[rows] = map.value(t)
+
+    def _take_back_through_cap(self, block: Block, gradient: Tensor, v: Tensor | None) -> None:
+        """Replace a gradient ``g`` of the capped logits by ``m′ g``, and its change by ``m′ ġ + m″ ṫ g``."""
+        assert block.target_raw is not None
+        for rows in row_groups(gradient, self.tiles.plan.cached):
+            slope = self.tiles.spec.teacher_map.slope(block.target_raw[rows])
+            if v is not None and block.target_bend is not None:
+                v[rows] = (v[rows] + block.target_bend[rows] * gradient[rows]).mul_(slope)
+            gradient[rows] *= slope
 
     def _load_target(self, block: Block) -> None:
         tiles, classes = self.tiles, block.classes
@@ -235,14 +266,13 @@ class Tile:
         everything = slice(0, self.model.weight.shape[0])
 
         def logits(map: LinearMap) -> Tensor:
-            operands = map._replace(input=map.input[rows]).operands(everything)
             reference = None if map.reference is None else map.reference[rows]
-            out = map.input.new_empty(rows.shape[0], everything.stop)
-            return linear_into(out, *operands, scale=map.scale, reference=reference)
+            some = map._replace(input=map.input[rows], narrow=None, reference=reference)
+            return some.logits_into(map.input.new_empty(rows.shape[0], everything.stop), everything)
 
         block = Block(everything, logits(self.model))
         if self.teacher is not None:
-            block.target = logits(self.teacher)
+            block.target = self.tiles.spec.teacher_map.value(logits(self.teacher))
         else:
             chosen = rows + self.rows.start if isinstance(self.rows, slice) else self.rows[rows]
             block.target = self._given_target(chosen, everything)

@@ -6,7 +6,6 @@ operators of :mod:`softcurve.head.operators`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from ast import literal_eval
@@ -41,6 +40,11 @@ class LogitMap:
             checks.require_positive("temperature", temperature),
             None if softcap is None else checks.require_positive("softcap", softcap),
         )
+
+    @staticmethod
+    def of_scaled(scale: float, softcap: float | None, temperature: float = 1.0) -> LogitMap:
+        """Return ``κ tanh(s z/κ) / T``, which is the map of soft cap ``κ/s`` and temperature ``T/s``."""
+        return LogitMap(temperature / scale, None if softcap is None else softcap / scale)
 
     @property
     def is_identity(self) -> bool:
@@ -96,8 +100,8 @@ class LossSpec:
     probabilities for a cross-entropy (``None``: all mass on the first of one) and as logits for any other divergence.
     ``statistics``: ``k`` classes a row, and ``(n, k + 4)`` coefficients of statistics of the softmax, of which the loss
     is the combination; see :mod:`softcurve.head.statistics`.
-    ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head.
-
+    ``probabilities``, ``logits``: ``(n, C)``. ``teacher``: features, weight and bias of a second head, whose logits
+    have a scale and a soft cap of their own.
     """
 
     divergence: Divergence
@@ -111,6 +115,8 @@ class LossSpec:
     group: str | None = None
     first: int = 0
     classes: int = 0
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
 
     @staticmethod
     def of(
@@ -125,9 +131,10 @@ class LossSpec:
 
     def of_statistics(self) -> LossSpec:
         """Return the description of the statistics of the softmax that this loss sees."""
-        return dataclasses.replace(
-            self, divergence=CrossEntropy(), target="statistics", z_loss=0.0, smoothing=0.0, beside=None
-        )
+        return LossSpec(
+            CrossEntropy(), "statistics", self.temperature, self.softcap, group=self.group, first=self.first,
+            classes=self.classes,
+        )  # fmt: skip
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -151,8 +158,20 @@ class LossSpec:
 
     @property
     def target_scale(self) -> float:
-        """The factor of the target's logits: a divergence applies the temperature to both sides."""
-        return 1.0 if self.is_cross_entropy else 1 / self.temperature
+        """The factor of the target's logits before a soft cap; see :attr:`teacher_map`."""
+        return 1.0 if self.teacher_softcap is not None else self.teacher_scale / self._target_temperature
+
+    @property
+    def _target_temperature(self) -> float:
+        """The temperature of the target: a divergence applies it to both sides."""
+        return 1.0 if self.is_cross_entropy else self.temperature
+
+    @functools.cached_property
+    def teacher_map(self) -> LogitMap:
+        """The map of a teacher's logits that remains after the product: its soft cap, scale and temperature."""
+        if self.teacher_softcap is None:
+            return LogitMap()
+        return LogitMap.of_scaled(self.teacher_scale, self.teacher_softcap, self._target_temperature)
 
     @functools.cached_property
     def logit_map(self) -> LogitMap:
@@ -178,13 +197,14 @@ class LossSpec:
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
         options += f"|{None if self.beside is None else tuple(self.beside)!r}"
         shard = f"{self.group!r}|{self.first}|{self.classes}"
-        return f"{self.target}|{options}|{shard}|{self.divergence.encode()}"
+        teacher = f"{self.teacher_scale!r}|{self.teacher_softcap!r}"
+        return f"{self.target}|{options}|{shard}|{teacher}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 9)
+        target, *options, divergence = text.split("|", 11)
         values = list(map(literal_eval, options))
         values[4] = None if values[4] is None else Beside(*values[4])
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """The kinds of target that a row of logits is compared with.
 
 Plain tensors are read as torch reads them: integers are class indices (:mod:`softcurve.losses.labels`), floating-point
-rows are probabilities of any sum. Other kinds are wrapped: :class:`Probabilities`, :class:`Logits`, :class:`TopK`,
-:class:`LinearTeacher`. :meth:`Target.against` returns a model's logits and the target's over the same outcomes. Tensors
-that require gradients receive them.
+rows are probabilities of any sum. Other kinds are wrapped: :class:`Probabilities`, :class:`Logits`, :class:`TopK`, and
+:class:`~softcurve.losses.teacher.LinearTeacher`. :meth:`Target.against` returns a model's logits and the target's over
+the same outcomes. Tensors that require gradients receive them.
 
 Shapes and dtypes are checked when a target is made. Values are checked when a loss is computed, by
 :meth:`Target.checked`, because a row whose sample weight is 0 may hold anything.
@@ -184,41 +184,6 @@ class Logits(Target):
     def logits(self, dtype: torch.dtype) -> Rows:
         """Return the logits as they are: the loss converts them to ``dtype`` tile by tile."""
         return self.values
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LinearTeacher(Target):
-    """A teacher's head: ``softmax(input @ linear_weight.T + linear_bias)``.
-
-    Shapes: input ``(..., d)``, linear_weight ``(C, d)``, linear_bias ``(C,)``; the width ``d`` is the teacher's own.
-    """
-
-    _row_field: ClassVar[str] = "input"
-    _cut: ClassVar[str] = "the teacher's linear_weight[:{classes}] (and the bias)"
-
-    input: Float[Tensor, "*rows teacher_features"]
-    linear_weight: Float[Tensor, "classes teacher_features"]
-    linear_bias: Float[Tensor, " classes"] | None = None
-
-    def __post_init__(self) -> None:
-        checks.require_head(self.input, self.linear_weight, self.linear_bias, owner="LinearTeacher ")
-
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return torch.promote_types(self.input.dtype, self.linear_weight.dtype)
-
-    @property
-    def _classes(self) -> int:
-        return self.linear_weight.shape[0]
-
-    def malformed(self, classes: int) -> Flags:
-        """Return which rows have NaN or infinite features."""
-        return ~self.input.detach().isfinite().all(-1)
-
-    def logits(self, dtype: torch.dtype) -> Rows:  # noqa: D102
-        bias = None if self.linear_bias is None else self.linear_bias.to(dtype)
-        with torch.autocast(self.input.device.type, enabled=False):
-            return torch.nn.functional.linear(self.input.to(dtype), self.linear_weight.to(dtype), bias)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
