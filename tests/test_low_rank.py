@@ -242,7 +242,7 @@ def test_from_peft(name: str) -> None:
         ({"lora_variant": {"default": object()}}, "not use DoRA or another variant"),
         ({"lora_B": nn.ModuleDict({"default": nn.Linear(3, 11)})}, "without a bias"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_from_peft_refuses(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"module must .*{words}"):
