@@ -20,7 +20,7 @@ from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
     "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss", "LinearCrossEntropyLoss",
-    "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
+    "LinearDistillationLoss", "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
 ]  # fmt: skip
 
 
@@ -30,10 +30,12 @@ def __dir__() -> list[str]:
 
 # The options of all losses; each check returns a Python value.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
+    "alpha": lambda alpha: checks.require_between("alpha", alpha, 0.0, 1.0),
     "base": checks.require_base,
     "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
     "direction": lambda direction: checks.require_choice("direction", direction, ("forward", "reverse")),
     "divergence": divergence_of,
+    "entropy_bonus": lambda bonus: checks.require_between("entropy_bonus", bonus, 0.0, math.inf),
     "ignore_index": lambda index: None if index is None else resolve_ignore_index(index),
     "label_smoothing": lambda smoothing: checks.require_between("label_smoothing", smoothing, 0.0, 1.0),
     "memory_budget": require_budget,
@@ -268,3 +270,34 @@ class LinearDivergenceLoss(_LinearLoss):
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
         super().__init__(locals())
+
+
+class LinearDistillationLoss(_LinearLoss):
+    """:func:`softcurve.linear_distillation` with a head ``linear``, that of the student.
+
+    Example:
+        >>> loss = softcurve.nn.LinearDistillationLoss(4, 5, alpha=0.5, temperature=2.0)
+        >>> value = loss(torch.randn(3, 4), torch.tensor([0, 4, 2]), softcurve.Logits(torch.randn(3, 5)))
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, alpha: Number, divergence: Divergence = linear.FORWARD_KL,
+        bias: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        temperature: Number = 1.0, entropy_bonus: Number = 0.0, ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+        memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(locals())
+
+    def forward(  # type: ignore[override]
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None
+    ) -> linear.Loss:
+        """Return the loss of the labels ``target`` and of the ``teacher``; see the function of the class."""
+        return linear.linear_distillation(
+            input, self.linear.weight, target, teacher, linear_bias=self.linear.bias, sample_weight=sample_weight,
+            **self.options,
+        )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]
