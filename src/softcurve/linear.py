@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
+from softcurve.array_types import Float, Int
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction
@@ -37,6 +37,7 @@ class LinearDivergenceOptions(TypedDict, total=False):
     reduction: ReductionKind
     base: Number
     shift: Integer
+    exclude: Int[Tensor, "*rows k"] | None
     memory_budget: Integer | None
 
 
@@ -70,7 +71,8 @@ def linear_cross_entropy(
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
@@ -89,6 +91,8 @@ def linear_cross_entropy(
         reduction: As in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions do not contribute.
+        exclude: ``(..., k)``: class indices that have no part in a row's softmax, and −1 where a row has fewer; as in
+            :func:`softcurve.cross_entropy`. ``shift`` moves it together with the target.
         memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: Also return :class:`LossStats`, from the same pass.
 
@@ -113,13 +117,13 @@ def linear_cross_entropy(
     loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         problems, rows = _problems_by_position(
-            loss, input, linear_weight, target, linear_bias, sample_weight, shift, weight=weight,
+            loss, input, linear_weight, target, linear_bias, sample_weight, shift, exclude, weight=weight,
             ignore_index=ignore_index,
         )  # fmt: skip
         return _by_position(problems, rows, reducer, memory_budget, return_stats)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
-        ignore_index=ignore_index, shift=shift,
+        ignore_index=ignore_index, shift=shift, exclude=exclude,
     )  # fmt: skip
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
@@ -144,7 +148,8 @@ def linear_kl_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
@@ -171,7 +176,8 @@ def linear_kl_divergence(
     return linear_divergence(
         input, linear_weight, target, divergence=divergence_of(f"{direction}_kl"),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
-        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+        reduction=reduction, base=base, shift=shift, exclude=exclude, memory_budget=memory_budget,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -195,7 +201,8 @@ def linear_js_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)`` without the logits.
@@ -211,7 +218,8 @@ def linear_js_divergence(
     return linear_divergence(
         input, linear_weight, target, divergence=divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0)),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
-        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+        reduction=reduction, base=base, shift=shift, exclude=exclude, memory_budget=memory_budget,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -235,7 +243,8 @@ def linear_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``divergence(target, linear(input, linear_weight, linear_bias), ...)`` without holding the logits.
@@ -259,13 +268,14 @@ def linear_divergence(
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight,
             temperature=temperature, softcap=softcap, reduction=reduction, base=base, shift=shift,
-            memory_budget=memory_budget, return_stats=return_stats,
+            exclude=exclude, memory_budget=memory_budget, return_stats=return_stats,
         )  # fmt: skip
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(divergence, reducer, temperature, softcap)
     problem = head_problem(
-        loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
-    )
+        loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
+        exclude=exclude,
+    )  # fmt: skip
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
@@ -274,7 +284,7 @@ def linear_divergence(
 
 def _problems_by_position(
     loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None,
-    sample_weight: Tensor | None, shift: int, **options: Any,
+    sample_weight: Tensor | None, shift: int, exclude: Tensor | None, **options: Any,
 ) -> tuple[list[HeadProblem], tuple[int, ...]]:  # fmt: skip
     """Return the problem at each position ``d_1 … d_K`` of a weight ``(C, d_1, …, d_K, d)``, and the shape of rows."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
@@ -283,6 +293,8 @@ def _problems_by_position(
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
         by_position["sample_weight"] = sample_weight.flatten(1)
+    excluded = checks.require_exclude(exclude, rows, classes=len(linear_weight))
+    by_position["exclude"] = None if excluded is None else excluded.flatten(1, -2)
     input = checks.widened(input)  # so that the sum of its gradients over the positions is rounded once
     problems = []
     for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1)):

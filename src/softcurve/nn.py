@@ -78,9 +78,14 @@ class CrossEntropyLoss(_Loss):
         super().__init__(locals())
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
+    def forward(
+        self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None,
+        exclude: Tensor | None = None,
+    ) -> linear.Loss:  # fmt: skip
         """See :func:`softcurve.cross_entropy`."""
-        return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
+        return functional.cross_entropy(
+            logits, target, weight=self.weight, sample_weight=sample_weight, exclude=exclude, **self.options
+        )
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -89,9 +94,12 @@ class CrossEntropyLoss(_Loss):
 class _DivergenceLoss(_Loss):
     """Base class of the divergences between two distributions."""
 
-    def forward(self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
+    def forward(
+        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Values | None = None,
+        exclude: Tensor | None = None,
+    ) -> linear.Loss:  # fmt: skip
         """Return the divergence from target ``p`` to model ``q``; see the function of the class."""
-        loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, **self.options)
+        loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, exclude=exclude, **self.options)
         return loss
 
     if TYPE_CHECKING:
@@ -150,21 +158,21 @@ class _LinearLoss(_Loss):
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: Literal[False] = False,
+        exclude: Tensor | None = None, return_stats: Literal[False] = False,
     ) -> linear.Loss: ...
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: Literal[True],
+        exclude: Tensor | None = None, return_stats: Literal[True],
     ) -> tuple[linear.Loss, LossStats]: ...
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: bool,
+        exclude: Tensor | None = None, return_stats: bool,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]: ...
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: bool = False,
+        exclude: Tensor | None = None, return_stats: bool = False,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]:
         # fmt: on
         """Return the loss, and :class:`~softcurve.LossStats` if ``return_stats``; see the function of the class."""
@@ -173,7 +181,7 @@ class _LinearLoss(_Loss):
         result: Tensor | tuple[Tensor, LossStats] = type(self)._function(
             input, self.linear.weight.reshape(*shape, -1), target,
             linear_bias=None if bias is None else bias.reshape(shape), sample_weight=sample_weight,
-            return_stats=return_stats, **weight, **self.options,
+            exclude=exclude, return_stats=return_stats, **weight, **self.options,
         )  # fmt: skip
         return result
 
