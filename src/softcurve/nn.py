@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from softcurve import checks, functional, linear
+from softcurve import checks, contrastive, functional, linear
 from softcurve.array_types import Float, Rows, Values
 from softcurve.head.problem import LossStats, require_budget, require_shift
 from softcurve.losses.divergences import Divergence, divergence_of
@@ -19,8 +20,8 @@ from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
-    "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss", "LinearCrossEntropyLoss",
-    "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
+    "ContrastiveLoss", "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss",
+    "LinearCrossEntropyLoss", "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
 ]  # fmt: skip
 
 
@@ -276,3 +277,64 @@ class LinearDivergenceLoss(_LinearLoss):
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
         super().__init__(locals())
+
+
+class ContrastiveLoss(torch.nn.Module):
+    """:func:`softcurve.contrastive_loss` with fixed options and a scale that may be learned.
+
+    Args:
+        scale: The initial scale of the similarities; CLIP's by default.
+        learnable_scale: Whether the logarithm of the scale is the parameter ``log_scale``, as in CLIP.
+        max_scale: The largest scale; a call in training mode clamps the parameter, as open_clip does after each step.
+
+    The other arguments are those of the function.
+
+    Example:
+        >>> loss = softcurve.nn.ContrastiveLoss()
+        >>> value = loss(torch.randn(8, 4), torch.randn(8, 4))
+    """
+
+    log_scale: torch.nn.Parameter | None
+
+    def __init__(
+        self, scale: Number = contrastive.CLIP_SCALE, *, learnable_scale: bool = True, max_scale: Number = 100.0,
+        symmetric: bool = True, normalize: bool = True, reduction: ReductionKind = "mean",
+        memory_budget: Integer | None = None, process_group: ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.initial_scale = checks.require_positive("scale", scale)
+        self.max_scale = checks.require_positive("max_scale", max_scale)
+        if self.initial_scale > self.max_scale:
+            raise ValueError(f"scale must be at most max_scale ({self.max_scale:g}), got {self.initial_scale:g}")
+        log_scale = torch.nn.Parameter(torch.tensor(math.log(self.initial_scale))) if learnable_scale else None
+        self.register_parameter("log_scale", log_scale)
+        checked = {"reduction": reduction, "memory_budget": memory_budget}
+        self.options: dict[str, Any] = {name: _CHECKS[name](value) for name, value in checked.items()}
+        self.options |= {"symmetric": bool(symmetric), "normalize": bool(normalize)}
+        self.process_group = process_group
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The scale of the similarities, ``()``."""
+        return self.initial_scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(
+        self, input: linear.Features, other: linear.Features,
+        target: Tensor | Target | tuple[Tensor | Target, Tensor | Target] | None = None, *,
+        exclude: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> linear.Loss:  # fmt: skip
+        """See :func:`softcurve.contrastive_loss`."""
+        if self.log_scale is not None and self.training:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(self.max_scale))
+        return contrastive.contrastive_loss(
+            input, other, target, scale=self.scale, exclude=exclude, process_group=self.process_group, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options."""
+        options = {"scale": self.initial_scale, "learnable_scale": self.log_scale is not None, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    if TYPE_CHECKING:
+        __call__ = forward

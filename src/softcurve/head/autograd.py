@@ -293,6 +293,10 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
     Features are per row, weights are not; but ``W e + t (Ẇ e + ḃ) = [W, Ẇ, ḃ] [e; t e; t]``, so a derivative along a
     weight is one in features of twice the width, with a ``t`` for each row.
     """
+    if ctx.loss.pairs:
+        raise NotImplementedError(
+            "the losses of single pairs have no second derivative in forward mode; take the derivative of their sum"
+        )
     tensors = tensors._replace(row_weight=torch.ones_like(tensors.row_weight))
     sides = (0, 3) if ctx.loss.target == "teacher" else (0,)
     given: Sequence[Any] = tensors

@@ -21,6 +21,7 @@ from softcurve.head.autograd import head_outcome
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
+from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
@@ -190,6 +191,13 @@ def head_problem(
         return _distribution_problem(head, loss, known, row_weight, excluded)
 
     return layout.agreed(make)
+
+
+def pair_problem(input: Tensor, other: Tensor, exclude: Tensor | None) -> HeadProblem:
+    """Return the contrastive loss of pairs ``(n, d)`` in both directions; both lie over processes in one way."""
+    loss = LossSpec(CrossEntropy(), "sparse")
+    problem = head_problem(loss, input, other, torch.arange(len(input), device=input.device), exclude=exclude)
+    return dataclasses.replace(problem, loss=dataclasses.replace(problem.loss, pairs=True))
 
 
 def _require_distribution(target: Tensor | Target) -> Target:

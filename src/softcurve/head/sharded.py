@@ -22,7 +22,10 @@ from softcurve import checks
 from softcurve.losses.targets import LinearTeacher, Target
 from softcurve.processes import max_over, named_group
 
-__all__ = ["PlainHead", "ShardedHead", "class_group", "head_layout", "lies_over_processes", "own_classes"]
+__all__ = [
+    "PlainHead", "ShardedHead", "class_group", "dtensors", "from_local", "head_layout", "lies_over_processes",
+    "own_classes", "to_local",
+]  # fmt: skip
 
 T = TypeVar("T")
 

@@ -97,6 +97,8 @@ class LossSpec:
     group: str | None = None
     first: int = 0
     classes: int = 0
+    # Row i and class i are a pair, whose loss is the mean of the row's and of the column's cross-entropy.
+    pairs: bool = False
 
     @staticmethod
     def of(
@@ -146,13 +148,13 @@ class LossSpec:
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
-        shard = f"{self.group!r}|{self.first}|{self.classes}"
+        shard = f"{self.group!r}|{self.first}|{self.classes}|{self.pairs}"
         return f"{self.target}|{options}|{shard}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 8)
+        target, *options, divergence = text.split("|", 9)
         values = map(literal_eval, options)
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]
