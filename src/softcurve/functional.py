@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float, Int
+from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
@@ -41,7 +41,7 @@ def cross_entropy(
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Float[Tensor, "*rows"] | None = None,
     ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Int[Tensor, "*rows k"] | None = None,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced, but exact where this cancels.
 
@@ -149,7 +149,7 @@ def _densified(smoothing: float, logits: Tensor, labels: Labels, weight: Tensor 
 def kl_divergence(
     p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Int[Tensor, "*rows k"] | None = None,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``, ``D(P‖Q) ≥ 0``, reduced.
 
@@ -187,7 +187,7 @@ def kl_divergence(
 def js_divergence(
     p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Int[Tensor, "*rows k"] | None = None,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``, reduced.
 
@@ -208,7 +208,7 @@ def js_divergence(
 def divergence(
     target: Tensor | Target, logits: Tensor | Target, *, divergence: Divergence,
     sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
-    base: Number = math.e, exclude: Int[Tensor, "*rows k"] | None = None,
+    base: Number = math.e, exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return a divergence ``D(y, p) = Σ_k φ(p_k, y_k)`` between a target ``y`` and ``p = softmax(logits)``, reduced.
 

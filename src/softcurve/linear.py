@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float, Int
+from softcurve.array_types import Float
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, divergence_of
 from softcurve.losses.reduction import Reduction
@@ -37,7 +37,7 @@ class LinearDivergenceOptions(TypedDict, total=False):
     reduction: ReductionKind
     base: Number
     shift: Integer
-    exclude: Int[Tensor, "*rows k"] | None
+    exclude: Tensor | None
     memory_budget: Integer | None
 
 
@@ -71,7 +71,7 @@ def linear_cross_entropy(
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
@@ -148,7 +148,7 @@ def linear_kl_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
@@ -201,7 +201,7 @@ def linear_js_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
@@ -243,7 +243,7 @@ def linear_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, exclude: Int[Tensor, "*rows k"] | None = None, memory_budget: Integer | None = None,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
     return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
