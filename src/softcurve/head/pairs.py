@@ -104,12 +104,12 @@ def _accumulate(tile: Tile, block: Block, rows: SparseKernel, columns: SparseKer
     """Read the pairs of a block, which are masked, and add its other entries to the sums of rows and columns."""
     of_tile, places = _pairs_in(tile, block)
     assert places.inside is not None
-    inside, at = places.inside.squeeze(-1), places.columns[places.inside].unsqueeze(-1)
-    row = torch.arange(of_tile.start, of_tile.stop, device=at.device)[inside]
-    for side, pair in ((rows, row), (columns, at.squeeze(-1) + block.classes.start)):
-        side.raw = side.listed = side.listed.index_put((pair,), block.z[inside].gather(-1, at).double())
+    inside = places.inside.squeeze(-1)
+    row = torch.arange(of_tile.start, of_tile.stop, device=inside.device)[inside]
+    for side, pair in ((rows, row), (columns, places.columns.squeeze(-1)[inside] + block.classes.start)):
+        side.raw = side.listed = side.listed.index_put((pair,), places.take(block.z)[inside])
         if block.v is not None:
-            side.v_listed = side.v_listed.index_put((pair,), block.v[inside].gather(-1, at).double())
+            side.v_listed = side.v_listed.index_put((pair,), places.take(block.v)[inside])
     put(block.z, places, None)
     of_rows, of_columns = _sums(block, list(row_groups(block.z, tile.tiles.plan.cached)))
     _merge(rows, of_rows, of_tile)
