@@ -137,8 +137,13 @@ def test_offsets_and_confident_pairs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype, scale: float) -> None:
-    """Beside float64 on the same numbers; similarities between −100 and 100, beyond one exponential of float32."""
-    a, b = torch.randn(70, 3), torch.randn(70, 3)
+    """Beside float64 on the same numbers.
+
+    At the larger scale the similarities of some rows are near −100 and those of others near 100, beyond what one
+    exponential of float32 can hold.
+    """
+    a, b = (torch.randn(70, 3) / 4 + torch.tensor([1.0, 0.0, 0.0]) for _ in range(2))
+    a[::7] *= -1
     given = tuple(t.to(dtype).requires_grad_() for t in (a, b))
     loss = softcurve.contrastive_loss(*given, scale=scale, memory_budget=30_000)
     wide = tuple(t.detach().double().requires_grad_() for t in given)

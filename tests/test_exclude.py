@@ -97,10 +97,18 @@ def dense(p: Problem, exclude: Tensor, *arguments: Tensor) -> Tensor:
     return oracle.reduced(rows, p.options["reduction"], sample_weight, mass, ROWS)
 
 
+OPTION_SETS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "none": lambda case: {},
+    "everything": lambda case: everything(case, "shift"),
+    # The slope of a soft cap is 0 at a masked class, which would hide what is left there.
+    "without soft cap": lambda case: everything(case, "shift", "softcap", "sample_weight"),
+}
+
+
 def settings(route: str) -> list[dict[str, Any]]:
     budgets = ("whole", "tiles", "least") if route == HEAD_ROUTE else ("whole",)
     return pairwise(
-        {"case": CASES_OF[route], "options": ("none", "everything"), "reduction": REDUCTIONS, "budget": budgets}
+        {"case": CASES_OF[route], "options": tuple(OPTION_SETS), "reduction": REDUCTIONS, "budget": budgets}
     )
 
 
@@ -110,7 +118,7 @@ def test_every_loss_on_the_classes_that_are_left(route: str) -> None:
     for number, s in enumerate(settings(route)):
         torch.manual_seed(number)
         case: Case = s["case"]
-        options = everything(case, "shift") if s["options"] == "everything" else {}
+        options = OPTION_SETS[s["options"]](case)
         p = problem(case, options, s["reduction"], (ROWS,), 3, CLASSES, route)
         exclude = exclusions(p)
 
@@ -175,6 +183,38 @@ def test_mass_on_an_excluded_class(name: str) -> None:
     assert on_head.isposinf().tolist() == infinite
     assert not on_head.isnan().any()
     torch.testing.assert_close(on_head, on_logits, rtol=1e-12, atol=1e-13)
+
+
+def test_lists_of_all_classes_that_are_left() -> None:
+    """What rounding leaves of a list's mass is no mass where the row excludes all others; listed without mass, no share."""
+    x, w = head()
+    log_probs = torch.tensor([[0.7, 0.3, 0.0]] * 3).log()
+    for listed, excluded, options in (
+        ([0, 1, 2], [3, 4, 5], {"divergence": softcurve.ForwardKL()}),
+        ([5, 3, 2], [4, 1, 0], {"divergence": CrossEntropy()}),
+        ([0, 1, 2], [2, 3, 5], {"label_smoothing": 0.3}),
+        ([4, 1, 0], [0], {"label_smoothing": 0.3}),
+    ):
+        target = softcurve.TopK(torch.tensor([listed] * 3), log_probs - 1e-9)
+        exclude = torch.tensor([excluded] * 3)
+        on_logits, on_head = softcurve.cross_entropy, softcurve.linear_cross_entropy
+        if "divergence" in options:
+            on_logits, on_head = (lambda z, t, **o: softcurve.divergence(t, z, **o)), softcurve.linear_divergence
+        got = on_head(x, w, target, exclude=exclude, reduction="none", **options)
+        assert got.isfinite().all()
+        expected = on_logits(x @ w.T, target, exclude=exclude, reduction="none", **options)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+        if "label_smoothing" in options:
+            keep = [k for k in range(6) if k not in excluded]
+            y = torch.zeros(6, dtype=torch.float64).index_put((torch.tensor(listed),), log_probs[0].double().exp())
+            y = 0.7 * y[keep] + 0.3 / len(keep)
+            z = (x @ w.T)[:, keep]
+            if len(keep) > 3:  # the classes that are not listed are one outcome
+                places = torch.tensor([keep.index(k) for k in listed[:2]])
+                rest = [i for i in range(len(keep)) if i not in places.tolist()]
+                z = torch.cat([z[:, places], z[:, rest].logsumexp(-1, keepdim=True)], -1)
+                y = torch.cat([y[places], y[rest].sum().unsqueeze(0)])
+            torch.testing.assert_close(got, -(y * z.log_softmax(-1)).sum(-1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
