@@ -28,7 +28,8 @@ from softcurve.losses.divergences import (
     ReverseKL,
     SkewKL,
 )
-from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, TopK
+from softcurve.losses.targets import LinearTeacher, Logits, Probabilities
+from softcurve.losses.topk import TopK
 
 if TYPE_CHECKING:
     from softcurve.fit.cross_validation import SoftmaxRegressionCV

@@ -24,7 +24,8 @@ from softcurve.losses import targets
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
-from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, Target, TopK
+from softcurve.losses.targets import LinearTeacher, Logits, Probabilities, Target
+from softcurve.losses.topk import TopK
 from softcurve.records import short_repr
 from softcurve.typing import Integer
 
@@ -293,7 +294,7 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
         local = local.checked(sample_weight, layout.classes)
         masses, loss = _list_outcomes(head, loss, local)
         form, label, class_weight = "sparse", local.most_probable, head.share_of_smoothing() if loss.smoothing else None
-        tensors = tensors._replace(target=masses, indices=local.indices)
+        tensors = tensors._replace(target=masses, indices=local.listed_classes())
     else:
         if isinstance(target, LinearTeacher):
             e, w, b = _flat(layout.local_rows(target.input)), target.linear_weight, target.linear_bias
@@ -321,19 +322,19 @@ def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tenso
     For a cross-entropy the outcomes are smoothed and weighted probabilities, for other divergences logits. Only a list
     of one bucket takes up the smoothing; otherwise the pass spreads it over all classes.
     """
+    classes, temperature = head.layout.classes, 1.0 if loss.is_cross_entropy else loss.temperature
     uniform = head.uniform() if target.merges_tail else None
-    masked = None if uniform is None else target.uniform_over_outcomes(uniform)[..., -1:] == 0
-    log_probs = target.outcome_log_probs(head.layout.classes, head.dtype, masked)
+    sizes = target.outcome_sizes(classes, None if uniform is None else uniform > 0)
+    log_probs = target.outcome_log_probs(classes, head.dtype, sizes[..., -1:], temperature)
     if not loss.is_cross_entropy:
-        target.require_comparable(loss.divergence, loss.temperature)
-        return (log_probs if loss.temperature == 1 else log_probs / loss.temperature), loss
+        target.require_comparable(loss.divergence)
+        return log_probs, loss
     y, smoothing = torch.softmax(log_probs, -1), loss.smoothing
     if smoothing:
         y = (1 - smoothing) * y
     if smoothing and target.merges_tail:
-        each = y.new_full((head.layout.classes,), 1 / head.layout.classes) if uniform is None else uniform
-        y = y + smoothing * target.uniform_over_outcomes(each)
+        y = y + smoothing * sizes.to(y.dtype) / sizes.sum(-1, keepdim=True)
         loss = dataclasses.replace(loss, smoothing=0.0)
     if head.class_weight is not None:
-        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
+        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.listed_classes().clamp(min=0)], y[:, -1:]], -1)
     return y, loss

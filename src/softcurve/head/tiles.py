@@ -19,6 +19,7 @@ from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
+from softcurve.losses.topk import NOT_LISTED
 from softcurve.processes import max_over
 
 
@@ -111,9 +112,13 @@ class Tile:
         target_v = None if tiles.directions is None else tiles.directions[TARGET]
         listed = spec.target == "sparse"
         held = t.weight.shape[0]
+        indices, fillers = None if t.indices is None else t.indices[rows], None
+        if indices is not None and t.target is not None:
+            fillers = indices == NOT_LISTED
+            fillers = None if fillers.device.type == "cpu" and not fillers.any() else fillers
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
-            indices=None if t.indices is None else t.indices[rows] - spec.first,
+            indices=None if indices is None else indices - spec.first, fillers=fillers,
             target=t.target[rows] if listed and t.target is not None else None,
             target_v=target_v[rows] if listed and target_v is not None else None,
             class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
@@ -254,7 +259,7 @@ def require_classes(spec: LossSpec, tensors: HeadTensors) -> None:
     indices, classes = tensors.indices, spec.class_count(tensors.weight.shape[0])
     if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
         return
-    least, most = (int(bound) for bound in indices.aminmax())
+    least, most = (int(bound) for bound in torch.where(indices == NOT_LISTED, 0, indices).aminmax())
     if least < 0 or most >= classes:
         raise IndexError(f"target must hold classes from 0 to {classes - 1}, got {least if least < 0 else most}")
 
