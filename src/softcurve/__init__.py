@@ -17,7 +17,13 @@ from softcurve.functional import (
     softmax_jacobian_product,
 )
 from softcurve.head.problem import LossStats
-from softcurve.linear import linear_cross_entropy, linear_divergence, linear_js_divergence, linear_kl_divergence
+from softcurve.linear import (
+    linear_cross_entropy,
+    linear_divergence,
+    linear_js_divergence,
+    linear_kl_divergence,
+    linear_topk,
+)
 from softcurve.losses.divergences import (
     AlphaDivergence,
     CrossEntropy,
@@ -47,8 +53,8 @@ __all__ = [
     "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "JensenShannon", "LinearTeacher",
     "Logits", "LossStats", "Pair", "Probabilities", "ReverseKL", "SkewKL", "SoftmaxRegression", "SoftmaxRegressionCV",
     "TopK", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence",
-    "kl_divergence", "linear_cross_entropy", "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "nn",
-    "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
+    "kl_divergence", "linear_cross_entropy", "linear_divergence", "linear_js_divergence", "linear_kl_divergence",
+    "linear_topk", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

@@ -29,6 +29,8 @@ from softcurve.losses.topk import TopK
 from softcurve.records import short_repr
 from softcurve.typing import Integer
 
+MOST_LISTED = 1024  # classes of a list
+
 
 class LossStats(NamedTuple):
     """Statistics of the softmax of each row, without gradients: shape ``(...)`` as the rows of ``input``."""
@@ -218,12 +220,45 @@ def require_budget(budget: object) -> int | None:
     return count
 
 
+def head_top_classes(
+    loss: LossSpec, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, k: object,
+    memory_budget: Integer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the ``k`` most probable classes of each row of a public call and their log-probabilities, detached."""
+    checks.require_head(input, linear_weight, linear_bias)
+    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias)
+    count, most = checks.as_integer(k), min(layout.classes, MOST_LISTED)
+    if count is None or not 1 <= count <= most:
+        raise ValueError(
+            f"k must be an int from 1 to {most}, the smaller of the {layout.classes} classes and {MOST_LISTED}, "
+            f"got {k!r}"
+        )
+
+    def make() -> tuple[Tensor, Tensor]:
+        head = _local_head(layout, loss, input.detach(), linear_weight.detach(), linear_bias, None, None)
+        bias = None if head.bias is None else head.bias.detach()
+        ones = head.input.new_ones(len(head.input), dtype=head.dtype)
+        tensors = HeadTensors(head.input, head.weight, bias, *(None,) * 6, row_weight=ones, class_weight=None)
+        spec = dataclasses.replace(loss, target="sparse", **layout.shard)
+        indices, log_probs = torch.ops.softcurve.head_top_classes(
+            *tensors, spec.encode(), count, require_budget(memory_budget)
+        )
+        checks.explain_nan(
+            log_probs[:, 0], None, {"input": head.input, "linear_weight": head.weight, "linear_bias": bias}
+        )
+        shape = (*head.leading, count)
+        return indices.reshape(shape), log_probs.to(head.dtype).reshape(shape)
+
+    indices, log_probs = layout.agreed(make)
+    return layout.restored(indices, per_row=True), layout.restored(log_probs, per_row=True)
+
+
 # --- local tensors ---------------------------------------------------------------------------------------------------
 
 
 def _local_head(
-    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | Target,
-    class_weight: Tensor | None,
+    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor, bias: Tensor | None,
+    target: Tensor | Target | None, class_weight: Tensor | None,
 ) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None

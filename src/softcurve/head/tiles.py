@@ -13,7 +13,7 @@ from softcurve.head import backends, workspace
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData
-from softcurve.head.plan import plan_curvature, plan_pass
+from softcurve.head.plan import plan_curvature, plan_list, plan_pass
 from softcurve.head.products import Direction, LinearMap, linear_into, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted
@@ -29,6 +29,7 @@ class Tiles:
 
     A pass of first order, or along ``directions``, names the gradients ``wanted``. A pass for a ``matrix`` of second
     order has no direction of its own: its columns come one by one, and ``columns`` says whether there are any.
+    A pass that lists the most probable classes of each row says how many by ``listed``, and has neither.
     """
 
     spec: LossSpec
@@ -39,6 +40,7 @@ class Tiles:
     directions: Directions | None = None
     matrix: str | None = None
     columns: bool = False
+    listed: int = 0
 
     def __post_init__(self) -> None:
         spec, t, rows = self.spec, self.tensors, self.rows
@@ -59,7 +61,9 @@ class Tiles:
         if self.count == 0:
             return
         shape = (self.spec, self.tensors, self.count, self.budget)
-        if self.matrix is None:
+        if self.listed:
+            self.plan = plan_list(*shape, self.listed)
+        elif self.matrix is None:
             self.plan = plan_pass(*shape, directed=self.directions is not None, in_triton=self.in_triton)
         else:
             self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
