@@ -35,7 +35,8 @@ from softcurve.losses.divergences import (
     SkewKL,
 )
 from softcurve.losses.targets import LinearTeacher, Logits, Probabilities
-from softcurve.losses.topk import TopK
+from softcurve.losses.topk import TopK, TopKCache
+from softcurve.losses.topk_writer import TopKWriter
 
 if TYPE_CHECKING:
     from softcurve.fit.cross_validation import SoftmaxRegressionCV
@@ -52,9 +53,10 @@ _LAZY = {
 __all__ = [
     "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "JensenShannon", "LinearTeacher",
     "Logits", "LossStats", "Pair", "Probabilities", "ReverseKL", "SkewKL", "SoftmaxRegression", "SoftmaxRegressionCV",
-    "TopK", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence",
-    "kl_divergence", "linear_cross_entropy", "linear_divergence", "linear_js_divergence", "linear_kl_divergence",
-    "linear_topk", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
+    "TopK", "TopKCache", "TopKWriter", "chain_rule", "cross_entropy", "curvature", "divergence", "entropy",
+    "functional", "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_divergence",
+    "linear_js_divergence", "linear_kl_divergence", "linear_topk", "nn", "reference", "softmax_jacobian",
+    "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

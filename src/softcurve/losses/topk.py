@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from softcurve import checks
-from softcurve.array_types import AnyInt, Bool, Column, Flags, Float, Indices, Int, Rows, Values
+from softcurve.array_types import AnyInt, Bool, Flags, Float, Indices, Int, Rows, Values
+from softcurve.extras import needed
+from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.targets import Target, uniform_over_unmasked
+from softcurve.records import ShortRepr
 from softcurve.typing import TopKTail
+
+if TYPE_CHECKING:
+    from softcurve.losses.topk_shards import Shard
 
 # The class index of a filler: far below the −1 and −100 that a user's own mistakes would have.
 NOT_LISTED = torch.iinfo(torch.int32).min
@@ -61,7 +68,7 @@ class TopK(Target):
     def __post_init__(self) -> None:
         checks.require_choice("TopK tail", self.tail, ("bucket", "renormalize"))
         checks.require_floating("TopK log_probs", self.log_probs)
-        _require_integers("TopK indices", self.indices)
+        checks.require_integers("TopK indices", self.indices)
         if self.indices.shape != self.log_probs.shape:
             raise ValueError(
                 f"TopK indices must have the shape of log_probs {tuple(self.log_probs.shape)}, "
@@ -155,7 +162,7 @@ class TopK(Target):
             >>> topk.with_label(torch.tensor([7]), torch.tensor([-6.0])).indices
             tensor([[4, 2, 7]])
         """
-        _require_integers("label", label)
+        checks.require_integers("label", label)
         checks.require_floating("log_probs", log_probs.unsqueeze(-1) if isinstance(log_probs, Tensor) else log_probs)
         for name, tensor in (("label", label), ("log_probs", log_probs)):
             checks.require_rows(name, tensor, self.leading, "the TopK")
@@ -167,6 +174,50 @@ class TopK(Target):
             torch.cat([self.log_probs, torch.where(known, -math.inf, added)], -1),
             self.tail,
         )
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, classes: int, dtype: torch.dtype = torch.float32) -> None:
+        """Write the lists to a safetensors file, which is replaced only when all is written.
+
+        Args:
+            path: The file. To append rows while a teacher runs, use :class:`~softcurve.TopKWriter`.
+            classes: ``C``, the number of classes that the indices are of; see :class:`~softcurve.TopKWriter`.
+            dtype: Of the log-probabilities in the file, such as ``torch.float16``.
+
+        Raises ``ValueError`` for lists that no loss would take, and ``DataError``, which is one, if the path cannot be
+        written.
+
+        Example:
+            >>> softcurve.TopK(torch.tensor([[4, 2]]), torch.tensor([[-0.5, -1.5]])).save(path, classes=9)
+            >>> softcurve.TopK.load(path)[:].indices
+            tensor([[4, 2]], dtype=torch.int32)
+        """
+        checks.require_count("classes", classes, 1)
+        self.to_cache(classes, dtype)._write(Path(path), classes)
+
+    @staticmethod
+    def load(path: str | Path) -> TopKCache:
+        """Return the lists in a file or a directory of shards, of which rows are read when they are asked for."""
+        return TopKCache.open(path)
+
+    def to_cache(self, classes: int, dtype: torch.dtype) -> TopK:
+        """Return the lists on the CPU without gradients, with int32 indices, their values checked."""
+        for name, tensor in (("indices", self.indices), ("log_probs", self.log_probs)):
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                raise TypeError(
+                    f"TopK {name} must be a plain tensor to be written, got {type(tensor).__name__}; gather a DTensor "
+                    "by .full_tensor()"
+                )
+        lists = TopK(self.indices.detach().cpu(), self.log_probs.detach().to("cpu", dtype), self.tail)
+        lists.require_values(classes, None)
+        return TopK(lists.listed_classes().int(), lists.log_probs, self.tail)
+
+    def _write(self, path: Path, classes: int, first_row: int = 0) -> None:
+        len(self)  # raises for a single row
+        with needed("TopK.save", "fit"):
+            from softcurve.losses.topk_shards import write_shard
+        write_shard(path, self.indices, self.log_probs, tail=self.tail, classes=classes, first_row=first_row)
 
     # --- the classes of a row ----------------------------------------------------------------------------------------
 
@@ -268,7 +319,7 @@ class TopK(Target):
         top = wide.detach().amax(-1, keepdim=True)
         wide, at = self._places(wide - torch.where(top == -math.inf, 0.0, top), -math.inf)
         unlisted = wide.scatter(-1, at, -math.inf)
-        others = _log_sum_exp(unlisted)
+        others = softmax.log_sum_exp(unlisted)
         present = others if temperature == 1 else unlisted
         rest = (present.detach() != -math.inf).sum(-1, keepdim=True)
         return torch.cat([wide.gather(-1, at), others], -1), self.outcome_log_probs(
@@ -295,7 +346,7 @@ class TopK(Target):
         listed = self.log_probs.to(dtype)
         if not self.merges_tail:
             return torch.cat([listed, torch.full_like(listed[..., :1], -math.inf)], -1) / temperature
-        p, tail = listed.detach().exp(), log_complement(listed)
+        p, tail = listed.detach().exp(), softmax.log_complement(listed)
         information = torch.where(p > 0, -p * listed.detach(), 0.0).sum(-1, keepdim=True)
         eps = torch.finfo(self.dtype).eps
         rounding = 0.5 * eps * information + listed.shape[-1] * min(eps, torch.finfo(torch.float32).eps)
@@ -324,14 +375,64 @@ class TopK(Target):
             )
 
 
-def _require_integers(name: str, tensor: object) -> None:
-    whole = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
-    if not whole or tensor.dtype == torch.bool:  # type: ignore[attr-defined]
-        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(
-            f"{name} must be a tensor of class indices of an integer dtype, such as int64, got {what}; convert it "
-            "with .long()"
-        )
+@dataclass(frozen=True, eq=False, repr=False)
+class TopKCache(ShortRepr):
+    """A teacher's lists in files: ``cache[rows]`` reads some of them as a :class:`TopK`, ``cache[:]`` all.
+
+    ``rows`` is an integer, a slice, a mask, or integers, as for the first dimension of a tensor. Other rows are not
+    read: the files are mapped into memory for the time of a reading. ``classes`` is the number of classes, ``tail`` and
+    ``dtype``, of the log-probabilities, are as they were written.
+
+    Raises ``DataError``, a ``ValueError`` that names the file, where one is damaged, cut off, of another cache or
+    format, missing, or changed since the cache was opened.
+    """
+
+    classes: int
+    tail: TopKTail
+    rows: int
+    dtype: torch.dtype
+    shards: Sequence[Shard] = field(repr=False)
+
+    @staticmethod
+    def open(path: str | Path) -> TopKCache:
+        """Open a file or a directory of shards, of which the headers alone are read."""
+        with needed("TopK.load", "fit"):
+            from softcurve.losses.topk_shards import open_shards
+        shards = open_shards(Path(path))
+        first, rows = shards[0], sum(shard.shape[0] for shard in shards)
+        return TopKCache(first.classes, cast("TopKTail", first.tail), rows, first.dtype, shards)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: Any) -> TopK:
+        if isinstance(index, tuple):
+            raise IndexError("a cache is indexed by rows alone, got a tuple; read the rows first: cache[rows][...]")
+        if isinstance(index, slice):
+            rows = torch.arange(*index.indices(self.rows))
+        else:
+            rows = torch.as_tensor(index)
+            rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool and len(rows) == self.rows else rows
+            checks.require_integers("rows of a cache", rows)
+            rows = torch.where(rows < 0, rows + self.rows, rows.long())
+        if rows.numel() and not (rows.min() >= 0 and rows.max() < self.rows):
+            raise IndexError(f"rows of a cache must be in 0 … {self.rows - 1}, got {index}")
+        found = self._read(rows.flatten())
+        indices, log_probs = (part.reshape(*rows.shape, *part.shape[1:]) for part in (found.indices, found.log_probs))
+        return TopK(indices, log_probs, self.tail)
+
+    def _read(self, rows: Int[Tensor, " chosen"]) -> TopK:
+        """Return some rows, shard by shard, in the order that was asked for."""
+        stops = torch.tensor([shard.first_row - self.shards[0].first_row + shard.shape[0] for shard in self.shards])
+        of_shard = torch.searchsorted(stops, rows, right=True)
+        parts, places = [], []
+        for number in of_shard.unique().tolist() or [0]:
+            shard = self.shards[number]
+            chosen = (of_shard == number).nonzero().squeeze(-1)
+            indices, log_probs = shard.read(rows[chosen] - (stops[number] - shard.shape[0]))
+            parts.append(TopK(indices, log_probs, self.tail))
+            places.append(chosen)
+        return TopK.cat(parts)[torch.cat(places).argsort()]
 
 
 def _widened_to(k: int, indices: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,18 +445,3 @@ def _repeats(listed: Int[Tensor, "*rows k"]) -> Flags:
     """Return which rows list a class twice."""
     in_order = listed.sort(-1).values
     return ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] != NOT_LISTED)).any(-1)
-
-
-def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Column:
-    """Return ``log(1 − Σ_k e^{l_k})``, the largest apart as ``1 − e^l = −expm1(l)``, or −inf if nothing is left."""
-    at = log_probs.argmax(-1, keepdim=True)
-    rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
-    return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
-
-
-def _log_sum_exp(z: Rows) -> Column:
-    """Return the log-sum-exp, with derivatives of 0 for a row of −inf only, where torch's second one is NaN."""
-    top = z.detach().amax(-1, keepdim=True)
-    top = torch.where(top == -math.inf, 0.0, top)
-    total = (z - top).exp().sum(-1, keepdim=True)
-    return torch.where(total > 0, top + torch.where(total > 0, total, 1.0).log(), -math.inf)
