@@ -223,7 +223,7 @@ def dense_topk(
 
 SETTINGS = pairwise(
     {
-        "rows": ((5,), (), (2, 0), (3, 1, 2), (70,)),
+        "rows": ((5,), (), (2, 0), (3, 1, 2), (17,)),
         "classes": (1, 2, 37, 1100, 4099),
         "k": (1, 2, 33, 1024),
         "bias": (None, "dense", "masked", "nearly all masked", "offset"),

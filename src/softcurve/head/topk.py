@@ -30,6 +30,9 @@ from softcurve.processes import sum_over
 # Entries of a chunk: with fewer, the maxima take longer than what they save; with more, they are no longer vectorised.
 LEAST_CHUNKED, MOST_CHUNKED = 3, 16
 
+# The rows of so many pieces are searched at a time, so that torch shares them among its threads.
+SEARCHED_PIECES = 16
+
 
 class TopRows(NamedTuple):
     """The largest logits of some classes, in falling order, and ``Σ_{k≠top} e^{z_k − z_top}`` over these classes."""
@@ -59,56 +62,83 @@ def _top_of_tile(tile: Tile, k: int) -> TopRows:
     spec, group = tile.tiles.spec, tile.tiles.group
     found: list[TopRows] = []
     for block, _ in tile.blocks():
-        parts = [_top_of_rows(tile, block.z[rows], k) for rows in _groups(tile, block.z)]
+        groups = row_groups(block.z, SEARCHED_PIECES * tile.tiles.plan.cached)
+        parts = [_top_of_rows(tile, block.z[rows], k) for rows in groups]
         values, classes, rest = (torch.cat(part) for part in zip(*parts, strict=True))
         new = TopRows(values, classes + spec.first + block.classes.start, rest)
         found = [_merged([*found, new], k)]
     return found[0] if group is None else _merged(_gathered(tile, found, k, group), k)
 
 
-def _groups(tile: Tile, z: Tensor) -> list[slice]:
-    return list(row_groups(z, GROUP_PIECES * tile.tiles.plan.cached))
-
-
 def _top_of_rows(tile: Tile, z: Tensor, k: int) -> TopRows:
-    """Map the logits of a group of rows in place, and return the largest of them."""
-    logit_map = tile.tiles.spec.logit_map
+    """Map the logits of some rows in place, and return the largest of each."""
+    logit_map, cached, count = tile.tiles.spec.logit_map, tile.tiles.plan.cached, z.shape[1]
+    more = min(k + 1, count)  # the one behind the largest may be equal to the last of them
+    size = _chunk_size(count, more)
+    maxima = z.new_empty(len(z), count // size + count % size) if size > 1 else z
+    scratch = tile.tiles.buffers.take("softmax", max(GROUP_PIECES * cached, count))
+    rests = []
     if not logit_map.is_identity:
-        for rows in row_groups(z, tile.tiles.plan.cached):
+        for rows in row_groups(z, cached):
             z[rows] = logit_map.value(z[rows])
-    values, columns = _largest(z, min(k, z.shape[1]))
-    top, at = values[:, :1], columns[:, :1]
-    scratch = tile.tiles.buffers.take("softmax", max(GROUP_PIECES * tile.tiles.plan.cached, z.shape[1]))
-    p = torch.softmax(z, -1, out=scratch[: z.numel()].view(z.shape))
-    of_top = p.gather(-1, at)
-    rest = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True).double() / of_top.double()
-    return TopRows(values, columns, torch.where(top == -math.inf, 0.0, rest))  # every class of the block is masked
-
-
-def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` largest of each row in falling order, and their columns; of equal ones the first."""
-    values, columns = _some_largest(z, min(k + 1, z.shape[1]))  # the one behind them may be equal to the last
+    for rows in row_groups(z, GROUP_PIECES * cached):
+        part = z[rows]
+        if size > 1:
+            _maxima(part, size, maxima[rows])
+        rests.append(_rest(part, maxima[rows], size, scratch[: part.numel()].view(part.shape)))
+    values, columns = _some_largest(z, more, maxima)
     equal = (values[:, 1:] == values[:, :-1]).any(-1) & ~values[:, 0].isnan()
     values, columns = values[:, :k], columns[:, :k]
-    for row in equal.nonzero().squeeze(-1).tolist():
-        columns[row] = _first_of_equal(z[row], values[row, -1], k)
-        values[row] = z[row, columns[row]]
-    return values, columns
+    for rows in equal.nonzero().squeeze(-1).split(max(1, cached // count)):
+        columns[rows] = _first_of_equal(z[rows], values[rows, -1:], values.shape[1])
+    return TopRows(values, columns, torch.cat(rests))
 
 
-def _some_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _chunk_size(count: int, k: int) -> int:
+    """Return the number of entries of a chunk: 1 where it would save nothing."""
+    size = min(MOST_CHUNKED, math.isqrt(count // k))
+    return size if size >= LEAST_CHUNKED else 1
+
+
+def _maxima(z: Tensor, size: int, out: Tensor) -> Tensor:
+    """Set ``out`` to the maxima of chunks of ``size`` columns, and behind them the columns that are left over.
+
+    Chunk ``j`` has the columns ``j, j + chunks, j + 2 chunks, …``, since the maximum over such chunks is vectorised.
+    """
+    chunks = z.shape[1] // size
+    torch.amax(z[:, : size * chunks].view(-1, size, chunks), 1, out=out[:, :chunks])
+    out[:, chunks:] = z[:, size * chunks :]
+    return out
+
+
+def _rest(z: Tensor, maxima: Tensor, size: int, out: Tensor) -> Tensor:
+    """Return ``Σ_{k≠top} e^{z_k − z_top}`` of each row, in float64; ``out`` is a buffer."""
+    chunks = z.shape[1] // size
+    top, at = maxima.max(-1, keepdim=True)
+    if size > 1:
+        members = at.clamp(max=chunks - 1) + chunks * torch.arange(size, device=z.device)
+        inside = members.gather(-1, z.gather(-1, members).argmax(-1, keepdim=True))
+        at = torch.where(at < chunks, inside, at + (size - 1) * chunks)
+    p = torch.softmax(z, -1, out=out)
+    of_top = p.gather(-1, at)
+    rest = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True).double() / of_top.double()
+    return torch.where(top == -math.inf, 0.0, rest)  # every class of the block is masked
+
+
+def _some_largest(z: Tensor, k: int, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest of each row in falling order, and columns of them.
 
-    Chunk ``j`` has the columns ``j, j + chunks, j + 2 chunks, …``, since the maximum over such chunks is vectorised;
-    columns that are left over are always looked at. The maxima, and the entries of the chunks with the largest, are
-    searched in the same way: torch's ``topk`` takes longer for a number than its softmax.
+    The maxima, and the entries of the chunks with the largest, are searched in the same way: for one number torch's
+    ``topk`` takes longer than its softmax.
     """
     count = z.shape[1]
-    size = min(MOST_CHUNKED, math.isqrt(count // k))
-    if size < LEAST_CHUNKED:
+    size = _chunk_size(count, k)
+    if size == 1:
         return z.topk(k)
     chunks = count // size
-    _, at = _some_largest(z[:, : size * chunks].view(-1, size, chunks).amax(1), k)
+    if maxima is None:
+        maxima = _maxima(z, size, z.new_empty(len(z), chunks + count % size))
+    _, at = _some_largest(maxima[:, :chunks], k)
     every = torch.arange(count, device=z.device)
     columns = (at.unsqueeze(1) + every[: size * chunks : chunks].unsqueeze(-1)).flatten(1)
     if count > size * chunks:
@@ -117,11 +147,12 @@ def _some_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(-1, at)
 
 
-def _first_of_equal(z: Float[Tensor, " classes"], least: Tensor, k: int) -> Int[Tensor, " k"]:
-    """Return the columns of the ``k`` largest, of which ``least`` is the last; of equal ones the first."""
-    above, equal = (z > least).nonzero().squeeze(-1), (z == least).nonzero().squeeze(-1)
-    columns = torch.cat([above, equal[: k - len(above)]])
-    return columns[z[columns].sort(descending=True, stable=True).indices]
+def _first_of_equal(z: Tensor, least: Tensor, k: int) -> Tensor:
+    """Return the columns of the ``k`` largest of each row, of which ``least`` is the last; of equal ones the first."""
+    above, equal = z > least, z == least
+    kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True)))
+    columns = kept.nonzero()[:, 1].view(len(z), k)
+    return columns.gather(-1, z.gather(-1, columns).sort(dim=-1, descending=True, stable=True).indices)
 
 
 def _merged(parts: Sequence[TopRows], k: int) -> TopRows:

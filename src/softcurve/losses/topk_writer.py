@@ -71,8 +71,8 @@ class TopKWriter:
         self._kind = self._kind or kind
         if kind != self._kind:
             raise ValueError(
-                f"lists must have the tail {self._kind[0]!r} and rows of shape {self._kind[1]}, as those before them, got "
-                f"{lists!r}; flatten the rows by a mask, or write another cache"
+                f"lists must have the tail {self._kind[0]!r} and rows of shape {self._kind[1]}, as those before them, "
+                f"got {lists!r}; flatten the rows by a mask, or write another cache"
             )
         self._pending.append(lists.to_cache(self.classes, self.dtype))
         if sum(map(len, self._pending)) >= self.shard_rows:
