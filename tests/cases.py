@@ -46,7 +46,7 @@ class Kind:
     @property
     def entries(self) -> slice:
         """The entries of a list that are no fillers."""
-        return slice(1, None, 2) if self.has_fillers else slice(None)
+        return slice(None, None, 2) if self.has_fillers else slice(None)
 
     def indices(self, rows: Rows, classes: int) -> Tensor:
         if self.listed:
@@ -92,9 +92,9 @@ def _even_tail(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def _with_fillers(indices: Tensor, log_probs: Tensor) -> softcurve.TopK:
-    """Every other entry a filler, that names a class of another entry."""
-    filler = torch.arange(indices.shape[-1], device=indices.device) % 2 == 0
-    indices = torch.where(filler, indices.roll(1, -1), indices).int()
+    """Every other entry a filler: the first names the class of another entry, the second one that is not listed."""
+    column = torch.arange(indices.shape[-1], device=indices.device)
+    filler, indices = column % 2 == 1, torch.where(column == 1, indices.roll(1, -1), indices).int()
     return softcurve.TopK(indices, torch.where(filler, -math.inf, log_probs))
 
 
@@ -326,11 +326,9 @@ class Problem:
         z = self._logits(named)
         seen = oracle.seen_by_softmax(z, self.options.get("temperature", 1.0), self.options.get("softcap"))
         kind, s = self.case.kind, self.options.get("shift", 0)
-        if kind.listed and self.indices[..., kind.entries].shape[-1]:
+        if kind.listed:
             (log_probs,), listed = (leaf[..., kind.entries] for leaf in leaves), self.indices[..., kind.entries]
             best = listed.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
-        elif kind.listed:
-            best = torch.full(self.indices.shape[:-1], -1)
         else:
             best = self.indices if kind is INDICES else kind.raw(z, self.indices, *leaves).argmax(-1)
         meant = torch.where(self._kept(self.indices), best, -1)
