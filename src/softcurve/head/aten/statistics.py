@@ -1,8 +1,8 @@
 """The tile functions of :class:`softcurve.head.statistics.StatisticsKernel`, which serve every device.
 
 Logits are read relative to the largest of their row, ``δ = z − max z``, with ``e = e^δ``. The class of the largest is
-the *top* of its row: it has ``e = 1`` and is left out of the sums, so that nothing cancels beside it. The functions work in
-place, on groups of rows that stay in the cache.
+the *top* of its row: it has ``e = 1`` and is left out of the sums, so that nothing cancels beside it. The functions
+work in place, on groups of rows that stay in the cache.
 """
 
 from __future__ import annotations
