@@ -26,6 +26,7 @@ from softcurve.linear import (
     linear_kl_divergence,
     linear_log_probs,
 )
+from softcurve.losses.class_map import ClassMap
 from softcurve.losses.divergences import (
     AlphaDivergence,
     CrossEntropy,
@@ -53,7 +54,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics", "JensenShannon",
+    "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
+    "JensenShannon",
     "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
     "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "chain_rule", "cross_entropy", "curvature", "divergence",
     "entropy", "functional", "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_distillation",

@@ -29,9 +29,9 @@ def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
     float64 stays with ATen, because the hardware's exponentials are of single precision. So does a divergence whose
     terms are not written in Triton, unless the target is sparse: then the divergence is evaluated on the few listed
     classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`. The soft cap of a teacher is applied
-    in ATen too, whose temporaries the plan of a Triton pass leaves out.
+    in ATen too, whose temporaries the plan of a Triton pass leaves out, and so are classes merged into groups.
     """
-    in_aten = loss.target == "statistics" or loss.teacher_softcap is not None
+    in_aten = loss.target == "statistics" or loss.teacher_softcap is not None or loss.groups > 0
     if dtype != torch.float32 or in_aten or not _has_triton():
         return False
     if device.type != "cuda" and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):

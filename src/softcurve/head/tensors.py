@@ -40,6 +40,8 @@ class HeadTensors(NamedTuple):
     labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
     target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own
+    groups: Tensor | None = None  # (C,), (C of the target,): of the classes of both sides; see LossSpec
+    target_groups: Tensor | None = None
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:
@@ -55,7 +57,7 @@ class HeadTensors(NamedTuple):
     @staticmethod
     def derivatives(of_differentiable: Directions, of_row_weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Return the derivatives in all fields, of which those that are not named are ``None``."""
-        return *of_differentiable, None, of_row_weight, None, None, None, None, None
+        return *of_differentiable, None, of_row_weight, *(None,) * (len(HeadTensors._fields) - DIFFERENTIABLE - 2)
 
     @property
     def features(self) -> Tensor:

@@ -117,6 +117,7 @@ class LossSpec:
     classes: int = 0
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
+    groups: int = 0  # into which the classes of both sides are merged before they are compared; 0: as they are
 
     @staticmethod
     def of(
@@ -197,14 +198,14 @@ class LossSpec:
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
         options += f"|{None if self.beside is None else tuple(self.beside)!r}"
         shard = f"{self.group!r}|{self.first}|{self.classes}"
-        teacher = f"{self.teacher_scale!r}|{self.teacher_softcap!r}"
+        teacher = f"{self.teacher_scale!r}|{self.teacher_softcap!r}|{self.groups}"
         return f"{self.target}|{options}|{shard}|{teacher}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 11)
+        target, *options, divergence = text.split("|", 12)
         values = list(map(literal_eval, options))
         values[4] = None if values[4] is None else Beside(*values[4])
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]

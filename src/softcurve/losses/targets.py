@@ -89,7 +89,8 @@ class Target(ShortRepr, ABC):
         return self._row_tensor.shape[:-1]
 
     @property
-    def _classes(self) -> int:
+    def class_count(self) -> int:
+        """The number of classes that the target gives a probability."""
         return self._row_tensor.shape[-1]
 
     @property
@@ -117,7 +118,7 @@ class Target(ShortRepr, ABC):
 
         ``cut`` is the template of an expression that truncates the logits to ``{classes}`` classes.
         """
-        shape = (*self.leading, self._classes)
+        shape = (*self.leading, self.class_count)
         if shape != tuple(logits):
             raise ValueError(
                 f"target ({self.kind or type(self).__name__}) must have the shape {tuple(logits)} of the logits that it"
@@ -274,7 +275,7 @@ class TopK(Target):
         student = wide.gather(-1, self.indices)
         if self.indices.shape[-1] == z.shape[-1]:
             return student, self.log_probs.to(dtype)
-        others = _log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
+        others = log_sum_exp(wide.scatter(-1, self.indices, -math.inf))
         return torch.cat([student, others], -1), self.outcome_log_probs(z.shape[-1], dtype, others == -math.inf)
 
     def uniform_over(self, z: Rows) -> Tensor:  # noqa: D102
@@ -352,7 +353,7 @@ def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Column:
     return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
 
 
-def _log_sum_exp(z: Rows) -> Column:
+def log_sum_exp(z: Rows) -> Column:
     """Return the log-sum-exp, with derivatives of 0 for a row of −inf only, where torch's second one is NaN."""
     top = z.detach().amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
