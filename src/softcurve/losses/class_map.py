@@ -293,7 +293,7 @@ def without_offset(z: Rows) -> Rows:
 
 def _require_groups(name: str, groups: object) -> Tensor:
     """Return the group of each class as int64."""
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8)
     if not isinstance(groups, Tensor) or groups.dtype not in integers:
         raise TypeError(
             f"ClassMap {name} must be a tensor of integers, the group of each class, got {checks.describe(groups)}; "

@@ -102,7 +102,7 @@ class LinearTeacher(Target):
                 raise
             raise ValueError(
                 f"{error}; if the classes differ, say by LinearTeacher(..., classes=) which of the teacher's are the "
-                "model's, −1 for one that it lacks"
+                "model's, −1 for one that it lacks, or group the classes of both by softcurve.ClassMap"
             ) from None
 
     def require_values(self, classes: int, counted: Flags | None) -> None:
