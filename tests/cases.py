@@ -118,7 +118,7 @@ def _chosen(classes: int) -> Tensor:
 
 OTHER_TEACHER = Kind(
     "LinearTeacher of other classes",
-    lambda rows, classes, _: (*_teacher(rows, classes, _)[:1], _logits(classes + 3, 3) / 2, _logits(classes + 3) / 2),
+    lambda rows, classes, _: (torch.randn(*rows, 3, dtype=torch.float64), *_teacher(rows, classes + 3, _)[1:]),
     lambda _, e, w, b: softcurve.LinearTeacher(e, w, b, softcap=2.0, scale=0.6, classes=_chosen(len(w) - 3)),
     lambda z, _, e, w, b: (2 * torch.tanh(0.6 * F.linear(e, w, b) / 2))[..., _chosen(z.shape[-1])],
     tiles=6,

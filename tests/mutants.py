@@ -98,7 +98,7 @@ MUTANTS = [
            "total=self.total * kept,", "total=self.total,",
            "test_conformance.py -k temperature_without"),
     Mutant("list-smoothing", "the listed classes keep their share of label smoothing in the residual", "head/sparse.py",
-           "listed = listed - weight.unsqueeze(-1) * self.share", "listed = listed - 0.0 * self.share",
+           "listed = listed - weight.unsqueeze(-1) * self._share_factor() * self._unless_excluded(self.share)", "listed = listed - 0.0 * self.share",
            "test_conformance.py -k 'everything_at_once and head-cross_entropy'"),
     Mutant("list-direct", "e^z is summed without a shift, however small the logits", "head/aten/sparse.py",
            "DIRECT = (0.0, 30.0)", "DIRECT = (-1e9, 30.0)", "test_exactness.py -k 'test_offset and index'"),

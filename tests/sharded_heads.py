@@ -355,6 +355,40 @@ def own_members(mesh: DeviceMesh) -> Cases:
             yield f"own member, {kind}, {budget}: derivatives", distance(sharded, alone), 1e-10
 
 
+def statistics_and_distillation(mesh: DeviceMesh) -> Cases:
+    """Statistics of a sharded softmax, of rows sure of a class too, and labels beside a teacher; whole and cut."""
+    generator = torch.Generator().manual_seed(8)
+    x, w, t = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 5), (90, 5), (6, 90)))
+    x[:3] *= 20
+    index, labels = t.topk(3).indices, torch.tensor([0, 89, -100, 45, 7, 31])
+    temperature = torch.rand(6, generator=generator, dtype=torch.float64) + 0.5
+
+    def statistics(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
+        found = softcurve.linear_log_probs(x, w, index, temperature=temperature, memory_budget=budget)
+        assert found.log_probs is not None
+        columns = torch.stack([whole(part) for part in found[1:]], -1)
+        return (torch.cat([whole(found.log_probs), columns], -1).sin()).sum(-1)
+
+    def distillation(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
+        options: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "entropy_bonus": 0.1, "label_smoothing": 0.1}
+        return softcurve.linear_distillation(
+            x, w, labels, softcurve.Logits(t), divergence=softcurve.ReverseKL(), reduction="none",
+            memory_budget=budget, **options,
+        )  # fmt: skip
+
+    for function in (statistics, distillation):
+        for budget in (None, 8 * 6000):
+            results = []
+            by_rows = distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()])
+            for features, weight in ((x, w), (x, distribute_tensor(w, mesh, [Shard(0)])), by_rows):
+                leaves = features.detach().requires_grad_(), weight.detach().requires_grad_()
+                value = function(*leaves, budget)
+                results.append([whole(value).detach(), *(whole(each).detach() for each in derivatives(value, leaves))])
+            for number, (alone, *sharded) in enumerate(zip(*results, strict=True)):
+                for layout, found in zip(("classes", "rows"), sharded, strict=True):
+                    yield f"{function.__name__}, {layout}, {budget}: {number}", distance(found, alone), 1e-10
+
+
 def wide_heads(mesh: DeviceMesh, rows: int | None = None) -> Cases:
     """A weight of low rank, and chosen classes of a teacher whose weight is plain; ``rows``: the mesh's dimension."""
     generator = torch.Generator().manual_seed(6)
@@ -401,6 +435,7 @@ def main() -> Cases:
         yield from half_precision(mesh)
         yield from own_members(mesh)
     yield from wide_heads(mesh)
+    yield from statistics_and_distillation(mesh)
     if mesh.size() == 4:
         yield from wide_heads(init_device_mesh("cpu", (2, 2)), rows=0)
 

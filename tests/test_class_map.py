@@ -149,6 +149,29 @@ def test_value_and_both_derivatives_equal_those_of_grouped_probabilities(setting
             assert_same(got, right, f"{route}: derivative {n}", bound=1e-9)
 
 
+def test_excluded_classes_are_those_of_the_model() -> None:
+    """Also all of a group of one class, which then has no mass; the teacher's classes stay as they are."""
+    class_map, (made, of_teacher, logits) = map_of("bucket"), teacher_of("logits", (6,))
+    x, w = torch.randn(6, 4, dtype=F64), torch.randn(STUDENT, 4, dtype=F64)
+    leaves = tuple(leaf.requires_grad_() for leaf in (x, w, *of_teacher))
+    exclude = torch.tensor([[1, 7], [7, -1], [-1, -1], [4, 5], [0, 0], [2, 3]])
+    masked = torch.zeros(6, STUDENT + 1, dtype=torch.bool).scatter(1, exclude % (STUDENT + 1), True)[:, :-1]
+    target = class_map.target(made(*of_teacher))
+    for name in ("js", "alpha"):
+        divergence, rows_of = DIVERGENCES[name]
+        p = grouped((x @ w.T).masked_fill(masked, -math.inf), class_map.of_student, class_map.count)
+        truth = rows_of(grouped(logits(*of_teacher), class_map.of_teacher, class_map.count), p).mean()
+        expected = derivatives(truth, leaves)
+        given = {"divergence": divergence, "exclude": exclude}
+        for value in (
+            softcurve.linear_divergence(x, w, target, **given),
+            softcurve.divergence(target, x @ w.T, **given),
+        ):
+            assert_same(value, truth)
+            for got, right in zip(derivatives(value, leaves), expected, strict=True):
+                assert_same(got, right, bound=1e-9)
+
+
 def test_distillation() -> None:
     """Beside labels and an entropy, which see the model's classes without the temperature."""
     class_map, (made, of_teacher, logits) = map_of("ragged"), teacher_of("head", (6,))

@@ -148,3 +148,14 @@ def test_errors(named: dict[str, Any], error: type[Exception], message: str) -> 
     given: dict[str, Any] = {"target": torch.tensor([0, 1]), "teacher": Logits(torch.zeros(2, 9)), "alpha": 0.5} | named
     with pytest.raises(error, match=message):
         softcurve.linear_distillation(torch.randn(2, 3), torch.randn(9, 3), **given)
+
+
+def test_the_module_is_the_function_with_its_options() -> None:
+    options = {"alpha": 0.3, "temperature": 2.0, "entropy_bonus": 0.1, "divergence": ReverseKL(), "reduction": "none"}
+    module = softcurve.nn.LinearDistillationLoss(3, 9, bias=True, **options)
+    x, target, teacher = torch.randn(2, 3), torch.tensor([0, 1]), Logits(torch.randn(2, 9))
+    head = {"linear_bias": module.linear.bias, "sample_weight": torch.tensor([0.5, 2.0])}
+    expected = softcurve.linear_distillation(x, module.linear.weight, target, teacher, **head, **options)
+    assert torch.equal(module(x, target, teacher, sample_weight=head["sample_weight"]), expected)
+    with pytest.raises(ValueError, match="alpha must be"):
+        softcurve.nn.LinearDistillationLoss(3, 9, alpha=2.0)

@@ -19,6 +19,7 @@ from .spawned import run_program
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "categorical_vae.py"
 LAPLACE, INFLUENCE = (ROOT / "examples" / f"{name}_digits.py" for name in ("laplace", "influence"))
+CONTRASTIVE = ROOT / "examples" / "contrastive.py"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -232,3 +233,41 @@ def test_of_digits_bad_arguments_are_explained(script, arguments, said, tmp_path
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# --- contrastive -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+def test_contrastive_features_are_better_than_untrained_ones(run):
+    """A short run: the losses agree, the streamed one takes less memory, and learning helps the probe."""
+    done = run("--steps", "60", "--batch", "128", "--largest", "4096", script=CONTRASTIVE)
+    figures = done.figures()
+    assert all(map(math.isfinite, numbers(figures)))
+    assert done.out.read_bytes().startswith(PNG)
+    first, last = figures["loss"]
+    assert first == pytest.approx(math.log(2 * 128 - 1), abs=0.2)
+    assert last < first - 1
+    streamed, dense = figures["measured"]["streamed"], figures["measured"]["dense"]
+    for views, one in dense.items():
+        assert streamed[views]["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    # The similarities of 4096 views take 64 MB, of which the dense loss holds several.
+    assert dense["4096"]["mb"] > 3 * 64 > 64 > streamed["4096"]["mb"]
+    learned, untrained = (figures["accuracy"][f"{name} features"] for name in ("learned", "untrained"))
+    assert all(a > b for a, b in zip(learned, untrained, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batch", "1"), "--batch: must be from 2 to 1400, got 1"),
+        (("--largest", "1000"), "--largest: must be at least 1024, got 1000"),
+    ],
+)
+def test_bad_arguments_of_the_contrastive_example(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(CONTRASTIVE), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(CONTRASTIVE), run_name="__main__")
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from softcurve import curvature, functional, nn, reference, typing
 from softcurve.chain import ChainRule, chain_rule
+from softcurve.contrastive import contrastive_loss
 from softcurve.extras import installed as _installed
 from softcurve.extras import needed as _needed
 from softcurve.functional import (
@@ -57,10 +58,10 @@ __all__ = [
     "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
     "JensenShannon",
     "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
-    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "chain_rule", "cross_entropy", "curvature", "divergence",
-    "entropy", "functional", "js_divergence", "kl_divergence", "linear_cross_entropy", "linear_distillation",
-    "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "linear_log_probs", "nn", "reference",
-    "softmax_jacobian", "softmax_jacobian_product", "typing",
+    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "chain_rule", "contrastive_loss", "cross_entropy", "curvature",
+    "divergence", "entropy", "functional", "js_divergence", "kl_divergence", "linear_cross_entropy",
+    "linear_distillation", "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "linear_log_probs",
+    "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

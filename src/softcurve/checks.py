@@ -212,6 +212,31 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
         raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {int(indices[outside][0])}")
 
 
+def require_exclude(exclude: object, rows: Sequence[int], classes: int) -> Tensor | None:
+    """Return the classes that each row leaves out, ``(*rows, k)`` in int64, or ``None`` if there are none."""
+    if exclude is None:
+        return None
+    require_tensor("exclude", exclude)
+    assert isinstance(exclude, Tensor)
+    if exclude.is_floating_point() or exclude.dtype == torch.bool:
+        raise TypeError(
+            f"exclude must hold class indices (int64), got {exclude.dtype}; a mask of classes gives them by "
+            "torch.where(mask, torch.arange(C), -1)"
+        )
+    if exclude.ndim == 0 or tuple(exclude.shape[:-1]) != tuple(rows):
+        remedy = "; one class a row is exclude.unsqueeze(-1)" if tuple(exclude.shape) == tuple(rows) else ""
+        raise ValueError(
+            f"exclude must be of shape {tuple(rows)} + (k,), k classes a row, got {describe(exclude)}{remedy}"
+        )
+    if values_visible(exclude) and exclude.numel():
+        least, most = (int(bound) for bound in exclude.aminmax())
+        if least < -1 or most >= classes:
+            raise ValueError(
+                f"exclude must hold classes in 0 … {classes - 1}, or -1 for none, got {least if least < -1 else most}"
+            )
+    return exclude.long() if exclude.shape[-1] else None
+
+
 def outside_classes(indices: Tensor, classes: int) -> Tensor:
     """Return where an index names no class."""
     return (indices < 0) | (indices >= classes)

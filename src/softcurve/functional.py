@@ -23,7 +23,7 @@ from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
 from softcurve.losses.spec import LogitMap, LossSpec
-from softcurve.losses.targets import Logits, Target, TopK, uniform_over_unmasked
+from softcurve.losses.targets import Logits, Target, TopK, excluded_mask, uniform_over_unmasked
 from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
 
@@ -42,6 +42,7 @@ def cross_entropy(
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Float[Tensor, "*rows"] | None = None,
     ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced, but exact where this cancels.
 
@@ -64,6 +65,11 @@ def cross_entropy(
             row; or ``"batchmean"``, the sum over ``logits.shape[0]``, 1 for a single row. A divisor of 0 gives NaN with
             gradient 0.
         base: The base of the logarithm; 2 for bits.
+        exclude: ``(..., k)``: class indices that have no part in the softmax of their row, such as the items that a
+            user has already seen; −1 and repeated indices fill rows that exclude fewer. They are classes of logit −inf:
+            without probability, gradient and share of the label smoothing. The softmax of a target given by ``Logits``
+            or a ``LinearTeacher`` leaves them out too. Class indices, probabilities and a ``TopK`` state what mass the
+            target has; the loss is ``+inf`` if an excluded class has some.
 
     Returns:
         The loss in float32, or float64 if ``logits`` or a distribution are float64. torch returns the loss of
@@ -85,13 +91,17 @@ def cross_entropy(
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)
     sample_weight = _checked_weight(sample_weight, logits.shape[:-1], "logits")
+    mask = excluded_mask(checks.require_exclude(exclude, logits.shape[:-1], classes), classes)
+    logits = _masked(logits, mask)
     dtype, mean_weight = logits.dtype, sample_weight
     if isinstance(target, Target):
         dtype = torch.promote_types(dtype, target.dtype)
-        if isinstance(target, TopK):
+        if mask is not None or isinstance(target, TopK):
             target.require_fit(logits.shape)
+        if isinstance(target, TopK):
             logits = _cleared(logits, sample_weight)
-        rows = _against_distribution(row_loss, logits, target.checked(sample_weight, classes), weight, loss.smoothing)
+        target = target.checked(sample_weight, classes).excluding(mask, checks.wide_dtype(dtype))
+        rows = _against_distribution(row_loss, logits, target, weight, loss.smoothing)
     else:
         checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
         labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
@@ -140,6 +150,7 @@ def _densified(smoothing: float, logits: Tensor, labels: Labels, weight: Tensor 
 def kl_divergence(
     p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``, ``D(P‖Q) ≥ 0``, reduced.
 
@@ -159,6 +170,8 @@ def kl_divergence(
             as in ``torch.nn.functional.kl_div``, whose own ``"mean"`` divides by the number of entries. A divisor of 0
             gives NaN with gradient 0.
         base: The base of the logarithm; 2 for bits.
+        exclude: ``(..., k)``: class indices that have no part in a row's softmax, on neither side, as in
+            :func:`cross_entropy`. ``Probabilities`` and a ``TopK`` keep the mass that they state.
 
     Raises:
         TypeError, ValueError: As in :func:`cross_entropy`.
@@ -168,12 +181,14 @@ def kl_divergence(
 
     Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``, ``h(t) = e^t − 1 − t ≥ 0``.
     """
-    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
+    reducer = Reduction.of(reduction, base)
+    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), reducer, exclude)
 
 
 def js_divergence(
     p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``, reduced.
 
@@ -187,13 +202,14 @@ def js_divergence(
     Source: Lin (1991), "Divergence measures based on the Shannon entropy", with weights ``beta`` and ``1 − beta``.
     """
     divergence = divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0))
-    return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), Reduction.of(reduction, base))
+    reducer = Reduction.of(reduction, base)
+    return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), reducer, exclude)
 
 
 def divergence(
     target: Tensor | Target, logits: Tensor | Target, *, divergence: Divergence,
     sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
-    base: Number = math.e,
+    base: Number = math.e, exclude: Tensor | None = None,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return a divergence ``D(y, p) = Σ_k φ(p_k, y_k)`` between a target ``y`` and ``p = softmax(logits)``, reduced.
 
@@ -218,14 +234,15 @@ def divergence(
         if isinstance(logits, Target):
             raise TypeError(f"logits must be a tensor for a cross-entropy, got {type(logits).__name__}")
         return cross_entropy(
-            logits, target, sample_weight=sample_weight, temperature=temperature, reduction=reduction, base=base
-        )
-    return _divergence(divergence, target, logits, sample_weight, logit_map, reducer, names=("target", "logits"))
+            logits, target, sample_weight=sample_weight, temperature=temperature, reduction=reduction, base=base,
+            exclude=exclude,
+        )  # fmt: skip
+    return _divergence(divergence, target, logits, sample_weight, logit_map, reducer, exclude, ("target", "logits"))
 
 
 def _divergence(
     divergence: Divergence, p: Tensor | Target, q: Tensor | Target, sample_weight: Tensor | None, logit_map: LogitMap,
-    reducer: Reduction, names: tuple[str, str] = ("p", "q"),
+    reducer: Reduction, exclude: Tensor | None, names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a list or groups can be the target only."""
     target, model = _as_logits(names[0], p), _as_logits(names[1], q)
@@ -240,6 +257,8 @@ def _divergence(
             _warn_of_probabilities(name, side, sample_weight)
     wide = checks.wide_dtype(dtype)
     z = _logits_of(model, sample_weight, wide)
+    mask = excluded_mask(checks.require_exclude(exclude, z.shape[:-1], z.shape[-1]), z.shape[-1])
+    z = z if model.states_mass else _masked(z, mask)
     if isinstance(target, TopK):
         target.require_fit(z.shape)
         z = _cleared(z, sample_weight)
@@ -256,10 +275,16 @@ def _divergence(
                 f"{names[0]} and {names[1]} must have one shape (..., C), "
                 f"got {tuple(y.shape)} and {tuple(z.shape)}{remedy or '; expand the smaller one'}"
             )
+        y = y if target.states_mass else _masked(y, mask)
     if not logit_map.is_identity:
         y, _ = logit_map.shifted_value(y.to(wide))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), z, y)
     return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: y, names[1]: z})
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Return logits with −inf at the classes that a row excludes."""
+    return logits if mask is None else torch.where(mask, -math.inf, logits)
 
 
 def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:

@@ -43,6 +43,7 @@ class LinearDivergenceOptions(TypedDict, total=False):
     reduction: ReductionKind
     base: Number
     shift: Integer
+    exclude: Tensor | None
     memory_budget: Integer | None
 
 
@@ -76,7 +77,8 @@ def linear_cross_entropy(
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
     ignore_index: Integer | None = None, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
@@ -95,6 +97,8 @@ def linear_cross_entropy(
         reduction: As in :func:`softcurve.cross_entropy`; ``"none"`` computes the logits once more in the backward pass.
         shift: ``s`` compares position ``i`` with the target of ``i + s`` along the last dimension of rows: 1 for a
             causal language model whose targets are its inputs. The last ``s`` positions do not contribute.
+        exclude: ``(..., k)``: class indices that have no part in a row's softmax, and −1 where a row has fewer; as in
+            :func:`softcurve.cross_entropy`. ``shift`` moves it together with the target.
         memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         return_stats: Also return :class:`LossStats`, from the same pass; a gradient of its log-sum-exp or entropy takes
             one more.
@@ -120,13 +124,13 @@ def linear_cross_entropy(
     loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
         problems, rows = _problems_by_position(
-            loss, input, linear_weight, target, linear_bias, sample_weight, shift, weight=weight,
+            loss, input, linear_weight, target, linear_bias, sample_weight, shift, exclude, weight=weight,
             ignore_index=ignore_index,
         )  # fmt: skip
         return _by_position(problems, rows, reducer, memory_budget, return_stats)
     problem = head_problem(
         loss, input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
-        ignore_index=ignore_index, shift=shift,
+        ignore_index=ignore_index, shift=shift, exclude=exclude,
     )  # fmt: skip
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
@@ -151,7 +155,8 @@ def linear_kl_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, direction: KLDirection = "forward",
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``kl_divergence(target, linear(input, linear_weight, linear_bias))``, or the reverse, without the logits.
@@ -178,7 +183,8 @@ def linear_kl_divergence(
     return linear_divergence(
         input, linear_weight, target, divergence=divergence_of(f"{direction}_kl"),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
-        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+        reduction=reduction, base=base, shift=shift, exclude=exclude, memory_budget=memory_budget,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -202,7 +208,8 @@ def linear_js_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, beta: Number = 0.5,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``js_divergence(target, linear(input, linear_weight, linear_bias), beta=beta)`` without the logits.
@@ -218,7 +225,8 @@ def linear_js_divergence(
     return linear_divergence(
         input, linear_weight, target, divergence=divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0)),
         linear_bias=linear_bias, sample_weight=sample_weight, temperature=temperature, softcap=softcap,
-        reduction=reduction, base=base, shift=shift, memory_budget=memory_budget, return_stats=return_stats,
+        reduction=reduction, base=base, shift=shift, exclude=exclude, memory_budget=memory_budget,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -242,7 +250,8 @@ def linear_divergence(
     input: Features, linear_weight: HeadWeight, target: Tensor | Target, *, divergence: Divergence,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None,
     temperature: Number = 1.0, softcap: Number | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
-    shift: Integer = 0, memory_budget: Integer | None = None, return_stats: bool = False,
+    shift: Integer = 0, exclude: Tensor | None = None, memory_budget: Integer | None = None,
+    return_stats: bool = False,
 ) -> Loss | tuple[Loss, LossStats]:
     # fmt: on
     """Return ``divergence(target, linear(input, linear_weight, linear_bias), ...)`` without holding the logits.
@@ -266,13 +275,14 @@ def linear_divergence(
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight,
             temperature=temperature, softcap=softcap, reduction=reduction, base=base, shift=shift,
-            memory_budget=memory_budget, return_stats=return_stats,
+            exclude=exclude, memory_budget=memory_budget, return_stats=return_stats,
         )  # fmt: skip
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(divergence, reducer, temperature, softcap)
     problem = head_problem(
-        loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift
-    )
+        loss, input, linear_weight, target, linear_bias=linear_bias, sample_weight=sample_weight, shift=shift,
+        exclude=exclude,
+    )  # fmt: skip
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
@@ -281,7 +291,8 @@ def linear_distillation(
     divergence: Divergence = FORWARD_KL, temperature: Number = 1.0, entropy_bonus: Number = 0.0,
     linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None, ignore_index: Integer | None = None,
     label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0, memory_budget: Integer | None = None,
+    reduction: ReductionKind = "mean", base: Number = math.e, exclude: Tensor | None = None, shift: Integer = 0,
+    memory_budget: Integer | None = None,
 ) -> Loss:  # fmt: skip
     """Return the loss of a student of labels and of a teacher, from one product with the student's weight.
 
@@ -327,7 +338,8 @@ def linear_distillation(
     beside = Beside((1 - share) * loss.temperature**2, share, bonus, of_labels.smoothing, of_labels.z_loss)
     problem = head_problem(
         replace(loss, beside=beside), input, linear_weight, teacher, linear_bias=linear_bias,
-        sample_weight=sample_weight, ignore_index=ignore_index, shift=shift, labels=require_labels(target),
+        sample_weight=sample_weight, ignore_index=ignore_index, shift=shift, exclude=exclude,
+        labels=require_labels(target),
     )  # fmt: skip
     result = problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats=False)
     assert isinstance(result, Tensor)
@@ -378,7 +390,7 @@ def linear_log_probs(
 
 def _problems_by_position(
     loss: LossSpec, input: Tensor, linear_weight: Tensor, target: Tensor | Target, linear_bias: Tensor | None,
-    sample_weight: Tensor | None, shift: int, **options: Any,
+    sample_weight: Tensor | None, shift: int, exclude: Tensor | None, **options: Any,
 ) -> tuple[list[HeadProblem], tuple[int, ...]]:  # fmt: skip
     """Return the problem at each position ``d_1 … d_K`` of a weight ``(C, d_1, …, d_K, d)``, and the shape of rows."""
     target, rows = _require_positions(input, linear_weight, target, linear_bias, shift)
@@ -387,6 +399,8 @@ def _problems_by_position(
     if sample_weight is not None:
         checks.require_rows("sample_weight", sample_weight, rows, "the target")
         by_position["sample_weight"] = sample_weight.flatten(1)
+    excluded = checks.require_exclude(exclude, rows, classes=len(linear_weight))
+    by_position["exclude"] = None if excluded is None else excluded.flatten(1, -2)
     input = checks.widened(input)  # so that the sum of its gradients over the positions is rounded once
     problems = []
     for i, weight in enumerate(linear_weight.flatten(1, -2).unbind(1)):

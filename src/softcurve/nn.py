@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from softcurve import checks, functional, linear
+from softcurve import checks, contrastive, functional, linear
 from softcurve.array_types import Float, Rows, Values
 from softcurve.head.problem import LossStats, require_budget, require_shift
 from softcurve.losses.divergences import Divergence, divergence_of
@@ -19,8 +20,9 @@ from softcurve.losses.targets import Target
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 __all__ = [
-    "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss", "LinearCrossEntropyLoss",
-    "LinearDivergenceLoss", "LinearJSDivergenceLoss", "LinearKLDivergenceLoss",
+    "ContrastiveLoss", "CrossEntropyLoss", "DivergenceLoss", "JSDivergenceLoss", "KLDivergenceLoss",
+    "LinearCrossEntropyLoss", "LinearDistillationLoss", "LinearDivergenceLoss", "LinearJSDivergenceLoss",
+    "LinearKLDivergenceLoss",
 ]  # fmt: skip
 
 
@@ -30,10 +32,12 @@ def __dir__() -> list[str]:
 
 # The options of all losses; each check returns a Python value.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
+    "alpha": lambda alpha: checks.require_between("alpha", alpha, 0.0, 1.0),
     "base": checks.require_base,
     "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
     "direction": lambda direction: checks.require_choice("direction", direction, ("forward", "reverse")),
     "divergence": divergence_of,
+    "entropy_bonus": lambda bonus: checks.require_between("entropy_bonus", bonus, 0.0, math.inf),
     "ignore_index": lambda index: None if index is None else resolve_ignore_index(index),
     "label_smoothing": lambda smoothing: checks.require_between("label_smoothing", smoothing, 0.0, 1.0),
     "memory_budget": require_budget,
@@ -78,9 +82,14 @@ class CrossEntropyLoss(_Loss):
         super().__init__(locals())
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
+    def forward(
+        self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None,
+        exclude: Tensor | None = None,
+    ) -> linear.Loss:  # fmt: skip
         """See :func:`softcurve.cross_entropy`."""
-        return functional.cross_entropy(logits, target, weight=self.weight, sample_weight=sample_weight, **self.options)
+        return functional.cross_entropy(
+            logits, target, weight=self.weight, sample_weight=sample_weight, exclude=exclude, **self.options
+        )
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -89,9 +98,12 @@ class CrossEntropyLoss(_Loss):
 class _DivergenceLoss(_Loss):
     """Base class of the divergences between two distributions."""
 
-    def forward(self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Values | None = None) -> linear.Loss:
+    def forward(
+        self, p: Tensor | Target, q: Tensor | Target, *, sample_weight: Values | None = None,
+        exclude: Tensor | None = None,
+    ) -> linear.Loss:  # fmt: skip
         """Return the divergence from target ``p`` to model ``q``; see the function of the class."""
-        loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, **self.options)
+        loss: Tensor = type(self)._function(p, q, sample_weight=sample_weight, exclude=exclude, **self.options)
         return loss
 
     if TYPE_CHECKING:
@@ -150,21 +162,21 @@ class _LinearLoss(_Loss):
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: Literal[False] = False,
+        exclude: Tensor | None = None, return_stats: Literal[False] = False,
     ) -> linear.Loss: ...
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: Literal[True],
+        exclude: Tensor | None = None, return_stats: Literal[True],
     ) -> tuple[linear.Loss, LossStats]: ...
     @overload
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: bool,
+        exclude: Tensor | None = None, return_stats: bool,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]: ...
     def forward(
         self, input: linear.Features, target: Tensor | Target, *, sample_weight: Tensor | None = None,
-        return_stats: bool = False,
+        exclude: Tensor | None = None, return_stats: bool = False,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]:
         # fmt: on
         """Return the loss, and :class:`~softcurve.LossStats` if ``return_stats``; see the function of the class."""
@@ -173,7 +185,7 @@ class _LinearLoss(_Loss):
         result: Tensor | tuple[Tensor, LossStats] = type(self)._function(
             input, self.linear.weight.reshape(*shape, -1), target,
             linear_bias=None if bias is None else bias.reshape(shape), sample_weight=sample_weight,
-            return_stats=return_stats, **weight, **self.options,
+            exclude=exclude, return_stats=return_stats, **weight, **self.options,
         )  # fmt: skip
         return result
 
@@ -268,3 +280,95 @@ class LinearDivergenceLoss(_LinearLoss):
         memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
         super().__init__(locals())
+
+
+class LinearDistillationLoss(_LinearLoss):
+    """:func:`softcurve.linear_distillation` with a head ``linear``, that of the student.
+
+    Example:
+        >>> loss = softcurve.nn.LinearDistillationLoss(4, 5, alpha=0.5, temperature=2.0)
+        >>> value = loss(torch.randn(3, 4), torch.tensor([0, 4, 2]), softcurve.Logits(torch.randn(3, 5)))
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, alpha: Number, divergence: Divergence = linear.FORWARD_KL,
+        bias: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        temperature: Number = 1.0, entropy_bonus: Number = 0.0, ignore_index: Integer | None = None,
+        label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
+        reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
+        memory_budget: Integer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(locals())
+
+    def forward(  # type: ignore[override]
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None
+    ) -> linear.Loss:
+        """Return the loss of the labels ``target`` and of the ``teacher``; see the function of the class."""
+        return linear.linear_distillation(
+            input, self.linear.weight, target, teacher, linear_bias=self.linear.bias, sample_weight=sample_weight,
+            **self.options,
+        )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]
+
+
+class ContrastiveLoss(torch.nn.Module):
+    """:func:`softcurve.contrastive_loss` with fixed options and a scale that may be learned.
+
+    Args:
+        scale: The initial scale of the similarities; CLIP's by default.
+        learnable_scale: Whether the logarithm of the scale is the parameter ``log_scale``, as in CLIP.
+        max_scale: The largest scale; a call in training mode clamps the parameter, as open_clip does after each step.
+
+    The other arguments are those of the function.
+
+    Example:
+        >>> loss = softcurve.nn.ContrastiveLoss()
+        >>> value = loss(torch.randn(8, 4), torch.randn(8, 4))
+    """
+
+    log_scale: torch.nn.Parameter | None
+
+    def __init__(
+        self, scale: Number = contrastive.CLIP_SCALE, *, learnable_scale: bool = True, max_scale: Number = 100.0,
+        symmetric: bool = True, normalize: bool = True, reduction: ReductionKind = "mean",
+        memory_budget: Integer | None = None, process_group: ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.initial_scale = checks.require_positive("scale", scale)
+        self.max_scale = checks.require_positive("max_scale", max_scale)
+        if self.initial_scale > self.max_scale:
+            raise ValueError(f"scale must be at most max_scale ({self.max_scale:g}), got {self.initial_scale:g}")
+        log_scale = torch.nn.Parameter(torch.tensor(math.log(self.initial_scale))) if learnable_scale else None
+        self.register_parameter("log_scale", log_scale)
+        checked = {"reduction": reduction, "memory_budget": memory_budget}
+        self.options: dict[str, Any] = {name: _CHECKS[name](value) for name, value in checked.items()}
+        self.options |= {"symmetric": bool(symmetric), "normalize": bool(normalize)}
+        self.process_group = process_group
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The scale of the similarities, ``()``."""
+        return self.initial_scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(
+        self, input: linear.Features, other: linear.Features,
+        target: Tensor | Target | tuple[Tensor | Target, Tensor | Target] | None = None, *,
+        exclude: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> linear.Loss:  # fmt: skip
+        """See :func:`softcurve.contrastive_loss`."""
+        if self.log_scale is not None and self.training:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(self.max_scale))
+        return contrastive.contrastive_loss(
+            input, other, target, scale=self.scale, exclude=exclude, process_group=self.process_group, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options."""
+        options = {"scale": self.initial_scale, "learnable_scale": self.log_scale is not None, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -39,6 +39,7 @@ class HeadCurvature:
         linear_bias: ``(C,)``.
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
         sample_weight: ``(...)``; a factor of each row.
+        exclude: ``(..., k)``; class indices that have no part in a row's softmax, or −1.
 
     The other options are those of :func:`softcurve.linear_cross_entropy` and the other losses. Every result comes from
     streaming passes, and nothing records a graph.
@@ -54,12 +55,12 @@ class HeadCurvature:
         self, input: Float[Tensor, "*rows features"],
         linear_weight: Float[Tensor, "classes features"] | LowRankWeight, target: Tensor | Target, *,
         linear_bias: Float[Tensor, " classes"] | None = None, sample_weight: Tensor | None = None,
-        **options: Unpack[LossOptions],
+        exclude: Tensor | None = None, **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
         if isinstance(linear_weight, Tensor | LowRankWeight) and len(linear_weight.shape) == 2:
             require_classes("linear_weight.shape[0]", linear_weight.shape[0])
         self.losses = HeadLosses.of(**options)
-        problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight)
+        problem = self.losses.problem(input, linear_weight, linear_bias, target, sample_weight, exclude)
         divisor = float(problem.divisor(self.losses.reducer))
         if divisor == 0:
             raise ValueError("target must have a row that counts, got none; see ignore_index and sample_weight")

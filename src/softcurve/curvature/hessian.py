@@ -10,6 +10,7 @@ from softcurve.curvature.network import BatchRows, NetworkOperator, Parts
 from softcurve.head import loop
 from softcurve.head.curvature import add_products
 from softcurve.head.products import Direction
+from softcurve.head.tensors import DIFFERENTIABLE
 from softcurve.losses.rows import HESSIAN
 
 
@@ -45,7 +46,7 @@ class Hessian(NetworkOperator):
     def _add_products(self, rows: BatchRows, columns: Tensor, sums: Sequence[Direction]) -> Sequence[Parts]:
         losses, cotangent = rows.losses, None
         if rows.e.requires_grad:
-            wanted = (True, False, False, False, False, False)
+            wanted = [number == 0 for number in range(DIFFERENTIABLE)]  # in the features alone
             gradient = loop.evaluate(losses.loss, losses.tensors, losses.memory_budget, wanted=wanted).gradients[0]
             assert gradient is not None
             cotangent = self.network.class_share(gradient)

@@ -34,6 +34,8 @@ from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.network import Batch, BatchRows, SplitNetwork, require_reiterable
 from softcurve.head import loop
+from softcurve.head.products import STILL, MapParts
+from softcurve.head.tensors import joined
 from softcurve.records import ShortRepr
 
 
@@ -175,7 +177,7 @@ def _add_gradient(network: SplitNetwork, rows: BatchRows, some: slice, flat: Ten
     t = t._replace(input=t.input[some], target=target, indices=indices, row_weight=t.row_weight[some])
     columns = flat.unsqueeze(0)
     (into,) = sums = network.sums(rows, columns)
-    wanted = (into.input is not None, into.weight is not None, into.bias is not None, False, False, False)
+    wanted = [part is not None for part in joined(MapParts(*into), STILL)]
     in_input, in_weight, in_bias, *_ = loop.evaluate(loss, t, budget, wanted=wanted).gradients
     if into.input is not None and in_input is not None:
         into.input[some] += network.class_share(in_input)
@@ -192,7 +194,7 @@ def _changes(train: SplitNetwork, columns: Float[Tensor, "parameters k"]) -> tup
         total += rows.divisor
         loss, tensors, _, budget = rows.losses
         along = [
-            loop.evaluate(loss, tensors, budget, directions=(*direction, None, None, None), tangents=True).rows
+            loop.evaluate(loss, tensors, budget, directions=joined(MapParts(*direction), STILL), tangents=True).rows
             for direction in train.directions(rows, columns.T.contiguous())[0]
         ]
         weight = tensors.row_weight.unsqueeze(-1)

@@ -108,7 +108,7 @@ class HeadLosses(ShortRepr):
     memory_budget: int | None
 
     @staticmethod
-    @with_options_of(linear_cross_entropy, without=("linear_bias", "sample_weight", "return_stats"))
+    @with_options_of(linear_cross_entropy, without=("linear_bias", "sample_weight", "exclude", "return_stats"))
     def of(
         *, loss: LossName | Divergence = "cross_entropy", beta: Number = 0.5, **options: Unpack[CrossEntropyOptions]
     ) -> HeadLosses:
@@ -134,7 +134,7 @@ class HeadLosses(ShortRepr):
 
     def problem(
         self, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None, target: Tensor | Target,
-        sample_weight: Tensor | None,
+        sample_weight: Tensor | None, exclude: Tensor | None = None,
     ) -> HeadProblem:  # fmt: skip
         """Return the loss of a batch before the reduction; the errors are those of the public loss.
 
@@ -150,6 +150,7 @@ class HeadLosses(ShortRepr):
         return head_problem(
             self.spec, input.detach(), weight.detach(), target, linear_bias=None if bias is None else bias.detach(),
             weight=self.class_weight, sample_weight=sample_weight, ignore_index=self.ignore_index, shift=self.shift,
+            exclude=exclude,
         )  # fmt: skip
 
     def rows(self, problem: HeadProblem) -> RowLosses:

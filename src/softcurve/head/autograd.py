@@ -363,6 +363,10 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
     Features are per row, weights are not; but ``W e + t (Ẇ e + ḃ) = [W, Ẇ, ḃ] [e; t e; t]``, so a derivative along a
     weight is one in more features, with a ``t`` for each row, whose columns of the weight are low-rank columns.
     """
+    if ctx.loss.pairs:
+        raise NotImplementedError(
+            "the losses of single pairs have no second derivative in forward mode; take the derivative of their sum"
+        )
     is_teacher, rows = ctx.loss.target == "teacher", ClassRows(tensors.target_classes)
     of_model, of_target = zip(*(sides(each) for each in (tensors.differentiable, u, v)), strict=True)
     if rows.chosen is not None:  # ḃ is in the order of the classes, and so must be what stands beside it

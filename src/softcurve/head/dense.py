@@ -164,7 +164,8 @@ class DenseKernel(CurvatureKernel):
         weight = self.data.weight.unsqueeze(-1).double()
         numbers = model.numbers(t.score, t.score_rest, t.mean_v, t.top_v)
         numbers += target.numbers(t.target_score, t.target_score_rest, t.target_mean_v, t.target_top_v)
-        numbers += [log_ratio, self._log_sum_exp(), weight]
+        surplus = torch.zeros_like(weight) if self.data.share_surplus is None else self.data.share_surplus
+        numbers += [log_ratio, self._log_sum_exp(), weight, surplus]
         self.numbers = torch.stack(numbers).to(self.data.weight.dtype)
         self.top = torch.stack([torch.where(side.rest < 1, side.top, -1).squeeze(-1) for side in (model, target)])
 
@@ -211,7 +212,7 @@ class DenseKernel(CurvatureKernel):
             out=block.z if block.out is None else block.out, v_out=v if block.v_out is None else block.v_out,
             target_out=block.target_out, target_v_out=block.target_v_out,
             seen=None if data.cuts_classes else block.raw, raw=block.raw, q=block.q, residual=block.residual,
-            class_weight=own, class_share=share,
+            class_weight=own, class_share=share, masks_share=data.share_surplus is not None,
             top=None if self.top is None else self.top - block.classes.start, numbers=self.numbers,
         )  # fmt: skip
 

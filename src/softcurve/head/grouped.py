@@ -54,7 +54,7 @@ class GroupedKernel(Kernel):
         of_groups = dataclasses.replace(
             loss, target="teacher", temperature=1.0, softcap=None, teacher_softcap=None, groups=0
         )
-        rows = dataclasses.replace(data, class_count=loss.groups, held=loss.groups, offset=None)
+        rows = dataclasses.replace(data, class_count=loss.groups, held=loss.groups, offset=None, excluded=None)
         self.inner = make(of_groups, rows, self._again)
         self.sweeps, self.row_factor = self.inner.sweeps, self.inner.row_factor
 

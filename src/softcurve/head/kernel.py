@@ -51,8 +51,25 @@ def class_factors(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | 
     """Return the factors of the classes in the target's own mass and in label smoothing, ``(C,)`` each."""
     if class_weight is None or class_weight.ndim == 1:
         return class_weight, class_weight
-    own, share = class_weight.unbind(0)
+    own, share, *_ = class_weight.unbind(0)
     return own, share
+
+
+def smoothing_of_rows(class_weight: Tensor | None, excluded: Tensor | None) -> tuple[Tensor | None, Tensor | float]:
+    """Return what rows that exclude classes change in label smoothing: a surplus and the mass, ``(rows, 1)``.
+
+    A row that excludes ``n`` of ``C`` unmasked classes smooths the others by ``u = (1 + surplus) ε w / C`` with the
+    surplus ``n / (C − n)``, which is ``None`` if no row excludes any. The mass is ``Σ u / ε``, 1 without class weights.
+    """
+    _, share = class_factors(class_weight)
+    mass = 1.0 if share is None else share.double().mean()
+    if excluded is None or class_weight is None or class_weight.ndim == 1:
+        return None, mass
+    at, there = excluded.clamp(min=0), excluded >= 0
+    share, uniform = class_weight[1].double(), class_weight[2].double()
+    lost = torch.where(there, uniform[at], 0.0).sum(-1, keepdim=True)
+    surplus = lost / (1 - lost)
+    return surplus, (1 + surplus) * (mass - torch.where(there, share[at], 0.0).sum(-1, keepdim=True) / len(share))
 
 
 @dataclass
@@ -64,6 +81,9 @@ class RowData:
     target: Tensor | None = None  # (r, k + 1), of a list
     target_v: Tensor | None = None
     class_weight: Tensor | None = None  # see HeadTensors
+    excluded: Tensor | None = None  # (r, m), counted from ``first``
+    share_surplus: Tensor | None = None  # see smoothing_of_rows
+    share_mass: Tensor | float = 1.0
     wants_target: bool = False
     wants_gradient: bool = False
     wants_stats: bool = False

@@ -11,6 +11,7 @@ tile of rows
 4. products with the weight and the features take the residuals back.
 
 :func:`evaluate` is the loop, of first order or along a direction; :mod:`softcurve.head.autograd` differentiates it.
+A loss of rows and columns (:mod:`softcurve.head.pairs`) walks the tiles twice, because a column ends with the last row.
 :mod:`softcurve.head.curvature` and :mod:`softcurve.head.per_row` walk the same tiles for many columns. Rows of weight
 0 have no part in a gradient and are left out.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from softcurve.head import workspace
 from softcurve.head.kernel import Kernel, Residuals, Statistics
+from softcurve.head.pairs import evaluate_pairs
 from softcurve.head.products import STILL, ClassRows, MapSums, terms_of
 from softcurve.head.tensors import NOTHING, TARGET, Directions, HeadTensors, Wanted, joined, sides
 from softcurve.head.tiles import Tile, Tiles, kept_rows
@@ -49,6 +51,11 @@ def evaluate(
     the rows' losses. Rows of weight 0 have a loss of 0 unless ``all_rows``, statistics or tangents are asked for.
     """
     results = _Results(spec, tensors, wanted, directions is not None, stats=stats)
+    if spec.pairs:
+        everything = slice(0, tensors.input.shape[0])  # a row of weight 0 is still compared with others
+        tiles = Tiles(spec, tensors, budget, everything, wanted, directions)
+        results.rows = evaluate_pairs(tiles, results.add, tangents=tangents).to(results.rows.dtype)
+        return results.outcome()
     kept = kept_rows(tensors.row_weight)
     parts = [(kept, wanted)]
     if isinstance(kept, Tensor):

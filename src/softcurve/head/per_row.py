@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.head.curvature import curvature_tiles
 from softcurve.head.dense import DenseKernel
-from softcurve.head.kernel import class_factors, row_groups
+from softcurve.head.kernel import class_factors, row_groups, smoothing_of_rows
 from softcurve.head.products import WIDENED_ENTRIES
 from softcurve.head.tensors import RowLosses
 from softcurve.head.tiles import Tile
@@ -39,7 +39,11 @@ def row_masses(rows: RowLosses) -> Tensor:
     if not loss.is_cross_entropy or (loss.target == "sparse" and t.target is None):
         return ones
     weights, shares = (None if factors is None else factors.to(ones.dtype) for factors in class_factors(t.class_weight))
-    smoothed = loss.smoothing * (1.0 if shares is None else shares.mean())
+    smoothed: Tensor | float = loss.smoothing * (1.0 if shares is None else shares.mean())
+    if t.excluded is not None and loss.smoothing:
+        smoothed = loss.smoothing * torch.as_tensor(smoothing_of_rows(t.class_weight, t.excluded)[1]).to(ones).squeeze(
+            -1
+        )
     if loss.target == "sparse" and t.target is not None:
         return t.target.to(ones.dtype).sum(-1) + smoothed
     if loss.target == "probabilities" and t.target is not None:

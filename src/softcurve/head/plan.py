@@ -114,11 +114,13 @@ def plan_pass(
         buffers += (spec.teacher_softcap is not None) * (1 + directed)
         if spec.groups:  # the groups of both sides, and what takes changes back through the model's soft cap
             buffers += 2 * (1 + directed) + (directed and spec.softcap is not None)
+        buffers += _copies_target(spec, tensors)
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
         row = (3 + 2 * directed) * width + 32
         if tensors.indices is not None:
             row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
+        row += _excluded_entries(tensors)
         if not in_triton:
             return Needs(buffers, (6 if sparse else 24) + 4 * directed + written, row)
         # No temporaries but a target's gradient and numbers of rows; residuals may have half-precision buffers.
@@ -139,16 +141,27 @@ def plan_pass(
 
 def plan_curvature(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, extra_buffers: int) -> Plan:
     """Plan a pass of second order: ``extra_buffers`` for a column's change, for ``q`` and for the residual."""
-    device, row = tensors.input.device, 5 * _width(spec, tensors) + 64
+    device, row = tensors.input.device, 5 * _width(spec, tensors) + 64 + _excluded_entries(tensors)
     if tensors.indices is not None:
         row += 40 * (tensors.indices.shape[1] + 1)
     buffers = 1 + (spec.target == "teacher") + (spec.softcap is not None) + extra_buffers
+    buffers += _copies_target(spec, tensors)
     budget = 2 * DEFAULT_BUDGET.get(device.type, 2**30) if budget is None else budget
     return make_plan(
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=device,
         needs=Needs(buffers, 6 if spec.target == "sparse" else 24, row), least_pieces=30, least_row_entries=row,
         whole_rows=False, memory_budget=budget,
     )  # fmt: skip
+
+
+def _copies_target(spec: LossSpec, tensors: HeadTensors) -> bool:
+    """Return whether a tile copies the target's logits to mask the classes that its rows exclude."""
+    return spec.target == "logits" and tensors.excluded is not None and not spec.groups
+
+
+def _excluded_entries(tensors: HeadTensors) -> int:
+    """Return what the places of a row's excluded classes occupy: their columns, and the pairs that lie in a block."""
+    return 0 if tensors.excluded is None else 12 * tensors.excluded.shape[1]
 
 
 def _width(spec: LossSpec, tensors: HeadTensors) -> int:

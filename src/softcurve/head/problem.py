@@ -24,6 +24,7 @@ from softcurve.head.sharded import PlainHead, ShardedHead, head_layout
 from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses import targets
 from softcurve.losses.class_map import GroupedTarget
+from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore_index
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.reduction import Reduction, weighted
@@ -80,6 +81,20 @@ class LocalHead:
             return self.class_weight
         share = uniform * self.layout.classes
         return share if self.class_weight is None else share * self.class_weight.to(share.dtype)
+
+    def smoothing_factors(self, excluded: Tensor | None) -> Tensor | None:
+        """Return ``class_weight`` of HeadTensors for a loss with label smoothing."""
+        share = self.share_of_smoothing()
+        if share is self.class_weight and excluded is None:
+            return share
+        dtype, count = self.dtype, self.layout.classes
+        ones = torch.ones(count, dtype=dtype, device=self.input.device)
+        # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
+        factors = [ones if part is None else part.to(dtype) for part in (self.class_weight, share)]
+        if excluded is not None:
+            uniform = self.uniform()
+            factors.append(ones / count if uniform is None else uniform)
+        return torch.stack(factors)
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
 def head_problem(
     loss: LossSpec, input: Tensor, linear_weight: Tensor | LowRankWeight, target: Tensor | Target, *,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | None = None,
+    ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | None = None, exclude: Tensor | None = None,
 ) -> HeadProblem:  # fmt: skip
     """Return the problem of a public call, on the rows and classes of this process.
 
@@ -165,8 +180,9 @@ def head_problem(
     """
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
     layout = head_layout(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight, labels=labels
-    )
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
+        labels=labels, exclude=exclude,
+    )  # fmt: skip
 
     def make() -> HeadProblem:
         class_weight = None if weight is None else layout.full("weight", weight)
@@ -179,9 +195,10 @@ def head_problem(
         if sample_weight is not None:
             row_weight = local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
+        excluded = _local_exclusions(layout, exclude, shift)
         if isinstance(known, Tensor):
             of_rows = local_row_values(layout, "target", known, shift, ignored)
-            return _label_problem(head, loss, of_rows, row_weight, ignored)
+            return _label_problem(head, loss, of_rows, row_weight, ignored, excluded)
         beside: Labels | None = None
         counted = None if sample_weight is None else sample_weight != 0
         if labels is None:
@@ -197,7 +214,7 @@ def head_problem(
         if not isinstance(known, TopK):  # whose own rows are checked where they are made local
             # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
             known.require_values(layout.classes, counted)
-        problem = _distribution_problem(head, loss, known, row_weight)
+        problem = _distribution_problem(head, loss, known, row_weight, excluded)
         return problem if beside is None else _with_labels(problem, beside)
 
     return layout.agreed(make)
@@ -205,11 +222,18 @@ def head_problem(
 
 def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:
     """Add the labels of the terms beside a divergence; their ignored rows are left out of all terms."""
-    share = problem.head.share_of_smoothing() if problem.loss.smooths_labels else None
+    share = problem.head.smoothing_factors(problem.tensors.excluded) if problem.loss.smooths_labels else None
     tensors = problem.tensors._replace(labels=labels.classes.unsqueeze(-1), class_weight=share)
     return dataclasses.replace(
         problem, tensors=tensors, mean_weight=labels.mean_weight, counted=labels.counted, label=labels.classes
     )
+
+
+def pair_problem(input: Tensor, other: Tensor, exclude: Tensor | None) -> HeadProblem:
+    """Return the contrastive loss of pairs ``(n, d)`` in both directions; both lie over processes in one way."""
+    loss = LossSpec(CrossEntropy(), "sparse")
+    problem = head_problem(loss, input, other, torch.arange(len(input), device=input.device), exclude=exclude)
+    return dataclasses.replace(problem, loss=dataclasses.replace(problem.loss, pairs=True))
 
 
 def _require_distribution(target: Tensor | Target) -> Target:
@@ -315,12 +339,32 @@ def local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, m
     checks.require_tensor(name, tensor)
     layout.require_leading(name, tensor.shape, checks.describe(tensor))
     checks.require_rows(name, tensor, layout.leading, "input", layout.classes)
-    if shift:  # The entries ahead may be on another process.
-        if tensor.ndim == 0:
-            raise ValueError("shift must be 0 for a single row, which has no next position")
-        tensor, shift = layout.full(name, tensor), min(shift, tensor.shape[-1])
-        tensor = torch.cat([tensor[..., shift:], torch.full_like(tensor[..., :shift], missing)], -1)
-    return layout.local_rows(tensor).reshape(-1)
+    return layout.local_rows(_moved(layout, name, tensor, shift, missing, dim=-1)).reshape(-1)
+
+
+def _moved(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int, dim: int) -> Tensor:
+    """Return the entries of ``shift`` positions ahead along ``dim``, or ``missing``; they may be on another process."""
+    if not shift:
+        return tensor
+    if tensor.ndim < -dim:
+        raise ValueError("shift must be 0 for a single row, which has no next position")
+    tensor = layout.full(name, tensor)
+    count = tensor.shape[dim]
+    shift = min(shift, count)
+    ahead, before = tensor.narrow(dim, shift, count - shift), tensor.narrow(dim, 0, shift)
+    return torch.cat([ahead, torch.full_like(before, missing)], dim)
+
+
+def _local_exclusions(layout: PlainHead, exclude: Tensor | None, shift: int) -> Tensor | None:
+    """Return the classes that this process's rows exclude, ``(n, k)``: in order, each once, after −1 for none."""
+    exclude = checks.require_exclude(exclude, layout.leading, layout.classes)
+    if exclude is None:
+        return None
+    rows = _flat(layout.local_rows(_moved(layout, "exclude", exclude, shift, -1, dim=-2)))
+    checks.require_exclude(rows, rows.shape[:1], layout.classes)  # now the values of a DTensor are visible
+    in_order = rows.sort(-1).values
+    repeats = torch.cat([torch.zeros_like(in_order[:, :1], dtype=torch.bool), in_order[:, 1:] == in_order[:, :-1]], -1)
+    return torch.where(repeats, -1, in_order).sort(-1).values
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -331,8 +375,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _label_problem(
-    head: LocalHead, loss: LossSpec, target: Tensor, sample_weight: Tensor | None, ignore_index: int
-) -> HeadProblem:
+    head: LocalHead, loss: LossSpec, target: Tensor, sample_weight: Tensor | None, ignore_index: int,
+    excluded: Tensor | None,
+) -> HeadProblem:  # fmt: skip
     """Return the cross-entropy of class indices ``(n,)``."""
     wide = None if head.class_weight is None else head.class_weight.to(head.dtype)
     labels = Labels.of(target, sample_weight, wide, head.layout.classes, ignore_index, head.dtype)
@@ -344,7 +389,7 @@ def _label_problem(
     tensors = HeadTensors(
         **head.tensors | {"target": masses}, indices=labels.classes.unsqueeze(-1),
         row_weight=labels.mean_weight if masses is None else labels.weight,
-        class_weight=head.share_of_smoothing() if loss.smoothing else None,
+        class_weight=head.smoothing_factors(excluded) if loss.smoothing else None, excluded=excluded,
     )  # fmt: skip
     return HeadProblem(
         head, dataclasses.replace(loss, target="sparse", **head.layout.shard), tensors, labels.mean_weight,
@@ -352,20 +397,25 @@ def _label_problem(
     )  # fmt: skip
 
 
-def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None) -> HeadProblem:
+def _distribution_problem(
+    head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None, excluded: Tensor | None
+) -> HeadProblem:
     """Return the loss of a distribution whose rows, classes and values are checked, but which is not localised."""
     if isinstance(target, GroupedTarget):
-        return _grouped_problem(head, loss, target, sample_weight)
+        return _grouped_problem(head, loss, target, sample_weight, excluded)
     layout, class_weight, label = head.layout, head.class_weight, None
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
-    tensors = HeadTensors(**head.tensors, indices=None, row_weight=row_weight, class_weight=class_weight)
+    tensors = HeadTensors(
+        **head.tensors, indices=None, row_weight=row_weight, class_weight=class_weight, excluded=excluded
+    )
     form: TargetForm
     if isinstance(target, TopK):
         local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
         local = local.checked(sample_weight, layout.classes)
-        masses, loss = _list_outcomes(head, loss, local)
-        form, label, class_weight = "sparse", local.most_probable, head.share_of_smoothing() if loss.smoothing else None
+        masses, loss = _list_outcomes(head, loss, local, excluded)
+        form, label = "sparse", local.most_probable
+        class_weight = head.smoothing_factors(excluded) if loss.smoothing else None
         tensors = tensors._replace(target=masses, indices=local.indices)
     else:
         if isinstance(target, LinearTeacher):
@@ -378,11 +428,7 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
             tensors = tensors._replace(target=_flat(layout.local_distributions(values)))
-        share = head.share_of_smoothing() if loss.smoothing else class_weight
-        if share is not None and share is not class_weight:
-            # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
-            in_target = torch.ones_like(share) if class_weight is None else class_weight.to(share.dtype)
-            class_weight = torch.stack([in_target, share])
+        class_weight = head.smoothing_factors(excluded) if loss.smoothing else class_weight
     return HeadProblem(
         head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
         sample_weight, everywhere, sample_weight is not None, label, target.merges_tail,
@@ -390,7 +436,7 @@ def _distribution_problem(head: LocalHead, loss: LossSpec, target: Target, sampl
 
 
 def _grouped_problem(
-    head: LocalHead, loss: LossSpec, target: GroupedTarget, sample_weight: Tensor | None
+    head: LocalHead, loss: LossSpec, target: GroupedTarget, sample_weight: Tensor | None, excluded: Tensor | None
 ) -> HeadProblem:
     """Return the loss of a teacher whose classes, and those of the head, are merged into groups."""
     if isinstance(head.layout, ShardedHead):
@@ -398,7 +444,7 @@ def _grouped_problem(
             "a target of a ClassMap must be compared with a head on one process, got DTensors: a group's classes may "
             "be on several; gather linear_weight by .full_tensor()"
         )
-    problem, map = _distribution_problem(head, loss, target.teacher, sample_weight), target.class_map
+    problem, map = _distribution_problem(head, loss, target.teacher, sample_weight, excluded), target.class_map
     tensors = problem.tensors._replace(groups=map.student.of, target_groups=map.teacher.of)
     return dataclasses.replace(problem, loss=dataclasses.replace(problem.loss, groups=map.count), tensors=tensors)
 
@@ -416,14 +462,14 @@ def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any
     }
 
 
-def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tensor, LossSpec]:
+def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK, excluded: Tensor | None) -> tuple[Tensor, LossSpec]:
     """Return a list over the listed classes and all others, ``(n, k + 1)``, and the loss without its smoothing.
 
     For a cross-entropy the outcomes are smoothed and weighted probabilities, for other divergences logits. Only a list
     of one bucket takes up the smoothing; otherwise the pass spreads it over all classes.
     """
-    uniform = head.uniform() if target.merges_tail else None
-    masked = None if uniform is None else target.uniform_over_outcomes(uniform)[..., -1:] == 0
+    uniform = _uniform_over_outcomes(head, target, excluded) if target.merges_tail else None
+    masked = None if uniform is None else uniform[..., -1:] == 0
     log_probs = target.outcome_log_probs(head.layout.classes, head.dtype, masked)
     if not loss.is_cross_entropy:
         target.require_comparable(loss.divergence, loss.temperature)
@@ -432,9 +478,27 @@ def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK) -> tuple[Tenso
     if smoothing:
         y = (1 - smoothing) * y
     if smoothing and target.merges_tail:
-        each = y.new_full((head.layout.classes,), 1 / head.layout.classes) if uniform is None else uniform
-        y = y + smoothing * target.uniform_over_outcomes(each)
+        if uniform is None:
+            uniform = target.uniform_over_outcomes(y.new_full((head.layout.classes,), 1 / head.layout.classes))
+        y = y + smoothing * uniform
         loss = dataclasses.replace(loss, smoothing=0.0)
     if head.class_weight is not None:
         y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
     return y, loss
+
+
+def _uniform_over_outcomes(head: LocalHead, target: TopK, excluded: Tensor | None) -> Tensor | None:
+    """Return the uniform distribution over the classes that neither the bias masks nor the row excludes.
+
+    It is over the listed classes and all others, ``(n, k + 1)``; ``None`` if every row has every class.
+    """
+    uniform = head.uniform()
+    if excluded is None:
+        return None if uniform is None else target.uniform_over_outcomes(uniform)
+    ones = torch.ones(head.layout.classes, dtype=torch.float64, device=head.input.device)
+    counts = ones if uniform is None else (uniform > 0).double()
+    at = excluded.clamp(min=0)
+    number = counts.sum() - torch.where(excluded >= 0, counts[at], 0.0).sum(-1, keepdim=True)
+    place = torch.searchsorted(excluded, target.indices).clamp(max=excluded.shape[-1] - 1)
+    listed = torch.where(excluded.gather(-1, place) == target.indices, 0.0, counts[target.indices])
+    return (torch.cat([listed, number - listed.sum(-1, keepdim=True)], -1) / number).to(head.dtype)

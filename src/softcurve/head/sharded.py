@@ -24,7 +24,10 @@ from softcurve.losses.targets import Target
 from softcurve.losses.teacher import LinearTeacher
 from softcurve.processes import max_over, named_group
 
-__all__ = ["PlainHead", "ShardedHead", "class_group", "head_layout", "lies_over_processes", "own_classes"]
+__all__ = [
+    "PlainHead", "ShardedHead", "class_group", "dtensors", "from_local", "head_layout", "lies_over_processes",
+    "own_classes", "to_local",
+]  # fmt: skip
 
 T = TypeVar("T")
 

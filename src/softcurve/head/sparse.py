@@ -87,12 +87,16 @@ class SparseKernel(CurvatureKernel):
             self._observe(sums.shift, column + block.classes.start)
             self._observe(top, first)
         if tile.share is not None:
-            share = tile.listed_share()
+            factor, share = self._share_factor(), self._unless_excluded(tile.listed_share())
             self.share = places.update(self.share, tile.share.expand_as(tile.z))
+            mass = tile.share.double().sum()
+            if self.data.excluded is not None:
+                excluded = self._places(block, self.data.excluded)
+                mass = mass - excluded.take(tile.share.expand_as(tile.z)).sum(-1, keepdim=True)
             sums = sums._replace(
-                uniform=sums.uniform + _inner(self.listed - or_zero(sums.shift), share),
-                mass=tile.share.double().sum(),
-                uniform_change=sums.uniform_change + _inner(self.v_listed, share),
+                uniform=factor * (sums.uniform + _inner(self.listed - or_zero(sums.shift), share)),
+                mass=factor * mass,
+                uniform_change=factor * (sums.uniform_change + _inner(self.v_listed, share)),
             )
         shift = torch.maximum(self.unlisted.shift, sums.shift)
         self.unlisted = self.unlisted.shifted(shift).plus(sums.shifted(shift))
@@ -152,7 +156,7 @@ class SparseKernel(CurvatureKernel):
     def losses(self) -> Tensor:  # noqa: D102
         rows = self.row_loss.value(self.coarse, self.target)
         if self.loss.smoothing:
-            rows = rows + self._smoothing_mass() * self.lse - self.unlisted.uniform.squeeze(-1)
+            rows = rows + (self._smoothing_mass() * self.lse.unsqueeze(-1) - self.unlisted.uniform).squeeze(-1)
         return rows
 
     def _coarse_gradient(self, weight: Tensor, wants_target: bool) -> tuple[Tensor, Tensor | None]:
@@ -160,13 +164,20 @@ class SparseKernel(CurvatureKernel):
         gradient, target = self.row_loss.gradient(weight, self.coarse, self.target, (True, wants_target))
         assert gradient is not None
         if self.loss.smoothing:
-            gradient = gradient + (weight * self._smoothing_mass()).unsqueeze(-1) * torch.softmax(self.coarse, -1)
+            gradient = gradient + weight.unsqueeze(-1) * self._smoothing_mass() * torch.softmax(self.coarse, -1)
         return gradient, target
 
     def _smoothing_mass(self) -> Tensor | float:
-        """Return ``U = Σ u``."""
-        weight = self.data.class_weight
-        return self.loss.smoothing if weight is None else self.loss.smoothing * weight.double().mean()
+        """Return ``U = Σ u``, a number or ``(rows, 1)``."""
+        return self.loss.smoothing * self.data.share_mass
+
+    def _share_factor(self) -> Tensor | float:
+        """Return the factor of ``u`` in rows that exclude classes, ``(rows, 1)``: the others have their share."""
+        return 1.0 if self.data.share_surplus is None else 1 + self.data.share_surplus
+
+    def _unless_excluded(self, share: Tensor) -> Tensor:
+        """Return ``u`` of the listed classes, with 0 where a row excludes one, whose logit is −inf."""
+        return share if self.data.share_surplus is None else torch.where(self.raw == NO_MASS, 0.0, share)
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
         gradient, target = self._coarse_gradient(torch.ones_like(self.lse), self.data.target_v is not None)
@@ -184,7 +195,7 @@ class SparseKernel(CurvatureKernel):
         beta = self._per_exponential(gradient[:, -1:])
         listed, listed_v, alpha = gradient[:, :-1], gradient[:, :-1], beta
         if self.loss.smoothing:
-            listed = listed - weight.unsqueeze(-1) * self.share
+            listed = listed - weight.unsqueeze(-1) * self._share_factor() * self._unless_excluded(self.share)
         slope = logit_map.slope(self.raw)
         if self.data.has_direction:
             product, alpha = self._differentiate(weight, gradient)
@@ -197,11 +208,20 @@ class SparseKernel(CurvatureKernel):
             factor = self.row_factor = torch.where(safe, beta, 1.0)
             weight, listed, beta = weight / factor.squeeze(-1), listed / factor, beta / factor
         listed = self._unless_masked(listed * slope)
-        self.rows = SparseResiduals(self.shift, alpha, beta, weight.unsqueeze(-1), listed, listed_v)
+        weight = weight.unsqueeze(-1) * self._share_factor()
+        self.rows = SparseResiduals(self.shift, alpha, beta, weight, listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         tile = self._tile(block)
-        return self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)  # type: ignore[no-any-return]
+        found: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
+        self._clear_excluded(block, found.z)
+        return found
+
+    def _clear_excluded(self, block: Block, residual: Tensor) -> None:
+        """Set the residual of excluded classes to 0, where the smoothing has left ``u``."""
+        if self.data.share_surplus is not None and self.data.excluded is not None:
+            places = self._places(block, self.data.excluded)
+            self.tiles.put(residual, places, residual.new_zeros(places.columns.shape))
 
     def _differentiate(self, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the coarse gradient at the listed classes, and ``α``."""
@@ -213,7 +233,7 @@ class SparseKernel(CurvatureKernel):
         )
         assert product is not None
         if self.loss.smoothing:
-            mass = (weight * self._smoothing_mass()).unsqueeze(-1)
+            mass = weight.unsqueeze(-1) * self._smoothing_mass()
             product = product + mass * softmax.jacobian_product(self.coarse, self.direction)
         return product[:, :-1], self._per_exponential(product[:, -1:] - gradient[:, -1:] * change)
 
@@ -277,10 +297,13 @@ class SparseKernel(CurvatureKernel):
         if block.raw is not None:  # where the listed classes stand as masked ones
             self.tiles.put(block.raw, tile.listed, self.raw)
         if block.residual is not None:
-            factor = self.gradient[:, -1:] * self.inverse
-            self.tiles.form_residual(tile, block.residual, factor)
+            factor, share = self.gradient[:, -1:] * self.inverse, self._share_factor()
+            self.tiles.form_residual(tile, block.residual, factor / share)
+            if self.data.share_surplus is not None:
+                self.tiles.rescale(block.residual, share)
             values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
             self._add_apart(block, block.residual, values)
+            self._clear_excluded(block, block.residual)
 
     def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
@@ -341,21 +364,20 @@ class SparseKernel(CurvatureKernel):
 
     def _places(self, block: Block, classes: Tensor) -> Places:
         """Return where some classes of each row stand in a block."""
-        columns, width = classes - block.classes.start, block.z.shape[-1]
-        if width == self.data.class_count and classes is self.indices:
-            return Places(columns, None)
-        return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
+        if block.z.shape[-1] == self.data.class_count and classes is self.indices:
+            return Places(classes - block.classes.start, None)
+        return Places.of(classes, block.classes)
 
     def _tile(self, block: Block, *, along_column: bool = False) -> SparseTile:
         """Bundle the tensors of a block; ``along_column`` if its ``v`` is the change along a column."""
         share, listed = None, self._places(block, self.indices)
         if self.loss.smoothing:
-            each, (factors, _) = self.loss.smoothing / self.data.class_count, self.data.factors_of(block.classes)
+            each, (_, factors) = self.loss.smoothing / self.data.class_count, self.data.factors_of(block.classes)
             share = block.z.new_full(block.z.shape[1:], each) if factors is None else factors * each
         v = block.v if along_column or self.data.has_direction else None
         return SparseTile(
             block.z, block.raw, v, block.out, block.v_out, block.residual, listed, share, self.loss.logit_map,
-            self.data.cached,
+            self.data.cached, masks_share=self.data.share_surplus is not None,
         )  # fmt: skip
 
 

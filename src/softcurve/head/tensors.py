@@ -35,8 +35,9 @@ class HeadTensors(NamedTuple):
     indices: Tensor | None  # (n, k)
     row_weight: Tensor  # (n,)
     # (C,); or (2, C) where masked classes have no share of label smoothing: in the target's own mass, in the smoothing.
+    # With rows that exclude classes of the smoothing (3, C): also the uniform distribution over the unmasked classes.
     class_weight: Tensor | None
-    excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax; −1 is none
+    excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax, each once; −1 is none
     labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
     target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own

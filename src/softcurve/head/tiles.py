@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from softcurve.head import backends, workspace
+from softcurve.head.aten.sparse import Places
 from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.grouped import GroupedKernel
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits, smoothing_of_rows
 from softcurve.head.plan import plan_curvature, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
 from softcurve.head.sparse import SparseKernel
@@ -65,6 +66,7 @@ class Tiles:
         )
         self.wants_residual = self.columns and self.matrix == HESSIAN
         self.buffers = workspace.Buffers(self.dtype, t.input.device)
+        self.put = backends.kernels("sparse", "triton" if self.in_triton else "aten").put
 
     def __iter__(self) -> Iterator[Tile]:
         if self.count == 0:
@@ -121,13 +123,15 @@ class Tile:
         spec, t, plan, reference = tiles.spec, tiles.tensors, tiles.plan, self.model.reference
         target_v = None if tiles.directions is None else tiles.directions[TARGET]
         listed = spec.lists_classes
-        held = t.weight.shape[0]
+        held, excluded = t.weight.shape[0], None if t.excluded is None else t.excluded[rows]
+        surplus, mass = smoothing_of_rows(t.class_weight, excluded) if spec.smooths_labels else (None, 1.0)
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
             indices=None if t.indices is None else t.indices[rows] - spec.first,
             target=t.target[rows] if listed and t.target is not None else None,
             target_v=target_v[rows] if listed and target_v is not None else None,
             class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
+            excluded=None if excluded is None else excluded - spec.first, share_surplus=surplus, share_mass=mass,
             class_count=spec.class_count(held), first=spec.first, held=held,
             cuts_classes=plan.cuts_classes, cached=plan.cached,
             row_scale=None if t.row_scale is None else t.row_scale[rows].unsqueeze(-1),
@@ -141,7 +145,9 @@ class Tile:
         if spec.beside is None or labels is None:
             return self._kernel(spec, data)
         weight = spec.beside.divergence * data.weight
-        of_divergence = dataclasses.replace(data, weight=weight, class_weight=None, wants_stats=False)
+        of_divergence = dataclasses.replace(
+            data, weight=weight, class_weight=None, share_surplus=None, share_mass=1.0, wants_stats=False
+        )
         main = self._kernel(dataclasses.replace(spec, beside=None), of_divergence)
         return CompositeKernel(spec, data, main, terms_beside(spec, data, labels[self.rows]), self._buffer)
 
@@ -155,7 +161,8 @@ class Tile:
         return self._dense_kernel(spec, data, self.again)
 
     def _dense_kernel(self, spec: LossSpec, data: RowData, again: Callable[[Tensor], Block]) -> Kernel:
-        if not self.tiles.in_triton and FastRows.serves(spec, data):
+        # FastRows would leave every row of an excluded class to the other kernel.
+        if not self.tiles.in_triton and data.excluded is None and FastRows.serves(spec, data):
             masks = self.tiles.masks_target
             return FastRows(spec, data, again=again, scratch=self.tiles.scratch, masks_target=masks)
         return DenseKernel(spec, data)
@@ -204,6 +211,7 @@ class Tile:
     def load(self, classes: slice) -> Block:
         """Compute the logits of a block and their changes, with buffers for what becomes of them."""
         tiles, spec, sides = self.tiles, self.tiles.spec, []
+        excluded = self._excluded(classes)
         for name, map in {"z": self.model, "target": self.teacher}.items():
             if map is None:
                 continue
@@ -212,6 +220,10 @@ class Tile:
             z = map.logits_into(self._buffer(name, here), here)
             if tiles.directions is not None:
                 v = map.change_into(self._buffer(f"{name} v", here), map.along, here)
+            if excluded is not None and (map is self.model or tiles.groups is None):  # a masked logit does not change
+                tiles.put(z, excluded, None)
+                if v is not None:
+                    tiles.put(v, excluded, torch.zeros_like(excluded.columns, dtype=v.dtype))
             if tiles.wants_residuals:
                 half = backends.residual_dtype(spec, map.narrow, map.weight, tiles.dtype)
             if half is not None:
@@ -248,6 +260,11 @@ class Tile:
     def _load_target(self, block: Block) -> None:
         tiles, classes = self.tiles, self.target_classes(block.classes)
         block.target = self._given_target(self.rows, classes)
+        masked = tiles.spec.target == "logits" and tiles.groups is None
+        excluded = self._excluded(classes) if masked else None
+        if excluded is not None:
+            block.target = self._buffer("target", classes).copy_(block.target)  # which may be the caller's
+            tiles.put(block.target, excluded, None)
         if tiles.directions is not None:
             direction = tiles.directions[TARGET]
             moved = torch.zeros_like(block.target) if direction is None else direction[self.rows, classes]
@@ -255,6 +272,11 @@ class Tile:
         if tiles.wants_target:
             block.target_out = torch.empty_like(block.target, dtype=tiles.dtype)
             block.target_v_out = None if tiles.directions is None else torch.empty_like(block.target_out)
+
+    def _excluded(self, classes: slice) -> Places | None:
+        """Return where the classes that the rows exclude stand in a block."""
+        excluded = self.tiles.tensors.excluded
+        return None if excluded is None else Places.of(excluded[self.rows] - self.tiles.spec.first, classes)
 
     def _given_target(self, rows: slice | Tensor, classes: slice) -> Tensor:
         """Return some rows and classes of a target that is given for every class, less its largest logits if known."""
@@ -299,12 +321,14 @@ def kept_rows(weight: Tensor) -> slice | Tensor:
 
 def require_classes(spec: LossSpec, tensors: HeadTensors) -> None:
     """Raise ``IndexError`` for class indices out of range, which a graph or a transform hid from the public call."""
-    indices, classes = tensors.indices, spec.class_count(tensors.weight.shape[0])
-    if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    least, most = (int(bound) for bound in indices.aminmax())
-    if least < 0 or most >= classes:
-        raise IndexError(f"target must hold classes from 0 to {classes - 1}, got {least if least < 0 else most}")
+    classes = spec.class_count(tensors.weight.shape[0])
+    for name, indices, lowest in (("target", tensors.indices, 0), ("exclude", tensors.excluded, -1)):
+        if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
+            continue
+        least, most = (int(bound) for bound in indices.aminmax())
+        if least < lowest or most >= classes:
+            wrong = least if least < lowest else most
+            raise IndexError(f"{name} must hold classes from {lowest} to {classes - 1}, got {wrong}")
 
 
 def _target_tops(loss: LossSpec, tensors: HeadTensors) -> Tensor | None:

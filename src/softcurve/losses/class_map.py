@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import ClassVar, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class ClassMap(ShortRepr):
 
         The losses take it in place of a teacher: ``kl_divergence``, ``js_divergence``, ``divergence``, their
         ``linear_`` forms and ``linear_distillation``. Scale, soft cap and temperature of both sides act on the classes,
-        before they are merged. Model and teacher receive gradients.
+        before they are merged; ``exclude`` leaves out classes of the model alone. Model and teacher receive gradients.
 
         Args:
             teacher: ``Probabilities``, ``Logits``, a ``LinearTeacher`` or a target of your own over ``C_teacher``
@@ -208,6 +208,8 @@ class ClassMap(ShortRepr):
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupedTarget(Target):
     """A teacher whose classes are merged into the groups of a :class:`ClassMap`; see :meth:`ClassMap.target`."""
+
+    states_mass: ClassVar[bool] = True  # classes of the model that a row excludes are none of the teacher's
 
     teacher: Target
     class_map: ClassMap

@@ -6,6 +6,7 @@ operators of :mod:`softcurve.head.operators`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from ast import literal_eval
@@ -117,6 +118,8 @@ class LossSpec:
     classes: int = 0
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
+    # Row i and class i are a pair, whose loss is the mean of the row's and of the column's cross-entropy.
+    pairs: bool = False
     groups: int = 0  # into which the classes of both sides are merged before they are compared; 0: as they are
 
     @staticmethod
@@ -195,17 +198,16 @@ class LossSpec:
 
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
-        options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}"
-        options += f"|{None if self.beside is None else tuple(self.beside)!r}"
-        shard = f"{self.group!r}|{self.first}|{self.classes}"
-        teacher = f"{self.teacher_scale!r}|{self.teacher_softcap!r}|{self.groups}"
-        return f"{self.target}|{options}|{shard}|{teacher}|{self.divergence.encode()}"
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        terms = None if self.beside is None else tuple(self.beside)
+        options = values | {"divergence": None, "beside": terms}
+        return f"{options!r}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 12)
-        values = list(map(literal_eval, options))
-        values[4] = None if values[4] is None else Beside(*values[4])
-        return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]
+        encoded, divergence = text.split("|", 1)
+        options = literal_eval(encoded)
+        beside = None if options["beside"] is None else Beside(*options["beside"])
+        return LossSpec(**options | {"divergence": Divergence.decode(divergence), "beside": beside})

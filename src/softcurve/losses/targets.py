@@ -35,6 +35,9 @@ class Target(ShortRepr, ABC):
     merges_tail = False
     """Whether the outcomes are listed classes and one bucket for all other classes."""
 
+    states_mass: ClassVar[bool] = False
+    """Whether its probabilities are stated, also those of classes that a row excludes; else a softmax makes them."""
+
     _row_field: ClassVar[str] = "values"  # the field whose leading dimensions are those of the rows
     _cut: ClassVar[str] = "target[..., :{classes}]"  # how to leave out classes of the target
     kind: ClassVar[str] = ""  # the name in error messages, by default that of the class
@@ -74,6 +77,12 @@ class Target(ShortRepr, ABC):
     def uniform_over(self, z: Rows) -> Tensor:
         """Return the uniform distribution over the unmasked classes of ``z`` as one over the outcomes."""
         return uniform_over_unmasked(z)
+
+    def excluding(self, mask: Bool[Tensor, "*rows classes"] | None, dtype: torch.dtype) -> Target:
+        """Return the target, whose own softmax leaves out the classes of ``mask``; stated probabilities stay."""
+        if mask is None or self.states_mass:
+            return self
+        return Logits(torch.where(mask, -math.inf, self.logits(dtype)))
 
     def _common_dtype(self, z: Tensor) -> torch.dtype:
         return checks.wide_dtype(z.dtype, self.dtype)
@@ -133,6 +142,8 @@ class Probabilities(Target):
     Raises ``TypeError`` for a dtype that is not floating point. A loss raises ``ValueError`` for negative, unnormalised
     or NaN rows whose sample weight is not 0.
     """
+
+    states_mass: ClassVar[bool] = True
 
     values: Rows
 
@@ -199,6 +210,7 @@ class TopK(Target):
     """
 
     _row_field: ClassVar[str] = "log_probs"
+    states_mass: ClassVar[bool] = True
 
     indices: Int[Tensor, "*rows k"]
     log_probs: Float[Tensor, "*rows k"]
@@ -335,6 +347,15 @@ class TopK(Target):
                 f"temperature must be 1 for a TopK with tail='bucket', got {temperature}: the bucket cannot be "
                 "tempered, its classes being unknown; use tail='renormalize', or log-probabilities of that temperature"
             )
+
+
+def excluded_mask(exclude: Int[Tensor, "*rows k"] | None, classes: int) -> Bool[Tensor, "*rows classes"] | None:
+    """Return which classes each row excludes; −1 is none."""
+    if exclude is None:
+        return None
+    columns = torch.where(exclude < 0, classes, exclude)  # one more column for those that are none
+    mask = exclude.new_zeros((), dtype=torch.bool).expand(*exclude.shape[:-1], classes + 1)
+    return mask.scatter(-1, columns, True)[..., :-1]
 
 
 def uniform_over_unmasked(z: Rows) -> Tensor:

@@ -21,12 +21,12 @@ from softcurve.losses.spec import LossSpec
 
 MODEL, TARGET = range(2)
 
-# Rows of ``DenseTile.numbers``: eight of the model's softmax, the same eight of the target's, and three of the loss.
+# Rows of ``DenseTile.numbers``: eight of the model's softmax, the same eight of the target's, and four of the loss.
 # With S the sum of the scores and u = v − p·v, the entries of a class with more than half of the mass (the "top") are
 # differences that cancel, so the residual and u at the top are sums over the other classes instead.
 OFFSET, LOG_REST, UNIT, SCORE, TOP_RESIDUAL, MEAN_V, TOP_U, CHANGE = range(8)
 SIDE_NUMBERS = 8
-LOG_RATIO, LSE, WEIGHT = range(2 * SIDE_NUMBERS, 2 * SIDE_NUMBERS + 3)
+LOG_RATIO, LSE, WEIGHT, SHARE_SURPLUS = range(2 * SIDE_NUMBERS, 2 * SIDE_NUMBERS + 4)
 
 
 class DenseTile(NamedTuple):
@@ -51,8 +51,9 @@ class DenseTile(NamedTuple):
     residual: Tensor | None = None
     class_weight: Tensor | None = None  # (classes,): the factors of the target's mass, and of label smoothing
     class_share: Tensor | None = None
+    masks_share: bool = False  # whether rows exclude classes of the smoothing: see RowData.share_surplus
     top: Tensor | None = None  # (2, rows): each softmax's class above one half as a column; elsewhere if there is none
-    numbers: Tensor | None = None  # (19, rows, 1), in the dtype of ``z``
+    numbers: Tensor | None = None  # (20, rows, 1), in the dtype of ``z``
 
     @property
     def is_by_logits(self) -> bool:
@@ -185,6 +186,9 @@ def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tens
 def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
     loss, weight, p = tile.loss, tile.class_weight, cache(log_p.exp)
     own, whole = masses(y, loss, tile.class_count, weight, tile.class_share)
+    if tile.masks_share:
+        uniform = masses(torch.zeros_like(y), loss, tile.class_count, weight, tile.class_share)[1]
+        whole = own + torch.where(log_p == -math.inf, 0.0, uniform.mul_(1 + tile.number(SHARE_SURPLUS)))
     model = partial(Side, p, cache(whole.neg), _nothing)
     if tile.is_by_logits:
         score, cross = cache(lambda: -weighted(own, log_p)), cache(own.neg)

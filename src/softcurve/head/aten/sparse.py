@@ -28,6 +28,12 @@ class Places(NamedTuple):
     columns: Tensor  # (rows, k); those that lie outside the tile are clamped to it
     inside: Tensor | None  # (rows, k); None if all lie inside
 
+    @staticmethod
+    def of(classes: Tensor, block: slice) -> Places:
+        """Return where some classes of each row stand in a block; those of other blocks lie outside."""
+        columns, width = classes - block.start, block.stop - block.start
+        return Places(columns.clamp(0, width - 1), (columns >= 0) & (columns < width))
+
     def take(self, tile: Tensor) -> Tensor:
         """Return the entries of ``tile`` at the places in float64, and 0 outside."""
         return self.update(0.0, tile)
@@ -51,6 +57,7 @@ class SparseTile(NamedTuple):
     share: Tensor | None  # (classes,): u of label smoothing
     logit_map: LogitMap
     cached: int  # entries that stay in the cache
+    masks_share: bool = False  # whether a masked class has no share, as one that its row excludes
 
     def row_groups(self) -> Iterator[slice]:
         """Return groups of rows that are small enough to stay in the cache."""
@@ -323,13 +330,15 @@ def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
     share, columns = tile.share, tile.listed.columns
     if share is None:
         return {}
-    masks = bool((share == 0).any())  # a class of weight 0 has no part, also where it is masked
+    masks = tile.masks_share or bool((share == 0).any())  # a class of weight 0 has no part, also where it is masked
     sums = {}
     for name, tensor, less in (("uniform", tile.z, base), ("uniform_change", tile.v, torch.zeros_like(base))):
         if tensor is not None:
             put(tensor, tile.listed, less.expand_as(columns))
             parts = (tensor[rows] - less[rows] for rows in tile.row_groups())
-            inner = [(torch.where(share == 0, 0.0, part) if masks else part) @ share for part in parts]
+            if masks:
+                parts = (torch.where((share == 0) | (tile.masks_share & (p == -math.inf)), 0.0, p) for p in parts)
+            inner = [part @ share for part in parts]
             sums[name] = torch.cat(inner).double().unsqueeze(-1)
     put(tile.z, tile.listed, None)
     return sums

@@ -25,6 +25,7 @@ SCORE, TOP_RESIDUAL = map(tl.constexpr, (aten.SCORE, aten.TOP_RESIDUAL))
 MEAN_V, TOP_U, CHANGE = map(tl.constexpr, (aten.MEAN_V, aten.TOP_U, aten.CHANGE))
 OF_TARGET = tl.constexpr(aten.SIDE_NUMBERS)  # from a number of the model to the same number of the target
 LOG_RATIO, LSE, WEIGHT = map(tl.constexpr, (aten.LOG_RATIO, aten.LSE, aten.WEIGHT))
+SHARE_SURPLUS = tl.constexpr(aten.SHARE_SURPLUS)
 
 # Entries of a tile for a program that holds many numbers for each of them.
 ENTRIES = 1024
@@ -136,6 +137,8 @@ def load_terms(
         if class_weight is not None:
             factor = factor * tl.load(class_weight + at, mask=inside, other=0.0)
             uniform = uniform * tl.load(class_share + at, mask=inside, other=0.0)
+        surplus = number(numbers, SHARE_SURPLUS, row, rows)
+        uniform = tl.where((surplus > 0) & (seen == -float("inf")), 0.0, uniform * (1 + surplus))
         t_p = given
         if FAMILY == SOFTMAX:
             t_p = math.difference_exp(t, t_offset) * t_unit

@@ -205,7 +205,9 @@ def statistics(
     table = z.new_empty(7, len(z), 1)
     _launch(_statistics, tile, by_rows=True, table=table, column=at)
     shift, total, change, moment, uniform, uniform_change, masked = table.double()
-    if share is not None:  # infinite where a class of weight is masked, beside the listed classes, which all are
+    if (
+        share is not None and not tile.masks_share
+    ):  # infinite where a class of weight is masked, beside the listed classes, which all are
         listed = (tile.listed_share() != 0).sum(-1, keepdim=True)
         uniform = torch.where(masked > listed, -torch.inf, uniform)
     others = {"moment": moment, "uniform": uniform, "uniform_change": uniform_change}
