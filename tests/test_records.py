@@ -33,6 +33,7 @@ SHOWN = {
     "LowRankWeight(weight=bfloat16[2, 3], a=float32[2, 1], b=float32[1, 3], scale=0.5)": lambda: sc.LowRankWeight(
         HALF, ROWS[:, :1], ROWS[:1], 0.5
     ),
+    "ClassMap(of_student=int64[2], of_teacher=int64[3])": lambda: sc.ClassMap(INDICES[0], torch.arange(3)),
     "TopK(indices=int64[2, 2], log_probs=float32[2, 2], tail='bucket')": lambda: sc.TopK(INDICES, ROWS[:, :2].log()),
     "LossStats(lse=float32[2], entropy=float32[2], predicted=int64[2], correct=bool[2])": of_a_head,
     "ChainRule(e=float32[2, 5], z=float32[2, 4], p=float32[2, 4], loss=float32[2], dL_dp=float32[2, 4], "

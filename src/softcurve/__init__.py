@@ -28,6 +28,7 @@ from softcurve.linear import (
     linear_log_probs,
     linear_topk,
 )
+from softcurve.losses.class_map import ClassMap
 from softcurve.losses.divergences import (
     AlphaDivergence,
     CrossEntropy,
@@ -57,7 +58,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "AlphaDivergence", "ChainRule", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics", "JensenShannon",
+    "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
+    "JensenShannon",
     "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
     "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule", "contrastive_loss",
     "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence", "kl_divergence",

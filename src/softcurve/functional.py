@@ -17,6 +17,7 @@ from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
+from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
@@ -244,10 +245,10 @@ def _divergence(
     divergence: Divergence, p: Tensor | Target, q: Tensor | Target, sample_weight: Tensor | None, logit_map: LogitMap,
     reducer: Reduction, exclude: Tensor | None, names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:  # fmt: skip
-    """Return the loss of target ``p`` and model ``q``; a top-k list cannot be the model, so it becomes the target."""
+    """Return the loss of target ``p`` and model ``q``; a list or groups can be the target only."""
     target, model = _as_logits(names[0], p), _as_logits(names[1], q)
     dtype = torch.promote_types(target.dtype, model.dtype)
-    if isinstance(model, TopK):
+    if isinstance(model, TopK | GroupedTarget):
         divergence, target, model = divergence.exchanged(), model, target
     if isinstance(target, TopK):
         target.require_comparable(divergence)
@@ -266,6 +267,10 @@ def _divergence(
             z, _ = logit_map.shifted_value(z.to(wide))
         z, y = target.checked(sample_weight, z.shape[-1]).against(z, logit_map.temperature)
         logit_map = LogitMap() if target.merges_tail else logit_map
+    elif isinstance(target, GroupedTarget):
+        target.require_fit(z.shape)
+        z, y = target.checked(sample_weight, z.shape[-1]).tempered(_cleared(z, sample_weight), logit_map)
+        logit_map = LogitMap()
     else:
         y = _logits_of(target, sample_weight, wide)
         if y.shape != z.shape:
@@ -293,7 +298,7 @@ def _cleared(logits: Tensor, sample_weight: Tensor | None) -> Tensor:
 
 def _logits_of(side: Target, sample_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the logits of one side over all classes; given logits need no clearing of rows of weight 0."""
-    checked = side if isinstance(side, Logits | TopK) else side.checked(sample_weight, 0)
+    checked = side if isinstance(side, Logits | TopK | GroupedTarget) else side.checked(sample_weight, 0)
     return checked.logits(dtype)
 
 

@@ -15,6 +15,7 @@ from softcurve import checks
 from softcurve.head.problem import HeadProblem, head_problem, require_budget, require_no_shift, require_shift
 from softcurve.head.tensors import RowLosses
 from softcurve.linear import linear_cross_entropy
+from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.low_rank import LowRankWeight
 from softcurve.losses.reduction import Reduction
@@ -139,6 +140,11 @@ class HeadLosses(ShortRepr):
 
         A plain floating-point target is probabilities for every loss, because a data loader collates plain tensors.
         """
+        if isinstance(target, GroupedTarget):
+            raise NotImplementedError(
+                "target must be over the model's own classes for a curvature matrix, got one of a ClassMap; "
+                "differentiate the gradient of a loss with create_graph=True for a Hessian product"
+            )
         if not self.spec.is_cross_entropy and isinstance(target, Tensor) and target.is_floating_point():
             target = Probabilities(target)
         return head_problem(

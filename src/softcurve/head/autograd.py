@@ -155,6 +155,7 @@ def head_statistics(
     of_model = tensors._replace(
         target=tensors.row_weight.new_zeros((n, k + STATISTICS), dtype=tensors.dtype if known is None else known.dtype),
         target_weight=None, target_bias=None, target_low_rank=None, indices=indices, target_classes=None,
+        groups=None, target_groups=None,
         row_weight=torch.ones_like(tensors.row_weight, requires_grad=False), class_weight=None,
     )  # fmt: skip
     function: Any = torch.ops.softcurve.head_statistics if torch.compiler.is_compiling() else _Statistics.apply

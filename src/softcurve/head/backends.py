@@ -27,12 +27,12 @@ def serves(loss: LossSpec, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether tiles of this loss have Triton kernels here; on the CPU only in Triton's interpreter.
 
     float64 stays with ATen, because the hardware's exponentials are of single precision. So do losses of pairs,
-    statistics, and a divergence whose
-    terms are not written in Triton, unless the target is sparse: then the divergence is evaluated on the few listed
-    classes alone, which the Triton kernels leave to :mod:`softcurve.losses.rows`. The soft cap of a teacher is applied
-    in ATen too, whose temporaries the plan of a Triton pass leaves out.
+    statistics, classes merged into groups, and a divergence whose terms are not written in Triton, unless the target is
+    sparse: then the divergence is evaluated on the few listed classes alone, which the Triton kernels leave to
+    :mod:`softcurve.losses.rows`. The soft cap of a teacher is applied in ATen too, whose temporaries the plan of a
+    Triton pass leaves out.
     """
-    in_aten = loss.pairs or loss.target == "statistics" or loss.teacher_softcap is not None
+    in_aten = loss.pairs or loss.groups > 0 or loss.target == "statistics" or loss.teacher_softcap is not None
     if dtype != torch.float32 or in_aten or not _has_triton():
         return False
     if device.type != "cuda" and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):

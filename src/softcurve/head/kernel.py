@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from softcurve.array_types import Float
 from softcurve.losses.rows import FISHER
-from softcurve.losses.spec import LossSpec
+from softcurve.losses.spec import LogitMap, LossSpec
 from softcurve.processes import max_over, sum_over
 
 
@@ -159,6 +159,35 @@ def row_groups(tile: Tensor, cached: int) -> Iterator[slice]:
     """Return groups of rows that are small enough to stay in the cache, ``cached`` entries each."""
     step = max(1, cached // max(1, tile.shape[1]))
     return (slice(start, start + step) for start in range(0, len(tile), step))
+
+
+def cap_logits(
+    map: LogitMap, z: Tensor, v: Tensor | None, raw: Tensor | None, bend: Tensor | None, cached: int
+) -> None:
+    """Map logits and their change by a soft cap, in place.
+
+    Kept for :func:`back_through_cap`, where there are buffers, are the logits ``t`` and ``(m″/m′) ṫ``.
+    """
+    for rows in row_groups(z, cached):
+        t = z[rows]
+        if raw is not None:
+            raw[rows] = t
+        if v is not None and bend is not None:
+            torch.mul(map.bend_ratio(t), v[rows], out=bend[rows])
+        if v is not None:
+            v[rows] *= map.slope(t)
+        z[rows] = map.value(t)
+
+
+def back_through_cap(
+    map: LogitMap, raw: Tensor, bend: Tensor | None, gradient: Tensor, v: Tensor | None, cached: int
+) -> None:
+    """Replace a gradient ``g`` of the capped logits by ``m′ g``, and its change by ``m′ ġ + m″ ṫ g``."""
+    for rows in row_groups(gradient, cached):
+        slope = map.slope(raw[rows])
+        if v is not None and bend is not None:
+            v[rows] = (v[rows] + bend[rows] * gradient[rows]).mul_(slope)
+        gradient[rows] *= slope
 
 
 def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:

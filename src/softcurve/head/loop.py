@@ -107,12 +107,12 @@ class _Results:
 
     def add(self, tile: Tile, classes: slice, residuals: Residuals, factor: Tensor | None) -> None:
         """Take the residuals of a block back to features, weight and bias; the model's times ``factor``, row by row."""
-        z, target, v, target_v = residuals
+        (z, target, v, target_v), of_target = residuals, tile.target_classes(classes)
         self.model.add(tile.rows, classes, terms_of(tile.model, z, v, factor))
         if tile.teacher is not None and target is not None:
-            self.teacher.add(tile.rows, classes, terms_of(tile.teacher, target, target_v, None))
+            self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, target, target_v, None))
         elif target is not None:
-            self.add_target(tile.rows, classes, target_v if self.directed else target)
+            self.add_target(tile.rows, of_target, target_v if self.directed else target)
 
     def add_target(self, rows: slice | Tensor, classes: slice, gradient: Tensor | None) -> None:
         """Write the gradient of some rows and classes of a target that is given as a tensor."""

@@ -65,16 +65,18 @@ class Plan(NamedTuple):
 def make_plan(
     row_count: int, class_count: int, *, dtype: torch.dtype, device: torch.device, needs: Needs,
     least_pieces: int | float, least_row_entries: int, whole_rows: bool, memory_budget: int | None,
+    may_cut: bool = True,
 ) -> Plan:  # fmt: skip
     """Return the plan of fewest tiles within ``memory_budget`` bytes; with ``whole_rows`` temporaries are whole rows.
 
-    Raises ``ValueError`` for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``.
+    Raises ``ValueError`` for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``; of all
+    classes, unless they ``may_cut``.
     """
     buffers, temporaries, row_entries = needs
     itemsize = dtype.itemsize
     entries = (DEFAULT_BUDGET.get(device.type, 2**30) if memory_budget is None else memory_budget) // itemsize
     row_count, class_count = max(row_count, 1), max(class_count, 1)
-    fewest_classes = min(class_count, 16)
+    fewest_classes = min(class_count, 16) if may_cut else class_count
     least = math.ceil(least_pieces * fewest_classes) + least_row_entries
     if entries < least:
         raise ValueError(
@@ -84,11 +86,12 @@ def make_plan(
     # Half of the budget, at most, is for the temporaries.
     spare = entries - least_row_entries
     few = min(CACHE_ENTRIES.get(device.type, 2**18), max(fewest_classes, spare // max(1, 2 * temporaries)))
+    few = few if may_cut else max(few, class_count)
     cached, fits = few, few >= class_count or not whole_rows
     if not fits and spare // 2 >= temporaries * class_count:
         cached, fits = class_count, True
     rows = int((entries - temporaries * cached) // (buffers * class_count + row_entries))
-    if fits and rows >= min(row_count, FEWEST_ROWS):
+    if fits and rows >= (min(row_count, FEWEST_ROWS) if may_cut else 1):
         rows = -(-row_count // -(-row_count // rows))  # tiles of equal size
         cached = min(cached, max(rows * class_count, 1))
         return Plan(row_count, class_count, rows, class_count, cached, needs)
@@ -112,6 +115,8 @@ def plan_pass(
             terms = bool(spec.beside.labels) + bool(spec.beside.entropy)
             buffers += terms * (1 + directed + (spec.softcap is not None))
         buffers += (spec.teacher_softcap is not None) * (1 + directed)
+        if spec.groups:  # the groups of both sides, and what takes changes back through the model's soft cap
+            buffers += 2 * (1 + directed) + (directed and spec.softcap is not None)
         buffers += _copies_target(spec, tensors)
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
@@ -126,9 +131,12 @@ def plan_pass(
         halves = sum(backends.residual_dtype(spec, *operands, dtype) is not None for operands in maps)
         return Needs(buffers + (1 + directed) * halves / 2 + (1 + 2 * directed) * (written > 0), 0, row + 64)
 
+    classes = spec.widest(tensors.weight.shape[0])
+    if tensors.target_groups is not None:
+        classes = max(classes, len(tensors.target_groups), spec.groups)
     most = needs(True)  # one least budget for all passes
     return make_plan(
-        count, spec.widest(tensors.weight.shape[0]), dtype=dtype, device=tensors.input.device,
+        count, classes, dtype=dtype, device=tensors.input.device, may_cut=not spec.groups,
         needs=most if directed else needs(False), least_pieces=most.buffers + most.temporaries,
         least_row_entries=most.row_entries, whole_rows=not (sparse or in_triton), memory_budget=budget,
     )  # fmt: skip
@@ -163,7 +171,7 @@ def plan_list(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | No
 
 def _copies_target(spec: LossSpec, tensors: HeadTensors) -> bool:
     """Return whether a tile copies the target's logits to mask the classes that its rows exclude."""
-    return spec.target == "logits" and tensors.excluded is not None
+    return spec.target == "logits" and tensors.excluded is not None and not spec.groups
 
 
 def _excluded_entries(tensors: HeadTensors) -> int:

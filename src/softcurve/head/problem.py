@@ -20,9 +20,10 @@ from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import head_outcome, head_statistics
 from softcurve.head.products import shared_half
-from softcurve.head.sharded import PlainHead, head_layout
+from softcurve.head.sharded import PlainHead, ShardedHead, head_layout
 from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses import targets
+from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore_index
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
@@ -401,6 +402,8 @@ def _distribution_problem(
     head: LocalHead, loss: LossSpec, target: Target, sample_weight: Tensor | None, excluded: Tensor | None
 ) -> HeadProblem:
     """Return the loss of a distribution whose rows, classes and values are checked, but which is not localised."""
+    if isinstance(target, GroupedTarget):
+        return _grouped_problem(head, loss, target, sample_weight, excluded)
     layout, class_weight, label = head.layout, head.class_weight, None
     everywhere = torch.ones(len(head.input), dtype=torch.bool, device=head.input.device)
     row_weight = everywhere.to(head.dtype) if sample_weight is None else sample_weight
@@ -431,6 +434,20 @@ def _distribution_problem(
         head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
         sample_weight, everywhere, sample_weight is not None, label, target.merges_tail,
     )  # fmt: skip
+
+
+def _grouped_problem(
+    head: LocalHead, loss: LossSpec, target: GroupedTarget, sample_weight: Tensor | None, excluded: Tensor | None
+) -> HeadProblem:
+    """Return the loss of a teacher whose classes, and those of the head, are merged into groups."""
+    if isinstance(head.layout, ShardedHead):
+        raise NotImplementedError(
+            "a target of a ClassMap must be compared with a head on one process, got DTensors: a group's classes may "
+            "be on several; gather linear_weight by .full_tensor()"
+        )
+    problem, map = _distribution_problem(head, loss, target.teacher, sample_weight, excluded), target.class_map
+    tensors = problem.tensors._replace(groups=map.student.of, target_groups=map.teacher.of)
+    return dataclasses.replace(problem, loss=dataclasses.replace(problem.loss, groups=map.count), tensors=tensors)
 
 
 def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class HeadTensors(NamedTuple):
     labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
     target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own
+    groups: Tensor | None = None  # (C,), (C of the target,): of the classes of both sides; see LossSpec
+    target_groups: Tensor | None = None
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,14 @@ from softcurve.head.aten.sparse import Places
 from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData, row_groups, smoothing_of_rows
+from softcurve.head.grouped import GroupedKernel
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits, smoothing_of_rows
 from softcurve.head.plan import plan_curvature, plan_list, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted, sides
+from softcurve.losses.class_map import Groups
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.topk import NOT_LISTED
@@ -57,6 +59,10 @@ class Tiles:
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
         bias = t.target_bias if spec.target == "teacher" and t.input.device.type == "cpu" else None
         self.masks_target = bias is not None and bool((bias == -math.inf).any())
+        self.groups: tuple[Groups, Groups] | None = None
+        if t.groups is not None and t.target_groups is not None:
+            self.groups = (Groups.by(t.groups, spec.groups), Groups.by(t.target_groups, spec.groups))
+            self.masks_target |= any(side.has_empty for side in self.groups)
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
@@ -159,10 +165,15 @@ class Tile:
             return SparseKernel(spec, data)
         if spec.target == "statistics":
             return StatisticsKernel(spec, data)
+        if self.tiles.groups is not None:
+            return GroupedKernel(spec, data, self.tiles.groups, self._buffer, self._dense_kernel)
+        return self._dense_kernel(spec, data, self.again)
+
+    def _dense_kernel(self, spec: LossSpec, data: RowData, again: Callable[[Tensor], Block]) -> Kernel:
         # FastRows would leave every row of an excluded class to the other kernel.
         if not self.tiles.in_triton and data.excluded is None and FastRows.serves(spec, data):
             masks = self.tiles.masks_target
-            return FastRows(spec, data, again=self.again, scratch=self.tiles.scratch, masks_target=masks)
+            return FastRows(spec, data, again=again, scratch=self.tiles.scratch, masks_target=masks)
         return DenseKernel(spec, data)
 
     def accumulate(self, kernel: Kernel) -> Block | None:
@@ -183,8 +194,16 @@ class Tile:
         for block, fresh in self.blocks(loaded):
             found = kernel.residuals(block, fresh)
             if block.target_raw is not None and found.target is not None:
-                self._take_back_through_cap(block, found.target, found.target_v)
+                back_through_cap(
+                    self.tiles.spec.teacher_map, block.target_raw, block.target_bend, found.target, found.target_v,
+                    self.tiles.plan.cached,
+                )  # fmt: skip
             yield block, found
+
+    def target_classes(self, classes: slice) -> slice:
+        """Return the classes of the target beside those of a block: the same, but for grouped classes all of them."""
+        groups = self.tiles.tensors.target_groups
+        return classes if groups is None else slice(0, len(groups))
 
     def class_blocks(self) -> Iterator[slice]:
         """Yield the classes of each block."""
@@ -205,19 +224,20 @@ class Tile:
         for name, map in {"z": self.model, "target": self.teacher}.items():
             if map is None:
                 continue
+            here = classes if map is self.model else self.target_classes(classes)
             half, v, out, v_out = None, None, None, None
-            z = map.logits_into(self._buffer(name, classes), classes)
+            z = map.logits_into(self._buffer(name, here), here)
             if tiles.directions is not None:
-                v = map.change_into(self._buffer(f"{name} v", classes), map.along, classes)
-            if excluded is not None:  # a masked logit does not change
+                v = map.change_into(self._buffer(f"{name} v", here), map.along, here)
+            if excluded is not None and (map is self.model or tiles.groups is None):  # a masked logit does not change
                 tiles.put(z, excluded, None)
                 if v is not None:
                     tiles.put(v, excluded, torch.zeros_like(excluded.columns, dtype=v.dtype))
             if tiles.wants_residuals:
                 half = backends.residual_dtype(spec, map.narrow, map.weight, tiles.dtype)
             if half is not None:
-                out = self._buffer(f"{name} out", classes, half)
-                v_out = None if v is None else self._buffer(f"{name} v out", classes, half)
+                out = self._buffer(f"{name} out", here, half)
+                v_out = None if v is None else self._buffer(f"{name} v out", here, half)
             sides.append((z, v, out, v_out))
         z, v, out, v_out = sides[0]
         block = Block(classes, z, v=v, out=out, v_out=v_out)
@@ -239,35 +259,18 @@ class Tile:
         return block
 
     def _cap_target(self, block: Block, target: Tensor, v: Tensor | None) -> None:
-        """Map a teacher's logits and their change by its own soft cap, so that no kernel needs to know of it.
-
-        Kept for :meth:`_take_back_through_cap` are the logits ``t`` and ``(m″/m′) ṫ``.
-        """
-        tiles, map = self.tiles, self.tiles.spec.teacher_map
+        """Map a teacher's logits and their change by its own soft cap, so that no kernel needs to know of it."""
+        tiles, classes = self.tiles, self.target_classes(block.classes)
         if tiles.wants_target:
-            block.target_raw = self._buffer("target raw", block.classes).copy_(target)
-            block.target_bend = None if v is None else self._buffer("target bend", block.classes)
-        for rows in row_groups(target, tiles.plan.cached):
-            t = target[rows]
-            if v is not None and block.target_bend is not None:
-                torch.mul(map.bend_ratio(t), v[rows], out=block.target_bend[rows])
-            if v is not None:
-                v[rows] *= map.slope(t)
-            target[rows] = map.value(t)
-
-    def _take_back_through_cap(self, block: Block, gradient: Tensor, v: Tensor | None) -> None:
-        """Replace a gradient ``g`` of the capped logits by ``m′ g``, and its change by ``m′ ġ + m″ ṫ g``."""
-        assert block.target_raw is not None
-        for rows in row_groups(gradient, self.tiles.plan.cached):
-            slope = self.tiles.spec.teacher_map.slope(block.target_raw[rows])
-            if v is not None and block.target_bend is not None:
-                v[rows] = (v[rows] + block.target_bend[rows] * gradient[rows]).mul_(slope)
-            gradient[rows] *= slope
+            block.target_raw = self._buffer("target raw", classes)
+            block.target_bend = None if v is None else self._buffer("target bend", classes)
+        cap_logits(tiles.spec.teacher_map, target, v, block.target_raw, block.target_bend, tiles.plan.cached)
 
     def _load_target(self, block: Block) -> None:
-        tiles, classes = self.tiles, block.classes
+        tiles, classes = self.tiles, self.target_classes(block.classes)
         block.target = self._given_target(self.rows, classes)
-        excluded = self._excluded(classes) if tiles.spec.target == "logits" else None
+        masked = tiles.spec.target == "logits" and tiles.groups is None
+        excluded = self._excluded(classes) if masked else None
         if excluded is not None:
             block.target = self._buffer("target", classes).copy_(block.target)  # which may be the caller's
             tiles.put(block.target, excluded, None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Flags, Float, Indices, Values
+from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.targets import Target, as_target
 
 DEFAULT_IGNORE_INDEX = -100  # torch's own default
@@ -48,6 +49,8 @@ def cross_entropy_target(
     Raises ``TypeError`` or ``ValueError`` if the target, the class weights or ``ignore_index`` do not fit together.
     """
     target = as_target(target)
+    if isinstance(target, GroupedTarget):
+        target.refuse_labels()
     if class_weight is not None:
         checks.require_class_weight(class_weight, classes)
         if isinstance(target, Target) and target.merges_tail:

@@ -120,6 +120,7 @@ class LossSpec:
     teacher_softcap: float | None = None
     # Row i and class i are a pair, whose loss is the mean of the row's and of the column's cross-entropy.
     pairs: bool = False
+    groups: int = 0  # into which the classes of both sides are merged before they are compared; 0: as they are
 
     @staticmethod
     def of(

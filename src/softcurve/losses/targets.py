@@ -96,7 +96,8 @@ class Target(ShortRepr, ABC):
         return self._row_tensor.shape[:-1]
 
     @property
-    def _classes(self) -> int:
+    def class_count(self) -> int:
+        """The number of classes that the target gives a probability."""
         return self._row_tensor.shape[-1]
 
     @property
@@ -124,7 +125,7 @@ class Target(ShortRepr, ABC):
 
         ``cut`` is the template of an expression that truncates the logits to ``{classes}`` classes.
         """
-        shape = (*self.leading, self._classes)
+        shape = (*self.leading, self.class_count)
         if shape != tuple(logits):
             raise ValueError(
                 f"target ({self.kind or type(self).__name__}) must have the shape {tuple(logits)} of the logits that it"

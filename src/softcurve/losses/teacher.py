@@ -72,7 +72,7 @@ class LinearTeacher(Target):
                 "LinearTeacher classes must be a slice, an int64 tensor or None, got "
                 f"{type(self.classes).__name__}; convert it with torch.tensor"
             )
-        elif self.classes is not None and ((self.classes.step or 1) < 1 or self._classes == 0):
+        elif self.classes is not None and ((self.classes.step or 1) < 1 or self.class_count == 0):
             raise ValueError(
                 f"LinearTeacher classes must be a slice in steps >= 1 of the {self.linear_weight.shape[0]} classes of "
                 f"linear_weight that has at least one, got {self.classes}; for another order pass an int64 tensor"
@@ -88,7 +88,7 @@ class LinearTeacher(Target):
         return LogitMap.of_scaled(float(self.scale), None if self.softcap is None else float(self.softcap))
 
     @property
-    def _classes(self) -> int:
+    def class_count(self) -> int:  # noqa: D102
         count = self.linear_weight.shape[0]
         if isinstance(self.classes, slice):
             return len(range(*self.classes.indices(count)))
@@ -98,11 +98,11 @@ class LinearTeacher(Target):
         try:
             super().require_fit(logits, cut)
         except ValueError as error:
-            if self._classes == logits[-1]:
+            if self.class_count == logits[-1]:
                 raise
             raise ValueError(
                 f"{error}; if the classes differ, say by LinearTeacher(..., classes=) which of the teacher's are the "
-                "model's, −1 for one that it lacks"
+                "model's, −1 for one that it lacks, or group the classes of both by softcurve.ClassMap"
             ) from None
 
     def require_values(self, classes: int, counted: Flags | None) -> None:
