@@ -11,7 +11,7 @@ of ``_Gradients`` are the streaming Hessian product, ``_Products``; the change o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch.autograd import Function, forward_ad
 
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
+from softcurve.head.columns import change_along, of_classes, with_columns
 from softcurve.head.loop import evaluate, rounded
-from softcurve.head.products import FACTORS, ClassRows, MapParts, columns_of
+from softcurve.head.products import ClassRows
 from softcurve.head.tensors import (
     DIFFERENTIABLE,
     NONE,
@@ -370,64 +371,21 @@ def _second_tangents(ctx: Any, tensors: HeadTensors, u: Directions, v: Direction
     is_teacher, rows = ctx.loss.target == "teacher", ClassRows(tensors.target_classes)
     of_model, of_target = zip(*(sides(each) for each in (tensors.differentiable, u, v)), strict=True)
     if rows.chosen is not None:  # ḃ is in the order of the classes, and so must be what stands beside it
-        of_target = tuple(_of_classes(rows, each) for each in of_target)
-    model, along_model = _with_columns(of_model)
-    target, along_target = _with_columns(of_target) if is_teacher else (of_target[0], of_target[2])
+        of_target = tuple(of_classes(rows, each) for each in of_target)
+    model, along_model = with_columns(of_model)
+    target, along_target = with_columns(of_target) if is_teacher else (of_target[0], of_target[2])
     fields: dict[str, Any] = dict(zip(HeadTensors._fields, joined(model, target), strict=False))
     wider = tensors._replace(row_weight=torch.ones_like(tensors.row_weight), target_classes=None, **fields)
     wanted = [n == 0 or (n == TARGET and (u[TARGET] is not None or is_teacher)) for n in range(DIFFERENTIABLE)]
     changes: list[Any] = _products(ctx, wider, joined(along_model, along_target), wanted, False)[1:]
     gradients: list[Any] = _gradients(ctx, wider, wanted, wider.row_weight.new_ones(()))
     total = torch.zeros_like(tensors.row_weight, dtype=tensors.dtype)
-    total = total + _change_along(of_model, changes[0], gradients[0])
+    total = total + change_along(of_model, changes[0], gradients[0])
     if is_teacher:
-        total = total + _change_along(of_target, changes[TARGET], gradients[TARGET])
+        total = total + change_along(of_target, changes[TARGET], gradients[TARGET])
     elif u[TARGET] is not None:
         total = total + (changes[TARGET] * u[TARGET]).sum(-1)
     return total
-
-
-def _of_classes(rows: ClassRows, of: MapParts) -> MapParts:
-    """Return a teacher's tensors, or changes of them, with the weight's rows in the order of the classes."""
-    factors = {name: getattr(of, name) for name in FACTORS}
-    return of._replace(**{name: None if t is None else rows(t, slice(None)) for name, t in factors.items()})
-
-
-def _with_columns(of_head: Sequence[MapParts]) -> tuple[MapParts, MapParts]:
-    """Return a head with its first change, of the weights, as low-rank columns, and its second as one of that head."""
-    at, u, v = of_head
-    of_bias = None if u.bias is None else u.bias.unsqueeze(-1)
-    columns = [c for c in (u.weight, u.low_rank, of_bias) if c is not None]
-    if not columns:
-        return at, v
-    more = (0, sum(c.shape[1] for c in columns))
-    low_rank = torch.cat([*([] if at.low_rank is None else [at.low_rank]), *columns], -1)
-
-    def padded(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.nn.functional.pad(tensor, more)
-
-    return (
-        at._replace(input=padded(at.input), low_rank=low_rank),
-        v._replace(input=padded(v.input), low_rank=padded(v.low_rank)),
-    )
-
-
-def _change_along(of_head: Sequence[MapParts], change: Tensor, gradient: Tensor) -> Tensor:
-    """Return the part of one head from the change and the gradient in the features of :func:`_with_columns`."""
-    at, u, v = of_head
-    assert at.input is not None
-    start = at.input.shape[1]
-    total = change.new_zeros(len(change)) if u.input is None else (change[:, :start] * u.input).sum(-1)
-    for name in FACTORS:
-        moved = getattr(u, name)
-        if moved is None:
-            continue
-        columns, features = slice(start, start + moved.shape[1]), columns_of(name, moved)
-        total = total + (change[:, columns] * at.input[:, features]).sum(-1)
-        if v.input is not None:
-            total = total + (gradient[:, columns] * v.input[:, features]).sum(-1)
-        start = columns.stop
-    return total if u.bias is None else total + change[:, -1]
 
 
 def _scaled(gradients: Directions, scale: Tensor, tensors: HeadTensors) -> list[Tensor | None]:

@@ -12,13 +12,8 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Float
 from softcurve.head.autograd import head_statistics
-from softcurve.head.problem import (
-    LocalHead,
-    explain_head_nan,
-    local_head,
-    local_row_values,
-    require_budget,
-)
+from softcurve.head.local import LocalHead, local_head, local_row_values
+from softcurve.head.problem import explain_head_nan, require_budget
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.divergences import CrossEntropy

@@ -8,7 +8,6 @@ of target becomes the tensors that a :class:`~softcurve.losses.spec.LossSpec` of
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +18,18 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import head_outcome, head_statistics
-from softcurve.head.products import shared_half
+from softcurve.head.local import (
+    LocalHead,
+    flat,
+    local_exclusions,
+    local_head,
+    local_row_values,
+    local_weight,
+    low_rank_of,
+    widened,
+)
 from softcurve.head.sharded import PlainHead, ShardedHead, head_layout
-from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
+from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy
@@ -46,56 +54,6 @@ class LossStats(NamedTuple):
 
     def __repr__(self) -> str:
         return short_repr(self, self._asdict())
-
-
-@dataclass(frozen=True)
-class LocalHead:
-    """The part of a head and of its rows that this process holds; rows are flattened."""
-
-    layout: PlainHead
-    input: Tensor  # (n, d), or (n, d + r) with r low-rank columns
-    weight: Tensor | LowRankWeight  # (C_local, d)
-    bias: Tensor | None  # (C_local,)
-    leading: torch.Size  # of the rows before they were flattened
-    dtype: torch.dtype  # of the losses: float32 or wider
-    full_bias: Tensor | None  # (C,), without gradient; None unless masked classes matter to the target
-    class_weight: Tensor | None  # (C,)
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        """The differentiable fields of :class:`~softcurve.head.tensors.HeadTensors`, ``None`` for a target's."""
-        own = {"input": self.input, "weight": matrix_of(self.weight), "bias": self.bias}
-        nothing = dict.fromkeys(HeadTensors._fields[:DIFFERENTIABLE])
-        return nothing | own | {"low_rank": _low_rank_of(self.weight)}
-
-    def uniform(self) -> Tensor | None:
-        """Return the uniform distribution over the unmasked classes, ``(C,)``; ``None`` if none is masked."""
-        if self.full_bias is None:
-            return None
-        uniform = targets.uniform_over_unmasked(self.full_bias.to(self.dtype))
-        return uniform if uniform.ndim else None
-
-    def share_of_smoothing(self) -> Tensor | None:
-        """Return each class's factor in the ``ε / C`` of label smoothing, ``(C,)``: its weight, or 0 if masked."""
-        uniform = self.uniform()
-        if uniform is None:
-            return self.class_weight
-        share = uniform * self.layout.classes
-        return share if self.class_weight is None else share * self.class_weight.to(share.dtype)
-
-    def smoothing_factors(self, excluded: Tensor | None) -> Tensor | None:
-        """Return ``class_weight`` of HeadTensors for a loss with label smoothing."""
-        share = self.share_of_smoothing()
-        if share is self.class_weight and excluded is None:
-            return share
-        dtype, count = self.dtype, self.layout.classes
-        ones = torch.ones(count, dtype=dtype, device=self.input.device)
-        # Masked classes have no share of the smoothing, but their class weight acts on the target's own mass.
-        factors = [ones if part is None else part.to(dtype) for part in (self.class_weight, share)]
-        if excluded is not None:
-            uniform = self.uniform()
-            factors.append(ones / count if uniform is None else uniform)
-        return torch.stack(factors)
 
 
 @dataclass(frozen=True)
@@ -196,7 +154,7 @@ def head_problem(
         if sample_weight is not None:
             row_weight = local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
             checks.require_numbers("sample_weight", row_weight)
-        excluded = _local_exclusions(layout, exclude, shift)
+        excluded = local_exclusions(layout, exclude, shift)
         if isinstance(known, Tensor):
             of_rows = local_row_values(layout, "target", known, shift, ignored)
             return _label_problem(head, loss, of_rows, row_weight, ignored, excluded)
@@ -278,100 +236,6 @@ def require_budget(budget: object) -> int | None:
     return count
 
 
-# --- local tensors ---------------------------------------------------------------------------------------------------
-
-
-def local_head(
-    layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None,
-    target: Tensor | Target | None, class_weight: Tensor | None,
-) -> LocalHead:  # fmt: skip
-    """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
-    full_bias = None
-    if bias is not None and (loss.smooths_labels or (isinstance(target, Target) and target.merges_tail)):
-        full_bias = layout.full("linear_bias", bias.detach())
-    dtype = checks.wide_dtype(input.dtype, weight.dtype, *([target.dtype] if isinstance(target, Target) else []))
-    input, weight = layout.local_rows(input), _local_weight(layout, weight)
-    bias = None if bias is None else layout.local_classes(bias)
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        lower = torch.get_autocast_dtype(device)
-        input, weight, bias = (_lowered(each, lower) for each in (input, weight, bias))
-    return LocalHead(
-        layout, _flat(_widened(input, weight)), weight, bias, input.shape[:-1], dtype, full_bias, class_weight
-    )
-
-
-def _lowered(tensor: Any, dtype: torch.dtype) -> Any:
-    """Return a tensor, or a weight of low rank, with what is not float64 in ``dtype``."""
-    if isinstance(tensor, LowRankWeight):
-        return dataclasses.replace(tensor, **{n: _lowered(getattr(tensor, n), dtype) for n in ("weight", "a", "b")})
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def _local_weight(
-    layout: PlainHead, weight: Tensor | LowRankWeight, *, by_class: bool = True
-) -> Tensor | LowRankWeight:
-    """Return the part of a weight with the classes of this process; the whole unless ``by_class``."""
-    local = layout.local_classes if by_class else functools.partial(layout.local_whole, by_class=True)
-    if not isinstance(weight, LowRankWeight):
-        return local(weight)
-    scale = layout.local_whole(weight.scale) if isinstance(weight.scale, Tensor) else weight.scale
-    return LowRankWeight(local(weight.weight), local(weight.a), layout.local_whole(weight.b), scale)
-
-
-def _low_rank_of(weight: Tensor | LowRankWeight) -> Tensor | None:
-    """Return the low-rank columns of a weight, if it has any."""
-    return weight.a if isinstance(weight, LowRankWeight) else None
-
-
-def _widened(input: Tensor, weight: Tensor | LowRankWeight) -> Tensor:
-    """Return the features that a weight and its low-rank columns multiply.
-
-    They are float32 or wider, unless all factors have the one half precision that the device multiplies.
-    """
-    if not isinstance(weight, LowRankWeight):
-        return input
-    half = shared_half(input, weight.weight, weight.a, weight.b)
-    return weight.widened(input, half or checks.wide_dtype(input.dtype, weight.dtype))
-
-
-def local_row_values(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int) -> Tensor:
-    """Return one entry for each row of this process, ``(n,)``: that of ``shift`` positions ahead, or ``missing``."""
-    checks.require_tensor(name, tensor)
-    layout.require_leading(name, tensor.shape, checks.describe(tensor))
-    checks.require_rows(name, tensor, layout.leading, "input", layout.classes)
-    return layout.local_rows(_moved(layout, name, tensor, shift, missing, dim=-1)).reshape(-1)
-
-
-def _moved(layout: PlainHead, name: str, tensor: Tensor, shift: int, missing: int, dim: int) -> Tensor:
-    """Return the entries of ``shift`` positions ahead along ``dim``, or ``missing``; they may be on another process."""
-    if not shift:
-        return tensor
-    if tensor.ndim < -dim:
-        raise ValueError("shift must be 0 for a single row, which has no next position")
-    tensor = layout.full(name, tensor)
-    count = tensor.shape[dim]
-    shift = min(shift, count)
-    ahead, before = tensor.narrow(dim, shift, count - shift), tensor.narrow(dim, 0, shift)
-    return torch.cat([ahead, torch.full_like(before, missing)], dim)
-
-
-def _local_exclusions(layout: PlainHead, exclude: Tensor | None, shift: int) -> Tensor | None:
-    """Return the classes that this process's rows exclude, ``(n, k)``: in order, each once, after −1 for none."""
-    exclude = checks.require_exclude(exclude, layout.leading, layout.classes)
-    if exclude is None:
-        return None
-    rows = _flat(layout.local_rows(_moved(layout, "exclude", exclude, shift, -1, dim=-2)))
-    checks.require_exclude(rows, rows.shape[:1], layout.classes)  # now the values of a DTensor are visible
-    in_order = rows.sort(-1).values
-    repeats = torch.cat([torch.zeros_like(in_order[:, :1], dtype=torch.bool), in_order[:, 1:] == in_order[:, :-1]], -1)
-    return torch.where(repeats, -1, in_order).sort(-1).values
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # of no classes -1 could be any number
-
-
 # --- the two kinds of problem ----------------------------------------------------------------------------------------
 
 
@@ -412,7 +276,7 @@ def _distribution_problem(
     )
     form: TargetForm
     if isinstance(target, TopK):
-        local = TopK(_flat(layout.local_rows(target.indices)), _flat(layout.local_rows(target.log_probs)), target.tail)
+        local = TopK(flat(layout.local_rows(target.indices)), flat(layout.local_rows(target.log_probs)), target.tail)
         local = local.checked(sample_weight, layout.classes)
         masses, loss = _list_outcomes(head, loss, local, excluded)
         form, label = "sparse", local.most_probable
@@ -421,14 +285,14 @@ def _distribution_problem(
     else:
         if isinstance(target, LinearTeacher):
             form = "teacher"
-            teacher = dataclasses.replace(target, input=_flat(layout.local_rows(target.input)))
+            teacher = dataclasses.replace(target, input=flat(layout.local_rows(target.input)))
             tensors = tensors._replace(**_teacher_tensors(layout, teacher.checked(sample_weight, layout.classes)))
             cap = None if target.softcap is None else float(target.softcap)
             loss = dataclasses.replace(loss, teacher_scale=float(target.scale), teacher_softcap=cap)
         else:
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
-            tensors = tensors._replace(target=_flat(layout.local_distributions(values)))
+            tensors = tensors._replace(target=flat(layout.local_distributions(values)))
         class_weight = head.smoothing_factors(excluded) if loss.smoothing else class_weight
     return HeadProblem(
         head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
@@ -453,11 +317,11 @@ def _grouped_problem(
 def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any]:
     """Return the fields of :class:`~softcurve.head.tensors.HeadTensors` that are a teacher's."""
     weight, bias, rows = teacher.chosen()
-    weight = _local_weight(layout, weight, by_class=rows is None)
+    weight = local_weight(layout, weight, by_class=rows is None)
     return {
-        "target": _widened(teacher.input, weight),
+        "target": widened(teacher.input, weight),
         "target_weight": matrix_of(weight),
-        "target_low_rank": _low_rank_of(weight),
+        "target_low_rank": low_rank_of(weight),
         "target_bias": None if bias is None else layout.local_classes(bias),
         "target_classes": None if rows is None else layout.local_classes(rows),
     }
