@@ -1,4 +1,4 @@
-"""Print all tables, or one: ``python -m bench [logits | heads | curvature | exactness | fits | gpu | scaling]``.
+"""Print all tables: ``python -m bench``; or one: ``logits heads log_probs curvature exactness fits gpu scaling``.
 
 ``fits``, ``gpu`` and ``scaling`` run only if they are named. The fits take hours, because the slowest solvers have a
 limit of ten minutes each. ``gpu`` measures on a CUDA device and has its own options (``python -m bench gpu --help``).
@@ -37,13 +37,15 @@ def main() -> None:
     tables: dict[str, list[Record]] = {}
     if options.table in ("all", "logits"):
         tables["logits"] = print_logits(options.rows, options.classes, options.repeats)
-    if options.table in ("all", "heads"):
-        names = options.case or list(CASES)
-        rows = [(name, shape) for name in names for shape in options.shape or CASES[name].shapes]
-        tables["heads"] = print_heads(rows, options.repeats)
-        budgeted = [name for name in names if name in heads.BUDGETED]
-        rows = [(name, shape) for name in budgeted for shape in options.shape or heads.BUDGETED[name]]
-        tables["heads in a budget"] = print_heads_in_a_budget(rows)
+    for table in ("heads", "log_probs"):
+        if options.table in ("all", table):
+            chosen = options.case or CASES
+            names = [name for name in chosen if (name in heads.LOG_PROBS) == (table == "log_probs")]
+            rows = [(name, shape) for name in names for shape in options.shape or CASES[name].shapes]
+            tables[table] = print_heads(rows, options.repeats)
+            budgeted = [name for name in names if name in heads.BUDGETED]
+            rows = [(name, shape) for name in budgeted for shape in options.shape or heads.BUDGETED[name]]
+            tables[f"{table} in a budget"] = print_heads_in_a_budget(rows)
     if options.table in ("all", "curvature"):
         tables["curvature"] = print_curvature(options.shape, min(options.repeats, 5))
         tables["curvature in a budget"] = print_curvature_in_a_budget(options.shape)
@@ -67,7 +69,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    tables = ("all", "logits", "heads", "curvature", "exactness", "fits", "gpu", "scaling")
+    tables = ("all", "logits", "heads", "log_probs", "curvature", "exactness", "fits", "gpu", "scaling")
     parser.add_argument(
         "table", nargs="?", choices=tables, default="all", help="all but fits, gpu and scaling by default"
     )
@@ -137,7 +139,7 @@ def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
     tried = {who: heads.prepared(who, prepare, given) for who, prepare in contestants.items()}
     runs = {who: run for who, run in tried.items() if not isinstance(run, str)}
     products = case.floor(given)
-    floor = f"floor, {len(products)} products"
+    floor = f"floor, {len(products)} product{'s' if len(products) > 1 else ''}"
     seconds = interleaved({**runs, floor: partial(heads.multiply, products)}, repeats)
     few = case.inputs(shape._replace(rows=max(16, shape.rows // 16)))
     truth = case.run(case.dense, few.in_float64())()

@@ -77,6 +77,11 @@ def top_k(shape: Shape, generator: Generator) -> Tensors:
     return indices, log_probs
 
 
+def actions(shape: Shape, generator: Generator) -> Tensors:
+    """Return one sampled token per row and its advantage."""
+    return *class_indices(shape, generator), torch.randn(shape.rows, generator=generator)
+
+
 def _features_and_weight(shape: Shape, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return random features and weights whose logits have standard deviation 2."""
     features = torch.randn(shape.rows, shape.width, generator=generator)
@@ -104,12 +109,23 @@ def _top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor, *, memory_b
     return sc.linear_kl_divergence(e, w, sc.TopK(indices, log_probs), memory_budget=memory_budget)
 
 
+def _log_probs(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor, *, memory_budget: int | None) -> Tensor:
+    found = sc.linear_log_probs(e, w, index, memory_budget=memory_budget)
+    assert found.log_probs is not None
+    return torch.stack([found.log_probs, found.entropy])
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def gradients(loss: Loss, given: Inputs) -> Run:
     """Return a function that computes the loss and its gradients."""
     return lambda: torch.autograd.grad(loss(*given.wanted, *given.target), given.wanted)
+
+
+def values(loss: Loss, given: Inputs) -> Run:
+    """Return a function that computes the loss without a graph."""
+    return torch.no_grad()(lambda: (loss(*given.wanted, *given.target),))
 
 
 def hessian(loss: Loss, given: Inputs) -> Run:
@@ -153,6 +169,16 @@ def gradient_products(given: Inputs) -> Products:
     return [(e, w.T, z), (z, w, torch.empty_like(e)), (z.T, e, torch.empty_like(w))]
 
 
+def logits_product(given: Inputs) -> Products:
+    """Return the product ``z = e Wᵀ``."""
+    return gradient_products(given)[:1]
+
+
+def recomputed_products(given: Inputs) -> Products:
+    """Return the products of the gradients and that of the logits again, which the forward pass has not kept."""
+    return [*logits_product(given), *gradient_products(given)]
+
+
 def teacher_products(given: Inputs) -> Products:
     """Return the products of the gradients and that of the teacher's logits."""
     te, tw = given.target
@@ -185,6 +211,7 @@ def multiply(products: Products) -> None:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 BASE = Shape(1024, 256, 32_000)
+POLICY_SHAPES = (BASE, Shape(1024, 768, 50_257), Shape(2048, 128, 50_257), Shape(256, 64, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -235,12 +262,31 @@ CASES: Mapping[str, Case] = {
         run=hessian_product,
         compiled=None,
     ),
+    "log-probs": Case(
+        actions,
+        _log_probs,
+        peers.dense_log_probs,
+        shapes=POLICY_SHAPES,
+        floor=logits_product,
+        run=values,
+        compiled=None,
+    ),
+    "policy-gradient": Case(
+        actions,
+        peers.policy_gradient_of(_log_probs),
+        peers.policy_gradient_of(peers.dense_log_probs),
+        shapes=POLICY_SHAPES,
+        floor=recomputed_products,
+        compiled=None,
+    ),
 }
+LOG_PROBS = ("log-probs", "policy-gradient")  # the cases of the table log_probs; the table heads has the others
 
 BUDGET = 64 * 2**20
 BUDGETED: Mapping[str, tuple[Shape, ...]] = {
     "cross-entropy": (Shape(2048, 128, 50_257), Shape(8192, 128, 50_257), Shape(256, 64, 1_000_000)),
     "reverse-kl": (Shape(2048, 128, 50_257),),
+    **dict.fromkeys(LOG_PROBS, POLICY_SHAPES[2:]),
 }
 
 OURS, COMPILED = "ours", "torch.compile"

@@ -47,6 +47,38 @@ def dense_top_k(e: Tensor, w: Tensor, indices: Tensor, log_probs: Tensor) -> Ten
     return F.kl_div(_with_rest(log_p), _with_rest(log_probs), log_target=True, reduction="batchmean")
 
 
+def dense_log_probs(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> Tensor:
+    """Return the log-probability of each row's token and the entropy of its softmax, ``(2, N)``."""
+    log_p = F.linear(e, w).log_softmax(-1)
+    return torch.stack([log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)])
+
+
+def policy_gradient_of(log_probs: Loss) -> Loss:
+    """Return the loss ``−mean(advantage · log p + 0.01 · entropy)`` by a function that returns both."""
+
+    def loss(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor, **options: int | None) -> Tensor:
+        chosen, entropy = log_probs(e, w, index, advantage, **options)
+        return -(advantage * chosen + 0.01 * entropy).mean()
+
+    return loss
+
+
+def _trl_chunked(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> Tensor:
+    """Return what ``add_fused_lm_head`` of TRL computes from hidden states, with its default size of chunks."""
+    from trl.trainer import utils
+
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    found = utils._ChunkedLogProbFunction.apply(e, w, None, index, 1.0, size, None, 1.0, ("log_probs", "entropy"))
+    return torch.stack(found[:2])
+
+
+def _trl_selective(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> Tensor:
+    """Return what TRL computes from logits."""
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return torch.stack(selective_log_softmax_and_entropy(F.linear(e, w), index))
+
+
 def _with_rest(listed: Tensor) -> Tensor:
     return torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], -1)
 
@@ -74,6 +106,8 @@ def _liger(
     return loss
 
 
+TRL: Mapping[str, Loss] = {"TRL chunked": _trl_chunked, "TRL on logits": _trl_selective}
+
 # The keys are the cases in bench.heads. torch's chunked operator and cut-cross-entropy support only class indices, and
 # Liger's losses for the CPU only a linear teacher. None of them can be differentiated twice.
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
@@ -85,6 +119,8 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         }
         for name, beta in {"forward-kl": 0.0, "reverse-kl": 1.0, "js": 0.5}.items()
     },
+    "log-probs": TRL,
+    "policy-gradient": {name: policy_gradient_of(log_probs) for name, log_probs in TRL.items()},
 }
 
 COMPILING = ("torch.compile", "cut-cross-entropy", "Liger")
