@@ -48,7 +48,7 @@ from tiny_lm.training import (
     train,
 )
 
-from softcurve.fit.atomic import replacing
+from softcurve.files.atomic import replacing
 
 HEAD_WIDTH, TEACHER_LAYERS, STUDENT_LAYERS = 32, 4, 2
 TEACHER_STEPS, RATE = 2, 4e-3  # the teacher, which is twice as wide, uses half of the students' learning rate

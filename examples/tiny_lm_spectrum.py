@@ -28,7 +28,7 @@ from tiny_lm.training import Schedule, header, next_tokens, train
 from torch import nn
 
 from softcurve.curvature import GGN, SpectralDensity
-from softcurve.fit.atomic import replacing
+from softcurve.files.atomic import replacing
 
 HEAD_WIDTH, LAYERS, RATE, BATCH = 32, 2, 4e-3, 8
 TOGETHER = 4  # windows in a batch of the operator

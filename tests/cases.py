@@ -37,9 +37,16 @@ class Kind:
     name: str
     leaves: Callable[[Rows, int, Tensor], Leaves]
     target: Callable[..., Any]  # (indices, *leaves): what the head is given
-    raw: Callable[..., Tensor]  # (z, indices, *leaves): log y, up to a constant; over list and rest for a bucket
+    raw: Callable[..., Tensor]  # (z, indices, *leaves): log y, up to a constant
     listed: bool = False
+    bucket: bool = False
+    has_fillers: bool = False
     tiles: int = 3  # five eighths of so many times the logits cut them in two or more
+
+    @property
+    def entries(self) -> slice:
+        """The entries of a list that are no fillers."""
+        return slice(None, None, 2) if self.has_fillers else slice(None)
 
     def indices(self, rows: Rows, classes: int) -> Tensor:
         if self.listed:
@@ -75,10 +82,20 @@ def _list_only(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
     return torch.full_like(z, -math.inf).scatter(-1, indices, log_probs)
 
 
-def _list_and_rest(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    if indices.shape[-1] == z.shape[-1]:  # there is no rest
+def _even_tail(z: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
+    """What the list leaves over, spread evenly over all other classes."""
+    others = z.shape[-1] - indices.shape[-1]
+    if not others:
         return _list_only(z, indices, log_probs)
-    return torch.cat([log_probs, torch.log(1 - log_probs.exp().sum(-1, keepdim=True))], -1)
+    tail = torch.log((1 - log_probs.exp().sum(-1, keepdim=True)) / others)
+    return tail.expand(z.shape).scatter(-1, indices, log_probs)
+
+
+def _with_fillers(indices: Tensor, log_probs: Tensor) -> softcurve.TopK:
+    """Every other entry a filler: the first names the class of another entry, the second one that is not listed."""
+    column = torch.arange(indices.shape[-1], device=indices.device)
+    filler, indices = column % 2 == 1, torch.where(column == 1, indices.roll(1, -1), indices).int()
+    return softcurve.TopK(indices, torch.where(filler, -math.inf, log_probs))
 
 
 INDICES = Kind("indices", lambda *_: (), lambda i: i, lambda z, i: _one_hot(z, i).log(), tiles=2)
@@ -87,7 +104,8 @@ PROBABILITIES = Kind("Probabilities", _probabilities, lambda _, y: softcurve.Pro
 LOGITS = Kind(
     "Logits", lambda rows, classes, _: (_logits(*rows, classes),), lambda _, t: softcurve.Logits(t), lambda z, _, t: t
 )
-BUCKET = Kind("bucket", _log_probs, lambda i, t: softcurve.TopK(i, t), _list_and_rest, listed=True)
+BUCKET = Kind("bucket", _log_probs, lambda i, t: softcurve.TopK(i, t), _even_tail, listed=True, bucket=True)
+FILLERS = Kind("fillers", _log_probs, _with_fillers, _even_tail, listed=True, bucket=True, has_fillers=True)
 RENORMALIZED = Kind(
     "renormalize",
     _log_probs,
@@ -152,7 +170,7 @@ class Case:
 
     def knows(self, option: str, route: str = HEAD_ROUTE) -> bool:
         """Whether the option makes sense here; where it does not, it is an error (test_bad_input.py)."""
-        bucket, indices, head = self.kind is BUCKET, self.kind is INDICES, route == HEAD_ROUTE
+        bucket, indices, head = self.kind.bucket, self.kind is INDICES, route == HEAD_ROUTE
         return {
             "bias": head,
             "weight": self.is_cross_entropy and not bucket,
@@ -161,7 +179,6 @@ class Case:
             "softcap": self.is_cross_entropy or head,
             "ignore_index": indices,
             "shift": indices and head,
-            "temperature": self.is_cross_entropy or not bucket,
         }.get(option, True)
 
     # The functions are looked up when they are called.
@@ -187,9 +204,12 @@ def _js(name: str, kind: Kind, beta: float, *, model_first: bool = False) -> Cas
 
 
 def _cases() -> list[Case]:
-    kinds = (INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER, OTHER_TEACHER)
+    kinds = (
+        *(INDICES, FLOAT, PROBABILITIES, LOGITS, BUCKET, FILLERS, RENORMALIZED, TEACHER, BIASLESS_TEACHER),
+        OTHER_TEACHER,
+    )
     cases = [Case("cross_entropy", kind, "cross_entropy") for kind in kinds]
-    for kind in (PROBABILITIES, LOGITS, BUCKET, RENORMALIZED, TEACHER, BIASLESS_TEACHER, OTHER_TEACHER):
+    for kind in kinds[2:]:
         cases.append(Case("forward", kind, "kl_divergence", oracle.kl_rows))
         if kind is not RENORMALIZED:  # infinite
             cases.append(Case("reverse", kind, "kl_divergence", _exchanged(oracle.kl_rows), model_first=True))
@@ -294,11 +314,17 @@ class Problem:
 
     def _dense_rows(self, z: Tensor, indices: Tensor, leaves: Leaves) -> Tensor:
         kind, options = self.case.kind, self.options
+        if kind.listed:
+            indices, leaves = indices[..., kind.entries], tuple(leaf[..., kind.entries] for leaf in leaves)
         raw = kind.raw(z, indices, *leaves)
         temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
-        coarse = kind is BUCKET and indices.shape[-1] < z.shape[-1]
+        coarse = kind.bucket and indices.shape[-1] < z.shape[-1]
+
+        def outcomes(logits: Tensor) -> Tensor:
+            return oracle.listed_and_rest(logits, indices) if coarse else logits
+
         if self.case.rows is None:
-            y = leaves[0] if kind in (FLOAT, PROBABILITIES) else torch.softmax(raw, -1)
+            y = leaves[0] if kind in (FLOAT, PROBABILITIES) else torch.softmax(outcomes(raw), -1)
             known = ("label_smoothing", "temperature", "softcap", "z_loss", "base")
             return oracle.cross_entropy_rows(
                 z,
@@ -308,8 +334,9 @@ class Problem:
                 **{name: options[name] for name in known if name in options},
             )
         seen = oracle.seen_by_softmax(z, temperature, softcap)
-        log_p = torch.log_softmax(oracle.listed_and_rest(seen, indices) if coarse else seen, -1)
-        return self.case.rows(torch.log_softmax(raw / temperature, -1), log_p) / math.log(options.get("base", math.e))
+        log_p = torch.log_softmax(outcomes(seen), -1)
+        log_y = torch.log_softmax(outcomes(raw / temperature), -1)
+        return self.case.rows(log_y, log_p) / math.log(options.get("base", math.e))
 
     def dense_stats(self) -> Stats:
         named, leaves = self._named(self.arguments)
@@ -317,7 +344,8 @@ class Problem:
         seen = oracle.seen_by_softmax(z, self.options.get("temperature", 1.0), self.options.get("softcap"))
         kind, s = self.case.kind, self.options.get("shift", 0)
         if kind.listed:
-            best = self.indices.gather(-1, leaves[0].argmax(-1, keepdim=True)).squeeze(-1)
+            (log_probs,), listed = (leaf[..., kind.entries] for leaf in leaves), self.indices[..., kind.entries]
+            best = listed.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
         else:
             best = self.indices if kind is INDICES else kind.raw(z, self.indices, *leaves).argmax(-1)
         meant = torch.where(self._kept(self.indices), best, -1)

@@ -425,6 +425,30 @@ def wide_heads(mesh: DeviceMesh, rows: int | None = None) -> Cases:
                 yield f"{name}: derivative {at}", distance(got.detach(), right.detach()), 1e-10
 
 
+def most_probable(mesh: DeviceMesh) -> Cases:
+    """The list of a head, its equal logits in order over the processes; uneven and empty parts, masked classes, rows cut."""
+    generator = torch.Generator().manual_seed(6)
+    for classes, k in ((2, 2), (11, 7), (90, 20)):
+        for number, by_rows in enumerate((False, True)):
+            x, w, b = (
+                torch.randint(-2, 3, s, generator=generator).double() for s in ((3, 4, 3), (classes, 3), (classes,))
+            )
+            b = torch.where(torch.arange(classes) % 5 == 3, -torch.inf, b)
+            options = {"temperature": 0.7, "softcap": 2.5} if number else {}
+            alone = softcurve.linear_topk(x, w, k, linear_bias=b, **options)
+            rows = distribute_tensor(x, mesh, [Shard(0)]) if by_rows else x
+            weight, bias = (distribute_tensor(t, mesh, [Shard(0)]) for t in (w, b))
+            for budget in (None, 40_000):
+                name = f"list of {k} of {classes}, {by_rows}, {budget}"
+                many = softcurve.linear_topk(rows, weight, k, linear_bias=bias, memory_budget=budget, **options)
+                assert isinstance(many.indices, DTensor) == by_rows
+                yield f"{name}: indices", float(not torch.equal(whole(many.indices), alone.indices)), 0.0
+                yield f"{name}: log-probabilities", distance(whole(many.log_probs), alone.log_probs), 1e-10
+                loss = softcurve.linear_kl_divergence(rows, weight, many, linear_bias=bias, **options)
+                truth = softcurve.linear_kl_divergence(x, w, alone, linear_bias=b, **options)
+                yield f"{name}: loss", distance(whole(loss), truth), 1e-10
+
+
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from all_losses(mesh)
@@ -438,6 +462,7 @@ def main() -> Cases:
     yield from statistics_and_distillation(mesh)
     if mesh.size() == 4:
         yield from wide_heads(init_device_mesh("cpu", (2, 2)), rows=0)
+    yield from most_probable(mesh)
 
 
 if __name__ == "__main__":

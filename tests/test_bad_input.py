@@ -47,8 +47,6 @@ CE(TopK(k, l), ignore_index=0)                  | ValueError | ignore_index; dis
 CE(LinearTeacher(x, w), ignore_index=-1)        | ValueError | ignore_index; distribution; sample_weight
 CE(TopK(k[:2], l[:2]))                          | ValueError | TopK indices; (3,); (2, 2)
 CE(TopK(k, l), weight=torch.ones(5))            | ValueError | weight; bucket; renormalize
-KL(TopK(k, l), temperature=2.0)                 | ValueError | temperature; bucket; renormalize
-JS(TopK(k, l), temperature=2.0)                 | ValueError | temperature; bucket
 REVERSE(TopK(k, l, 'renormalize'))              | ValueError | renormalize; infinite; bucket
 JS(TopK(k, l, 'renormalize'), beta=1.0)         | ValueError | renormalize; infinite; bucket
 CE(i, weight=torch.ones(3))                     | ValueError | weight; (5,); (3,)
@@ -108,6 +106,7 @@ JS(Probabilities(y * NAN))                      | ValueError | robabilities; NaN
 CE(y.index_fill(0, one, INF))                   | ValueError|nan | robabilities; finite; inf; divide
 CE(TopK(torch.zeros_like(k), l))                | ValueError | indices; distinct; twice
 KL(TopK(k, l + 2))                              | ValueError | log_probs; mass; log_softmax
+CE(TopK(k, l - INF, 'renormalize'))             | ValueError | log_probs; fillers; sample_weight 0; bucket
 JS(TopK(k, l * NAN))                            | ValueError | log_probs; nan
 CE(i, weight=-torch.ones(5))                    | ValueError | weight; >= 0
 """
@@ -154,8 +153,15 @@ LinearTeacher(z, torch.ones(5, 5).long())       | TypeError  | linear_weight; in
 LinearTeacher(z, torch.ones(6, 5), torch.ones(4)) | ValueError | LinearTeacher linear_bias; (6,); (4,)
 TopK(k, l, tail='drop')                         | ValueError | tail; 'bucket'; 'drop'
 TopK(k, k)                                      | TypeError  | log_probs; int64
-TopK(l, l)                                      | TypeError  | indices; int64
-TopK(k.int(), l)                                | TypeError  | indices; int64; .long()
+TopK(l, l)                                      | TypeError  | indices; int64; float32; .long()
+TopK(k > 0, l)                                  | TypeError  | indices; int64; bool
+TopK.cat([])                                    | ValueError | lists; one or more; got 0
+TopK.cat([TopK(k, l), TopK(k, l, 'renormalize')]) | ValueError | lists; tail; 'bucket', 'renormalize'
+TopK.cat([TopK(k, l)] * 2, dim=1)               | ValueError | dim; leading; got 1
+TopK.ragged([k[0]], [])                         | ValueError | one tensor; 1 and 0
+TopK(k, l).with_label(i[:2], l[:, 0])           | ValueError | label; (3,); (2,)
+TopK(k, l).with_label(i, l)                     | ValueError | log_probs; (3,); (3, 2)
+TopK(k, l).with_label(l[:, 0], l[:, 0])         | TypeError  | label; int64; float32
 TopK(k[:, :1], l)                               | ValueError | indices; (3, 2); (3, 1)
 nn.CrossEntropyLoss(reduction='x')              | ValueError | reduction; 'x'
 nn.KLDivergenceLoss(base=1.0)                   | ValueError | base

@@ -25,9 +25,10 @@ from typer.testing import CliRunner
 
 from softcurve.cli.interrupt import remember_interrupts, stop_if_interrupted
 from softcurve.cli.main import app
+from softcurve.files.atomic import replacing_all
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
+from softcurve.fit.outputs import check_outputs
 from softcurve.fit.saved_head import SavedHead
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from softcurve.fit.data.source import BUDGET, RowBlock
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.head_spectrum import CurvatureSpectrum, curvature_spectrum
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from softcurve.fit.data.opening import open_source, open_source_for
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source
 from softcurve.fit.data.subset import Subset, split_source
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 ROWS, WIDTH, CLASSES, K = 37, 5, 4, 3
 RNG = np.random.default_rng(0)

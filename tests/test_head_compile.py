@@ -56,6 +56,8 @@ def calls_of(cases: list[Case]) -> dict[str, list[Any]]:
                 posed.ours(*(a.detach() for a in posed.arguments), return_stats=True)
                 arguments = tuple(a.detach() for a in posed.arguments)
                 jvp(grad(posed.ours, everywhere(arguments)), arguments, directions(arguments))
+        for options in ({}, {"linear_bias": torch.randn(7), "temperature": 0.7, "softcap": 2.5}):
+            softcurve.linear_topk(torch.randn(5, 3), torch.randn(7, 3), 4, **options)
     return recorded.calls
 
 

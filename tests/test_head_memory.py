@@ -169,6 +169,18 @@ warm_and_extra(distilled, 2048, 128, 50257, listed)
     assert extra(run_python, body) <= MOST
 
 
+def test_list_of_a_head(run_python: Callable[[str], object]) -> None:
+    """Neither all logits nor all candidates of all rows are held."""
+    body = """
+def listed(x, w):
+    made = softcurve.linear_topk(x, w, 64, memory_budget=BUDGET)
+    return made.indices, made.log_probs
+
+warm_and_extra(listed, 2048, 128, 50257)
+"""
+    assert extra(run_python, body) <= MOST
+
+
 @pytest.mark.slow
 def test_hessian_product(run_python: Callable[[str], object]) -> None:
     """The graph of the gradient keeps gradients, not logits; its backward is another pass over tiles."""

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from softcurve.files.atomic import check_writable, replacing
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_writable, replacing
 from softcurve.fit.saved_head import SavedHead
 
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]], dtype=torch.float64)

@@ -18,7 +18,7 @@ from softcurve.fit.solver.newton import minimise_model
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.divergences import LOSS_NAMES
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 ROWS, WIDTH, CLASSES, AT_ONCE = 41, 5, 4, 7
 KINDS = ["labels", "distributions", "top_k"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import softcurve as sc
-from softcurve.fit.atomic import replacing
+from softcurve.files.atomic import replacing
 from tiny_lm.model import TinyLM
 from tiny_lm.objectives import Loss, Target
 from tiny_lm.text import Text, Windows

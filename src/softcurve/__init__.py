@@ -26,6 +26,7 @@ from softcurve.linear import (
     linear_js_divergence,
     linear_kl_divergence,
     linear_log_probs,
+    linear_topk,
 )
 from softcurve.losses.class_map import ClassMap
 from softcurve.losses.divergences import (
@@ -39,8 +40,10 @@ from softcurve.losses.divergences import (
     SkewKL,
 )
 from softcurve.losses.low_rank import LowRankWeight
-from softcurve.losses.targets import Logits, Probabilities, TopK
+from softcurve.losses.targets import Logits, Probabilities
 from softcurve.losses.teacher import LinearTeacher
+from softcurve.losses.topk import TopK, TopKCache
+from softcurve.losses.topk_writer import TopKWriter
 
 if TYPE_CHECKING:
     from softcurve.fit.cross_validation import SoftmaxRegressionCV
@@ -58,10 +61,10 @@ __all__ = [
     "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
     "JensenShannon",
     "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
-    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "chain_rule", "contrastive_loss", "cross_entropy", "curvature",
-    "divergence", "entropy", "functional", "js_divergence", "kl_divergence", "linear_cross_entropy",
-    "linear_distillation", "linear_divergence", "linear_js_divergence", "linear_kl_divergence", "linear_log_probs",
-    "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
+    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule", "contrastive_loss",
+    "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence", "kl_divergence",
+    "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_js_divergence", "linear_kl_divergence",
+    "linear_log_probs", "linear_topk", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int, Int64
+    from jaxtyping import Integer as AnyInt
 else:
     try:
         from jaxtyping import Bool, Float, Float64, Int, Int64
+        from jaxtyping import Integer as AnyInt
     except ModuleNotFoundError:
 
         class _Unchecked:
@@ -22,7 +24,7 @@ else:
             def __class_getitem__(cls, array_and_shape: tuple[Any, str]) -> Any:
                 return array_and_shape[0]
 
-        Bool = Float = Float64 = Int = Int64 = _Unchecked
+        AnyInt = Bool = Float = Float64 = Int = Int64 = _Unchecked
 
 Rows: TypeAlias = Float[Tensor, "*rows classes"]
 Column: TypeAlias = Float[Tensor, "*rows 1"]
@@ -30,4 +32,4 @@ Values: TypeAlias = Float[Tensor, "*rows"]
 Indices: TypeAlias = Int[Tensor, "*rows"]
 Flags: TypeAlias = Bool[Tensor, "*rows"]
 
-__all__ = ["Bool", "Column", "Flags", "Float", "Float64", "Indices", "Int", "Int64", "Rows", "Values"]
+__all__ = ["AnyInt", "Bool", "Column", "Flags", "Float", "Float64", "Indices", "Int", "Int64", "Rows", "Values"]

@@ -14,7 +14,8 @@ from softcurve.losses import softmax
 from softcurve.losses.divergences import MEMBERS, divergence_of
 from softcurve.losses.rows import DenseCrossEntropy
 from softcurve.losses.spec import LogitMap
-from softcurve.losses.targets import Probabilities, Target, TopK, as_target
+from softcurve.losses.targets import Probabilities, Target, as_target
+from softcurve.losses.topk import TopK
 from softcurve.records import ShortRepr
 from softcurve.typing import ChainLoss
 

@@ -98,6 +98,17 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}; take {name}.real")
 
 
+def require_integers(name: str, tensor: object) -> None:
+    """Require a tensor of class indices, of any integer dtype."""
+    whole = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
+    if not whole or tensor.dtype == torch.bool:  # type: ignore[attr-defined]
+        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(
+            f"{name} must be a tensor of class indices of an integer dtype, such as int64, got {what}; convert it "
+            "with .long()"
+        )
+
+
 def require_rows(name: str, tensor: object, rows: Sequence[int], against: str, classes: int | None = None) -> None:
     """Require one real entry for each row; ``classes`` is the size of the dimension after the rows of ``against``."""
     require_tensor(name, tensor)

@@ -23,7 +23,8 @@ from softcurve.losses.labels import Labels, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
 from softcurve.losses.spec import LogitMap, LossSpec
-from softcurve.losses.targets import Logits, Target, TopK, excluded_mask, uniform_over_unmasked
+from softcurve.losses.targets import Logits, Target, excluded_mask, uniform_over_unmasked
+from softcurve.losses.topk import TopK
 from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
 
@@ -250,7 +251,7 @@ def _divergence(
     if isinstance(model, TopK | GroupedTarget):
         divergence, target, model = divergence.exchanged(), model, target
     if isinstance(target, TopK):
-        target.require_comparable(divergence, logit_map.temperature)
+        target.require_comparable(divergence)
     sample_weight = _checked_weight(sample_weight, model.leading, names[1])
     for name, side in zip(names, (p, q), strict=True):
         if isinstance(side, Tensor):
@@ -262,7 +263,10 @@ def _divergence(
     if isinstance(target, TopK):
         target.require_fit(z.shape)
         z = _cleared(z, sample_weight)
-        z, y = target.checked(sample_weight, z.shape[-1]).against(z)
+        if target.merges_tail:  # whose classes are merged after the temperature
+            z, _ = logit_map.shifted_value(z.to(wide))
+        z, y = target.checked(sample_weight, z.shape[-1]).against(z, logit_map.temperature)
+        logit_map = LogitMap() if target.merges_tail else logit_map
     elif isinstance(target, GroupedTarget):
         target.require_fit(z.shape)
         z, y = target.checked(sample_weight, z.shape[-1]).tempered(_cleared(z, sample_weight), logit_map)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float, Int
-from softcurve.head.log_probs import HeadStatistics, statistics_of_head
+from softcurve.head.log_probs import HeadStatistics, head_top_classes, statistics_of_head
 from softcurve.head.problem import HeadProblem, LossStats, head_problem, require_shift
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import require_labels
@@ -23,6 +23,7 @@ from softcurve.losses.low_rank import LowRankWeight
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import Beside, LossSpec
 from softcurve.losses.targets import Target
+from softcurve.losses.topk import TopK
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 FORWARD_KL = ForwardKL()
@@ -383,6 +384,44 @@ def linear_log_probs(
         input, linear_weight, index, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
         memory_budget=memory_budget,
     )  # fmt: skip
+
+
+def linear_topk(
+    input: Features, linear_weight: HeadWeight, k: Integer, *, linear_bias: HeadBias | None = None,
+    temperature: Number = 1.0, softcap: Number | None = None, memory_budget: Integer | None = None,
+) -> TopK:  # fmt: skip
+    """Return the ``k`` most probable classes of each row of ``linear(input, linear_weight, linear_bias)``, detached.
+
+    The list holds natural log-probabilities normalised over all classes, in falling order; of equally probable classes
+    the lower comes first. It is a target of a loss, or what :meth:`TopK.save` writes.
+
+    Args:
+        input: Features ``(..., d)``.
+        linear_weight: ``(C, d)``.
+        k: From 1 to ``min(C, 1024)``.
+        linear_bias: ``(C,)``; −inf masks a class. Where fewer than ``k`` classes are unmasked, masked ones follow with
+            a log-probability of −inf, so that they are fillers.
+        temperature: ``T`` in ``z / T``, after the soft cap.
+        softcap: ``κ`` in ``κ tanh(z / κ)``.
+        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
+
+    Returns:
+        A :class:`~softcurve.TopK` with ``tail="bucket"``: int64 indices and log-probabilities ``(..., k)`` in float32,
+        or float64 if an argument is. For a sharded head it lies as the rows do.
+
+    Raises:
+        TypeError, ValueError: If an argument has a wrong type, shape or value. NaN in a row is an error in eager mode
+            on the CPU; elsewhere it is returned.
+
+    Example:
+        >>> x, w = torch.randn(3, 4), torch.randn(9, 4)
+        >>> teacher = softcurve.linear_topk(x, w, 2)
+        >>> loss = softcurve.linear_kl_divergence(x, w, teacher)
+
+    Source: ``log p_k = z_k − log Σ_j e^{z_j}``.
+    """
+    loss = LossSpec.of(CrossEntropy(), Reduction.of("none", math.e), temperature, softcap)
+    return TopK(*head_top_classes(loss, input, linear_weight, linear_bias, k, memory_budget))
 
 
 # --- losses of K more dimensions -------------------------------------------------------------------------------------

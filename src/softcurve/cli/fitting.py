@@ -15,8 +15,8 @@ from softcurve.cli.options import FitOptions, check_suffix
 from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
+from softcurve.files.atomic import replacing_all
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_outputs, replacing_all
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
@@ -25,6 +25,7 @@ from softcurve.fit.fitting import Fit, fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
+from softcurve.fit.outputs import check_outputs
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 

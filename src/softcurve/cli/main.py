@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, interrupted, remember_interrupts
 from softcurve.cli.streams import use_standard_streams
 from softcurve.extras import needed
-from softcurve.fit.system_errors import out_of_memory, remedy_for
+from softcurve.files.errors import out_of_memory, remedy_for
 
 try:
     with needed("the command line", "app"):

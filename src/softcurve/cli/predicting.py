@@ -24,11 +24,12 @@ from softcurve.cli.interrupt import stop_if_interrupted
 from softcurve.cli.options import check_suffix
 from softcurve.cli.printing import TextRows, print_record, print_table, score_figures, score_rows
 from softcurve.cli.streams import encodable
+from softcurve.files.atomic import replacing
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import Label, Source, rows_within
 from softcurve.fit.diagnostics import ScoreSums
+from softcurve.fit.outputs import check_outputs
 from softcurve.fit.saved_head import SavedHead
 
 # Takes the probabilities of the next rows, and the indices of the predicted classes.

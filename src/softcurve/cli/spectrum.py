@@ -22,13 +22,14 @@ from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
 from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.network import length_of
+from softcurve.files.atomic import replacing
+from softcurve.files.errors import out_of_memory
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_outputs, replacing
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import RowBlock, gather
 from softcurve.fit.losses import check_loss, refuse_zeros
+from softcurve.fit.outputs import check_outputs
 from softcurve.fit.saved_head import SavedHead
-from softcurve.fit.system_errors import out_of_memory
 from softcurve.typing import FitLoss
 
 Network = GGN | Hessian | Fisher | EmpiricalFisher

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcurve.files.atomic import check_writable, replacing
+from softcurve.files.tensors import encode_tensors, read_tensors
 from softcurve.fit import DataError
-from softcurve.fit.atomic import check_writable, replacing
-from softcurve.fit.data.files.arrays import encode_tensors, read_tensors
 from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step

@@ -18,7 +18,7 @@ from softcurve.fit.group import Group
 from softcurve.fit.losses import is_soft, row_losses, target_labels, target_probability
 from softcurve.functional import entropy
 from softcurve.losses.divergences import Divergence
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 from softcurve.records import ShortRepr
 
 KEPT_WIDTH = 4096  # up to here the features of the hardest rows are kept

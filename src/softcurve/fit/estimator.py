@@ -23,7 +23,7 @@ from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence, divergence_of
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 from softcurve.typing import FitLoss, FitPrecision
 
 Array = NDArray[Any]

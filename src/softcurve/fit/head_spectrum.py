@@ -19,7 +19,7 @@ from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.rows import GAUSS_NEWTON, divergence_second_order
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 from softcurve.records import ShortRepr
 from softcurve.typing import FitLoss
 

@@ -12,7 +12,8 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, RowBlock, TargetKind
 from softcurve.functional import cross_entropy, divergence
 from softcurve.losses.divergences import LOSS_NAMES, CrossEntropy, Divergence, ForwardKL, divergence_of
-from softcurve.losses.targets import Probabilities, Target, TopK
+from softcurve.losses.targets import Probabilities, Target
+from softcurve.losses.topk import TopK
 
 
 def check_loss(loss: str | Divergence, kind: TargetKind) -> None:
@@ -70,8 +71,7 @@ def concatenated(targets: Sequence[Tensor | TopK | None]) -> Tensor | TopK:
     """Return one target of the rows of several targets of the same kind."""
     lists = [target for target in targets if isinstance(target, TopK)]
     if lists:
-        indices, log_probs = (torch.cat([getattr(each, name) for each in lists]) for name in ("indices", "log_probs"))
-        return TopK(indices, log_probs, lists[0].tail)
+        return TopK.cat(lists)
     return torch.cat([target for target in targets if isinstance(target, Tensor)])
 
 
@@ -83,10 +83,15 @@ def target_labels(target: BlockTarget) -> Int64[Tensor, " rows"]:
 
 
 def named_classes(target: BlockTarget, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return the classes that labels or lists name, ``(rows, k)``, and their probabilities; None for distributions."""
+    """Return the classes that labels or lists name, ``(rows, k)``, and their probabilities; None for distributions.
+
+    A filler of a list is a class of probability 0.
+    """
     if isinstance(target, TopK):
         probs = target.log_probs.to(dtype).exp()
-        return target.indices, probs / probs.sum(1, keepdim=True) if target.tail == "renormalize" else probs
+        return target.listed_classes().clamp(min=0), probs / probs.sum(
+            1, keepdim=True
+        ) if target.tail == "renormalize" else probs
     return None if target.is_floating_point() else (target[:, None], torch.ones(1, 1, dtype=dtype))
 
 
@@ -98,8 +103,9 @@ def target_probability(target: BlockTarget, index: Int64[Tensor, " rows"], class
     if (named := named_classes(target, torch.float64)) is None:
         return target.gather(-1, index[:, None]).squeeze(-1).double()  # type: ignore[union-attr]
     names, probs = named
-    listed = names == index[:, None]
+    listed = (names == index[:, None]) & (probs > 0)
     unlisted = probs.new_zeros(1)
     if isinstance(target, TopK) and target.tail == "bucket":
-        unlisted = (1.0 - probs.sum(-1)).clamp_(min=0.0) / max(classes - probs.shape[-1], 1)
+        unlisted = (1.0 - probs.sum(-1)).clamp_(min=0.0)
+        unlisted /= target.outcome_sizes(classes)[:, -1].clamp(min=1)
     return torch.where(listed.any(-1), (probs * listed).sum(-1), unlisted)

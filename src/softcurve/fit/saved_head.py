@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from softcurve.array_types import Float
+from softcurve.files.atomic import replacing
+from softcurve.files.errors import unusable
+from softcurve.files.tensors import FileState, encode_tensors, read_tensors
 from softcurve.fit import DataError
-from softcurve.fit.atomic import replacing
-from softcurve.fit.data.files.arrays import FileState, encode_tensors, read_tensors
 from softcurve.fit.data.source import Label
-from softcurve.fit.system_errors import unusable
 from softcurve.losses.divergences import LOSS_NAMES
 from softcurve.records import ShortRepr
 

@@ -78,6 +78,7 @@ class RowData:
 
     weight: Tensor  # (r,)
     indices: Tensor | None = None  # (r, k), counted from ``first``
+    fillers: Tensor | None = None  # (r, k): which of them are no class; None if all are
     target: Tensor | None = None  # (r, k + 1), of a list
     target_v: Tensor | None = None
     class_weight: Tensor | None = None  # see HeadTensors

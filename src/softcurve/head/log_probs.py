@@ -1,4 +1,4 @@
-"""Log-probabilities and other statistics of a head's softmax, as :func:`softcurve.linear_log_probs` returns them."""
+"""The public calls that return what a head's softmax is: its statistics, and lists of its most probable classes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.records import short_repr
 from softcurve.typing import Integer, Number
+
+MOST_LISTED = 1024  # classes of a list
 
 
 class HeadStatistics(NamedTuple):
@@ -71,6 +73,37 @@ def statistics_of_head(
     one = index is not None and index.ndim < input.ndim
     listed = None if index is None else log_probs.squeeze(-1) if one else log_probs
     return HeadStatistics(listed, *(column.squeeze(-1) for column in (entropy, lse, mean, collision)))
+
+
+def head_top_classes(
+    loss: LossSpec, input: Tensor, linear_weight: Tensor | LowRankWeight, linear_bias: Tensor | None, k: object,
+    memory_budget: Integer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the ``k`` most probable classes of each row of a public call and their log-probabilities, detached."""
+    checks.require_head(input, matrix_of(linear_weight), linear_bias)
+    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias)
+    count, most = checks.as_integer(k), min(layout.classes, MOST_LISTED)
+    if count is None or not 1 <= count <= most:
+        raise ValueError(
+            f"k must be an int from 1 to {most}, the smaller of the {layout.classes} classes and {MOST_LISTED}, "
+            f"got {k!r}"
+        )
+
+    def make() -> tuple[Tensor, Tensor]:
+        head = local_head(layout, loss, input, linear_weight, linear_bias, None, None)
+        parts: dict[str, Any] = {name: None if part is None else part.detach() for name, part in head.tensors.items()}
+        ones = head.input.new_ones(len(head.input), dtype=head.dtype)
+        tensors = HeadTensors(**parts, indices=None, row_weight=ones, class_weight=None)
+        spec = dataclasses.replace(loss, target="sparse", **layout.shard)
+        indices, log_probs = torch.ops.softcurve.head_top_classes(
+            *tensors, spec.encode(), count, require_budget(memory_budget)
+        )
+        explain_head_nan(tensors, log_probs[:, 0])
+        shape = (*head.leading, count)
+        return indices.reshape(shape), log_probs.to(head.dtype).reshape(shape)
+
+    indices, log_probs = layout.agreed(make)
+    return layout.restored(indices, per_row=True), layout.restored(log_probs, per_row=True)
 
 
 def _flat_index(layout: PlainHead, index: Tensor | None, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcurve.head import loop
+from softcurve.head import loop, topk
 from softcurve.head.tensors import DIFFERENTIABLE, TARGET, HeadTensors
 from softcurve.losses.spec import LossSpec
 
@@ -38,6 +38,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"head_statistics({TENSORS}, str loss, int? memory_budget, Tensor? known) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define(
+    f"head_top_classes({TENSORS}, str loss, int k, int? memory_budget) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -113,6 +117,25 @@ def _fake_head_statistics(*arguments: Any) -> list[Tensor]:
 
 
 torch.library.register_fake("softcurve::head_statistics", _fake_head_statistics, lib=LIBRARY)
+
+
+@torch.library.impl(LIBRARY, "head_top_classes", "CompositeExplicitAutograd")
+def _head_top_classes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` most probable classes of each row and their log-probabilities, ``(n, k)`` each."""
+    *given, loss, k, memory_budget = arguments
+    tensors = HeadTensors(*given)
+    with torch.autocast(tensors.input.device.type, enabled=False):
+        return topk.top_classes(LossSpec.decode(loss), tensors, k, memory_budget)
+
+
+def _fake_head_top_classes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, _, k, _ = arguments
+    tensors = HeadTensors(*given)
+    shape = (tensors.input.shape[0], k)
+    return tensors.input.new_empty(shape, dtype=torch.int64), tensors.input.new_empty(shape, dtype=tensors.dtype)
+
+
+torch.library.register_fake("softcurve::head_top_classes", _fake_head_top_classes, lib=LIBRARY)
 torch.library.register_fake("softcurve::head_losses", _fake_head_losses, lib=LIBRARY)
 torch.library.register_fake("softcurve::head_hessian_product", _fake_head_hessian_product, lib=LIBRARY)
 

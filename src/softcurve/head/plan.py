@@ -22,6 +22,9 @@ DEFAULT_BUDGET = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Entries that the elementwise passes work on at a time. On the CPU they then stay in the cache.
 CACHE_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 
+# Pieces of so many entries that a pass which lists classes works on at a time: it calls more operations for each.
+GROUP_PIECES = 4
+
 # Rows below which cutting classes is cheaper than accumulating the weight's gradient once more for each tile.
 FEWEST_ROWS = 64
 
@@ -151,6 +154,18 @@ def plan_curvature(spec: LossSpec, tensors: HeadTensors, count: int, budget: int
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=device,
         needs=Needs(buffers, 6 if spec.target == "sparse" else 24, row), least_pieces=30, least_row_entries=row,
         whole_rows=False, memory_budget=budget,
+    )  # fmt: skip
+
+
+def plan_list(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, k: int) -> Plan:
+    """Plan a pass that lists the ``k`` most probable classes of each row, of which every process sends its own."""
+    processes = 1 if spec.processes is None else spec.processes.size()
+    # A group of rows: its softmax, and at most as much for chunks, their columns as int64 and their logits.
+    needs = Needs(1 + (spec.softcap is not None), 4 * GROUP_PIECES, 2 * _width(spec, tensors) + 12 * k * processes + 32)
+    return make_plan(
+        count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=tensors.input.device, needs=needs,
+        least_pieces=needs.buffers + needs.temporaries, least_row_entries=needs.row_entries, whole_rows=False,
+        memory_budget=budget,
     )  # fmt: skip
 
 

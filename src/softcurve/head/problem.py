@@ -29,8 +29,9 @@ from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
-from softcurve.losses.targets import Logits, Probabilities, Target, TopK
+from softcurve.losses.targets import Logits, Probabilities, Target
 from softcurve.losses.teacher import LinearTeacher
+from softcurve.losses.topk import TopK
 from softcurve.records import short_repr
 from softcurve.typing import Integer
 
@@ -282,7 +283,7 @@ def require_budget(budget: object) -> int | None:
 
 def local_head(
     layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None,
-    target: Tensor | Target, class_weight: Tensor | None,
+    target: Tensor | Target | None, class_weight: Tensor | None,
 ) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
     full_bias = None
@@ -416,7 +417,7 @@ def _distribution_problem(
         masses, loss = _list_outcomes(head, loss, local, excluded)
         form, label = "sparse", local.most_probable
         class_weight = head.smoothing_factors(excluded) if loss.smoothing else None
-        tensors = tensors._replace(target=masses, indices=local.indices)
+        tensors = tensors._replace(target=masses, indices=local.listed_classes())
     else:
         if isinstance(target, LinearTeacher):
             form = "teacher"
@@ -468,37 +469,34 @@ def _list_outcomes(head: LocalHead, loss: LossSpec, target: TopK, excluded: Tens
     For a cross-entropy the outcomes are smoothed and weighted probabilities, for other divergences logits. Only a list
     of one bucket takes up the smoothing; otherwise the pass spreads it over all classes.
     """
-    uniform = _uniform_over_outcomes(head, target, excluded) if target.merges_tail else None
-    masked = None if uniform is None else uniform[..., -1:] == 0
-    log_probs = target.outcome_log_probs(head.layout.classes, head.dtype, masked)
+    classes, temperature = head.layout.classes, 1.0 if loss.is_cross_entropy else loss.temperature
+    sizes = _outcome_sizes(head, target, excluded)
+    log_probs = target.outcome_log_probs(classes, head.dtype, sizes[..., -1:], temperature)
     if not loss.is_cross_entropy:
-        target.require_comparable(loss.divergence, loss.temperature)
-        return (log_probs if loss.temperature == 1 else log_probs / loss.temperature), loss
+        target.require_comparable(loss.divergence)
+        return log_probs, loss
     y, smoothing = torch.softmax(log_probs, -1), loss.smoothing
     if smoothing:
         y = (1 - smoothing) * y
     if smoothing and target.merges_tail:
-        if uniform is None:
-            uniform = target.uniform_over_outcomes(y.new_full((head.layout.classes,), 1 / head.layout.classes))
-        y = y + smoothing * uniform
+        y = y + smoothing * sizes.to(y.dtype) / sizes.sum(-1, keepdim=True)
         loss = dataclasses.replace(loss, smoothing=0.0)
     if head.class_weight is not None:
-        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.indices], y[:, -1:]], -1)
+        y = torch.cat([y[:, :-1] * head.class_weight.to(y.dtype)[target.listed_classes().clamp(min=0)], y[:, -1:]], -1)
     return y, loss
 
 
-def _uniform_over_outcomes(head: LocalHead, target: TopK, excluded: Tensor | None) -> Tensor | None:
-    """Return the uniform distribution over the classes that neither the bias masks nor the row excludes.
-
-    It is over the listed classes and all others, ``(n, k + 1)``; ``None`` if every row has every class.
-    """
+def _outcome_sizes(head: LocalHead, target: TopK, excluded: Tensor | None) -> Tensor:
+    """Return how many classes that neither the bias masks nor the row excludes each outcome has, ``(n, k + 1)``."""
     uniform = head.uniform()
+    sizes = target.outcome_sizes(head.layout.classes, None if uniform is None else uniform > 0)
     if excluded is None:
-        return None if uniform is None else target.uniform_over_outcomes(uniform)
-    ones = torch.ones(head.layout.classes, dtype=torch.float64, device=head.input.device)
-    counts = ones if uniform is None else (uniform > 0).double()
-    at = excluded.clamp(min=0)
-    number = counts.sum() - torch.where(excluded >= 0, counts[at], 0.0).sum(-1, keepdim=True)
-    place = torch.searchsorted(excluded, target.indices).clamp(max=excluded.shape[-1] - 1)
-    listed = torch.where(excluded.gather(-1, place) == target.indices, 0.0, counts[target.indices])
-    return (torch.cat([listed, number - listed.sum(-1, keepdim=True)], -1) / number).to(head.dtype)
+        return sizes
+    at = target.listed_classes()
+    place = torch.searchsorted(excluded, at).clamp(max=excluded.shape[-1] - 1)
+    listed = torch.where(excluded.gather(-1, place) == at, 0, sizes[..., :-1])
+    gone = excluded >= 0
+    if uniform is not None:
+        gone = gone & (uniform[excluded.clamp(min=0)] > 0)
+    number = sizes.sum(-1, keepdim=True) - gone.sum(-1, keepdim=True)
+    return torch.cat([listed, number - listed.sum(-1, keepdim=True)], -1)

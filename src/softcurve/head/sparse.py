@@ -56,7 +56,7 @@ class SparseKernel(CurvatureKernel):
         self.unlisted = SparseSums.of(zeros + NO_MASS, zeros)
         # The listed logits and their changes, before and after the soft cap, and u of label smoothing there. NaN until
         # a block has the class: one that is in no block must not look like a logit.
-        self.raw = self.listed = (zeros + math.nan).expand_as(self.indices)
+        self.raw = self.listed = self._without_fillers((zeros + math.nan).expand_as(self.indices))
         self.v_raw = self.v_listed = self.share = zeros.expand_as(self.indices)
         self.exponentials: Tensor | None = None  # what the sweep has left of whole rows, and their shift
         self.exponentials_shift = self.unlisted.shift
@@ -121,6 +121,7 @@ class SparseKernel(CurvatureKernel):
         sums += [self.unlisted.uniform] * bool(self.loss.smoothing) + [self.unlisted.moment] * self.data.wants_stats
         sums += [self.unlisted.uniform_change] * (self.data.has_direction and bool(self.loss.smoothing))
         sum_over(sums, group)
+        self.listed = self._without_fillers(self.listed)
 
     def finish(self, number: int) -> None:
         """Form the coarse logits and their loss."""
@@ -142,6 +143,10 @@ class SparseKernel(CurvatureKernel):
             share = torch.softmax(self.coarse, -1)[:, -1:]
             entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
             self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted.squeeze(-1))
+
+    def _without_fillers(self, listed: Tensor) -> Tensor:
+        """Return the logits of the entries of a list, −inf for those that name no class."""
+        return listed if self.data.fillers is None else torch.where(self.data.fillers, NO_MASS, listed)
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
@@ -364,7 +369,7 @@ class SparseKernel(CurvatureKernel):
 
     def _places(self, block: Block, classes: Tensor) -> Places:
         """Return where some classes of each row stand in a block."""
-        if block.z.shape[-1] == self.data.class_count and classes is self.indices:
+        if block.z.shape[-1] == self.data.class_count and classes is self.indices and self.data.fillers is None:
             return Places(classes - block.classes.start, None)
         return Places.of(classes, block.classes)
 

@@ -11,7 +11,7 @@ where ``h, l, m, c`` are the coefficients of the four. Along a direction, ``u = 
 
     ġ = p (u (A + B + B D + 2 C p) + Ȧ − B K + Ḃ D + Ċ p) + ȧ.
 
-No term cancels: a class with more than half of the mass is dominant and has its own formulas, from sums over others.
+No term cancels: the class of the largest logit has its own formulas, from sums over all others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.aten.sparse import Places, or_zero
-from softcurve.head.aten.statistics import Coefficients, RowSums, StatisticsResiduals, StatisticsTile
+from softcurve.head.aten.sparse import or_zero
+from softcurve.head.aten.statistics import Coefficients, Needs, RowSums, StatisticsResiduals, StatisticsTile
 from softcurve.head.kernel import Block, Kernel, Residuals
 from softcurve.head.tensors import STATISTICS
 from softcurve.processes import max_over, sum_over
@@ -38,23 +38,34 @@ class StatisticsKernel(Kernel):
     def __post_init__(self) -> None:
         assert self.data.indices is not None
         assert self.data.target is not None
-        self.indices = self.data.indices
-        weight = self.data.weight
+        self.indices, weight = self.data.indices, self.data.weight
         self.tiles = backends.tile_functions(self.loss, weight.device, weight.dtype)
         self.sums = RowSums.none(weight)
         self.loaded_top = self.sums.top  # what ``z`` of a whole row is relative to
-        self.masks = False
+        self.masks, self.needs = False, self._needs(self.data.target)
         zeros = self.sums.rest.expand_as(self.indices)
         # NaN until a block has the class: one that is in no block must not look like a logit.
         self.listed, self.v_listed = zeros + math.nan, zeros
+
+    def _needs(self, target: Tensor) -> Needs:
+        """Return what must be summed: for the statistics all, and for gradients what has a coefficient."""
+        if self.data.wants_target or self.data.has_direction or target.device.type != "cpu":
+            return Needs(moment=True, square=True, exponentials=False)
+        entropy, _, mean, collision = (target[:, -STATISTICS:] != 0).any(0).tolist()
+        whole = not self.data.cuts_classes and self.loss.processes is None
+        return Needs(entropy or mean, collision, exponentials=whole and not (entropy or mean))
 
     # --- the sweep ---------------------------------------------------------------------------------------------------
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         tile = self._tile(block)
         raw = tile.listed.update(math.nan, tile.z)
-        sums, self.masks = self.tiles.statistics(tile, masks=self.masks)
-        listed = torch.where(raw == -math.inf, raw, tile.listed.take(tile.z) + or_zero(sums.top))
+        sums, self.masks = self.tiles.statistics(tile, self.needs, masks=self.masks)
+        sums = sums._replace(place=sums.place + block.classes.start)
+        if self.needs.exponentials:  # what is in the tile may be 0
+            listed = self.loss.logit_map.value(raw) * self._row_scale()
+        else:  # δ as the tile has it, so that it is exactly 0 for the top
+            listed = torch.where(raw == -math.inf, raw, tile.listed.take(tile.z) + or_zero(sums.top))
         self.listed = torch.where(raw.isnan(), self.listed, listed)
         if tile.v is not None:
             self.v_listed = tile.listed.update(self.v_listed, tile.v)
@@ -62,29 +73,29 @@ class StatisticsKernel(Kernel):
         self.sums = self.sums.merged(sums)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:
-        """Merge the sums of all processes, of which one has a listed logit."""
+        """Merge the sums of all processes, of which one keeps its top apart and one has a listed logit."""
         sums, top = self.sums, self.sums.top.clone()
         max_over([top], group)
         leads = (sums.top == top) & (top != -math.inf)
-        parts = [torch.where(leads, own, below) for own, below in zip(sums, sums.below(top), strict=True)]
+        place = -torch.where(leads, sums.place + self.data.first, math.inf)
+        max_over([place], group)  # the first of equal ones
+        own = leads & (sums.place + self.data.first == -place)
+        parts = [torch.where(own, apart, whole) for apart, whole in zip(sums, sums.below(top), strict=True)]
+        merged = RowSums(*parts)._replace(top_change=torch.where(own, sums.top_change, 0.0))
         here = (self.indices >= 0) & (self.indices < self.data.held)
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
-        count = leads.double()
-        sum_over([*parts[1:], count, self.listed, self.v_listed], group)
-        more = (count - 1).clamp(min=0)
-        merged = RowSums(top, *parts[1:])
-        self.sums = merged._replace(rest=merged.rest + more, square=merged.square + more).settled()
+        sum_over([*merged[2:], self.listed, self.v_listed], group)
+        self.sums = merged._replace(top=top, place=-place - self.data.first)
 
     def finish(self, number: int) -> None:
         """Compute the statistics and, along a direction, their changes."""
         sums = self.sums
         self.shift = or_zero(sums.top)
-        self.dominated = sums.dominated
         rest = torch.where(sums.top == -math.inf, math.nan, sums.rest)  # a row without a class has no softmax
         self.log_mass, self.inverse = torch.log1p(rest), 1 / (1 + rest)
         self.below = -sums.moment * self.inverse  # max z − μ
         listed = self.listed - self.shift
-        self.at_top = self.dominated & (listed == 0)
+        self.at_top = self.indices == sums.place
         offset = self.shift if self.data.offset is None else self.shift + self.data.offset * self._row_scale()
         self.statistics_of_row = torch.cat(
             [
@@ -100,13 +111,12 @@ class StatisticsKernel(Kernel):
             self._differentiate()
 
     def _differentiate(self) -> None:
-        """Compute ``p·ż``, the change of a dominant logit beside it, ``K`` and the changes of the statistics."""
+        """Compute ``p·ż``, the change of the top beside it, ``K`` and the changes of the statistics."""
         sums, inverse = self.sums, self.inverse
         self.mean_change = (sums.change + sums.top_change) * inverse
-        # ż − p·ż of a dominant class; Σ p² (ż − p·ż) / P, to which it has the first term
+        # ż − p·ż of the top; Σ p² (ż − p·ż) / P, of which the last term is the top's
         self.top_u = (sums.top_change * sums.rest - sums.change) * inverse
-        apart = torch.where(self.dominated, self.top_u, -self.mean_change)
-        self.of_square = (sums.square_change - self.mean_change * sums.square + apart) / (1 + sums.square)
+        self.of_square = (sums.square_change - self.mean_change * sums.square + self.top_u) / (1 + sums.square)
         self.of_mean = (sums.moment_change - self.mean_change * sums.moment) * inverse
         u = torch.where(self.at_top, self.top_u, self.v_listed - self.mean_change)
         others = [-self.of_mean, self.mean_change, self.mean_change + self.of_mean, 2 * self.of_square]
@@ -127,8 +137,8 @@ class StatisticsKernel(Kernel):
         self.target_gradient = weight * self.statistics_of_row
         factor = weight * self._row_scale()
         combination = _Combination(self, factor * self._given(self.data.target))
-        first, listed, dominant = combination.first()
-        rows = StatisticsResiduals(self.shift, first, listed, dominant)
+        first, listed, top = combination.first()
+        rows = StatisticsResiduals(self.shift, self.sums.place.long(), first, listed, top)
         if self.data.has_direction:
             self.target_product = weight * self.changes
             change = factor * self._given(self.data.target_v)
@@ -138,8 +148,9 @@ class StatisticsKernel(Kernel):
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
         whole = self.loss.processes is None
         shift = self.shift if fresh else None if whole else self.shift - or_zero(self.loaded_top)
-        tile = self._tile(block)
-        return self.tiles.residual(tile, self.rows, shift, fresh=fresh, masks=self.masks)  # type: ignore[no-any-return]
+        rows = self.rows._replace(place=self.rows.place - block.classes.start)
+        tile, needs, masks = self._tile(block), self.needs, self.masks
+        return self.tiles.residual(tile, rows, shift, needs, fresh=fresh, masks=masks)  # type: ignore[no-any-return]
 
     def _given(self, target: Tensor | None) -> Tensor:
         """Return the coefficients, or their changes, in float64."""
@@ -150,14 +161,11 @@ class StatisticsKernel(Kernel):
         return 1.0 if scale is None else scale.double()
 
     def _tile(self, block: Block) -> StatisticsTile:
-        columns, width = self.indices - block.classes.start, block.z.shape[-1]
-        places = Places(columns, None)
-        if width != self.data.class_count:
-            places = Places(columns.clamp(0, max(width - 1, 0)), (columns >= 0) & (columns < width))
         scale = self.data.row_scale
         return StatisticsTile(
-            block.z, block.raw, block.v, None if scale is None else scale.to(block.z.dtype), places,
-            self.loss.logit_map, self.data.cached,
+            block.z, block.raw, block.v, None if scale is None else scale.to(block.z.dtype),
+            self.indices - block.classes.start, block.z.shape[1] == self.data.class_count, self.loss.logit_map,
+            self.data.cached,
         )  # fmt: skip
 
 
@@ -167,7 +175,7 @@ class _Combination:
     def __init__(self, kernel: StatisticsKernel, coefficients: Tensor) -> None:
         self.kernel, self.sums = kernel, kernel.sums
         self.listed, self.others = _divided(coefficients)
-        # p of a dominant class, 1 / P, and p / P − 1 of a dominant class
+        # p of the top, 1 / P, and p / P − 1 of the top
         self.p = kernel.inverse
         self.over_square = (1 + self.sums.rest).square() / (1 + self.sums.square)
         self.surplus = (self.sums.rest - self.sums.square) / (1 + self.sums.square)
@@ -176,13 +184,13 @@ class _Combination:
         self.constant = lse + mean - self.listed.sum(-1, keepdim=True)  # A + 2 c
 
     def first(self) -> tuple[Coefficients, Tensor, Tensor]:
-        """Return the numbers of ``g``, what is added at listed classes, and the entry of a dominant class."""
+        """Return the numbers of ``g``, what is added at listed classes, and the entry of the top."""
         collision = self.others[3]
         a = self.constant - 2 * collision + self.b * self.kernel.below
         numbers = Coefficients(self.p * a, self.p * self.b, self.p.square() * self.c)
         _, lse, mean, _ = self.others
         own = lse + mean + self.b * self.kernel.below + 2 * collision * self.surplus
-        return numbers, self.listed, self._if_dominated(self.p * own + self._at_top(self.listed))
+        return numbers, self.listed, self.p * own + self._at_top(self.listed)
 
     def along(self, change: Tensor, rows: StatisticsResiduals) -> StatisticsResiduals:
         """Add the numbers of ``ġ`` along the changes of the coefficients and of the logits."""
@@ -196,20 +204,17 @@ class _Combination:
         along = Coefficients(p * slope, p * self.b, 2 * p.square() * self.c)
         still = Coefficients(p * rest, p * b_v, p.square() * c_v)
         still = Coefficients(*(s - k.mean_change * a for s, a in zip(still, along, strict=True)))
-        # Of a dominant class: A + B + B D + 2 C p without cancellation, and what does not depend on u.
+        # Of the top: A + B + B D + 2 C p without cancellation, and what does not depend on u.
         own = self.constant + 2 * collision + self.b + self.b * k.below + 4 * collision * self.surplus
         fixed = constant_v + 2 * collision_v * self.surplus - 4 * collision * (1 + self.surplus) * k.of_square
-        dominant = p * (k.top_u * own + fixed) + self._at_top(listed_v)
-        return rows._replace(along=along, still=still, listed_v=listed_v, dominant_v=self._if_dominated(dominant))
+        top = p * (k.top_u * own + fixed) + self._at_top(listed_v)
+        return rows._replace(along=along, still=still, listed_v=listed_v, top_v=top)
 
     def _at_top(self, listed: Tensor) -> Tensor:
-        """Return ``a − p Σa`` at a dominant class, where ``a`` adds up the coefficients of its place in the list."""
+        """Return ``a − p Σa`` at the top, where ``a`` adds up the coefficients of its place in the list."""
         here = torch.where(self.kernel.at_top, listed, 0.0).sum(-1, keepdim=True)
         elsewhere = torch.where(self.kernel.at_top, 0.0, listed).sum(-1, keepdim=True)
         return here * self.sums.rest * self.p - elsewhere * self.p
-
-    def _if_dominated(self, entry: Tensor) -> Tensor:
-        return torch.where(self.kernel.dominated, entry, math.nan)
 
 
 def _divided(coefficients: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -17,7 +17,7 @@ from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.grouped import GroupedKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits, smoothing_of_rows
-from softcurve.head.plan import plan_curvature, plan_pass
+from softcurve.head.plan import plan_curvature, plan_list, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
@@ -25,6 +25,7 @@ from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensor
 from softcurve.losses.class_map import Groups
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
+from softcurve.losses.topk import NOT_LISTED
 from softcurve.processes import max_over
 
 
@@ -34,6 +35,7 @@ class Tiles:
 
     A pass of first order, or along ``directions``, names the gradients ``wanted``. A pass for a ``matrix`` of second
     order has no direction of its own: its columns come one by one, and ``columns`` says whether there are any.
+    A pass that lists the most probable classes of each row says how many by ``listed``, and has neither.
     """
 
     spec: LossSpec
@@ -44,6 +46,7 @@ class Tiles:
     directions: Directions | None = None
     matrix: str | None = None
     columns: bool = False
+    listed: int = 0
 
     def __post_init__(self) -> None:
         spec, t, rows = self.spec, self.tensors, self.rows
@@ -72,7 +75,9 @@ class Tiles:
         if self.count == 0:
             return
         shape = (self.spec, self.tensors, self.count, self.budget)
-        if self.matrix is None:
+        if self.listed:
+            self.plan = plan_list(*shape, self.listed)
+        elif self.matrix is None:
             self.plan = plan_pass(*shape, directed=self.directions is not None, in_triton=self.in_triton)
         else:
             self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
@@ -125,9 +130,13 @@ class Tile:
         listed = spec.lists_classes
         held, excluded = t.weight.shape[0], None if t.excluded is None else t.excluded[rows]
         surplus, mass = smoothing_of_rows(t.class_weight, excluded) if spec.smooths_labels else (None, 1.0)
+        indices, fillers = None if t.indices is None else t.indices[rows], None
+        if indices is not None and t.target is not None:
+            fillers = indices == NOT_LISTED
+            fillers = None if fillers.device.type == "cpu" and not fillers.any() else fillers
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
-            indices=None if t.indices is None else t.indices[rows] - spec.first,
+            indices=None if indices is None else indices - spec.first, fillers=fillers,
             target=t.target[rows] if listed and t.target is not None else None,
             target_v=target_v[rows] if listed and target_v is not None else None,
             class_weight=None if t.class_weight is None else t.class_weight.to(dtype),
@@ -325,7 +334,7 @@ def require_classes(spec: LossSpec, tensors: HeadTensors) -> None:
     for name, indices, lowest in (("target", tensors.indices, 0), ("exclude", tensors.excluded, -1)):
         if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
             continue
-        least, most = (int(bound) for bound in indices.aminmax())
+        least, most = (int(bound) for bound in torch.where(indices == NOT_LISTED, 0, indices).aminmax())
         if least < lowest or most >= classes:
             wrong = least if least < lowest else most
             raise IndexError(f"{name} must hold classes from {lowest} to {classes - 1}, got {wrong}")

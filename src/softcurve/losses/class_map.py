@@ -20,9 +20,10 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Column, Flags, Int, Rows
-from softcurve.losses.softmax import may_be_masked
+from softcurve.losses.softmax import log_sum_exp, may_be_masked
 from softcurve.losses.spec import LogitMap
-from softcurve.losses.targets import Logits, Target, TopK, log_sum_exp
+from softcurve.losses.targets import Logits, Target
+from softcurve.losses.topk import TopK
 from softcurve.records import ShortRepr
 
 Vocabulary: TypeAlias = Sequence[Hashable] | Mapping[Hashable, int]

@@ -71,6 +71,21 @@ def compensated(exponentials: Rows, z: Rows, offset: Column) -> Rows:
     return exponentials + exponentials * torch.where(shifted == -math.inf, 0.0, error)
 
 
+def log_complement(log_probs: Float[Tensor, "*rows k"]) -> Column:
+    """Return ``log(1 − Σ_k e^{l_k})``, the largest apart as ``1 − e^l = −expm1(l)``, or −inf if nothing is left."""
+    at = log_probs.argmax(-1, keepdim=True)
+    rest = -torch.expm1(log_probs.gather(-1, at)) - log_probs.exp().scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    return torch.where(rest > 0, torch.where(rest > 0, rest, 1.0).log(), -math.inf)
+
+
+def log_sum_exp(z: Rows) -> Column:
+    """Return the log-sum-exp, with derivatives of 0 for a row of −inf only, where torch's second one is NaN."""
+    top = z.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)
+    total = (z - top).exp().sum(-1, keepdim=True)
+    return torch.where(total > 0, top + torch.where(total > 0, total, 1.0).log(), -math.inf)
+
+
 def jacobian(z: Rows) -> Float[Tensor, "*rows classes classes"]:
     """Return ``J = diag(p) − p pᵀ``, its diagonal as ``p_i Σ_{j≠i} p_j``: ``J 1 = 0`` also for a confident row."""
     p = torch.softmax(z, -1)

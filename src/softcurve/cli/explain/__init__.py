@@ -17,7 +17,7 @@ from softcurve.cli.options import check_suffix
 from softcurve.cli.page.render import Section, render_page
 from softcurve.cli.printing import Alignment, finite, print_table
 from softcurve.cli.streams import encoded
-from softcurve.fit.atomic import check_writable, replacing
+from softcurve.files.atomic import check_writable, replacing
 
 
 def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str, object]:

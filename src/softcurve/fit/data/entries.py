@@ -17,7 +17,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.dataset import Rows, float_dtype, locate
 from softcurve.fit.data.source import Label
 from softcurve.fit.group import ALONE, Group
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 # Float16 probabilities sum to one no better than this.
 MASS_TOLERANCE = 1e-3
@@ -46,9 +46,12 @@ def to_top_k(lists: Sequence[NDArray[Any]], classes: int, targets: tuple[Rows, .
     """Return a teacher's lists as a target. Raises DataError for lists that are of no distribution over the classes."""
     indices = np.require(lists[0], np.int64, ["C", "W"])
     log_probs = np.require(lists[1], float_dtype(targets[1]), ["C", "W"])
+    fillers = log_probs == -np.inf
+    _require(~fillers.all(axis=1), log_probs, "list a class in each row", "drop the rows of -inf", targets[1], first)
     what, remedy = f"be classes from 0 to {classes - 1}", "give the number of classes, or lists over these"
-    _require((indices >= 0) & (indices < classes), indices, what, remedy, targets[0], first)
-    distinct = (np.diff(np.sort(indices, axis=1)) != 0).all(axis=1)
+    _require(fillers | ((indices >= 0) & (indices < classes)), indices, what, remedy, targets[0], first)
+    named = np.where(fillers, -1 - np.arange(indices.shape[1]), indices)
+    distinct = (np.diff(np.sort(named, axis=1)) != 0).all(axis=1)
     what, remedy = "name distinct classes in each row", "keep one of those that are the same"
     _require(distinct, indices, what, remedy, targets[0], first)
     with np.errstate(over="ignore"):

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from softcurve.files.errors import unusable
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import ArrayRows, Dataset, join
 from softcurve.fit.data.files.arrays import npy_rows, npz_dataset, safetensors_dataset
@@ -14,7 +15,6 @@ from softcurve.fit.data.files.parquet import parquet_dataset
 from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.source import Label
 from softcurve.fit.group import ALONE, Group
-from softcurve.fit.system_errors import unusable
 
 SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")
 

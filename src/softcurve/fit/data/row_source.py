@@ -34,7 +34,7 @@ from softcurve.fit.data.entries import index_labels, require_finite, rescale, to
 from softcurve.fit.data.files.arrays import memmap_rows
 from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share, rows_within
 from softcurve.fit.group import ALONE, Group
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 T = TypeVar("T")
 END = object()

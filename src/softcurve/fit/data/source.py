@@ -12,7 +12,7 @@ from torch import Tensor
 from softcurve.array_types import Float, Int, Int64
 from softcurve.fit import DataError
 from softcurve.fit.group import ALONE, Group
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 # Bytes of what is computed of a block; as many numbers in float64 may be alive for each of its logits, or of its
 # features, whichever are wider.

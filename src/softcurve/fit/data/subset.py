@@ -14,7 +14,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
 from softcurve.fit.data.source import RowBlock, Share, Source, share_of
 from softcurve.fit.group import Group
-from softcurve.losses.targets import TopK
+from softcurve.losses.topk import TopK
 
 
 class Subset:
@@ -101,6 +101,4 @@ def shared(source: Source, group: Group) -> Source:
 
 def rows_of(target: Tensor | TopK | None, index: Int64[Tensor, " chosen"]) -> Tensor | TopK | None:
     """Return the target of some of the rows."""
-    if isinstance(target, TopK):
-        return TopK(target.indices[index], target.log_probs[index], target.tail)
     return None if target is None else target[index]

@@ -1,8 +1,8 @@
 """The tile functions of :class:`softcurve.head.statistics.StatisticsKernel`, which serve every device.
 
-Logits are read relative to the largest of their row, ``δ = z − max z``, with ``e = e^δ``. A class with more than half
-of its row's mass is *dominant*: it alone has ``e = 1``, and it is left out of the sums, so that nothing cancels beside
-it. The functions work in place, on groups of rows that stay in the cache.
+Logits are read relative to the largest of their row, ``δ = z − max z``, with ``e = e^δ``. The class of the largest is
+the *top* of its row: it has ``e = 1`` and is left out of the sums, so that nothing cancels beside it. The functions
+work in place, on groups of rows that stay in the cache.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from softcurve.losses.spec import LogitMap
 
 # A masked class has δ = −inf, whose product with e = 0 is NaN; e^δ is 0 here in every dtype.
 FLOOR = -1000.0
+PIECE = 256  # classes of which the largest is found first
 
 
 class StatisticsTile(NamedTuple):
@@ -29,7 +30,8 @@ class StatisticsTile(NamedTuple):
     raw: Tensor | None  # buffer for the logits before their soft cap
     v: Tensor | None  # change of z along a direction
     scale: Tensor | None  # (rows, 1): factor of the logits after the soft cap
-    listed: Places
+    indices: Tensor  # (rows, k): the listed classes, counted from the block's first
+    whole: bool  # whether the block has all classes
     logit_map: LogitMap
     cached: int  # entries that stay in the cache
 
@@ -37,67 +39,65 @@ class StatisticsTile(NamedTuple):
         """Return groups of rows that are small enough to stay in the cache."""
         return row_groups(self.z, self.cached)
 
+    @property
+    def listed(self) -> Places:
+        """Where the listed classes stand in the block."""
+        return self.places(self.indices)
+
+    def places(self, columns: Tensor) -> Places:
+        """Return where some classes, counted from the block's first, stand in the block."""
+        width = self.z.shape[1]
+        if self.whole:
+            return Places(columns, None)
+        return Places(columns.clamp(0, max(width - 1, 0)), (columns >= 0) & (columns < width))
+
 
 class RowSums(NamedTuple):
-    """Sums over the classes of each row, ``(rows, 1)``, relative to its largest logit ``top``.
+    """Sums over the classes of each row but its top, ``(rows, 1)``, relative to the logit of the top."""
 
-    The first three leave out one class with ``δ = 0``. ``change`` and ``square_change`` leave it out only if it is
-    dominant, ``rest < 1``; its own change is ``top_change`` then, and otherwise 0.
-    """
-
-    top: Tensor
+    top: Tensor  # max z; −inf where every class is masked
+    place: Tensor  # the class of the top
+    top_change: Tensor  # ż of the top
     rest: Tensor  # Σ e
     moment: Tensor  # Σ e δ
     square: Tensor  # Σ e²
     change: Tensor  # Σ e ż
     moment_change: Tensor  # Σ e δ ż
     square_change: Tensor  # Σ e² ż
-    top_change: Tensor
 
     @staticmethod
     def none(like: Tensor) -> RowSums:
         """Return the sums over no classes, a float64 column for each row of ``like``."""
         zero = torch.zeros((len(like), 1), dtype=torch.float64, device=like.device)
-        return RowSums(zero - math.inf, *[zero] * 7)
-
-    @property
-    def dominated(self) -> Tensor:
-        """Which rows have a dominant class."""
-        return self.rest < 1
+        return RowSums(zero - math.inf, zero - 1, *[zero] * 7)
 
     def below(self, top: Tensor) -> RowSums:
-        """Return the sums over all classes relative to a ``top`` that is no smaller, and of which none is left out."""
+        """Return the sums over all classes, the top included, relative to a logit ``top`` that is no smaller."""
         some = self.top != -math.inf
         lowered = torch.where(some, self.top - top, 0.0)
         kept = torch.where(some, torch.exp(lowered), 0.0)
-        change, square_change = self.change + self.top_change, self.square_change + self.top_change
-        return RowSums(
-            top,
-            kept * (1 + self.rest),
-            kept * (self.moment + lowered * (1 + self.rest)),
-            kept**2 * (1 + self.square),
-            kept * change,
-            kept * (self.moment_change + lowered * change),
-            kept**2 * square_change,
-            torch.zeros_like(change),
+        rest, change = 1 + self.rest, self.change + self.top_change
+        return self._replace(
+            rest=kept * rest,
+            moment=kept * (self.moment + lowered * rest),
+            square=kept**2 * (1 + self.square),
+            change=kept * change,
+            moment_change=kept * (self.moment_change + lowered * change),
+            square_change=kept**2 * (self.square_change + self.top_change),
         )
 
+    def plus(self, sums: RowSums) -> RowSums:
+        """Add the sums over other classes, relative to the same logit."""
+        return RowSums(*self[:3], *(a + b for a, b in zip(self[3:], sums[3:], strict=True)))
+
     def merged(self, other: RowSums) -> RowSums:
-        """Return the sums over the classes of both, of which the one with the larger logit keeps its top apart."""
+        """Return the sums over the classes of both, relative to the larger of their tops."""
         first = self.top >= other.top
         upper, lower = (
             RowSums(*(torch.where(first, a, b) for a, b in zip(*pair, strict=True)))
             for pair in ((self, other), (other, self))
         )
-        joined = [a + b for a, b in zip(upper, lower.below(upper.top), strict=True)]
-        return RowSums(*joined)._replace(top=upper.top, top_change=upper.top_change).settled()
-
-    def settled(self) -> RowSums:
-        """Add the change of a class that is no longer dominant to the sums."""
-        more = torch.where(self.dominated, 0.0, self.top_change)
-        return self._replace(
-            change=self.change + more, square_change=self.square_change + more, top_change=self.top_change - more
-        )
+        return upper.plus(lower.below(upper.top))
 
 
 class Coefficients(NamedTuple):
@@ -124,40 +124,56 @@ class Coefficients(NamedTuple):
 class StatisticsResiduals(NamedTuple):
     """The numbers of each row from which :func:`residual` forms its entries, times the weight and scale of the row."""
 
-    top: Tensor
+    shift: Tensor
+    place: Tensor  # the class of the top
     first: Coefficients  # of g
     listed: Tensor  # (rows, k): what is added at the listed classes
-    dominant: Tensor  # (rows, 1): the entry of a dominant class, and NaN in a row without one
+    top: Tensor  # (rows, 1): the entry of the top
     along: Coefficients | None = None  # along a direction: of the factor of ż in ġ
     still: Coefficients | None = None  # and of the rest of ġ
     listed_v: Tensor | None = None
-    dominant_v: Tensor | None = None
+    top_v: Tensor | None = None
 
 
-def statistics(tile: StatisticsTile, *, masks: bool) -> tuple[RowSums, bool]:
+class Needs(NamedTuple):
+    """What a pass takes from the sweep."""
+
+    moment: bool
+    square: bool
+    exponentials: bool  # whether e is left in z in the place of δ, with 0 for the top
+
+
+def statistics(tile: StatisticsTile, needs: Needs, *, masks: bool) -> tuple[RowSums, bool]:
     """Map the logits, leave ``δ`` relative to the block's largest logit in ``z``, and sum over its classes.
 
-    ``masks`` says whether these rows are known to have masked classes; whether they are is returned with the sums.
+    ``masks`` says whether these rows are known to have masked classes; whether they are is returned with the sums,
+    whose ``place`` is a column.
     """
     masks = masks or tile.z.device.type != "cpu"  # where a look at a sum would make the device wait
-    buffers, parts = _Buffers(tile, 2), []
+    buffers = _Buffers(tile, 2)
+    sums = tile.z.new_zeros(len(RowSums._fields), len(tile.z), 1)
+    places = torch.zeros((len(tile.z), 1), dtype=torch.int64, device=tile.z.device)
     for rows in tile.row_groups():
         _map_logits(tile, rows)
-        z, v = tile.z[rows], None if tile.v is None else tile.v[rows]
-        top = z.amax(-1, keepdim=True)
+        z, v, of_group = tile.z[rows], None if tile.v is None else tile.v[rows], RowSums(*sums[:, rows].unbind(0))
+        top, column = _largest(z)
+        of_group.top.copy_(top)
+        places[rows] = column
         z.sub_(or_zero(top))
         if masks:
             z.clamp_(min=FLOOR)
-        sums = _sums(z, v, top, *buffers.take(rows))
-        if not masks and bool(sums.moment.isnan().any()):
+        e, product = buffers.take(rows)
+        _sum(z, v, column, of_group, needs, e, product)
+        if not masks and needs.moment and bool(of_group.moment.isnan().any()):
             masks = True
-            sums = _sums(z.clamp_(min=FLOOR), v, top, *buffers.take(rows))
-        parts.append(sums)
-    return RowSums(*map(torch.cat, zip(*parts, strict=True))).settled(), masks
+            _sum(z.clamp_(min=FLOOR), v, column, of_group, needs, e, product)
+        if needs.exponentials:
+            z.copy_(e)
+    return RowSums(*sums.double().unbind(0))._replace(place=places.double()), masks
 
 
 def residual(
-    tile: StatisticsTile, rows: StatisticsResiduals, shift: Tensor | None, *, fresh: bool, masks: bool
+    tile: StatisticsTile, rows: StatisticsResiduals, shift: Tensor | None, needs: Needs, *, fresh: bool, masks: bool
 ) -> Residuals:
     """Form ``∂L/∂z = e (a + b δ + c e)`` and its change along ``v``, in place: the only function that does.
 
@@ -167,30 +183,33 @@ def residual(
     first, along, still = (None if part is None else part.to(dtype) for part in (rows.first, rows.along, rows.still))
     assert first is not None
     for group in tile.row_groups():
-        if fresh:
-            _map_logits(tile, group)
         z = tile.z[group]
-        if shift is not None:
-            z.sub_(shift[group].to(dtype))
-        if masks:
-            z.clamp_(min=FLOOR)
         e, one, other = buffers.take(group)
-        torch.exp(z, out=e)
+        if needs.exponentials and not fresh:
+            e.copy_(z)
+        else:
+            if fresh:
+                _map_logits(tile, group)
+            if shift is not None:
+                z.sub_(shift[group].to(dtype))
+            if masks:
+                z.clamp_(min=FLOOR)
+            torch.exp(z, out=e)
         if tile.v is None or along is None or still is None:
             torch.mul(first.form(one, e, z, group), e, out=z)
-            _add_apart(tile, z, e, group, rows.listed, rows.dominant)
+            _set_apart(tile, z, group, rows.place, rows.listed, rows.top)
             if tile.raw is not None:
                 z.mul_(tile.logit_map.slope(tile.raw[group]))
             continue
         assert rows.listed_v is not None
-        assert rows.dominant_v is not None
+        assert rows.top_v is not None
         v = tile.v[group]
         mapped = v.clone() if tile.raw is not None else v
         along.form(one, e, z, group).mul_(v).add_(still.form(other, e, z, group))
         torch.mul(one, e, out=v)
-        _add_apart(tile, v, e, group, rows.listed_v, rows.dominant_v)
+        _set_apart(tile, v, group, rows.place, rows.listed_v, rows.top_v)
         torch.mul(first.form(one, e, z, group), e, out=z)
-        _add_apart(tile, z, e, group, rows.listed, rows.dominant)
+        _set_apart(tile, z, group, rows.place, rows.listed, rows.top)
         if tile.raw is not None:
             slope, bend = tile.logit_map.slope(tile.raw[group]), tile.logit_map.bend_ratio(tile.raw[group])
             if tile.scale is not None:
@@ -204,57 +223,52 @@ class _Buffers:
     """Buffers for the elementwise work on a group of rows."""
 
     def __init__(self, tile: StatisticsTile, count: int) -> None:
-        first = next(tile.row_groups(), slice(0))
-        self.buffers = tile.z.new_empty(count, min(first.stop, len(tile.z)), tile.z.shape[1])
         self.stop = len(tile.z)
+        first = next(tile.row_groups(), slice(0))
+        self.buffers = tile.z.new_empty(count, min(first.stop, self.stop), tile.z.shape[1])
 
     def take(self, rows: slice) -> Iterator[Tensor]:
         """Return the buffers, as long as a group."""
         return iter(self.buffers[:, : min(rows.stop, self.stop) - rows.start])
 
 
-def _sums(delta: Tensor, v: Tensor | None, top: Tensor, e: Tensor, product: Tensor) -> RowSums:
-    """Return the sums over the classes of a group of rows."""
+def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest entry of each row and its column, which ``max`` finds at many times the cost of ``amax``."""
+    width = z.shape[1]
+    count = width // PIECE
+    if count < 2:
+        return z.max(-1, keepdim=True)
+    tops = z[:, : count * PIECE].unflatten(-1, (count, PIECE)).amax(-1)
+    if count * PIECE < width:
+        tops = torch.cat([tops, z[:, count * PIECE :].amax(-1, keepdim=True)], -1)
+    top, piece = tops.max(-1, keepdim=True)
+    columns = (piece * PIECE + torch.arange(PIECE, device=z.device)).clamp(max=width - 1)
+    return top, columns.gather(-1, z.gather(-1, columns).argmax(-1, keepdim=True))
 
-    def total(terms: Tensor) -> Tensor:
-        return terms.sum(-1, keepdim=True).double()
 
-    whole = total(torch.exp(delta, out=e))
-    zero = torch.zeros_like(whole)
-    moment = total(torch.mul(e, delta, out=product))
-    square = total(torch.mul(e, e, out=product))
-    change = moment_change = square_change = zero
+def _sum(
+    delta: Tensor, v: Tensor | None, column: Tensor, out: RowSums, needs: Needs, e: Tensor, product: Tensor
+) -> None:
+    """Write the sums over the classes of a group of rows but their tops to ``out``, and the exponentials to ``e``."""
+    torch.exp(delta, out=e).scatter_(-1, column, 0.0)
+    torch.sum(e, -1, keepdim=True, out=out.rest)
+    if needs.moment:
+        torch.sum(torch.mul(e, delta, out=product), -1, keepdim=True, out=out.moment)
+    if needs.square:
+        torch.sum(torch.mul(e, e, out=product), -1, keepdim=True, out=out.square)
     if v is not None:
-        change = total(torch.mul(e, v, out=product))
-        square_change = total(product * e)
-        moment_change = total(product.mul_(delta))
-    sums = RowSums(top.double(), whole - 1, moment, square - 1, change, moment_change, square_change, zero)
-    row = (whole < 2).squeeze(-1).nonzero().squeeze(-1)
-    if not len(row):
-        return sums
-    e_row = e[row]
-    dominant = e_row == 1
-    e_row.masked_fill_(dominant, 0.0)
-    sums.rest[row] = total(e_row)
-    if v is not None:
-        v_row = v[row]
-        sums = sums._replace(top_change=zero.clone())
-        sums.top_change[row] = total(torch.where(dominant, v_row, 0.0))
-        sums.change[row] = total(v_row.mul_(e_row))
-        sums.square_change[row] = total(v_row.mul_(e_row))
-    sums.square[row] = total(e_row.square_())
-    return sums
+        out.top_change.copy_(v.gather(-1, column))
+        torch.sum(torch.mul(e, v, out=product), -1, keepdim=True, out=out.change)
+        torch.sum(product * e, -1, keepdim=True, out=out.square_change)
+        torch.sum(product.mul_(delta), -1, keepdim=True, out=out.moment_change)
 
 
-def _add_apart(tile: StatisticsTile, out: Tensor, e: Tensor, rows: slice, listed: Tensor, dominant: Tensor) -> None:
-    """Add the entries at listed classes, and set that of a dominant one, which is a small difference of large terms."""
-    columns, inside = tile.listed
-    if columns.shape[1]:
-        put(out, Places(columns[rows], None if inside is None else inside[rows]), listed[rows], add=True)
-    entry = dominant[rows]
-    row = entry.isfinite().squeeze(-1).nonzero().squeeze(-1)
-    if len(row):
-        out[row] = torch.where(e[row] == 1, entry[row].to(out.dtype), out[row])
+def _set_apart(tile: StatisticsTile, out: Tensor, rows: slice, place: Tensor, listed: Tensor, top: Tensor) -> None:
+    """Add the entries at listed classes, and set that of the top, which is a small difference of large terms."""
+    for places, values, adds in ((tile.listed, listed, True), (tile.places(place), top, False)):
+        if places.columns.shape[1]:
+            inside = None if places.inside is None else places.inside[rows]
+            put(out, Places(places.columns[rows], inside), values[rows], add=adds)
 
 
 def _map_logits(tile: StatisticsTile, rows: slice) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softcurve.files.tensors import FileState
 from softcurve.fit import DataError
 from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
-from softcurve.fit.data.files.arrays import FileRows, FileState
+from softcurve.fit.data.files.arrays import FileRows, file_digest
 
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
 
@@ -33,7 +34,7 @@ def parquet_dataset(path: Path, with_target: bool) -> Dataset:
         def columns(named: str, chosen: Sequence[str], width: tuple[int, ...]) -> FileRows:
             shape, dtype = (table.metadata.num_rows, *width), np.result_type(*(_dtype(kinds[name]) for name in chosen))
             ranges = partial(_ranges, path, chosen, np.empty((0, *width), dtype))
-            return FileRows(named, state, shape, dtype, ranges, state.digest)
+            return FileRows(named, state, shape, dtype, ranges, partial(file_digest, state))
 
         def column(name: str) -> FileRows:
             named = f"column {name!r} of {path}"

@@ -6,7 +6,7 @@ import errno
 import re
 from pathlib import Path
 
-from softcurve.fit import DataError
+from softcurve.files import DataError
 
 FULL = "free some space there, or give a path on another disk"
 DENIED = "change its permissions or those of its folder, or give another path"

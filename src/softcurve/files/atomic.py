@@ -9,13 +9,11 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from softcurve.fit import DataError
-from softcurve.fit.data.opening import is_shard_of, shards_in
-from softcurve.fit.system_errors import unusable
+from softcurve.files import DataError
+from softcurve.files.errors import unusable
 
 
 @contextmanager
@@ -68,37 +66,6 @@ def check_writable(path: Path, argument: str) -> None:
         part = _part_name(place)
         part.touch(exist_ok=False)
         part.unlink()
-
-
-def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path | None]) -> None:
-    """Check outputs as :func:`check_writable` does, and that they are different files, and neither inputs nor shards.
-
-    Both mappings are by argument. Names of the same file are compared through symbolic and hard links.
-    """
-    for option, out in outputs.items():
-        check_writable(out, option)
-        for argument, path in inputs.items():
-            if path is None:
-                continue
-            if _same_file(Path(path), out):
-                raise DataError(f"{option}: {out} is also an input ({argument}); give another name")
-            if not os.path.isdir(path):
-                continue
-            if is_shard_of(out, Path(path)) or any(_same_file(shard, out) for shard in shards_in(Path(path))):
-                raise DataError(
-                    f"{option}: {out} would be one of the shards in {path} ({argument}); give a path elsewhere"
-                )
-    for (earlier, first), (option, out) in combinations(outputs.items(), 2):
-        if _same_file(first, out):
-            raise DataError(f"{option}: {out} is also an output ({earlier}); give another name")
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    """Return whether both names lead to the same file, or would if it existed."""
-    with suppress(OSError):
-        if os.path.samefile(first, second):
-            return True
-    return os.path.realpath(first) == os.path.realpath(second)
 
 
 class _PartFile(io.FileIO):
