@@ -32,7 +32,7 @@ from softcurve.head.kernel import (
     row_groups,
 )
 from softcurve.losses import softmax
-from softcurve.losses.class_map import Groups, without_offset
+from softcurve.losses.class_map import Groups, offset_of
 from softcurve.losses.spec import LossSpec
 
 Sides = tuple[Groups, Groups]  # of the model's classes and of the target's
@@ -66,10 +66,19 @@ class GroupedKernel(Kernel):
             if block.raw is not None:
                 self.bend = None if block.v is None else self.buffer("bend", block.classes)
                 cap_logits(self.loss.logit_map, block.z, block.v, block.raw, self.bend, self.data.cached)
-            self.of_groups = self._merged_block()
             if self.data.wants_stats:
                 self._add_statistics()
+            self._take_off_offsets()
+            self.of_groups = self._merged_block()
         self.inner.accumulate(number, self.of_groups)
+
+    def _take_off_offsets(self) -> None:
+        """Subtract the largest logit of each row, on a side that the tile owns."""
+        target = self.block.target if self.loss.target == "teacher" else None
+        for logits in (self.block.z, target):
+            if logits is not None:
+                for rows in row_groups(logits, self.data.cached):
+                    logits[rows].sub_(offset_of(logits[rows]))
 
     def finish(self, number: int) -> None:
         """Complete the statistics; a prediction is right if it is in the most probable group of the target."""
@@ -113,8 +122,10 @@ class GroupedKernel(Kernel):
         if not of_model:
             v = None if v is None else self._through_target(v, z)
             z = z.log() if self.loss.target == "probabilities" else z
-            z = z if self.loss.target == "teacher" else z * self.loss.target_scale
-        return without_offset(z), v
+            if self.loss.target != "teacher":
+                z = z * self.loss.target_scale
+                z -= offset_of(z)
+        return z, v
 
     def _through_target(self, values: Tensor, given: Tensor) -> Tensor:
         """Return ``values`` times the derivative of the target's logits with respect to what the caller gave."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Flags, Int, Rows
-from softcurve.losses.softmax import log_sum_exp
+from softcurve.array_types import Column, Flags, Int, Rows
+from softcurve.losses.softmax import log_sum_exp, may_be_masked
 from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Logits, Target
 from softcurve.losses.topk import TopK
@@ -48,7 +48,8 @@ class Groups:
 
     of: Tensor
     size_classes: tuple[_SizeClass, ...]
-    place: Tensor  # (G,): where each group is among those of all size classes, and after them an empty one
+    place: Tensor | None  # (G,): where each group is among those of all size classes, if not in their order
+    has_empty: bool  # whether a group has no class on this side; it is placed after all others
 
     @staticmethod
     def by(of: Tensor, count: int) -> Groups:
@@ -67,12 +68,9 @@ class Groups:
                 place[groups] = placed + torch.arange(len(groups), device=of.device)
                 placed += len(groups)
             least *= 2
-        return Groups(of, tuple(size_classes), torch.where(place < 0, placed, place))
-
-    @property
-    def has_empty(self) -> bool:
-        """Whether a group has no class on this side."""
-        return len(self.place) > sum(len(each.classes) // each.size for each in self.size_classes)
+        place = torch.where(place < 0, placed, place)
+        in_order = bool((place == torch.arange(count, device=of.device)).all())
+        return Groups(of, tuple(size_classes), None if in_order else place, placed < count)
 
     def log_sum_exp(self, z: Rows) -> Tensor:
         """Return the logits of the groups, ``(..., G)``, from those of the classes; −inf where there is none."""
@@ -91,8 +89,10 @@ class Groups:
                 part = part if padding is None else part.masked_fill(padding, empty)
                 part = part.sum(-1) if empty == 0 else log_sum_exp(part).squeeze(-1)
             parts.append(part)
-        parts.append(values.new_full((*values.shape[:-1], 1), empty))
-        return torch.cat(parts, -1).index_select(-1, self.place)
+        if self.has_empty:
+            parts.append(values.new_full((*values.shape[:-1], 1), empty))
+        merged = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return merged if self.place is None else merged.index_select(-1, self.place)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return for each class the entry of its group, ``(..., C)``."""
@@ -100,7 +100,8 @@ class Groups:
 
     def shares(self, z: Rows, merged: Tensor) -> Tensor:
         """Return the share ``e^{z_i − c_g}`` of each class in its group, ``(..., C)``; 0 if all of it are masked."""
-        return (z - self.spread(merged)).exp_().masked_fill_(z == -torch.inf, 0.0)
+        shares = (z - self.spread(merged)).exp_()
+        return shares.masked_fill_(z == -torch.inf, 0.0) if may_be_masked(merged) else shares
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -283,16 +284,15 @@ class GroupedTarget(Target):
         """Return the logits of the groups on both sides, ``(..., G)``, each less a constant of the row."""
         self.require_fit(z.shape)
         dtype = self._common_dtype(z)
-        return (
-            self.class_map.student.log_sum_exp(without_offset(z.to(dtype))),
-            self.class_map.teacher.log_sum_exp(without_offset(self.teacher.logits(dtype).to(dtype))),
-        )
+        sides = ((self.class_map.student, z.to(dtype)), (self.class_map.teacher, self.teacher.logits(dtype).to(dtype)))
+        model, target = (groups.log_sum_exp(logits - offset_of(logits)) for groups, logits in sides)
+        return model, target
 
 
-def without_offset(z: Rows) -> Rows:
-    """Return the logits less the largest of each row, at whose size a log-sum-exp would otherwise be rounded."""
+def offset_of(z: Rows) -> Column:
+    """Return the largest logit of each row, or 0 if all are masked: a log-sum-exp would be rounded at its size."""
     top = z.detach().amax(-1, keepdim=True)
-    return z - torch.where(top == -torch.inf, 0.0, top)
+    return torch.where(top == -torch.inf, 0.0, top)
 
 
 def _require_groups(name: str, groups: object) -> Tensor:
