@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import oracle
-from .cases import BUCKET, FLOAT, INDICES, PROBABILITIES, Leaves, Problem
+from .cases import FLOAT, INDICES, PROBABILITIES, Leaves, Problem
 
 MATRICES = ("hessian", "gauss_newton", "fisher")
 
@@ -114,16 +114,12 @@ class DenseRows:
 
     def _gauss_newton(self, z: Tensor) -> Tensor:
         """``Jᵀ H J``: ``H`` in the outcomes' logits where the loss is convex in them, else in their probabilities."""
-        case, options = self.problem.case, self.problem.options
-
-        def outcomes(z: Tensor) -> Tensor:
-            return oracle.listed_and_rest(z, self.indices) if self._coarse(z) else z
-
+        case, options, outcomes = self.problem.case, self.problem.options, self._outcomes
         if case.is_cross_entropy:
             y = self.target(z)
             inner, outer = outcomes, lambda c: -(y * torch.log_softmax(c, -1)).sum(-1)
         else:
-            log_y = torch.log_softmax(self._raw_target(z) / options.get("temperature", 1.0), -1)
+            log_y = torch.log_softmax(outcomes(self._raw_target(z) / options.get("temperature", 1.0)), -1)
             if case.name == "forward":
                 inner, outer = outcomes, lambda c: case.rows(log_y, torch.log_softmax(c, -1))
             else:
@@ -145,18 +141,26 @@ class DenseRows:
         """Of a cross-entropy: smoothed, then times the class weights."""
         kind, smoothing = self.problem.case.kind, self.problem.options.get("label_smoothing", 0.0)
         dense = kind in (FLOAT, PROBABILITIES)
-        y = self.leaves[0] if dense else torch.softmax(self._raw_target(z), -1)
-        uniform = torch.full_like(z, 1 / z.shape[-1])
-        if self._coarse(z):
-            uniform = oracle.listed_and_rest(uniform.log(), self.indices).exp()
+        y = self.leaves[0] if dense else torch.softmax(self._outcomes(self._raw_target(z)), -1)
+        uniform = self._outcomes(torch.full_like(z, -math.log(z.shape[-1]))).exp()
         y = (1 - smoothing) * y + smoothing * uniform
         return y if self.problem.weight is None else y * self.problem.weight
 
     def _raw_target(self, z: Tensor) -> Tensor:
-        return self.problem.case.kind.raw(z, self.indices, *self.leaves)
+        kind = self.problem.case.kind
+        leaves = tuple(leaf[..., kind.entries] for leaf in self.leaves) if kind.listed else self.leaves
+        return kind.raw(z, self._listed, *leaves)
 
-    def _coarse(self, z: Tensor) -> bool:
-        return self.problem.case.kind is BUCKET and self.indices.shape[-1] < z.shape[-1]
+    @property
+    def _listed(self) -> Tensor:
+        """The classes that are listed, without the entries that are fillers."""
+        kind = self.problem.case.kind
+        return self.indices[..., kind.entries] if kind.listed else self.indices
+
+    def _outcomes(self, z: Tensor) -> Tensor:
+        """Logits over the outcomes: of a bucket the listed classes and all others."""
+        coarse = self.problem.case.kind.bucket and self._listed.shape[-1] < z.shape[-1]
+        return oracle.listed_and_rest(z, self._listed) if coarse else z
 
     # --- reduction
 
