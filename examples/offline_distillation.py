@@ -66,7 +66,7 @@ BLUE, ORANGE, GREEN, MUTED = "#1f62c4", "#c2500c", "#2a8a4a", "#8b949e"
 
 OPTIONS = (
     ("steps", 150, 2, "training steps of each student"),
-    ("teacher-steps", 250, 2, "training steps of the teacher"),
+    ("teacher-steps", 300, 2, "training steps of the teacher"),
     ("windows", 800, 1, "windows for which the teacher writes lists, and on which the students are trained"),
     ("top-k", 32, 1, "tokens in each list"),
     ("width", 64, HEAD_WIDTH, f"width of the students, a multiple of {HEAD_WIDTH}; the teacher is twice as wide"),
