@@ -19,7 +19,7 @@ from .test_head_conformance import work_of
 
 TRUTH = torch.float64
 LEVELS: dict[str, list[Any]] = {
-    "teacher": ["head", "logits", "probabilities", "bucket", "renormalize"],
+    "teacher": ["head", "logits", "probabilities", "bucket", "renormalize", "fillers"],
     "divergence": [ForwardKL(), ReverseKL(), JensenShannon(0.3), AlphaDivergence(0.5)],
     "temperature": [1.0, 2.0, 0.7],
     "softcap": [None, 3.0],
@@ -55,6 +55,8 @@ def teacher_of(kind: str, rows: tuple[int, ...], classes: int) -> tuple[Any, lis
         leaves = [log_probs]
 
         def made(values: Tensor) -> TopK:
+            if kind == "fillers":
+                return TopK(indices, torch.where(torch.arange(3) == 1, -math.inf, values))
             return TopK(indices, values, tail=kind)  # type: ignore[arg-type]
 
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -104,7 +106,7 @@ def derivatives(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
     first = torch.autograd.grad(along(value), leaves, create_graph=True, materialize_grads=True)
     total = torch.stack([along(gradient) for gradient in first]).sum()
-    second = torch.autograd.grad(total, leaves, materialize_grads=True)
+    second = torch.autograd.grad(total, leaves, materialize_grads=True, retain_graph=True)
     return [part.detach() for part in (value, *first, *second)]
 
 

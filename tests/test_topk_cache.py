@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -262,6 +263,32 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
     damage(tmp_path)
     with pytest.raises(softcurve.files.DataError, match=words):
         TopK.load(tmp_path)
+
+
+def test_damaged_entries_are_named_when_they_are_read(tmp_path: Path) -> None:
+    """A class that does not exist, and a log-probability that is none, which the header does not tell."""
+    for name, last in (("class", 0x40), ("log-probability", 0x7F)):
+        file = tmp_path / f"{name}.safetensors"
+        TopK(torch.tensor([[4, 2]]), torch.tensor([[-0.5, -1.5]])).save(file, classes=9)
+        content = bytearray(file.read_bytes())
+        size = int.from_bytes(content[:8], "little")
+        at = json.loads(content[8 : 8 + size])["indices" if name == "class" else "log_probs"]["data_offsets"][1]
+        content[8 + size + at - 1] = last
+        file.write_bytes(content)
+        with pytest.raises(softcurve.files.DataError, match=f"{name}.safetensors holds classes outside"):
+            TopK.load(file)[:]
+
+
+def test_shards_without_the_first_are_not_overwritten(tmp_path: Path) -> None:
+    three_shards(tmp_path)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    first = min(before)
+    (tmp_path / first).unlink()
+    with pytest.raises(softcurve.files.DataError, match=first):
+        softcurve.TopKWriter(tmp_path, classes=9)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {
+        name: content for name, content in before.items() if name != first
+    }
 
 
 def test_a_file_that_changes_while_it_is_in_use(tmp_path: Path) -> None:

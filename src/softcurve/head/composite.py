@@ -29,7 +29,7 @@ def terms_beside(loss: LossSpec, data: RowData, labels: Tensor) -> list[tuple[fl
     beside = loss.beside
     assert beside is not None
     offset = None if data.offset is None else data.offset / loss.scale
-    shared = dataclasses.replace(data, offset=offset, target=None, target_v=None, wants_target=False)
+    shared = dataclasses.replace(data, offset=offset, target=None, target_v=None, fillers=None, wants_target=False)
     plain = dataclasses.replace(loss, divergence=CrossEntropy(), temperature=1.0, beside=None)
     terms: list[tuple[float, Kernel]] = []
     if beside.labels:

@@ -331,7 +331,8 @@ def kept_rows(weight: Tensor) -> slice | Tensor:
 def require_classes(spec: LossSpec, tensors: HeadTensors) -> None:
     """Raise ``IndexError`` for class indices out of range, which a graph or a transform hid from the public call."""
     classes = spec.class_count(tensors.weight.shape[0])
-    for name, indices, lowest in (("target", tensors.indices, 0), ("exclude", tensors.excluded, -1)):
+    named = (("target", tensors.indices, 0), ("target", tensors.labels, 0), ("exclude", tensors.excluded, -1))
+    for name, indices, lowest in named:
         if indices is None or indices.device.type != "cpu" or indices.numel() == 0:
             continue
         least, most = (int(bound) for bound in torch.where(indices == NOT_LISTED, 0, indices).aminmax())

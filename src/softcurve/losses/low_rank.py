@@ -20,8 +20,8 @@ PEFT_ATTRIBUTES = ("base_layer", "lora_A", "lora_B", "scaling")
 class LowRankWeight(ShortRepr):
     """The weight ``weight + scale * a @ b`` of a head, such as a LoRA adapter makes; the sum is never formed.
 
-    Every ``linear_*`` loss, :class:`~softcurve.LinearTeacher` and :class:`~softcurve.curvature.HeadCurvature` takes it
-    as ``linear_weight``. Each of the four receives the gradients that it requires: if only ``a`` and ``b`` do, the
+    Every ``linear_*`` function, :class:`~softcurve.LinearTeacher` and :class:`~softcurve.curvature.HeadCurvature` take
+    it as ``linear_weight``. Each of the four receives the gradients that it requires: if only ``a`` and ``b`` do, the
     gradient of ``weight`` is not computed.
 
     Args:

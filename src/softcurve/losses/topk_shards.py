@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softcurve import checks
 from softcurve.files import DataError
 from softcurve.files.atomic import replacing
 from softcurve.files.errors import unusable
@@ -66,7 +67,14 @@ class Shard:
             with opened_tensors(self.state.path) as file:
                 indices, log_probs = (file.get_tensor(name)[rows] for name in ("indices", "log_probs"))
             self.state.check()
-        return _unpacked(indices), log_probs
+        listed = _unpacked(indices)
+        # No checksum: one of a whole file would have to read it whole.
+        if not (((listed >= 0) & (listed < self.classes)).all() and (log_probs <= checks.SUM_TOLERANCE_HALF).all()):
+            raise DataError(
+                f"{ARGUMENT}: {self.state.path} holds classes outside 0 … {self.classes - 1}, or log-probabilities that "
+                "are NaN or above 0: it is damaged; write it again"
+            )
+        return listed, log_probs
 
 
 def write_shard(

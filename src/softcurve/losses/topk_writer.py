@@ -47,7 +47,7 @@ class TopKWriter:
         self.directory, self.classes, self.dtype, self.shard_rows = Path(directory), int(classes), dtype, shard_rows
         with needed("softcurve.TopKWriter", "fit"):
             from softcurve.files.errors import unusable
-            from softcurve.losses.topk_shards import ARGUMENT, shard_name
+            from softcurve.losses.topk_shards import ARGUMENT, NAME, shard_name
         try:
             self.directory.mkdir(exist_ok=True)
         except OSError as error:
@@ -55,7 +55,7 @@ class TopKWriter:
         self._name, self._pending = shard_name, list[TopK]()
         self._kind: tuple[str, tuple[int, ...]] | None = None  # the tail, and the shape of a row
         self._rows, self._shards = 0, 0
-        if (self.directory / shard_name(0)).exists():
+        if any(NAME.fullmatch(each.name) for each in self.directory.iterdir()):
             self._continue()
 
     def __len__(self) -> int:
