@@ -179,7 +179,6 @@ FAULTS: dict[str, Fault] = {
     "reverse of a renormalized list": Fault(
         lambda p: p.kind == "renormalize" and p.loss == "reverse" and not p.dead_features, lambda c: None
     ),
-    "tempered bucket": Fault(lambda p: p.kind == "bucket" and _divergence(p), _option("temperature", 2.0)),
     "class weights and a bucket": Fault(
         lambda p: p.kind == "bucket" and _cross_entropy(p) and not p.positions,
         _attribute("weight", lambda c: torch.ones(c.problem.classes)),

@@ -6,7 +6,6 @@ operators of :mod:`softcurve.head.operators`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from ast import literal_eval
@@ -198,16 +197,18 @@ class LossSpec:
 
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        terms = None if self.beside is None else tuple(self.beside)
-        options = values | {"divergence": None, "beside": terms}
-        return f"{options!r}|{self.divergence.encode()}"
+        # One number at a time: torch.compile formats a number that it traces, but no container of them.
+        terms = "" if self.beside is None else ",".join([f"{number!r}" for number in self.beside])
+        options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}|({terms})"
+        shard = f"{self.group!r}|{self.first!r}|{self.classes!r}"
+        others = f"{self.teacher_scale!r}|{self.teacher_softcap!r}|{self.pairs!r}|{self.groups!r}"
+        return f"{self.target}|{options}|{shard}|{others}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        encoded, divergence = text.split("|", 1)
-        options = literal_eval(encoded)
-        beside = None if options["beside"] is None else Beside(*options["beside"])
-        return LossSpec(**options | {"divergence": Divergence.decode(divergence), "beside": beside})
+        target, *options, divergence = text.split("|", 13)
+        values = list(map(literal_eval, options))
+        values[4] = Beside(*values[4]) if values[4] else None
+        return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]

@@ -71,8 +71,8 @@ class Shard:
         # No checksum: one of a whole file would have to read it whole.
         if not (((listed >= 0) & (listed < self.classes)).all() and (log_probs <= checks.SUM_TOLERANCE_HALF).all()):
             raise DataError(
-                f"{ARGUMENT}: {self.state.path} holds classes outside 0 … {self.classes - 1}, or log-probabilities that "
-                "are NaN or above 0: it is damaged; write it again"
+                f"{ARGUMENT}: {self.state.path} holds classes outside 0 … {self.classes - 1}, or log-probabilities "
+                "that are NaN or above 0: it is damaged; write it again"
             )
         return listed, log_probs
 
