@@ -73,10 +73,10 @@ def _trl_chunked(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> Tens
 
 
 def _trl_selective(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> Tensor:
-    """Return what TRL computes from logits."""
+    """Return what TRL computes from the logits of one sequence."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    return torch.stack(selective_log_softmax_and_entropy(F.linear(e, w), index))
+    return torch.cat(selective_log_softmax_and_entropy(F.linear(e, w).unsqueeze(0), index.unsqueeze(0)))
 
 
 def _with_rest(listed: Tensor) -> Tensor:
