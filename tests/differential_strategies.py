@@ -96,6 +96,8 @@ def _draw_target(draw: Random, chosen: dict[str, Any]) -> None:
         chosen["target_zeros"] = _mostly(draw, False, True)
     if kind in LISTS:
         chosen["listed"] = draw.choice(["few", "live", "all"])
+        if kind == "bucket" and chosen["listed"] == "all":  # the classes left out would be a tail of rounding errors
+            chosen.pop("target_zeros", None)
     if kind in ("logits", "teacher"):
         chosen["target_offset"] = _mostly(draw, 0.0, 8192.0, -1e4)
         if chosen["target_offset"] and kind == "logits":
