@@ -41,7 +41,7 @@ class StatisticsTile(NamedTuple):
 
     @property
     def listed(self) -> Places:
-        """Where the listed classes stand in the block."""
+        """The places of the listed classes in the block."""
         return self.places(self.indices)
 
     def places(self, columns: Tensor) -> Places:
@@ -136,7 +136,7 @@ class StatisticsResiduals(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a pass takes from the sweep."""
+    """The sums that a pass takes from the sweep, and what the sweep leaves in ``z``."""
 
     moment: bool
     square: bool
