@@ -246,10 +246,13 @@ def everything(case: Case, *without: str) -> dict[str, Any]:
 
 
 class Stats(NamedTuple):
-    """What ``return_stats`` must hold; the first two are differentiable."""
+    """What ``return_stats`` must hold; all but the last two are differentiable."""
 
-    lse: Tensor
+    log_probs: Tensor
     entropy: Tensor
+    lse: Tensor
+    mean_logit: Tensor
+    collision: Tensor
     predicted: Tensor
     correct: Tensor
 
@@ -351,8 +354,13 @@ class Problem:
         meant = torch.where(self._kept(self.indices), best, -1)
         if s:
             meant = torch.cat([meant[..., s:], torch.full_like(meant[..., :s], -1)], -1)
-        entropy = oracle.entropy_rows(seen) / math.log(self.options.get("base", math.e))
-        return Stats(torch.logsumexp(seen, -1), entropy, seen.argmax(-1), seen.argmax(-1) == meant)
+        log_p = torch.log_softmax(seen, -1)
+        listed = torch.where(meant < 0, 0.0, log_p.gather(-1, meant.clamp(min=0).unsqueeze(-1)).squeeze(-1))
+        mean, collision = oracle.product(log_p.exp(), seen).sum(-1), log_p.exp().square().sum(-1).log()
+        return Stats(
+            listed if kind is INDICES else seen[..., :0], oracle.entropy_rows(seen), torch.logsumexp(seen, -1), mean,
+            collision, seen.argmax(-1), seen.argmax(-1) == meant,
+        )  # fmt: skip
 
     def _kept(self, indices: Tensor) -> Tensor:
         rows = indices[..., 0] if self.case.kind.listed else indices

@@ -254,7 +254,7 @@ def _statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp and entropy of every row, whether it counts or not."""
     mapped, _ = _mapped(call.problem, call.exact_logits())
     log_p = log_softmax(mapped)
-    return torch.logsumexp(mapped, -1), _times(log_p.exp(), -log_p).sum(-1) / math.log(call.problem.base)
+    return torch.logsumexp(mapped, -1), _times(log_p.exp(), -log_p).sum(-1)
 
 
 def _shifted_target(p: Problem, call: Call) -> Call:

@@ -150,7 +150,7 @@ MUTANTS = [
            "bent = math.bend_ratio(raw, softcap)", "bent = -math.bend_ratio(raw, softcap)",
            "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
     Mutant("triton-pieces", "the sum of an earlier piece of a row is not lowered to the new maximum", "head/triton/sparse.py",
-           "        sums = kept * sums + e\n", "        sums = sums + e\n", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
+           "        sums = kept * sums + apart\n", "        sums = sums + apart\n", "interpreted_head.py -k 'equals_the_dense_loss and indices'", True),
     Mutant("triton-slope", "a Hessian product of many columns forgets the cap's slope", "head/triton/columns.py",
            "product * slope + bent", "product + bent", "interpreted_head.py -k curvature_products", True),
 ]  # fmt: skip

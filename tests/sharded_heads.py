@@ -363,11 +363,15 @@ def statistics_and_distillation(mesh: DeviceMesh) -> Cases:
     index, labels = t.topk(3).indices, torch.tensor([0, 89, -100, 45, 7, 31])
     temperature = torch.rand(6, generator=generator, dtype=torch.float64) + 0.5
 
+    exclude = torch.randint(-1, 90, (6, 4), generator=generator)
+    exclude[0, 0] = index[0, 0]
+
     def statistics(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
-        found = softcurve.linear_log_probs(x, w, index, temperature=temperature, memory_budget=budget)
-        assert found.log_probs is not None
+        found = softcurve.linear_log_probs(x, w, index, temperature=temperature, exclude=exclude, memory_budget=budget)
         columns = torch.stack([whole(part) for part in found[1:]], -1)
-        return (torch.cat([whole(found.log_probs), columns], -1).sin()).sum(-1)
+        log_probs = whole(found.log_probs)
+        log_probs = torch.where(log_probs.isinf(), 1.0, log_probs)  # of an excluded class
+        return (torch.cat([log_probs, columns], -1).sin()).sum(-1)
 
     def distillation(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
         options: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "entropy_bonus": 0.1, "label_smoothing": 0.1}
@@ -434,7 +438,9 @@ def most_probable(mesh: DeviceMesh) -> Cases:
                 torch.randint(-2, 3, s, generator=generator).double() for s in ((3, 4, 3), (classes, 3), (classes,))
             )
             b = torch.where(torch.arange(classes) % 5 == 3, -torch.inf, b)
-            options = {"temperature": 0.7, "softcap": 2.5} if number else {}
+            options: dict[str, Any] = {"temperature": 0.7, "softcap": 2.5} if number else {}
+            if classes > 2:
+                options["exclude"] = torch.randint(-1, classes, (3, 4, 3), generator=generator)
             alone = softcurve.linear_topk(x, w, k, linear_bias=b, **options)
             rows = distribute_tensor(x, mesh, [Shard(0)]) if by_rows else x
             weight, bias = (distribute_tensor(t, mesh, [Shard(0)]) for t in (w, b))

@@ -21,6 +21,7 @@ from .cases import (
     BY_NAME,
     CASES_OF,
     HEAD_ROUTE,
+    INDICES,
     LOGIT_ROUTE,
     OPTIONS,
     REDUCTIONS,
@@ -114,6 +115,9 @@ def test_equals_the_dense_loss(route: str, setting: dict[str, Any], request: pyt
         assert_stats(posed, budget)
 
 
+DIFFERENTIABLE_STATS = ("log_probs", "entropy", "lse", "mean_logit", "collision")
+
+
 def assert_stats(posed: Problem, budget: str) -> None:
     loss, stats = posed.ours(*posed.arguments, memory_budget=posed.budget(budget), return_stats=True)
     assert_same(loss, posed.dense(*posed.arguments), "loss beside stats")
@@ -123,7 +127,7 @@ def assert_stats(posed: Problem, budget: str) -> None:
     assert torch.equal(stats.correct, truth.correct)
     combined = []
     for found in (stats, truth):
-        parts = [getattr(found, name) for name in ("lse", "entropy")]
+        parts = [getattr(found, name) for name in DIFFERENTIABLE_STATS]
         combined.append(sum(part.sin().sum() for part in parts))
         derivatives = torch.autograd.grad(combined[-1], posed.arguments, materialize_grads=True)
         combined.extend([*parts, *derivatives])
@@ -194,7 +198,8 @@ def test_no_rows(route: str, case: Case) -> None:
                 value = posed.ours(*posed.arguments, **more)
                 if more:
                     value, stats = value
-                    assert all(part.shape == rows for part in stats)
+                    assert stats.log_probs.shape == (rows if case.kind is INDICES else (*rows, 0))
+                    assert all(part.shape == rows for part in stats[1:])
                 assert value.shape == (rows if reduction == "none" else ())
                 assert value.dtype == torch.float64
                 assert value.isnan() if reduction == "mean" else value.sum() == 0

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 import softcurve
 from softcurve.curvature import Direction, HeadCurvature
@@ -316,6 +317,104 @@ def test_the_statistics_do_not_see_excluded_classes() -> None:
         assert_same(stats.entropy, oracle.entropy_rows(torch.gather(z, -1, masked.argsort(-1)[:, 1:])))
 
 
+# --- the softmax itself --------------------------------------------------------------------------------------------------
+SOFTMAX: dict[str, list[Any]] = {
+    "temperature": [0.7, "rows"],
+    "softcap": [None, 2.0],
+    "low_rank": [False, True],
+    "listed": ["one", "two", "excluded"],  # the last lists a class that the row excludes beside another
+    "budget": [None, 8 * 3000],
+    "leading": [(6,), (1,), (2, 0)],
+}
+
+
+def masked_statistics(z: Tensor, exclude: Tensor, index: Tensor) -> list[Tensor]:
+    """Return the statistics by their definitions; the log-probability of an excluded class is a constant."""
+    gone = (exclude.unsqueeze(-1) == torch.arange(z.shape[-1])).any(-2)
+    log_p = z.masked_fill(gone, -math.inf).log_softmax(-1)
+    p, finite = log_p.exp(), log_p.masked_fill(gone, 0.0)
+    entropy, mean = -(p * finite).sum(-1), (p * z).sum(-1)
+    listed = torch.where(gone.gather(-1, index), -math.inf, finite.gather(-1, index))
+    return [listed, entropy, entropy + mean, mean, p.square().sum(-1).log()]
+
+
+@pytest.mark.parametrize("setting", pairwise(SOFTMAX), ids=str)
+def test_log_probabilities_do_not_see_excluded_classes(setting: dict[str, Any]) -> None:
+    """Every statistic, its gradients and a Hessian product, against the masked dense softmax."""
+    leading, cap = setting["leading"], setting["softcap"]
+    shapes = [(*leading, 4), (80, 4), (80,), *([(80, 2), (2, 4)] if setting["low_rank"] else [])]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, w, bias, *low_rank = leaves
+    exclude, index = torch.randint(40, (*leading, 5)), torch.randint(40, 80, (*leading, 2))
+    exclude[..., 3:] = torch.tensor([-1, 7])
+    if setting["listed"] == "excluded":
+        index[..., 1] = 7
+    if setting["listed"] == "one":
+        index = index[..., :1]
+    temperature = torch.rand(leading, dtype=torch.float64) + 0.5 if setting["temperature"] == "rows" else 0.7
+    weight = softcurve.LowRankWeight(w, *low_rank) if low_rank else w
+    found = softcurve.linear_log_probs(
+        x, weight, index, linear_bias=bias, temperature=temperature, softcap=cap, exclude=exclude,
+        memory_budget=setting["budget"],
+    )  # fmt: skip
+    z = x @ (w + low_rank[0] @ low_rank[1] if low_rank else w).mT + bias
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    z = z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    got, right = list(found), masked_statistics(z, exclude, index)
+    incoming = [torch.randn_like(part) for part in right]
+    for parts in (got, right):
+        finite = (torch.where(part.isinf(), 0.0, part) for part in list(parts))
+        total = sum((part * v).sin().sum() for part, v in zip(finite, incoming, strict=True))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        parts += [*first, *torch.autograd.grad(along(first), leaves, materialize_grads=True)]
+    for number, (ours, truth) in enumerate(zip(got, right, strict=True)):
+        assert torch.equal(ours.isinf(), truth.isinf())
+        assert_same(
+            torch.where(ours.isinf(), 0.0, ours).detach(), torch.where(ours.isinf(), 0.0, truth).detach(), str(number)
+        )
+
+
+@pytest.mark.parametrize("mask", ["bias", "exclude"])
+def test_the_log_probability_of_a_class_without_part_is_a_constant(mask: str) -> None:
+    """Its gradient is 0, in reverse and in forward mode, whatever comes in."""
+    x, w = (t.requires_grad_() for t in head())
+    options: dict[str, Any] = {"exclude": torch.full((3, 1), 4)}
+    if mask == "bias":
+        options = {"linear_bias": torch.zeros(6, dtype=torch.float64).index_fill(0, torch.tensor([4]), -math.inf)}
+
+    def listed(x: Tensor, w: Tensor) -> Tensor:
+        return softcurve.linear_log_probs(x, w, torch.full((3,), 4), **options).log_probs
+
+    value = listed(x, w)
+    assert (value == -math.inf).all()
+    for gradient in torch.autograd.grad(value.sum(), (x, w)):
+        assert not gradient.any()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # torch's own, at the first jvp
+        _, change = jvp(listed, (x.detach(), w.detach()), (torch.ones_like(x), torch.ones_like(w)))
+    assert not change.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 2.0}, {"memory_budget": 40_000}], ids=str)
+def test_a_list_leaves_out_what_a_row_excludes(options: dict[str, Any]) -> None:
+    """Such as the items that a user has seen: also the most probable; masked and repeated classes, and fillers at the end."""
+    x, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(60, 4, dtype=torch.float64)
+    bias = torch.zeros(60, dtype=torch.float64).index_fill(0, torch.tensor([1, 50]), -math.inf)
+    z = oracle.seen_by_softmax(x @ w.mT, options.get("temperature", 1.0), options.get("softcap"))
+    exclude = torch.cat([z.topk(3).indices, torch.randint(60, (2, 3, 2)), torch.full((2, 3, 1), -1)], -1)
+    exclude[0, 0] = torch.tensor([3, 3, 1, -1, -1, -1])
+    gone = (exclude.unsqueeze(-1) == torch.arange(60)).any(-2) | (bias == -math.inf)
+    log_p, indices = z.masked_fill(gone, -math.inf).log_softmax(-1).topk(9)
+    found = softcurve.linear_topk(x, w, 9, linear_bias=bias, exclude=exclude, **options)
+    assert torch.equal(found.indices, indices)
+    assert_same(found.log_probs, log_p)
+    others = torch.tensor([0, 4, 5]).expand(2, 3, 3)
+    few = softcurve.linear_topk(x, w[:6], 5, exclude=others)
+    assert (few.log_probs > -math.inf).sum(-1).eq(3).all()
+    assert few.indices[..., :3].sort(-1).values.eq(torch.tensor([1, 2, 3])).all()
+    assert abs(softcurve.linear_kl_divergence(x, w[:6], few, exclude=others)) < 1e-12
+
+
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +553,8 @@ def test_bad_input(name: str) -> None:
         lambda: softcurve.linear_cross_entropy(x, w, y, exclude=exclude),
         lambda: softcurve.linear_kl_divergence(x, w, t, exclude=exclude),
         lambda: softcurve.linear_js_divergence(x, w, t, exclude=exclude),
+        lambda: softcurve.linear_log_probs(x, w, y, exclude=exclude),
+        lambda: softcurve.linear_topk(x, w, 2, exclude=exclude),
         lambda: softcurve.nn.LinearCrossEntropyLoss(4, 6, dtype=torch.float64)(x, y, exclude=exclude),
         lambda: softcurve.nn.KLDivergenceLoss()(t, x @ w.T, exclude=exclude),
         lambda: softcurve.nn.CrossEntropyLoss()(x @ w.T, y, exclude=exclude),

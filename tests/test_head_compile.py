@@ -135,7 +135,7 @@ LOSSES = {
     "reverse": lambda x, w, t: KL(x, w, LinearTeacher(t[:, :2], w[:, :2]), direction="reverse", reduction="none").sum(),
     "js": lambda x, w, t: JS(x, w, Logits(t), beta=0.3),
     "alpha": lambda x, w, t: softcurve.linear_divergence(x, w, Logits(t), divergence=softcurve.AlphaDivergence(0.5)),
-    "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
+    "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.log_probs.sum() * s.mean_logit.sum() + s.collision.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
     "module": lambda x, w, t: module(x @ w.T @ w, index(x)) + 0 * t.sum(),
 }
 

@@ -63,7 +63,9 @@ def test_stats_beside_transforms(name: str) -> None:
         *arguments
     )
     assert_equal(gradients, grad(posed.dense, everywhere(arguments))(*arguments))
-    assert_equal((stats.lse, stats.entropy), tuple(a.detach() for a in posed.dense_stats()[:2]))
+    truth = posed.dense_stats()
+    for column in ("log_probs", "entropy", "lse", "mean_logit", "collision"):
+        assert_equal(getattr(stats, column), getattr(truth, column).detach())
     assert torch.equal(stats.correct, posed.dense_stats().correct)
 
 

@@ -43,11 +43,11 @@ def dense(x: Tensor, w: Tensor, b: Tensor | None, index: Tensor | None, temperat
     p, some = log_p.exp(), z > -torch.inf
     entropy = -(p * torch.where(some, log_p, 0.0)).sum(-1)
     found = [entropy, z.logsumexp(-1), (p * torch.where(some, z, 0.0)).sum(-1), p.square().sum(-1).log()]
-    if index is not None:
-        one = index.ndim < x.ndim
-        listed = log_p.gather(-1, index.unsqueeze(-1) if one else index)
-        found.insert(0, listed.squeeze(-1) if one else listed)
-    return found
+    if index is None:
+        return [log_p[..., :0], *found]
+    one = index.ndim < x.ndim
+    listed = log_p.gather(-1, index.unsqueeze(-1) if one else index)
+    return [listed.squeeze(-1) if one else listed, *found]
 
 
 @pytest.mark.parametrize("setting", pairwise(LEVELS), ids=str)
@@ -71,7 +71,7 @@ def test_values_and_both_derivatives_equal_the_dense_ones(setting: dict[str, Any
             index[..., 3] = index[..., 0]  # a class may be asked for twice
     temperature = torch.rand(leading, dtype=TRUTH) + 0.5 if setting["temperature"] == "rows" else setting["temperature"]
     options = {"temperature": temperature, "softcap": setting["softcap"], "memory_budget": BUDGETS[tiles]}
-    got = [s for s in softcurve.linear_log_probs(x, w, index, linear_bias=b, **options) if s is not None]
+    got = list(softcurve.linear_log_probs(x, w, index, linear_bias=b, **options))
     right = dense(x, w, b, index, temperature, setting["softcap"])
     incoming = [torch.randn_like(part) for part in right]
     directions = [torch.randn_like(leaf) for leaf in leaves]
@@ -98,13 +98,16 @@ def test_float32_is_right_relatively(gap: float, offset: float) -> None:
     for budget in (None, 4 * 3000):
         weight = z.T.contiguous().requires_grad_()
         found = softcurve.linear_log_probs(torch.eye(4), weight, index, memory_budget=budget)
-        columns = list(found)
-        for part in (found.log_probs, found.entropy, found.collision):
-            assert part is not None
-            columns.append(torch.autograd.grad(part.sum(), weight, retain_graph=True)[0][7])
+        parts = (found.log_probs, found.entropy, found.collision)
+        columns = [*found, *(torch.autograd.grad(part.sum(), weight, retain_graph=True)[0][7] for part in parts)]
         for number, column in enumerate(columns):
             for got, row in zip(column.tolist(), truth, strict=True):
                 assert abs(got - row[number]) <= 5e-7 * max(abs(row[number]), 1e-37), (number, got, row[number])
+        _, stats = softcurve.linear_cross_entropy(torch.eye(4), weight, index, memory_budget=budget, return_stats=True)
+        for number, column in enumerate(stats[:5]):
+            for at, got, row in zip(index.tolist(), column.tolist(), truth, strict=True):
+                least = 1e-37 if at == 7 else 4e-9  # beside a class that the target does not name, to an ulp of float64
+                assert abs(got - row[number]) <= 5e-7 * max(abs(row[number]), least), (number, got, row[number])
 
 
 def _exact(z: Tensor, top: int, at: int) -> list[mpmath.mpf]:
@@ -124,10 +127,38 @@ def _exact(z: Tensor, top: int, at: int) -> list[mpmath.mpf]:
     ]  # fmt: skip
 
 
+def test_the_statistics_of_a_loss_are_the_same_record() -> None:
+    """By name and value, of rows with and without a label, and with the first and second derivatives of it."""
+    assert softcurve.LossStats._fields[:5] == softcurve.HeadStatistics._fields
+    x, w = torch.randn(5, 3, dtype=TRUTH, requires_grad=True), torch.randn(7, 3, dtype=TRUTH, requires_grad=True)
+    y, exclude = torch.tensor([0, 4, -100, 6, 2]), torch.tensor([[1], [4], [3], [-1], [5]])
+    options = {"temperature": 0.7, "softcap": 2.0, "exclude": exclude}
+    ours = softcurve.linear_cross_entropy(x, w, y, label_smoothing=0.2, base=2, return_stats=True, **options)[1]
+    right = softcurve.linear_log_probs(x, w, y.clamp(min=0), **options)
+    for found, truth in zip(ours, right, strict=False):
+        weight = torch.tensor([1.0, 2.0, 3.0 * (found is not ours.log_probs), 4.0, 5.0], dtype=TRUTH)
+        weight[1] *= found is not ours.log_probs  # −inf
+        for part in (found, truth):
+            assert part.shape == (5,)
+        of_ours, of_truth = ([column * weight] for column in (found.nan_to_num(), truth.nan_to_num()))
+        for parts in (of_ours, of_truth):
+            parts += torch.autograd.grad(parts[0].sin().sum(), (x, w), create_graph=True)
+            parts += torch.autograd.grad(parts[1].sin().sum() + parts[2].sin().sum(), (x, w), retain_graph=True)
+        for a, b in zip(of_ours, of_truth, strict=True):
+            assert_same(a.detach(), b.detach(), bound=1e-10)
+    assert ours.log_probs[[1, 2]].tolist() == [-torch.inf, 0.0]
+    soft = softcurve.linear_cross_entropy(x, w, torch.rand(5, 7, dtype=TRUTH).softmax(-1), return_stats=True)[1]
+    assert soft.log_probs.shape == (5, 0)
+    positions = torch.randn(7, 2, 4, 3, dtype=TRUTH)
+    for target, shape in ((torch.zeros(5, 2, 4).long(), (5, 2, 4)), (torch.full((5, 7, 2, 4), 1 / 7), (5, 2, 4, 0))):
+        stats = softcurve.linear_cross_entropy(x, positions, target, return_stats=True)[1]
+        assert stats.log_probs.shape == shape
+        assert_same(stats.lse, torch.einsum("nd,cijd->nijc", x, positions).logsumexp(-1))
+
+
 def test_a_confident_token_keeps_its_digits() -> None:
     z = torch.tensor([[20.0, 0.0, 0.0, 0.0]])
     found = softcurve.linear_log_probs(z, torch.eye(4), torch.tensor([0]))
-    assert found.log_probs is not None
     assert abs(found.log_probs.item() / -6.183461e-9 - 1) < 1e-6
 
 
@@ -137,12 +168,11 @@ def test_bfloat16_is_as_exact_as_its_inputs() -> None:
     found = softcurve.linear_log_probs(x, w, index)
     right = dense(x.double(), w.double(), None, index, 1.0, None)
     for got, truth in zip(found, right, strict=True):
-        assert got is not None
         assert got.dtype == torch.float32
         assert (got - truth).abs().max() < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
         cast = softcurve.linear_log_probs(x.float(), w.float(), index)
-    assert all(torch.equal(a, b) for a, b in zip(cast, found, strict=True) if a is not None)
+    assert all(torch.equal(a, b) for a, b in zip(cast, found, strict=True))
 
 
 def test_gradcheck_in_every_mode() -> None:
@@ -200,7 +230,7 @@ def test_shapes() -> None:
         for index, shape in ((torch.zeros(leading, dtype=torch.int32), leading), (None, None)):
             found = softcurve.linear_log_probs(x, w, index)
             assert all(part.shape == leading for part in found[1:])
-            assert (found.log_probs is None) if shape is None else found.log_probs.shape == shape
+            assert found.log_probs.shape == ((*leading, 0) if shape is None else shape)
         assert softcurve.linear_log_probs(x, w, torch.zeros(*leading, 0).long()).log_probs.shape == (*leading, 0)
     one = softcurve.linear_log_probs(torch.randn(2, 3), torch.randn(1, 3), torch.zeros(2).long())
     assert one.log_probs.tolist() == one.entropy.tolist() == one.collision.tolist() == [0.0, 0.0]

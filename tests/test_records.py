@@ -35,7 +35,8 @@ SHOWN = {
     ),
     "ClassMap(of_student=int64[2], of_teacher=int64[3])": lambda: sc.ClassMap(INDICES[0], torch.arange(3)),
     "TopK(indices=int64[2, 2], log_probs=float32[2, 2], tail='bucket')": lambda: sc.TopK(INDICES, ROWS[:, :2].log()),
-    "LossStats(lse=float32[2], entropy=float32[2], predicted=int64[2], correct=bool[2])": of_a_head,
+    "LossStats(log_probs=float32[2], entropy=float32[2], lse=float32[2], mean_logit=float32[2], collision=float32[2], "
+    "predicted=int64[2], correct=bool[2])": of_a_head,
     "ChainRule(e=float32[2, 5], z=float32[2, 4], p=float32[2, 4], loss=float32[2], dL_dp=float32[2, 4], "
     "dL_dz=float32[2, 4], dL_de=float32[2, 5], dL_dx=float32[2, 3], dL_dW=float32[4, 5], dL_db=None, "
     "dL_dtheta=<dict of 2>)": of_a_chain,

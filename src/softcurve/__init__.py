@@ -17,17 +17,15 @@ from softcurve.functional import (
     softmax_jacobian,
     softmax_jacobian_product,
 )
-from softcurve.head.log_probs import HeadStatistics
-from softcurve.head.problem import LossStats
+from softcurve.head.row_statistics import HeadStatistics, LossStats
 from softcurve.linear import (
     linear_cross_entropy,
     linear_distillation,
     linear_divergence,
     linear_js_divergence,
     linear_kl_divergence,
-    linear_log_probs,
-    linear_topk,
 )
+from softcurve.linear_softmax import linear_log_probs, linear_topk
 from softcurve.losses.class_map import ClassMap
 from softcurve.losses.divergences import (
     AlphaDivergence,

@@ -13,17 +13,16 @@ from typing import Literal, TypeAlias, TypedDict, Unpack, overload
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float, Int
-from softcurve.head.log_probs import HeadStatistics, head_top_classes, statistics_of_head
+from softcurve.array_types import Float
 from softcurve.head.positions import by_position, problems_by_position
-from softcurve.head.problem import LossStats, head_problem, require_shift
+from softcurve.head.problem import head_problem, require_shift
+from softcurve.head.row_statistics import LossStats
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
 from softcurve.losses.labels import require_labels
 from softcurve.losses.low_rank import LowRankWeight
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import Beside, LossSpec
 from softcurve.losses.targets import Target
-from softcurve.losses.topk import TopK
 from softcurve.typing import Integer, KLDirection, Number, ReductionKind
 
 FORWARD_KL = ForwardKL()
@@ -101,8 +100,9 @@ def linear_cross_entropy(
         exclude: ``(..., k)``: class indices that have no part in a row's softmax, and −1 where a row has fewer; as in
             :func:`softcurve.cross_entropy`. ``shift`` moves it together with the target.
         memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-        return_stats: Also return :class:`LossStats`, from the same pass; a gradient of its log-sum-exp or entropy takes
-            one more.
+        return_stats: Also return :class:`LossStats`, from the same pass: the statistics of :func:`linear_log_probs`,
+            with the log-probability of the target's class, and whether the prediction is right. They are in nats
+            whatever the ``base``. Gradients of them take one more pass, whichever are used.
 
     The other options are those of :func:`softcurve.cross_entropy`.
 
@@ -345,80 +345,3 @@ def linear_distillation(
     result = problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats=False)
     assert isinstance(result, Tensor)
     return result
-
-
-def linear_log_probs(
-    input: Features, linear_weight: HeadWeight, index: Int[Tensor, "*rows_k"] | None, *,
-    linear_bias: HeadBias | None = None, temperature: Number | Float[Tensor, "*rows"] = 1.0,
-    softcap: Number | None = None, memory_budget: Integer | None = None,
-) -> HeadStatistics:  # fmt: skip
-    """Return log-probabilities and other statistics of ``softmax(linear(input, ...))`` without holding the logits.
-
-    Args:
-        input: Features ``(..., d)``.
-        linear_weight: ``(C, d)``.
-        index: The classes whose log-probabilities are wanted: one for each row, ``(...)``, or ``k``, ``(..., k)``; or
-            ``None`` for the other statistics alone.
-        linear_bias: ``(C,)``; −inf masks a class.
-        temperature: ``T`` of ``softmax(z / T)``, a number or one for each row, ``(...)``, without gradient.
-        softcap: ``κ``: the logits become ``κ tanh(z / κ)`` before they are divided by ``T``.
-        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-
-    Returns:
-        :class:`HeadStatistics`, in nats and float32 or wider: ``log_probs``, ``entropy``, ``lse``, ``mean_logit`` and
-        ``collision``. All are differentiable in features, weight and bias, once and twice, with one more pass in the
-        backward whichever of them are used. Rows whose incoming gradients are 0 are left out of it.
-
-    Raises:
-        TypeError, ValueError: If an argument has a wrong type, shape or value, such as an index that names no class.
-
-    Example:
-        >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
-        >>> found = softcurve.linear_log_probs(x, w, torch.tensor([0, 4, 2]), temperature=0.7)
-        >>> loss = -(found.log_probs + 0.01 * found.entropy).mean()
-
-    Source: ``∂ log p_k/∂z = δ_k − p``, ``∂H/∂z = −p ⊙ (z − p·z)``, ``∂(p·z)/∂z = p ⊙ (1 + z − p·z)`` and
-    ``∂ log Σp²/∂z = 2 p ⊙ (p / Σp² − 1)``.
-    """
-    return statistics_of_head(
-        input, linear_weight, index, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
-        memory_budget=memory_budget,
-    )  # fmt: skip
-
-
-def linear_topk(
-    input: Features, linear_weight: HeadWeight, k: Integer, *, linear_bias: HeadBias | None = None,
-    temperature: Number = 1.0, softcap: Number | None = None, memory_budget: Integer | None = None,
-) -> TopK:  # fmt: skip
-    """Return the ``k`` most probable classes of each row of ``linear(input, linear_weight, linear_bias)``, detached.
-
-    The list holds natural log-probabilities normalised over all classes, in falling order; of equally probable classes
-    the lower comes first. It is a target of a loss, or what :meth:`TopK.save` writes.
-
-    Args:
-        input: Features ``(..., d)``.
-        linear_weight: ``(C, d)``.
-        k: From 1 to ``min(C, 1024)``.
-        linear_bias: ``(C,)``; −inf masks a class. Where fewer than ``k`` classes are unmasked, masked ones follow with
-            a log-probability of −inf, so that they are fillers.
-        temperature: ``T`` in ``z / T``, after the soft cap.
-        softcap: ``κ`` in ``κ tanh(z / κ)``.
-        memory_budget: Bytes for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
-
-    Returns:
-        A :class:`~softcurve.TopK` with ``tail="bucket"``: int64 indices and log-probabilities ``(..., k)`` in float32,
-        or float64 if an argument is. For a sharded head it lies as the rows do.
-
-    Raises:
-        TypeError, ValueError: If an argument has a wrong type, shape or value. NaN in a row is an error in eager mode
-            on the CPU; elsewhere it is returned.
-
-    Example:
-        >>> x, w = torch.randn(3, 4), torch.randn(9, 4)
-        >>> teacher = softcurve.linear_topk(x, w, 2)
-        >>> loss = softcurve.linear_kl_divergence(x, w, teacher)
-
-    Source: ``log p_k = z_k − log Σ_j e^{z_j}``.
-    """
-    loss = LossSpec.of(CrossEntropy(), Reduction.of("none", math.e), temperature, softcap)
-    return TopK(*head_top_classes(loss, input, linear_weight, linear_bias, k, memory_budget))

@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks, contrastive, functional, linear
 from softcurve.array_types import Float, Rows, Values
-from softcurve.head.problem import LossStats, require_budget, require_shift
+from softcurve.head.problem import require_budget, require_shift
+from softcurve.head.row_statistics import LossStats
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.labels import resolve_ignore_index
 from softcurve.losses.reduction import REDUCTIONS

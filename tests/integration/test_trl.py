@@ -76,7 +76,7 @@ def cross_entropy_of_head(
         return_stats=True,
     )  # fmt: skip
     mean, top1 = metrics_of_logits(hidden, weight, targets)
-    return -losses, stats.entropy, None, mean / temperature, top1
+    return -losses, stats.entropy, stats.collision, mean / temperature, top1
 
 
 @torch.no_grad()

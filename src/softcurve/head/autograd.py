@@ -22,6 +22,7 @@ from torch.autograd import Function, forward_ad
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
 from softcurve.head.columns import change_along, of_classes, with_columns
+from softcurve.head.kernel import Statistics
 from softcurve.head.loop import evaluate, rounded
 from softcurve.head.products import ClassRows
 from softcurve.head.tensors import (
@@ -44,7 +45,7 @@ from softcurve.losses.spec import LossSpec
 def head_outcome(
     loss: LossSpec, tensors: HeadTensors, memory_budget: int | None, *, per_row: bool, weighs: bool, stats: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return the weighted sum of the rows' losses, the losses themselves, and the four statistics if ``stats``.
+    """Return the weighted sum of the rows' losses, the losses themselves, and their statistics if ``stats``.
 
     The losses are differentiable if ``per_row``, otherwise their sum. ``weighs`` says whether the caller gave
     weights of the rows, in which a transform may differentiate.
@@ -62,7 +63,7 @@ def head_outcome(
     if compiling:
         function = torch.ops.softcurve.head_losses
     outputs = function(*tensors, loss.encode(), memory_budget, stats, all_rows, per_row, weight_moves, list(wanted))
-    total, rows, *statistics = outputs[:6]
+    total, rows, statistics, _ = operators.parted(outputs)
     return total, rows, statistics
 
 
@@ -105,7 +106,8 @@ class _Losses(Function):
         ctx.loss = LossSpec.decode(loss)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        _save(ctx, *tensors, output[1], *output[6:])
+        _, rows, _, gradients = operators.parted(output)
+        _save(ctx, *tensors, rows, *gradients)
 
     @staticmethod
     def backward(ctx: Any, v_total: Tensor | None, v_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -141,7 +143,7 @@ class _Losses(Function):
                 total = total + _inner(found, moves.differentiable)
             if moves.row_weight is not None:
                 total = total + (moves.row_weight * _finite_where_left_out(rows, tensors.row_weight)).sum()
-            return total, change, *(None,) * (4 + len(NONE))
+            return total, change, *(None,) * (len(Statistics._fields) + len(NONE))
 
 
 def head_statistics(
@@ -242,7 +244,7 @@ class _Gradients(Function):
             torch.ops.softcurve.head_losses, *weighted, loss.encode(), memory_budget, False, False, False, False,
             list(wanted),
         )  # fmt: skip
-        return tuple(rounded(outputs[6:], tensors))  # type: ignore[arg-type]
+        return tuple(rounded(operators.parted(outputs)[-1], tensors))  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

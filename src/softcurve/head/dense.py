@@ -141,7 +141,7 @@ class DenseKernel(CurvatureKernel):
             SideStatistics.merge(self.sides, group)
         elif number == 1:
             of_side = ["score", "score_rest", *["mean_v", "top_v"] * self.data.has_direction]
-            names = ["value", "surplus", *["entropy"] * wants_stats, *["curve"] * bool(self.matrix), *of_side]
+            names = ["value", "surplus", *["entropy", "square"] * wants_stats, *["curve"] * bool(self.matrix), *of_side]
             names += [f"target_{name}" for name in of_side] * (len(self.sides) > 1)
             sum_over([getattr(self.totals, name) for name in names], group)
             if wants_stats:
@@ -157,8 +157,9 @@ class DenseKernel(CurvatureKernel):
             if self.loss.processes is None:
                 self.predicted = self.model.top
         elif number == 1 and self.data.wants_stats:
-            columns = self._log_sum_exp(), self.totals.entropy, self.predicted, self.label
-            self.statistics = Statistics(*(column.squeeze(-1) for column in columns))
+            found = Statistics(self._log_sum_exp(), self.totals.entropy, self._collision(), None, self.predicted)
+            columns = (None if column is None else column.squeeze(-1) for column in found._replace(target=self.label))
+            self.statistics = Statistics(*columns)
         model, target, t = self.model, self.target, self.totals
         log_ratio = model.log_sum_exp - target.log_sum_exp
         weight = self.data.weight.unsqueeze(-1).double()
@@ -178,6 +179,12 @@ class DenseKernel(CurvatureKernel):
         if self.loss.z_loss:
             values = values + self.loss.z_loss * self._log_sum_exp().square()
         return values.squeeze(-1)
+
+    def _collision(self) -> Tensor:
+        """Return ``log Σ p²``, with a class of more than half of the mass apart."""
+        rest, square = self.model.rest, self.totals.square
+        beside_top = torch.log1p(square * (1 + rest).square()) - 2 * torch.log1p(rest)
+        return torch.where(rest < 1, beside_top, torch.log(square))
 
     def _log_sum_exp(self) -> Tensor:
         """Return the model's log-sum-exp, including what was taken off its logits."""

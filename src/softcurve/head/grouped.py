@@ -147,10 +147,11 @@ class GroupedKernel(Kernel):
         z, found = self.block.z, []
         for rows in row_groups(z, self.data.cached):
             part = softmax.softmax_rows(z[rows])
-            found.append((part.log_sum_exp, softmax.entropy_rows(z[rows]), z[rows].argmax(-1)))
-        lse, entropy, predicted = map(torch.cat, zip(*found, strict=True))
+            of_softmax = (softmax.entropy_rows(z[rows]), softmax.collision_rows(z[rows]))
+            found.append((part.log_sum_exp, *of_softmax, z[rows].argmax(-1)))
+        lse, entropy, collision, predicted = map(torch.cat, zip(*found, strict=True))
         lse = lse if self.data.offset is None else lse + self.data.offset.squeeze(-1)
-        self.statistics = Statistics(lse, entropy, predicted)
+        self.statistics = Statistics(lse, entropy, collision, None, predicted)
 
     # --- results -----------------------------------------------------------------------------------------------------
 

@@ -106,12 +106,19 @@ class RowData:
 
 
 class Statistics(NamedTuple):
-    """The statistics of each row's softmax that ``return_stats`` returns."""
+    """What a pass finds of each row's softmax for ``return_stats``; see :class:`softcurve.LossStats`."""
 
     lse: Tensor | None = None
     entropy: Tensor | None = None
+    collision: Tensor | None = None
+    log_prob: Tensor | None = None  # of the one class that the target names
     predicted: Tensor | None = None
     target: Tensor | None = None  # the most probable class of the target; a list's is known beforehand
+
+    @staticmethod
+    def dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of the fields in a computation of ``dtype``."""
+        return (dtype,) * 4 + (torch.int64,) * 2
 
 
 @dataclass

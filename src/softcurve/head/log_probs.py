@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Float
 from softcurve.head.autograd import head_statistics
-from softcurve.head.local import LocalHead, local_head, local_row_values
+from softcurve.head.local import LocalHead, local_exclusions, local_head, local_row_values
 from softcurve.head.problem import explain_head_nan, require_budget
+from softcurve.head.row_statistics import HeadStatistics
 from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
-from softcurve.records import short_repr
 from softcurve.typing import Integer, Number
 
 MOST_LISTED = 1024  # classes of a list
 
 
-class HeadStatistics(NamedTuple):
-    """Statistics of the softmax ``p`` of each row, in nats, differentiable; ``(...)`` as the rows of ``input``."""
-
-    log_probs: Float[Tensor, "*rows_k"] | None  # log p of the classes asked for, (...) or (..., k)
-    entropy: Float[Tensor, "*rows"]  # −Σ p log p
-    lse: Float[Tensor, "*rows"]  # log Σ e^z of what the softmax sees
-    mean_logit: Float[Tensor, "*rows"]  # Σ p z, which is lse − entropy
-    collision: Float[Tensor, "*rows"]  # log Σ p²
-
-    def __repr__(self) -> str:
-        return short_repr(self, self._asdict())
-
-
 def statistics_of_head(
     input: Tensor, linear_weight: Tensor | LowRankWeight, index: Tensor | None, *, linear_bias: Tensor | None,
-    temperature: Number | Tensor, softcap: Number | None, memory_budget: Integer | None,
+    temperature: Number | Tensor, softcap: Number | None, exclude: Tensor | None, memory_budget: Integer | None,
 ) -> HeadStatistics:  # fmt: skip
     """Compute what :func:`softcurve.linear_log_probs` returns."""
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
-    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias, index=index, temperature=temperature)
+    layout = head_layout(
+        input, linear_weight, None, linear_bias=linear_bias, index=index, temperature=temperature, exclude=exclude
+    )
 
     def make() -> tuple[LocalHead, LossSpec, HeadTensors]:
         per_row = temperature if isinstance(temperature, Tensor) and temperature.ndim else None
@@ -56,7 +44,10 @@ def statistics_of_head(
         head = local_head(layout, loss, input, linear_weight, linear_bias, rows, None)
         scale = None if per_row is None else 1 / _row_temperature(layout, per_row).to(head.dtype)
         ones = torch.ones(len(head.input), dtype=head.dtype, device=head.input.device)
-        tensors = HeadTensors(**head.tensors, indices=rows, row_weight=ones, class_weight=None, row_scale=scale)
+        excluded = local_exclusions(layout, exclude, 0)
+        tensors = HeadTensors(
+            **head.tensors, indices=rows, row_weight=ones, class_weight=None, excluded=excluded, row_scale=scale
+        )
         return head, loss, tensors
 
     head, loss, tensors = layout.agreed(make)
@@ -64,19 +55,16 @@ def statistics_of_head(
     found = head_statistics(loss, tensors, tensors.indices, require_budget(memory_budget))
     layout.agreed(lambda: explain_head_nan(tensors, found[:, -1]))
     whole = layout.restored(found.reshape(*head.leading, found.shape[-1]), per_row=True)
-    log_probs, entropy, lse, mean, collision = whole.tensor_split([-4, -3, -2, -1], -1)
-    one = index is not None and index.ndim < input.ndim
-    listed = None if index is None else log_probs.squeeze(-1) if one else log_probs
-    return HeadStatistics(listed, *(column.squeeze(-1) for column in (entropy, lse, mean, collision)))
+    return HeadStatistics.of(whole, one=index is not None and index.ndim < input.ndim)
 
 
 def head_top_classes(
     loss: LossSpec, input: Tensor, linear_weight: Tensor | LowRankWeight, linear_bias: Tensor | None, k: object,
-    memory_budget: Integer | None,
+    exclude: Tensor | None, memory_budget: Integer | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the ``k`` most probable classes of each row of a public call and their log-probabilities, detached."""
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
-    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias)
+    layout = head_layout(input, linear_weight, None, linear_bias=linear_bias, exclude=exclude)
     count, most = checks.as_integer(k), min(layout.classes, MOST_LISTED)
     if count is None or not 1 <= count <= most:
         raise ValueError(
@@ -88,7 +76,8 @@ def head_top_classes(
         head = local_head(layout, loss, input, linear_weight, linear_bias, None, None)
         parts: dict[str, Any] = {name: None if part is None else part.detach() for name, part in head.tensors.items()}
         ones = head.input.new_ones(len(head.input), dtype=head.dtype)
-        tensors = HeadTensors(**parts, indices=None, row_weight=ones, class_weight=None)
+        excluded = local_exclusions(layout, exclude, 0)
+        tensors = HeadTensors(**parts, indices=None, row_weight=ones, class_weight=None, excluded=excluded)
         spec = dataclasses.replace(loss, target="sparse", **layout.shard)
         indices, log_probs = torch.ops.softcurve.head_top_classes(
             *tensors, spec.encode(), count, require_budget(memory_budget)

@@ -85,7 +85,7 @@ class _Results:
         self.tensors, self.directed, self.group = tensors, directed, spec.processes
         n, dtype, device = tensors.input.shape[0], tensors.dtype, tensors.input.device
         self.rows = torch.zeros(n, dtype=dtype, device=device)
-        kinds = (dtype, dtype, torch.int64, torch.int64) if stats else ()
+        kinds = Statistics.dtypes(dtype) if stats else ()
         self.statistics = Statistics(*(torch.zeros(n, dtype=kind, device=device) for kind in kinds))
         # Gradients are summed over tiles in the dtype of the computation. One written once has its tensor's own.
         teacher = spec.target == "teacher"

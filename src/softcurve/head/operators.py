@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softcurve.head import loop, topk
+from softcurve.head.kernel import Statistics
 from softcurve.head.tensors import DIFFERENTIABLE, TARGET, HeadTensors
 from softcurve.losses.spec import LossSpec
 
@@ -48,7 +49,7 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "head_losses", "CompositeExplicitAutograd")
 def _head_losses(*arguments: Any) -> list[Tensor]:
-    """Return ``Σ weight · loss``, the rows' losses, the four statistics if ``stats``, and the gradients."""
+    """Return ``Σ weight · loss``, the rows' losses, their statistics if ``stats``, and the gradients."""
     *given, loss, memory_budget, stats, all_rows, _, _, wanted = arguments
     tensors, spec = HeadTensors(*given), LossSpec.decode(loss)
     with torch.autocast(tensors.input.device.type, enabled=False):  # the inputs are in autocast's dtype already
@@ -62,13 +63,19 @@ def flattened(outcome: loop.Outcome, tensors: HeadTensors) -> list[Tensor]:
     return [total, outcome.rows, *_present(outcome.rows, *outcome.statistics, *outcome.gradients)]
 
 
+def parted(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return the sum, the rows, the fields of :class:`Statistics` and the gradients that ``head_losses`` returns."""
+    total, rows, *others = outputs
+    count = len(Statistics._fields)
+    return total, rows, others[:count], others[count:]
+
+
 def _fake_head_losses(*arguments: Any) -> list[Tensor]:
     *given, loss, _, stats, _, _, _, wanted = arguments
     tensors = HeadTensors(*given)
     rows = tensors.input.new_empty(tensors.input.shape[0], dtype=tensors.dtype)
     total = rows.new_empty((), dtype=torch.promote_types(rows.dtype, tensors.row_weight.dtype))
-    kinds = (rows.dtype, rows.dtype, torch.int64, torch.int64)
-    columns = [torch.empty_like(rows, dtype=kind) if stats else None for kind in kinds]
+    columns = [torch.empty_like(rows, dtype=kind) if stats else None for kind in Statistics.dtypes(rows.dtype)]
     # Not rounded yet, but for a target that is written once, tile by tile.
     written = None if LossSpec.decode(loss).target == "teacher" else tensors.target
     gradients = [

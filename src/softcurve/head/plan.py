@@ -161,7 +161,8 @@ def plan_list(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | No
     """Plan a pass that lists the ``k`` most probable classes of each row, of which every process sends its own."""
     processes = 1 if spec.processes is None else spec.processes.size()
     # A group of rows: its softmax, and at most as much for chunks, their columns as int64 and their logits.
-    needs = Needs(1 + (spec.softcap is not None), 4 * GROUP_PIECES, 2 * _width(spec, tensors) + 12 * k * processes + 32)
+    row = 2 * _width(spec, tensors) + 12 * k * processes + 32 + _excluded_entries(tensors)
+    needs = Needs(1 + (spec.softcap is not None), 4 * GROUP_PIECES, row)
     return make_plan(
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=tensors.input.device, needs=needs,
         least_pieces=needs.buffers + needs.temporaries, least_row_entries=needs.row_entries, whole_rows=False,

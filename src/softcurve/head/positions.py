@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.head.problem import HeadProblem, LossStats, head_problem
+from softcurve.head.problem import HeadProblem, head_problem
+from softcurve.head.row_statistics import LossStats
 from softcurve.losses.reduction import Reduction
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Target
@@ -49,7 +50,8 @@ def by_position(
     if not return_stats:
         return result
     columns = zip(*(stats for _, stats in parts), strict=True)
-    return result, LossStats(*(torch.stack(column, -1).reshape(rows) for column in columns))
+    stacked = [torch.stack(column, 1) for column in columns]
+    return result, LossStats(*(column.reshape((*rows, *column.shape[2:])) for column in stacked))
 
 
 def _require_positions(

@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Bool, Float, Int
 from softcurve.head.autograd import head_outcome, head_statistics
 from softcurve.head.local import (
     LocalHead,
@@ -28,6 +27,7 @@ from softcurve.head.local import (
     low_rank_of,
     widened,
 )
+from softcurve.head.row_statistics import HeadStatistics, LossStats
 from softcurve.head.sharded import PlainHead, ShardedHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
@@ -40,20 +40,7 @@ from softcurve.losses.spec import LossSpec, TargetForm
 from softcurve.losses.targets import Logits, Probabilities, Target
 from softcurve.losses.teacher import LinearTeacher
 from softcurve.losses.topk import TopK
-from softcurve.records import short_repr
 from softcurve.typing import Integer
-
-
-class LossStats(NamedTuple):
-    """Statistics of the softmax of each row, ``(...)`` as the rows of ``input``; the first two are differentiable."""
-
-    lse: Float[Tensor, "*rows"]  # log Σ e^z of what the softmax sees, in nats
-    entropy: Float[Tensor, "*rows"]  # in units of ``base``
-    predicted: Int[Tensor, "*rows"]  # the most probable class
-    correct: Bool[Tensor, "*rows"]  # whether it is the target's (most probable) class; False in an ignored row
-
-    def __repr__(self) -> str:
-        return short_repr(self, self._asdict())
 
 
 @dataclass(frozen=True)
@@ -68,6 +55,7 @@ class HeadProblem:
     has_sample_weight: bool
     label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
     merges_tail: bool = False  # whether the outcomes are a list and one bucket
+    has_labels: bool = False  # whether ``label`` is the target itself, rather than the most probable class of it
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """Return what the sum over the rows of all processes is divided by, ``()``."""
@@ -105,13 +93,24 @@ class HeadProblem:
         result = layout.restored(result.to(head.dtype), per_row=per_row)
         if not return_stats:
             return result
-        lse, entropy, predicted, label = statistics
-        known = torch.stack([entropy, lse, lse - entropy, torch.zeros_like(lse)], -1)
-        nothing = predicted.new_empty((len(predicted), 0))
-        found = head_statistics(self.loss, tensors, nothing, require_budget(memory_budget), known)
-        correct = (predicted == (label if self.label is None else self.label)) & self.counted
-        columns = (found[:, 1], found[:, 0] / reducer.nats, predicted, correct)
-        return result, LossStats(*(layout.restored(c.reshape(head.leading), per_row=True) for c in columns))
+        return result, self._stats(statistics, tensors, require_budget(memory_budget))
+
+    def _stats(self, found: list[Tensor], tensors: HeadTensors, memory_budget: int | None) -> LossStats:
+        """Return the statistics that the pass has found, differentiable, as the public call returns them."""
+        lse, entropy, collision, log_prob, predicted, best = found
+        head, layout, label = self.head, self.head.layout, best if self.label is None else self.label
+        columns = [*[log_prob] * self.has_labels, entropy, lse, lse - entropy, collision]
+        listed = label.unsqueeze(-1)[:, : int(self.has_labels)]
+        whole = head_statistics(self.loss, tensors, listed, memory_budget, torch.stack(columns, -1))
+        if self.has_labels:
+            log_probs = torch.where(self.counted, whole[:, 0], 0.0)
+            whole = torch.cat([log_probs.unsqueeze(-1), whole[:, 1:]], -1)
+        correct = (predicted == label) & self.counted
+        restored = [
+            layout.restored(part.reshape((*head.leading, *part.shape[1:])), per_row=True)
+            for part in (whole, predicted, correct)
+        ]
+        return LossStats(*HeadStatistics.of(restored[0], one=self.has_labels), *restored[1:])
 
 
 def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
@@ -184,7 +183,12 @@ def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:
     share = problem.head.smoothing_factors(problem.tensors.excluded) if problem.loss.smooths_labels else None
     tensors = problem.tensors._replace(labels=labels.classes.unsqueeze(-1), class_weight=share)
     return dataclasses.replace(
-        problem, tensors=tensors, mean_weight=labels.mean_weight, counted=labels.counted, label=labels.classes
+        problem,
+        tensors=tensors,
+        mean_weight=labels.mean_weight,
+        counted=labels.counted,
+        label=labels.classes,
+        has_labels=True,
     )
 
 
@@ -258,7 +262,7 @@ def _label_problem(
     )  # fmt: skip
     return HeadProblem(
         head, dataclasses.replace(loss, target="sparse", **head.layout.shard), tensors, labels.mean_weight,
-        labels.counted, sample_weight is not None, label=labels.classes,
+        labels.counted, sample_weight is not None, label=labels.classes, has_labels=True,
     )  # fmt: skip
 
 

@@ -118,7 +118,8 @@ class SparseKernel(CurvatureKernel):
         self.listed, self.v_listed = (torch.where(here, part, 0.0) for part in (self.listed, self.v_listed))
         sums = [self.listed, self.unlisted.total]
         sums += [self.v_listed, self.unlisted.change] * self.data.has_direction
-        sums += [self.unlisted.uniform] * bool(self.loss.smoothing) + [self.unlisted.moment] * self.data.wants_stats
+        sums += [self.unlisted.uniform] * bool(self.loss.smoothing)
+        sums += [self.unlisted.moment, self.unlisted.square] * self.data.wants_stats
         sums += [self.unlisted.uniform_change] * (self.data.has_direction and bool(self.loss.smoothing))
         sum_over(sums, group)
         self.listed = self._without_fillers(self.listed)
@@ -138,11 +139,19 @@ class SparseKernel(CurvatureKernel):
         self.coarse = torch.cat([self.listed - self.shift, others], -1) + offset
         self.lse = softmax.softmax_rows(self.coarse).log_sum_exp - offset.squeeze(-1)
         if self.data.wants_stats:
-            # The entropy of the coarse row, and of the unlisted classes among themselves.
-            within = torch.where(self.others > 0, torch.log(self.others) - self.unlisted.moment / self.others, 0.0)
-            share = torch.softmax(self.coarse, -1)[:, -1:]
-            entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
-            self.statistics = Statistics(self.lse + whole.squeeze(-1), entropy, self.predicted.squeeze(-1))
+            self.statistics = self._statistics(whole)
+
+    def _statistics(self, offset: Tensor) -> Statistics:
+        """Return those of the coarse row, with those of the unlisted classes among themselves."""
+        some = self.others > 0
+        within = torch.where(some, torch.log(self.others) - self.unlisted.moment / self.others, 0.0)
+        share = torch.softmax(self.coarse, -1)[:, -1:]
+        entropy = softmax.entropy_rows(self.coarse) + (share * within).squeeze(-1)
+        among = torch.where(some, torch.log(self.unlisted.square) - 2 * torch.log(self.others), 0.0)
+        collision = softmax.collision_rows(self.coarse, torch.cat([torch.zeros_like(self.listed), among], -1))
+        log_prob = softmax.softmax_rows(self.coarse).log_probabilities[:, 0] if self.indices.shape[1] else None
+        lse = self.lse + offset.squeeze(-1)
+        return Statistics(lse, entropy, collision, log_prob, self.predicted.squeeze(-1))
 
     def _without_fillers(self, listed: Tensor) -> Tensor:
         """Return the logits of the entries of a list, −inf for those that name no class."""

@@ -96,6 +96,8 @@ class StatisticsKernel(Kernel):
         self.below = -sums.moment * self.inverse  # max z − μ
         listed = self.listed - self.shift
         self.at_top = self.indices == sums.place
+        # The log-probability of a class that is masked or excluded is −inf, a constant.
+        self.constant = torch.cat([listed == -math.inf, torch.zeros_like(rest.expand(-1, STATISTICS)).bool()], -1)
         offset = self.shift if self.data.offset is None else self.shift + self.data.offset * self._row_scale()
         self.statistics_of_row = torch.cat(
             [
@@ -120,7 +122,7 @@ class StatisticsKernel(Kernel):
         self.of_mean = (sums.moment_change - self.mean_change * sums.moment) * inverse
         u = torch.where(self.at_top, self.top_u, self.v_listed - self.mean_change)
         others = [-self.of_mean, self.mean_change, self.mean_change + self.of_mean, 2 * self.of_square]
-        self.changes = torch.cat([u, *others], -1)
+        self.changes = torch.where(self.constant, 0.0, torch.cat([u, *others], -1))
 
     # --- the rows ----------------------------------------------------------------------------------------------------
 
@@ -153,8 +155,10 @@ class StatisticsKernel(Kernel):
         return self.tiles.residual(tile, rows, shift, needs, fresh=fresh, masks=masks)  # type: ignore[no-any-return]
 
     def _given(self, target: Tensor | None) -> Tensor:
-        """Return the coefficients, or their changes, in float64."""
-        return torch.zeros_like(self.statistics_of_row) if target is None else target.double()
+        """Return the coefficients, or their changes, in float64, and 0 of what is constant."""
+        if target is None:
+            return torch.zeros_like(self.statistics_of_row)
+        return torch.where(self.constant, 0.0, target.double())
 
     def _row_scale(self) -> Tensor | float:
         scale = self.data.row_scale

@@ -219,6 +219,13 @@ def entropy_rows(z: Rows) -> Values:
     return -(rows.probabilities * finite_log(rows)).sum(-1)
 
 
+def collision_rows(z: Rows, within: Rows | float = 0.0) -> Values:
+    """Return ``log Σ_k p_k² w_k``, where ``within`` is ``log w ≤ 0``: 0, unless a class stands for several others."""
+    rows = softmax_rows(z)
+    squares = softmax_rows(2 * rows.shifted + within)
+    return squares.log_sum_exp - 2 * torch.log1p(rows.rest).squeeze(-1)
+
+
 def finite_log(rows: SoftmaxRows) -> Tensor:
     """Return ``log p``, with 0 in place of −inf, which is only multiplied by ``p = 0``."""
     return unless_masked(rows.shifted, rows.log_probabilities)

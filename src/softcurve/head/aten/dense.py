@@ -77,6 +77,7 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
             found.target_mean_v[rows], found.target_top_v[rows] = mean_and_top
         if wants_stats:
             found.entropy[rows] = -pairs.weighted(model.p(), log_p).sum(-1, keepdim=True)
+            found.square[rows] = pairs.sum_and_rest(part, MODEL, model.p().square())[1]
             found.best[rows], label[rows] = part.target.max(-1, keepdim=True)
     return found, label
 

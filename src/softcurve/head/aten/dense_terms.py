@@ -112,6 +112,7 @@ class DenseSums(NamedTuple):
     target_mean_v: Tensor
     target_top_v: Tensor
     entropy: Tensor
+    square: Tensor  # Σ p² without the top
     best: Tensor  # the target's largest entry
 
 

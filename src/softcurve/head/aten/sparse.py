@@ -76,6 +76,7 @@ class SparseSums(NamedTuple):
     total: Tensor  # Σ e^{z − shift}
     change: Tensor  # Σ e^{z − shift} ż
     moment: Tensor  # Σ e^{z − shift} (z − shift)
+    square: Tensor  # Σ e^{2 (z − shift)}
     uniform: Tensor  # Σ u (z − shift), relative to 0 for a shift of −inf
     uniform_change: Tensor  # Σ u ż
     mass: Tensor  # Σ u
@@ -90,6 +91,11 @@ class SparseSums(NamedTuple):
         """Add sums relative to the same shift."""
         return SparseSums(*(a + b for a, b in zip(self, other, strict=True)))._replace(shift=self.shift)
 
+    def with_top(self, square: Tensor) -> SparseSums:
+        """Add the class whose logit is the shift, if there is one, to sums over all others; ``square`` is theirs."""
+        one = (self.shift != -math.inf).double()
+        return self._replace(total=self.total + one, square=square + one)
+
     def shifted(self, shift: Tensor) -> SparseSums:
         """Return the sums relative to a ``shift`` that is no smaller, or to any where there is no mass."""
         some = self.shift != -math.inf
@@ -100,6 +106,7 @@ class SparseSums(NamedTuple):
             total=self.total * kept,
             change=self.change * kept,
             moment=kept * (self.moment + lowered * self.total),
+            square=kept.square() * self.square,
             uniform=self.uniform + self.mass * (or_zero(self.shift) - or_zero(shift)),
         )
 
@@ -141,7 +148,8 @@ def statistics(
     """Map the logits and sum over the unlisted classes; ``e^{z − shift}`` is left in ``z`` in any case.
 
     Returns the sums, the first column of the largest logit if statistics are wanted, and the tensor with exponentials.
-    With statistics the shift is that logit.
+    With statistics the shift is that logit, whose ``e^0 = 1`` is added to the sums of all others in float64: beside it
+    they keep their digits.
     """
     z, v = tile.z, tile.v
     put(z, tile.listed, None)
@@ -155,19 +163,25 @@ def statistics(
     direct = direct and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
     if direct:
         shift = torch.zeros_like(top)
-    total, change, moment = (torch.zeros_like(top) for _ in range(3))
+    total, change, moment, square = (torch.zeros_like(top) for _ in range(4))
     for rows in tile.row_groups():
         part = z[rows]
         shifted = part if direct else torch.sub(part, shift[rows], out=None if wants_stats else part)
-        torch.sum(torch.exp(shifted, out=part), -1, keepdim=True, out=total[rows])
-        if wants_stats:
+        torch.exp(shifted, out=part)
+        if column is not None:
+            at_top = part.gather(-1, column[rows])
+            part.scatter_(-1, column[rows], 0.0)
             torch.sum(torch.where(part == 0, 0.0, shifted.mul_(part)), -1, keepdim=True, out=moment[rows])
+            torch.sum(torch.mul(part, part, out=shifted), -1, keepdim=True, out=square[rows])
+        torch.sum(part, -1, keepdim=True, out=total[rows])
+        if column is not None:
+            part.scatter_(-1, column[rows], at_top)
         if v is not None:
             torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
     # A block without mass leaves the shift to others, which may lie anywhere.
     lowest = torch.where(top == -math.inf, top, shift).double()
     sums = SparseSums.of(lowest, total.double(), change=change.double(), moment=moment.double(), **smoothed)
-    return sums, column, z
+    return sums.with_top(square.double()) if wants_stats else sums, column, z
 
 
 def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | None) -> Residuals:

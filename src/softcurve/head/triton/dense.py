@@ -84,7 +84,7 @@ def _sums(
     exists = row < rows
     zero = tl.zeros([ROWS, BLOCK], tl.float32)
     scores, others, t_scores, t_others = zero, zero, zero, zero
-    values, differences, curves, entropies = zero, zero, zero, zero
+    values, differences, curves, entropies, squares = zero, zero, zero, zero, zero
     means, at_top, t_means, t_at_top = zero, zero, zero, zero
     best = tl.full([ROWS, 1], -float("inf"), tl.float32)
     chosen = tl.zeros([ROWS, 1], tl.int64)
@@ -113,6 +113,7 @@ def _sums(
             t_at_top += tl.where(t_is_top, t_change, 0.0)
         if label is not None:
             entropies += terms.times_finite(p, minus_log_p)
+            squares += tl.where(inside & ~is_top, p * p, 0.0)
             most = tl.where(inside, logits[2], -float("inf"))
             highest = tl.max(most, axis=1)[:, None]
             chosen = tl.where(highest > best, start + tl.argmax(most, axis=1)[:, None], chosen)
@@ -121,8 +122,9 @@ def _sums(
     for which in tl.static_range(11):  # in the order of DenseSums
         store_sum(found, which, found_sums[which], row, rows)
     store_sum(found, 11, entropies, row, rows)
+    store_sum(found, 12, squares, row, rows)
     if label is not None:
-        tl.store(found + 12 * rows + row, best, mask=exists)
+        tl.store(found + 13 * rows + row, best, mask=exists)
         tl.store(label + row, chosen, mask=exists)
 
 

@@ -137,6 +137,7 @@ def _statistics(
     base = tl.zeros([ROWS, 1], tl.float32)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     moments = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
     changes = tl.zeros([ROWS, BLOCK], tl.float32)
     uniforms = tl.zeros([ROWS, BLOCK], tl.float32)
     uniform_masses = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -148,16 +149,23 @@ def _statistics(
         raw = tl.load(z + row * z_stride + at, mask=inside, other=-float("inf"))
         x = math.capped(raw, softcap, temperature)
         top = tl.max(x, axis=1)[:, None]
-        if column is not None:
-            chosen = tl.where(top > shift, start + tl.argmax(x, axis=1)[:, None], chosen)
         new = tl.maximum(shift, top)
         safe = tl.where(new == -float("inf"), 0.0, new)
         lowered = tl.where(shift == -float("inf"), 0.0, shift - safe)
         kept = tl.where(shift == -float("inf"), 0.0, math.difference_exp(shift, safe))
         e = math.difference_exp(x, safe)
+        apart = e
         if column is not None:
-            moments = kept * (moments + lowered * sums) + tl.where(e == 0, 0.0, e * (x - safe))
-        sums = kept * sums + e
+            # The largest so far is apart, as in ATen; the lower of it and of the block's largest joins the others.
+            which, raised = start + tl.argmax(x, axis=1)[:, None], top > shift
+            chosen = tl.where(raised, which, chosen)
+            joined = tl.where(at == start, tl.where(raised, kept, math.difference_exp(top, safe)), 0.0)
+            apart = tl.where(at == which, 0.0, e)
+            moments = kept * (moments + lowered * sums) + tl.where(apart == 0, 0.0, apart * (x - safe))
+            moments += tl.where(joined == 0, 0.0, joined * tl.where(raised, lowered, top - safe))
+            squares = kept * kept * squares + apart * apart + joined * joined
+            apart += joined
+        sums = kept * sums + apart
         if v is not None:
             change = tl.load(v + row * v_stride + at, mask=inside, other=0.0) * math.cap_slope(
                 raw, softcap, temperature
@@ -184,6 +192,7 @@ def _statistics(
     store_sum(table, 4, uniforms + uniform_masses * raised, row, rows)
     store_sum(table, 5, uniform_changes, row, rows)
     store_sum(table, 6, masked, row, rows)
+    store_sum(table, 7, squares, row, rows)
     if column is not None:
         tl.store(column + row, chosen, mask=exists)
 
@@ -202,16 +211,17 @@ def statistics(
         shift, total = exponentials(tile)
         return SparseSums.of(shift.double(), total.double()), None, tile.out
     at = z.new_zeros(len(z), 1, dtype=torch.int64) if wants_stats else None
-    table = z.new_empty(7, len(z), 1)
+    table = z.new_empty(8, len(z), 1)
     _launch(_statistics, tile, by_rows=True, table=table, column=at)
-    shift, total, change, moment, uniform, uniform_change, masked = table.double()
+    shift, total, change, moment, uniform, uniform_change, masked, square = table.double()
     if (
         share is not None and not tile.masks_share
     ):  # infinite where a class of weight is masked, beside the listed classes, which all are
         listed = (tile.listed_share() != 0).sum(-1, keepdim=True)
         uniform = torch.where(masked > listed, -torch.inf, uniform)
     others = {"moment": moment, "uniform": uniform, "uniform_change": uniform_change}
-    return SparseSums.of(shift, total, change=change, **others), at, None
+    sums = SparseSums.of(shift, total, change=change, **others)
+    return sums.with_top(square) if wants_stats else sums, at, None
 
 
 # --- residuals -------------------------------------------------------------------------------------------------------
