@@ -380,7 +380,14 @@ def statistics_and_distillation(mesh: DeviceMesh) -> Cases:
             memory_budget=budget, **options,
         )  # fmt: skip
 
-    for function in (statistics, distillation):
+    def mean_and_statistics(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
+        loss, stats = softcurve.linear_distillation(
+            x, w, labels, softcurve.Logits(t), alpha=0.3, temperature=2.0, exclude=exclude[:, 1:],
+            weight=torch.linspace(0.5, 2, 90, dtype=torch.float64), memory_budget=budget, return_stats=True,
+        )  # fmt: skip
+        return whole(loss) + torch.stack([whole(part) for part in stats[:5]]).sin().sum(0)
+
+    for function in (statistics, distillation, mean_and_statistics):
         for budget in (None, 8 * 6000):
             results = []
             by_rows = distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()])

@@ -28,6 +28,7 @@ LEVELS: dict[str, list[Any]] = {
     "entropy_bonus": [0.0, 0.2],
     "reduction": ["mean", "sum", "none"],
     "options": ["none", "smoothing", "z_loss", "both"],
+    "weight": [False, True],
     "shift": [0, 1],
     "base": [math.e, 2],
 }
@@ -72,10 +73,11 @@ def test_values_and_both_derivatives_equal_the_definition(setting: dict[str, Any
     target, sample_weight = torch.randint(0, classes, rows), torch.rand(rows, dtype=TRUTH)
     target[..., 0], sample_weight[..., 1] = -100, 0.0
     options = named.pop("options")
+    class_weight = torch.rand(classes, dtype=TRUTH) if named.pop("weight") else torch.ones(classes, dtype=TRUTH)
     smoothing, z_loss = 0.1 * (options in ("smoothing", "both")), 0.01 * (options in ("z_loss", "both"))
     got = softcurve.linear_distillation(
         x, w, target, teacher, linear_bias=b, sample_weight=sample_weight, label_smoothing=smoothing, z_loss=z_loss,
-        memory_budget=None if classes == 13 else 8 * 6000, **named,
+        weight=class_weight if setting["weight"] else None, memory_budget=None if classes == 13 else 8 * 6000, **named,
     )  # fmt: skip
 
     z = oracle.seen_by_softmax(x @ w.T + b, 1.0, named["softcap"])
@@ -84,8 +86,12 @@ def test_values_and_both_derivatives_equal_the_definition(setting: dict[str, Any
         target = torch.cat([target[..., 1:], torch.full_like(target[..., :1], -100)], -1)
         sample_weight = torch.cat([sample_weight[..., 1:], torch.zeros_like(sample_weight[..., :1])], -1)
     weight = torch.where(target == -100, 0.0, sample_weight)
-    of_labels = -log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    of_labels = (1 - smoothing) * of_labels - smoothing * log_p.mean(-1) + z_loss * nats * z.logsumexp(-1) ** 2
+    of_class = class_weight[target.clamp(min=0)]
+    of_labels = -of_class * log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    of_labels = (1 - smoothing) * of_labels - smoothing * (class_weight * log_p).mean(-1)
+    of_labels = of_labels + z_loss * nats * z.logsumexp(-1) ** 2
+    if named["reduction"] == "mean":  # the mean of each term, of which that of the labels is torch's
+        of_labels = of_labels * weight.sum() / (weight * of_class).sum()
     options_of_divergence = {"divergence": named["divergence"], "temperature": named["temperature"]}
     apart = softcurve.divergence(teacher, z, reduction="none", **options_of_divergence)
     alpha, squared = named["alpha"], named["temperature"] ** 2
@@ -108,6 +114,64 @@ def derivatives(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     total = torch.stack([along(gradient) for gradient in first]).sum()
     second = torch.autograd.grad(total, leaves, materialize_grads=True, retain_graph=True)
     return [part.detach() for part in (value, *first, *second)]
+
+
+STATISTICS = ("log_probs", "entropy", "lse", "mean_logit", "collision")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["head", "bucket"])
+@pytest.mark.parametrize("budget", [None, 8 * 6000])
+def test_statistics_are_those_of_the_model_at_temperature_1(kind: str, alpha: float, budget: int | None) -> None:
+    """Beside the same loss, with their gradients; a label whose class is masked does no harm where alpha is 0."""
+    teacher, _ = teacher_of(kind, (40,), 300)
+    x, w = (torch.randn(*shape, dtype=TRUTH, requires_grad=True) for shape in ((40, 4), (300, 4)))
+    target = torch.randint(0, 300, (40,)).index_fill(0, torch.tensor([3]), -100)
+    exclude = torch.randint(0, 300, (40, 2)) if alpha == 0 and kind == "head" else None
+    if exclude is not None:
+        exclude[0, 0] = target[0]
+    options = {"alpha": alpha, "temperature": 1.0 if kind == "bucket" else 2.0, "softcap": 3.0, "entropy_bonus": 0.1}
+    options |= {"exclude": exclude, "memory_budget": budget, "base": 2}
+    loss, stats = softcurve.linear_distillation(x, w, target, teacher, return_stats=True, **options)
+    assert loss.isfinite()
+    plain = softcurve.linear_distillation(x, w, target, teacher, **options)
+    for ours, truth in zip(derivatives(loss, [x, w]), derivatives(plain, [x, w]), strict=True):
+        assert_same(ours, truth, bound=1e-10)
+    right = softcurve.linear_log_probs(x, w, target.clamp(min=0), softcap=3.0, exclude=exclude)
+    counted = (target != -100) & ~right.log_probs.isinf()
+    for name in STATISTICS:
+        columns = [torch.where(counted | (name != "log_probs"), getattr(of, name), 0.0) for of in (stats, right)]
+        for ours, truth in zip(derivatives(columns[0], [x, w]), derivatives(columns[1], [x, w]), strict=True):
+            assert_same(ours, truth, bound=1e-9)
+    z = oracle.seen_by_softmax(x @ w.T, 1.0, 3.0)
+    z = z if exclude is None else z.scatter(-1, exclude, -math.inf)
+    assert torch.equal(stats.predicted, z.argmax(-1))
+    assert torch.equal(stats.correct, z.argmax(-1) == target)
+    assert stats.log_probs[3] == 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, at the first jvp
+def test_class_weights_of_zero_and_their_mean() -> None:
+    """If no label has a weight the mean is NaN with gradient 0, unless the labels have no share of the loss."""
+    x, w, target = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3), torch.tensor([0, 1])
+    teacher, weight = Logits(torch.randn(2, 5)), torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+    undefined = softcurve.linear_distillation(x, w, target, teacher, alpha=0.5, weight=weight)
+    assert undefined.isnan()
+    assert not torch.autograd.grad(undefined, x)[0].any()
+    expected = softcurve.linear_kl_divergence(x, w, teacher)
+    assert torch.allclose(softcurve.linear_distillation(x, w, target, teacher, alpha=0.0, weight=weight), expected)
+    options: dict[str, Any] = {"alpha": 0.5, "weight": weight + 1, "sample_weight": torch.rand(2, requires_grad=True)}
+    with pytest.raises(ValueError, match="sample_weight must not require gradients beside weight"):
+        softcurve.linear_distillation(x, w, target, teacher, **options)
+    with pytest.raises(ValueError, match="sample_weight must not require gradients beside weight"):
+        torch.func.jvp(
+            lambda s: softcurve.linear_distillation(x, w, target, teacher, **options | {"sample_weight": s}),
+            (torch.rand(2),), (torch.rand(2),),
+        )  # fmt: skip
+    softcurve.linear_distillation(x, w, target, teacher, reduction="sum", **options).backward()
+    assert options["sample_weight"].grad.all()
 
 
 def test_one_product_with_the_weight_serves_all_terms() -> None:
@@ -143,6 +207,8 @@ def test_all_of_the_teacher_and_none_of_it() -> None:
         ({"target": torch.tensor([0, 9])}, ValueError, "target must hold classes in 0 … 8"),
         ({"divergence": softcurve.CrossEntropy()}, ValueError, "divergence must compare two distributions"),
         ({"shift": -1}, ValueError, "shift must be an int >= 0"),
+        ({"weight": torch.ones(8)}, ValueError, "weight must be a floating-point tensor of one factor per class"),
+        ({"exclude": torch.zeros(2).long()}, ValueError, "exclude must be of shape"),
     ],
 )
 @pytest.mark.usefixtures("without_shape_checks")
@@ -154,10 +220,18 @@ def test_errors(named: dict[str, Any], error: type[Exception], message: str) -> 
 
 def test_the_module_is_the_function_with_its_options() -> None:
     options = {"alpha": 0.3, "temperature": 2.0, "entropy_bonus": 0.1, "divergence": ReverseKL(), "reduction": "none"}
+    options["weight"] = torch.rand(9)
     module = softcurve.nn.LinearDistillationLoss(3, 9, bias=True, **options)
     x, target, teacher = torch.randn(2, 3), torch.tensor([0, 1]), Logits(torch.randn(2, 9))
     head = {"linear_bias": module.linear.bias, "sample_weight": torch.tensor([0.5, 2.0])}
     expected = softcurve.linear_distillation(x, module.linear.weight, target, teacher, **head, **options)
     assert torch.equal(module(x, target, teacher, sample_weight=head["sample_weight"]), expected)
+    assert module.state_dict().keys() == {"weight", "linear.weight", "linear.bias"}
+    more = {"exclude": torch.tensor([[2], [3]]), "return_stats": True}
+    expected = softcurve.linear_distillation(x, module.linear.weight, target, teacher, **head, **options, **more)
+    for part, right in zip(
+        module(x, target, teacher, sample_weight=head["sample_weight"], **more), expected, strict=True
+    ):
+        assert all(map(torch.equal, part, right))
     with pytest.raises(ValueError, match="alpha must be"):
         softcurve.nn.LinearDistillationLoss(3, 9, alpha=2.0)

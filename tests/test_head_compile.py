@@ -136,6 +136,8 @@ LOSSES = {
     "js": lambda x, w, t: JS(x, w, Logits(t), beta=0.3),
     "alpha": lambda x, w, t: softcurve.linear_divergence(x, w, Logits(t), divergence=softcurve.AlphaDivergence(0.5)),
     "stats": lambda x, w, t: (lambda loss, s: loss * s.lse.mean() + s.entropy.sum() + s.log_probs.sum() * s.mean_logit.sum() + s.collision.sum() + s.correct.sum() + s.predicted.sum())(*CE(x, w, index(x), return_stats=True)) + 0 * t.sum(),
+    "distillation": lambda x, w, t: (lambda loss, s: loss + (s.log_probs * s.collision).sum())(*softcurve.linear_distillation(x, w, index(x), Logits(t), alpha=0.4, temperature=2.0, weight=weight, exclude=(index(x).unsqueeze(-1) + 1) % C, return_stats=True)),
+    "log_probs": lambda x, w, t: softcurve.linear_log_probs(x, w, listed(x, t)[0], exclude=(index(x).unsqueeze(-1) + 1) % C).log_probs.sum() + 0 * t.sum(),
     "module": lambda x, w, t: module(x @ w.T @ w, index(x)) + 0 * t.sum(),
 }
 

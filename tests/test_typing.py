@@ -41,7 +41,14 @@ def test_the_users_script_runs():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_cross_entropy", "linear_kl_divergence", "linear_js_divergence", "linear_divergence"]
+    "name",
+    [
+        "linear_cross_entropy",
+        "linear_kl_divergence",
+        "linear_js_divergence",
+        "linear_divergence",
+        "linear_distillation",
+    ],
 )
 def test_overloads_offer_the_options_of_the_signature(name):
     tree = ast.parse((ROOT / "src" / "softcurve" / "linear.py").read_text(encoding="utf-8"))

@@ -67,6 +67,14 @@ assert_type(sc.nn.LinearJSDivergenceLoss(4, 5)(features, listed, return_stats=Tr
 skewed = sc.nn.LinearDivergenceLoss(4, 5, divergence=sc.SkewKL(0.1))
 assert_type(skewed(features, sc.Logits(teacher), return_stats=True), tuple[Tensor, sc.LossStats])
 
+distilled = sc.nn.LinearDistillationLoss(4, 5, alpha=0.5, weight=torch.ones(5))
+assert_type(distilled(features, labels, sc.Logits(teacher)), Tensor)
+assert_type(distilled(features, labels, sc.Logits(teacher), return_stats=True), tuple[Tensor, sc.LossStats])
+assert_type(
+    sc.linear_distillation(features, head.weight, labels, listed, alpha=0, return_stats=True),
+    tuple[Tensor, sc.LossStats],
+)
+
 # --- the chain, and fits
 record = sc.chain_rule(torch.nn.Identity(), head, features, labels, loss="forward_kl")
 assert_type(record, sc.ChainRule)

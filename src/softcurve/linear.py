@@ -287,14 +287,35 @@ def linear_divergence(
     return problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats)
 
 
+# fmt: off
+@overload
+def linear_distillation(
+    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: Literal[False] = False,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Loss: ...
+@overload
+def linear_distillation(
+    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: Literal[True],
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[Loss, LossStats]: ...
+@overload
+def linear_distillation(
+    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: bool,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Loss | tuple[Loss, LossStats]: ...
 def linear_distillation(
     input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
     divergence: Divergence = FORWARD_KL, temperature: Number = 1.0, entropy_bonus: Number = 0.0,
-    linear_bias: HeadBias | None = None, sample_weight: Tensor | None = None, ignore_index: Integer | None = None,
-    label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
-    reduction: ReductionKind = "mean", base: Number = math.e, exclude: Tensor | None = None, shift: Integer = 0,
-    memory_budget: Integer | None = None,
-) -> Loss:  # fmt: skip
+    linear_bias: HeadBias | None = None, weight: Float[Tensor, " classes"] | None = None,
+    sample_weight: Tensor | None = None, ignore_index: Integer | None = None, label_smoothing: Number = 0.0,
+    softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
+    exclude: Tensor | None = None, shift: Integer = 0, memory_budget: Integer | None = None,
+    return_stats: bool = False,
+) -> Loss | tuple[Loss, LossStats]:
+    # fmt: on
     """Return the loss of a student of labels and of a teacher, from one product with the student's weight.
 
     The loss of a row is ``alpha CE(target, model) + (1 − alpha) T² D(teacher‖model) − entropy_bonus H(model)``. The
@@ -303,16 +324,22 @@ def linear_distillation(
     Args:
         input: Features of the student ``(..., d)``.
         linear_weight: ``(C, d)``.
-        target: Class indices ``(...)``. Rows of ``ignore_index`` are left out of all terms.
+        target: Class indices ``(...)``. Rows of ``ignore_index`` are left out of all terms. Soft labels would be a
+            second target over all classes in every tile: add ``alpha`` times their :func:`linear_cross_entropy` to
+            ``1 - alpha`` times this loss with ``alpha=0``.
         teacher: A :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         alpha: The share of the labels, from 0 to 1.
         divergence: ``D``, such as :class:`~softcurve.ReverseKL` or an instance of your own subclass of
             :class:`~softcurve.Divergence`.
         temperature: ``T``. The factor ``T²`` keeps the size of the divergence's gradient.
         entropy_bonus: The factor of the entropy ``H``, ≥ 0; it rewards an uncertain model.
-        label_smoothing: Of the cross-entropy of the labels, as is ``z_loss``.
-        reduction: As in :func:`softcurve.cross_entropy`, of all terms together.
+        weight: ``(C,)``: a factor of each class, of the cross-entropy of the labels, as ``label_smoothing`` and
+            ``z_loss`` are.
+        reduction: As in :func:`softcurve.cross_entropy`, of all terms together; the mean is the sum of the means of the
+            terms, of which that of the labels is divided by the weights of their classes. Then a ``sample_weight``
+            must not require gradients beside a ``weight``.
         shift: ``s`` compares position ``i`` with the label of ``i + s``; the teacher belongs to position ``i`` itself.
+        return_stats: Also return :class:`LossStats` of the model at temperature 1, from the same pass.
 
     The other options and errors are those of :func:`linear_cross_entropy`.
 
@@ -338,10 +365,11 @@ def linear_distillation(
     bonus = checks.require_between("entropy_bonus", entropy_bonus, 0.0, math.inf)
     beside = Beside((1 - share) * loss.temperature**2, share, bonus, of_labels.smoothing, of_labels.z_loss)
     problem = head_problem(
-        replace(loss, beside=beside), input, linear_weight, teacher, linear_bias=linear_bias,
+        replace(loss, beside=beside), input, linear_weight, teacher, linear_bias=linear_bias, weight=weight,
         sample_weight=sample_weight, ignore_index=ignore_index, shift=shift, exclude=exclude,
         labels=require_labels(target),
     )  # fmt: skip
-    result = problem.computed(reducer, problem.divisor(reducer), memory_budget, return_stats=False)
-    assert isinstance(result, Tensor)
-    return result
+    divisor = problem.divisor(reducer)
+    if weight is not None and share and reducer.kind == "mean":
+        problem, divisor = problem.with_mean_of_labels(divisor)
+    return problem.computed(reducer, divisor, memory_budget, return_stats)

@@ -291,23 +291,46 @@ class LinearDistillationLoss(_LinearLoss):
         >>> value = loss(torch.randn(3, 4), torch.tensor([0, 4, 2]), softcurve.Logits(torch.randn(3, 5)))
     """
 
+    weight: Tensor | None
+
     def __init__(
         self, in_features: int, num_classes: int, *, alpha: Number, divergence: Divergence = linear.FORWARD_KL,
         bias: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         temperature: Number = 1.0, entropy_bonus: Number = 0.0, ignore_index: Integer | None = None,
         label_smoothing: Number = 0.0, softcap: Number | None = None, z_loss: Number = 0.0,
-        reduction: ReductionKind = "mean", base: Number = math.e, shift: Integer = 0,
-        memory_budget: Integer | None = None,
+        weight: Float[Tensor, " classes"] | None = None, reduction: ReductionKind = "mean", base: Number = math.e,
+        shift: Integer = 0, memory_budget: Integer | None = None,
     ) -> None:  # fmt: skip
+        if weight is not None:
+            checks.require_class_weight(weight, num_classes)
         super().__init__(locals())
+        self.register_buffer("weight", weight)
 
-    def forward(  # type: ignore[override]
-        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None
-    ) -> linear.Loss:
+    # fmt: off
+    @overload  # type: ignore[override]
+    def forward(
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        exclude: Tensor | None = None, return_stats: Literal[False] = False,
+    ) -> linear.Loss: ...
+    @overload
+    def forward(
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        exclude: Tensor | None = None, return_stats: Literal[True],
+    ) -> tuple[linear.Loss, LossStats]: ...
+    @overload
+    def forward(
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        exclude: Tensor | None = None, return_stats: bool,
+    ) -> linear.Loss | tuple[linear.Loss, LossStats]: ...
+    def forward(
+        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        exclude: Tensor | None = None, return_stats: bool = False,
+    ) -> linear.Loss | tuple[linear.Loss, LossStats]:
+        # fmt: on
         """Return the loss of the labels ``target`` and of the ``teacher``; see the function of the class."""
         return linear.linear_distillation(
-            input, self.linear.weight, target, teacher, linear_bias=self.linear.bias, sample_weight=sample_weight,
-            **self.options,
+            input, self.linear.weight, target, teacher, linear_bias=self.linear.bias, weight=self.weight,
+            sample_weight=sample_weight, exclude=exclude, return_stats=return_stats, **self.options,
         )  # fmt: skip
 
     if TYPE_CHECKING:

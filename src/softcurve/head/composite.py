@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import STATISTICS
@@ -24,22 +25,31 @@ from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
 
-def terms_beside(loss: LossSpec, data: RowData, labels: Tensor) -> list[tuple[float, Kernel]]:
-    """Return the factor and the kernel of each term beside the divergence."""
+class Term(NamedTuple):
+    """The kernel of a term beside the divergence and its factor; 0 for one whose statistics alone are wanted."""
+
+    kernel: Kernel
+    factor: Tensor | float
+    counts: bool = True
+
+
+def terms_beside(loss: LossSpec, data: RowData, labels: Tensor, label_factor: Tensor | None) -> list[Term]:
+    """Return the terms beside the divergence; ``label_factor`` is another factor of that of the labels."""
     beside = loss.beside
     assert beside is not None
     offset = None if data.offset is None else data.offset / loss.scale
     shared = dataclasses.replace(data, offset=offset, target=None, target_v=None, fillers=None, wants_target=False)
     plain = dataclasses.replace(loss, divergence=CrossEntropy(), temperature=1.0, beside=None)
-    terms: list[tuple[float, Kernel]] = []
-    if beside.labels:
+    terms: list[Term] = []
+    if beside.labels or data.wants_stats:
         spec = dataclasses.replace(plain, target="sparse", z_loss=beside.z_loss, smoothing=beside.smoothing)
-        masses = None
-        if beside.smoothing:
-            masses = data.weight.new_tensor([1 - beside.smoothing, 0.0]).expand(len(labels), 2)
-        weight = beside.labels * data.weight
-        of_labels = dataclasses.replace(shared, indices=labels - data.first, target=masses, weight=weight)
-        terms.append((beside.labels, SparseKernel(spec, of_labels)))
+        masses, (own, _) = None, class_factors(data.class_weight)
+        if beside.smoothing or own is not None:
+            mass = torch.ones_like(labels, dtype=data.weight.dtype) if own is None else own[labels]
+            masses = torch.cat([(1 - beside.smoothing) * mass, torch.zeros_like(mass)], -1)
+        factor = beside.labels if label_factor is None else beside.labels * label_factor
+        of_labels = dataclasses.replace(shared, indices=labels - data.first, target=masses, weight=factor * data.weight)
+        terms.append(Term(SparseKernel(spec, of_labels), factor, bool(beside.labels)))
     if beside.entropy:
         coefficients = data.weight.new_zeros(len(labels), STATISTICS)
         coefficients[:, 0] = 1.0
@@ -47,7 +57,7 @@ def terms_beside(loss: LossSpec, data: RowData, labels: Tensor) -> list[tuple[fl
         of_entropy = dataclasses.replace(
             shared, indices=labels[:, :0], target=coefficients, weight=weight, class_weight=None
         )
-        terms.append((-beside.entropy, StatisticsKernel(plain.of_statistics(), of_entropy)))
+        terms.append(Term(StatisticsKernel(plain.of_statistics(), of_entropy), -beside.entropy))
     return terms
 
 
@@ -55,12 +65,13 @@ class CompositeKernel(Kernel):
     """The kernel of a divergence, whose weights hold its factor, and the terms beside it."""
 
     def __init__(
-        self, loss: LossSpec, data: RowData, main: Kernel, terms: Sequence[tuple[float, Kernel]],
+        self, loss: LossSpec, data: RowData, main: Kernel, terms: Sequence[Term],
         buffer: Callable[[str, slice], Tensor],
     ) -> None:  # fmt: skip
         super().__init__(loss, data)
         assert loss.beside is not None
         self.main, self.terms, self.buffer = main, terms, buffer
+        self.counted = [term for term in terms if term.counts]
         self.factor, self.stretch = loss.beside.divergence, 1 / loss.scale
         self.sweeps = main.sweeps
         self.copies: list[Block] = []
@@ -68,14 +79,14 @@ class CompositeKernel(Kernel):
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         if number == 0:
             self._copy(block)
-            for (_, kernel), copy in zip(self.terms, self.copies, strict=True):
-                kernel.accumulate(0, copy)
+            for term, copy in zip(self.terms, self.copies, strict=True):
+                term.kernel.accumulate(0, copy)
         self.main.accumulate(number, block)
 
     def _copy(self, block: Block) -> None:
         """Copy the logits and their changes, which kernels overwrite, without the temperature of the divergence."""
         self.copies = []
-        for number, (_, kernel) in enumerate(self.terms):
+        for number, term in enumerate(self.terms):
 
             def copied(name: str, tensor: Tensor, number: int = number) -> Tensor:
                 return torch.mul(tensor, self.stretch, out=self.buffer(f"{name} {number}", block.classes))
@@ -83,25 +94,27 @@ class CompositeKernel(Kernel):
             copy = Block(block.classes, copied("z", block.z))
             if block.v is not None:
                 copy.v = copied("z v", block.v)
-            if self.loss.softcap is not None and not backends.serves(kernel.loss, block.z.device, block.z.dtype):
+            if self.loss.softcap is not None and not backends.serves(term.kernel.loss, block.z.device, block.z.dtype):
                 copy.raw = self.buffer(f"raw {number}", block.classes)
             self.copies.append(copy)
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
         self.main.reduce_over(number, group)
-        for _, kernel in self.terms if number == 0 else ():
-            kernel.reduce_over(0, group)
+        for term in self.terms if number == 0 else ():
+            term.kernel.reduce_over(0, group)
 
     def finish(self, number: int) -> None:  # noqa: D102
         self.main.finish(number)
-        for _, kernel in self.terms if number == 0 else ():
-            kernel.finish(0)
+        for term in self.terms if number == 0 else ():
+            term.kernel.finish(0)
+            if term.kernel.statistics.lse is not None:  # those of the model as the labels' term sees it
+                self.statistics = term.kernel.statistics
 
     def losses(self) -> Tensor:  # noqa: D102
-        return self._total(self.main.losses(), [factor * kernel.losses() for factor, kernel in self.terms])
+        return self._total(self.main.losses(), [term.factor * term.kernel.losses() for term in self.counted])
 
     def tangents(self, group: ProcessGroup | None) -> Tensor:  # noqa: D102
-        others = [factor * kernel.tangents(group) for factor, kernel in self.terms]
+        others = [term.factor * term.kernel.tangents(group) for term in self.counted]
         return self._total(self.main.tangents(group), others)
 
     def _total(self, main: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -112,8 +125,8 @@ class CompositeKernel(Kernel):
     def prepare_residuals(self) -> None:  # noqa: D102
         self.main.prepare_residuals()
         self.target_gradient, self.target_product = self.main.target_gradient, self.main.target_product
-        for _, kernel in self.terms:
-            kernel.prepare_residuals()
+        for term in self.counted:
+            term.kernel.prepare_residuals()
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:
         """Add the residuals of all terms."""
@@ -127,9 +140,11 @@ class CompositeKernel(Kernel):
             for part in found:
                 if part is not None:
                     part.zero_()
-        for (_, kernel), copy in zip(self.terms, self.copies, strict=True):
-            residuals = kernel.residuals(copy, fresh)
-            for total, part, factor in zip(totals, (residuals.z, residuals.v), (kernel.row_factor, None), strict=True):
+        for term, copy in zip(self.terms, self.copies, strict=True):
+            if not term.counts:
+                continue
+            residuals, factors = term.kernel.residuals(copy, fresh), (term.kernel.row_factor, None)
+            for total, part, factor in zip(totals, (residuals.z, residuals.v), factors, strict=True):
                 if total is not None and part is not None:
                     total.add_(part if factor is None else part.mul_(factor), alpha=self.stretch)
         return found

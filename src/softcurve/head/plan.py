@@ -112,7 +112,7 @@ def plan_pass(
     def needs(directed: bool) -> Needs:
         buffers: int | float = (1 + teacher) * (1 + directed) + (spec.softcap is not None and not in_triton)
         if spec.beside is not None:
-            terms = bool(spec.beside.labels) + bool(spec.beside.entropy)
+            terms = 1 + bool(spec.beside.entropy)  # the labels' also for statistics alone
             buffers += terms * (1 + directed + (spec.softcap is not None))
         buffers += (spec.teacher_softcap is not None) * (1 + directed)
         if spec.groups:  # the groups of both sides, and what takes changes back through the model's soft cap

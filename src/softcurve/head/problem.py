@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from softcurve import checks
 from softcurve.head.autograd import head_outcome, head_statistics
@@ -56,6 +57,7 @@ class HeadProblem:
     label: Tensor | None = None  # the target's class, (n,), where the pass does not see the whole target
     merges_tail: bool = False  # whether the outcomes are a list and one bucket
     has_labels: bool = False  # whether ``label`` is the target itself, rather than the most probable class of it
+    label_weight: Tensor | None = None  # (n,): that of each row times its class weight, of labels beside a divergence
 
     def divisor(self, reducer: Reduction) -> Tensor:
         """Return what the sum over the rows of all processes is divided by, ``()``."""
@@ -63,6 +65,24 @@ class HeadProblem:
         if reducer.kind != "mean":
             return reducer.divisor(layout.leading, weight, None)
         return layout.summed(reducer.divisor(self.head.leading, weight, self.mean_weight), divides_rows=True)
+
+    def with_mean_of_labels(self, divisor: Tensor) -> tuple[HeadProblem, Tensor]:
+        """Divide the labels' term by the weights of their classes instead of the divisor of the mean; return both.
+
+        The divisor becomes 0 where these weights are all 0. Raises ``ValueError`` if the quotient, in which the pass
+        does not differentiate, would have a derivative.
+        """
+        assert self.label_weight is not None
+        of_labels = self.head.layout.summed(self.label_weight.sum())
+        factor = torch.where(of_labels == 0, 0.0, divisor / torch.where(of_labels == 0, 1.0, of_labels))
+        moves = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        if factor.requires_grad or (moves and forward_ad.unpack_dual(factor).tangent is not None):
+            raise ValueError(
+                "sample_weight must not require gradients beside weight and reduction='mean', which divides the terms "
+                "by different sums; detach it, or use reduction='sum'"
+            )
+        problem = dataclasses.replace(self, tensors=self.tensors._replace(label_factor=factor))
+        return problem, torch.where(of_labels == 0, 0.0, divisor)
 
     def _pass_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
@@ -148,6 +168,8 @@ def head_problem(
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
             known, ignored = _require_distribution(target), resolve_ignore_index(ignore_index)
+            if class_weight is not None:
+                checks.require_class_weight(class_weight, layout.classes)
         head = local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
         row_weight = None
         if sample_weight is not None:
@@ -163,7 +185,8 @@ def head_problem(
             require_no_shift(shift)
         else:
             of_rows = local_row_values(layout, "target", labels, shift, ignored)
-            beside = Labels.of(of_rows, row_weight, None, layout.classes, ignored, head.dtype)
+            wide = None if class_weight is None else class_weight.to(head.dtype)
+            beside = Labels.of(of_rows, row_weight, wide, layout.classes, ignored, head.dtype)
             row_weight = beside.weight
             if head.leading == layout.leading:  # where all rows are here
                 counted = (beside.weight != 0).reshape(layout.leading)
@@ -180,16 +203,13 @@ def head_problem(
 
 def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:
     """Add the labels of the terms beside a divergence; their ignored rows are left out of all terms."""
-    share = problem.head.smoothing_factors(problem.tensors.excluded) if problem.loss.smooths_labels else None
-    tensors = problem.tensors._replace(labels=labels.classes.unsqueeze(-1), class_weight=share)
+    head, smooths = problem.head, problem.loss.smooths_labels
+    factors = head.smoothing_factors(problem.tensors.excluded) if smooths else head.class_weight
+    tensors = problem.tensors._replace(labels=labels.classes.unsqueeze(-1), class_weight=factors)
     return dataclasses.replace(
-        problem,
-        tensors=tensors,
-        mean_weight=labels.mean_weight,
-        counted=labels.counted,
-        label=labels.classes,
-        has_labels=True,
-    )
+        problem, tensors=tensors, mean_weight=labels.weight, counted=labels.counted, label=labels.classes,
+        has_labels=True, label_weight=None if labels.class_weight is None else labels.mean_weight,
+    )  # fmt: skip
 
 
 def pair_problem(input: Tensor, other: Tensor, exclude: Tensor | None) -> HeadProblem:

@@ -43,6 +43,7 @@ class HeadTensors(NamedTuple):
     target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own
     groups: Tensor | None = None  # (C,), (C of the target,): of the classes of both sides; see LossSpec
     target_groups: Tensor | None = None
+    label_factor: Tensor | None = None  # (): of the cross-entropy beside a divergence
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:

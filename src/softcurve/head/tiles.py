@@ -158,7 +158,8 @@ class Tile:
             data, weight=weight, class_weight=None, share_surplus=None, share_mass=1.0, wants_stats=False
         )
         main = self._kernel(dataclasses.replace(spec, beside=None), of_divergence)
-        return CompositeKernel(spec, data, main, terms_beside(spec, data, labels[self.rows]), self._buffer)
+        terms = terms_beside(spec, data, labels[self.rows], self.tiles.tensors.label_factor)
+        return CompositeKernel(spec, data, main, terms, self._buffer)
 
     def _kernel(self, spec: LossSpec, data: RowData) -> Kernel:
         if spec.target == "sparse":

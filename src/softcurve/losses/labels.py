@@ -72,7 +72,10 @@ def require_labels(target: object) -> Tensor:
     labels = as_target(target)  # type: ignore[arg-type]
     if isinstance(labels, Target):
         kind = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must hold class indices (int64), got {kind}; pass a distribution as the teacher")
+        raise TypeError(
+            f"target must hold class indices (int64), got {kind}; pass a distribution as the "
+            "teacher, or add its linear_cross_entropy to the loss"
+        )
     return labels
 
 

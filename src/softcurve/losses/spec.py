@@ -134,8 +134,9 @@ class LossSpec:
 
     def of_statistics(self) -> LossSpec:
         """Return the description of the statistics of the softmax that this loss sees."""
+        temperature = self.temperature if self.beside is None else 1.0
         return LossSpec(
-            CrossEntropy(), "statistics", self.temperature, self.softcap, group=self.group, first=self.first,
+            CrossEntropy(), "statistics", temperature, self.softcap, group=self.group, first=self.first,
             classes=self.classes,
         )  # fmt: skip
 
