@@ -17,7 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import checks
-from softcurve.head import backends, curvature, loop, per_row, products
+from softcurve.head import backends, curvature, half, loop, per_row, products
 from softcurve.head.aten.dense_terms import MODEL, DenseTile
 from softcurve.head.aten.sparse import Places
 from softcurve.head.products import Direction
@@ -236,7 +236,7 @@ def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
 def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
     """The products of CUDA: half-precision factors, their product summed in float32. The CPU is as if it had them."""
     multiplied: list[torch.dtype] = []
-    product_on_device = products._half_product
+    product_on_device = products.half_product
 
     def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
         assert a.dtype == b.dtype
@@ -250,8 +250,9 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]
         out.copy_(product if beta == 0 else product + beta * out)
 
     if ON_CPU:
-        monkeypatch.setattr(products, "multiplies_half", lambda device: True)
-    monkeypatch.setattr(products, "_half_product", half_product)
+        monkeypatch.setattr(half, "multiplies_half", lambda device, dtype: True)
+        monkeypatch.setattr(half, "LEAST_ENTRIES", 0)
+    monkeypatch.setattr(products, "half_product", half_product)
     return multiplied
 
 

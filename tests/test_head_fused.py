@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from softcurve import checks
-from softcurve.head import backends, curvature, products
+from softcurve.head import backends, curvature, half, products
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.spec import LossSpec
 
@@ -79,12 +79,12 @@ def test_the_cpu_is_served_by_aten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_products_where_addmm_adds_to_half_precision_alone(
     beta: float, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_adds_into_float32", lambda device, dtype: False)
-    monkeypatch.setattr(products, "_half_mm", lambda out, a, b: out.copy_(a.float() @ b.float()))
-    monkeypatch.setattr(products, "WIDENED_ENTRIES", 20)  # two rows at a time
+    monkeypatch.setattr(half, "_adds_into_float32", lambda device, dtype: False)
+    monkeypatch.setattr(half, "_mm", lambda out, a, b: out.copy_(a.float() @ b.float()))
+    monkeypatch.setattr(half, "STEP_ENTRIES", 20)  # two rows at a time
     a, b, out = torch.randn(7, 4).bfloat16(), torch.randn(4, 9).bfloat16(), torch.randn(7, 9)
     expected = (beta * out.double() + alpha * (a.double() @ b.double())).float()
-    products._half_product(out, a, b, beta=beta, alpha=alpha)
+    products.half_product(out, a, b, beta=beta, alpha=alpha)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -143,7 +143,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(backends.kernels("math"), "run", seen.record)
     monkeypatch.setattr(checks, "explain_nan", lambda *_: None)
     # Nothing runs, so a product may be given what it cannot multiply here.
-    monkeypatch.setattr(products, "shared_half", lambda *_: None)
+    monkeypatch.setattr(products, "is_half", lambda *_: False)
     monkeypatch.setattr(products, "to_features", lambda g, w, dtype: g.new_zeros(len(g), w.shape[1], dtype=dtype))
     monkeypatch.setattr(products, "back_to_weight", lambda *_, **__: None)
     monkeypatch.setattr(products, "back_to_bias", lambda *_, **__: None)

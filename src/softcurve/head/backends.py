@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcurve.head import products
+from softcurve.head.half import shared_half
 from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
 from softcurve.losses.spec import LossSpec
 
@@ -47,8 +47,9 @@ def residual_dtype(
 
     float16 lacks float32's range: a class's probability over the number of rows is below it. Those products widen.
     """
-    half = products.shared_half(input, weight) if loss.beside is None else None  # to which other residuals are added
-    return half if half == torch.bfloat16 and weight is not None and serves(loss, weight.device, dtype) else None
+    if weight is None or shared_half(input, weight) != torch.bfloat16 or loss.beside is not None:
+        return None  # to the residuals beside a divergence others are added
+    return torch.bfloat16 if serves(loss, weight.device, dtype) else None
 
 
 def kernels(name: str, backend: str = "triton") -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.head.products import shared_half
+from softcurve.head.half import shared_half
 from softcurve.head.sharded import PlainHead
 from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses import targets

@@ -108,9 +108,10 @@ class _Results:
     def add(self, tile: Tile, classes: slice, residuals: Residuals, factor: Tensor | None) -> None:
         """Take the residuals of a block back to features, weight and bias; the model's times ``factor``, row by row."""
         (z, target, v, target_v), of_target = residuals, tile.target_classes(classes)
-        self.model.add(tile.rows, classes, terms_of(tile.model, z, v, factor))
+        self.model.add(tile.rows, classes, terms_of(tile.model, *tile.halved("z", tile.model, z, v, classes), factor))
         if tile.teacher is not None and target is not None:
-            self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, target, target_v, None))
+            halved = tile.halved("target", tile.teacher, target, target_v, of_target)
+            self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, *halved, None))
         elif target is not None:
             self.add_target(tile.rows, of_target, target_v if self.directed else target)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from softcurve.head import backends
+from softcurve.head.half import half_on_cpu
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses.spec import LossSpec
 
@@ -124,10 +125,12 @@ def plan_pass(
         if tensors.indices is not None:
             row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
         row += _excluded_entries(tensors)
+        maps = [(tensors.input, tensors.weight), *([(tensors.target, tensors.target_weight)] if teacher else [])]
         if not in_triton:
+            halves = sum(half_on_cpu(*operands) is not None for operands in maps)
+            buffers += (1 + directed) * halves / 2
             return Needs(buffers, (6 if sparse else 24) + 4 * directed + written, row)
         # No temporaries but a target's gradient and numbers of rows; residuals may have half-precision buffers.
-        maps = [(tensors.input, tensors.weight), *([(tensors.target, tensors.target_weight)] if teacher else [])]
         halves = sum(backends.residual_dtype(spec, *operands, dtype) is not None for operands in maps)
         return Needs(buffers + (1 + directed) * halves / 2 + (1 + 2 * directed) * (written > 0), 0, row + 64)
 

@@ -1,12 +1,10 @@
 """The matrix products of a linear map, forward and back to its gradients, a tile at a time.
 
-Half-precision factors go into a float32 product as they are where the device has such a product (CUDA): their product
-is exact in float32, so nothing is lost against widening them first, and nothing of the weight's size is copied.
+Half-precision factors go into a float32 product as they are where :mod:`softcurve.head.half` has such a product.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from softcurve.head.half import half_product, is_half
 from softcurve.processes import max_over, sum_over
 from softcurve.records import short_repr
 
@@ -23,53 +22,6 @@ from softcurve.records import short_repr
 WIDENED_ENTRIES = 2**20
 # Classes of which LinearMap.reference looks at the logits.
 REFERENCES = 32
-
-
-def multiplies_half(device: torch.device) -> bool:
-    """Return whether half-precision matrices can be multiplied into float32."""
-    return device.type == "cuda"
-
-
-def shared_half(first: Tensor | None, *others: Tensor | None) -> torch.dtype | None:
-    """Return the half precision of all of these, where they can be multiplied into float32."""
-    if first is None or first.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    same = all(tensor is not None and tensor.dtype == first.dtype for tensor in others)
-    return first.dtype if same and multiplies_half(first.device) else None
-
-
-def _half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
-    """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
-    if beta == 0 and alpha == 1:
-        _half_mm(out, a, b)
-    elif _adds_into_float32(out.device, a.dtype):
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    elif beta == 0:
-        _half_mm(out, a, b)
-        out.mul_(alpha)
-    else:
-        step = max(1, WIDENED_ENTRIES // max(1, out.shape[1]))
-        for start in range(0, len(out), step):
-            rows = out[start : start + step]
-            part = torch.empty_like(rows)
-            _half_mm(part, a[start : start + step], b)
-            rows.mul_(beta).add_(part, alpha=alpha)
-
-
-def _half_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-@functools.cache
-def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether ``addmm`` adds half-precision products to float32: some releases want the sum in half too."""
-    a = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, device=device)
-    try:
-        torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _pieces(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -89,8 +41,8 @@ def linear_into(
     if bias is not None:
         row = bias.to(out.dtype) if scale == 1 else scale * bias.to(out.dtype)
         out.add_(row) if accumulate else out.copy_(row.expand_as(out))
-    if out.dtype == torch.float32 and shared_half(input, weight) is not None:
-        _half_product(out, input, weight.T, beta=start, alpha=scale)
+    if out.dtype == torch.float32 and is_half(input, weight):
+        half_product(out, input, weight.T, beta=start, alpha=scale)
         return out
     input = input.to(out.dtype)
     for piece in _pieces(weight, out.dtype):
@@ -102,8 +54,8 @@ def linear_into(
 def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``residual @ weight``."""
     out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
-    if dtype == torch.float32 and shared_half(residual, weight) is not None:
-        _half_product(out, residual, weight, beta=0.0)
+    if dtype == torch.float32 and is_half(residual, weight):
+        half_product(out, residual, weight, beta=0.0)
         return out
     for i, piece in enumerate(_pieces(weight, dtype)):
         torch.addmm(out, residual[:, piece].to(dtype), weight[piece].to(dtype), beta=float(i > 0), out=out)
@@ -112,22 +64,22 @@ def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def back_to_weight(out: Tensor, residual: Tensor, input: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residualᵀ @ input``; the input is rounded to the residual's dtype."""
-    if shared_half(residual) is None:
+    if not is_half(residual):
         torch.addmm(out, residual.T, input, beta=float(accumulate), out=out)
     else:
-        _half_product(out, residual.T, input.to(residual.dtype), beta=float(accumulate))
+        half_product(out, residual.T, input.to(residual.dtype), beta=float(accumulate))
 
 
 def back_to_bias(out: Tensor, residual: Tensor, scaling: Tensor, *, accumulate: bool) -> None:
     """``out (+)= residualᵀ @ scaling``, ``scaling`` one number a row."""
-    if shared_half(residual) is None:
+    if not is_half(residual):
         torch.addmv(out, residual.T, scaling, beta=float(accumulate), out=out)
         return
     # A number and what rounding takes from it, side by side: together they have the digits that one has not.
     high = scaling.to(residual.dtype)
     both = torch.stack([high, (scaling - high.to(scaling.dtype)).to(residual.dtype)], -1)
     found = out.new_empty(len(out), 2)
-    _half_product(found, residual.T, both, beta=0.0)
+    half_product(found, residual.T, both, beta=0.0)
     if accumulate:
         out.add_(found.sum(-1))
     else:
@@ -254,7 +206,7 @@ class LinearMap(NamedTuple):
         for piece, at in self.rows.pieces(classes, self.input.shape[1]):
             here, row = out[:, at], None if bias is None else bias[piece]
             for number, (input, name, factor) in enumerate(pairs):
-                if input is self.input and self.narrow is not None and shared_half(self.narrow, factor) is not None:
+                if input is self.input and self.narrow is not None and is_half(self.narrow, factor):
                     input = self.narrow
                 columns, rows = columns_of(name, factor), self.rows(factor, piece)
                 linear_into(here, input[:, columns], rows, None if number else row, scale=scale, accumulate=number > 0)

@@ -16,9 +16,10 @@ from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
 from softcurve.head.grouped import GroupedKernel
+from softcurve.head.half import half_on_cpu, shared_half
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits, smoothing_of_rows
 from softcurve.head.plan import plan_curvature, plan_list, plan_pass
-from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts, shared_half
+from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted, sides
@@ -313,6 +314,16 @@ class Tile:
         if self.tiles.wants_target:
             block.target_out = torch.empty_like(block.z)
         return block
+
+    def halved(
+        self, name: str, map: LinearMap, residual: Tensor, change: Tensor | None, classes: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return residuals of the ATen kernels as the CPU multiplies them by half-precision factors, if it does."""
+        half = half_on_cpu(map.narrow, map.weight)
+        if half is None or residual.dtype == half:
+            return residual, change
+        residual = self._buffer(f"{name} half", classes, half).copy_(residual)
+        return residual, None if change is None else self._buffer(f"{name} v half", classes, half).copy_(change)
 
     def _buffer(self, name: str, classes: slice, half: torch.dtype | None = None) -> Tensor:
         """Return a buffer for a block, the same for every tile; in half precision in half the memory."""
