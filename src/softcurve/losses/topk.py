@@ -194,7 +194,7 @@ class TopK(Target):
             >>> softcurve.TopK.load(path)[:].indices
             tensor([[4, 2]], dtype=torch.int32)
         """
-        checks.require_count("classes", classes, 1)
+        require_cached_classes(classes)
         self.to_cache(classes, dtype)._write(Path(path), classes)
 
     @staticmethod
@@ -381,11 +381,13 @@ class TopKCache(ShortRepr):
     """A teacher's lists in files: ``cache[rows]`` reads some of them as a :class:`TopK`, ``cache[:]`` all.
 
     ``rows`` is an integer, a slice, a mask, or integers, as for the first dimension of a tensor. Other rows are not
-    read: the files are mapped into memory for the time of a reading. ``classes`` is the number of classes, ``tail`` and
-    ``dtype``, of the log-probabilities, are as they were written.
+    read, except for those that share a block of 8 KiB and its checksum: the files are mapped into memory for the time
+    of a reading. ``classes`` is the number of classes, ``tail`` and ``dtype``, of the log-probabilities, are as they
+    were written.
 
     Raises ``DataError``, a ``ValueError`` that names the file, where one is damaged, cut off, of another cache or
-    format, missing, or changed since the cache was opened.
+    format, missing, or changed since the cache was opened: of damaged rows when they are read, otherwise when the
+    cache is opened. An index raises ``TypeError`` or ``IndexError`` if it is of another kind or names no row.
     """
 
     classes: int
@@ -407,33 +409,21 @@ class TopKCache(ShortRepr):
         return self.rows
 
     def __getitem__(self, index: Any) -> TopK:
-        if isinstance(index, tuple):
-            raise IndexError("a cache is indexed by rows alone, got a tuple; read the rows first: cache[rows][...]")
-        if isinstance(index, slice):
-            rows = torch.arange(*index.indices(self.rows))
-        else:
-            rows = torch.as_tensor(index)
-            rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool and len(rows) == self.rows else rows
-            checks.require_integers("rows of a cache", rows)
-            rows = torch.where(rows < 0, rows + self.rows, rows.long())
-        if rows.numel() and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise IndexError(f"rows of a cache must be in 0 … {self.rows - 1}, got {index}")
-        found = self._read(rows.flatten())
+        with needed("TopK.load", "fit"):
+            from softcurve.losses.topk_shards import chosen_rows, read_rows
+        rows = chosen_rows(index, self.rows)
+        parts, order = read_rows(self.shards, rows.flatten())
+        found = TopK.cat([TopK(*part, self.tail) for part in parts])[order]
         indices, log_probs = (part.reshape(*rows.shape, *part.shape[1:]) for part in (found.indices, found.log_probs))
         return TopK(indices, log_probs, self.tail)
 
-    def _read(self, rows: Int[Tensor, " chosen"]) -> TopK:
-        """Return some rows, shard by shard, in the order that was asked for."""
-        stops = torch.tensor([shard.first_row - self.shards[0].first_row + shard.shape[0] for shard in self.shards])
-        of_shard = torch.searchsorted(stops, rows, right=True)
-        parts, places = [], []
-        for number in of_shard.unique().tolist() or [0]:
-            shard = self.shards[number]
-            chosen = (of_shard == number).nonzero().squeeze(-1)
-            indices, log_probs = shard.read(rows[chosen] - (stops[number] - shard.shape[0]))
-            parts.append(TopK(indices, log_probs, self.tail))
-            places.append(chosen)
-        return TopK.cat(parts)[torch.cat(places).argsort()]
+
+def require_cached_classes(classes: object) -> None:
+    """Require a number of classes whose indices a cache can hold as int32."""
+    checks.require_count("classes", classes, 1)
+    most = torch.iinfo(torch.int32).max
+    if classes > most:  # type: ignore[operator]
+        raise ValueError(f"classes must be at most {most}, as a cache holds indices of at most 32 bits, got {classes}")
 
 
 def _widened_to(k: int, indices: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
