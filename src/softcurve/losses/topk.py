@@ -150,6 +150,9 @@ class TopK(Target):
     def with_label(self, label: AnyInt[Tensor, "*rows"], log_probs: Float[Tensor, "*rows"]) -> TopK:
         """Return ``(..., k + 1)`` lists in which the class ``label`` of each row is listed, once.
 
+        The width does not depend on the labels. If the lists name all ``C`` classes, it is ``C + 1`` with a filler,
+        which the losses take as any list with fillers.
+
         Args:
             label: ``(...)``, such as the classes that the teacher has drawn. A negative one, as that of an ignored row,
                 adds nothing.
@@ -255,6 +258,8 @@ class TopK(Target):
         if not checks.values_visible(self.indices, self.log_probs, counted) or not self.indices.numel():
             return
         at = self.listed_classes()
+        if ((at != NOT_LISTED).sum(-1).gt(classes) & counted).any():
+            raise self._misfit((*self.leading, classes))
         checks.require_class_indices("TopK indices", at[counted.unsqueeze(-1) & (at != NOT_LISTED)], classes)
         if (_repeats(at) & counted).any():
             raise ValueError("TopK indices must name distinct classes in each row, got a class twice")
@@ -278,7 +283,8 @@ class TopK(Target):
 
     def cleared(self, rows: Flags, classes: int) -> TopK:  # noqa: D102
         column, first = rows.unsqueeze(-1), torch.arange(self.indices.shape[-1], device=self.indices.device)
-        log_probs = torch.where(column, -math.log(classes), self.log_probs)
+        even = torch.where(first < classes, -math.log(classes), -math.inf)
+        log_probs = torch.where(column, even, self.log_probs)
         return TopK(torch.where(column, first, self.indices.long()), log_probs, self.tail)
 
     def _is_empty(self, listed: Int[Tensor, "*rows k"]) -> Flags:
@@ -359,13 +365,16 @@ class TopK(Target):
         return torch.cat([listed, tail], -1)
 
     def require_fit(self, logits: Sequence[int], cut: str = "") -> None:
-        """Raise ``ValueError`` unless the list has the rows of the ``logits`` and at most as many classes."""
-        if tuple(self.leading) != tuple(logits[:-1]) or self.indices.shape[-1] > logits[-1]:
-            raise ValueError(
-                f"TopK indices must be of shape {tuple(logits[:-1])} + (k,) with k <= {logits[-1]}, as the "
-                f"logits that they are compared with, got {checks.describe(self.indices)}"
-                + checks.layout_remedy(logits, self.leading, "logits")
-            )
+        """Raise ``ValueError`` unless the list has the rows of the ``logits``."""
+        if tuple(self.leading) != tuple(logits[:-1]):
+            raise self._misfit(logits)
+
+    def _misfit(self, logits: Sequence[int]) -> ValueError:
+        return ValueError(
+            f"TopK indices must be of shape {tuple(logits[:-1])} + (k,) with k <= {logits[-1]} besides fillers, as the "
+            f"logits that they are compared with, got {checks.describe(self.indices)}"
+            + checks.layout_remedy(logits, self.leading, "logits")
+        )
 
     def require_comparable(self, divergence: Divergence) -> None:
         """Raise ``ValueError`` unless a divergence from the list is defined."""
