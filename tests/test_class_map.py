@@ -311,6 +311,14 @@ def test_the_identity_is_the_loss_without_a_map() -> None:
                 assert_same(got, right, bound=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32])
+def test_groups_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    made, wide = ClassMap(*(torch.tensor(of).to(dtype) for of in MAPS["ragged"])), map_of("ragged")
+    for ours, right in ((made.of_student, wide.of_student), (made.of_teacher, wide.of_teacher)):
+        assert ours.dtype == torch.int64
+        assert torch.equal(ours, right)
+
+
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_a_coarser_map_never_gives_more(divergence: str) -> None:
     """Data processing: groups are merged until one is left, whose divergence is 0; equal models have 0 at once."""
@@ -405,6 +413,18 @@ def test_of_tokens(student: Any, teacher: Any, sizes: Any, of_student: list[int]
 BAD = {
     "ClassMap([0, 1], i)": ("TypeError", "ClassMap of_student must be a tensor of integers"),
     "ClassMap(i, i.float())": ("TypeError", "ClassMap of_teacher must be a tensor of integers"),
+    "ClassMap(i > 2, i)": ("TypeError", "got shape (5,), torch.bool; convert it with .long()"),
+    "ClassMap.of_tokens([0.5, 1.5], ['a'])": (
+        "TypeError",
+        "student must hold tokens (str, bytes, or None for no token)",
+    ),
+    "ClassMap.of_tokens(['a'], [3, 4])": ("TypeError", "teacher must hold tokens (str, bytes, or None for no token)"),
+    "ClassMap.of_tokens(['a'], [['a']])": ("TypeError", "got ['a']; pass tokenizer.get_vocab()"),
+    "ClassMap.of_tokens({'a': 0.0}, ['a'])": ("TypeError", "integer number of their class, got 'a' for 0.0"),
+    "ClassMap.of_tokens({0: 'a'}, ['a'])": ("TypeError", "got 0 for 'a'; pass tokenizer.get_vocab()"),
+    "ClassMap.of_tokens(x, ['a'])": ("TypeError", "student must be a sequence of tokens or a mapping"),
+    "ClassMap.of_tokens(['a'], ['a'], student_classes=1.5)": ("ValueError", "student_classes must be a whole number"),
+    "ClassMap.of_tokens(['a'], {'a': -1}, teacher_classes=2)": ("ValueError", "got 'a' for -1"),
     "ClassMap(i.unsqueeze(0), i)": (
         "ValueError",
         "of_student must have one group per class, shape (C,), got shape (1, 5)",

@@ -163,8 +163,7 @@ def chosen_rows(index: Any, count: int) -> Tensor:
             rows = rows.long()  # an empty list is float32 by default, and uint8 is a mask only in torch
     if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == (count,):
         return rows.nonzero().squeeze(-1)
-    whole = isinstance(rows, Tensor) and not (rows.is_floating_point() or rows.is_complex())
-    if not whole or rows.dtype in (torch.bool, torch.uint8):
+    if not isinstance(rows, Tensor) or rows.dtype == torch.uint8 or not checks.is_of_integers(rows):
         raise TypeError(
             f"rows of a cache must be an integer, a slice, integers, or a mask of its {count} rows, got "
             f"{checks.describe(rows)}; convert numbers with .long(), a mask with .bool()"
