@@ -191,22 +191,47 @@ class ClassMap(ShortRepr):
         """Return the map on a device."""
         return ClassMap(self.of_student.to(device), self.of_teacher.to(device))
 
-    def target(self, teacher: Target) -> GroupedTarget:
+    def target(self, teacher: Target) -> GroupedTarget | TopK:
         """Return a target that a model of the student's classes is compared with, by the groups.
 
         The losses take it in place of a teacher: ``kl_divergence``, ``js_divergence``, ``divergence``, their
         ``linear_`` forms and ``linear_distillation``. Scale, soft cap and temperature of both sides act on the classes,
         before they are merged; ``exclude`` leaves out classes of the model alone. Model and teacher receive gradients.
 
+        A list does not say to which groups its bucket belongs. Known are the listed classes that are a group together
+        with one class of the model, as the shared tokens of :meth:`of_tokens`: the target is the ``TopK`` of these
+        classes of the model, and every other class of either side is in its bucket. Its divergences are at most those
+        of the groups, at temperature 1; at others the rule of ``TopK`` for a bucket holds, over the model's classes.
+
         Args:
-            teacher: ``Probabilities``, ``Logits``, a ``LinearTeacher`` or a target of your own over ``C_teacher``
-                classes.
+            teacher: ``Probabilities``, ``Logits``, a ``LinearTeacher``, a ``TopK`` with a bucket, or a target of your
+                own over ``C_teacher`` classes.
 
         Raises:
             TypeError: If the teacher is no target, such as a plain tensor.
-            ValueError: If it has another number of classes, or is a ``TopK``.
+            ValueError: If it has another number of classes, or is a ``TopK`` with ``tail="renormalize"``, whose other
+                classes have no probability to put into a bucket.
         """
-        return GroupedTarget(teacher, self)
+        return self._shared_part_of(teacher) if isinstance(teacher, TopK) else GroupedTarget(teacher, self)
+
+    def _shared_part_of(self, listed: TopK) -> TopK:
+        """Return the list of the model's classes that share a group with one listed class each."""
+        if listed.tail != "bucket":
+            raise ValueError(
+                "teacher of a ClassMap must be a TopK with tail='bucket', or give a probability to every class, got "
+                f"tail={listed.tail!r}; pass TopK(indices, log_probs)"
+            )
+        zeros = self.of_student.new_zeros(self.count)
+        sizes = [zeros.scatter_add(0, of, torch.ones_like(of)) for of in (self.of_student, self.of_teacher)]
+        numbers = torch.arange(len(self.of_student), device=zeros.device)
+        of_group = zeros.scatter(0, self.of_student, numbers)
+        of_teacher = torch.where((sizes[0] == 1) & (sizes[1] == 1), of_group, -1)[self.of_teacher]
+        indices = of_teacher[listed.listed_classes().clamp(0, len(of_teacher) - 1)]
+        log_probs = torch.where(indices < 0, -torch.inf, listed.log_probs)
+        # A malformed row becomes one entry of NaN, which a loss refuses unless the row does not count.
+        malformed = listed.malformed(len(of_teacher)).unsqueeze(-1)
+        nothing = torch.full_like(log_probs, -torch.inf).index_fill(-1, indices.new_zeros(1), torch.nan)
+        return TopK(indices.clamp(min=0), torch.where(malformed, nothing, log_probs))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -225,7 +250,7 @@ class GroupedTarget(Target):
                 "teacher must be one of softcurve.Probabilities, Logits, LinearTeacher, got "
                 f"{type(teacher).__name__}; wrap the tensor to say what it holds"
             )
-        if isinstance(teacher, TopK | GroupedTarget):
+        if isinstance(teacher, TopK | GroupedTarget):  # of a TopK, ClassMap.target takes the part that is shared
             raise ValueError(
                 f"teacher of a ClassMap must give a probability to every class, got {type(teacher).__name__}, "
                 "which does not; pass Probabilities, Logits or a LinearTeacher"
