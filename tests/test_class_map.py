@@ -23,6 +23,7 @@ from softcurve import (
     Logits,
     Probabilities,
     ReverseKL,
+    TopK,
 )
 
 from . import oracle
@@ -147,6 +148,58 @@ def test_value_and_both_derivatives_equal_those_of_grouped_probabilities(setting
         assert_same(value, truth, route, bound=1e-9)
         for n, (got, right) in enumerate(zip(derivatives(value, leaves), expected, strict=True)):
             assert_same(got, right, f"{route}: derivative {n}", bound=1e-9)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_a_list_is_compared_by_the_tokens_that_both_have(divergence: str) -> None:
+    """Its outcomes in plain torch: listed classes that are a group with one class of the model, and all others as one."""
+    class_map, (member, rows_of) = map_of("bucket"), DIVERGENCES[divergence]
+    shared = {0: 4, 1: 12, 2: 13, 3: 1}  # classes of the model and of the teacher; all others are the bucket of the map
+    x, w = (torch.randn(shape, dtype=F64) for shape in ((5, 4), (STUDENT, 4)))
+    at = torch.tensor([[12, 4, 7], [0, 2, 5], [1, 13, 12], [3, 4, 0], [4, 12, 13]])
+    log_y = torch.randn(5, TEACHER, dtype=F64).log_softmax(-1).gather(-1, at)
+    log_y[4, 2] = -math.inf  # a filler, whatever class it names
+    leaves = tuple(leaf.requires_grad_() for leaf in (x, w, log_y))
+
+    def outcomes(number: int) -> tuple[Tensor, Tensor]:
+        places = {int(c): j for j, c in enumerate(at[number]) if log_y[number, j] > -math.inf}
+        pairs = [(places[b], a) for a, b in shared.items() if b in places]
+        y = torch.stack([log_y[number, j].exp() for j, _ in pairs] or [log_y.new_zeros(())])
+        p = (x[number] @ w.T).softmax(-1)
+        p = torch.stack([p[a] for _, a in pairs] or [p.new_zeros(())])
+        return tuple(torch.cat([q, 1 - q.sum(-1, keepdim=True)]) for q in (y, p))  # type: ignore[return-value]
+
+    truth = torch.stack([rows_of(*outcomes(number)) for number in range(5)]).mean()
+    expected = derivatives(truth, leaves)
+    for on_route in (
+        lambda t: softcurve.linear_divergence(x, w, t, divergence=member),
+        lambda t: softcurve.divergence(t, x @ w.T, divergence=member),
+        lambda t: softcurve.linear_distillation(x, w, torch.arange(5), t, alpha=0.0, divergence=member),
+    ):
+        value = on_route(class_map.target(TopK(at, log_y)))
+        assert_same(value, truth, bound=1e-9)
+        for got, right in zip(derivatives(value, leaves), expected, strict=True):
+            assert_same(got, right, bound=1e-8)
+    target = class_map.target(TopK(at, log_y.detach()))
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], dtype=F64)
+    spoiled = TopK(at.index_fill(0, torch.tensor(1), 99), log_y.detach())
+    kept = softcurve.linear_divergence(x, w, target, divergence=member, sample_weight=weight)
+    assert_same(
+        softcurve.linear_divergence(x, w, class_map.target(spoiled), divergence=member, sample_weight=weight), kept
+    )
+
+
+def test_a_list_gives_no_more_than_the_groups() -> None:
+    class_map, z, y = map_of("ragged"), torch.randn(20, STUDENT), torch.randn(20, TEACHER)
+    log_y, at = y.log_softmax(-1).topk(6)
+    for divergence in (ForwardKL(), ReverseKL(), JensenShannon(0.3)):
+        of_list, of_all = (
+            softcurve.divergence(class_map.target(t), z, divergence=divergence, reduction="none")
+            for t in (TopK(at, log_y), Logits(y))
+        )
+        assert (of_list >= 0).all()
+        assert (of_list <= of_all * (1 + 1e-5) + 1e-6).all()
 
 
 def test_excluded_classes_are_those_of_the_model() -> None:
@@ -311,6 +364,14 @@ def test_the_identity_is_the_loss_without_a_map() -> None:
                 assert_same(got, right, bound=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32])
+def test_groups_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    made, wide = ClassMap(*(torch.tensor(of).to(dtype) for of in MAPS["ragged"])), map_of("ragged")
+    for ours, right in ((made.of_student, wide.of_student), (made.of_teacher, wide.of_teacher)):
+        assert ours.dtype == torch.int64
+        assert torch.equal(ours, right)
+
+
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_a_coarser_map_never_gives_more(divergence: str) -> None:
     """Data processing: groups are merged until one is left, whose divergence is 0; equal models have 0 at once."""
@@ -405,6 +466,18 @@ def test_of_tokens(student: Any, teacher: Any, sizes: Any, of_student: list[int]
 BAD = {
     "ClassMap([0, 1], i)": ("TypeError", "ClassMap of_student must be a tensor of integers"),
     "ClassMap(i, i.float())": ("TypeError", "ClassMap of_teacher must be a tensor of integers"),
+    "ClassMap(i > 2, i)": ("TypeError", "got shape (5,), torch.bool; convert it with .long()"),
+    "ClassMap.of_tokens([0.5, 1.5], ['a'])": (
+        "TypeError",
+        "student must hold tokens (str, bytes, or None for no token)",
+    ),
+    "ClassMap.of_tokens(['a'], [3, 4])": ("TypeError", "teacher must hold tokens (str, bytes, or None for no token)"),
+    "ClassMap.of_tokens(['a'], [['a']])": ("TypeError", "got ['a']; pass tokenizer.get_vocab()"),
+    "ClassMap.of_tokens({'a': 0.0}, ['a'])": ("TypeError", "integer number of their class, got 'a' for 0.0"),
+    "ClassMap.of_tokens({0: 'a'}, ['a'])": ("TypeError", "got 0 for 'a'; pass tokenizer.get_vocab()"),
+    "ClassMap.of_tokens(x, ['a'])": ("TypeError", "student must be a sequence of tokens or a mapping"),
+    "ClassMap.of_tokens(['a'], ['a'], student_classes=1.5)": ("ValueError", "student_classes must be a whole number"),
+    "ClassMap.of_tokens(['a'], {'a': -1}, teacher_classes=2)": ("ValueError", "got 'a' for -1"),
     "ClassMap(i.unsqueeze(0), i)": (
         "ValueError",
         "of_student must have one group per class, shape (C,), got shape (1, 5)",
@@ -417,7 +490,8 @@ BAD = {
     "ClassMap.of_tokens({'a': 0, 'b': 0}, ['a'])": ("ValueError", "each by one token, got 'b' for 0"),
     "ClassMap.of_tokens(['a', 'b'], ['a'], student_classes=1)": ("ValueError", "pass student_classes"),
     "m.target(t)": ("TypeError", "teacher must be one of softcurve.Probabilities, Logits, LinearTeacher, got Tensor"),
-    "m.target(softcurve.TopK(i[:1].expand(3, 1), t[:, :1]))": ("ValueError", "to every class, got TopK"),
+    "m.target(softcurve.TopK(i[:1].expand(3, 1), t[:, :1], 'renormalize'))": ("ValueError", "TopK with tail='bucket'"),
+    "KL(x, w, m.target(softcurve.TopK(i[:1].expand(3, 1) + 5, -t[:, :1] ** 2)))": ("ValueError", "TopK log_probs must"),
     "m.target(m.target(Logits(t)))": ("ValueError", "to every class, got GroupedTarget"),
     "m.target(Logits(t[:, :4]))": ("ValueError", "teacher must have the 5 classes of ClassMap.of_teacher, got 4"),
     "KL(x, w[:4], m.target(Logits(t)))": ("ValueError", "must have the shape (3, 4) of the logits"),
@@ -449,7 +523,7 @@ def test_errors_and_compiled_calls(run_python: Callable[[str], object]) -> None:
     """In a process without the checks of shapes, which break graphs and come before our errors."""
     body = f"""
 import json, math, torch, warnings, softcurve
-from softcurve import ClassMap, Logits, Probabilities
+from softcurve import ClassMap, Logits, Probabilities, TopK
 warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # torch's own
 i, x, w, t = torch.arange(5), torch.randn(3, 2), torch.randn(5, 2), torch.randn(3, 5)
 m, KL, found = ClassMap(i, i // 2 * 2 % 3 + i % 2), softcurve.linear_kl_divergence, []
@@ -460,8 +534,8 @@ for code in {list(BAD)!r}:
         found.append([type(error).__name__, str(error)])
 
 def both(x, w, t):
-    target = m.target(Logits(t))
-    return KL(x, w, target, temperature=0.7) + softcurve.js_divergence(target, x @ w.T)
+    target, of_list = m.target(Logits(t)), m.target(TopK(*reversed(t.log_softmax(-1).topk(2))))
+    return KL(x, w, target, temperature=0.7) + softcurve.js_divergence(target, x @ w.T) + KL(x, w, of_list)
 
 given, results = [tensor.requires_grad_() for tensor in (x, w, t)], []
 for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):

@@ -112,6 +112,19 @@ def test_a_file_without_metadata_is_no_head(tmp_path):
         SavedHead.load(tmp_path / "head.safetensors")
 
 
+def test_a_flipped_bit_is_named_wherever_it_is(tmp_path):
+    """Of the digest's name alone it is not: then the file is one of the first version, with the same content."""
+    path = tmp_path / "head.safetensors"
+    SavedHead(WEIGHT, BIAS, ("a", "b"), "cross_entropy", 1.0).save(path)
+    whole = path.read_bytes()
+    size, name = 8 + int.from_bytes(whole[:8], "little"), whole.index(b'"digest"') + 1
+    skipped = {*range(name, name + 6), *range(len(whole[:size].rstrip(b" ")), size)}
+    for at in (at for at in range(len(whole)) if at not in skipped):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(DataError, match=r"head\.safetensors"):
+            SavedHead.load(path)
+
+
 def test_a_head_is_refused_wherever_it_is_cut(tmp_path):
     path = tmp_path / "head.safetensors"
     SavedHead(WEIGHT, BIAS, ("a", "b"), "cross_entropy", 1.0).save(path)

@@ -21,6 +21,7 @@ from softcurve.losses.spec import LossSpec
 from . import oracle
 from .cases import assert_same, derivatives
 from .pairwise import pairwise
+from .placement import DEVICE
 from .test_head_memory import MOST, PREAMBLE
 
 F64 = torch.float64
@@ -185,6 +186,74 @@ def test_a_common_offset_is_not_rounded_by_the_scale() -> None:
         on_logits = softcurve.kl_divergence(teacher, x @ w.T, temperature=temperature)
         assert found.item() == pytest.approx(truth.item(), rel=1e-5)
         assert on_logits.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+# --- autocast ----------------------------------------------------------------------------------------------------------
+
+Factors = list[Tensor]
+UNDER_AUTOCAST: dict[str, Callable[[Factors, Any], Tensor]] = {
+    "head": lambda s, t: softcurve.linear_kl_divergence(s[0], s[1], LinearTeacher(*t), linear_bias=s[2]),
+    "reverse on a head": lambda s, t: softcurve.linear_kl_divergence(
+        s[0], s[1], LinearTeacher(*t, softcap=3.0), linear_bias=s[2], direction="reverse"
+    ),
+    "chosen classes": lambda s, t: softcurve.linear_js_divergence(
+        s[0], s[1], LinearTeacher(*t, classes=torch.arange(22, -1, -1)), linear_bias=s[2]
+    ),
+    "distillation": lambda s, t: softcurve.linear_distillation(
+        s[0], s[1], torch.arange(9), LinearTeacher(*t), linear_bias=s[2], alpha=0.3, temperature=2.0
+    ),
+    "logits": lambda _, t: softcurve.js_divergence(LinearTeacher(*t), torch.arange(207).view(9, 23).cos().double()),
+    "groups": lambda s, t: softcurve.linear_kl_divergence(
+        s[0], s[1], softcurve.ClassMap(torch.arange(23) % 7, torch.arange(23) % 7).target(LinearTeacher(*t)),
+        linear_bias=s[2],
+    ),
+    "curvature": lambda s, t: softcurve.curvature.HeadCurvature(
+        s[0], s[1], LinearTeacher(*t), linear_bias=s[2], loss="reverse_kl"
+    ).diagonal(matrix="hessian").weight,
+}  # fmt: skip
+
+
+def of_both() -> tuple[Factors, Factors]:
+    return [torch.randn(shape) for shape in ((9, 6), (23, 6), (23,))], [
+        torch.randn(s) for s in ((9, 4), (23, 4), (23,))
+    ]
+
+
+@pytest.mark.parametrize("name", UNDER_AUTOCAST)
+def test_autocast_rounds_the_teacher_as_it_rounds_the_model(name: str) -> None:
+    """Beside float64 on the rounded tensors; what is not rounded differs by 1e-3. A float64 teacher stays as it is."""
+    model, teacher = of_both()
+    call, exact = UNDER_AUTOCAST[name], [t.double() for t in teacher]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        values = [call(model, of_teacher) for of_teacher in (teacher, exact)]
+    rounded, of_teacher = ([t.bfloat16().double() for t in each] for each in (model, teacher))
+    for value, truth in zip(values, (call(rounded, of_teacher), call(rounded, exact)), strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_beside_the_dense_computation() -> None:
+    """Of both heads by torch's ``linear`` under autocast, whose error ours does not exceed; a low-rank teacher as well."""
+    factors = [t.requires_grad_() for each in of_both() for t in each]
+    a, b = torch.randn(23, 2), torch.randn(2, 4)
+
+    def dense(x: Tensor, w: Tensor, c: Tensor, e: Tensor, u: Tensor, d: Tensor) -> Tensor:
+        log_y, log_p = (torch.log_softmax(F.linear(*of), -1) for of in ((e, u, d), (x, w, c)))
+        return oracle.kl_rows(log_y, log_p).mean()
+
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        ours = softcurve.linear_kl_divergence(*factors[:2], LinearTeacher(*factors[3:]), linear_bias=factors[2])
+        plain = dense(*factors)
+        low = softcurve.LowRankWeight(factors[4], a, b)
+        same = softcurve.linear_kl_divergence(factors[3], low, LinearTeacher(factors[3], low))
+    exact = [t.detach().double().requires_grad_() for t in factors]
+    truth = dense(*exact)
+    found = [
+        [value, *torch.autograd.grad(value, of)] for value, of in ((ours, factors), (plain, factors), (truth, exact))
+    ]
+    for got, other, right in zip(*found, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - right).norm() <= 1.2 * (other - right).norm() + 1e-3 * right.norm()
+    assert same == 0
 
 
 def test_statistics_are_in_the_classes_of_the_model() -> None:

@@ -208,6 +208,39 @@ def test_the_label_is_listed_once() -> None:
     assert softcurve.cross_entropy(torch.randn(4, 9), labelled).isfinite()
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_label_beside_a_list_of_all_classes(name: str, tail: Any) -> None:
+    """Lists with C + 1 columns, of which one is a filler, are the lists of C; ignored rows and rows of weight 0 too."""
+    if (name, tail) == ("reverse", "renormalize"):
+        pytest.skip("infinite")
+    z, log_probs = torch.randn(4, 5, dtype=F64), torch.randn(4, 5, dtype=F64).log_softmax(-1)
+    log_probs[1, 2] = -INF  # a class of no probability, which the label of this row names
+    full = TopK(torch.arange(5).expand(4, 5), log_probs.requires_grad_(), tail)
+    added = torch.tensor([-9.0, -INF, -9.0, -9.0], dtype=F64)
+    label = torch.tensor([3, 2, 0, -100])
+    labelled, weight = full.with_label(label, added), torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=F64)
+    assert labelled.indices.shape == (4, 6)
+    leaves = (z.requires_grad_(), log_probs)
+    for loss, options in (
+        (LOSSES[name], [{}]), (lambda *a, **o: on_head(name, *a, **o), [{}, {"memory_budget": 20_000}]),
+    ):  # fmt: skip
+        truth = LOSSES[name](z, full, sample_weight=weight)
+        expected = [truth, *torch.autograd.grad(truth.sum(), leaves)]
+        for given in options:
+            value = loss(z, labelled, sample_weight=weight, **given)
+            for got, right in zip([value, *torch.autograd.grad(value.sum(), leaves)], expected, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-12)
+    spoiled = labelled.log_probs.detach().clone()
+    spoiled[2] = math.nan
+    value = LOSSES[name](z, TopK(labelled.indices, spoiled, tail), sample_weight=weight)
+    torch.testing.assert_close(value, truth, rtol=1e-11, atol=1e-12)
+    six = TopK(torch.arange(6).expand(4, 6), torch.full((4, 6), -2.0, dtype=F64), tail)
+    for refused in (LOSSES[name], lambda *a, **o: on_head(name, *a, **o)):
+        with pytest.raises(ValueError, match=r"TopK indices must be of shape \(4,\) \+ \(k,\) with k <= 5 besides"):
+            refused(z, six)
+
+
 # --- the lists of a head ---------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import softcurve
 from softcurve import TopK, TopKWriter
+from softcurve.files.tensors import digest_of_all
 
 CLASSES = 300
 
@@ -47,7 +49,9 @@ def test_what_is_written_is_read(classes: int, bytes_each: int, dtype: torch.dty
     assert (cache.classes, cache.tail, cache.dtype, len(cache)) == (classes, tail, dtype, 20)
     assert_same(cache[:], made.to(dtype))
     assert cache[:].indices.dtype == torch.int32
-    assert sum(t.nbytes for t in load_file(path).values()) == 60 * (bytes_each + dtype.itemsize)
+    stored = load_file(path)
+    assert stored.pop("checksums").nbytes == 8
+    assert sum(t.nbytes for t in stored.values()) == 60 * (bytes_each + dtype.itemsize)
     first = path.read_bytes()
     made.save(path, classes=classes, dtype=dtype)
     assert path.read_bytes() == first
@@ -78,6 +82,14 @@ ROWS: dict[str, Callable[[], Any]] = {
     "no row of a mask": lambda: torch.zeros(20, dtype=torch.bool),
     "repeated, in any order": lambda: torch.tensor([19, 0, 7, 7, -2, 3]),
     "a list": lambda: [4, 18, 1],
+    "an empty list": list,
+    "a list of a mask": lambda: [row % 4 == 1 for row in range(20)],
+    "a range": lambda: range(2, 11, 3),
+    "numbers of numpy": lambda: np.array([3, 19, -20], dtype=np.int16),
+    "one of numpy": lambda: np.uint8(6),
+    "a mask of numpy": lambda: np.arange(20) > 15,
+    "a tensor of one": lambda: torch.tensor(11),
+    "unsigned": lambda: torch.tensor([5, 0], dtype=torch.uint16),
     "two dimensions": lambda: torch.tensor([[1, 9], [15, 0]], dtype=torch.int32),
 }
 
@@ -91,7 +103,8 @@ def test_rows_are_those_of_the_list(name: str, tmp_path: Path) -> None:
             writer.append(part)
     assert len(list(tmp_path.iterdir())) == 3
     index, whole = ROWS[name](), TopK.cat(parts)
-    got, expected = TopK.load(tmp_path)[index], whole[index]
+    as_torch = index.long() if isinstance(index, Tensor) and index.dtype == torch.uint16 else index
+    got, expected = TopK.load(tmp_path)[index], whole[int(as_torch) if np.isscalar(as_torch) else as_torch]
     k = got.indices.shape[-1]
     assert (expected.log_probs[..., k:] == -torch.inf).all()
     assert_same(got, expected if k == 4 else TopK(expected.indices[..., :k], expected.log_probs[..., :k]))
@@ -119,7 +132,13 @@ assert field("VmHWM") - before < 8, field("VmHWM") - before
 @pytest.mark.parametrize(
     ("index", "error", "words"),
     [(20, IndexError, "0 … 19, got 20"), ([3, -21], IndexError, "0 … 19"), ((1, 2), IndexError, r"cache\[rows\]"),
-     (1.5, TypeError, "integer"), ([True, False], TypeError, "integer")],
+     (1.5, TypeError, "integer"), ([True, False], TypeError, "integer"), (-21, IndexError, "0 … 19, got -21"),
+     (True, TypeError, r"mask of its 20 rows, got shape \(\), torch.bool"), (None, TypeError, "integer.* got NoneType"),
+     ("rows", TypeError, "got str"), (torch.ones(20, 1, dtype=torch.bool), TypeError, r"got shape \(20, 1\)"),
+     (torch.ones(20, dtype=torch.uint8), TypeError, "uint8; convert numbers with .long"),
+     (torch.tensor([0.0]), TypeError, "float32"), (..., TypeError, "got ellipsis"),
+     (slice(None, None, -1), ValueError, "in steps >= 1"), (slice(0.5), TypeError, "integer"),
+     (np.array([2, 25]), IndexError, "0 … 19, got 25")],
 )  # fmt: skip
 def test_wrong_rows(index: Any, error: type[Exception], words: str, tmp_path: Path) -> None:
     lists().save(tmp_path / "a", classes=CLASSES)
@@ -177,6 +196,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a class that does not exist": (lambda p: lists().save(p, classes=10), "TopK indices must hold classes in 0 … 9"),
     "a class twice": (lambda p: TopK(torch.zeros(1, 2).int(), torch.zeros(1, 2) - 1).save(p, classes=9), "distinct"),
     "no classes": (lambda p: lists().save(p, classes=0), "classes must be a whole number >= 1"),
+    "classes beyond int32": (
+        lambda p: lists().save(p, classes=2**31),
+        "classes must be at most 2147483647.*got 2147483648",
+    ),
+    "a writer of classes beyond int32": (lambda p: TopKWriter(p, classes=2**40), "classes must be at most 2147483647"),
+    "more entries than classes": (
+        lambda p: TopK(torch.arange(3)[None], torch.full((1, 3), -2.0)).save(p, classes=2),
+        "k <= 2 besides fillers",
+    ),
     "one row": (lambda p: lists()[0].save(p, classes=CLASSES), "single row"),
     "a folder that is not there": (lambda p: lists().save(p / "b" / "c", classes=CLASSES), "cannot be written"),
     "a directory inside none": (lambda p: TopKWriter(p / "b" / "c", classes=CLASSES), "cannot be written"),
@@ -223,8 +251,15 @@ def replaced(folder: Path, **options: Any) -> None:
 
 
 def foreign(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str) -> None:
-    known = {"format": "softcurve.topk", "format_version": "1", "tail": "bucket", "classes": "300", "first_row": "4"}
-    save_file(tensors or dict(load_file(path)), path, metadata=known | metadata)
+    """Write a file that another program made, with a digest that agrees with the rest."""
+    known = {
+        "format": "softcurve.topk", "format_version": "1", "tail": "bucket", "classes": "300", "first_row": "4",
+        "block_rows": "500",
+    }  # fmt: skip
+    content = load_file(path) | (tensors or {})
+    stated = known | metadata
+    digest = digest_of_all({"checksums": content["checksums"]}, stated)
+    save_file(content, path, metadata={"digest": digest} | stated)
 
 
 SECOND = "topk-000001.safetensors"
@@ -239,7 +274,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: save_file({"weight": torch.zeros(3)}, p / SECOND), f"{SECOND} is no file of top-k lists.*TopKWriter",
     ),
     "of a later format": (lambda p: foreign(p / SECOND, format_version="9"), f"{SECOND} is no file of top-k.*'9'"),
-    "other tensors": (lambda p: foreign(p / SECOND, {"indices": torch.zeros(3)}), f"{SECOND}.*'indices' and 'log_probs'"),
+    "other tensors": (lambda p: foreign(p / SECOND, {"more": torch.zeros(3)}), f"{SECOND}.*'indices' and 'log_probs', and"),
+    "another digest": (lambda p: foreign(p / SECOND, digest="0"), f"{SECOND}.*do not agree with the digest"),
+    "no block": (lambda p: foreign(p / SECOND, block_rows="0"), f"{SECOND}.*'block_rows' must be a whole number.*'0'"),
     "other dtypes": (
         lambda p: foreign(p / SECOND, {"indices": torch.zeros(2, 3), "log_probs": torch.zeros(2, 3)}),
         f"{SECOND}.*uint16.*float32",
@@ -265,18 +302,36 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
         TopK.load(tmp_path)
 
 
-def test_damaged_entries_are_named_when_they_are_read(tmp_path: Path) -> None:
-    """A class that does not exist, and a log-probability that is none, which the header does not tell."""
-    for name, last in (("class", 0x40), ("log-probability", 0x7F)):
-        file = tmp_path / f"{name}.safetensors"
-        TopK(torch.tensor([[4, 2]]), torch.tensor([[-0.5, -1.5]])).save(file, classes=9)
-        content = bytearray(file.read_bytes())
-        size = int.from_bytes(content[:8], "little")
-        at = json.loads(content[8 : 8 + size])["indices" if name == "class" else "log_probs"]["data_offsets"][1]
-        content[8 + size + at - 1] = last
-        file.write_bytes(content)
-        with pytest.raises(softcurve.files.DataError, match=f"{name}.safetensors holds classes outside"):
+def test_a_flipped_bit_is_named_wherever_it_is(tmp_path: Path) -> None:
+    """In every byte of a small file: its header, its checksums, its entries; also where the entry stays a valid one."""
+    file = tmp_path / "teacher.safetensors"
+    made = TopK(torch.tensor([[4, 2], [7, 1]]), torch.tensor([[-0.5, -1.5], [-0.25, -2.0]]))
+    made.save(file, classes=9)
+    whole = file.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    padding = range(len(whole[:size].rstrip(b" ")), size)
+    for at in (at for at in range(len(whole)) if at not in padding):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(softcurve.files.DataError, match=r"teacher\.safetensors"):
             TopK.load(file)[:]
+
+
+def test_damaged_rows_are_named_when_they_are_read(tmp_path: Path) -> None:
+    """Blocks of 8 KiB have their own checksums, so that the rows of others are read."""
+    file, made = tmp_path / "teacher.safetensors", lists(3000)
+    made.save(file, classes=CLASSES)
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    start = 8 + size + json.loads(content[8 : 8 + size])["log_probs"]["data_offsets"][0]
+    content[start + 1000 * 12] ^= 1  # the last bit of the first entry of row 1000
+    file.write_bytes(content)
+    cache = TopK.load(file)
+    words = r"teacher.safetensors is damaged: its rows 910 to 1364 do not agree with the checksum"
+    for rows in (1000, [0, 910], slice(None), torch.tensor([1364])):
+        with pytest.raises(softcurve.files.DataError, match=words):
+            cache[rows]
+    for rows in ([0, 909], slice(1365, None)):
+        assert_same(cache[rows], made[rows])
 
 
 def test_shards_without_the_first_are_not_overwritten(tmp_path: Path) -> None:

@@ -98,10 +98,14 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}; take {name}.real")
 
 
+def is_of_integers(tensor: Tensor) -> bool:
+    """Return whether a tensor is of any integer dtype; booleans are none."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def require_integers(name: str, tensor: object) -> None:
     """Require a tensor of class indices, of any integer dtype."""
-    whole = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
-    if not whole or tensor.dtype == torch.bool:  # type: ignore[attr-defined]
+    if not isinstance(tensor, Tensor) or not is_of_integers(tensor):
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
             f"{name} must be a tensor of class indices of an integer dtype, such as int64, got {what}; convert it "

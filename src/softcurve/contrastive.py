@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from softcurve import checks
 from softcurve.array_types import Float
-from softcurve.head.problem import pair_problem
+from softcurve.head.plan import DEFAULT_BUDGET
+from softcurve.head.problem import pair_problem, require_budget
 from softcurve.head.sharded import dtensors, from_local, lies_over_processes, to_local
 from softcurve.linear import linear_cross_entropy
 from softcurve.losses.reduction import Reduction
@@ -26,6 +27,11 @@ from softcurve.processes import max_over
 from softcurve.typing import Integer, Number, ReductionKind
 
 CLIP_SCALE = 1 / 0.07  # the initial scale of CLIP
+# How many tensors as large as the embeddings there are at a time, beside those of the caller and their gradients:
+# scaled and normalised ones, and what their gradients pass through. Measured as resident memory.
+COPIES = 8
+LEAST_COUNTED = 2**20  # bytes; fewer are nothing beside what a process holds anyway
+NORM_EPS = 1e-12  # the least norm, as of torch.nn.functional.normalize
 
 
 def contrastive_loss(
@@ -56,7 +62,8 @@ def contrastive_loss(
             a column leaves out the similarities of a batch with itself. Without a target and with ``symmetric=True``
             an excluded similarity has no part in its column either; with a target it is a pair as ``target`` is.
         reduction: As in :func:`softcurve.cross_entropy`; ``"none"`` gives one loss for each row.
-        memory_budget: Bytes for tiles of similarities; by default 128 MiB on the CPU and 1 GiB on CUDA.
+        memory_budget: Bytes for tiles of similarities and for copies of the embeddings, such as normalised ones, of
+            which at least half is for tiles; by default 128 MiB on the CPU and 1 GiB on CUDA.
         process_group: Processes that have some of the embeddings each, as many as the others: those of one process
             after another are the batch, to which indices refer, and every process returns the loss of the whole batch.
             ``target`` and ``exclude`` are those of the rows at hand. The gradients are those of this one loss: multiply
@@ -88,14 +95,15 @@ def contrastive_loss(
     spread = _Spread.of(input, other, process_group)
     if spread is not None:
         input, other, scale = spread.local(input), spread.local(other), spread.local_scale(scale)
-    input, other = (checks.widened(each) for each in (input, other))
     if normalize:
-        input, other = (torch.nn.functional.normalize(each, dim=-1) for each in (input, other))
-    input = input * scale
+        input, other = _scaled(input, scale), _scaled(other, 1.0)
+    else:
+        input, other = checks.widened(input) * scale, checks.widened(other)
     if spread is not None:
         input, other = spread.whole(input, spread.rows), spread.whole(other, spread.others)
         if process_group is not None:
             target, exclude = spread.of_rows(target), spread.of_rows(exclude)
+    memory_budget = _left_for_tiles(memory_budget, COPIES * max(input.nbytes, other.nbytes), input.device.type)
     if symmetric and target is None:
         if isinstance(exclude, tuple):
             raise ValueError("exclude must be one tensor without a target, got a pair; it holds for rows and columns")
@@ -164,7 +172,22 @@ def _checked_scale(scale: Number | Tensor) -> Tensor | float:
         return checks.require_positive("scale", scale)
     if scale.ndim:
         raise ValueError(f"scale must be a number or a tensor of shape (), got {checks.describe(scale)}; squeeze it")
+    if checks.values_visible(scale):
+        checks.require_positive("scale", scale.detach())
     return checks.widened(scale)
+
+
+def _left_for_tiles(memory_budget: Integer | None, held: int, device: str) -> int:
+    """Return what is left of a budget beside ``held`` bytes for embeddings; at least half of it."""
+    budget = require_budget(memory_budget) or DEFAULT_BUDGET.get(device, 2**30)
+    return budget if held < LEAST_COUNTED else budget - min(held, budget // 2)
+
+
+def _scaled(rows: Tensor, scale: Tensor | float) -> Tensor:
+    """Return ``scale · rows / ‖rows‖`` in float32 or wider, by one factor a row, so that no copy is saved."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=checks.wide_dtype(rows.dtype))
+    factor: Tensor = scale / norm.clamp_min(NORM_EPS)
+    return rows * factor
 
 
 @dataclass(frozen=True)

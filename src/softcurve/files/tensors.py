@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -109,3 +111,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"it is no safetensors file ({reason})") from error
+
+
+def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the digest of the names, types, shapes and values of tensors, and of all metadata."""
+    form = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
+    state = hashlib.sha256(json.dumps([form, sorted(metadata.items())]).encode())
+    for _, tensor in sorted(tensors.items()):
+        state.update(bytes_of(tensor))
+    return state.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of the values of a tensor on the CPU, without a copy if it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from softcurve.files.atomic import check_writable, replacing
-from softcurve.files.tensors import encode_tensors, read_tensors
+from softcurve.files.tensors import digest_of_all, encode_tensors, read_tensors
 from softcurve.fit import DataError
 from softcurve.fit.group import Group, LostProcess
 from softcurve.fit.solver.coordinates import Coordinates
@@ -154,15 +154,6 @@ class Checkpoint:
 
     def _damaged(self, what: str) -> DataError:
         return DataError(f"checkpoint: {self.path} is damaged: {what}; it was left as it is: delete it to start anew")
-
-
-def digest_of_all(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the digest of the names, types, shapes and values of tensors, and of all metadata."""
-    form = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
-    state = hashlib.sha256(json.dumps([form, sorted(metadata.items())]).encode())
-    for _, tensor in sorted(tensors.items()):
-        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def _decoded(text: str, parameters: Tensor) -> State:

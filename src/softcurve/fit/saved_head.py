@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softcurve.array_types import Float
 from softcurve.files.atomic import replacing
 from softcurve.files.errors import unusable
-from softcurve.files.tensors import FileState, encode_tensors, read_tensors
+from softcurve.files.tensors import FileState, digest_of_all, encode_tensors, read_tensors
 from softcurve.fit import DataError
 from softcurve.fit.data.source import Label
 from softcurve.losses.divergences import LOSS_NAMES
@@ -56,7 +56,8 @@ class SavedHead(ShortRepr):
             "format": FORMAT, "format_version": VERSION, "classes": json.dumps(self.classes), "loss": self.loss,
             "C": repr(self.C), "softcurve_version": version("softcurve"),
         }  # fmt: skip
-        file.writelines(encode_tensors({"weight": self.weight, "bias": self.bias}, metadata))
+        tensors = {"weight": self.weight, "bias": self.bias}
+        file.writelines(encode_tensors(tensors, metadata | {"digest": digest_of_all(tensors, metadata)}))
 
     @staticmethod
     def load(path: Path | str) -> SavedHead:
@@ -74,7 +75,11 @@ class SavedHead(ShortRepr):
 
 
 def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedHead:
-    """Return a head from the content of its file. Raises ValueError that says what is wrong with it."""
+    """Return a head from the content of its file. Raises ValueError that says what is wrong with it.
+
+    The first version of softcurve wrote no digest.
+    """
+    digest = metadata.pop("digest", None)
     format_ = metadata.get("format"), metadata.get("format_version")
     _require(
         format_ == (FORMAT, VERSION),
@@ -82,6 +87,10 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedHead:
     )
     names = sorted(tensors)
     _require(names == ["bias", "weight"], f"it must hold the tensors 'bias' and 'weight', and holds {names}")
+    _require(
+        digest in (None, digest_of_all(tensors, metadata)),
+        "its content does not agree with the digest that was written with it",
+    )
     weight, bias = tensors["weight"], tensors["bias"]
     _require(
         weight.ndim == 2 and weight.shape[0] >= 2 and weight.shape[1] >= 1 and bias.shape == weight.shape[:1],

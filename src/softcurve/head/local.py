@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from softcurve.head.half import shared_half
 from softcurve.head.sharded import PlainHead
 from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 from softcurve.losses import targets
-from softcurve.losses.low_rank import LowRankWeight, matrix_of
+from softcurve.losses.low_rank import LowRankWeight, lowered_by_autocast, matrix_of
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.targets import Target
 
@@ -82,20 +81,10 @@ def local_head(
     dtype = checks.wide_dtype(input.dtype, weight.dtype, *([target.dtype] if isinstance(target, Target) else []))
     input, weight = layout.local_rows(input), local_weight(layout, weight)
     bias = None if bias is None else layout.local_classes(bias)
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        lower = torch.get_autocast_dtype(device)
-        input, weight, bias = (_lowered(each, lower) for each in (input, weight, bias))
+    input, weight, bias = lowered_by_autocast(input, weight, bias)
     return LocalHead(
         layout, flat(widened(input, weight)), weight, bias, input.shape[:-1], dtype, full_bias, class_weight
     )
-
-
-def _lowered(tensor: Any, dtype: torch.dtype) -> Any:
-    """Return a tensor, or a weight of low rank, with what is not float64 in ``dtype``."""
-    if isinstance(tensor, LowRankWeight):
-        return dataclasses.replace(tensor, **{n: _lowered(getattr(tensor, n), dtype) for n in ("weight", "a", "b")})
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def local_weight(layout: PlainHead, weight: Tensor | LowRankWeight, *, by_class: bool = True) -> Tensor | LowRankWeight:

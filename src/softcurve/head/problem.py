@@ -35,7 +35,7 @@ from softcurve.losses import targets
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy
 from softcurve.losses.labels import Labels, cross_entropy_target, resolve_ignore_index
-from softcurve.losses.low_rank import LowRankWeight, matrix_of
+from softcurve.losses.low_rank import LowRankWeight, lowered_by_autocast, matrix_of
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.spec import LossSpec, TargetForm
 from softcurve.losses.targets import Logits, Probabilities, Target
@@ -342,11 +342,13 @@ def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any
     """Return the fields of :class:`~softcurve.head.tensors.HeadTensors` that are a teacher's."""
     weight, bias, rows = teacher.chosen()
     weight = local_weight(layout, weight, by_class=rows is None)
+    bias = None if bias is None else layout.local_classes(bias)
+    input, weight, bias = lowered_by_autocast(teacher.input, weight, bias)
     return {
-        "target": widened(teacher.input, weight),
+        "target": widened(input, weight),
         "target_weight": matrix_of(weight),
         "target_low_rank": low_rank_of(weight),
-        "target_bias": None if bias is None else layout.local_classes(bias),
+        "target_bias": bias,
         "target_classes": None if rows is None else layout.local_classes(rows),
     }
 

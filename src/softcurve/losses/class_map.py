@@ -11,7 +11,7 @@ of any finer map.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, NoReturn, TypeAlias
 
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
-from softcurve.array_types import Column, Flags, Int, Rows
+from softcurve.array_types import AnyInt, Column, Flags, Rows
 from softcurve.losses.softmax import log_sum_exp, may_be_masked
 from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Logits, Target
 from softcurve.losses.topk import TopK
 from softcurve.records import ShortRepr
 
-Vocabulary: TypeAlias = Sequence[Hashable] | Mapping[Hashable, int]
+Token: TypeAlias = str | bytes
+Vocabulary: TypeAlias = Sequence[Token | None] | Mapping[Token, int]
 
 
 class _SizeClass(NamedTuple):
@@ -115,7 +116,7 @@ class ClassMap(ShortRepr):
     tokens that are not shared into one group of both sides.
 
     Args:
-        of_student: The group of each class of the model, integers ``(C_student,)`` from 0 to ``G − 1``.
+        of_student: The group of each class of the model, integers of any dtype ``(C_student,)`` from 0 to ``G − 1``.
         of_teacher: The group of each class of the teacher, ``(C_teacher,)``.
 
     Raises:
@@ -133,8 +134,8 @@ class ClassMap(ShortRepr):
     Source: the data-processing inequality, Cover and Thomas, "Elements of Information Theory", section 2.8.
     """
 
-    of_student: Int[Tensor, " student_classes"]
-    of_teacher: Int[Tensor, " teacher_classes"]
+    of_student: AnyInt[Tensor, " student_classes"]
+    of_teacher: AnyInt[Tensor, " teacher_classes"]
     count: int = field(init=False, repr=False)
     student: Groups = field(init=False, repr=False)
     teacher: Groups = field(init=False, repr=False)
@@ -170,8 +171,8 @@ class ClassMap(ShortRepr):
             teacher_classes: The same for the teacher.
 
         Raises:
-            TypeError, ValueError: If a vocabulary is neither a sequence nor a mapping, or does not fit the number of
-                classes.
+            TypeError, ValueError: If a vocabulary is neither a sequence nor a mapping, if a token is neither ``str``
+                nor ``bytes``, or if a vocabulary does not fit the number of classes.
 
         Example:
             >>> class_map = softcurve.ClassMap.of_tokens({"a": 0, "b": 1}, ["b", "<s>", "a"], student_classes=4)
@@ -190,22 +191,47 @@ class ClassMap(ShortRepr):
         """Return the map on a device."""
         return ClassMap(self.of_student.to(device), self.of_teacher.to(device))
 
-    def target(self, teacher: Target) -> GroupedTarget:
+    def target(self, teacher: Target) -> GroupedTarget | TopK:
         """Return a target that a model of the student's classes is compared with, by the groups.
 
         The losses take it in place of a teacher: ``kl_divergence``, ``js_divergence``, ``divergence``, their
         ``linear_`` forms and ``linear_distillation``. Scale, soft cap and temperature of both sides act on the classes,
         before they are merged; ``exclude`` leaves out classes of the model alone. Model and teacher receive gradients.
 
+        A list does not say to which groups its bucket belongs. Known are the listed classes that are a group together
+        with one class of the model, as the shared tokens of :meth:`of_tokens`: the target is the ``TopK`` of these
+        classes of the model, and every other class of either side is in its bucket. Its divergences are at most those
+        of the groups, at temperature 1; at others the rule of ``TopK`` for a bucket holds, over the model's classes.
+
         Args:
-            teacher: ``Probabilities``, ``Logits``, a ``LinearTeacher`` or a target of your own over ``C_teacher``
-                classes.
+            teacher: ``Probabilities``, ``Logits``, a ``LinearTeacher``, a ``TopK`` with a bucket, or a target of your
+                own over ``C_teacher`` classes.
 
         Raises:
             TypeError: If the teacher is no target, such as a plain tensor.
-            ValueError: If it has another number of classes, or is a ``TopK``.
+            ValueError: If it has another number of classes, or is a ``TopK`` with ``tail="renormalize"``, whose other
+                classes have no probability to put into a bucket.
         """
-        return GroupedTarget(teacher, self)
+        return self._shared_part_of(teacher) if isinstance(teacher, TopK) else GroupedTarget(teacher, self)
+
+    def _shared_part_of(self, listed: TopK) -> TopK:
+        """Return the list of the model's classes that share a group with one listed class each."""
+        if listed.tail != "bucket":
+            raise ValueError(
+                "teacher of a ClassMap must be a TopK with tail='bucket', or give a probability to every class, got "
+                f"tail={listed.tail!r}; pass TopK(indices, log_probs)"
+            )
+        zeros = self.of_student.new_zeros(self.count)
+        sizes = [zeros.scatter_add(0, of, torch.ones_like(of)) for of in (self.of_student, self.of_teacher)]
+        numbers = torch.arange(len(self.of_student), device=zeros.device)
+        of_group = zeros.scatter(0, self.of_student, numbers)
+        of_teacher = torch.where((sizes[0] == 1) & (sizes[1] == 1), of_group, -1)[self.of_teacher]
+        indices = of_teacher[listed.listed_classes().clamp(0, len(of_teacher) - 1)]
+        log_probs = torch.where(indices < 0, -torch.inf, listed.log_probs)
+        # A malformed row becomes one entry of NaN, which a loss refuses unless the row does not count.
+        malformed = listed.malformed(len(of_teacher)).unsqueeze(-1)
+        nothing = torch.full_like(log_probs, -torch.inf).index_fill(-1, indices.new_zeros(1), torch.nan)
+        return TopK(indices.clamp(min=0), torch.where(malformed, nothing, log_probs))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -224,7 +250,7 @@ class GroupedTarget(Target):
                 "teacher must be one of softcurve.Probabilities, Logits, LinearTeacher, got "
                 f"{type(teacher).__name__}; wrap the tensor to say what it holds"
             )
-        if isinstance(teacher, TopK | GroupedTarget):
+        if isinstance(teacher, TopK | GroupedTarget):  # of a TopK, ClassMap.target takes the part that is shared
             raise ValueError(
                 f"teacher of a ClassMap must give a probability to every class, got {type(teacher).__name__}, "
                 "which does not; pass Probabilities, Logits or a LinearTeacher"
@@ -297,32 +323,42 @@ def offset_of(z: Rows) -> Column:
 
 def _require_groups(name: str, groups: object) -> Tensor:
     """Return the group of each class as int64."""
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8)
-    if not isinstance(groups, Tensor) or groups.dtype not in integers:
+    if not isinstance(groups, Tensor) or not checks.is_of_integers(groups):
         raise TypeError(
             f"ClassMap {name} must be a tensor of integers, the group of each class, got {checks.describe(groups)}; "
             "convert it with .long()"
         )
     if groups.ndim != 1 or not len(groups):
         raise ValueError(f"ClassMap {name} must have one group per class, shape (C,), got {checks.describe(groups)}")
+    groups = groups.long()
     if int(groups.min()) < 0:
         raise ValueError(f"ClassMap {name} must hold groups >= 0, got {int(groups.min())}; give such classes a group")
-    return groups.long()
+    return groups
 
 
-def _tokens_of_classes(name: str, vocabulary: Vocabulary, classes: int | None) -> list[Hashable]:
+def _tokens_of_classes(name: str, vocabulary: Vocabulary, classes: int | None) -> list[Token | None]:
     """Return the token of each class, ``None`` where it has none."""
     if isinstance(vocabulary, str | bytes) or not isinstance(vocabulary, Sequence | Mapping):
         raise TypeError(
             f"{name} must be a sequence of tokens or a mapping of tokens to classes, got {type(vocabulary).__name__}; "
             "pass tokenizer.get_vocab()"
         )
-    if not isinstance(vocabulary, Mapping):
-        pairs = [(token, number) for number, token in enumerate(vocabulary)]
-    else:
+    if classes is not None:
+        checks.require_count(f"{name}_classes", classes, 1)
+    listed = not isinstance(vocabulary, Mapping)
+    pairs: list[tuple[Token | None, int]]
+    if isinstance(vocabulary, Mapping):
         pairs = list(vocabulary.items())
+    else:
+        pairs = [(token, number) for number, token in enumerate(vocabulary)]
+    for token, number in pairs:
+        if not isinstance(token, str | bytes | None) or checks.as_integer(number) is None:
+            raise TypeError(
+                f"{name} must hold tokens (str, bytes, or None for no token), in a mapping with the integer number of "
+                f"their class, got {token!r}{'' if listed else f' for {number!r}'}; pass tokenizer.get_vocab()"
+            )
     count = max((number for _, number in pairs), default=-1) + 1 if classes is None else classes
-    tokens: list[Hashable] = [None] * count
+    tokens: list[Token | None] = [None] * count
     for token, number in pairs:
         if not 0 <= number < count or tokens[number] is not None:
             raise ValueError(

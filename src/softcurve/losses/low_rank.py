@@ -126,6 +126,21 @@ def matrix_of(weight: Tensor | LowRankWeight) -> Tensor:
     return weight.weight if isinstance(weight, LowRankWeight) else weight
 
 
+def lowered_by_autocast(*factors: Any) -> tuple[Any, ...]:
+    """Return features, weight and bias in the dtype of autocast if that is on, as torch's ``linear`` takes them."""
+    device = factors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return factors
+    return tuple(_lowered(each, torch.get_autocast_dtype(device)) for each in factors)
+
+
+def _lowered(tensor: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor, or a weight of low rank, with what is not float64 in ``dtype``."""
+    if isinstance(tensor, LowRankWeight):
+        return replace(tensor, **{n: _lowered(getattr(tensor, n), dtype) for n in ("weight", "a", "b")})
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 def linear(
     input: Float[Tensor, "*rows features"], weight: Tensor | LowRankWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Float[Tensor, "*rows classes"]:

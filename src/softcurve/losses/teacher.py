@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Flags, Float, Int, Rows
-from softcurve.losses.low_rank import LowRankWeight, linear, matrix_of
+from softcurve.losses.low_rank import LowRankWeight, linear, lowered_by_autocast, matrix_of
 from softcurve.losses.spec import LogitMap
 from softcurve.losses.targets import Target
 from softcurve.typing import Number
@@ -33,6 +33,9 @@ class LinearTeacher(Target):
             padded vocabulary, or int64 indices ``(C_model,)``, where −1 is a class that the teacher lacks and gives no
             probability. The softmax is over these classes. By default all of them. A slice copies nothing; of an
             index, a head gathers a few rows of the weight at a time.
+
+    Under ``torch.autocast`` its tensors are rounded to the dtype of autocast, as those of the model's head are, unless
+    they are float64.
 
     Raises:
         TypeError, ValueError: If an argument has a wrong type, shape or value. A loss raises ``ValueError`` for
@@ -138,5 +141,7 @@ class LinearTeacher(Target):
     def logits(self, dtype: torch.dtype) -> Rows:
         """Return the logits after scale and soft cap, without a cap less a constant of each row."""
         weight, bias, rows = self.chosen()
-        logits = linear(self.input, weight if rows is None else weight[rows], bias, dtype)
+        weight = weight if rows is None else weight[rows]
+        input, weight, bias = lowered_by_autocast(self.input, weight, bias)
+        logits = linear(input, weight, bias, dtype)
         return self.logit_map.shifted_value(logits)[0]

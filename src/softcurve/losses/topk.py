@@ -150,6 +150,9 @@ class TopK(Target):
     def with_label(self, label: AnyInt[Tensor, "*rows"], log_probs: Float[Tensor, "*rows"]) -> TopK:
         """Return ``(..., k + 1)`` lists in which the class ``label`` of each row is listed, once.
 
+        The width does not depend on the labels. If the lists name all ``C`` classes, it is ``C + 1`` with a filler,
+        which the losses take as any list with fillers.
+
         Args:
             label: ``(...)``, such as the classes that the teacher has drawn. A negative one, as that of an ignored row,
                 adds nothing.
@@ -194,7 +197,7 @@ class TopK(Target):
             >>> softcurve.TopK.load(path)[:].indices
             tensor([[4, 2]], dtype=torch.int32)
         """
-        checks.require_count("classes", classes, 1)
+        require_cached_classes(classes)
         self.to_cache(classes, dtype)._write(Path(path), classes)
 
     @staticmethod
@@ -255,6 +258,8 @@ class TopK(Target):
         if not checks.values_visible(self.indices, self.log_probs, counted) or not self.indices.numel():
             return
         at = self.listed_classes()
+        if ((at != NOT_LISTED).sum(-1).gt(classes) & counted).any():
+            raise self._misfit((*self.leading, classes))
         checks.require_class_indices("TopK indices", at[counted.unsqueeze(-1) & (at != NOT_LISTED)], classes)
         if (_repeats(at) & counted).any():
             raise ValueError("TopK indices must name distinct classes in each row, got a class twice")
@@ -278,7 +283,8 @@ class TopK(Target):
 
     def cleared(self, rows: Flags, classes: int) -> TopK:  # noqa: D102
         column, first = rows.unsqueeze(-1), torch.arange(self.indices.shape[-1], device=self.indices.device)
-        log_probs = torch.where(column, -math.log(classes), self.log_probs)
+        even = torch.where(first < classes, -math.log(classes), -math.inf)
+        log_probs = torch.where(column, even, self.log_probs)
         return TopK(torch.where(column, first, self.indices.long()), log_probs, self.tail)
 
     def _is_empty(self, listed: Int[Tensor, "*rows k"]) -> Flags:
@@ -359,13 +365,16 @@ class TopK(Target):
         return torch.cat([listed, tail], -1)
 
     def require_fit(self, logits: Sequence[int], cut: str = "") -> None:
-        """Raise ``ValueError`` unless the list has the rows of the ``logits`` and at most as many classes."""
-        if tuple(self.leading) != tuple(logits[:-1]) or self.indices.shape[-1] > logits[-1]:
-            raise ValueError(
-                f"TopK indices must be of shape {tuple(logits[:-1])} + (k,) with k <= {logits[-1]}, as the "
-                f"logits that they are compared with, got {checks.describe(self.indices)}"
-                + checks.layout_remedy(logits, self.leading, "logits")
-            )
+        """Raise ``ValueError`` unless the list has the rows of the ``logits``."""
+        if tuple(self.leading) != tuple(logits[:-1]):
+            raise self._misfit(logits)
+
+    def _misfit(self, logits: Sequence[int]) -> ValueError:
+        return ValueError(
+            f"TopK indices must be of shape {tuple(logits[:-1])} + (k,) with k <= {logits[-1]} besides fillers, as the "
+            f"logits that they are compared with, got {checks.describe(self.indices)}"
+            + checks.layout_remedy(logits, self.leading, "logits")
+        )
 
     def require_comparable(self, divergence: Divergence) -> None:
         """Raise ``ValueError`` unless a divergence from the list is defined."""
@@ -381,11 +390,13 @@ class TopKCache(ShortRepr):
     """A teacher's lists in files: ``cache[rows]`` reads some of them as a :class:`TopK`, ``cache[:]`` all.
 
     ``rows`` is an integer, a slice, a mask, or integers, as for the first dimension of a tensor. Other rows are not
-    read: the files are mapped into memory for the time of a reading. ``classes`` is the number of classes, ``tail`` and
-    ``dtype``, of the log-probabilities, are as they were written.
+    read, except for those that share a block of 8 KiB and its checksum: the files are mapped into memory for the time
+    of a reading. ``classes`` is the number of classes, ``tail`` and ``dtype``, of the log-probabilities, are as they
+    were written.
 
     Raises ``DataError``, a ``ValueError`` that names the file, where one is damaged, cut off, of another cache or
-    format, missing, or changed since the cache was opened.
+    format, missing, or changed since the cache was opened: of damaged rows when they are read, otherwise when the
+    cache is opened. An index raises ``TypeError`` or ``IndexError`` if it is of another kind or names no row.
     """
 
     classes: int
@@ -407,33 +418,21 @@ class TopKCache(ShortRepr):
         return self.rows
 
     def __getitem__(self, index: Any) -> TopK:
-        if isinstance(index, tuple):
-            raise IndexError("a cache is indexed by rows alone, got a tuple; read the rows first: cache[rows][...]")
-        if isinstance(index, slice):
-            rows = torch.arange(*index.indices(self.rows))
-        else:
-            rows = torch.as_tensor(index)
-            rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool and len(rows) == self.rows else rows
-            checks.require_integers("rows of a cache", rows)
-            rows = torch.where(rows < 0, rows + self.rows, rows.long())
-        if rows.numel() and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise IndexError(f"rows of a cache must be in 0 … {self.rows - 1}, got {index}")
-        found = self._read(rows.flatten())
+        with needed("TopK.load", "fit"):
+            from softcurve.losses.topk_shards import chosen_rows, read_rows
+        rows = chosen_rows(index, self.rows)
+        parts, order = read_rows(self.shards, rows.flatten())
+        found = TopK.cat([TopK(*part, self.tail) for part in parts])[order]
         indices, log_probs = (part.reshape(*rows.shape, *part.shape[1:]) for part in (found.indices, found.log_probs))
         return TopK(indices, log_probs, self.tail)
 
-    def _read(self, rows: Int[Tensor, " chosen"]) -> TopK:
-        """Return some rows, shard by shard, in the order that was asked for."""
-        stops = torch.tensor([shard.first_row - self.shards[0].first_row + shard.shape[0] for shard in self.shards])
-        of_shard = torch.searchsorted(stops, rows, right=True)
-        parts, places = [], []
-        for number in of_shard.unique().tolist() or [0]:
-            shard = self.shards[number]
-            chosen = (of_shard == number).nonzero().squeeze(-1)
-            indices, log_probs = shard.read(rows[chosen] - (stops[number] - shard.shape[0]))
-            parts.append(TopK(indices, log_probs, self.tail))
-            places.append(chosen)
-        return TopK.cat(parts)[torch.cat(places).argsort()]
+
+def require_cached_classes(classes: object) -> None:
+    """Require a number of classes whose indices a cache can hold as int32."""
+    checks.require_count("classes", classes, 1)
+    most = torch.iinfo(torch.int32).max
+    if classes > most:  # type: ignore[operator]
+        raise ValueError(f"classes must be at most {most}, as a cache holds indices of at most 32 bits, got {classes}")
 
 
 def _widened_to(k: int, indices: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

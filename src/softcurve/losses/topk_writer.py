@@ -9,7 +9,7 @@ import torch
 
 from softcurve import checks
 from softcurve.extras import needed
-from softcurve.losses.topk import TopK, TopKCache
+from softcurve.losses.topk import TopK, TopKCache, require_cached_classes
 
 
 class TopKWriter:
@@ -42,7 +42,7 @@ class TopKWriter:
     def __init__(
         self, directory: str | Path, *, classes: int, dtype: torch.dtype = torch.float32, shard_rows: int = 65536
     ) -> None:
-        checks.require_count("classes", classes, 1)
+        require_cached_classes(classes)
         checks.require_count("shard_rows", shard_rows, 1)
         self.directory, self.classes, self.dtype, self.shard_rows = Path(directory), int(classes), dtype, shard_rows
         with needed("softcurve.TopKWriter", "fit"):
