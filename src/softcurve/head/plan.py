@@ -26,6 +26,11 @@ CACHE_ENTRIES = {"cpu": 2**18, "cuda": 2**25}
 # Pieces of so many entries that a pass which lists classes works on at a time: it calls more operations for each.
 GROUP_PIECES = 4
 
+# Entries of a block of logits that no residual replaces, and its rows at most. On the CPU they stay in the cache from
+# their product to their statistics: at a width of 128, a product that writes them to memory takes 1.5 times as long.
+# A product of more features takes as long either way, and whole rows need fewer operations.
+STREAMED_ENTRIES, STREAMED_ROWS, STREAMED_WIDTH = 2**20, 512, 160
+
 # Rows below which cutting classes is cheaper than accumulating the weight's gradient once more for each tile.
 FEWEST_ROWS = 64
 
@@ -66,9 +71,11 @@ class Plan(NamedTuple):
 def make_plan(
     row_count: int, class_count: int, *, dtype: torch.dtype, device: torch.device, needs: Needs,
     least_pieces: int | float, least_row_entries: int, whole_rows: bool, memory_budget: int | None,
-    may_cut: bool = True,
+    may_cut: bool = True, streamed: bool = False,
 ) -> Plan:  # fmt: skip
     """Return the plan of fewest tiles within ``memory_budget`` bytes; with ``whole_rows`` temporaries are whole rows.
+
+    In a ``streamed`` pass every block of logits is computed and read once, so that on the CPU it is small.
 
     Raises ``ValueError`` for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``; of all
     classes, unless they ``may_cut``.
@@ -92,21 +99,32 @@ def make_plan(
     if not fits and spare // 2 >= temporaries * class_count:
         cached, fits = class_count, True
     rows = int((entries - temporaries * cached) // (buffers * class_count + row_entries))
-    if fits and rows >= (min(row_count, FEWEST_ROWS) if may_cut else 1):
+    streamed = streamed and device.type == "cpu" and row_count * class_count > STREAMED_ENTRIES
+    if fits and not streamed and rows >= (min(row_count, FEWEST_ROWS) if may_cut else 1):
         rows = -(-row_count // -(-row_count // rows))  # tiles of equal size
         cached = min(cached, max(rows * class_count, 1))
         return Plan(row_count, class_count, rows, class_count, cached, needs)
     free = entries - temporaries * few
-    rows = max(1, min(row_count, 1024, int(free // (buffers * min(class_count, 256) + row_entries))))
+    most = STREAMED_ROWS if streamed else 1024
+    rows = max(1, min(row_count, most, int(free // (buffers * min(class_count, 256) + row_entries))))
+    rows = -(-row_count // -(-row_count // rows)) if streamed else rows
     classes = max(1, min(class_count, int((free - rows * row_entries) // (buffers * rows))))
+    classes = min(classes, STREAMED_ENTRIES // rows) if streamed else classes
     blocks = -(-class_count // classes)
-    return Plan(row_count, class_count, rows, -(-class_count // blocks), min(few, rows * classes), needs)
+    even = -(-class_count // blocks)
+    if streamed:  # operations on whole vectors of the processor
+        even = min(classes, -(-even // 256) * 256)
+    return Plan(row_count, class_count, rows, even, min(few, rows * even), needs)
 
 
 def plan_pass(
-    spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, *, directed: bool, in_triton: bool
-) -> Plan:
-    """Plan a pass of first order over ``count`` rows; a ``directed`` one holds the changes beside the logits."""
+    spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, *, directed: bool, in_triton: bool,
+    streamed: bool,
+) -> Plan:  # fmt: skip
+    """Plan a pass of first order over ``count`` rows; a ``directed`` one holds the changes beside the logits.
+
+    A ``streamed`` pass forms no residuals.
+    """
     teacher, sparse = spec.target == "teacher", spec.lists_classes
     width, dtype = _width(spec, tensors), tensors.dtype
 
@@ -142,6 +160,7 @@ def plan_pass(
         count, classes, dtype=dtype, device=tensors.input.device, may_cut=not spec.groups,
         needs=most if directed else needs(False), least_pieces=most.buffers + most.temporaries,
         least_row_entries=most.row_entries, whole_rows=not (sparse or in_triton), memory_budget=budget,
+        streamed=streamed and sparse and width <= STREAMED_WIDTH,
     )  # fmt: skip
 
 
@@ -164,12 +183,12 @@ def plan_list(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | No
     """Plan a pass that lists the ``k`` most probable classes of each row, of which every process sends its own."""
     processes = 1 if spec.processes is None else spec.processes.size()
     # A group of rows: its softmax, and at most as much for chunks, their columns as int64 and their logits.
-    row = 2 * _width(spec, tensors) + 12 * k * processes + 32 + _excluded_entries(tensors)
+    row = 2 * _width(spec, tensors) + 16 * k * processes + 32 + _excluded_entries(tensors)
     needs = Needs(1 + (spec.softcap is not None), 4 * GROUP_PIECES, row)
     return make_plan(
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=tensors.input.device, needs=needs,
         least_pieces=needs.buffers + needs.temporaries, least_row_entries=needs.row_entries, whole_rows=False,
-        memory_budget=budget,
+        memory_budget=budget, streamed=tensors.dtype == torch.float32 and _width(spec, tensors) <= STREAMED_WIDTH,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ No term cancels: the class of the largest logit has its own formulas, from sums 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,7 +34,12 @@ from softcurve.processes import max_over, sum_over
 
 @dataclass
 class StatisticsKernel(Kernel):
-    """The statistics of each row in float64; what reads or writes whole tiles is in :mod:`.aten.statistics`."""
+    """The statistics of each row in float64; what reads or writes whole tiles is in :mod:`.aten.statistics`.
+
+    ``scratch(i)`` is a buffer for a group of rows, the same for every tile.
+    """
+
+    scratch: Callable[[int], Tensor] | None = field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         assert self.data.indices is not None
@@ -169,7 +175,7 @@ class StatisticsKernel(Kernel):
         return StatisticsTile(
             block.z, block.raw, block.v, None if scale is None else scale.to(block.z.dtype),
             self.indices - block.classes.start, block.z.shape[1] == self.data.class_count, self.loss.logit_map,
-            self.data.cached,
+            self.data.cached, self.scratch,
         )  # fmt: skip
 
 

@@ -79,7 +79,10 @@ class Tiles:
         if self.listed:
             self.plan = plan_list(*shape, self.listed)
         elif self.matrix is None:
-            self.plan = plan_pass(*shape, directed=self.directions is not None, in_triton=self.in_triton)
+            self.plan = plan_pass(
+                *shape, directed=self.directions is not None, in_triton=self.in_triton,
+                streamed=not self.wants_residuals,
+            )  # fmt: skip
         else:
             self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
         self.entries = self.plan.entries
@@ -93,7 +96,7 @@ class Tiles:
 
     def scratch(self, number: int) -> Tensor:
         """Return a buffer for a group of rows of a tile."""
-        return self.buffers.take(f"scratch {number}", max(self.plan.cached, self.plan.class_count))
+        return self.buffers.take(f"scratch {number}", max(self.plan.cached, self.plan.classes))
 
 
 class Tile:
@@ -166,7 +169,7 @@ class Tile:
         if spec.target == "sparse":
             return SparseKernel(spec, data)
         if spec.target == "statistics":
-            return StatisticsKernel(spec, data)
+            return StatisticsKernel(spec, data, scratch=self.tiles.scratch)
         if self.tiles.groups is not None:
             return GroupedKernel(spec, data, self.tiles.groups, self._buffer, self._dense_kernel)
         return self._dense_kernel(spec, data, self.again)
