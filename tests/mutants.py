@@ -139,8 +139,11 @@ MUTANTS = [
            "test_curvature_solve.py -k distinct_eigenvalues"),
     Mutant("penalty", "the gradient of a fit has half of its penalty", "fit/solver/objective.py",
            "weight_out.add_(weight, alpha=penalty)", "weight_out.add_(weight, alpha=0.5 * penalty)", "test_solver.py -k the_objective"),
-    Mutant("digest", "the digest of a checkpoint leaves out its tensors", "fit/checkpoint.py",
-           "state.update(tensor.contiguous()", "hashlib.sha256().update(tensor.contiguous()", "test_fit_checkpoint.py -k flipped_bit"),
+    Mutant("digest", "the digest of a checkpoint leaves out its tensors", "files/tensors.py",
+           "state.update(bytes_of(", "hashlib.sha256().update(bytes_of(", "test_fit_checkpoint.py -k flipped_bit"),
+    Mutant("checksum", "the checksum of a block of lists leaves out its indices", "losses/topk_shards.py",
+           "zlib.crc32(bytes_of(log_probs[rows]), zlib.crc32(bytes_of(indices[rows])))",
+           "zlib.crc32(bytes_of(log_probs[rows]))", "test_topk_cache.py -k flipped_bit"),
     # --- Triton
     Mutant("triton-guess", "a guess far from the largest logit stays", "head/triton/sparse.py",
            "for redo in (False, True):", "for redo in (False,):", "interpreted_head.py -k guess", True),
