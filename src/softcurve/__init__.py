@@ -19,6 +19,7 @@ from softcurve.functional import (
 )
 from softcurve.head.log_probs import HeadStatistics
 from softcurve.head.problem import LossStats
+from softcurve.lazy import lazy_logits
 from softcurve.linear import (
     linear_cross_entropy,
     linear_distillation,
@@ -59,10 +60,10 @@ _LAZY = {
 
 __all__ = [
     "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
-    "JensenShannon",
-    "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
-    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule", "contrastive_loss",
-    "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence", "kl_divergence",
+    "JensenShannon", "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL",
+    "SkewKL", "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule",
+    "contrastive_loss", "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence",
+    "kl_divergence", "lazy_logits",
     "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_js_divergence", "linear_kl_divergence",
     "linear_log_probs", "linear_topk", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip
