@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcurve import checks
+from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
 from softcurve.lazy.shapes import Result, handles, is_of_classes
 from softcurve.linear import linear_cross_entropy, linear_kl_divergence, linear_log_probs, linear_topk
-from softcurve.losses.low_rank import matrix_of
+from softcurve.losses.low_rank import LowRankWeight, matrix_of
 
 MOST_LISTED = 1024  # classes that linear_topk lists
 
@@ -50,7 +52,7 @@ def _cross_entropy(
     else:
         options["ignore_index"] = ignore_index
     with record.autocast():
-        return linear_cross_entropy(record.input, record.weight, target, **options, **record.options)
+        return record.widened(linear_cross_entropy(record.input, record.weight, target, **options, **record.options))
 
 
 @handles("nll_loss", functional=True)
@@ -58,7 +60,8 @@ def _nll_loss(
     record: LinearRecord, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
     reduce: Any = None, reduction: Any = "mean",
 ) -> Result:  # fmt: skip
-    if not _has_loss(record, kind="log_softmax", legacy=(size_average, reduce)):
+    labels = isinstance(target, Tensor) and not target.is_floating_point()
+    if not labels or not _has_loss(record, kind="log_softmax", legacy=(size_average, reduce)):
         return NotImplemented
     logits = record.but(kind="logits")
     return _cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction=reduction)
@@ -73,17 +76,16 @@ def _kl_div(
     kind = "log_softmax" if log_target else "softmax"
     if not isinstance(record, LinearRecord) or not isinstance(target, LinearRecord) or record.shape != target.shape:
         return NotImplemented
-    if record.kind != "log_softmax" or target.kind != kind or record.dim != target.dim or reduction == "none":
+    if record.kind != "log_softmax" or target.kind != kind or record.dim != target.dim:
         return NotImplemented
     if not (record.factor == target.factor == 1 and record.streams and target.streams):
         return NotImplemented
-    if (size_average, reduce) != (None, None):
+    if (size_average, reduce) != (None, None) or reduction not in ("sum", "batchmean", "mean"):
         return NotImplemented
     teacher = target.as_teacher(record.options["temperature"])
     with record.autocast():
         loss = linear_kl_divergence(record.input, record.weight, teacher, reduction="sum", **record.options)
-    divisors = {"sum": 1, "batchmean": record.shape[0], "mean": record.shape.numel()}
-    return loss / divisors[reduction] if reduction in divisors else NotImplemented
+    return record.widened(loss) / {"sum": 1, "batchmean": record.shape[0], "mean": record.shape.numel()}[reduction]
 
 
 # --- numbers of each row ---------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def _gather(record: LinearRecord, dim: Any, index: Tensor, *, sparse_grad: bool 
     with record.autocast():
         log_probs = linear_log_probs(record.input, record.weight, index, **record.options).log_probs
     assert log_probs is not None
-    return record.factor * (log_probs if record.kind == "log_softmax" else log_probs.exp())
+    return record.widened(record.factor * (log_probs if record.kind == "log_softmax" else log_probs.exp()))
 
 
 @handles("take_along_dim")
@@ -107,15 +109,20 @@ def _take_along_dim(record: LinearRecord, indices: Tensor, dim: Any = None) -> R
 
 
 def _chosen_logits(record: LinearRecord, index: Tensor) -> Tensor:
-    """Return the logits of the classes that an index names, from their rows of the weight alone."""
-    weight, bias = record.weight, record.bias
-    rows = index.reshape(-1)
-    e = record.input.unsqueeze(-2)
+    """Return the logits of the classes that an index names, from their rows of the weight alone if these are few."""
+    weight, bias, matrix = record.weight, record.bias, matrix_of(record.weight)
+    if index.shape[-1] * matrix.shape[1] > record.classes or lies_over_processes(matrix):
+        with record.autocast():
+            stats = linear_log_probs(record.input, weight, index, **record.options)
+        assert stats.log_probs is not None
+        return (stats.log_probs + stats.lse.unsqueeze(-1)).to(record.dtype)
+    checks.require_class_indices("index", index, record.classes)
+    rows, e = index.reshape(-1), record.input.unsqueeze(-2)
     with record.autocast():
-        z = (e @ matrix_of(weight)[rows].unflatten(0, index.shape).mT).squeeze(-2)
-        if weight is not matrix_of(weight):
-            low = weight.widened(record.input, z.dtype)[..., record.input.shape[-1] :]  # type: ignore[union-attr]
-            z = z + (low.unsqueeze(-2) @ weight.a[rows].unflatten(0, index.shape).to(z.dtype).mT).squeeze(-2)  # type: ignore[union-attr]
+        z = record.multiplied(e, matrix[rows].unflatten(0, index.shape)).squeeze(-2)
+        if isinstance(weight, LowRankWeight):
+            low = weight.widened(record.input, z.dtype)[..., record.input.shape[-1] :].unsqueeze(-2)
+            z = z + record.multiplied(low, weight.a[rows].unflatten(0, index.shape)).squeeze(-2)
     z = (z if bias is None else z + bias[rows].view(index.shape)).to(torch.promote_types(z.dtype, record.dtype))
     z = z if record.scale == 1 else z * record.scale
     return (z if record.after is None else torch.tanh(z) * record.after).to(record.dtype)
@@ -128,7 +135,7 @@ def _logsumexp(record: LinearRecord, dim: Any, keepdim: bool = False) -> Result:
         return NotImplemented
     with record.autocast():
         lse = linear_log_probs(record.input, record.weight, None, **record.options).lse
-    return lse.unsqueeze(-1) if keepdim else lse
+    return record.widened(lse.unsqueeze(-1) if keepdim else lse)
 
 
 @handles("sum")
@@ -142,8 +149,10 @@ def _sum(record: LinearRecord, dim: Any = None, keepdim: bool = False, *, dtype:
         loss = linear_cross_entropy(
             record.input, record.weight, anything, label_smoothing=1.0, reduction="none", **record.options
         )
+    if record.bias is not None:  # the log-probability of a masked class is −∞, where label smoothing leaves it out
+        loss = loss.masked_fill((record.bias == -torch.inf).any(), torch.inf)
     total = -record.factor * record.classes * loss
-    total = total if dtype is None else total.to(dtype)
+    total = record.widened(total) if dtype is None else total.to(dtype)
     return total.unsqueeze(-1) if keepdim else total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softcurve import checks
 from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
-from softcurve.lazy.tensor import lazy_logits_of
+from softcurve.lazy.tensor import lazy_logits_of, require_unchanged
 from softcurve.losses.low_rank import PEFT_ATTRIBUTES, LowRankWeight, matrix_of
 from softcurve.typing import Integer
 from softcurve.warn import warn_caller
@@ -32,7 +32,7 @@ class LazyHead:
         self.materialized = 0
         module.forward = self.forward
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LazyHead:
         return self
 
     def __exit__(
@@ -53,6 +53,11 @@ class LazyHead:
         weight, bias = weight_of(self.module)
         checks.require_floating("the input of the head", input, "(..., d)")
         matrix, device = matrix_of(weight), input.device.type
+        if input.device != matrix.device:
+            raise ValueError(
+                f"the input of the head must be on {matrix.device}, as its weight, got {input.device}; in replicas of "
+                "DataParallel lazy_logits does not work, use DistributedDataParallel"
+            )
         if input.shape[-1] != matrix.shape[1]:
             raise ValueError(
                 f"the input of the head must have {matrix.shape[1]} features, as its weight {tuple(matrix.shape)}, "
@@ -63,16 +68,15 @@ class LazyHead:
             lowered = torch.get_autocast_dtype(device)
         dtype = lowered if lowered is not None and input.dtype != torch.float64 else input.dtype
         record = LinearRecord(
-            input, weight, bias, dtype=dtype, dim=input.ndim - 1, lowered=lowered, memory_budget=self.memory_budget,
-            version=version_of(weight),
-        )  # fmt: skip
-        return lazy_logits_of(record if torch.is_grad_enabled() else record.detached(), self)
+            input, weight, bias, dtype=dtype, dim=input.ndim - 1, lowered=lowered, memory_budget=self.memory_budget
+        )
+        return lazy_logits_of(record, self)
 
     def report(self, record: LinearRecord, reason: str) -> None:
         """Count that logits are made, and say so where the user wants to know.
 
         Raises:
-            RuntimeError: If ``on_materialize`` is ``"raise"``, or the weight is no longer what it was.
+            RuntimeError: If ``on_materialize`` is ``"raise"``, or a tensor is no longer what it was.
         """
         self.materialized += 1
         if self.on_materialize != "count":
@@ -84,31 +88,7 @@ class LazyHead:
             if self.on_materialize == "raise":
                 raise RuntimeError(message)
             warn_caller(message)
-        self.require_unchanged(record)
-
-    def require_unchanged(self, record: LinearRecord) -> None:
-        """Raise ``RuntimeError`` if the weight is not the one that the head multiplied any more."""
-        matrix = matrix_of(record.weight)
-        if lies_over_processes(matrix) or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
-            return
-        if matrix.numel() and matrix.untyped_storage().nbytes() == 0:
-            raise RuntimeError(
-                "the weight of unmade logits was freed after the head ran, as FSDP does for a head that is a group of "
-                "its own; leave the head to the root group, or shard it with reshard_after_forward=False"
-            )
-        if version_of(record.weight) != record.version:
-            raise RuntimeError(
-                "the weight of unmade logits was changed in place after the head ran, as by an optimizer step; use the "
-                "logits before, or call logits.materialize() where they must stay as they are"
-            )
-
-
-def version_of(weight: Tensor | LowRankWeight) -> int | None:
-    """Return a number that grows with each change of the weight in place; ``None`` where torch does not count them."""
-    parts = [weight.weight, weight.a, weight.b] if isinstance(weight, LowRankWeight) else [weight]
-    if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
-        return None
-    return sum(part._version for part in parts)
+        require_unchanged(record)
 
 
 # --- finding the head ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,8 @@ from softcurve.losses.teacher import LinearTeacher
 
 Plan: TypeAlias = tuple[tuple[str, Any], ...]
 
-NUMBERS = ("dtype", "dim", "lowered", "scale", "after", "kind", "factor", "memory_budget", "version")
+NUMBERS = ("dtype", "dim", "lowered", "scale", "after", "kind", "factor", "memory_budget", "version",
+           "wants")  # fmt: skip
 
 
 def shape_of(input: Tensor, weight: Tensor, dim: int) -> torch.Size:
@@ -42,7 +43,8 @@ class LinearRecord:
     kind: Literal["logits", "log_softmax", "softmax"] = "logits"
     factor: float = 1.0  # of the log-softmax or softmax
     memory_budget: Any = None  # of the functions on a head that take the record
-    version: int | None = None  # of the weight when the head ran
+    version: int | None = None  # of the tensors when the operation was recorded
+    wants: bool = False  # whether compiled code that recorded it wants gradients
 
     @property
     def classes(self) -> int:
@@ -117,7 +119,7 @@ class LinearRecord:
     def detached(self) -> LinearRecord:
         """Return the record without gradients."""
         bias = None if self.bias is None else self.bias.detach()
-        return replace(self, input=self.input.detach(), weight=self.weight.detach(), bias=bias)
+        return replace(self, input=self.input.detach(), weight=self.weight.detach(), bias=bias, wants=False)
 
     def as_teacher(self, temperature: float) -> LinearTeacher:
         """Return the softmax as a target whose logits are divided by ``temperature``."""
@@ -129,13 +131,30 @@ class LinearRecord:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which a head multiplies in the dtype in which it did when it was recorded."""
+        if not torch.amp.is_autocast_available(self.input.device.type):
+            return nullcontext()
         return torch.autocast(self.input.device.type, dtype=self.lowered, enabled=self.lowered is not None)
+
+    def widened(self, result: Tensor) -> Tensor:
+        """Return a result that a function on a head computed, in a dtype that is not narrower than the record's."""
+        return result.to(torch.promote_types(result.dtype, self.dtype))
+
+    def multiplied(self, input: Tensor, matrix: Tensor) -> Tensor:
+        """Return ``input @ matrix.mT``; a scale of each row may have widened the features."""
+        if self.lowered is None:
+            wide = torch.promote_types(input.dtype, matrix.dtype)
+            input, matrix = input.to(wide), matrix.to(wide)
+        return input @ matrix.mT
 
     def materialize(self) -> Tensor:
         """Return the tensor, computed as the head and the operations would have."""
-        matrix = matrix_of(self.weight)
+        matrix, bias = matrix_of(self.weight), self.bias
         with self.autocast():
-            z = F.linear(self.input, matrix, self.bias)
+            if self.input.dtype == matrix.dtype and (bias is None or bias.dtype == matrix.dtype):
+                z = F.linear(self.input, matrix, bias)
+            else:
+                z = self.multiplied(self.input, matrix)
+                z = z if bias is None else z + bias
             if isinstance(self.weight, LowRankWeight):
                 low = F.linear(self.input.to(self.weight.b.dtype), self.weight.b)
                 z = z + self.weight.factor * F.linear(low, self.weight.a).to(z.dtype)

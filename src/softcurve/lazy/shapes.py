@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
+from softcurve.losses.low_rank import matrix_of
 
 Result: TypeAlias = Any  # LinearRecord | Sequence[LinearRecord] | Tensor | NotImplemented
 Handler: TypeAlias = Callable[..., Result]
@@ -72,7 +74,7 @@ def _flatten(record: LinearRecord, start_dim: int = 0, end_dim: int = -1) -> Res
 @handles("unsqueeze", views=True)
 def _unsqueeze(record: LinearRecord, dim: int) -> Result:
     at = dim % (record.ndim + 1)
-    if not record.classes_last or at == record.ndim:
+    if not record.classes_last or at == record.ndim or not -record.ndim - 1 <= dim <= record.ndim:
         return NotImplemented
     return record.of_rows(record.input.unsqueeze(at))
 
@@ -97,16 +99,13 @@ for _name, _place, _default in (
     _along_rows(_name, _place, _default)
 
 
-@handles("__iter__")
-def _iterate(record: LinearRecord) -> Result:
-    return HANDLERS[torch.Tensor.unbind](record)
-
-
 @handles("__getitem__", views=True)
 def _get(record: LinearRecord, index: Any) -> Result:
     if not record.classes_last:
         return NotImplemented
     parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(map(_is_plain, parts)):
+        return NotImplemented
     taken = sum(_dimensions_of(part) for part in parts)
     here = [i for i, part in enumerate(parts) if part is Ellipsis]
     if taken > record.ndim or len(here) > 1:
@@ -124,20 +123,28 @@ def _get(record: LinearRecord, index: Any) -> Result:
     return record.of_rows(record.input[tuple(parts)])
 
 
+def _is_plain(part: Any) -> bool:
+    """Return whether it is certain which dimensions an entry of an index takes, and whether it copies."""
+    if isinstance(part, list):
+        return all(type(number) is int for number in part)
+    is_index = isinstance(part, Tensor) and part.ndim > 0 and not part.is_floating_point()
+    return is_index or part is None or part is Ellipsis or type(part) in (int, slice)
+
+
 def _dimensions_of(part: Any) -> int:
     """Return how many dimensions an entry of an index takes."""
     if part is None or part is Ellipsis:
         return 0
     if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8):
         return part.ndim
-    return 0 if isinstance(part, bool) else 1
+    return 1
 
 
 def _cut(record: LinearRecord, classes: slice) -> LinearRecord | None:
     """Return the record of some classes, as those of a vocabulary without its padding."""
     if classes.indices(record.classes) == (0, record.classes, 1):
         return record
-    if record.kind != "logits" or (classes.step or 1) != 1:
+    if record.kind != "logits" or (classes.step or 1) != 1 or lies_over_processes(matrix_of(record.weight)):
         return None
     return record.but(weight=record.weight[classes], bias=None if record.bias is None else record.bias[classes])
 
@@ -183,7 +190,7 @@ def _contiguous(record: LinearRecord, memory_format: torch.memory_format = torch
 
 @handles("clone")
 def _clone(record: LinearRecord, *, memory_format: torch.memory_format = torch.preserve_format) -> Result:
-    return record
+    return record.but()  # another tensor; where a handler returns the same record, torch returns the same tensor
 
 
 @handles("detach", views=True)
@@ -210,6 +217,7 @@ for _name in ("float", "double", "half", "bfloat16"):
 @handles("to")
 def _to(record: LinearRecord, *args: Any, **kwargs: Any) -> Result:
     options = dict(kwargs)
+    switches = [arg for arg in args if isinstance(arg, bool)]  # non_blocking and copy
     for arg in args:
         if isinstance(arg, Tensor):
             options.update(dtype=arg.dtype, device=arg.device)
@@ -219,25 +227,25 @@ def _to(record: LinearRecord, *args: Any, **kwargs: Any) -> Result:
             options["device"] = arg
         elif not isinstance(arg, bool):
             return NotImplemented
-    device = options.get("device")
-    there = record.input.device
-    if device is not None and (torch.device(device).type, torch.device(device).index or 0) != (
-        there.type,
-        there.index or 0,
-    ):
+    device, copies = options.pop("device", None), options.pop("copy", switches[1:] == [True])
+    dtype = options.pop("dtype", None) or record.dtype
+    if (device is not None and torch.device(device) != record.input.device) or set(options) - {"non_blocking"}:
         return NotImplemented
-    return _cast(record, options.get("dtype") or record.dtype)
+    cast = _cast(record, dtype)
+    return record.but() if copies and cast is record else cast
 
 
 # --- scale, cap and softmax ------------------------------------------------------------------------------------------
 
 
 def _scaled(record: LinearRecord, number: float) -> Result:
+    if not math.isfinite(number):
+        return NotImplemented
     if record.kind != "logits":
         return record.but(factor=record.factor * number)
     if record.after is not None:
         return record.but(after=record.after * number)
-    return record.but(scale=record.scale * number)
+    return record.but(scale=record.scale * number)  # another record even if the number is 1: torch copies
 
 
 @handles("mul", "multiply", "__mul__", "__rmul__")
@@ -261,7 +269,9 @@ def _divide(record: LinearRecord, other: Any, *, rounding_mode: str | None = Non
         return NotImplemented
     if isinstance(other, Real):
         return _scaled(record, 1 / float(other))
-    return _multiply(record, other.reciprocal()) if isinstance(other, Tensor) else NotImplemented
+    if not isinstance(other, Tensor) or not other.is_floating_point():
+        return NotImplemented
+    return _multiply(record, other.reciprocal())
 
 
 @handles("neg", "negative", "__neg__")
@@ -284,7 +294,8 @@ def _add(record: LinearRecord, other: Any, *, alpha: Any = 1) -> Result:
     if other.shape[-1] != record.classes or other.ndim > record.ndim or not other.is_floating_point():
         return NotImplemented
     more = other.flatten() / record.scale
-    return record.but(bias=more if record.bias is None else record.bias + more)
+    dtype = torch.promote_types(record.dtype, other.dtype)
+    return record.but(bias=more if record.bias is None else record.bias + more, dtype=dtype)
 
 
 def is_of_classes(record: LinearRecord, dim: Any) -> bool:
@@ -298,16 +309,17 @@ def _normalized(record: LinearRecord, dim: Any, dtype: torch.dtype | None, kind:
     return record.but(kind=kind, dtype=dtype or record.dtype)
 
 
+# F.softmax has a level of the stack in the place where Tensor.softmax has the dtype.
+
+
 @handles("log_softmax", functional=True)
-def _log_softmax(
-    record: LinearRecord, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Result:
-    return _normalized(record, dim, dtype, "log_softmax")
+def _log_softmax(record: LinearRecord, dim: Any = None, second: Any = None, dtype: Any = None, **_: Any) -> Result:
+    return _normalized(record, dim, second if isinstance(second, torch.dtype) else dtype, "log_softmax")
 
 
 @handles("softmax", functional=True)
-def _softmax(record: LinearRecord, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Result:
-    return _normalized(record, dim, dtype, "softmax")
+def _softmax(record: LinearRecord, dim: Any = None, second: Any = None, dtype: Any = None, **_: Any) -> Result:
+    return _normalized(record, dim, second if isinstance(second, torch.dtype) else dtype, "softmax")
 
 
 @handles("exp")
