@@ -23,6 +23,8 @@ import softcurve
 from softcurve import lazy_logits
 from softcurve.lazy import LazyHead, LazyLogits
 
+from . import process_cases
+
 C = 11
 Y = torch.tensor([[3, 0, 10], [7, -100, 2]])
 INDEX = Y.clamp(min=0).unsqueeze(-1)
@@ -833,3 +835,10 @@ def test_compiled(run_forked):
 
 def test_public_names():
     assert softcurve.lazy_logits is lazy_logits
+
+
+@pytest.mark.slow
+def test_processes():
+    found = process_cases.run("lazy_processes", 2)
+    assert {case.split(":")[0].split(",")[0].split(" ")[0] for case in found} == {"DDP", "FSDP2", "sharded"}
+    assert not process_cases.wrong(found)

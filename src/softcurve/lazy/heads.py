@@ -149,7 +149,8 @@ def require_linear(module: nn.Module) -> None:
         )
     weight = getattr(inner, "weight", None)
     checks.require_floating("the weight of the head", weight, "(C, d)")
-    if lies_over_processes(weight) and module._forward_hooks:
+    is_group = hasattr(module, "_get_fsdp_state")  # of FSDP2, whose hooks make the weight whole
+    if lies_over_processes(weight) and module._forward_hooks and not is_group:
         raise ValueError(
             "head must leave its output to the loss where its weight is a DTensor, got a head whose hooks convert it; "
             "leave the head out of the parallel plan and shard its weight by distribute_tensor, with Shard(0)"
