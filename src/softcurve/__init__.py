@@ -18,6 +18,7 @@ from softcurve.functional import (
     softmax_jacobian_product,
 )
 from softcurve.head.row_statistics import HeadStatistics, LossStats
+from softcurve.lazy import lazy_logits
 from softcurve.linear import (
     linear_cross_entropy,
     linear_distillation,
@@ -57,10 +58,10 @@ _LAZY = {
 
 __all__ = [
     "AlphaDivergence", "ChainRule", "ClassMap", "CrossEntropy", "Divergence", "ForwardKL", "HeadStatistics",
-    "JensenShannon",
-    "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL", "SkewKL",
-    "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule", "contrastive_loss",
-    "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence", "kl_divergence",
+    "JensenShannon", "LinearTeacher", "Logits", "LossStats", "LowRankWeight", "Pair", "Probabilities", "ReverseKL",
+    "SkewKL", "SoftmaxRegression", "SoftmaxRegressionCV", "TopK", "TopKCache", "TopKWriter", "chain_rule",
+    "contrastive_loss", "cross_entropy", "curvature", "divergence", "entropy", "functional", "js_divergence",
+    "kl_divergence", "lazy_logits",
     "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_js_divergence", "linear_kl_divergence",
     "linear_log_probs", "linear_topk", "nn", "reference", "softmax_jacobian", "softmax_jacobian_product", "typing",
 ]  # fmt: skip

@@ -1,0 +1,53 @@
+"""Logits that a model's own forward does not make, because what it computes from them needs none."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from softcurve.lazy.heads import LazyHead, OnMaterialize, head_of
+from softcurve.lazy.tensor import LazyLogits
+from softcurve.typing import Integer
+
+__all__ = ["LazyHead", "LazyLogits", "lazy_logits"]
+
+
+def lazy_logits(
+    model: nn.Module, head: nn.Module | str | None = None, *, on_materialize: OnMaterialize = "count",
+    memory_budget: Integer | None = None,
+) -> LazyHead:  # fmt: skip
+    """Let a model's head answer with unmade logits, so that its own loss is computed without them.
+
+    The head's forward returns a :class:`torch.Tensor` without memory, which knows the features, the weight and the
+    bias. Scaling, a tanh cap, casts, a bias, and indexing and reshaping of leading dimensions are recorded.
+    ``F.cross_entropy``, ``F.nll_loss`` and ``F.kl_div`` of ``log_softmax``, ``gather``, ``logsumexp``, ``argmax``,
+    ``max`` and ``topk``, and the sum or mean of a ``log_softmax`` over the classes, are computed a tile at a time by
+    the ``linear_*`` functions. Every other function receives the logits themselves, which are then made as the head
+    would have made them, and kept.
+
+    Args:
+        model: A model of transformers, or any module; it may be wrapped by DDP, FSDP, peft or ``torch.compile``.
+        head: The ``torch.nn.Linear`` that makes the logits, or its name, such as ``"classifier"``. By default that of
+            ``model.get_output_embeddings()``. It may have a LoRA adapter of peft.
+        on_materialize: What happens where logits are made: ``"count"`` counts in the attribute ``materialized``,
+            ``"warn"`` also warns, with the function that needed them, and ``"raise"`` raises ``RuntimeError``.
+        memory_budget: Bytes for tiles, as in :func:`softcurve.linear_cross_entropy`.
+
+    Returns:
+        A context manager, which is active at once, with ``materialized`` and ``remove()``.
+
+    Losses are float32 or wider, whatever the dtype of the model. Where the head runs under autocast, its factors are
+    lowered, and the sums stay in float32.
+
+    Raises:
+        TypeError, ValueError: If the head is not found, or its forward is not ``linear(input, weight, bias)``.
+        RuntimeError: If the weight was changed or freed before the unmade logits are used.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1000))
+        >>> with softcurve.lazy_logits(model, head="2") as lazy:
+        ...     loss = torch.nn.functional.cross_entropy(model(torch.randn(3, 4)), torch.tensor([0, 41, 2]))
+        ...     loss.backward()
+        >>> lazy.materialized
+        0
+    """
+    return LazyHead(head_of(model, head), on_materialize, memory_budget)
