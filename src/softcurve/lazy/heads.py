@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class LazyHead:
         self.materialized = 0
         module.forward = self.forward
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LazyHead:
         return self
 
     def __exit__(
