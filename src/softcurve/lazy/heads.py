@@ -111,6 +111,11 @@ def version_of(weight: Tensor | LowRankWeight) -> int | None:
     return sum(part._version for part in parts)
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Return whether a head answers with unmade logits at present."""
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), LazyHead)
+
+
 # --- finding the head ------------------------------------------------------------------------------------------------
 
 
