@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TENSORS = ("_input", "_weight", "_bias", "_a", "_b", "_low_rank_scale")
 
 _DATA = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_meta",
-         "is_sparse", "is_quantized", "itemsize", "nbytes", "output_nr", "_backward_hooks")  # fmt: skip
+         "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes", "output_nr", "_backward_hooks")  # fmt: skip
 _METHODS = ("size", "dim", "numel", "nelement", "ndimension", "element_size", "get_device", "is_floating_point",
             "is_complex", "is_signed", "__len__", "__hash__", "register_hook", "is_inference")  # fmt: skip
 # What is known of a tensor without its entries.
@@ -165,9 +165,9 @@ class _Link(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> LazyLogits:
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> LazyLogits:
         ctx.plan, ctx.tensors = plan, tensors
-        return LazyLogits(plan, *tensors)
+        return LazyLogits(plan, *tensors)  # type: ignore[arg-type]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
