@@ -16,10 +16,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 OF_FIT = {"scipy", "sklearn", "safetensors", "pyarrow", "pandas"}
 OF_APP = {"typer", "rich", "matplotlib", "jinja2", "latex2mathml"}
+OF_INTEGRATIONS = {"transformers", "trl", "lightning", "softcurve.integrations"}
 
 
 def test_an_import_loads_nothing_optional(run_python):
-    code = f"import sys, softcurve; print(*sorted({OF_FIT | OF_APP | {'torch._dynamo'}!r} & set(sys.modules)))"
+    code = f"import sys, softcurve; print(*sorted({OF_FIT | OF_APP | OF_INTEGRATIONS | {'torch._dynamo'}!r} & set(sys.modules)))"
     assert run_python(code).stdout.strip() == ""
 
 
@@ -36,6 +37,12 @@ def test_an_import_does_without_jaxtyping(run_python):
         if isinstance(node, ast.ImportFrom) and node.module == "jaxtyping"
     }
     assert named == {"array_types.py"}
+
+
+def test_no_module_names_an_architecture():
+    """A model is known by its head and by the functions of torch that it calls, so that releases change nothing here."""
+    for file in FILES:
+        assert "transformers.models" not in file.read_text(encoding="utf-8"), file
 
 
 def test_the_public_list_is_the_public_surface():

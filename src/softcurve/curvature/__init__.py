@@ -10,6 +10,7 @@ from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.empirical_fisher import EmpiricalFisher
 from softcurve.curvature.fisher import Fisher
 from softcurve.curvature.ggn import GGN
+from softcurve.curvature.gradient_noise import GradientNoise, gradient_noise
 from softcurve.curvature.head import HeadCurvature
 from softcurve.curvature.hessian import Hessian
 from softcurve.curvature.influence import Influence, influence
@@ -20,9 +21,9 @@ from softcurve.curvature.split import split_head
 from softcurve.head.products import Direction
 
 __all__ = [
-    "GGN", "DiagonalEstimate", "Direction", "Eigenpairs", "EmpiricalFisher", "Estimate", "Fisher", "HeadCurvature",
-    "Hessian", "Influence", "KroneckerFactors", "LastLayerLaplace", "Solution", "SpectralDensity", "SymmetricOperator",
-    "influence", "split_head",
+    "GGN", "DiagonalEstimate", "Direction", "Eigenpairs", "EmpiricalFisher", "Estimate", "Fisher", "GradientNoise",
+    "HeadCurvature", "Hessian", "Influence", "KroneckerFactors", "LastLayerLaplace", "Solution", "SpectralDensity",
+    "SymmetricOperator", "gradient_noise", "influence", "split_head",
 ]  # fmt: skip
 
 

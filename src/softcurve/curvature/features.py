@@ -38,7 +38,10 @@ class FeatureMap:
         self.module = module
 
     def __call__(self, x: Any, seed: int, *, device: torch.device, graph: bool) -> Any:
-        """Return ``features(x)``, or ``features(**x)`` of a mapping, in the module's present mode."""
+        """Return ``features(x)``, or ``features(**x)`` of a mapping, in the module's present mode.
+
+        Of a record, as the models of transformers return, it is the ``last_hidden_state``.
+        """
         devices = [] if device.type == "cpu" else [device]
         with torch.inference_mode(False), torch.set_grad_enabled(graph), torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(seed)
@@ -49,6 +52,7 @@ class FeatureMap:
                     e = self.module(**{name: _recordable(part) for name, part in x.items()})
                 else:
                     e = self.module(_recordable(x))
+        e = getattr(e, "last_hidden_state", e)
         if graph and isinstance(e, Tensor):
             _require_no_reentrant_checkpoint(e)
         return e

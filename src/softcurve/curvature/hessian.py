@@ -18,10 +18,11 @@ class Hessian(NetworkOperator):
     """``∂²L/∂θ²`` of the mean loss over ``data``, exact: ``Jᵀ H_e J + Σ_i (∂L/∂e_i) ∂²e_i/∂θ²`` and the head's own.
 
     Args:
-        features: a module that maps a batch ``x`` (``**x``, if it is a mapping) to ``e (..., d)``, run in its present
-            mode; its buffers are not changed.
+        features: a module that maps a batch ``x`` (``**x``, if it is a mapping) to ``e (..., d)``, or to a record with
+            it as ``last_hidden_state``, run in its present mode; its buffers are not changed.
         head: an ``nn.Linear`` from ``d`` to the classes; its weight may be tied to a parameter of the features.
-        data: a re-iterable of batches ``(x, target)`` or ``(x, target, sample_weight)``, read once for each product.
+        data: a re-iterable of batches ``(x, target)``, ``(x, target, sample_weight)`` or mappings with ``labels``, read
+            once for each product. A mapping is passed whole, ``features(**batch)``, and its ``labels`` are the target.
         loss: ``"cross_entropy"``, ``"forward_kl"`` (``D(target‖model)``), ``"reverse_kl"`` or ``"js"``.
         seed: the seed of dropout, together with the batch's number: given the same batches, every product sees the
             same masks.

@@ -19,7 +19,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, Unpack
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from softcurve.curvature.determinism import require_deterministic
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.kfac import FactorForm
 from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
-from softcurve.curvature.network import Batch, BatchRows, SplitNetwork, require_reiterable
+from softcurve.curvature.network import Batch, SplitNetwork, Unit, require_reiterable
 from softcurve.head import loop
 from softcurve.head.products import STILL, MapParts
 from softcurve.head.tensors import joined
@@ -44,9 +44,10 @@ class Influence(ShortRepr):
     """``values[i] = −∇L_testᵀ (G + damping I)⁻¹ w_i ∇ℓ_i`` of each training row; a negative value means that it helps.
 
     ``(n,)`` on the mean test loss, or ``(n, m)`` on each of ``m`` test rows, in the order of the data; positions of a
-    sequence are rows. A row that does not count has 0. ``divisor`` is what the training loss divides its sum by,
-    ``Σ w`` for a mean. ``residuals`` and ``converged`` are those of the linear systems, one per column (see
-    :class:`~softcurve.curvature.Solution`), and ``products`` is how many products they took.
+    sequence are rows, unless ``unit="sequence"`` takes them together. A row that does not count has 0. ``divisor`` is
+    what the training loss divides its sum by, ``Σ w`` for a mean. ``residuals`` and ``converged`` are those of the
+    linear systems, one per column (see :class:`~softcurve.curvature.Solution`), and ``products`` is how many products
+    they took.
     """
 
     values: Float[Tensor, " n *test"]
@@ -78,24 +79,27 @@ class Influence(ShortRepr):
 @with_options_of(HeadLosses.of)
 def influence(
     features: nn.Module, head: nn.Linear, train_data: Iterable[Batch], test_data: Iterable[Batch], *, damping: float,
-    rows: Literal["mean", "each"] = "mean", test_options: LossOptions | None = None, preconditioned: bool = True,
-    form: FactorForm = "auto", rank: int = 128, tol: float = 1e-6, max_iterations: int | None = None,
-    columns_at_once: int = 16, seed: int = 0, progress: bool = False, process_group: ProcessGroup | None = None,
-    check_deterministic: bool = True, **options: Unpack[LossOptions],
+    rows: Literal["mean", "each"] = "mean", unit: Unit = "row", test_options: LossOptions | None = None,
+    preconditioned: bool = True, form: FactorForm = "auto", rank: int = 128, tol: float = 1e-6,
+    max_iterations: int | None = None, columns_at_once: int = 16, seed: int = 0, progress: bool = False,
+    process_group: ProcessGroup | None = None, check_deterministic: bool = True, **options: Unpack[LossOptions],
 ) -> Influence:  # fmt: skip
     """Return the influence of each row of ``train_data`` on the loss on ``test_data``, in the trained parameters.
 
     Args:
         features: a module that maps a batch ``x`` to ``e (..., d)``, in its present mode; ``nn.Identity()`` for none.
         head: an ``nn.Linear`` from ``d`` to the classes.
-        train_data: a re-iterable of batches ``(x, target)`` or ``(x, target, sample_weight)``, in the same order each
-            time: they are read for each product, and once more for each ``columns_at_once`` test rows. A shuffled
-            loader is refused.
+        train_data: a re-iterable of batches ``(x, target)``, ``(x, target, sample_weight)`` or mappings with
+            ``labels`` (see :class:`~softcurve.curvature.Hessian`), in the same order each time: they are read for each
+            product, and once more for each ``columns_at_once`` test rows. A shuffled loader is refused.
         test_data: the same; read once. With ``rows="each"`` it must not be shuffled either.
         damping: added to the diagonal of the Gauss-Newton matrix of the reduced training loss; the weight decay ``λ``
             of ``λ/2 ‖θ‖²``, where there is one.
         rows: ``"mean"``: on the mean test loss; ``"each"``: on the loss of each test row, times its weight. The sum of
             the latter divided by the sum of the weights is the former.
+        unit: ``"row"``, or ``"sequence"``: the rows of each index of the first dimension of the features together, such
+            as the tokens of a sequence of a language model, in the training data and for ``rows="each"`` in the test
+            data. The influence of a sequence is the sum of those of its tokens.
         loss, beta, ..., memory_budget: the training loss and its options, see
             :class:`~softcurve.curvature.Hessian`; a test loss is a mean whatever the ``reduction``.
         test_options: the options of the test loss; those of the training loss by default.
@@ -117,6 +121,7 @@ def influence(
             that differ, or come in a random order.
     """
     checks.require_choice("rows", rows, ("mean", "each"))
+    checks.require_choice("unit", unit, get_args(Unit))
     checks.require_positive("damping", damping)
     checks.require_positive("tol", tol)
     checks.require_count("columns_at_once", columns_at_once, 1)
@@ -136,11 +141,11 @@ def influence(
             require_deterministic(test, "test_data", ordered=True)
     preconditioner = train.preconditioner(damping, form=form, rank=rank, seed=seed) if preconditioned else None
 
-    gradients = iter([_mean_gradient(test)]) if rows == "mean" else _row_gradients(test)
+    gradients = iter([_mean_gradient(test)]) if rows == "mean" else _unit_gradients(test, unit)
     values, solutions, divisor = [], [], 1.0
     while group := list(islice(gradients, columns_at_once)):
         solution = conjugate_gradients(train, torch.stack(group, -1), damping, preconditioner, tol, max_iterations)
-        changes, divisor = _changes(train.network, solution.x)
+        changes, divisor = _changes(train.network, solution.x, unit)
         values.append(changes.neg_())
         solutions.append(replace(solution, x=solution.x[:0]))
     if not values:
@@ -157,38 +162,23 @@ def _mean_gradient(test: SplitNetwork) -> Tensor:
     flat, total = torch.zeros(test.layout.size, dtype=test.layout.dtype, device=test.device), 0.0
     for rows in test.rows("Test gradient"):
         total += rows.divisor
-        _add_gradient(test, rows, slice(0, len(rows.e)), flat)
+        flat += test.gradient(rows, slice(0, len(rows.e)))
     return test.sum_data_shards(test.sum_class_shards(flat)) / test.divisor(total, "test_data")
 
 
-def _row_gradients(test: SplitNetwork) -> Iterator[Tensor]:
-    """Yield ``w_r ∇ℓ_r`` of each test row, ``(P,)``, one at a time."""
+def _unit_gradients(test: SplitNetwork, unit: Unit) -> Iterator[Tensor]:
+    """Yield ``Σ w_r ∇ℓ_r`` of each test row or sequence, ``(P,)``, one at a time."""
     for rows in test.rows("Test gradients"):
-        for number in range(len(rows.e)):
-            flat = torch.zeros(test.layout.size, dtype=test.layout.dtype, device=test.device)
-            _add_gradient(test, rows, slice(number, number + 1), flat)
-            yield test.sum_class_shards(flat)
+        yield from map(test.sum_class_shards, test.gradients(rows, unit))
 
 
-def _add_gradient(network: SplitNetwork, rows: BatchRows, some: slice, flat: Tensor) -> None:
-    """``flat += Σ w ∇ℓ`` over some rows of a batch."""
-    loss, t, _, budget = rows.losses
-    target, indices = (None if part is None else part[some] for part in (t.target, t.indices))
-    t = t._replace(input=t.input[some], target=target, indices=indices, row_weight=t.row_weight[some])
-    columns = flat.unsqueeze(0)
-    (into,) = sums = network.sums(rows, columns)
-    wanted = [part is not None for part in joined(MapParts(*into), STILL)]
-    in_input, in_weight, in_bias, *_ = loop.evaluate(loss, t, budget, wanted=wanted).gradients
-    if into.input is not None and in_input is not None:
-        into.input[some] += network.class_share(in_input)
-    for part, gradient in ((into.weight, in_weight), (into.bias, in_bias)):
-        if part is not None and gradient is not None:
-            part += gradient
-    network.add_pulled_back(rows, sums, columns)
+def _changes(
+    train: SplitNetwork, columns: Float[Tensor, "parameters k"], unit: Unit
+) -> tuple[Float[Tensor, "n k"], float]:
+    """Return ``Σ w_i ∇ℓ_i · s`` of each training unit and each column ``s``, and what the training loss is divided by.
 
-
-def _changes(train: SplitNetwork, columns: Float[Tensor, "parameters k"]) -> tuple[Float[Tensor, "n k"], float]:
-    """Return ``w_i ∇ℓ_i · s`` of each training row and each column ``s``, and what the training loss is divided by."""
+    A unit is a row, or the rows of a sequence.
+    """
     changes, total = [columns.new_zeros(0, columns.shape[1])], 0.0
     for rows in train.rows("Training rows"):
         total += rows.divisor
@@ -198,5 +188,6 @@ def _changes(train: SplitNetwork, columns: Float[Tensor, "parameters k"]) -> tup
             for direction in train.directions(rows, columns.T.contiguous())[0]
         ]
         weight = tensors.row_weight.unsqueeze(-1)
-        changes.append(torch.where(weight == 0, 0.0, weight * torch.stack(along, -1)).to(columns.dtype))
+        of_rows = torch.where(weight == 0, 0.0, weight * torch.stack(along, -1)).to(columns.dtype)
+        changes.append(of_rows.reshape(*rows.grouping(unit), columns.shape[1]).sum(1))
     return torch.cat(changes), train.divisor(total)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,15 @@ from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.split import require_head, require_same_logits
 from softcurve.extras import needed
-from softcurve.head.products import Direction
+from softcurve.head import loop
+from softcurve.head.products import STILL, Direction, MapParts
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
-from softcurve.head.tensors import RowLosses
+from softcurve.head.tensors import RowLosses, joined
 from softcurve.losses.targets import Target
 from softcurve.processes import sum_over
 
-Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor]
+Batch = tuple[Any, Tensor | Target] | tuple[Any, Tensor | Target, Tensor] | Mapping[str, Any]
+Unit = Literal["row", "sequence"]
 Parts = Sequence[Tensor]  # one tensor for each trained parameter of the features
 
 
@@ -76,6 +78,11 @@ class BatchRows:
     e: Tensor  # (n, d), with a graph where a parameter of the features is trained
     losses: RowLosses
     divisor: float  # the batch's share of what the sum over all rows is divided by
+    sequences: int  # the first dimension of the features, each of the same number of rows
+
+    def grouping(self, unit: Unit) -> tuple[int, int]:
+        """Return the number of units and the number of rows in each: single rows, or those of a sequence."""
+        return (len(self.e), 1) if unit == "row" else (self.sequences, len(self.e) // max(1, self.sequences))
 
 
 @dataclass(eq=False)
@@ -117,7 +124,8 @@ class SplitNetwork:
             problem = self.losses.problem(e, self.head.weight, self.head.bias, target, sample_weight)
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 flat = e.reshape(-1, e.shape[-1])
-            yield BatchRows(number, flat, self.losses.rows(problem), float(problem.divisor(self.losses.reducer)))
+            divisor, sequences = float(problem.divisor(self.losses.reducer)), 1 if e.ndim == 1 else len(e)
+            yield BatchRows(number, flat, self.losses.rows(problem), divisor, sequences)
 
     def random_seed(self, use: str, number: int) -> int:
         """Return a seed for one use of random numbers in a batch; the hash keeps neighbouring seeds and uses apart."""
@@ -240,6 +248,28 @@ class SplitNetwork:
         for number, part in zip(self.layout.of_features, parts, strict=True):
             self.layout.view(flat, number).add_(part)
 
+    def gradients(self, rows: BatchRows, unit: Unit) -> Iterator[Tensor]:
+        """Yield this process's share of ``Σ w ∇ℓ`` of each unit of a batch, ``(P,)``, one at a time."""
+        count, size = rows.grouping(unit)
+        return (self.gradient(rows, slice(size * number, size * (number + 1))) for number in range(count))
+
+    def gradient(self, rows: BatchRows, some: slice) -> Tensor:
+        """Return this process's share of ``Σ w ∇ℓ`` over some rows of a batch, ``(P,)``."""
+        loss, t, _, budget = rows.losses
+        target, indices = (None if part is None else part[some] for part in (t.target, t.indices))
+        t = t._replace(input=t.input[some], target=target, indices=indices, row_weight=t.row_weight[some])
+        columns = torch.zeros(1, self.layout.size, dtype=self.layout.dtype, device=self.device)
+        (into,) = sums = self.sums(rows, columns)
+        wanted = [part is not None for part in joined(MapParts(*into), STILL)]
+        in_input, in_weight, in_bias, *_ = loop.evaluate(loss, t, budget, wanted=wanted).gradients
+        if into.input is not None and in_input is not None:
+            into.input[some] += self.class_share(in_input)
+        for part, gradient in ((into.weight, in_weight), (into.bias, in_bias)):
+            if part is not None and gradient is not None:
+                part += gradient
+        self.add_pulled_back(rows, sums, columns)
+        return columns.squeeze(0)
+
 
 class NetworkOperator(SymmetricOperator):
     """A second-order matrix of ``loss(head(features(x)), target)`` over all of ``data``."""
@@ -319,10 +349,12 @@ def length_of(data: Any) -> int | None:
 
 
 def _unpack(batch: Any, number: int) -> tuple[Any, Tensor | Target, Tensor | None]:
+    if isinstance(batch, Mapping) and batch.get("labels") is not None:
+        return batch, batch["labels"], None  # an encoder-decoder makes its decoder's input from the labels
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(
             f"data must yield (x, target) or (x, target, sample_weight), got {type(batch).__name__} in batch {number}; "
-            "a single batch is a list of one: [(x, target)]"
+            "a single batch is a list of one: [(x, target)], and a mapping must have labels"
         )
     x, target, *rest = batch
     return x, target, rest[0] if rest else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softcurve.curvature.features import eager, parallel_wrapper
 from softcurve.head.sharded import lies_over_processes
+from softcurve.lazy.heads import head_of, is_lazy
 from softcurve.losses.spec import LogitMap
 from softcurve.typing import Number
 from softcurve.warn import warn_caller
@@ -96,7 +97,7 @@ def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def split_head(
-    model: nn.Module, head: str, *, softcap: float | None = None, temperature: float = 1.0
+    model: nn.Module, head: str | None = None, *, softcap: float | None = None, temperature: float = 1.0
 ) -> tuple[HeadInput, nn.Linear]:
     """Split a model into ``features, head`` such that ``head(features(x))`` are the logits of ``model(x)``.
 
@@ -104,7 +105,8 @@ def split_head(
         model: any module that calls its head once, after differentiable computations. Only the first call is seen.
             Parameters that are used only behind the head count, with zeros in every matrix. Compiled modules around the
             head run uncompiled.
-        head: the dotted name of an ``nn.Linear`` in it, such as ``"lm_head"`` or ``"decoder.output"``.
+        head: the dotted name of an ``nn.Linear`` in it, such as ``"lm_head"`` or ``"decoder.output"``; by default that
+            of ``model.get_output_embeddings()``, which the models of transformers have.
         softcap, temperature: the model's map of its logits, which ``features`` and ``head`` leave out; the losses and
             operators need the same options, and operators refuse others.
 
@@ -121,6 +123,9 @@ def split_head(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     LogitMap.of(temperature, softcap)
+    if head is None:
+        output = head_of(model, None)
+        head = next(name for name, module in model.named_modules() if module is output)
     path, compiled = _path_to(model, head)
     *ancestors, module = path
     if not isinstance(module, nn.Linear):
@@ -219,7 +224,8 @@ def require_head(head: object) -> None:
             "temperature= and softcap="
         )
     require_classes("head.out_features", head.out_features)
-    if (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)) and not _computes_linear(head):
+    replaced = "forward" in vars(head) and not is_lazy(head)
+    if (head._forward_hooks or head._forward_pre_hooks or replaced) and not _computes_linear(head):
         raise TypeError(
             "head must compute W e + b as torch.nn.Linear does, got hooks or a replaced forward that change its "
             "input or output; remove them, or move what they do into features"

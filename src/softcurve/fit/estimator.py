@@ -16,11 +16,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
+from softcurve import checks
+from softcurve.curvature.split import require_head
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.fitting import Fit, check_options, fit_head
+from softcurve.fit.saved_head import linear_of
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence, divergence_of
 from softcurve.losses.topk import TopK
@@ -145,11 +148,66 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the head of the last fit if it has the same classes and features and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
-        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
-        if len(classes) == 2:
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        weight, bias = self._head()
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
-        return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
+        return (weight.double(), bias.double()) if finite and weight.shape[1] == self.n_features_in_ else None
+
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Return the weight ``(C, d)`` and the bias ``(C,)``, of which two classes keep the difference alone."""
+        weight, bias = to_tensor(self.coef_), to_tensor(self.intercept_)
+        if len(self.classes_) == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        return weight, bias
+
+    def to_linear(self) -> nn.Linear:
+        """Return the fitted head as a trainable ``nn.Linear`` with copies of its coefficients, in their dtype.
+
+        Its outputs ``(n, C)`` are logits of the classes in the order of ``classes_``; those of two classes are ``∓z/2``
+        of the decision function ``z``. There is a bias if ``fit_intercept`` is true.
+
+        Example:
+            >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 2])
+            >>> model.to_linear()
+            Linear(in_features=1, out_features=3, bias=True)
+        """
+        check_is_fitted(self)
+        weight, bias = self._head()
+        return linear_of(weight, bias if self.fit_intercept else None)
+
+    @classmethod
+    def from_linear(cls, head: nn.Linear, classes: Any = None, **parameters: Any) -> SoftmaxRegression:
+        """Return a fitted estimator with the weight and the bias of a head, the reverse of :meth:`to_linear`.
+
+        It predicts as it is. With ``warm_start=True``, ``fit`` starts from the head if the labels are ``classes``.
+
+        Args:
+            head: An ``nn.Linear`` from ``d`` features to ``C ≥ 2`` classes. Half precision becomes float32.
+            classes: The labels ``(C,)`` of its rows, which become ``classes_``; by default 0…C-1.
+            parameters: Those of the estimator. ``fit_intercept`` is by default whether the head has a bias.
+
+        Raises:
+            TypeError: If ``head`` is no ``nn.Linear`` that computes ``W e + b``.
+            ValueError: If ``classes`` are not ``C`` distinct labels, or there is one class.
+
+        Example:
+            >>> head = torch.nn.Linear(4, 3)
+            >>> model = SoftmaxRegression.from_linear(head, ["ant", "bee", "cat"])
+            >>> model.predict(np.zeros((5, 4))).shape
+            (5,)
+        """
+        require_head(head)
+        labels = np.arange(head.out_features) if classes is None else np.asarray(classes)
+        if labels.shape != (head.out_features,) or len(set(labels.tolist())) != head.out_features:
+            raise ValueError(
+                f"classes must be {head.out_features} distinct labels, one for each row of the head's weight; got "
+                f"{len(set(labels.ravel().tolist()))} distinct ones of shape {labels.shape}"
+            )
+        estimator = cls(**{"fit_intercept": head.bias is not None, **parameters})
+        weight = checks.widened(head.weight.detach()).cpu().clone()
+        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach().cpu().to(weight.dtype).clone()
+        estimator.classes_, estimator.n_features_in_ = labels, head.in_features
+        estimator._keep_head(weight, bias, like=None)
+        return estimator
 
     @overload
     def decision_function(self, X: Tensor) -> Tensor: ...

@@ -38,12 +38,7 @@ class SavedHead(ShortRepr):
 
     def to_linear(self) -> nn.Linear:
         """Return the head as a trainable layer with copies of its tensors."""
-        classes, width = self.weight.shape
-        # Initialising on "meta" draws no numbers, so the global random generator stays as it is.
-        linear = nn.Linear(width, classes, device="meta")
-        linear.weight = nn.Parameter(self.weight.clone())
-        linear.bias = nn.Parameter(self.bias.clone())
-        return linear
+        return linear_of(self.weight, self.bias)
 
     def save(self, path: Path | str) -> None:
         """Write the head to a file, which is replaced only when all is written."""
@@ -72,6 +67,17 @@ class SavedHead(ShortRepr):
             raise DataError(
                 f"head: {path} is not a head that can be used: {error}; fit it again with softcurve fit"
             ) from error
+
+
+def linear_of(weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"] | None) -> nn.Linear:
+    """Return a trainable layer with copies of a weight and a bias."""
+    classes, width = weight.shape
+    # Initialising on "meta" draws no numbers, so the global random generator stays as it is.
+    linear = nn.Linear(width, classes, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone())
+    return linear
 
 
 def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedHead:

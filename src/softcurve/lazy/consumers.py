@@ -100,7 +100,6 @@ def _gather(record: LinearRecord, dim: Any, index: Tensor, *, sparse_grad: bool 
         return _chosen_logits(record, index)
     with record.autocast():
         log_probs = linear_log_probs(record.input, record.weight, index, **record.options).log_probs
-    assert log_probs is not None
     return record.widened(record.factor * (log_probs if record.kind == "log_softmax" else log_probs.exp()))
 
 
@@ -115,7 +114,6 @@ def _chosen_logits(record: LinearRecord, index: Tensor) -> Tensor:
     if index.shape[-1] * matrix.shape[1] > record.classes or lies_over_processes(matrix):
         with record.autocast():
             stats = linear_log_probs(record.input, weight, index, **record.options)
-        assert stats.log_probs is not None
         return (stats.log_probs + stats.lse.unsqueeze(-1)).to(record.dtype)
     checks.require_class_indices("index", index, record.classes)
     rows, e = index.reshape(-1), record.input.unsqueeze(-2)

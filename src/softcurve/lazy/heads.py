@@ -91,6 +91,11 @@ class LazyHead:
         require_unchanged(record)
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Return whether a head answers with unmade logits at present."""
+    return isinstance(getattr(module.__dict__.get("forward"), "__self__", None), LazyHead)
+
+
 # --- finding the head ------------------------------------------------------------------------------------------------
 
 
