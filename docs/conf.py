@@ -11,6 +11,8 @@ html_title = f"softcurve {release}"
 
 # Formulas are plain text in Unicode: a page needs no script and nothing from the net.
 myst_heading_anchors = 3
+# Their callbacks are subclassed in softcurve.integrations, whose signatures the API reference shows without them.
+autodoc_mock_imports = ["transformers", "lightning"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"

@@ -181,6 +181,10 @@ def networks() -> Cases:
         wanted = expected.values if group is None else expected.values[share]
         yield f"influence, {what}", distance(got.values, wanted), 1e-5
         yield f"divisor of influence, {what}", abs(got.divisor - expected.divisor), 1e-12
+        noise = curvature.gradient_noise(features, model, data, process_group=group)
+        alone = curvature.gradient_noise(features, head, [(x, label)])
+        yield f"variance of gradients, {what}", abs(noise.variance / alone.variance - 1), 1e-10
+        yield f"gradient, {what}", abs(noise.squared_norm - alone.squared_norm) / alone.variance, 1e-10
     # One process has all of the data, the others not even an empty batch.
     all_of_it = [(x, label)] if rank == count - 1 else []
     for name, options in (("plain", {}), ("soft cap", {"softcap": 2.0})):
@@ -195,6 +199,8 @@ def networks() -> Cases:
     expected = curvature.influence(features, head, [(x, label)], [(x, label)], damping=0.1)
     wanted = expected.values if all_of_it else expected.values[:0]
     yield "no batch, influence", distance(got.values, wanted), 1e-5
+    noise = curvature.gradient_noise(features, head, all_of_it, process_group=dist.group.WORLD)
+    yield "no batch, variance of gradients", abs(noise.variance / alone.variance - 1), 1e-10
     # Processes whose kinds of target differ.
     most = torch.log_softmax(t["logits"], -1).topk(2)
     listed = softcurve.TopK(most.indices, most.values)

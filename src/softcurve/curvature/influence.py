@@ -119,6 +119,11 @@ def influence(
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch; passes
             that differ, or come in a random order.
+
+    Example:
+        >>> head, data = torch.nn.Linear(4, 3), [(torch.randn(20, 4), torch.randint(3, (20,)))]
+        >>> softcurve.curvature.influence(torch.nn.Identity(), head, data, data, damping=0.1).values.shape
+        torch.Size([20])
     """
     checks.require_choice("rows", rows, ("mean", "each"))
     checks.require_choice("unit", unit, get_args(Unit))

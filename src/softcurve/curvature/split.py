@@ -119,6 +119,12 @@ def split_head(
         ValueError: there is no such module, or it has one class.
         TypeError: it is no ``nn.Linear``, computes something else than ``W e + b``, or is inside a wrapper for several
             processes (``DistributedDataParallel``, FSDP), whose forward must run to its end to synchronise gradients.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> features, head = softcurve.curvature.split_head(model, "2")
+        >>> features(torch.randn(5, 4)).shape
+        torch.Size([5, 8])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -28,7 +28,7 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     is left as it is. ``history`` holds them without a logger, too.
 
     Raises:
-        TypeError, ValueError: At the first measurement, if the module has no head that can be split off (see
+        TypeError, ValueError: When the training begins, if the module has no head that can be split off (see
             :func:`softcurve.curvature.split_head`).
 
     Example:
@@ -45,6 +45,10 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     def history(self) -> list[tuple[int, dict[str, float]]]:
         """The step and the figures of each measurement."""
         return self.monitor.history
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Require a head that can be split off."""
+        self.monitor.split(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
