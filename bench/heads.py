@@ -82,6 +82,11 @@ def actions(shape: Shape, generator: Generator) -> Tensors:
     return *class_indices(shape, generator), torch.randn(shape.rows, generator=generator)
 
 
+def nothing(shape: Shape, generator: Generator) -> Tensors:
+    """Return no target, for what is taken from a head alone."""
+    return ()
+
+
 def _features_and_weight(shape: Shape, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return random features and weights whose logits have standard deviation 2."""
     features = torch.randn(shape.rows, shape.width, generator=generator)
@@ -113,6 +118,11 @@ def _log_probs(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor, *, memory
     found = sc.linear_log_probs(e, w, index, memory_budget=memory_budget)
     assert found.log_probs is not None
     return torch.stack([found.log_probs, found.entropy])
+
+
+def _list_of(k: int) -> Loss:
+    """Return the log-probabilities of the ``k`` most probable classes of each row."""
+    return lambda e, w, *, memory_budget: sc.linear_topk(e, w, k, memory_budget=memory_budget).log_probs
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ def multiply(products: Products) -> None:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 BASE = Shape(1024, 256, 32_000)
+LISTED = (32, 1024)
 POLICY_SHAPES = (BASE, Shape(1024, 768, 50_257), Shape(2048, 128, 50_257), Shape(256, 64, 1_000_000))
 
 
@@ -279,8 +290,24 @@ CASES: Mapping[str, Case] = {
         floor=recomputed_products,
         compiled=None,
     ),
+} | {
+    f"top-k list, k = {k}": Case(
+        nothing,
+        _list_of(k),
+        peers.dense_list_of(k),
+        shapes=(BASE, *POLICY_SHAPES[2:]),
+        floor=logits_product,
+        run=values,
+        compiled=None,
+    )
+    for k in LISTED
 }
-LOG_PROBS = ("log-probs", "policy-gradient")  # the cases of the table log_probs; the table heads has the others
+# The cases of the table log_probs; the table heads has the others.
+LOG_PROBS = (
+    "log-probs",
+    "policy-gradient",
+    *(f"top-k list, k = {k}" for k in LISTED),
+)
 
 BUDGET = 64 * 2**20
 BUDGETED: Mapping[str, tuple[Shape, ...]] = {

@@ -53,6 +53,11 @@ def dense_log_probs(e: Tensor, w: Tensor, index: Tensor, advantage: Tensor) -> T
     return torch.stack([log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)])
 
 
+def dense_list_of(k: int) -> Loss:
+    """Return a function of the log-probabilities of the ``k`` most probable classes of each row."""
+    return lambda e, w: F.linear(e, w).log_softmax(-1).topk(k).values
+
+
 def policy_gradient_of(log_probs: Loss) -> Loss:
     """Return the loss ``−mean(advantage · log p + 0.01 · entropy)`` by a function that returns both."""
 

@@ -312,10 +312,11 @@ def test_candidates_of_many_blocks(k: int, monkeypatch: pytest.MonkeyPatch) -> N
     for entries in (4 * 256, 4 * 1024):
         monkeypatch.setattr("softcurve.head.plan.STREAMED_ENTRIES", entries)
         for b in (None, bias):
-            got = softcurve.linear_topk(torch.eye(4), z.mT.contiguous(), k, linear_bias=b)
             indices, log_probs = dense_topk(torch.eye(4), z.mT, b, k)
-            assert torch.equal(got.indices, indices)
-            torch.testing.assert_close(got.log_probs.double(), log_probs, rtol=1e-6, atol=1e-6)
+            for budget in (None, 200_000):
+                got = softcurve.linear_topk(torch.eye(4), z.mT.contiguous(), k, linear_bias=b, memory_budget=budget)
+                assert torch.equal(got.indices, indices)
+                torch.testing.assert_close(got.log_probs.double(), log_probs, rtol=1e-6, atol=1e-6)
 
 
 def test_a_misleading_sample_of_the_classes() -> None:

@@ -31,6 +31,9 @@ GROUP_PIECES = 4
 # A product of more features takes as long either way, and whole rows need fewer operations.
 STREAMED_ENTRIES, STREAMED_ROWS, STREAMED_WIDTH = 2**20, 512, 160
 
+# Classes of a list from which on it is collected from cached blocks; a shorter one is found faster in whole rows.
+LONG_LIST = 128
+
 # Rows below which cutting classes is cheaper than accumulating the weight's gradient once more for each tile.
 FEWEST_ROWS = 64
 
@@ -185,10 +188,11 @@ def plan_list(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | No
     # A group of rows: its softmax, and at most as much for chunks, their columns as int64 and their logits.
     row = 2 * _width(spec, tensors) + 16 * k * processes + 32 + _excluded_entries(tensors)
     needs = Needs(1 + (spec.softcap is not None), 4 * GROUP_PIECES, row)
+    streamed = tensors.dtype == torch.float32 and k >= LONG_LIST and _width(spec, tensors) <= STREAMED_WIDTH
     return make_plan(
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=tensors.input.device, needs=needs,
         least_pieces=needs.buffers + needs.temporaries, least_row_entries=needs.row_entries, whole_rows=False,
-        memory_budget=budget, streamed=tensors.dtype == torch.float32 and _width(spec, tensors) <= STREAMED_WIDTH,
+        memory_budget=budget, streamed=streamed,
     )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ A group of rows is read while it is in the cache: by the maxima of chunks of its
 faster than an exponential and a sum, and by the sum of that without the largest class. The normaliser is ``1 + rest``
 with ``rest = Σ_{k≠top} e^{z_k − z_top}``, which keeps the digits of a confident row.
 
-In float32 on the CPU, logits above a bound of their row become candidates (:mod:`softcurve.head.candidates`). The bound
-follows from the maxima of the first block, or for a long list from a sample of the classes. The rows of which a sample
-promised too much are computed again without it.
+In float32 on the CPU, for long lists and for rows that are cut into many blocks, logits above a bound of their row
+become candidates (:mod:`softcurve.head.candidates`). The bound follows from the maxima of the first block, or for a
+long list from a sample of the classes. The rows of which a sample promised too much are computed again without it.
 
 Elsewhere the ``k`` largest classes of a row are sorted, which lie in the ``k`` chunks of the largest maxima. Only a row
 with equal logits among or beside its ``k`` largest is looked at again as a whole, because torch's ``topk`` selects and
@@ -28,7 +28,7 @@ from softcurve.array_types import Float, Int
 from softcurve.head import candidates
 from softcurve.head.kernel import row_groups
 from softcurve.head.maxima import CHUNK, largest, maxima_of_chunks
-from softcurve.head.plan import GROUP_PIECES
+from softcurve.head.plan import GROUP_PIECES, LONG_LIST
 from softcurve.head.tensors import HeadTensors
 from softcurve.head.tiles import Tile, Tiles
 from softcurve.losses.spec import LossSpec
@@ -39,6 +39,9 @@ LEAST_CHUNKED = 3
 
 # Places of a list of candidates beside those of its k largest, and every which class is sampled for a bound.
 LEAST_ROOM, SAMPLED = 512, 32
+
+# Classes of a block, for each of a list, in which sorting the lists of two blocks takes longer than collecting one.
+MERGED = 256
 
 # The rows of so many pieces are searched at a time, so that torch shares them among its threads.
 SEARCHED_PIECES = 16
@@ -84,14 +87,15 @@ def _top_of_tile(tile: Tile, k: int, *, samples: bool) -> tuple[TopRows, Tensor 
 
     If the classes were sampled, also return which rows, ``(rows,)``, have as many above the bound of the sample.
     """
-    spec, group = tile.tiles.spec, tile.tiles.group
-    if candidates.serves(tile.model.input):
+    spec, group, plan = tile.tiles.spec, tile.tiles.group, tile.tiles.plan
+    is_merged_often = plan.cuts_classes and plan.classes < MERGED * k
+    if candidates.serves(tile.model.input) and (k >= LONG_LIST or is_merged_often):
         top, complete = _collected(tile, k, samples=samples)
         found = [] if top is None else [top]
     else:
         found, complete = [], None
         for block, _ in tile.blocks():
-            groups = row_groups(block.z, SEARCHED_PIECES * tile.tiles.plan.cached)
+            groups = row_groups(block.z, SEARCHED_PIECES * plan.cached)
             parts = [_top_of_rows(tile, block.z[rows], k) for rows in groups]
             values, classes, rest = (torch.cat(part) for part in zip(*parts, strict=True))
             new = TopRows(values, classes + spec.first + block.classes.start, rest)
