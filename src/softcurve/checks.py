@@ -65,6 +65,26 @@ def require_floating(name: str, tensor: object, last: str = "(..., C) with the C
         raise ValueError(f"{name} must be of shape {last} last, got {describe(tensor)}")
 
 
+def require_dim(value: object) -> int:
+    """Return the number of a dimension as a Python int."""
+    dim = as_integer(value)
+    if dim is None:
+        raise TypeError(f"dim must be an int, the dimension of the classes, got {describe(value)}; -1 is the last")
+    return dim
+
+
+def moved_last(tensor: Tensor, dim: int, name: str) -> Tensor:
+    """Return a view of ``tensor`` in which dimension ``dim`` is the last."""
+    if dim == -1:
+        return tensor
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(
+            f"dim must be a dimension of {name}, from {-tensor.ndim} to {tensor.ndim - 1}, got {dim} for "
+            f"{describe(tensor)}; -1 is the last"
+        )
+    return tensor.movedim(dim, -1)
+
+
 def require_features(name: str, tensor: object) -> None:
     """Require a real floating-point tensor whose last dimension contains at least one feature."""
     require_floating(name, tensor, "(..., d) with the d >= 1 features")
@@ -131,7 +151,8 @@ def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
     """Return the remedy, as text, if ``logits`` differ from ``rows`` because of torch's layout ``(N, C, …)``."""
     if len(logits) > 2 and _in_torch_layout(logits, (*rows, logits[1])):
-        return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
+        here = "dim=1 or " if name == "logits" else ""
+        return f"; for torch's layout (N, C, d_1, ...) pass {here}{name}.movedim(1, -1), which has the classes last"
     return ""
 
 

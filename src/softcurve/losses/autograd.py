@@ -184,14 +184,33 @@ def _by_tiles(
     limit = TILE_ELEMENTS.get(present[0].device.type, size)
     if torch.compiler.is_compiling() or size <= limit or count < 2:
         return function(*tensors)
-    step = max(1, limit * count // size)
-    flat = [None if each is None else each.reshape(count, *each.shape[len(rows) :]) for each in tensors]
     whole: list[Tensor | None] = []
-    for start in range(0, count, step):
-        parts = function(*(None if each is None else each[start : start + step] for each in flat))
+    for tile in _tiles(rows, max(1, limit * count // size)):
+        parts = function(*(None if each is None else each[tile] for each in tensors))
         if not whole:
-            whole = [None if part is None else part.new_empty((count, *part.shape[1:])) for part in parts]
+            whole = [None if part is None else _room(part, rows, present) for part in parts]
         for out, part in zip(whole, parts, strict=True):
             if out is not None and part is not None:
-                out[start : start + step] = part
-    return tuple(None if out is None else out.reshape(*rows, *out.shape[1:]) for out in whole)
+                out[tile] = part
+    return tuple(whole)
+
+
+def _tiles(rows: torch.Size, count: int) -> Iterator[tuple[slice, ...]]:
+    """Yield slices of about ``count`` rows, up to twice as many, of which the first dimensions are cut.
+
+    The rows are not flattened, which would copy logits whose classes are not last in memory.
+    """
+    inner = math.prod(rows[1:])
+    if inner <= 2 * count:
+        step = max(1, count // inner)
+        yield from ((slice(start, start + step),) for start in range(0, rows[0], step))
+    else:
+        for start in range(rows[0]):
+            yield from ((slice(start, start + 1), *rest) for rest in _tiles(rows[1:], count))
+
+
+def _room(part: Tensor, rows: torch.Size, tensors: Sequence[Tensor]) -> Tensor:
+    """Return an empty tensor for the parts of all tiles, in the memory order of a tensor of its shape."""
+    shape = (*rows, *part.shape[len(rows) :])
+    like = next((tensor for tensor in tensors if tensor.shape == shape), None)
+    return part.new_empty(shape) if like is None else torch.empty_like(like, dtype=part.dtype)

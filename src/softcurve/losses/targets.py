@@ -120,6 +120,10 @@ class Target(ShortRepr, ABC):
         rows = left_out & self.malformed(classes)
         return self if checks.values_visible(rows) and not rows.any() else self.cleared(rows, classes)
 
+    def with_classes_last(self: AnyTarget, dim: int) -> AnyTarget:
+        """Return the target of which the classes are in dimension ``dim``, as a view that has them last."""
+        return replace(self, **{self._row_field: checks.moved_last(self._row_tensor, dim, "target")})  # type: ignore[type-var]
+
     def require_fit(self, logits: Sequence[int], cut: str = "logits[..., :{classes}]") -> None:
         """Raise ``ValueError`` unless the target has the rows and classes of ``logits``, a shape.
 

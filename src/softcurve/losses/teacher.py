@@ -94,6 +94,10 @@ class LinearTeacher(Target):
             return len(range(*self.classes.indices(count)))
         return count if self.classes is None else len(self.classes)
 
+    def with_classes_last(self, dim: int) -> LinearTeacher:
+        """Return the teacher itself, whose features are last wherever the classes of the model are."""
+        return self
+
     def require_fit(self, logits: Sequence[int], cut: str = "logits[..., :{classes}]") -> None:  # noqa: D102
         try:
             super().require_fit(logits, cut)

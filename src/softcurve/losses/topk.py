@@ -358,6 +358,10 @@ class TopK(Target):
             listed, tail = listed / temperature, (tail - log_rest) / temperature + log_rest
         return torch.cat([listed, tail], -1)
 
+    def with_classes_last(self, dim: int) -> TopK:  # noqa: D102
+        indices, log_probs = (checks.moved_last(part, dim, "target") for part in (self.indices, self.log_probs))
+        return TopK(indices, log_probs, self.tail)
+
     def require_fit(self, logits: Sequence[int], cut: str = "") -> None:
         """Raise ``ValueError`` unless the list has the rows of the ``logits`` and at most as many classes."""
         if tuple(self.leading) != tuple(logits[:-1]) or self.indices.shape[-1] > logits[-1]:
