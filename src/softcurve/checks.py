@@ -23,10 +23,17 @@ _KEYS = torch._C.DispatchKey
 _WRAPPERS = (_KEYS.FuncTorchBatched, _KEYS.FuncTorchGradWrapper, _KEYS.Python)
 
 
+@functools.cache
+def _kind(keys: int) -> tuple[bool, bool]:
+    """Return whether a tensor with these dispatch keys is neither wrapped nor transformed, and whether on the CPU."""
+    known = torch._C.DispatchKeySet.from_raw_repr(keys)
+    return not any(map(known.has, _WRAPPERS)), known.has(_KEYS.CPU)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Return whether Python code can branch on the entries: no batched, transformed or fake tensor has any."""
-    wrapped = any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
-    return not wrapped and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    plain, _ = _kind(torch._C._dispatch_keys(tensor).raw_repr())
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def values_visible(*tensors: Tensor) -> bool:
@@ -34,8 +41,10 @@ def values_visible(*tensors: Tensor) -> bool:
     # The second condition detects tracing modes such as make_fx.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    for tensor in tensors:  # noqa: SIM110 - a generator would add a call for each tensor to every small loss
-        if not torch._C._dispatch_keys(tensor).has(_KEYS.CPU) or not is_plain(tensor):
+    for tensor in tensors:  # not by a generator, which would add a call for each tensor to every small loss
+        if _kind(torch._C._dispatch_keys(tensor).raw_repr()) != (True, True):
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):
             return False
     return True
 
@@ -244,6 +253,14 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
         raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {int(indices[outside][0])}")
 
 
+def names_classes(indices: Tensor, classes: int) -> bool:
+    """Return whether every entry can be seen to be in ``0 … classes − 1``, by one pass."""
+    if not values_visible(indices) or indices.numel() == 0:
+        return False
+    least, most = indices.aminmax()
+    return bool(least.item() >= 0 and most.item() < classes)
+
+
 def require_exclude(exclude: object, rows: Sequence[int], classes: int) -> Tensor | None:
     """Return the classes that each row leaves out, ``(*rows, k)`` in int64, or ``None`` if there are none."""
     if exclude is None:
@@ -345,9 +362,10 @@ def explain_nan(
 
     ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class.
     """
-    if not values_visible(rows) or not (wrong := rows.detach().isnan()).any():
+    if not values_visible(rows) or not math.isnan(rows.detach().sum().item()):
         return
-    if row_weight is not None and not (wrong & (row_weight != 0)).any():
+    wrong = rows.detach().isnan()
+    if not (wrong if row_weight is None else wrong & (row_weight != 0)).any():
         return
     for name, tensor in tensors.items():
         if tensor is None:

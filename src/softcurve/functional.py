@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +20,16 @@ from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
-from softcurve.losses.labels import Labels, cross_entropy_target
+from softcurve.losses.labels import Labels, count_alike, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
-from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
-from softcurve.losses.spec import LogitMap, LossSpec
-from softcurve.losses.targets import Logits, Target, excluded_mask, uniform_over_unmasked
+from softcurve.losses.rows import (
+    DenseCrossEntropy,
+    Entropy,
+    LogitDivergence,
+    cross_entropy_options,
+)  # fmt: skip
+from softcurve.losses.spec import LogitMap
+from softcurve.losses.targets import Logits, Target, excluded_mask, uniform_over_unmasked, with_classes_last
 from softcurve.losses.topk import TopK
 from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
@@ -93,12 +97,12 @@ def cross_entropy(
     """
     name = "logits"
     if dim != -1:
-        logits, target, exclude = _with_classes_last(dim, logits=logits, target=target, exclude=exclude)
+        logits, target, exclude = with_classes_last(dim, logits=logits, target=target, exclude=exclude)
         name = f"logits.movedim({dim}, -1)"
     checks.require_floating("logits", logits)
-    reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
-    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
-    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
+    classes = logits.shape[-1]
+    reducer, of_class = cross_entropy_options(reduction, base, temperature, softcap, z_loss, label_smoothing)
+    row_loss = DenseCrossEntropy(of_class.logit_map, of_class.z_loss)
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)
     sample_weight = _checked_weight(sample_weight, logits.shape[:-1], name)
@@ -112,18 +116,32 @@ def cross_entropy(
         if isinstance(target, TopK):
             logits = _cleared(logits, sample_weight)
         target = target.checked(sample_weight, classes).excluding(mask, checks.wide_dtype(dtype))
-        rows = _against_distribution(row_loss, logits, target, weight, loss.smoothing)
+        rows = _against_distribution(row_loss, logits, target, weight, of_class.smoothing)
     else:
         checks.require_rows("target", target, logits.shape[:-1], name, classes)
-        labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
-        sample_weight, mean_weight = labels.weight, labels.mean_weight
-        weighs_terms = weight is not None and (loss.smoothing or loss.z_loss)  # by more than one factor for the row
-        if weighs_terms or (loss.smoothing and softmax.may_be_masked(logits)):
-            rows = row_losses(row_loss, logits, _densified(loss.smoothing, logits, labels, weight))
+        unweighted, smoothing = weight is None and sample_weight is None, of_class.smoothing
+        if unweighted and count_alike(target, classes, ignore_index) and not (smoothing and _masks_any(logits, None)):
+            rows = row_losses(of_class, logits, target)
         else:
-            of_class = IndexCrossEntropy(row_loss.logit_map, loss.z_loss, loss.smoothing)
-            rows, sample_weight = row_losses(of_class, logits, labels.classes), mean_weight
+            labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
+            sample_weight, mean_weight = labels.weight, labels.mean_weight
+            # A class weight is one factor of the row unless there are other terms.
+            weighs_terms = weight is not None and (smoothing or of_class.z_loss)
+            if weighs_terms or (smoothing and _masks_any(logits, labels.weight)):
+                rows = row_losses(row_loss, logits, _densified(smoothing, logits, labels, weight))
+            else:
+                rows, sample_weight = row_losses(of_class, logits, labels.classes), mean_weight
     return _reduced(rows, sample_weight, mean_weight, reducer, dtype, logits=logits)
+
+
+def _masks_any(logits: Tensor, row_weight: Tensor | None) -> bool:
+    """Return whether a class may be masked in a row that counts: then smoothing is not the same for all classes."""
+    if not softmax.may_be_masked(logits):
+        return False
+    if not checks.values_visible(logits, *(() if row_weight is None else (row_weight,))):
+        return True
+    masked = (logits == -math.inf).any(-1)
+    return bool((masked if row_weight is None else masked & (row_weight != 0)).any())
 
 
 def _against_distribution(
@@ -260,7 +278,7 @@ def _divergence(
 ) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a list or groups can be the target only."""
     if dim != -1:
-        p, q, exclude = _with_classes_last(dim, **{names[0]: p, names[1]: q}, exclude=exclude)
+        p, q, exclude = with_classes_last(dim, **{names[0]: p, names[1]: q}, exclude=exclude)
     target, model = _as_logits(names[0], p), _as_logits(names[1], q)
     dtype = torch.promote_types(target.dtype, model.dtype)
     if isinstance(model, TopK | GroupedTarget):
@@ -299,20 +317,6 @@ def _divergence(
         y, _ = logit_map.shifted_value(y.to(wide))
     rows = row_losses(LogitDivergence(logit_map, divergence=divergence), z, y)
     return _reduced(rows, sample_weight, sample_weight, reducer, dtype, **{names[0]: y, names[1]: z})
-
-
-def _with_classes_last(dim: Integer, **arguments: Any) -> list[Any]:
-    """Return views of the arguments whose classes are in dimension ``dim``; class indices are left as they are."""
-    number = checks.require_dim(dim)
-    views: list[Any] = []
-    for name, value in arguments.items():
-        if isinstance(value, Target):
-            views.append(value.with_classes_last(number))
-        elif isinstance(value, Tensor) and (value.is_floating_point() or name == "exclude"):
-            views.append(checks.moved_last(value, number, name))
-        else:
-            views.append(value)
-    return views
 
 
 def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -365,7 +369,7 @@ def entropy(logits: Float[Tensor, "*any"], *, base: Number = math.e, dim: Intege
 
     Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
     """
-    (logits,) = _with_classes_last(dim, logits=logits)
+    (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
     rows = row_losses(Entropy(LogitMap()), logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))
     return _reduced(rows, None, None, Reduction.of("none", base), logits.dtype, logits=logits)
@@ -385,7 +389,7 @@ def softmax_jacobian(logits: Float[Tensor, "*any"], *, dim: Integer = -1) -> Flo
 
     Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
-    (logits,) = _with_classes_last(dim, logits=logits)
+    (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
     return softmax.jacobian(checks.widened(logits)).to(logits.dtype)
 
@@ -412,7 +416,7 @@ def softmax_jacobian_product(
             f"vector must have the shape {tuple(logits.shape)} of logits, got {checks.describe(vector)}; "
             "expand it first"
         )
-    z, v = _with_classes_last(dim, logits=logits, vector=vector)
+    z, v = with_classes_last(dim, logits=logits, vector=vector)
     product = softmax.jacobian_product(checks.widened(z), checks.widened(v)).to(logits.dtype)
     return product.movedim(-1, checks.require_dim(dim))
 
@@ -431,7 +435,9 @@ def _reduced(
     **logits: Tensor,
 ) -> Tensor:  # fmt: skip
     """Weight and reduce rows in nats; the result is of ``dtype``, or float32 if that is narrower."""
-    checks.explain_nan(rows, row_weight, logits)
-    rows = rows if row_weight is None else weighted(row_weight, rows)
-    rows = rows if reducer.nats == 1 else rows / reducer.nats
-    return reducer.apply(rows, mean_weight).to(checks.wide_dtype(dtype))
+    counted = rows if row_weight is None else weighted(row_weight, rows)
+    counted = counted if reducer.nats == 1 else counted / reducer.nats
+    result = reducer.apply(counted, mean_weight)
+    if result.ndim or not checks.values_visible(result) or math.isnan(result.item()):
+        checks.explain_nan(rows, row_weight, logits)
+    return result.to(checks.wide_dtype(dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float, Int
+from softcurve.head.few_logits import few_logits_loss
 from softcurve.head.log_probs import HeadStatistics, head_top_classes, statistics_of_head
 from softcurve.head.positions import by_position, problems_by_position
 from softcurve.head.problem import LossStats, head_problem, require_shift
@@ -84,6 +85,7 @@ def linear_cross_entropy(
     # fmt: on
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
 
+    Up to 65,536 logits of a call without options are held, since that is faster.
     It accepts every call of ``torch.nn.functional.linear_cross_entropy`` except its ``options``, including
     one-dimensional input, and weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions.
 
@@ -121,6 +123,12 @@ def linear_cross_entropy(
 
     Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
+    whole = weight is sample_weight is exclude is memory_budget is None and not return_stats
+    if whole and type(shift) is int and not shift:
+        options = (reduction, base, temperature, softcap, z_loss, label_smoothing)
+        few = few_logits_loss(options, input, linear_weight, linear_bias, target, ignore_index)
+        if few is not None:
+            return few
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:

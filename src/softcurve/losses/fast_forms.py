@@ -36,10 +36,9 @@ NEAR_OFFSET = 4.0
 Results = Sequence[Tensor | None]
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Return whether fast rows can be computed of these tensors, which must not be recorded by autograd."""
-    wide = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
-    return wide and not torch.is_grad_enabled() and values_visible(*tensors) and tensors[0].numel() > 0
+def serves(z: Rows, *others: Tensor) -> bool:
+    """Return whether fast rows can be computed: of visible float32, and not to be recorded by autograd."""
+    return z.dtype == torch.float32 and not torch.is_grad_enabled() and values_visible(z, *others) and z.numel() > 0
 
 
 def compares(divergence: Divergence) -> bool:
@@ -48,9 +47,17 @@ def compares(divergence: Divergence) -> bool:
     return known or (type(divergence) is JensenShannon and 0.01 <= divergence.beta <= 0.99)
 
 
-def completed(results: Results, sure: Flags, exact: Callable[..., Results], *tensors: Tensor) -> Results:
-    """Overwrite the rows of ``results`` that are not ``sure`` by ``exact`` of these rows of ``tensors``."""
-    if not sure.all():
+def _above(least: float, sizes: Column, scale: Values | None = None) -> Flags | None:
+    """Return which rows are larger than ``least``, or of scale 0; ``None`` if all are larger."""
+    if sizes.amin().item() > least:  # False beside NaN
+        return None
+    sure = (sizes > least).squeeze(-1)
+    return sure if scale is None else sure | (scale == 0)
+
+
+def completed(results: Results, sure: Flags | None, exact: Callable[..., Results], *tensors: Tensor) -> Results:
+    """Overwrite the rows of ``results`` that are not ``sure`` by ``exact`` of these rows; by default all are sure."""
+    if sure is not None and not sure.all():
         rows = ~sure
         for result, part in zip(results, exact(*(tensor[rows] for tensor in tensors)), strict=True):
             if result is not None and part is not None:
@@ -60,34 +67,44 @@ def completed(results: Results, sure: Flags, exact: Callable[..., Results], *ten
 
 def _where_stored(function: Callable[[Tensor, int], Tensor], z: Rows) -> Rows:
     """Return ``function(z, -1)``, computed where the classes are in memory: torch copies a tensor of another order."""
-    place = sum(step > z.stride(-1) for step in z.stride()[:-1])
-    if place == z.ndim - 1:
+    if z.is_contiguous():
         return function(z, -1)
+    place = sum([step > z.stride(-1) for step in z.stride()[:-1]])
     return function(z.movedim(-1, place), place).movedim(place, -1)
 
 
 # --- a cross-entropy -------------------------------------------------------------------------------------------------
 
 
-def index_losses(z: Rows, at: Tensor) -> tuple[Values, Flags]:
-    """Return ``−log p_t`` of class indices ``at``, ``(..., 1)``; of a confident row ``−log1p(−Σ_{k≠t} p_k)``."""
+def index_losses(z: Rows, at: Tensor) -> tuple[Values, Flags | None]:
+    """Return ``−log p_t`` of class indices ``at``, ``(..., 1)``, as ``log1p(Σ_{k≠t} p_k / p_t)``."""
     p = _where_stored(torch.softmax, z)
     at_target = p.gather(-1, at)
     others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
-    value = torch.where(at_target > 0.5, torch.log1p(-others), torch.log(at_target)).neg_()
-    return value.squeeze(-1), ((others > LEAST_OTHERS) & (at_target > 1e-30)).squeeze(-1)
+    sure = _above(LEAST_OTHERS, torch.minimum(others, at_target))
+    return others.div_(at_target).log1p_().squeeze(-1), sure
 
 
-def index_residuals(scale: Values, z: Rows, at: Tensor, smoothing: float = 0.0) -> tuple[Rows, Flags]:
+def index_residuals(scale: Values, z: Rows, at: Tensor, smoothing: float = 0.0) -> tuple[Rows, Flags | None]:
     """Return ``scale (p − y)`` of class indices ``at``, ``(..., 1)``; at the target ``−Σ_{k≠t} (p_k − ε/C)``."""
     p = _where_stored(torch.softmax, z)
     at_target = p.gather(-1, at)
     others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
-    sure = ((others > LEAST_OTHERS) & (at_target > 0)).squeeze(-1) | (scale == 0)
+    sure = _above(LEAST_OTHERS, torch.minimum(others, at_target), scale)
     if smoothing:
         p.sub_(smoothing / z.shape[-1])
         others.sub_(smoothing * (1 - 1 / z.shape[-1]))
     return p.scatter_(-1, at, others.neg_()).mul_(scale.unsqueeze(-1)), sure
+
+
+def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Values, Rows] | None:
+    """Return :func:`index_losses` and :func:`index_residuals` of scale 1 in one, or ``None`` if a row is not sure."""
+    p = _where_stored(torch.softmax, z)
+    at_target = p.gather(-1, at)
+    others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    if not torch.minimum(others, at_target).amin().item() > LEAST_OTHERS:
+        return None
+    return torch.log1p(others / at_target).squeeze(-1), p.scatter_(-1, at, others.neg_())
 
 
 def smoothed_index_losses(smoothing: float, z: Rows, at: Tensor) -> tuple[Values, Flags]:

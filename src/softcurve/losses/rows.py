@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Values
 from softcurve.losses import fast_forms, softmax
-from softcurve.losses.divergences import Divergence, Pair
+from softcurve.losses.divergences import CrossEntropy, Divergence, Pair
+from softcurve.losses.reduction import Reduction
 from softcurve.losses.softmax import RowCurvature
-from softcurve.losses.spec import LogitMap
+from softcurve.losses.spec import LogitMap, LossSpec
+from softcurve.typing import Number, ReductionKind
 
 # The second-order matrices of a row's loss with respect to the mapped logits, the input of the softmax.
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
@@ -56,6 +59,10 @@ class RowLoss(ABC):
     @abstractmethod
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
         """Return the joint Hessian times a direction; ``None`` is a direction of zeros."""
+
+    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the value and its gradient in ``z`` from the same passes, or ``None`` if there are none for both."""
+        return None
 
     # The base class adds the map, the z-loss, the scale of the rows and the dtypes.
 
@@ -149,6 +156,7 @@ class IndexCrossEntropy(RowLoss):
         at = target.unsqueeze(-1)
         if not fast_forms.serves(z, at):
             return self._exact_loss(z, at)
+        sure: Tensor | None
         if self.smoothing:
             value, sure = fast_forms.smoothed_index_losses(self.smoothing, z, at)
         else:
@@ -166,10 +174,17 @@ class IndexCrossEntropy(RowLoss):
         mean = torch.log1p(row.rest).squeeze(-1) - row.shifted.mean(-1)
         return (1 - self.smoothing) * rows + self.smoothing * mean
 
+    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return both by few passes, if they are accurate in every row."""
+        plain = self.logit_map.is_identity and not self.z_loss and not self.smoothing
+        if not plain or not fast_forms.serves(z, target):
+            return None
+        return fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
+
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return ``scale (p − y)`` by few passes where they are accurate, otherwise by the exact form."""
         at = target.unsqueeze(-1)
-        if not fast_forms.serves(scale, z, at):
+        if not fast_forms.serves(z, scale, at):
             return self._exact_residual(scale, z, at), None
         residual, sure = fast_forms.index_residuals(scale, z, at, self.smoothing)
         fast_forms.completed((residual,), sure, lambda *rows: (self._exact_residual(*rows),), scale, z, at)
@@ -232,7 +247,7 @@ class DenseCrossEntropy(RowLoss):
 
     @staticmethod
     def _residual(scale: Tensor, z: Tensor, target: Tensor) -> Tensor:
-        if not fast_forms.serves(scale, z, target):
+        if not fast_forms.serves(z, scale, target):
             return softmax.dense_residual(scale, z, target)
         residual, sure = fast_forms.dense_residuals(scale, z, target)
         fast_forms.completed((residual,), sure, lambda *rows: (softmax.dense_residual(*rows),), scale, z, target)
@@ -274,7 +289,7 @@ class LogitDivergence(RowLoss):
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return the gradients by few passes where they are accurate, otherwise by the exact form."""
-        if not (fast_forms.compares(self.divergence) and fast_forms.serves(scale, z, target)):
+        if not (fast_forms.compares(self.divergence) and fast_forms.serves(z, scale, target)):
             return self._exact_residuals(scale, z, target, wanted)
         *parts, sure = fast_forms.divergence_residuals(self.divergence, scale, z, target, wanted)
         exact = functools.partial(self._exact_residuals, wanted=wanted)
@@ -329,6 +344,29 @@ class Entropy(RowLoss):
         p = rows.probabilities
         u, information = softmax.centred(v_z, p), softmax.centred(softmax.finite_log(rows), p)
         return -p * (u * (information + 1) - (p * information * u).sum(-1, keepdim=True)), None
+
+
+def cross_entropy_options(*options: Any) -> tuple[Reduction, IndexCrossEntropy]:
+    """Return the reduction and the loss of class indices for the options that ``_checked_options`` lists.
+
+    Most calls have the options of the one before. Numbers in tensors may change, so only plain ones are remembered.
+    """
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, options)):
+        return _checked_options(*options)
+    return _remembered_options(*options)
+
+
+def _checked_options(
+    reduction: ReductionKind, base: Number, temperature: Number, softcap: Number | None, z_loss: Number,
+    label_smoothing: Number,
+) -> tuple[Reduction, IndexCrossEntropy]:  # fmt: skip
+    reducer = Reduction.of(reduction, base)
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
+    return reducer, IndexCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss, loss.smoothing)
+
+
+_PLAIN = frozenset((int, float, str, type(None)))
+_remembered_options = functools.lru_cache(64)(_checked_options)
 
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:

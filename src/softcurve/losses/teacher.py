@@ -46,6 +46,7 @@ class LinearTeacher(Target):
     """
 
     _row_field: ClassVar[str] = "input"
+    _class_fields: ClassVar[tuple[str, ...] | None] = ()  # the features are last wherever the model's classes are
     _cut: ClassVar[str] = "LinearTeacher(..., classes=slice({classes}))"
 
     input: Float[Tensor, "*rows teacher_features"]
@@ -93,10 +94,6 @@ class LinearTeacher(Target):
         if isinstance(self.classes, slice):
             return len(range(*self.classes.indices(count)))
         return count if self.classes is None else len(self.classes)
-
-    def with_classes_last(self, dim: int) -> LinearTeacher:
-        """Return the teacher itself, whose features are last wherever the classes of the model are."""
-        return self
 
     def require_fit(self, logits: Sequence[int], cut: str = "logits[..., :{classes}]") -> None:  # noqa: D102
         try:

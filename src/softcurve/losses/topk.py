@@ -60,6 +60,7 @@ class TopK(Target):
     """
 
     _row_field: ClassVar[str] = "log_probs"
+    _class_fields: ClassVar[tuple[str, ...] | None] = ("indices", "log_probs")
     states_mass: ClassVar[bool] = True
 
     indices: AnyInt[Tensor, "*rows k"]
@@ -357,10 +358,6 @@ class TopK(Target):
             log_rest = rest.clamp(min=1).to(dtype).log()
             listed, tail = listed / temperature, (tail - log_rest) / temperature + log_rest
         return torch.cat([listed, tail], -1)
-
-    def with_classes_last(self, dim: int) -> TopK:  # noqa: D102
-        indices, log_probs = (checks.moved_last(part, dim, "target") for part in (self.indices, self.log_probs))
-        return TopK(indices, log_probs, self.tail)
 
     def require_fit(self, logits: Sequence[int], cut: str = "") -> None:
         """Raise ``ValueError`` unless the list has the rows of the ``logits`` and at most as many classes."""
