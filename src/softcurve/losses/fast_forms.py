@@ -180,16 +180,17 @@ def divergence_residuals(
         in_target, in_z, sure = divergence_residuals(ForwardKL(), scale, target, z, (wanted[1], wanted[0]))
         return in_z, in_target, sure
     model, teacher = sides(z, target)
-    in_z, in_target = (torch.empty_like(z) if each else None for each in wanted)
+    in_z, in_target = None, torch.empty_like(target) if wanted[1] else None
     factors, size = (1.0, 1.0), torch.ones_like(model.top)
     if isinstance(divergence, JensenShannon):
+        in_z = torch.empty_like(z) if wanted[0] else None
         jensen_shannon(divergence.beta, model.p, teacher.p, in_z, in_target)
         factors = (divergence.beta - 1, -divergence.beta)
     else:
-        if in_z is not None:
-            torch.sub(model.p, teacher.p, out=in_z)
         if in_target is not None:
             size += pull(teacher.z - model.z, teacher.p, out=in_target).abs()
+        if wanted[0]:  # in place where the target's probabilities are not needed any more
+            in_z = torch.sub(model.p, teacher.p, out=None if wanted[1] else teacher.p)
     sure = _has_rest(model, teacher)
     for gradient, side, factor in zip((in_z, in_target), (model, teacher), factors, strict=True):
         if gradient is not None:
@@ -204,10 +205,13 @@ def _has_rest(*sides: Side) -> Tensor:
 
 
 def balance(gradient: Rows, p: Rows, top: Column) -> None:
-    """Let a class above one half take up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
+    """Let a class above one half take up what its row misses of its sum of 0, as in ``softmax.dense_residual``.
+
+    It overwrites ``p``: fresh memory takes longer than a pass over memory in use.
+    """
     confident = top > 0.5
     if confident.any():
-        largest = (p + 0.5).floor_()  # 1 at a class above one half
+        largest = p.add_(0.5).floor_()  # 1 at a class above one half
         gradient.addcmul_(largest, torch.where(confident, -gradient.sum(-1, keepdim=True), 0.0))
 
 
