@@ -37,6 +37,7 @@ def main() -> None:
     tables: dict[str, list[Record]] = {}
     if options.table in ("all", "logits"):
         tables["logits"] = print_logits(options.rows, options.classes, options.repeats)
+        tables["logits of other shapes"] = print_other_logits(options.repeats)
     for table in ("heads", "log_probs"):
         if options.table in ("all", table):
             chosen = options.case or CASES
@@ -266,7 +267,7 @@ def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
     print_head("loss", "ours s", "torch s", "ratio", "ours MB", "torch MB", "ours error", "torch error")
     records: list[Record] = []
     for index, case in enumerate(logits.CASES):
-        z, target = logits.inputs(rows, classes, case.soft)
+        z, target = logits.inputs((rows, classes), case.soft)
         runs = {
             "ours": partial(logits.step, case.ours, z, target, case.order),
             "torchs": partial(logits.step, case.torchs, z, target, case.order),
@@ -285,13 +286,34 @@ def print_logits(rows: int, classes: int, repeats: int) -> list[Record]:
     return records
 
 
+def print_other_logits(repeats: int) -> list[Record]:
+    """Print milliseconds of the loss and gradient of each case at small shapes and in torch's layout."""
+    print("\nforward and backward, float32; (N, C), and (N, C, H, W) with dim=1\n")
+    print_head("loss", "shape", "ours ms", "torch ms", "ratio")
+    records: list[Record] = []
+    for shape in logits.SHAPES:
+        for case in (case for case in logits.CASES if case.order == 1):
+            z, target = logits.inputs(shape, case.soft)
+            number = max(1, 2**18 // z.numel())
+            runs = {
+                "ours": partial(logits.steps, number, case.ours, z, target),
+                "torchs": partial(logits.steps, number, case.torchs, z, target),
+            }
+            seconds = interleaved(runs, repeats)
+            ms = {side: 1e3 * median(values) / number for side, values in seconds.items()}
+            ratio = median_ratio(seconds["ours"], seconds["torchs"])
+            print_row(case.name, str(shape), f"{ms['ours']:.3f}", f"{ms['torchs']:.3f}", f"{ratio:.2f}")
+            records.append({"loss": case.name, "shape": shape, "ms": ms, "ratio": ratio})
+    return records
+
+
 def _extra_memory(index: int, side: str, rows: int, classes: int) -> float:
     code = (
         "from bench import logits, measure\n"
         f"case = logits.CASES[{index}]\n"
-        "logits.step(case.ours, *logits.inputs(4, 50, case.soft), case.order)\n"
-        "logits.step(case.torchs, *logits.inputs(4, 50, case.soft), case.order)\n"
-        f"z, target = logits.inputs({rows}, {classes}, case.soft)\n"
+        "logits.step(case.ours, *logits.inputs((4, 50), case.soft), case.order)\n"
+        "logits.step(case.torchs, *logits.inputs((4, 50), case.soft), case.order)\n"
+        f"z, target = logits.inputs(({rows}, {classes}), case.soft)\n"
         f"print(measure.extra_peak_of(lambda: logits.step(case.{side}, z, target, case.order)))\n"
     )
     return float(in_fresh_process(code))
@@ -299,7 +321,7 @@ def _extra_memory(index: int, side: str, rows: int, classes: int) -> float:
 
 def _errors(case: logits.Case, rows: int, classes: int) -> dict[str, float]:
     """Return ``‖g − g64‖ / ‖g64‖`` of the gradient (or HVP), where g64 is torch's result in float64."""
-    z, target = logits.inputs(rows, classes, case.soft)
+    z, target = logits.inputs((rows, classes), case.soft)
     wide = z.detach().double().requires_grad_()
     truth = logits.step(case.torchs, wide, target.double() if case.soft else target, case.order)
     losses = {"ours": case.ours, "torchs": case.torchs}

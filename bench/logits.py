@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,48 +25,65 @@ class Case:
     order: int = 1  # 2 is the HVP by double backward
 
 
+# Shapes at which a loss costs little more than the calls of its operations, and the layout of torch, with the classes
+# in dimension 1: logits of a segmentation.
+SHAPES = ((1024, 128), (8, 100), (32, 100), (64, 1000), (256, 5000), (2, 21, 192, 192))
+
+
+def _dim(z: Tensor) -> int:
+    return -1 if z.ndim == 2 else 1
+
+
 def _kl_torch(z: Tensor, b: Tensor) -> Tensor:
-    return F.kl_div(torch.log_softmax(z, -1), torch.log_softmax(b, -1), log_target=True, reduction="batchmean")
-
-
-def _reverse_kl_torch(z: Tensor, b: Tensor) -> Tensor:
-    return F.kl_div(torch.log_softmax(b, -1), torch.log_softmax(z, -1), log_target=True, reduction="batchmean")
+    log_p, log_y = torch.log_softmax(z, 1), torch.log_softmax(b, 1)
+    return F.kl_div(log_p, log_y, log_target=True, reduction="sum") / (z.numel() / z.shape[1])
 
 
 def _js_torch(z: Tensor, b: Tensor) -> Tensor:
-    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(b, -1)
+    log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(b, 1)
     mixture = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-    return (log_p.exp() * (log_p - mixture) + log_q.exp() * (log_q - mixture)).sum(-1).mean() / 2
+    return (log_p.exp() * (log_p - mixture) + log_q.exp() * (log_q - mixture)).sum(1).mean() / 2
 
 
 CASES = (
-    Case("cross_entropy, indices", sc.cross_entropy, F.cross_entropy, soft=False),
+    Case("cross_entropy, indices", lambda z, t: sc.cross_entropy(z, t, dim=_dim(z)), F.cross_entropy, soft=False),
     Case(
         "cross_entropy, label smoothing",
-        lambda z, t: sc.cross_entropy(z, t, label_smoothing=0.1),
+        lambda z, t: sc.cross_entropy(z, t, label_smoothing=0.1, dim=_dim(z)),
         lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1),
         soft=False,
     ),
     Case(
         "cross_entropy, distributions",
-        lambda z, b: sc.cross_entropy(z, torch.softmax(b, -1)),
-        lambda z, b: F.cross_entropy(z, torch.softmax(b, -1)),
+        lambda z, b: sc.cross_entropy(z, torch.softmax(b, 1), dim=_dim(z)),
+        lambda z, b: F.cross_entropy(z, torch.softmax(b, 1)),
         soft=True,
     ),
-    Case("kl_divergence, forward", lambda z, b: sc.kl_divergence(b, z), _kl_torch, soft=True),
-    Case("kl_divergence, reverse", sc.kl_divergence, _reverse_kl_torch, soft=True),
-    Case("js_divergence", lambda z, b: sc.js_divergence(b, z), _js_torch, soft=True),
+    Case("kl_divergence, forward", lambda z, b: sc.kl_divergence(b, z, dim=_dim(z)), _kl_torch, soft=True),
+    Case(
+        "kl_divergence, reverse",
+        lambda z, b: sc.kl_divergence(z, b, dim=_dim(z)),
+        lambda z, b: _kl_torch(b, z),
+        soft=True,
+    ),
+    Case("js_divergence", lambda z, b: sc.js_divergence(b, z, dim=_dim(z)), _js_torch, soft=True),
     Case("cross_entropy, Hessian product", sc.cross_entropy, F.cross_entropy, soft=False, order=2),
 )
 
 
-def inputs(rows: int, classes: int, soft: bool) -> tuple[Tensor, Tensor]:
-    """Return logits that require a gradient, and a target: class indices or a teacher's logits."""
+def inputs(shape: Sequence[int], soft: bool) -> tuple[Tensor, Tensor]:
+    """Return logits ``(N, C, ...)`` that require a gradient, and a target: class indices or a teacher's logits."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(rows, classes, generator=generator).requires_grad_()
+    z = torch.randn(*shape, generator=generator).requires_grad_()
     if soft:
-        return z, torch.randn(rows, classes, generator=generator)
-    return z, torch.randint(classes, (rows,), generator=generator)
+        return z, torch.randn(*shape, generator=generator)
+    return z, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+
+
+def steps(number: int, loss: Loss, z: Tensor, target: Tensor) -> None:
+    """Run a number of steps of first order, which makes the time of a small loss measurable."""
+    for _ in range(number):
+        step(loss, z, target, 1)
 
 
 def step(loss: Loss, z: Tensor, target: Tensor, order: int) -> Tensor:

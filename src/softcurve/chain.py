@@ -143,7 +143,7 @@ def _at_logits(loss: str, z: Tensor, y: Tensor, p: Tensor) -> tuple[Tensor, Tens
         in_z = softmax.divergence_gradient(divergence, pair)
         return divergence.value(pair), reference.kl_gradient_in_first(p, y), in_z
     value = divergence.value(pair) if loss == "forward_kl" else DenseCrossEntropy(LogitMap()).loss(z, y)
-    return value, reference.dL_dp(y, p), softmax.dense_residual(z, y, z.new_ones(z.shape[:-1]))
+    return value, reference.dL_dp(y, p), softmax.dense_residual(z.new_ones(z.shape[:-1]), z, y)
 
 
 def _pull_back(

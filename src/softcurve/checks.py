@@ -23,10 +23,17 @@ _KEYS = torch._C.DispatchKey
 _WRAPPERS = (_KEYS.FuncTorchBatched, _KEYS.FuncTorchGradWrapper, _KEYS.Python)
 
 
+@functools.cache
+def _kind(keys: int) -> tuple[bool, bool]:
+    """Return whether a tensor with these dispatch keys is neither wrapped nor transformed, and whether on the CPU."""
+    known = torch._C.DispatchKeySet.from_raw_repr(keys)
+    return not any(map(known.has, _WRAPPERS)), known.has(_KEYS.CPU)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Return whether Python code can branch on the entries: no batched, transformed or fake tensor has any."""
-    wrapped = any(map(torch._C._dispatch_keys(tensor).has, _WRAPPERS))
-    return not wrapped and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    plain, _ = _kind(torch._C._dispatch_keys(tensor).raw_repr())
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def values_visible(*tensors: Tensor) -> bool:
@@ -34,8 +41,10 @@ def values_visible(*tensors: Tensor) -> bool:
     # The second condition detects tracing modes such as make_fx.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    for tensor in tensors:  # noqa: SIM110 - a generator would add a call for each tensor to every small loss
-        if not torch._C._dispatch_keys(tensor).has(_KEYS.CPU) or not is_plain(tensor):
+    for tensor in tensors:  # not by a generator, which would add a call for each tensor to every small loss
+        if _kind(torch._C._dispatch_keys(tensor).raw_repr()) != (True, True):
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):
             return False
     return True
 
@@ -63,6 +72,26 @@ def require_floating(name: str, tensor: object, last: str = "(..., C) with the C
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
         raise ValueError(f"{name} must be of shape {last} last, got {describe(tensor)}")
+
+
+def require_dim(value: object) -> int:
+    """Return the number of a dimension as a Python int."""
+    dim = as_integer(value)
+    if dim is None:
+        raise TypeError(f"dim must be an int, the dimension of the classes, got {describe(value)}; -1 is the last")
+    return dim
+
+
+def moved_last(tensor: Tensor, dim: int, name: str) -> Tensor:
+    """Return a view of ``tensor`` in which dimension ``dim`` is the last."""
+    if dim == -1:
+        return tensor
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(
+            f"dim must be a dimension of {name}, from {-tensor.ndim} to {tensor.ndim - 1}, got {dim} for "
+            f"{describe(tensor)}; -1 is the last"
+        )
+    return tensor.movedim(dim, -1)
 
 
 def require_features(name: str, tensor: object) -> None:
@@ -135,7 +164,8 @@ def _in_torch_layout(shape: Sequence[int], classes_last: Sequence[int]) -> bool:
 def layout_remedy(logits: Sequence[int], rows: Sequence[int], name: str) -> str:
     """Return the remedy, as text, if ``logits`` differ from ``rows`` because of torch's layout ``(N, C, …)``."""
     if len(logits) > 2 and _in_torch_layout(logits, (*rows, logits[1])):
-        return f"; for torch's layout (N, C, d_1, ...) pass {name}.movedim(1, -1), which has the classes last"
+        here = "dim=1 or " if name == "logits" else ""
+        return f"; for torch's layout (N, C, d_1, ...) pass {here}{name}.movedim(1, -1), which has the classes last"
     return ""
 
 
@@ -225,6 +255,14 @@ def require_class_indices(name: str, indices: Tensor, classes: int, ignore_index
     if outside.any():
         remedy = "" if ignore_index is None else f" or ignore_index ({ignore_index}) for a row that does not count"
         raise ValueError(f"{name} must hold classes in 0 … {classes - 1}{remedy}, got {int(indices[outside][0])}")
+
+
+def names_classes(indices: Tensor, classes: int) -> bool:
+    """Return whether every entry can be seen to be in ``0 … classes − 1``, by one pass."""
+    if not values_visible(indices) or indices.numel() == 0:
+        return False
+    least, most = indices.aminmax()
+    return bool(least.item() >= 0 and most.item() < classes)
 
 
 def require_exclude(exclude: object, rows: Sequence[int], classes: int) -> Tensor | None:
@@ -328,9 +366,10 @@ def explain_nan(
 
     ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class.
     """
-    if not values_visible(rows) or not (wrong := rows.detach().isnan()).any():
+    if not values_visible(rows) or not math.isnan(rows.detach().sum().item()):
         return
-    if row_weight is not None and not (wrong & (row_weight != 0)).any():
+    wrong = rows.detach().isnan()
+    if not (wrong if row_weight is None else wrong & (row_weight != 0)).any():
         return
     for name, tensor in tensors.items():
         if tensor is None:

@@ -1,6 +1,7 @@
 """The public losses on logits.
 
-Distributions are given by logits, with the classes last and leading dimensions free; log-probabilities are logits too.
+Distributions are given by logits, with the classes last, or in dimension ``dim``, and the other dimensions free;
+log-probabilities are logits too.
 Every loss is in nats unless ``base`` is given, twice differentiable with respect to every floating-point argument, and
 exact for confident rows, nearly equal distributions, masked classes (−inf) and logits with a common offset.
 """
@@ -19,11 +20,16 @@ from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
-from softcurve.losses.labels import Labels, cross_entropy_target
+from softcurve.losses.labels import Labels, count_alike, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
-from softcurve.losses.rows import DenseCrossEntropy, Entropy, IndexCrossEntropy, LogitDivergence
-from softcurve.losses.spec import LogitMap, LossSpec
-from softcurve.losses.targets import Logits, Target, excluded_mask, uniform_over_unmasked
+from softcurve.losses.rows import (
+    DenseCrossEntropy,
+    Entropy,
+    LogitDivergence,
+    cross_entropy_options,
+)  # fmt: skip
+from softcurve.losses.spec import LogitMap
+from softcurve.losses.targets import Logits, Target, excluded_mask, uniform_over_unmasked, with_classes_last
 from softcurve.losses.topk import TopK
 from softcurve.typing import Integer, Number, ReductionKind
 from softcurve.warn import warn_caller
@@ -39,16 +45,16 @@ def __dir__() -> list[str]:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "*rows classes"], target: Tensor | Target, *,
+    logits: Float[Tensor, "*any"], target: Tensor | Target, *,
     weight: Float[Tensor, " classes"] | None = None, sample_weight: Float[Tensor, "*rows"] | None = None,
     ignore_index: Integer | None = -100, label_smoothing: Number = 0.0, temperature: Number = 1.0,
     softcap: Number | None = None, z_loss: Number = 0.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Tensor | None = None,
+    exclude: Tensor | None = None, dim: Integer = -1,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``−(target * log_softmax(logits / temperature, -1)).sum(-1)``, reduced, but exact where this cancels.
 
     Args:
-        logits: ``(..., C)``, with the classes last (torch has them second). −inf masks a class.
+        logits: ``(..., C)``, with the classes last unless ``dim`` says otherwise. −inf masks a class.
         target: Class indices ``(...)``; or a distribution ``(..., C)``: a floating-point tensor of probabilities, whose
             rows may have any sum, as in torch; or a :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or
             ``LinearTeacher``. Distributions receive gradients. Soft cap and temperature apply to ``logits`` only.
@@ -71,6 +77,10 @@ def cross_entropy(
             without probability, gradient and share of the label smoothing. The softmax of a target given by ``Logits``
             or a ``LinearTeacher`` leaves them out too. Class indices, probabilities and a ``TopK`` state what mass the
             target has; the loss is ``+inf`` if an excluded class has some.
+        dim: The dimension of the classes in ``logits``: ``dim=1`` is torch's layout ``(N, C, d_1, ...)``. No copy is
+            made. Distributions have their classes, a ``TopK`` its lists and ``exclude`` its indices in the same
+            dimension; a ``LinearTeacher`` has its features last. Class indices and ``sample_weight`` have the shape of
+            the rows, that of ``logits`` without ``dim``, whose first dimension is the divisor of ``"batchmean"``.
 
     Returns:
         The loss in float32, or float64 if ``logits`` or a distribution are float64. torch returns the loss of
@@ -85,13 +95,17 @@ def cross_entropy(
 
     Source: ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
+    name = "logits"
+    if dim != -1:
+        logits, target, exclude = with_classes_last(dim, logits=logits, target=target, exclude=exclude)
+        name = f"logits.movedim({dim}, -1)"
     checks.require_floating("logits", logits)
-    reducer, classes = Reduction.of(reduction, base), logits.shape[-1]
-    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
-    row_loss = DenseCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss)
+    classes = logits.shape[-1]
+    reducer, of_class = cross_entropy_options(reduction, base, temperature, softcap, z_loss, label_smoothing)
+    row_loss = DenseCrossEntropy(of_class.logit_map, of_class.z_loss)
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)
-    sample_weight = _checked_weight(sample_weight, logits.shape[:-1], "logits")
+    sample_weight = _checked_weight(sample_weight, logits.shape[:-1], name)
     mask = excluded_mask(checks.require_exclude(exclude, logits.shape[:-1], classes), classes)
     logits = _masked(logits, mask)
     dtype, mean_weight = logits.dtype, sample_weight
@@ -102,17 +116,32 @@ def cross_entropy(
         if isinstance(target, TopK):
             logits = _cleared(logits, sample_weight)
         target = target.checked(sample_weight, classes).excluding(mask, checks.wide_dtype(dtype))
-        rows = _against_distribution(row_loss, logits, target, weight, loss.smoothing)
+        rows = _against_distribution(row_loss, logits, target, weight, of_class.smoothing)
     else:
-        checks.require_rows("target", target, logits.shape[:-1], "logits", classes)
-        labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
-        sample_weight, mean_weight = labels.weight, labels.mean_weight
-        if loss.smoothing or (loss.z_loss and weight is not None):
-            rows = row_losses(row_loss, logits, _densified(loss.smoothing, logits, labels, weight))
+        checks.require_rows("target", target, logits.shape[:-1], name, classes)
+        unweighted, smoothing = weight is None and sample_weight is None, of_class.smoothing
+        if unweighted and count_alike(target, classes, ignore_index) and not (smoothing and _masks_any(logits, None)):
+            rows = row_losses(of_class, logits, target)
         else:
-            rows = row_losses(IndexCrossEntropy(row_loss.logit_map, loss.z_loss), logits, labels.classes)
-            sample_weight = mean_weight
+            labels = Labels.of(target, sample_weight, weight, classes, ignore_index, checks.wide_dtype(dtype))
+            sample_weight, mean_weight = labels.weight, labels.mean_weight
+            # A class weight is one factor of the row unless there are other terms.
+            weighs_terms = weight is not None and (smoothing or of_class.z_loss)
+            if weighs_terms or (smoothing and _masks_any(logits, labels.weight)):
+                rows = row_losses(row_loss, logits, _densified(smoothing, logits, labels, weight))
+            else:
+                rows, sample_weight = row_losses(of_class, logits, labels.classes), mean_weight
     return _reduced(rows, sample_weight, mean_weight, reducer, dtype, logits=logits)
+
+
+def _masks_any(logits: Tensor, row_weight: Tensor | None) -> bool:
+    """Return whether a class may be masked in a row that counts: then smoothing is not the same for all classes."""
+    if not softmax.may_be_masked(logits):
+        return False
+    if not checks.values_visible(logits, *(() if row_weight is None else (row_weight,))):
+        return True
+    masked = (logits == -math.inf).any(-1)
+    return bool((masked if row_weight is None else masked & (row_weight != 0)).any())
 
 
 def _against_distribution(
@@ -151,7 +180,7 @@ def _densified(smoothing: float, logits: Tensor, labels: Labels, weight: Tensor 
 def kl_divergence(
     p: Tensor | Target, q: Tensor | Target, *, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Tensor | None = None,
+    exclude: Tensor | None = None, dim: Integer = -1,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``, ``D(P‖Q) ≥ 0``, reduced.
 
@@ -173,6 +202,7 @@ def kl_divergence(
         base: The base of the logarithm; 2 for bits.
         exclude: ``(..., k)``: class indices that have no part in a row's softmax, on neither side, as in
             :func:`cross_entropy`. ``Probabilities`` and a ``TopK`` keep the mass that they state.
+        dim: The dimension of the classes on both sides, as in :func:`cross_entropy`.
 
     Raises:
         TypeError, ValueError: As in :func:`cross_entropy`.
@@ -183,13 +213,13 @@ def kl_divergence(
     Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``, ``h(t) = e^t − 1 − t ≥ 0``.
     """
     reducer = Reduction.of(reduction, base)
-    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), reducer, exclude)
+    return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), reducer, exclude, dim)
 
 
 def js_divergence(
     p: Tensor | Target, q: Tensor | Target, *, beta: Number = 0.5, sample_weight: Float[Tensor, "*rows"] | None = None,
     temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e,
-    exclude: Tensor | None = None,
+    exclude: Tensor | None = None, dim: Integer = -1,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``beta * D(P‖M) + (1 − beta) * D(Q‖M)`` with ``M = beta * P + (1 − beta) * Q``, reduced.
 
@@ -204,13 +234,13 @@ def js_divergence(
     """
     divergence = divergence_of("js", checks.require_between("beta", beta, 0.0, 1.0))
     reducer = Reduction.of(reduction, base)
-    return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), reducer, exclude)
+    return _divergence(divergence, p, q, sample_weight, LogitMap.of(temperature), reducer, exclude, dim)
 
 
 def divergence(
     target: Tensor | Target, logits: Tensor | Target, *, divergence: Divergence,
     sample_weight: Float[Tensor, "*rows"] | None = None, temperature: Number = 1.0, reduction: ReductionKind = "mean",
-    base: Number = math.e, exclude: Tensor | None = None,
+    base: Number = math.e, exclude: Tensor | None = None, dim: Integer = -1,
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return a divergence ``D(y, p) = Σ_k φ(p_k, y_k)`` between a target ``y`` and ``p = softmax(logits)``, reduced.
 
@@ -236,16 +266,19 @@ def divergence(
             raise TypeError(f"logits must be a tensor for a cross-entropy, got {type(logits).__name__}")
         return cross_entropy(
             logits, target, sample_weight=sample_weight, temperature=temperature, reduction=reduction, base=base,
-            exclude=exclude,
+            exclude=exclude, dim=dim,
         )  # fmt: skip
-    return _divergence(divergence, target, logits, sample_weight, logit_map, reducer, exclude, ("target", "logits"))
+    names = ("target", "logits")
+    return _divergence(divergence, target, logits, sample_weight, logit_map, reducer, exclude, dim, names)
 
 
 def _divergence(
     divergence: Divergence, p: Tensor | Target, q: Tensor | Target, sample_weight: Tensor | None, logit_map: LogitMap,
-    reducer: Reduction, exclude: Tensor | None, names: tuple[str, str] = ("p", "q"),
+    reducer: Reduction, exclude: Tensor | None, dim: Integer, names: tuple[str, str] = ("p", "q"),
 ) -> Tensor:  # fmt: skip
     """Return the loss of target ``p`` and model ``q``; a list or groups can be the target only."""
+    if dim != -1:
+        p, q, exclude = with_classes_last(dim, **{names[0]: p, names[1]: q}, exclude=exclude)
     target, model = _as_logits(names[0], p), _as_logits(names[1], q)
     dtype = torch.promote_types(target.dtype, model.dtype)
     if isinstance(model, TopK | GroupedTarget):
@@ -325,8 +358,8 @@ def _warn_of_probabilities(name: str, side: Tensor, sample_weight: Tensor | None
         )
 
 
-def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) -> Float[Tensor, "*rows"]:
-    """Return the entropy ``−(softmax(logits) * log_softmax(logits)).sum(-1)`` of each row, ``(...)``.
+def entropy(logits: Float[Tensor, "*any"], *, base: Number = math.e, dim: Integer = -1) -> Float[Tensor, "*rows"]:
+    """Return the entropy ``−(softmax(logits, dim) * log_softmax(logits, dim)).sum(dim)`` of each row.
 
     Raises:
         TypeError, ValueError: If the logits are not floating point, hold NaN or +inf, or mask every class.
@@ -336,15 +369,17 @@ def entropy(logits: Float[Tensor, "*rows classes"], *, base: Number = math.e) ->
 
     Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
     """
+    (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
     rows = row_losses(Entropy(LogitMap()), logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))
     return _reduced(rows, None, None, Reduction.of("none", base), logits.dtype, logits=logits)
 
 
-def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes classes"]:
-    """Return ``∂p/∂z = diag(p) − p pᵀ`` of ``p = softmax(logits)``, ``(..., C, C)``, whose rows sum to 0.
+def softmax_jacobian(logits: Float[Tensor, "*any"], *, dim: Integer = -1) -> Float[Tensor, "*rows classes classes"]:
+    """Return ``∂p/∂z = diag(p) − p pᵀ`` of ``p = softmax(logits, dim)``, ``(..., C, C)``, whose rows sum to 0.
 
-    The product with a vector costs only ``O(C)`` by :func:`softmax_jacobian_product`.
+    The matrix is in the last two dimensions, whatever ``dim`` is. The product with a vector costs only ``O(C)`` by
+    :func:`softmax_jacobian_product`.
 
     Raises:
         TypeError, ValueError: If the logits are not floating point or have no class dimension.
@@ -354,14 +389,17 @@ def softmax_jacobian(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*
 
     Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
+    (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
     return softmax.jacobian(checks.widened(logits)).to(logits.dtype)
 
 
 def softmax_jacobian_product(
-    logits: Float[Tensor, "*rows classes"], vector: Float[Tensor, "*rows classes"]
-) -> Float[Tensor, "*rows classes"]:
-    """Return ``softmax_jacobian(logits) @ vector``, as ``p ⊙ (v − p·v)``, ``(..., C)``; the matrix is symmetric.
+    logits: Float[Tensor, "*any"], vector: Float[Tensor, "*any"], *, dim: Integer = -1
+) -> Float[Tensor, "*any"]:
+    """Return ``softmax_jacobian(logits) @ vector``, as ``p ⊙ (v − p·v)``, of the shape of both; ``J`` is symmetric.
+
+    The classes are in dimension ``dim``.
 
     Raises:
         TypeError, ValueError: If an argument is not floating point, or the shapes differ.
@@ -378,7 +416,9 @@ def softmax_jacobian_product(
             f"vector must have the shape {tuple(logits.shape)} of logits, got {checks.describe(vector)}; "
             "expand it first"
         )
-    return softmax.jacobian_product(checks.widened(logits), checks.widened(vector)).to(logits.dtype)
+    z, v = with_classes_last(dim, logits=logits, vector=vector)
+    product = softmax.jacobian_product(checks.widened(z), checks.widened(v)).to(logits.dtype)
+    return product.movedim(-1, checks.require_dim(dim))
 
 
 def _checked_weight(sample_weight: Tensor | None, rows: Sequence[int], against: str) -> Tensor | None:
@@ -395,7 +435,9 @@ def _reduced(
     **logits: Tensor,
 ) -> Tensor:  # fmt: skip
     """Weight and reduce rows in nats; the result is of ``dtype``, or float32 if that is narrower."""
-    checks.explain_nan(rows, row_weight, logits)
-    rows = rows if row_weight is None else weighted(row_weight, rows)
-    rows = rows if reducer.nats == 1 else rows / reducer.nats
-    return reducer.apply(rows, mean_weight).to(checks.wide_dtype(dtype))
+    counted = rows if row_weight is None else weighted(row_weight, rows)
+    counted = counted if reducer.nats == 1 else counted / reducer.nats
+    result = reducer.apply(counted, mean_weight)
+    if result.ndim or not checks.values_visible(result) or math.isnan(result.item()):
+        checks.explain_nan(rows, row_weight, logits)
+    return result.to(checks.wide_dtype(dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
+from softcurve.head.few_logits import few_logits_loss
 from softcurve.head.positions import by_position, problems_by_position
 from softcurve.head.problem import head_problem, require_shift
 from softcurve.head.row_statistics import LossStats
@@ -83,6 +84,7 @@ def linear_cross_entropy(
     # fmt: on
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without holding the logits.
 
+    Up to 65,536 logits of a call without options are held, since that is faster.
     It accepts every call of ``torch.nn.functional.linear_cross_entropy`` except its ``options``, including
     one-dimensional input, and weights ``(C, d_1, …, d_K, d)`` for a target of ``K`` more dimensions.
 
@@ -121,6 +123,12 @@ def linear_cross_entropy(
 
     Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
+    whole = weight is sample_weight is exclude is memory_budget is None and not return_stats
+    if whole and type(shift) is int and not shift:
+        options = (reduction, base, temperature, softcap, z_loss, label_smoothing)
+        few = few_logits_loss(options, input, linear_weight, linear_bias, target, ignore_index)
+        if few is not None:
+            return few
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve import checks, contrastive, functional, linear
-from softcurve.array_types import Float, Rows, Values
+from softcurve.array_types import Float, Values
 from softcurve.head.problem import require_budget, require_shift
 from softcurve.head.row_statistics import LossStats
 from softcurve.losses.divergences import Divergence, divergence_of
@@ -36,6 +36,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "alpha": lambda alpha: checks.require_between("alpha", alpha, 0.0, 1.0),
     "base": checks.require_base,
     "beta": lambda beta: checks.require_between("beta", beta, 0.0, 1.0),
+    "dim": checks.require_dim,
     "direction": lambda direction: checks.require_choice("direction", direction, ("forward", "reverse")),
     "divergence": divergence_of,
     "entropy_bonus": lambda bonus: checks.require_between("entropy_bonus", bonus, 0.0, math.inf),
@@ -78,13 +79,13 @@ class CrossEntropyLoss(_Loss):
     def __init__(
         self, weight: Float[Tensor, " classes"] | None = None, *, ignore_index: Integer | None = -100,
         label_smoothing: Number = 0.0, temperature: Number = 1.0, softcap: Number | None = None, z_loss: Number = 0.0,
-        reduction: ReductionKind = "mean", base: Number = math.e,
+        reduction: ReductionKind = "mean", base: Number = math.e, dim: Integer = -1,
     ) -> None:  # fmt: skip
         super().__init__(locals())
         self.register_buffer("weight", weight)
 
     def forward(
-        self, logits: Rows, target: Tensor | Target, *, sample_weight: Values | None = None,
+        self, logits: Float[Tensor, "*any"], target: Tensor | Target, *, sample_weight: Tensor | None = None,
         exclude: Tensor | None = None,
     ) -> linear.Loss:  # fmt: skip
         """See :func:`softcurve.cross_entropy`."""
@@ -116,7 +117,9 @@ class KLDivergenceLoss(_DivergenceLoss):
 
     _function = functional.kl_divergence
 
-    def __init__(self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e) -> None:
+    def __init__(
+        self, *, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e, dim: Integer = -1
+    ) -> None:
         super().__init__(locals())
 
 
@@ -126,8 +129,9 @@ class JSDivergenceLoss(_DivergenceLoss):
     _function = functional.js_divergence
 
     def __init__(
-        self, *, beta: Number = 0.5, temperature: Number = 1.0, reduction: ReductionKind = "mean", base: Number = math.e
-    ) -> None:
+        self, *, beta: Number = 0.5, temperature: Number = 1.0, reduction: ReductionKind = "mean",
+        base: Number = math.e, dim: Integer = -1,
+    ) -> None:  # fmt: skip
         super().__init__(locals())
 
 
@@ -143,7 +147,7 @@ class DivergenceLoss(_DivergenceLoss):
 
     def __init__(
         self, divergence: Divergence, *, temperature: Number = 1.0, reduction: ReductionKind = "mean",
-        base: Number = math.e,
+        base: Number = math.e, dim: Integer = -1,
     ) -> None:  # fmt: skip
         super().__init__(locals())
 

@@ -19,7 +19,8 @@ from softcurve.head.aten.dense import rest_of
 from softcurve.head.aten.dense_terms import masses
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors, row_groups
-from softcurve.losses.divergences import ForwardKL, JensenShannon, ReverseKL
+from softcurve.losses.divergences import JensenShannon, ReverseKL
+from softcurve.losses.fast_forms import compares, jensen_shannon, pull
 from softcurve.losses.spec import LossSpec
 
 # At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
@@ -60,10 +61,7 @@ class FastRows(Kernel):
         if loss.is_cross_entropy:
             plain = not loss.smoothing and data.class_weight is None and loss.target != "probabilities"
             return plain or not data.wants_target
-        divergence = loss.divergence
-        known = type(divergence) in (ForwardKL, ReverseKL)  # a subclass may have other formulas
-        known |= type(divergence) is JensenShannon and 0.01 <= divergence.beta <= 0.99
-        return known and loss.target != "probabilities"
+        return compares(loss.divergence) and loss.target != "probabilities"
 
     def accumulate(self, number: int, block: Block) -> None:
         """Form losses, ∂L/∂z and ∂L/∂target of all rows, and again those of the rows that are not sure."""
@@ -146,11 +144,16 @@ class FastRows(Kernel):
         out_factor = weight * self.target_scale / target_total
         divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         if isinstance(divergence, JensenShannon):
-            value = self._jensen_shannon(divergence.beta, z, e, y, (total, target_total), out, -out_factor)
+            value = jensen_shannon(
+                divergence.beta, e, y, z_out, out, totals=(total, target_total), buffers=(z, self._buffer(2, z)),
+                masks=self.masks_target,
+            )  # fmt: skip
             self.factor[rows] *= divergence.beta - 1
+            if out is not None:
+                out.mul_(-out_factor * divergence.beta)
         elif isinstance(divergence, ReverseKL):
             s = torch.sub(z, t, out=self._buffer(2, z)).sub_(log_rest - target_log_rest)
-            value = _pull(s, e, total, z_out)
+            value = pull(s, e, total, z_out)
             if out is not None:
                 torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
         else:  # a cross-entropy, s = −log p, or the forward KL, s = log y/p
@@ -158,7 +161,9 @@ class FastRows(Kernel):
                 s = torch.sub(log_rest, z, out=z)
             else:
                 s = torch.sub(t, z, out=z).add_(log_rest - target_log_rest)
-            value = _pull(s, y, target_total, out, out_factor)
+            value = pull(s, y, target_total, out)
+            if out is not None:
+                out.mul_(out_factor)
             if z_out is not None:
                 torch.sub(e, torch.mul(y, total / target_total, out=y if out is None else None), out=z_out)
         value = value if unsure is None else torch.where(unsure, math.nan, value)
@@ -177,38 +182,11 @@ class FastRows(Kernel):
         t.clamp_(min=FAR)
         return None if meets is None else meets.any(-1, keepdim=True)
 
-    def _jensen_shannon(
-        self, beta: float, z: Tensor, e: Tensor, y: Tensor, totals: tuple[Tensor, Tensor], out: Tensor | None,
-        out_factor: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Use ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))``, which do not cancel."""
-        total, target_total = totals
-        # Clamped, for a class without mass on either side: 0 times a finite logarithm.
-        torch.div(y, e, out=z).mul_(total / target_total).clamp_(1e-35, 1e35)
-        if self.masks_target:
-            z.nan_to_num_(1.0)  # of a class that has no mass on either side
-        model_side = torch.sub(z, 1, out=self._buffer(2, z)).mul_(beta).log1p_()
-        z.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
-        to_target = _pull(z, y, target_total, out, out_factor * beta)
-        to_model = _pull(model_side, e, total, z if self.data.wants_gradient else None)
-        return -(beta * to_target + (1 - beta) * to_model)
-
 
 def _exponentials(z: Tensor, out: Tensor) -> Tensor:
     """``z ← z − max``, ``out = e^z``; return ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
     z.sub_(z.amax(-1, keepdim=True))
     return rest_of(torch.exp(z, out=out))
-
-
-def _pull(s: Tensor, e: Tensor, total: Tensor, out: Tensor | None, factor: Tensor | None = None) -> Tensor:
-    """Return ``Σ p s`` of ``p = e / total``; ``out = factor · e (s − Σ p s)``. ``s`` is overwritten."""
-    s.mul_(e)
-    mean = s.sum(-1, keepdim=True).div_(total)
-    if out is not None:
-        torch.addcmul(s, e, -mean, out=out)
-        if factor is not None:
-            out.mul_(factor)
-    return mean
 
 
 def _balance(gradient: Tensor, e: Tensor, rest: Tensor) -> None:

@@ -4,7 +4,8 @@
 Hessian product. So ``backward``, ``create_graph``, forward mode and every ``torch.func`` transform work, and nothing
 of second order is computed until it is asked for. The Hessian product is made of differentiable operations, so
 derivatives of third and higher order work as well. Nothing of size N×C is saved but the inputs: the residual is formed
-again in the backward pass, for less memory traffic than reading it would cost.
+again in the backward pass, for less memory traffic than reading it would cost. The exception is ``_SmallValue``: few
+logits stay in the cache, and the residual is formed with the value.
 
 ``torch.compile`` traces the plain pair; a custom ``jvp`` or ``vmap`` would break its graph, so those live in subclasses
 that eager mode and ``torch.func`` use.
@@ -28,24 +29,39 @@ from softcurve.losses.rows import Gradients, RowLoss, total_of
 # The number of logits in a tile. On the CPU two megabytes of float32: few enough for the passes over a tile to stay in
 # cache, and enough to be worth starting two threads.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+# The number of logits up to which the residual is formed with the value and kept for the backward pass, in 8 MB.
+SMALL_ELEMENTS = 2**21
 
 
 def row_losses(loss: RowLoss, logits: Rows, target: Tensor) -> Values:
     """Return ``loss.value(logits, target)``, differentiable, in float32 or wider; ``target`` has the logits' rows."""
     if not torch.compiler.is_compiling():
-        return _TransformableValue.apply(loss, logits, target)  # type: ignore[no-any-return]
+        if logits.numel() <= SMALL_ELEMENTS and logits.requires_grad and not in_transform():
+            return super(Function, _SmallValue).apply(loss, logits, target)  # type: ignore[no-any-return, no-untyped-call]
+        return _applied(_TransformableValue, loss, logits, target)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active():
         # Inside a compiled transform torch drops a custom backward (pytorch#193279): leave it to torch's own.
         return loss.value(logits, target)
     return _Value.apply(loss, logits, target)  # type: ignore[no-any-return]
 
 
+def _applied(function: type[Function], *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``, outside of transforms without its binding of arguments, which is slow."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def _row_gradients(
     loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``loss.gradient(scale, z, target, wanted)``, differentiable."""
-    function = _Gradient if torch.compiler.is_compiling() else _TransformableGradient
-    in_z, in_target = function.apply(loss, wanted, scale, z, target)
+    if torch.compiler.is_compiling():
+        in_z, in_target = _Gradient.apply(loss, wanted, scale, z, target)
+    elif not torch.is_grad_enabled() and not in_transform():
+        return _Gradient.by_tiles(loss, wanted, scale, z, target)
+    else:
+        in_z, in_target = _applied(_TransformableGradient, loss, wanted, scale, z, target)
     return in_z if wanted[0] else None, in_target if wanted[1] else None
 
 
@@ -82,14 +98,39 @@ class _TransformableValue(_Value):
         return _TransformableValue.apply(loss, *_batched(info, in_dims[1:], (z, target))), 0
 
 
+class _SmallValue(Function):
+    """The same as ``_Value`` outside of transforms and of forward mode, for few logits."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: RowLoss, z: Tensor, target: Tensor) -> Tensor:
+        both = loss.value_and_residual(z, target) if ctx.needs_input_grad[1] else None
+        rows, residual = (_Value.forward(loss, z, target), None) if both is None else both
+        ctx.loss = loss
+        ctx.save_for_backward(z, target, residual)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        z, target, residual = ctx.saved_tensors
+        if residual is None or torch.is_grad_enabled() or in_transform():
+            wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+            return None, *_row_gradients(ctx.loss, scale, z, target, wanted)
+        return None, residual * scale.unsqueeze(-1), None
+
+
 class _Gradient(Function):
     """The gradients of a loss; one that is not wanted is replaced by ``zeros_like(scale)`` without a derivative."""
+
+    @staticmethod
+    def by_tiles(loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor) -> Gradients:
+        in_z, in_target = _by_tiles(lambda s, z, y: loss.gradient(s, z, y, wanted), scale.shape, scale, z, target)
+        return in_z, in_target
 
     @staticmethod
     def forward(
         loss: RowLoss, wanted: tuple[bool, bool], scale: Tensor, z: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        parts = _by_tiles(lambda s, z, y: loss.gradient(s, z, y, wanted), scale.shape, scale, z, target)
+        parts = _Gradient.by_tiles(loss, wanted, scale, z, target)
         in_z, in_target = (torch.zeros_like(scale) if part is None else part for part in parts)
         return in_z, in_target
 
@@ -113,6 +154,11 @@ class _Gradient(Function):
             in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, present), directions)
         in_z, in_target = _hessian_product(ctx.loss, scale, z, target, *directions)
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
+
+
+def in_transform() -> bool:
+    """Return whether a transform or forward mode is active, which differentiate or map what is computed."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _hessian_product(loss: RowLoss, scale: Tensor, *tensors: Tensor | None) -> Gradients:
@@ -180,18 +226,37 @@ def _by_tiles(
 ) -> tuple[Tensor | None, ...]:
     """Return ``function(*tensors)``, computed by tiles of rows; every tensor starts with the dimensions ``rows``."""
     present = [tensor for tensor in tensors if tensor is not None]
-    size, count = max(tensor.numel() for tensor in present), math.prod(rows)
-    limit = TILE_ELEMENTS.get(present[0].device.type, size)
-    if torch.compiler.is_compiling() or size <= limit or count < 2:
+    size = max([tensor.numel() for tensor in present])
+    limit, count = TILE_ELEMENTS.get(present[0].device.type, size), math.prod(rows)
+    if size <= limit or count < 2 or torch.compiler.is_compiling():
         return function(*tensors)
-    step = max(1, limit * count // size)
-    flat = [None if each is None else each.reshape(count, *each.shape[len(rows) :]) for each in tensors]
     whole: list[Tensor | None] = []
-    for start in range(0, count, step):
-        parts = function(*(None if each is None else each[start : start + step] for each in flat))
+    for tile in _tiles(rows, max(1, limit * count // size)):
+        parts = function(*(None if each is None else each[tile] for each in tensors))
         if not whole:
-            whole = [None if part is None else part.new_empty((count, *part.shape[1:])) for part in parts]
+            whole = [None if part is None else _room(part, rows, present) for part in parts]
         for out, part in zip(whole, parts, strict=True):
             if out is not None and part is not None:
-                out[start : start + step] = part
-    return tuple(None if out is None else out.reshape(*rows, *out.shape[1:]) for out in whole)
+                out[tile] = part
+    return tuple(whole)
+
+
+def _tiles(rows: torch.Size, count: int) -> Iterator[tuple[slice, ...]]:
+    """Yield slices of about ``count`` rows, up to twice as many, of which the first dimensions are cut.
+
+    The rows are not flattened, which would copy logits whose classes are not last in memory.
+    """
+    inner = math.prod(rows[1:])
+    if inner <= 2 * count:
+        step = max(1, count // inner)
+        yield from ((slice(start, start + step),) for start in range(0, rows[0], step))
+    else:
+        for start in range(rows[0]):
+            yield from ((slice(start, start + 1), *rest) for rest in _tiles(rows[1:], count))
+
+
+def _room(part: Tensor, rows: torch.Size, tensors: Sequence[Tensor]) -> Tensor:
+    """Return an empty tensor for the parts of all tiles, in the memory order of a tensor of its shape."""
+    shape = (*rows, *part.shape[len(rows) :])
+    like = next((tensor for tensor in tensors if tensor.shape == shape), None)
+    return part.new_empty(shape) if like is None else torch.empty_like(like, dtype=part.dtype)

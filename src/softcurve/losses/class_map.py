@@ -282,6 +282,9 @@ class GroupedTarget(Target):
     def cleared(self, rows: Flags, classes: int) -> GroupedTarget:  # noqa: D102
         return replace(self, teacher=self.teacher.cleared(rows, self.teacher.class_count))
 
+    def with_classes_last(self, dim: int) -> GroupedTarget:  # noqa: D102
+        return replace(self, teacher=self.teacher.with_classes_last(dim))
+
     def logits(self, dtype: torch.dtype) -> Rows:
         """Raise ``ValueError``: the teacher has no logits of the model's classes."""
         raise ValueError(

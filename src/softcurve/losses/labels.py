@@ -41,6 +41,14 @@ class Labels(NamedTuple):
         return Labels(label, counted, of_class, weight, weight if of_class is None else weight * of_class)
 
 
+def count_alike(target: Indices, classes: int, ignore_index: int) -> bool:
+    """Return whether all rows are seen to have a class, so that without weights none of them differs from the others.
+
+    This is all that there is to check then, and takes one pass over the indices.
+    """
+    return not 0 <= ignore_index < classes and checks.names_classes(target, classes)
+
+
 def cross_entropy_target(
     target: Tensor | Target, ignore_index: object, class_weight: Tensor | None, classes: int
 ) -> tuple[Tensor | Target, int]:

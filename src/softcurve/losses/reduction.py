@@ -38,14 +38,23 @@ class Reduction:
         if self.kind == "none":
             return rows
         total = rows.sum()
-        return total if self.kind == "sum" else quotient(total, self.divisor(rows.shape, rows, weight))
+        if self.kind == "sum":
+            return total
+        if weight is None and rows.numel():
+            return total / (rows.numel() if self.kind == "mean" else self.batch(rows.shape))
+        return quotient(total, self.divisor(rows.shape, rows, weight))
+
+    @staticmethod
+    def batch(leading: Sequence[int]) -> int:
+        """Return the divisor of a ``"batchmean"``."""
+        return leading[0] if len(leading) else 1
 
     def divisor(self, leading: Sequence[int], like: Tensor, weight: Tensor | None) -> Tensor:
         """Return the divisor of the sum over rows of shape ``leading``, ``()``, in the dtype of ``like``."""
         if self.kind in ("sum", "none"):
             return like.new_ones(())
         if self.kind == "batchmean":
-            return like.new_full((), leading[0] if len(leading) else 1)
+            return like.new_full((), self.batch(leading))
         return like.new_full((), math.prod(leading)) if weight is None else weight.to(like.dtype).sum()
 
 

@@ -10,20 +10,24 @@ the softmax sees. With ``z′ = m(z)``, ``g′`` and ``H′`` in ``z′``: ``g =
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Values
-from softcurve.losses import softmax
-from softcurve.losses.divergences import Divergence, Pair
+from softcurve.losses import fast_forms, softmax
+from softcurve.losses.divergences import CrossEntropy, Divergence, Pair
+from softcurve.losses.reduction import Reduction
 from softcurve.losses.softmax import RowCurvature
-from softcurve.losses.spec import LogitMap
+from softcurve.losses.spec import LogitMap, LossSpec
+from softcurve.typing import Number, ReductionKind
 
 # The second-order matrices of a row's loss with respect to the mapped logits, the input of the softmax.
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
@@ -55,6 +59,10 @@ class RowLoss(ABC):
     @abstractmethod
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
         """Return the joint Hessian times a direction; ``None`` is a direction of zeros."""
+
+    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the value and its gradient in ``z`` from the same passes, or ``None`` if there are none for both."""
+        return None
 
     # The base class adds the map, the z-loss, the scale of the rows and the dtypes.
 
@@ -139,19 +147,58 @@ class RowLoss(ABC):
 
 @dataclass(frozen=True)
 class IndexCrossEntropy(RowLoss):
-    """The cross-entropy ``−log p_t`` of class indices ``t``."""
+    """The cross-entropy ``−log p_t`` of class indices ``t``; with smoothing ``ε``, of ``(1−ε) y + ε/C``."""
+
+    smoothing: float = 0.0
 
     def loss(self, z: Tensor, target: Tensor) -> Values:
+        """Return the value by few passes where they are accurate, otherwise by the exact form."""
+        at = target.unsqueeze(-1)
+        if not fast_forms.serves(z, at):
+            return self._exact_loss(z, at)
+        sure: Tensor | None
+        if self.smoothing:
+            value, sure = fast_forms.smoothed_index_losses(self.smoothing, z, at)
+        else:
+            value, sure = fast_forms.index_losses(z, at)
+        fast_forms.completed((value,), sure, lambda *rows: (self._exact_loss(*rows),), z, at)
+        return value
+
+    def _exact_loss(self, z: Tensor, at: Tensor) -> Values:
         """Return ``log Σ_k e^{z_k} − z_t`` as ``(m − z_t) + log Σ_k e^{z_k − m}``, two terms ≥ 0."""
-        _, at_target, others, gap = softmax.around_target(z, target.unsqueeze(-1))
-        return (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
+        _, at_target, others, gap = softmax.around_target(z, at)
+        rows = (gap + torch.where(gap == 0, torch.log1p(others), torch.log(others + at_target))).squeeze(-1)
+        if not self.smoothing:
+            return rows
+        row = softmax.softmax_rows(z)
+        mean = torch.log1p(row.rest).squeeze(-1) - row.shifted.mean(-1)
+        return (1 - self.smoothing) * rows + self.smoothing * mean
+
+    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return both by few passes, if they are accurate in every row."""
+        plain = self.logit_map.is_identity and not self.z_loss and not self.smoothing
+        if not plain or not fast_forms.serves(z, target):
+            return None
+        return fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
-        """Return ``scale (p − y)`` for one-hot ``y``; at the target ``−Σ_{k≠t} p_k``, or 0 if the target is masked."""
+        """Return ``scale (p − y)`` by few passes where they are accurate, otherwise by the exact form."""
         at = target.unsqueeze(-1)
+        if not fast_forms.serves(z, scale, at):
+            return self._exact_residual(scale, z, at), None
+        residual, sure = fast_forms.index_residuals(scale, z, at, self.smoothing)
+        fast_forms.completed((residual,), sure, lambda *rows: (self._exact_residual(*rows),), scale, z, at)
+        return residual, None
+
+    def _exact_residual(self, scale: Tensor, z: Tensor, at: Tensor) -> Tensor:
+        """Return ``scale (p − y)``; at the target ``−Σ_{k≠t} (p_k − ε/C)``, or 0 if the target is masked."""
         exponentials, at_target, others, gap = softmax.around_target(z, at)
         factor = scale.unsqueeze(-1) / (others + at_target)
-        return (exponentials * factor).scatter_(-1, at, torch.where(gap == math.inf, 0.0, -factor * others)), None
+        residual, of_target = exponentials * factor, -factor * others
+        if self.smoothing:
+            share = scale.unsqueeze(-1) * (self.smoothing / z.shape[-1])
+            residual, of_target = residual - share, of_target + (z.shape[-1] - 1) * share
+        return residual.scatter_(-1, at, torch.where(gap == math.inf, 0.0, of_target))
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``q = p`` for every matrix."""
@@ -159,8 +206,9 @@ class IndexCrossEntropy(RowLoss):
         return p, p
 
     def _differentiable_gradient(self, z: Tensor, offset: Tensor | float, target: Tensor) -> Tensor:
-        one_hot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1.0)
-        return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, offset, one_hot)
+        share = self.smoothing / z.shape[-1]
+        y = torch.full_like(z, share).scatter(-1, target.unsqueeze(-1), 1 - self.smoothing + share)
+        return DenseCrossEntropy(self.logit_map, self.z_loss)._differentiable_gradient(z, offset, y)
 
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
         """Return ``p ⊙ (v − p·v)``; the target has no derivative."""
@@ -172,6 +220,14 @@ class DenseCrossEntropy(RowLoss):
     """The cross-entropy ``−Σ_k y_k log p_k`` of rows ``y ≥ 0`` of any sum, also differentiable in ``y``."""
 
     def loss(self, z: Tensor, target: Tensor) -> Values:
+        """Return the value by few passes where they are accurate, otherwise by the exact form."""
+        if not fast_forms.serves(z, target):
+            return self._exact_loss(z, target)
+        value, sure = fast_forms.dense_losses(z, target)
+        fast_forms.completed((value,), sure, lambda *rows: (self._exact_loss(*rows),), z, target)
+        return value
+
+    def _exact_loss(self, z: Tensor, target: Tensor) -> Values:
         """Return ``(Σ_k y_k) log1p(rest) + Σ_k y_k (m − z_k)``, two sums of terms ≥ 0."""
         rows = softmax.softmax_rows(z)
         from_top = (target * rows.shifted).sum(-1)
@@ -181,13 +237,21 @@ class DenseCrossEntropy(RowLoss):
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return ``scale [(Σ_k y_k) p − y]`` and ``−scale log p``, which is 0 where a masked class has no mass."""
-        in_z, in_target = softmax.dense_residual(z, target, scale) if wanted[0] else None, None
+        in_z, in_target = self._residual(scale, z, target) if wanted[0] else None, None
         if wanted[1]:
             log_p = softmax.softmax_rows(z).log_probabilities
             if softmax.may_be_masked(z):
                 log_p = torch.where((z == -math.inf) & (target == 0), 0.0, log_p)
             in_target = -scale.unsqueeze(-1) * log_p
         return in_z, in_target
+
+    @staticmethod
+    def _residual(scale: Tensor, z: Tensor, target: Tensor) -> Tensor:
+        if not fast_forms.serves(z, scale, target):
+            return softmax.dense_residual(scale, z, target)
+        residual, sure = fast_forms.dense_residuals(scale, z, target)
+        fast_forms.completed((residual,), sure, lambda *rows: (softmax.dense_residual(*rows),), scale, z, target)
+        return residual
 
     def second_order(self, matrix: str, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``q = (Σy) p`` for every matrix."""
@@ -212,10 +276,27 @@ class LogitDivergence(RowLoss):
 
     divergence: Divergence = field(kw_only=True)
 
-    def loss(self, z: Tensor, target: Tensor) -> Values:  # noqa: D102
+    def loss(self, z: Tensor, target: Tensor) -> Values:
+        """Return the value by few passes where they are accurate, otherwise by the exact form."""
+        if not (fast_forms.compares(self.divergence) and fast_forms.serves(z, target)):
+            return self._exact_loss(z, target)
+        value, sure = fast_forms.divergence_losses(self.divergence, z, target)
+        fast_forms.completed((value,), sure, lambda *rows: (self._exact_loss(*rows),), z, target)
+        return value
+
+    def _exact_loss(self, z: Tensor, target: Tensor) -> Values:
         return self.divergence.value(softmax.pair(z, target))
 
-    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:  # noqa: D102
+    def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+        """Return the gradients by few passes where they are accurate, otherwise by the exact form."""
+        if not (fast_forms.compares(self.divergence) and fast_forms.serves(z, scale, target)):
+            return self._exact_residuals(scale, z, target, wanted)
+        *parts, sure = fast_forms.divergence_residuals(self.divergence, scale, z, target, wanted)
+        exact = functools.partial(self._exact_residuals, wanted=wanted)
+        fast_forms.completed(parts, sure, exact, scale, z, target)
+        return parts[0], parts[1]
+
+    def _exact_residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         pair, column, gradient = softmax.pair(z, target), scale.unsqueeze(-1), softmax.divergence_gradient
         in_z, in_target = None, None
         if wanted[0]:
@@ -263,6 +344,29 @@ class Entropy(RowLoss):
         p = rows.probabilities
         u, information = softmax.centred(v_z, p), softmax.centred(softmax.finite_log(rows), p)
         return -p * (u * (information + 1) - (p * information * u).sum(-1, keepdim=True)), None
+
+
+def cross_entropy_options(*options: Any) -> tuple[Reduction, IndexCrossEntropy]:
+    """Return the reduction and the loss of class indices for the options that ``_checked_options`` lists.
+
+    Most calls have the options of the one before. Numbers in tensors may change, so only plain ones are remembered.
+    """
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, options)):
+        return _checked_options(*options)
+    return _remembered_options(*options)
+
+
+def _checked_options(
+    reduction: ReductionKind, base: Number, temperature: Number, softcap: Number | None, z_loss: Number,
+    label_smoothing: Number,
+) -> tuple[Reduction, IndexCrossEntropy]:  # fmt: skip
+    reducer = Reduction.of(reduction, base)
+    loss = LossSpec.of(CrossEntropy(), reducer, temperature, softcap, z_loss, label_smoothing)
+    return reducer, IndexCrossEntropy(LogitMap(loss.temperature, loss.softcap), loss.z_loss, loss.smoothing)
+
+
+_PLAIN = frozenset((int, float, str, type(None)))
+_remembered_options = functools.lru_cache(64)(_checked_options)
 
 
 def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, score: Tensor | None = None) -> Tensor:

@@ -134,7 +134,7 @@ def around_target(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return exponentials, at_target, others, gap
 
 
-def dense_residual(z: Rows, y: Rows, scale: Values) -> Rows:
+def dense_residual(scale: Values, z: Rows, y: Rows) -> Rows:
     """Return ``scale [(Σ_k y_k) p − y]``.
 
     The row sums to 0; what it misses of that is the rounding error of a class above one half, which takes it up.

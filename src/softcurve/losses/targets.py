@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from softcurve import checks
 from softcurve.array_types import Bool, Flags, Int, Rows, Values
 from softcurve.records import ShortRepr
+from softcurve.typing import Integer
 
 AnyTarget = TypeVar("AnyTarget", bound="Target")
 
@@ -37,6 +38,7 @@ class Target(ShortRepr, ABC):
     """Whether its probabilities are stated, also those of classes that a row excludes; else a softmax makes them."""
 
     _row_field: ClassVar[str] = "values"  # the field whose leading dimensions are those of the rows
+    _class_fields: ClassVar[tuple[str, ...] | None] = None  # that have a dimension of classes; by default the same one
     _cut: ClassVar[str] = "target[..., :{classes}]"  # how to leave out classes of the target
     kind: ClassVar[str] = ""  # the name in error messages, by default that of the class
 
@@ -119,6 +121,12 @@ class Target(ShortRepr, ABC):
             return self
         rows = left_out & self.malformed(classes)
         return self if checks.values_visible(rows) and not rows.any() else self.cleared(rows, classes)
+
+    def with_classes_last(self: AnyTarget, dim: int) -> AnyTarget:
+        """Return the target of which the classes are in dimension ``dim``, as a view that has them last."""
+        fields = (self._row_field,) if self._class_fields is None else self._class_fields
+        moved = {name: checks.moved_last(getattr(self, name), dim, "target") for name in fields}
+        return replace(self, **moved)  # type: ignore[type-var]
 
     def require_fit(self, logits: Sequence[int], cut: str = "logits[..., :{classes}]") -> None:
         """Raise ``ValueError`` unless the target has the rows and classes of ``logits``, a shape.
@@ -212,6 +220,20 @@ def uniform_over_unmasked(z: Rows) -> Tensor:
         return z.new_tensor(1 / z.shape[-1], dtype=dtype)
     unmasked = (z != -math.inf).to(dtype)
     return unmasked / unmasked.sum(-1, keepdim=True)
+
+
+def with_classes_last(dim: Integer, **arguments: Any) -> list[Any]:
+    """Return views of the arguments whose classes are in dimension ``dim``; class indices are left as they are."""
+    number = checks.require_dim(dim)
+    views: list[Any] = []
+    for name, value in arguments.items():
+        if isinstance(value, Target):
+            views.append(value.with_classes_last(number))
+        elif isinstance(value, Tensor) and (value.is_floating_point() or name == "exclude"):
+            views.append(checks.moved_last(value, number, name))
+        else:
+            views.append(value)
+    return views
 
 
 def as_target(target: Tensor | Target) -> Tensor | Target:

@@ -49,6 +49,7 @@ class LinearTeacher(Target):
     """
 
     _row_field: ClassVar[str] = "input"
+    _class_fields: ClassVar[tuple[str, ...] | None] = ()  # the features are last wherever the model's classes are
     _cut: ClassVar[str] = "LinearTeacher(..., classes=slice({classes}))"
 
     input: Float[Tensor, "*rows teacher_features"]

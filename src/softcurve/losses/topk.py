@@ -60,6 +60,7 @@ class TopK(Target):
     """
 
     _row_field: ClassVar[str] = "log_probs"
+    _class_fields: ClassVar[tuple[str, ...] | None] = ("indices", "log_probs")
     states_mass: ClassVar[bool] = True
 
     indices: AnyInt[Tensor, "*rows k"]

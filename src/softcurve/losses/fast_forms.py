@@ -1,0 +1,254 @@
+"""Losses of rows in few passes, for the rows that this computes accurately; the others need the exact forms.
+
+The exact forms of :mod:`softcurve.losses.rows` treat masked, confident and nearly equal rows in every entry. Most rows
+are none of these. Here ``torch.softmax`` gives the probabilities ``p``, with a relative error of a few 1e-7 each, and
+the sums over a row have an absolute error of that size. A result is ``sure`` if its magnitude is large compared with
+the error: at least ``LEAST``. :func:`completed` computes the other rows again.
+
+The functions are not differentiable, and work in float32 only: who asks for float64 wants all of its digits.
+:mod:`softcurve.head.fast_rows` uses :func:`pull` and :func:`jensen_shannon` on its tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcurve.array_types import Column, Flags, Rows, Values
+from softcurve.checks import values_visible
+from softcurve.losses.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
+from softcurve.losses.softmax import unless_masked
+
+# Sums with an absolute error of about 1e-7 keep five digits of a gradient above ``LEAST``, and six of a loss above
+# ``LEAST_LOSS``.
+LEAST = 0.02
+LEAST_LOSS = 0.1
+# The log-sum-exp is taken from the largest probability: of a smaller rest, too little would be left in it.
+LEAST_REST = 1e-6
+# Of a smaller rest, the rounding of z − max shows; see ``softmax.feels_rounding``.
+LEAST_OTHERS = 1e-9
+# Maxima that differ by less need not be subtracted before two logits are.
+NEAR_OFFSET = 4.0
+
+Results = Sequence[Tensor | None]
+
+
+def serves(z: Rows, *others: Tensor) -> bool:
+    """Return whether fast rows can be computed: of visible float32, and not to be recorded by autograd."""
+    return z.dtype == torch.float32 and not torch.is_grad_enabled() and values_visible(z, *others) and z.numel() > 0
+
+
+def compares(divergence: Divergence) -> bool:
+    """Return whether :func:`divergence_losses` and :func:`divergence_residuals` have the formulas of a divergence."""
+    known = type(divergence) in (ForwardKL, ReverseKL)  # a subclass may have other formulas
+    return known or (type(divergence) is JensenShannon and 0.01 <= divergence.beta <= 0.99)
+
+
+def _above(least: float, sizes: Column, scale: Values | None = None) -> Flags | None:
+    """Return which rows are larger than ``least``, or of scale 0; ``None`` if all are larger."""
+    if sizes.amin().item() > least:  # False beside NaN
+        return None
+    sure = (sizes > least).squeeze(-1)
+    return sure if scale is None else sure | (scale == 0)
+
+
+def completed(results: Results, sure: Flags | None, exact: Callable[..., Results], *tensors: Tensor) -> Results:
+    """Overwrite the rows of ``results`` that are not ``sure`` by ``exact`` of these rows; by default all are sure."""
+    if sure is not None and not sure.all():
+        rows = ~sure
+        for result, part in zip(results, exact(*(tensor[rows] for tensor in tensors)), strict=True):
+            if result is not None and part is not None:
+                result[rows] = part
+    return results
+
+
+def _where_stored(function: Callable[[Tensor, int], Tensor], z: Rows) -> Rows:
+    """Return ``function(z, -1)``, computed where the classes are in memory: torch copies a tensor of another order."""
+    if z.is_contiguous():
+        return function(z, -1)
+    place = sum([step > z.stride(-1) for step in z.stride()[:-1]])
+    return function(z.movedim(-1, place), place).movedim(place, -1)
+
+
+# --- a cross-entropy -------------------------------------------------------------------------------------------------
+
+
+def index_losses(z: Rows, at: Tensor) -> tuple[Values, Flags | None]:
+    """Return ``−log p_t`` of class indices ``at``, ``(..., 1)``, as ``log1p(Σ_{k≠t} p_k / p_t)``."""
+    p = _where_stored(torch.softmax, z)
+    at_target = p.gather(-1, at)
+    others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    sure = _above(LEAST_OTHERS, torch.minimum(others, at_target))
+    return others.div_(at_target).log1p_().squeeze(-1), sure
+
+
+def index_residuals(scale: Values, z: Rows, at: Tensor, smoothing: float = 0.0) -> tuple[Rows, Flags | None]:
+    """Return ``scale (p − y)`` of class indices ``at``, ``(..., 1)``; at the target ``−Σ_{k≠t} (p_k − ε/C)``."""
+    p = _where_stored(torch.softmax, z)
+    at_target = p.gather(-1, at)
+    others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    sure = _above(LEAST_OTHERS, torch.minimum(others, at_target), scale)
+    if smoothing:
+        p.sub_(smoothing / z.shape[-1])
+        others.sub_(smoothing * (1 - 1 / z.shape[-1]))
+    return p.scatter_(-1, at, others.neg_()).mul_(scale.unsqueeze(-1)), sure
+
+
+def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Values, Rows] | None:
+    """Return :func:`index_losses` and :func:`index_residuals` of scale 1 in one, or ``None`` if a row is not sure."""
+    p = _where_stored(torch.softmax, z)
+    at_target = p.gather(-1, at)
+    others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    if not torch.minimum(others, at_target).amin().item() > LEAST_OTHERS:
+        return None
+    return torch.log1p(others / at_target).squeeze(-1), p.scatter_(-1, at, others.neg_())
+
+
+def smoothed_index_losses(smoothing: float, z: Rows, at: Tensor) -> tuple[Values, Flags]:
+    """Return ``−(1 − ε) log p_t − ε/C Σ_k log p_k``, of which the mean is at least ``log C``."""
+    log_p = _where_stored(torch.log_softmax, z)
+    rows = log_p.gather(-1, at).squeeze(-1).mul_(smoothing - 1).sub_(log_p.mean(-1), alpha=smoothing)
+    return rows, (rows > LEAST_LOSS) & rows.isfinite()
+
+
+def dense_losses(z: Rows, y: Rows) -> tuple[Values, Flags]:
+    """Return ``−Σ_k y_k log p_k`` of rows ``y`` of any sum; where a class without mass is masked, it is not sure."""
+    rows = _where_stored(torch.log_softmax, z).mul_(y).sum(-1).neg_()
+    return rows, (rows > LEAST_LOSS * y.sum(-1)) & rows.isfinite()
+
+
+def dense_residuals(scale: Values, z: Rows, y: Rows) -> tuple[Rows, Flags]:
+    """Return ``scale [(Σ_k y_k) p − y]``, whose sum of 0 a class above one half restores."""
+    p, column = _where_stored(torch.softmax, z), scale.unsqueeze(-1)
+    top = p.amax(-1, keepdim=True)
+    residual = torch.addcmul(p * (column * y.sum(-1, keepdim=True)), y, column, value=-1)
+    balance(residual, p, top)
+    return unless_masked(z, residual), (1 - top > LEAST_REST).squeeze(-1) | (scale == 0)
+
+
+# --- a divergence ----------------------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """One softmax of a comparison: logits up to a constant, probabilities, the largest, and the log-sum-exp."""
+
+    z: Rows
+    p: Rows
+    total: Column  # Σ p, which differs from 1 by rounding
+    top: Column
+    lse: Column  # of ``z``, in float64
+
+
+def sides(first: Rows, second: Rows) -> tuple[Side, Side]:
+    """Return both sides of a comparison; logits with a large offset between them are shifted to a maximum of 0."""
+    logits, offsets = [first, second], [each.amax(-1, keepdim=True) for each in (first, second)]
+    if not (offsets[0] - offsets[1]).abs().amax() < NEAR_OFFSET:
+        logits = [each - offset for each, offset in zip(logits, offsets, strict=True)]
+        offsets = [torch.zeros_like(offset) for offset in offsets]
+    made = []
+    for z, offset in zip(logits, offsets, strict=True):
+        p = _where_stored(torch.softmax, z)
+        total, top = p.sum(-1, keepdim=True), p.amax(-1, keepdim=True)
+        lse = offset.double() - (top.double() / total).log()  # p_top = e^{max − lse}
+        made.append(Side(z, p, total, top, lse))
+    return made[0], made[1]
+
+
+def divergence_losses(divergence: Divergence, z: Rows, target: Rows) -> tuple[Values, Flags]:
+    """Return the divergence of each row from ``target`` to ``z``, both logits."""
+    if isinstance(divergence, ReverseKL):
+        z, target = target, z
+    model, teacher = sides(z, target)
+    size: Tensor | float = 1.0
+    if isinstance(divergence, JensenShannon):
+        value = jensen_shannon(divergence.beta, model.p, teacher.p)
+    else:
+        constant = model.lse - teacher.lse
+        value, size = pull(teacher.z - model.z, teacher.p, teacher.total) + constant, 1 + constant.abs()
+    sure = (value > LEAST_LOSS * size) & value.isfinite() & _has_rest(model, teacher)
+    return value.to(z.dtype).squeeze(-1), sure.squeeze(-1)
+
+
+def divergence_residuals(
+    divergence: Divergence, scale: Values, z: Rows, target: Rows, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Flags]:
+    """Return ``scale ⊙ ∂D/∂z`` and ``scale ⊙ ∂D/∂target`` where wanted."""
+    if isinstance(divergence, ReverseKL):
+        in_target, in_z, sure = divergence_residuals(ForwardKL(), scale, target, z, (wanted[1], wanted[0]))
+        return in_z, in_target, sure
+    model, teacher = sides(z, target)
+    in_z, in_target = None, torch.empty_like(target) if wanted[1] else None
+    factors, size = (1.0, 1.0), torch.ones_like(model.top)
+    if isinstance(divergence, JensenShannon):
+        in_z = torch.empty_like(z) if wanted[0] else None
+        jensen_shannon(divergence.beta, model.p, teacher.p, in_z, in_target)
+        factors = (divergence.beta - 1, -divergence.beta)
+    else:
+        if in_target is not None:
+            size += pull(teacher.z - model.z, teacher.p, out=in_target).abs()
+        if wanted[0]:  # in place where the target's probabilities are not needed any more
+            in_z = torch.sub(model.p, teacher.p, out=None if wanted[1] else teacher.p)
+    sure = _has_rest(model, teacher)
+    for gradient, side, factor in zip((in_z, in_target), (model, teacher), factors, strict=True):
+        if gradient is not None:
+            sure = sure & (gradient.abs().sum(-1, keepdim=True) > LEAST * size)
+            balance(gradient, side.p, side.top)
+            gradient.mul_((factor * scale).unsqueeze(-1))
+    return in_z, in_target, sure.squeeze(-1) | (scale == 0)
+
+
+def _has_rest(*sides: Side) -> Tensor:
+    return (1 - torch.maximum(sides[0].top, sides[1].top)) > LEAST_REST
+
+
+def balance(gradient: Rows, p: Rows, top: Column) -> None:
+    """Let a class above one half take up what its row misses of its sum of 0, as in ``softmax.dense_residual``.
+
+    It overwrites ``p``: fresh memory takes longer than a pass over memory in use.
+    """
+    confident = top > 0.5
+    if confident.any():
+        largest = p.add_(0.5).floor_()  # 1 at a class above one half
+        gradient.addcmul_(largest, torch.where(confident, -gradient.sum(-1, keepdim=True), 0.0))
+
+
+def pull(s: Rows, e: Rows, total: Column | None = None, out: Rows | None = None) -> Column:
+    """Return ``Σ p s`` of ``p = e / total``; ``out = e (s − Σ p s)``. ``s`` is overwritten; ``total`` is 1 by default.
+
+    A constant added to ``s`` leaves ``out`` as it is.
+    """
+    s.mul_(e)
+    mean = s.sum(-1, keepdim=True)
+    if total is not None:
+        mean.div_(total)
+    if out is not None:
+        torch.addcmul(s, e, mean, value=-1, out=out)
+    return mean
+
+
+def jensen_shannon(
+    beta: float, e: Rows, y: Rows, out: Rows | None = None, target_out: Rows | None = None, *,
+    totals: tuple[Column, Column] | None = None, buffers: tuple[Rows, Rows] | None = None, masks: bool = False,
+) -> Column:  # fmt: skip
+    """Return the divergence of ``p = e / total`` and ``y / target_total``, where the ``totals`` are 1 by default.
+
+    ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))`` do not cancel. The gradients are
+    ``∂D/∂z = (β−1)/total · out`` and ``∂D/∂target = −β/target_total · target_out``. The first of the ``buffers`` may be
+    ``out``. With ``masks``, classes may have no mass on both sides.
+    """
+    ratio, model_side = (torch.empty_like(e), torch.empty_like(e)) if buffers is None else buffers
+    total, target_total = (None, None) if totals is None else totals
+    torch.div(y, e, out=ratio)
+    if total is not None and target_total is not None:
+        ratio.mul_(total / target_total)
+    ratio.clamp_(1e-35, 1e35)  # for a class without mass on either side: 0 times a finite logarithm
+    if masks:
+        ratio.nan_to_num_(1.0)
+    torch.sub(ratio, 1, out=model_side).mul_(beta).log1p_()
+    ratio.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
+    to_target = pull(ratio, y, target_total, target_out)
+    to_model = pull(model_side, e, total, out)
+    return -(beta * to_target + (1 - beta) * to_model)
