@@ -19,7 +19,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from softcurve.fit.data.row_source import to_source
-from softcurve.fit.data.source import Source, rows_within
+from softcurve.fit.data.source import Source, block_rows
+from softcurve.fit.data.sparse_features import Features, SparseFeatures, linear
 from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.solver.newton import Step
 from softcurve.losses.divergences import Divergence, divergence_of
@@ -39,7 +40,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, each equivalent to a copy of its row per class with the
     class probabilities as weights; or a :class:`softcurve.TopK`. For the latter two the classes are 0…C-1. ``X`` is
-    dense, sparse (made dense block by block), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
+    dense, sparse (it stays so where that pays), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
     which results are tensors too. Losses are in nats.
 
     Args:
@@ -160,7 +161,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
         coef, intercept = to_tensor(self.coef_), to_tensor(self.intercept_)
-        parts = [torch.addmm(intercept.to(x.dtype), x, coef.to(x.dtype).T) for x in _blocks(rows, len(coef))]
+        parts = [linear(x, coef.to(x.dtype), intercept.to(x.dtype)) for x in _blocks(rows, len(coef))]
         logits = torch.cat(parts)
         return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
 
@@ -329,12 +330,13 @@ def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
     return validate_data(estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
 
-def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
+def _blocks(rows: Any, classes: int) -> Iterator[Features]:
     if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap) and rows.flags.writeable:
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
-    for block in to_source(rows, features_name="X").blocks(rows_within(classes, rows.shape[1])):
-        yield block.features.clone()
+    source = to_source(rows, features_name="X")
+    for block in source.blocks(block_rows(source, classes)):
+        yield block.features if isinstance(block.features, SparseFeatures) else block.features.clone()
 
 
 def to_numpy(value: Any) -> Any:
