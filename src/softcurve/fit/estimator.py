@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score
 from sklearn.utils import Tags, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -146,7 +147,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the head of the last fit if it has the same classes and features and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
-        weight, bias = to_tensor(self.coef_).double(), to_tensor(self.intercept_).double()
+        weight, bias = (to_tensor(part).double().cpu() for part in (self.coef_, self.intercept_))
         if len(classes) == 2:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
@@ -160,8 +161,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the logits ``(n, C)``; for two classes ``(n,)``, that of the second minus that of the first."""
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
-        coef, intercept = to_tensor(self.coef_), to_tensor(self.intercept_)
-        parts = [linear(x, coef.to(x.dtype), intercept.to(x.dtype)) for x in _blocks(rows, len(coef))]
+        head = to_tensor(self.coef_), to_tensor(self.intercept_)
+        parts = []
+        for x in _blocks(rows, len(head[0])):
+            where = x.device if isinstance(x, Tensor) else None  # sparse rows are scipy's, on the CPU
+            parts.append(linear(x, *(part.to(device=where or "cpu", dtype=x.dtype) for part in head)))
         logits = torch.cat(parts)
         return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
 
@@ -188,14 +192,16 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the most probable class of each row, ``(n,)``; for a tensor, a tensor if the classes are numbers."""
         logits = torch.as_tensor(self.decision_function(X))
         index = (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
-        labels = np.asarray(self.classes_)[index.numpy()]
-        return torch.as_tensor(labels) if isinstance(X, Tensor) and labels.dtype.kind in "iufb" else labels
+        labels = np.asarray(self.classes_)[index.cpu().numpy()]
+        numbers = isinstance(X, Tensor) and labels.dtype.kind in "iufb"
+        return torch.as_tensor(labels, device=X.device) if numbers else labels
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the share of rows whose label, or most probable class, is predicted."""
         if y is None:
             raise ValueError("y must be labels or distributions to score against; got None")
-        return float(super().score(X, self._labels(y), sample_weight))
+        predicted = to_numpy(self.predict(X))
+        return float(accuracy_score(self._labels(y), predicted, sample_weight=to_numpy(sample_weight)))
 
     def _labels(self, y: Any) -> Array:
         """Return labels as they are, and the most probable classes of distributions and lists."""
@@ -218,7 +224,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         rows = features_of(self, X, reset=True)
-        weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+        weight = to_numpy(sample_weight)
+        weights = to_tensor(_check_sample_weight(weight, rows, dtype=np.float64, ensure_non_negative=True))
         if has_soft_targets(y):
             target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
             source: Source = to_source(rows, target, features_name="X", target_name="y")
@@ -308,29 +315,45 @@ def has_soft_targets(y: Any) -> bool:
 
 def most_probable(y: Any) -> Array:
     """Return the most probable class of each row of distributions or lists."""
-    return y.most_probable.numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
+    return y.most_probable.cpu().numpy() if isinstance(y, TopK) else np.asarray(to_numpy(y)).argmax(1)
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
-    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are."""
+    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are.
+
+    Rows to predict stay on their device; those to fit come to the CPU, where the solver is.
+    """
     if isinstance(X, np.memmap) and X.ndim == 2 and X.dtype.kind == "f":
         if reset:
             estimator.n_features_in_ = X.shape[1]
-        elif X.shape[1] != estimator.n_features_in_:
-            raise ValueError(
-                f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
-                f"{estimator.n_features_in_} features as input."
-            )
+        else:
+            _require_width(estimator, X)
         return X
     if isinstance(X, Tensor):
         if X.layout != torch.strided:
             raise ValueError(f"X must be a dense tensor; got layout {X.layout}: convert it to scipy's CSR")
+        if X.device.type != "cpu" and not reset and X.ndim == 2:
+            _require_width(estimator, X)
+            if not X.isfinite().all():
+                raise ValueError("Input X contains NaN or infinity; drop or fill such rows")
+            return X.detach().float() if X.dtype in (torch.bfloat16, torch.float32) else X.detach().double()
         X = X.detach().cpu()
         X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
     return validate_data(estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
 
+def _require_width(estimator: Any, X: Any) -> None:
+    if X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
+            f"{estimator.n_features_in_} features as input."
+        )
+
+
 def _blocks(rows: Any, classes: int) -> Iterator[Features]:
+    if isinstance(rows, Tensor):
+        yield rows
+        return
     if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap) and rows.flags.writeable:
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
@@ -350,7 +373,7 @@ def to_tensor(array: Any) -> Tensor:
 
 
 def as_given(result: Tensor, like: Any) -> Array | Tensor:
-    """Return a tensor if ``like`` is one, otherwise an array, in the floating-point dtype of ``like`` if it has one."""
+    """Return a tensor on its device if ``like`` is one, else an array; in the dtype of ``like`` if it is floating."""
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
-    return result if isinstance(like, Tensor) else result.numpy()
+    return result.to(like.device) if isinstance(like, Tensor) else result.cpu().numpy()
