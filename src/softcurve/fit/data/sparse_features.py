@@ -17,9 +17,9 @@ NUMPY = {torch.float32: "float32", torch.float64: "float64"}
 class SparseFeatures:
     """Rows of a scipy CSR matrix in float32 or float64, and their products with dense matrices.
 
-    No operation but :meth:`dense` takes memory of the order rows × d. The products are scipy's, in one thread. For
-    TF-IDF rows with 58 classes they took a third to a tenth of the time of torch's CSR products with one or two
-    threads, which also need a copy of the transposed matrix.
+    No operation but :meth:`dense` takes memory of the order rows × d. The products are scipy's, in one thread: for
+    TF-IDF rows with 58 classes, torch's CSR products with two threads took longer, up to twelve times as long on a busy
+    machine, and need a copy of the transposed matrix.
     """
 
     def __init__(self, matrix: Any) -> None:
