@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array, issparse, load_npz, save_npz
 
 from bench.measure import ProcessFailure, extra_peak_of, in_fresh_process, median_ratio
 from bench.problems import PROBLEMS, Array, Shape, judge
@@ -30,6 +31,7 @@ SMALL = Shape(300, 12, 5)
 REPEATS, LIMIT = 3, 600.0
 # The largest entry of the gradient that a fit must reach, and how often the tolerance of a solver is divided by three.
 WANTED, TRIES = 1e-6, 7
+SPARSE_ROWS = ".rows.npz"  # the suffix of the file with the rows of a sparse problem
 # Seconds of a first run above which it is repeated at most once.
 LONG = 60.0
 # Bytes of newton-cholesky's Hessian above which it is not run, because solving with it needs copies.
@@ -89,9 +91,13 @@ def figures(
     rows, target = problem.make(SMALL if small else problem.shape)
     with TemporaryDirectory(prefix="softcurve-bench-") as folder:
         path = Path(folder) / "problem.npz"
-        np.savez(path, rows=rows.astype(dtype), target=target)
+        if issparse(rows):
+            save_npz(path.with_suffix(SPARSE_ROWS), rows.astype(dtype))
+            np.savez(path, target=target)
+        else:
+            np.savez(path, rows=rows.astype(dtype), target=target)
         classes = target.shape[1] if target.ndim == 2 else int(target.max()) + 1
-        shape = Shape(len(rows), rows.shape[1], classes)
+        shape = Shape(*rows.shape, classes)
         fit = partial(_in_process, path, problem.penalty, limit)
         records: list[Record] = [{"problem": name, "shape": shape, "dtype": dtype, "who": who} for who in contestants]
         for record in records:
@@ -178,10 +184,12 @@ def _in_process(path: Path, penalty: float, limit: float, who: str, tol: float) 
 
 def print_fit(path: str, who: str, penalty: float, tol: float, limit: float) -> None:
     """Load the data, warm up, measure a fit, evaluate it, and print one line of JSON."""
+    sparse = Path(path).with_suffix(SPARSE_ROWS)
     with np.load(path) as arrays:
-        rows, target = arrays["rows"], arrays["target"]
+        rows, target = load_npz(sparse) if sparse.exists() else arrays["rows"], arrays["target"]
     given = _given(who, rows, target)
     few = np.random.default_rng(0).normal(size=(60, 4)).astype(rows.dtype)
+    few = csr_array(few) if issparse(rows) else few
     seconds = 0.0
 
     def run() -> None:
@@ -191,7 +199,7 @@ def print_fit(path: str, who: str, penalty: float, tol: float, limit: float) -> 
         seconds = time.perf_counter() - start
 
     _estimator(who, C=1.0, tol=1e-2).fit(few, np.arange(60) % 3)
-    estimator = _estimator(who, C=1 / (penalty * len(rows)), tol=tol)
+    estimator = _estimator(who, C=1 / (penalty * len(target)), tol=tol)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         # The signal has no handler, so it ends the process even during a matrix product.
@@ -215,7 +223,7 @@ def _estimator(who: str, *, C: float, tol: float) -> Any:
     return LogisticRegression(solver=who, C=C, tol=tol, max_iter=1_000_000)
 
 
-def _given(who: str, rows: Array, target: Array) -> tuple[Array, ...]:
+def _given(who: str, rows: Any, target: Array) -> tuple[Any, ...]:
     """Return the arguments of ``fit``; for scikit-learn a distribution becomes weighted copies with each label."""
     if who == OURS or target.ndim == 1:
         return rows, target

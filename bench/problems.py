@@ -1,12 +1,15 @@
-"""Classification problems from fixed random numbers, and the evaluation of a fitted head.
+"""Classification problems from fixed random numbers or from text, and the evaluation of a fitted head.
 
 The objective is ``Σ loss_i / n + ½ λ ‖W‖²`` in nats. The intercept is not penalised. λ is 1/(C n) for scikit-learn's C.
 """
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +31,13 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem; ``make(shape)`` returns samples ``(n, d)`` and labels ``(n,)`` or distributions ``(n, C)``."""
+    """A problem; ``make(shape)`` returns samples ``(n, d)`` and labels ``(n,)`` or distributions ``(n, C)``.
+
+    The samples are an array or a scipy CSR matrix.
+    """
 
     what: str
-    make: Callable[[Shape], tuple[Array, Array]]
+    make: Callable[[Shape], tuple[Any, Array]]
     shape: Shape
     penalty: float
 
@@ -88,6 +94,26 @@ def soft_labels(shape: Shape) -> tuple[Array, Array]:
     return rows, _softmax(logits + rng.normal(size=logits.shape))[0]
 
 
+def text(shape: Shape, *, ngrams: int) -> tuple[Any, Array]:
+    """Return sparse TF-IDF rows of source lines of Python's standard library, and the number of the module of each.
+
+    The modules are the largest top-level files, and each has equally many lines, its first with eight letters or more.
+    The features are the most frequent words, or sequences of up to ``ngrams`` words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    files = Path(sysconfig.get_path("stdlib")).glob("*.py")
+    lines: list[str] = []
+    labels: list[int] = []
+    for label, file in enumerate(sorted(files, key=lambda file: (-file.stat().st_size, file.name))[: shape.classes]):
+        text = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        chosen = [line for line in text if sum(map(str.isalpha, line)) >= 8][: -(-shape.rows // shape.classes)]
+        lines += chosen
+        labels += [label] * len(chosen)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, ngrams), max_features=shape.width)
+    return vectorizer.fit_transform(lines), np.array(labels)
+
+
 PROBLEMS = {
     "digits": Problem("digits, random Fourier features", digits, Shape(1797, 512, 10), 1e-5),
     "power-law": Problem("features of power-law scales", power_law, Shape(20_000, 256, 100), 1e-5),
@@ -96,10 +122,14 @@ PROBLEMS = {
         "a linear teacher's choice, blurred at its margins", near_separable, Shape(8000, 128, 30), 1e-6
     ),
     "soft-labels": Problem("distributions; of scikit-learn n C weighted rows", soft_labels, Shape(3000, 128, 10), 1e-5),
+    "text-words": Problem("TF-IDF of words, sparse", partial(text, ngrams=1), Shape(31_900, 6000, 58), 3e-6),
+    "text-bigrams": Problem(
+        "TF-IDF of words and pairs of words, sparse", partial(text, ngrams=2), Shape(31_900, 60_000, 58), 3e-6
+    ),
 }
 
 
-def judge(rows: Array, target: Array, penalty: float, weight: Array, bias: Array) -> dict[str, float]:
+def judge(rows: Any, target: Array, penalty: float, weight: Array, bias: Array) -> dict[str, float]:
     """Return the objective, the largest entry of its gradient, and the accuracy, computed in float64."""
     rows, weight, bias = (array.astype(np.float64) for array in (rows, weight, bias))
     if target.ndim == 1:
@@ -107,7 +137,7 @@ def judge(rows: Array, target: Array, penalty: float, weight: Array, bias: Array
     logits = rows @ weight.T + bias
     probabilities, log_sums = _softmax(logits)
     losses = log_sums * target.sum(1) - (target * logits).sum(1)
-    residual = (probabilities * target.sum(1, keepdims=True) - target) / len(rows)
+    residual = (probabilities * target.sum(1, keepdims=True) - target) / len(target)
     gradients = residual.T @ rows + penalty * weight, residual.sum(0)
     return {
         "gradient": max(float(abs(gradient).max()) for gradient in gradients),

@@ -18,14 +18,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 import torch.distributed as dist
 
 from softcurve import TopK
 from softcurve.fit import DataError
+from softcurve.fit.data import dataset
 from softcurve.fit.data.files.arrays import FileRows
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.row_source import own_share, to_source
+from softcurve.fit.data.source import is_sparse
 from softcurve.fit.data.subset import Subset, shared, split_source
 from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head, regularisation_path
@@ -386,6 +389,25 @@ def unlike(folder, group):
     return found
 
 
+def sparse_rows(folder, group):
+    """Rows that stay sparse although they are few, with a constant column and one that only some processes store."""
+    rows = np.where(np.abs(X - 5.0) > 1.0, X, 0.0)
+    rows[:, 2] = 3.0
+    rows[100:, 5] = 0.0
+    bounds = dataset.SPARSE_SIZE, dataset.SPARSE_SHARE
+    dataset.SPARSE_SIZE, dataset.SPARSE_SHARE = 0, 0
+    try:
+        source = to_source(scipy.sparse.csr_array(rows), LABELS)
+        assert is_sparse(source)
+        options = {"tol": 1e-9, "precision": "float64"}
+        whole = fit_head(source, group=group, sample_weight=WEIGHTS, **options)
+        train, held = split_source(of(source, group), 0.2, 1)
+        fit = fit_head(train, **options)
+        return {"whole": told(whole), "train": told(fit), "held": diagnose(held, fit.weight, fit.bias, "js").loss}
+    finally:
+        dataset.SPARSE_SIZE, dataset.SPARSE_SHARE = bounds
+
+
 CASES: dict[str, Case] = {
     "labels": plain(X, LABELS),
     "labels, mixed": mixed(X, LABELS, C=30.0),
@@ -404,6 +426,7 @@ CASES: dict[str, Case] = {
     "negligible rows left out": left_out,
     "classes' blocks": classes_blocks,
     "wide": plain(RNG.normal(size=(30, 50)), LABELS[:30]),
+    "sparse rows": sparse_rows,
     "two rows": plain(X[:2], np.array([0, 1])),
     "three rows, streamed": lambda folder, group: told(
         fit_head(to_source(np.memmap(folder / "few", np.float64, "r", 0, (3, 6)), np.array([0, 1, 1])), group=group)

@@ -63,8 +63,18 @@ def test_a_hessian_that_is_too_large_is_not_tried() -> None:
     from bench.problems import PROBLEMS
 
     reasons = {name: fits._unfit("newton-cholesky", problem.shape, "float64") for name, problem in PROBLEMS.items()}
-    assert {name for name, reason in reasons.items() if reason} == {"rare-classes"}
+    assert {name for name, reason in reasons.items() if reason} == {"rare-classes", "text-words", "text-bigrams"}
     assert reasons["rare-classes"] == "skipped: a Hessian matrix of 533 GB"
+
+
+def test_sparse_rows_of_text_are_judged_as_their_dense_copy() -> None:
+    from bench.problems import PROBLEMS, Shape, judge
+
+    rows, labels = PROBLEMS["text-bigrams"].make(Shape(120, 40, 4))
+    assert rows.shape[1] == 40
+    assert np.bincount(labels).tolist() == [30] * 4
+    weight, bias = np.random.default_rng(0).normal(size=(4, 40)), np.arange(4.0)
+    assert judge(rows, labels, 0.1, weight, bias) == pytest.approx(judge(rows.toarray(), labels, 0.1, weight, bias))
 
 
 @pytest.mark.parametrize("kind", ["labels", "distributions"])

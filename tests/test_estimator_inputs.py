@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import f1_score, log_loss, make_scorer
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
-from softcurve import SoftmaxRegression, SoftmaxRegressionCV
+from softcurve import SoftmaxRegression, SoftmaxRegressionCV, TopK
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # many small fits, which test_estimator.py has checked
 
@@ -59,6 +59,40 @@ def test_read_only_arrays_are_taken_without_a_warning():  # the tests make error
         assert model.set_params(warm_start=True).fit(readonly(X), readonly(target)).n_iter_[0] >= 1
     cv = SoftmaxRegressionCV(Cs=[1.0], cv=2, scoring="accuracy").fit(readonly(X), readonly(Y), readonly(weight))
     assert cv.score(readonly(X), readonly(Y), readonly(weight)) > 0.9
+
+
+class OnADevice(torch.Tensor):
+    """A tensor whose entries numpy cannot read before ``cpu()``, as those of a CUDA tensor."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self):
+        raise TypeError("copy the tensor to host memory first")
+
+    __array__ = numpy
+
+
+@pytest.mark.parametrize("kind", ["labels", "distributions", "lists"])
+def test_no_tensor_of_a_device_is_read_where_it_is(kind):
+    soft = 0.9 * np.eye(3)[Y] + 0.1 / 3
+    lists = torch.as_tensor(np.argsort(-soft)[:, :2].copy()), torch.log(torch.as_tensor(np.sort(soft)[:, :0:-1].copy()))
+    arrays = {"labels": Y, "distributions": soft, "lists": TopK(*lists)}
+    there = {"labels": as_on_a_device(Y), "distributions": as_on_a_device(soft), "lists": TopK(*map(as_on_a_device, lists))}  # fmt: skip
+    weights = np.linspace(0.5, 1.0, 150)
+    here = SoftmaxRegression().fit(torch.as_tensor(X), arrays[kind], weights)
+    model = SoftmaxRegression(warm_start=True).fit(as_on_a_device(X), there[kind], as_on_a_device(weights))
+    torch.testing.assert_close(model.coef_, here.coef_)
+    score = model.score(as_on_a_device(X), there[kind], as_on_a_device(weights))
+    assert score == here.score(X, arrays[kind], weights)
+    model.coef_, model.intercept_ = as_on_a_device(model.coef_), as_on_a_device(model.intercept_)
+    torch.testing.assert_close(model.predict_proba(torch.as_tensor(X)).cpu(), here.predict_proba(torch.as_tensor(X)))
+    np.testing.assert_allclose(model.predict_proba(X), here.predict_proba(X))
+    assert model.fit(as_on_a_device(X), there[kind], as_on_a_device(weights)).n_iter_[0] <= here.n_iter_[0]
+
+
+def as_on_a_device(array):
+    return torch.as_tensor(array).as_subclass(OnADevice)
 
 
 # --- classes --------------------------------------------------------------------------------------------------------

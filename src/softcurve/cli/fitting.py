@@ -18,7 +18,7 @@ from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
 from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source
-from softcurve.fit.data.source import Source, rows_within
+from softcurve.fit.data.source import Source, block_rows
 from softcurve.fit.data.subset import split_source
 from softcurve.fit.diagnostics import Diagnostics, diagnose
 from softcurve.fit.fitting import Fit, fit_head, regularisation_path
@@ -102,8 +102,7 @@ def _fit(
 
 
 def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
-    classes, width = fit.weight.shape
-    rows = None if options.memory is None else rows_within(classes, width, options.memory * 2**20)
+    rows = None if options.memory is None else block_rows(source, budget=options.memory * 2**20)
     return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **how)
 
 

@@ -25,7 +25,7 @@ def check_suffix(option: str, path: Path, *suffixes: str) -> None:
         raise DataError(f"{option}: {path} must end in {', '.join(suffixes)}")
 
 
-FORMATS = "The word digits; a .npz, .npy, .safetensors or .parquet file; or a directory of such files."
+FORMATS = "The word digits; a .npz, .npy, .safetensors, .parquet or .svmlight file; or a directory of such files."
 LOSSES = "cross_entropy, forward_kl: D(target‖model), reverse_kl: D(model‖target), or js (β = ½)."
 MODEL = (
     "A head saved by softcurve fit; or FILE.py:function or package.module:function, a function that returns "

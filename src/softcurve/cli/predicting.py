@@ -27,7 +27,8 @@ from softcurve.cli.streams import encodable
 from softcurve.files.atomic import replacing
 from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source_for
-from softcurve.fit.data.source import Label, Source, rows_within
+from softcurve.fit.data.source import Label, Source, block_rows
+from softcurve.fit.data.sparse_features import linear
 from softcurve.fit.diagnostics import ScoreSums
 from softcurve.fit.outputs import check_outputs
 from softcurve.fit.saved_head import SavedHead
@@ -148,9 +149,9 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
     # The reverse KL of a label is infinite, its cross-entropy is not.
     loss = "cross_entropy" if source.kind == "labels" else head.loss
     sums = ScoreSums(loss)
-    for block in source.blocks(rows_within(len(weight), source.width, BLOCK)):
+    for block in source.blocks(block_rows(source, len(weight), BLOCK)):
         stop_if_interrupted()
-        logits = torch.addmm(bias, block.features.double(), weight.T)
+        logits = linear(block.features, weight, bias)
         if not logits.isfinite().all():
             raise DataError(f"data: the logits of {data} overflow; scale its features as for the fit")
         predicted = logits.argmax(dim=1).numpy()

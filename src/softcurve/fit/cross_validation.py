@@ -16,7 +16,8 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from softcurve.fit.data.source import Source, rows_within
+from softcurve.fit.data.source import Source, block_rows
+from softcurve.fit.data.sparse_features import linear
 from softcurve.fit.data.subset import Subset
 from softcurve.fit.estimator import Array, Real, SoftmaxRegression, TrainingData, Whole, most_probable, to_numpy
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
@@ -228,9 +229,9 @@ def _selected(source: Source, weights: Tensor, numbers: Array) -> tuple[Source, 
 
 def _mean_loss(loss: str | Divergence, fit: Fit, rows: Source, weights: Tensor) -> float:
     total = 0.0
-    for block in rows.blocks(rows_within(len(rows.classes), rows.width)):
+    for block in rows.blocks(block_rows(rows)):
         assert block.target is not None
-        logits = torch.addmm(fit.bias, block.features.double(), fit.weight.T)
+        logits = linear(block.features, fit.weight, fit.bias)
         of_rows = weights[block.start : block.start + len(block)]
         losses = row_losses(loss, logits, block.target)
         total += float((of_rows * torch.where(of_rows > 0, losses, 0.0)).sum())

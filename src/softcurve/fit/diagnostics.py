@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, RowBlock, Source, TargetKind, rows_within, share_of
+from softcurve.fit.data.source import BlockTarget, RowBlock, Source, TargetKind, block_rows, share_of
+from softcurve.fit.data.sparse_features import dense_features, linear
 from softcurve.fit.group import Group
 from softcurve.fit.losses import is_soft, row_losses, target_labels, target_probability
 from softcurve.functional import entropy
@@ -120,9 +121,9 @@ def diagnose(
     counts = csr_array((len(bias), len(bias)), dtype=np.int64)  # never more pairs of classes than rows
     hard = _HardestRows(hardest, weight.shape[1])
     with share.group.agreed():
-        for block in source.blocks(rows_at_once or rows_within(*weight.shape)):
+        for block in source.blocks(rows_at_once or block_rows(source, len(weight))):
             assert block.target is not None
-            scores = sums.add(torch.addmm(bias, block.features.double(), weight.T), block.target)
+            scores = sums.add(linear(block.features, weight, bias), block.target)
             ones = torch.ones_like(scores.confidence)
             pairs = scores.label.numpy(), scores.predicted.numpy()
             counts = counts + csr_array((ones.long().numpy(), pairs), shape=counts.shape)
@@ -237,7 +238,8 @@ class _HardestRows:
         columns = (el2n, scores.label, scores.predicted, scores.label_probability, scores.loss)
         numbers = [block.number(row) for row in order.tolist()]
         rows = [HardRow(*row) for row in zip(numbers, *(column[order].tolist() for column in columns), strict=True)]
-        self._keep(self.rows + rows, [self.features, block.features[order].double()])
+        kept = None if self.features is None else dense_features(block.features[order]).double()
+        self._keep(self.rows + rows, [self.features, kept])
 
     def add_processes(self, group: Group) -> None:
         rows = [row for of_process in group.values(self.rows) for row in of_process]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score
 from sklearn.utils import Tags, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from softcurve import checks
 from softcurve.curvature.split import require_head
 from softcurve.fit.data.row_source import to_source
-from softcurve.fit.data.source import Source, rows_within
+from softcurve.fit.data.source import Source, block_rows
+from softcurve.fit.data.sparse_features import Features, SparseFeatures, linear
 from softcurve.fit.fitting import Fit, check_options, fit_head
 from softcurve.fit.saved_head import linear_of
 from softcurve.fit.solver.newton import Step
@@ -42,7 +44,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, each equivalent to a copy of its row per class with the
     class probabilities as weights; or a :class:`softcurve.TopK`. For the latter two the classes are 0…C-1. ``X`` is
-    dense, sparse (made dense block by block), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
+    dense, sparse (it stays so where that pays), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
     which results are tensors too. Losses are in nats.
 
     Args:
@@ -148,9 +150,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the head of the last fit if it has the same classes and features and is finite."""
         if not hasattr(self, "coef_") or not np.array_equal(np.asarray(self.classes_), classes):
             return None
-        weight, bias = self._head()
+        weight, bias = (part.double().cpu() for part in self._head())
         finite = bool(weight.isfinite().all() and bias.isfinite().all())
-        return (weight.double(), bias.double()) if finite and weight.shape[1] == self.n_features_in_ else None
+        return (weight, bias) if finite and weight.shape[1] == self.n_features_in_ else None
 
     def _head(self) -> tuple[Tensor, Tensor]:
         """Return the weight ``(C, d)`` and the bias ``(C,)``, of which two classes keep the difference alone."""
@@ -217,8 +219,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the logits ``(n, C)``; for two classes ``(n,)``, that of the second minus that of the first."""
         check_is_fitted(self)
         rows = features_of(self, X, reset=False)
-        coef, intercept = to_tensor(self.coef_), to_tensor(self.intercept_)
-        parts = [torch.addmm(intercept.to(x.dtype), x, coef.to(x.dtype).T) for x in _blocks(rows, len(coef))]
+        head = to_tensor(self.coef_), to_tensor(self.intercept_)
+        parts = []
+        for x in _blocks(rows, len(head[0])):
+            where = x.device if isinstance(x, Tensor) else None  # sparse rows are scipy's, on the CPU
+            parts.append(linear(x, *(part.to(device=where or "cpu", dtype=x.dtype) for part in head)))
         logits = torch.cat(parts)
         return as_given(logits[:, 0] if len(self.classes_) == 2 else logits, X)
 
@@ -245,14 +250,16 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Return the most probable class of each row, ``(n,)``; for a tensor, a tensor if the classes are numbers."""
         logits = torch.as_tensor(self.decision_function(X))
         index = (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
-        labels = np.asarray(self.classes_)[index.numpy()]
-        return torch.as_tensor(labels) if isinstance(X, Tensor) and labels.dtype.kind in "iufb" else labels
+        labels = np.asarray(self.classes_)[index.cpu().numpy()]
+        numbers = isinstance(X, Tensor) and labels.dtype.kind in "iufb"
+        return torch.as_tensor(labels, device=X.device) if numbers else labels
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the share of rows whose label, or most probable class, is predicted."""
         if y is None:
             raise ValueError("y must be labels or distributions to score against; got None")
-        return float(super().score(X, self._labels(y), sample_weight))
+        predicted = to_numpy(self.predict(X))
+        return float(accuracy_score(self._labels(y), predicted, sample_weight=to_numpy(sample_weight)))
 
     def _labels(self, y: Any) -> Array:
         """Return labels as they are, and the most probable classes of distributions and lists."""
@@ -275,7 +282,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         rows = features_of(self, X, reset=True)
-        weights = to_tensor(_check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True))
+        weight = to_numpy(sample_weight)
+        weights = to_tensor(_check_sample_weight(weight, rows, dtype=np.float64, ensure_non_negative=True))
         if has_soft_targets(y):
             target = y if isinstance(y, TopK | Tensor) else np.asarray(y)
             source: Source = to_source(rows, target, features_name="X", target_name="y")
@@ -365,34 +373,51 @@ def has_soft_targets(y: Any) -> bool:
 
 def most_probable(y: Any) -> Array:
     """Return the most probable class of each row of distributions or lists."""
-    return y.most_probable.numpy() if isinstance(y, TopK) else np.asarray(y).argmax(1)
+    return y.most_probable.cpu().numpy() if isinstance(y, TopK) else np.asarray(to_numpy(y)).argmax(1)
 
 
 def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
-    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are."""
+    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are.
+
+    Rows to predict stay on their device; those to fit come to the CPU, where the solver is.
+    """
     if isinstance(X, np.memmap) and X.ndim == 2 and X.dtype.kind == "f":
         if reset:
             estimator.n_features_in_ = X.shape[1]
-        elif X.shape[1] != estimator.n_features_in_:
-            raise ValueError(
-                f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
-                f"{estimator.n_features_in_} features as input."
-            )
+        else:
+            _require_width(estimator, X)
         return X
     if isinstance(X, Tensor):
         if X.layout != torch.strided:
             raise ValueError(f"X must be a dense tensor; got layout {X.layout}: convert it to scipy's CSR")
+        if X.device.type != "cpu" and not reset and X.ndim == 2:
+            _require_width(estimator, X)
+            if not X.isfinite().all():
+                raise ValueError("Input X contains NaN or infinity; drop or fill such rows")
+            return X.detach().float() if X.dtype in (torch.bfloat16, torch.float32) else X.detach().double()
         X = X.detach().cpu()
         X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
     return validate_data(estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
 
-def _blocks(rows: Any, classes: int) -> Iterator[Tensor]:
+def _require_width(estimator: Any, X: Any) -> None:
+    if X.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
+            f"{estimator.n_features_in_} features as input."
+        )
+
+
+def _blocks(rows: Any, classes: int) -> Iterator[Features]:
+    if isinstance(rows, Tensor):
+        yield rows
+        return
     if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap) and rows.flags.writeable:
         yield torch.as_tensor(np.ascontiguousarray(rows))
         return
-    for block in to_source(rows, features_name="X").blocks(rows_within(classes, rows.shape[1])):
-        yield block.features.clone()
+    source = to_source(rows, features_name="X")
+    for block in source.blocks(block_rows(source, classes)):
+        yield block.features if isinstance(block.features, SparseFeatures) else block.features.clone()
 
 
 def to_numpy(value: Any) -> Any:
@@ -406,7 +431,7 @@ def to_tensor(array: Any) -> Tensor:
 
 
 def as_given(result: Tensor, like: Any) -> Array | Tensor:
-    """Return a tensor if ``like`` is one, otherwise an array, in the floating-point dtype of ``like`` if it has one."""
+    """Return a tensor on its device if ``like`` is one, else an array; in the dtype of ``like`` if it is floating."""
     dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
     result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
-    return result if isinstance(like, Tensor) else result.numpy()
+    return result.to(like.device) if isinstance(like, Tensor) else result.cpu().numpy()

@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float, Float64
 from softcurve.fit import DataError
 from softcurve.fit.checkpoint import Checkpoint, digest
-from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.data.source import Source, is_sparse, row_entries, share_of
+from softcurve.fit.data.sparse_features import linear
 from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss, named_classes, target_labels, target_probability
@@ -117,16 +118,13 @@ def fit_head(
         _check_start(start, classes, source.width)
     weights, total = _weights(sample_weight, source)
     budget, rows_at_once = _memory(source, memory_budget)
-    work = share.total * source.width * classes
+    work = share.total * row_entries(source) * classes
     double = precision == "float64" or (precision == "auto" and work < DOUBLE_BELOW)
     with _threads(work, share.group):
         if coordinates is None:
             coordinates = find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
-        elif len(coordinates.mean) != source.width or coordinates.intercept != fit_intercept:
-            raise DataError(
-                f"coordinates must be of {source.width} features and fit_intercept {fit_intercept}; got "
-                f"{len(coordinates.mean)} and {coordinates.intercept}: find them for these rows by coordinates_of"
-            )
+        else:
+            _check_coordinates(coordinates, source, fit_intercept)
         problem = FitProblem(source, weights, loss, (2.0 if classes == 2 else 1.0) / (C * total), rows_at_once)
         objective = Objective(problem, coordinates)
         cold = partial(_cold_state, objective, total, double=double)
@@ -189,7 +187,7 @@ def coordinates_of(
     weights, _ = _weights(sample_weight, source)
     share, classes = share_of(source), len(source.classes)
     rows_at_once = _memory(source, memory_budget)[1]
-    with _threads(share.total * source.width * classes, share.group):
+    with _threads(share.total * row_entries(source) * classes, share.group):
         return find_coordinates(source, weights, classes, intercept=fit_intercept, rows_at_once=rows_at_once)
 
 
@@ -240,6 +238,18 @@ def check_options(C: Any, tol: Any, max_iter: Any, precision: Any, memory_budget
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
 
 
+def _check_coordinates(coordinates: Coordinates, source: Source, fit_intercept: bool) -> None:
+    expected, actual = (
+        f"{width} {'sparse' if sparse else 'dense'} features and fit_intercept {intercept}"
+        for width, sparse, intercept in (
+            (source.width, is_sparse(source), fit_intercept),
+            (len(coordinates.mean), coordinates.sparse, coordinates.intercept),
+        )
+    )
+    if actual != expected:
+        raise DataError(f"coordinates must be of {expected}; got {actual}: find them for these rows by coordinates_of")
+
+
 def _check_start(start: tuple[Tensor, Tensor], classes: int, width: int) -> None:
     shapes = [tuple(tensor.shape) for tensor in start]
     if shapes != [(classes, width), (classes,)]:
@@ -272,9 +282,11 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
 def _memory(source: Source, memory_budget: int | None) -> tuple[int, int]:
     """Return the memory budget in bytes, and the largest number of rows in a block."""
     budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
-    width, classes = source.width, len(source.classes)
+    width, classes = row_entries(source), len(source.classes)
     within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * width)
-    return budget, max(1, min(source.rows, within_budget, max(FEWEST_ROWS, TILE // (classes + width))))
+    # A tile of sparse features also makes passes over the head, which many rows share.
+    in_caches = max(source.width, TILE // classes) if is_sparse(source) else TILE // (classes + width)
+    return budget, max(1, min(source.rows, within_budget, max(FEWEST_ROWS, in_caches)))
 
 
 @contextmanager
@@ -295,7 +307,7 @@ def _threads(work: int, group: Group) -> Iterator[None]:
 def _cold_state(objective: Objective, total: float, *, double: bool) -> State:
     """Return the start at zero weights and, as bias, the logarithms of the class frequencies."""
     problem, coordinates = objective.problem, objective.coordinates
-    parameters = torch.zeros(problem.classes, coordinates.size, dtype=torch.float64)
+    parameters = coordinates.laid_out(torch.zeros(problem.classes, coordinates.size, dtype=torch.float64))
     if coordinates.intercept:
         # One more row with equal probabilities keeps the frequencies positive.
         logs = (_class_frequencies(problem) + 1.0 / (total * problem.classes)).log()
@@ -326,7 +338,7 @@ def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
             assert block.target is not None
             label = target_labels(block.target)
             certain = target_probability(block.target, label, problem.classes) >= 1.0
-            logits = torch.addmm(bias, block.features.double(), weight.T)
+            logits = linear(block.features, weight, bias)
             label_logit = logits.gather(1, label[:, None])
             others = logits.scatter(1, label[:, None], -math.inf).amax(1, keepdim=True)
             if not (certain & (label_logit > others)[:, 0])[weights > 0].all():

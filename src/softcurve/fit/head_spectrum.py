@@ -13,7 +13,8 @@ from softcurve.array_types import Float, Float64
 from softcurve.curvature import GGN, HeadCurvature
 from softcurve.curvature.kfac import DenseClassFactor
 from softcurve.fit import DataError
-from softcurve.fit.data.source import BlockTarget, Source, rows_within, share_of
+from softcurve.fit.data.source import BlockTarget, Source, block_rows, share_of
+from softcurve.fit.data.sparse_features import dense_features
 from softcurve.fit.data.subset import rows_of
 from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
@@ -157,10 +158,10 @@ def _sampled(source: Source, rows: int, seed: int) -> tuple[Float64[Tensor, "row
     wanted = torch.from_numpy(drawn).sort().values - share.first
     parts: list[tuple[Tensor, BlockTarget | None]] = []
     with share.group.agreed():
-        for block in source.blocks(rows_within(len(source.classes), source.width)):
+        for block in source.blocks(block_rows(source)):
             here = wanted[(wanted >= block.start) & (wanted < block.start + len(block))] - block.start
             if len(here):
-                parts.append((block.features[here].double(), rows_of(block.target, here)))
+                parts.append((dense_features(block.features[here]).double(), rows_of(block.target, here)))
             if block.start + len(block) > wanted[-1]:
                 break
     parts = [part for of_process in share.group.values(parts) for part in of_process]

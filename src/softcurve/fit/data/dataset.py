@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from softcurve.fit import DataError
@@ -21,6 +22,8 @@ from softcurve.fit.data.source import TargetKind
 
 PIECE, LEAST = 2**20, 2**12  # bytes that are hashed at a time, and of each shard
 FEATURES, TARGET, LISTS = ("features", "X"), ("target", "y"), ("indices", "log_probs")
+# Rows stay sparse if they have at least so many places, of which at most one in so many is stored.
+SPARSE_SIZE, SPARSE_SHARE = 2**18, 10
 OTHER_TARGET = ("labels",)  # where no array is named target or y
 # The kinds of dtypes that a target's arrays may have, and what they are.
 DTYPES = {
@@ -37,7 +40,7 @@ class Rows(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # holds every entry
 
-    def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
+    def read(self, bounds: Sequence[int]) -> Iterator[Any]:
         """Yield the rows from each bound to the next. Raises DataError that names what is damaged or has changed."""
 
     def digest(self, most: int) -> bytes:
@@ -57,15 +60,19 @@ class ArrayRows(Rows):
 
 
 class SparseRows:
-    """The rows of a scipy matrix in CSR form; what is read is dense."""
+    """The rows of a scipy matrix, held in CSR form with one entry for each place."""
 
     def __init__(self, matrix: Any, name: str) -> None:
+        matrix = csr_array(matrix)
+        if not matrix.has_canonical_format:  # entries at the same place add up
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
         self.matrix, self.name, self.dtype = matrix, name, np.dtype(matrix.dtype)
         self.shape = tuple(int(length) for length in matrix.shape)
 
-    def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
-        """Yield dense copies of the rows."""
-        return (self.matrix[start:stop].toarray() for start, stop in pairwise(bounds))
+    def read(self, bounds: Sequence[int]) -> Iterator[csr_array]:
+        """Yield the rows as sparse matrices."""
+        return (self.matrix[start:stop] for start, stop in pairwise(bounds))
 
     def digest(self, most: int) -> bytes:
         """Hash the stored entries and their places."""
@@ -81,7 +88,7 @@ class Shards:
         self.edges = list(accumulate((shard.shape[0] for shard in shards), initial=0))
         self.shape, self.dtype = (self.edges[-1], *shards[0].shape[1:]), shards[0].dtype
 
-    def read(self, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
+    def read(self, bounds: Sequence[int]) -> Iterator[Any]:
         """Yield the rows; only one shard is open at a time."""
         for shard, (first, end) in zip(self.shards, pairwise(self.edges), strict=True):
             inside = bounds[bisect_left(bounds, first) : bisect_right(bounds, end)]
@@ -103,6 +110,20 @@ def locate(rows: Rows, row: int) -> tuple[str, int]:
     edges = rows.edges if isinstance(rows, Shards) else [0]
     number = bisect_right(edges, row) - 1
     return shards_of(rows)[number].name, row - edges[number]
+
+
+def sparse_row_entries(features: Rows) -> int | None:
+    """Return the mean number of stored entries in a row, rounded up, if it pays to leave the rows sparse, else None.
+
+    Narrow rows are made dense block by block: the dense products are faster there, and the features can be turned to
+    the axes of their covariance, which takes fewer of them.
+    """
+    rows, width = features.shape
+    shards = shards_of(features)
+    if not all(isinstance(shard, SparseRows) for shard in shards) or rows * width < SPARSE_SIZE:
+        return None
+    entries = sum(shard.matrix.nnz for shard in shards if isinstance(shard, SparseRows))
+    return -(-entries // rows) if entries * SPARSE_SHARE <= rows * width else None
 
 
 def float_dtype(rows: Rows) -> np.dtype[Any]:
@@ -173,7 +194,8 @@ class Dataset:
     @property
     def in_memory(self) -> bool:
         """Whether nothing is read from files."""
-        return all(isinstance(rows, ArrayRows | SparseRows) for rows in (self.features, *self.targets))
+        arrays = (shard for rows in (self.features, *self.targets) for shard in shards_of(rows))
+        return all(isinstance(rows, ArrayRows | SparseRows) for rows in arrays)
 
     def check(self) -> None:
         """Raise DataError for arrays whose shapes or dtypes cannot be those of features and targets."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit import DataError
@@ -28,6 +29,16 @@ def require_finite(block: Float[np.ndarray, "rows columns"], rows: Rows, first: 
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(block.sum()):  # an infinity or NaN makes the sum one too: one pass, and no mask
             _require(np.isfinite(block), block, "be finite", remedy, rows, first)
+
+
+def require_finite_entries(block: csr_array, rows: Rows, first: int, remedy: str) -> None:
+    """Raise DataError that gives the place of a stored entry that is not finite."""
+    good = np.isfinite(block.data)
+    if not good.all():
+        bad = int(np.argmin(good))
+        row = int(np.searchsorted(block.indptr, bad, side="right")) - 1
+        place = row, int(block.indices[bad])
+        _refuse(block.data[bad], place, int((~good).sum()), block.shape[0], "be finite", remedy, rows, first)
 
 
 def rescale(block: NDArray[Any], rows: Rows, first: int) -> Float64[np.ndarray, "rows classes"]:
@@ -66,13 +77,21 @@ def _require(good: NDArray[np.bool_], values: NDArray[Any], what: str, remedy: s
     """Raise DataError for entries or rows that are not ``good``, with the value and the place of the first."""
     if not good.all():
         bad = np.argwhere(~good)
-        place, (name, start) = tuple(bad[0].tolist()), locate(rows, first)
-        entries, column = ("entries ", f", column {place[1]}") if good.ndim == 2 else ("", "")
-        shown = f"{value:g}" if isinstance(value := values[place], np.floating) else repr(value.tolist())
-        raise DataError(
-            f"{name} must {what}; {len(bad)} {entries}of rows {start} to {start + len(good) - 1} are wrong, the first, "
-            f"{shown}, in row {start + place[0]}{column}: {remedy}"
-        )
+        place = tuple(bad[0].tolist())
+        _refuse(values[place], place, len(bad), len(good), what, remedy, rows, first)
+
+
+def _refuse(
+    value: Any, place: tuple[int, ...], wrong: int, count: int, what: str, remedy: str, rows: Rows, first: int
+) -> None:
+    """Raise DataError for the first of the ``wrong`` entries or rows of a block of ``count`` rows."""
+    name, start = locate(rows, first)
+    entries, column = ("entries ", f", column {place[1]}") if len(place) == 2 else ("", "")
+    shown = f"{value:g}" if isinstance(value, np.floating) else repr(value.tolist())
+    raise DataError(
+        f"{name} must {what}; {wrong} {entries}of rows {start} to {start + count - 1} are wrong, the first, "
+        f"{shown}, in row {start + place[0]}{column}: {remedy}"
+    )
 
 
 def index_labels(

@@ -12,11 +12,13 @@ from softcurve.fit import DataError
 from softcurve.fit.data.dataset import ArrayRows, Dataset, join
 from softcurve.fit.data.files.arrays import npy_rows, npz_dataset, safetensors_dataset
 from softcurve.fit.data.files.parquet import parquet_dataset
+from softcurve.fit.data.files.sparse import svmlight_datasets
 from softcurve.fit.data.row_source import RowSource, assemble
 from softcurve.fit.data.source import Label
 from softcurve.fit.group import ALONE, Group
 
-SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")
+SVMLIGHT = (".svmlight", ".libsvm", ".svm")
+SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet", *SVMLIGHT)
 
 
 def open_source(
@@ -40,7 +42,7 @@ def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: P
 
     Raises DataError, also for a label that is none of the classes.
     """
-    dataset = _open(data, target)
+    dataset = _open(data, target, width)
     dataset.check()
     name, columns = dataset.features.name, dataset.features.shape[1]
     if columns != width:
@@ -48,7 +50,7 @@ def open_source_for(data: str, classes: tuple[Label, ...], width: int, target: P
     return assemble(dataset, classes=classes)
 
 
-def _open(data: str, target: Path | None) -> Dataset:
+def _open(data: str, target: Path | None, width: int | None = None) -> Dataset:
     path = Path(data)
     if data == "digits":
         from sklearn.datasets import load_digits
@@ -57,9 +59,9 @@ def _open(data: str, target: Path | None) -> Dataset:
         features = ArrayRows(digits.data / 16.0, "features of digits")
         dataset = Dataset(features, (ArrayRows(digits.target, "target of digits"),))
     elif os.path.isdir(path) and path.suffix.lower() not in SUFFIXES:
-        dataset = _open_directory(path, target)
+        dataset = _open_directory(path, target, width)
     else:
-        dataset = _open_file(path, with_target=target is None)
+        dataset = _open_file(path, with_target=target is None, width=width)
     if target is None:
         return dataset
     if target.suffix.lower() != ".npy":
@@ -67,8 +69,11 @@ def _open(data: str, target: Path | None) -> Dataset:
     return replace(dataset, targets=(npy_rows(target, "target", f"target {target}"),))
 
 
-def _open_file(path: Path, *, with_target: bool, held: bool = True) -> Dataset:
-    """Open a file whose suffix tells its format; ``held`` keeps the arrays of an .npz in memory."""
+def _open_file(path: Path, *, with_target: bool, held: bool = True, width: int | None = None) -> Dataset:
+    """Open a file whose suffix tells its format; ``held`` keeps the arrays of an .npz in memory.
+
+    ``width`` is the number of features, which an svmlight file does not tell.
+    """
     suffix = path.suffix.lower()
     if suffix == ".npz":
         return npz_dataset(path, with_target, held=held)
@@ -78,13 +83,15 @@ def _open_file(path: Path, *, with_target: bool, held: bool = True) -> Dataset:
         return safetensors_dataset(path, with_target)
     if suffix == ".parquet":
         return parquet_dataset(path, with_target)
+    if suffix in SVMLIGHT:
+        return svmlight_datasets([path], with_target, width)[0]
     raise DataError(
         f"data: {path} has {f'suffix {path.suffix!r}' if suffix else 'no suffix'}; it must be the word digits or a "
         f"file that ends in {', '.join(SUFFIXES)}, or a directory of such files"
     )
 
 
-def _open_directory(directory: Path, target: Path | None) -> Dataset:
+def _open_directory(directory: Path, target: Path | None, width: int | None) -> Dataset:
     """Open all shards in a directory but ``target``, in the order of their names, ``shard-2`` before ``shard-10``."""
     excluded = None if target is None else os.path.realpath(target)
     paths = sorted((path for path in shards_in(directory) if os.path.realpath(path) != excluded), key=_natural)
@@ -95,7 +102,11 @@ def _open_directory(directory: Path, target: Path | None) -> Dataset:
         raise DataError(
             f"data: the directory {directory} has shards in several formats, {', '.join(formats)}; keep one"
         )
-    shards = [_open_file(path, with_target=target is None, held=False) for path in paths]
+    with_target = target is None
+    if formats[0] in SVMLIGHT:  # all of which tell the number of columns
+        shards = svmlight_datasets(paths, with_target, width)
+    else:
+        shards = [_open_file(path, with_target=with_target, held=False) for path in paths]
     return join(shards, f"data: {directory} with its {len(shards)} shards")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from softcurve.array_types import Int64
@@ -28,11 +28,13 @@ from softcurve.fit.data.dataset import (
     digests,
     float_dtype,
     shards_of,
+    sparse_row_entries,
     tensor_array,
 )
-from softcurve.fit.data.entries import index_labels, require_finite, rescale, to_top_k
+from softcurve.fit.data.entries import index_labels, require_finite, require_finite_entries, rescale, to_top_k
 from softcurve.fit.data.files.arrays import memmap_rows
-from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share, rows_within
+from softcurve.fit.data.source import BlockTarget, Label, RowBlock, Share, block_rows
+from softcurve.fit.data.sparse_features import Features, SparseFeatures
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.topk import TopK
 
@@ -51,7 +53,7 @@ class RowSource:
 
     Labels are held as their ``index`` among the classes. Features, distributions and lists are read in each walk, those
     of files by a thread, one block ahead, so that two blocks are in memory at a time. Distributions come in float64,
-    rescaled to sum to one.
+    rescaled to sum to one. Sparse features stay sparse where that pays (:func:`sparse_row_entries`).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RowSource:
         self.kind, self.width = data.kind, data.features.shape[1]
         self.dtype: np.dtype[Any] = float_dtype(data.features)
         self.double: bool = self.dtype == np.float64
+        self.row_entries = sparse_row_entries(data.features)
         self._stored: tuple[Rows, ...] = (data.features, *(data.targets if index is None else ()))
 
     @cached_property
@@ -85,11 +88,23 @@ class RowSource:
         first, bounds = self.share.first, _bounds(self.data, self.share, at_most)
         arrays = (rows.read(bounds) for rows in self._stored)
         for (start, stop), features, *targets in zip(pairwise(bounds), *arrays, strict=True):
-            features = np.require(features, self.dtype, ["C", "W"])
-            if check:
-                require_finite(features, self.data.features, start, "drop or fill such rows")
             numbers = torch.arange(start, stop) if first else None
-            yield RowBlock(start - first, torch.from_numpy(features), self._target(targets, start, stop), numbers)
+            target = self._target(targets, start, stop)
+            yield RowBlock(start - first, self._features(features, start, check=check), target, numbers)
+
+    def _features(self, read: Any, start: int, *, check: bool) -> Features:
+        remedy = "drop or fill such rows"
+        if isinstance(read, csr_array):
+            read = read.astype(self.dtype, copy=False)
+            if check:
+                require_finite_entries(read, self.data.features, start, remedy)
+            if self.row_entries is not None:
+                return SparseFeatures(read)
+            return torch.from_numpy(read.toarray())
+        read = np.require(read, self.dtype, ["C", "W"])
+        if check:
+            require_finite(read, self.data.features, start, remedy)
+        return torch.from_numpy(read)
 
     def _target(self, read: list[NDArray[Any]], start: int, stop: int) -> BlockTarget | None:
         if self.index is not None:
@@ -109,9 +124,8 @@ def to_source(
     """Make arrays a source, checked: features (n, d); a target of labels (n,), distributions (n, C), or a ``TopK``.
 
     The classes are the sorted distinct labels, as in scikit-learn, or 0…C-1, unless they are given. Float32 and float64
-    arrays in C order are shared, not copied. A ``numpy.memmap``, or a view of one, is read block by block, and a sparse
-    matrix is made dense so; a tensor on another device, or of a dtype that numpy lacks, is converted whole. Raises
-    DataError, which uses the names.
+    arrays in C order are shared, not copied. A ``numpy.memmap``, or a view of one, is read block by block; a tensor on
+    another device, or of a dtype that numpy lacks, is converted whole. Raises DataError, which uses the names.
     """
     targets: tuple[Rows, ...] = ()
     if isinstance(target, TopK):
@@ -125,9 +139,8 @@ def to_source(
 
 
 def _rows(array: Any, name: str) -> Rows:
-    sparse = sys.modules.get("scipy.sparse")  # a caller with a sparse matrix has imported it
-    if sparse is not None and sparse.issparse(array):
-        return SparseRows(array.tocsr(), name)
+    if issparse(array):
+        return SparseRows(array, name)
     if isinstance(array, Tensor):
         if array.layout != torch.strided:
             raise DataError(f"{name} must be a dense tensor; got layout {array.layout}: convert it to scipy's CSR")
@@ -177,7 +190,7 @@ def assemble(
     source = RowSource(data, classes if kind and classes else (), index, share)
     if source.in_memory:
         with group.agreed():
-            for _ in source.walk(rows_within(len(source.classes), width)):
+            for _ in source.walk(block_rows(source)):
                 pass
     return source
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Int, Int64
 from softcurve.fit import DataError
+from softcurve.fit.data.sparse_features import Features, dense_features
 from softcurve.fit.group import ALONE, Group
 from softcurve.losses.topk import TopK
 
@@ -31,7 +32,7 @@ class RowBlock:
     """
 
     start: int
-    features: Float[Tensor, "rows d"]  # float32 or float64
+    features: Features  # float32 or float64
     target: BlockTarget | None = None  # class indices (int64), probabilities, or a teacher's list
     numbers: Int64[Tensor, " rows"] | None = None
 
@@ -45,7 +46,10 @@ class RowBlock:
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows with their targets, in an order that never changes."""
+    """Rows with their targets, in an order that never changes.
+
+    A source whose blocks have sparse features also has ``row_entries``, the mean number of stored entries in a row.
+    """
 
     rows: int
     width: int  # the number d of features
@@ -83,6 +87,22 @@ def share_of(source: Source) -> Share:
     return getattr(source, "share", None) or Share(0, source.rows, source.rows, ALONE)
 
 
+def is_sparse(source: Source) -> bool:
+    """Whether the features of the blocks are sparse, and not dense."""
+    return getattr(source, "row_entries", None) is not None
+
+
+def row_entries(source: Source) -> int:
+    """Return how many features of a row are stored: all, or of sparse rows the mean number of entries, rounded up."""
+    entries: int | None = getattr(source, "row_entries", None)
+    return source.width if entries is None else entries
+
+
+def block_rows(source: Source, classes: int | None = None, budget: int | None = None) -> int:
+    """Return :func:`rows_within` for the rows of a source, and its classes unless their number is given."""
+    return rows_within(len(source.classes) if classes is None else classes, row_entries(source), budget)
+
+
 def rows_within(classes: int, width: int, budget: int | None = None) -> int:
     """Return how many rows a block may have, so that what is computed of it takes 64 MB, or ``budget`` bytes."""
     return max(1, min(budget or BUDGET, BUDGET) // (8 * AT_A_TIME * max(classes, width)))
@@ -100,7 +120,7 @@ def gather(source: Source, name: str, dtype: torch.dtype) -> tuple[Float[Tensor,
     features, targets = torch.empty(source.rows, source.width, dtype=dtype), []
     for block in source.blocks(rows_within(len(source.classes), source.width)):
         assert isinstance(block.target, Tensor)
-        features[block.start : block.start + len(block)] = block.features
+        features[block.start : block.start + len(block)] = dense_features(block.features)
         targets.append(block.target.clone())
     if not features.isfinite().all():
         raise DataError(f"data: features go beyond the range of {dtype}; scale them, or use float64")

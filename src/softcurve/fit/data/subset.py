@@ -12,7 +12,8 @@ from torch import Tensor
 from softcurve.array_types import Bool, Int64
 from softcurve.fit import DataError
 from softcurve.fit.data.row_source import RowSource, own_share, require_same_rows
-from softcurve.fit.data.source import RowBlock, Share, Source, share_of
+from softcurve.fit.data.source import RowBlock, Share, Source, is_sparse, row_entries, share_of
+from softcurve.fit.data.sparse_features import SparseFeatures
 from softcurve.fit.group import Group
 from softcurve.losses.topk import TopK
 
@@ -30,6 +31,7 @@ class Subset:
         self.source, self.mask = source, mask
         self.width, self.classes, self.kind = source.width, source.classes, source.kind
         self.double, self.in_memory = source.double, source.in_memory
+        self.row_entries = row_entries(source) if is_sparse(source) else None
         self._chosen = mask[whole.first : whole.first + source.rows]
         self.rows = int(np.count_nonzero(self._chosen))
         before, total = (int(np.count_nonzero(mask[:end])) for end in (whole.first, None))
@@ -47,15 +49,18 @@ class Subset:
         """
         blocks = self.source.blocks(at_most)
         dtype = torch.float64 if self.double else torch.float32
-        buffer = None if self.in_memory else torch.empty(min(at_most, self.rows), self.width, dtype=dtype)
+        held = self.in_memory or is_sparse(self)
+        buffer = None if held else torch.empty(min(at_most, self.rows), self.width, dtype=dtype)
         start = 0
         for block in blocks:
             index = torch.from_numpy(np.flatnonzero(self._chosen[block.start : block.start + len(block)]))
             if len(index):
                 features = block.features
-                if len(index) < len(block):
+                if isinstance(features, SparseFeatures):
+                    features = features[index]
+                elif len(index) < len(block):
                     out = None if buffer is None else buffer[: len(index)]
-                    features = torch.index_select(block.features, 0, index, out=out)
+                    features = torch.index_select(features, 0, index, out=out)
                 numbers = index + block.start if block.numbers is None else block.numbers[index]
                 yield RowBlock(start, features, rows_of(block.target, index), numbers)
                 start += len(index)

@@ -8,14 +8,17 @@ diagonal for every class.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from softcurve.array_types import Bool, Float, Float64
 from softcurve.fit import DataError
-from softcurve.fit.data.source import Source, share_of
+from softcurve.fit.data.source import Source, is_sparse, share_of
+from softcurve.fit.data.sparse_features import SparseFeatures, dense_features
 from softcurve.fit.group import Group
 
 WIDEST = 4096  # the widest features whose covariance is decomposed
@@ -32,7 +35,8 @@ class Coordinates:
 
     ``mean`` is zero without an intercept; ``basis`` is ``None`` for the axes of the features. ``moments`` are for each
     axis the second moments about zero of its columns, weighted by their part in it. ``redundant`` are the axes along
-    which rows differ only by rounding: a constant column, or the difference of a column and its copy.
+    which rows differ only by rounding: a constant column, or the difference of a column and its copy. With ``sparse``
+    features there is no ``basis``, and parameters lie in memory feature by feature, as the products need them.
     """
 
     mean: Float64[Tensor, " d"]
@@ -40,6 +44,7 @@ class Coordinates:
     intercept: bool
     moments: Float64[Tensor, " size"]
     redundant: Bool[Tensor, " size"]
+    sparse: bool = False
 
     @property
     def width(self) -> int:
@@ -54,6 +59,10 @@ class Coordinates:
     def penalties(self, penalty: float) -> Float64[Tensor, " size"]:
         """Return the curvature of the penalty for each parameter of a class, which is 0 for the intercept."""
         return torch.tensor([penalty] * self.width + [0.0] * self.intercept, dtype=torch.float64)
+
+    def laid_out(self, parameters: Float[Tensor, "classes size"]) -> Float[Tensor, "classes size"]:
+        """Return parameters in the order in memory in which all parameters, gradients and directions of a fit are."""
+        return parameters.T.contiguous().T if self.sparse else parameters.contiguous()
 
     def turned_into(self, out: Float[Tensor, "rows size"], features: Float[Tensor, "rows d"]) -> None:
         """Write ``[u, 1]`` of each row to ``out``."""
@@ -71,7 +80,9 @@ class Coordinates:
     def from_mean(self, weight: Float64[Tensor, "classes d"], bias: Float64[Tensor, " classes"]) -> Tensor:
         """Apply the transpose of :meth:`about_mean`, which maps gradients with respect to ``(W, c)``."""
         turned = weight if self.basis is None else weight @ self.basis.to(weight.dtype)
-        return torch.cat([turned, bias[:, None]], 1) if self.intercept else turned
+        if not self.intercept:
+            return turned
+        return torch.cat([turned.T, bias[None]]).T if self.sparse else torch.cat([turned, bias[:, None]], 1)
 
     def head(self, parameters: Float64[Tensor, "classes size"]) -> tuple[Tensor, Tensor]:
         """Return ``(W, b)`` for the original features."""
@@ -86,7 +97,8 @@ class Coordinates:
         """Return the largest entry of the gradient with respect to ``(W, b)``, from that with respect to ``(W, c)``."""
         if bias is None or not self.intercept:
             return float(weight.abs().max())
-        return max(float(torch.addr(weight, bias, self.mean).abs().max()), float(bias.abs().max()))
+        about_zero = torch.addr(weight, bias, self.mean.to(weight.dtype))
+        return max(float(about_zero.abs().max()), float(bias.abs().max()))
 
 
 def find_coordinates(
@@ -94,6 +106,8 @@ def find_coordinates(
 ) -> Coordinates:
     """Find the coordinates in one pass over the rows; ``weights`` sum to one."""
     width, rows, group = source.width, share_of(source).total, share_of(source).group
+    if is_sparse(source):
+        return _of_columns(source, weights, intercept, rows_at_once)
     axes = min(width, rows)
     pays = 10 * axes**2 <= WORTH_PRODUCTS * 4 * rows * classes and axes <= WIDEST
     if source.in_memory and rows < width and 8 * rows * width <= SPAN_BYTES:
@@ -102,7 +116,7 @@ def find_coordinates(
     first = torch.zeros(2, width, dtype=torch.float64)
     with group.summed(first):
         for block in source.blocks(rows_at_once):
-            moments.add(block.features.double(), weights[block.start : block.start + len(block)])
+            moments.add(dense_features(block.features).double(), weights[block.start : block.start + len(block)])
         first += torch.stack([moments.origin * moments.mass + moments.first, moments.squares])
     mean, squares = first[0] if intercept else torch.zeros_like(first[0]), first[1]
     covariance = torch.zeros_like(moments.second)
@@ -114,6 +128,47 @@ def find_coordinates(
         raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
     basis, null = _axes(covariance, covariance.diagonal() <= SPREAD**2 * squares, source)
     return _of_axes(mean, basis, intercept, squares, torch.arange(width) < null)
+
+
+def _of_columns(source: Source, weights: Tensor, intercept: bool, rows_at_once: int) -> Coordinates:
+    """Return coordinates along the columns of sparse features, from two passes over the stored entries.
+
+    The variance of a column is ``Σ w (x − μ)² + μ² Σ w``, where the first sum is over the rows that store an entry and
+    the second over all others, so that nothing cancels.
+    """
+    group = share_of(source).group
+    # The sums of w x and w x², and the numbers of rows of positive weight: those that store an entry, and all.
+    first = torch.zeros(source.width, 3, dtype=torch.float64)
+    rows = torch.zeros(1, dtype=torch.float64)
+    with group.summed(first, rows):
+        for features, of_rows in _stored(source, weights, rows_at_once):
+            entries = features.matrix.data
+            first[:, 0] += features.transposed_times(of_rows)[:, 0]
+            first[:, 1] += features.with_entries(entries**2).transposed_times(of_rows)[:, 0]
+            ones = features.with_entries(np.ones_like(entries))
+            first[:, 2] += ones.transposed_times((of_rows > 0).double())[:, 0]
+            rows += (of_rows > 0).sum()
+    sums, squares, counts = first.unbind(1)
+    if not squares.isfinite().all():
+        raise DataError("data: the squares of the features overflow; scale the features to the order of 1")
+    mean = sums.clone() if intercept else torch.zeros_like(sums)
+    second = torch.zeros(source.width, 2, dtype=torch.float64)
+    with group.summed(second):
+        for features, of_rows in _stored(source, weights, rows_at_once):
+            about = features.matrix.data - mean.numpy()[features.matrix.indices]
+            second[:, 0] += features.with_entries(about**2).transposed_times(of_rows)[:, 0]
+            second[:, 1] += features.with_entries(np.ones_like(about)).transposed_times(of_rows)[:, 0]
+    unstored = torch.where(counts == rows, 0.0, (1.0 - second[:, 1]).clamp(min=0.0))
+    variance = second[:, 0] + mean.square() * unstored
+    redundant = variance <= SPREAD**2 * squares
+    return replace(_of_axes(mean, None, intercept, squares, redundant), sparse=True)
+
+
+def _stored(source: Source, weights: Tensor, rows_at_once: int) -> Iterator[tuple[SparseFeatures, Tensor]]:
+    """Yield the sparse features of each block in float64, and the weights of its rows as a column."""
+    for block in source.blocks(rows_at_once):
+        assert isinstance(block.features, SparseFeatures)
+        yield block.features.double(), weights[block.start : block.start + len(block), None].contiguous()
 
 
 def _of_axes(mean: Tensor, basis: Tensor | None, intercept: bool, squares: Tensor, redundant: Tensor) -> Coordinates:
@@ -158,7 +213,7 @@ def _span(source: Source, weights: Tensor, intercept: bool, rows_at_once: int, *
     features = torch.zeros(source.rows, source.width, dtype=torch.float64)
     with group.agreed():
         for block in source.blocks(rows_at_once):
-            features[block.start : block.start + len(block)] = block.features
+            features[block.start : block.start + len(block)] = dense_features(block.features)
     features, weights = torch.cat(group.gathered(features)), torch.cat(group.gathered(weights))
     mean = weights @ features if intercept else torch.zeros(source.width, dtype=torch.float64)
     squares = weights @ features.square()

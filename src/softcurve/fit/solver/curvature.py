@@ -17,11 +17,13 @@ from torch import Tensor
 
 from softcurve.array_types import Float, Float64, Int64
 from softcurve.fit.data.source import BlockTarget, share_of
+from softcurve.fit.data.sparse_features import Features, SparseFeatures, dense_features
 from softcurve.fit.data.subset import rows_of
 from softcurve.fit.group import Group
 from softcurve.fit.losses import named_classes
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.objective import FitProblem
+from softcurve.fit.solver.tiles import DenseTile, SparseTile, Tile
 from softcurve.losses.divergences import divergence_of
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
@@ -35,7 +37,7 @@ class CurvatureTile:
     """Some rows: features in the coordinates of the fit, probabilities, weights and target."""
 
     numbers: slice | Tensor  # (r,)
-    features: Tensor  # (r, size)
+    features: Tile  # (r, size), or sparse (r, d)
     probabilities: Tensor  # (r, C)
     weights: Tensor | None  # (r, 1); None for equal weights
     target: BlockTarget | None
@@ -46,7 +48,11 @@ class CurvatureTile:
 
 
 class Curvature:
-    """The matrix at the probabilities last stored. What does not fit in ``memory`` bytes is computed again."""
+    """The matrix at the probabilities last stored. What does not fit in ``memory`` bytes is computed again.
+
+    ``vectors`` is the dtype of the vectors that it is multiplied by. That is float64, or ``dtype`` for sparse features,
+    for which passes over vectors of the size of the head take as long as the products.
+    """
 
     def __init__(
         self, problem: FitProblem, coordinates: Coordinates, *, dtype: torch.dtype, memory: int,
@@ -56,6 +62,7 @@ class Curvature:
         self.source, self.classes, self.group = problem.source, problem.classes, problem.group
         self.scale = divergence_of(problem.loss).curvature_at_agreement
         self.penalties, self.damping, self.products = coordinates.penalties(problem.penalty), 0.0, 0
+        self.vectors = dtype if coordinates.sparse else torch.float64
         self.parameters: Tensor | None = None
         self._left_out: Tensor | None = None
         self.all_rows = share_of(problem.source).total
@@ -67,8 +74,9 @@ class Curvature:
         self.mean_weight = heaviest if uniform else 1.0 / self.all_rows
         self.weights = None if uniform else (weights / self.mean_weight).to(dtype)[:, None]
         # All processes store their features, or none, according to the process with most rows.
-        self.features = None
-        if int(most_rows) * size * dtype.itemsize <= memory:
+        # Sparse ones are stored whatever they take, which is no more than the rows themselves.
+        self.features, self._sparse = None, list[SparseTile]()
+        if not coordinates.sparse and int(most_rows) * size * dtype.itemsize <= memory:
             self.features = torch.empty(rows, size, dtype=dtype)
             memory -= self.features.nbytes
         stored = min(rows, memory // (self.classes * dtype.itemsize))
@@ -78,17 +86,23 @@ class Curvature:
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
         self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, self.classes, dtype=dtype)
-        self._centred = torch.ones(most, source.width + coordinates.intercept, dtype=dtype)
+        width = 0 if coordinates.sparse else source.width + coordinates.intercept
+        self._centred = torch.ones(most, width, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
         with self.group.agreed():
             for block, _ in problem.blocks():
                 here = slice(block.start, block.start + len(block))
                 if self.features is not None:
-                    coordinates.turned_into(self.features[here], block.features)
+                    coordinates.turned_into(self.features[here], dense_features(block.features))
                 if self.labels is not None:
                     assert isinstance(block.target, Tensor)
                     self.labels[here] = block.target
-                self._squares[here] = self._centre(block.features)[:, : source.width].square().sum(1)
+                centred = self._centre(block.features)
+                if isinstance(centred, SparseTile):
+                    self._sparse.append(centred)
+                    self._squares[here] = centred.row_squares()
+                else:
+                    self._squares[here] = centred.matrix[:, : source.width].square().sum(1)
 
     def keep(self, start: int, probabilities: Tensor) -> None:
         """Store the probabilities of a block, as far as there is memory, and the uncertainty of its rows."""
@@ -125,21 +139,22 @@ class Curvature:
             self._left_out = torch.zeros(len(logit_curvatures), dtype=torch.bool)
             self._left_out[rows] = True
 
-    def __call__(self, direction: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
+    def __call__(self, direction: Float[Tensor, "classes size"]) -> Float[Tensor, "classes size"]:
         """Return the product with one direction."""
         self.products += 1
         along = self._for_tiles(direction)
         out = torch.zeros_like(along)
-        result = torch.empty_like(along, dtype=torch.float64)
+        (weight, bias), (weight_out, bias_out) = self._parts(along), self._parts(out)
+        result = out if out.dtype == self.vectors else torch.empty_like(along, dtype=self.vectors)
         with self.group.summed(result):
             self.on_product(self.products)
             for tile in self._tiles():
-                change = torch.mm(tile.features, along.T, out=self._change_buffer[: len(tile.features)])
-                out.addmm_(self._logit_product(tile, change).T, tile.features)
-            result.copy_(out)
-        if self.features is None:
+                change = tile.features.times(weight, bias, self._change_buffer[: len(tile.features)])
+                tile.features.add_transposed(self._logit_product(tile, change), weight_out, bias_out)
+            result.copy_(out)  # none if they are the same
+        if self.features is None and not self.coordinates.sparse:
             result = self.coordinates.from_mean(result[:, : self.source.width], result[:, -1])
-        return result.mul_(self.mean_weight).addcmul_(direction, self.penalties)
+        return result.mul_(self.mean_weight).addcmul_(direction, self.penalties.to(self.vectors))
 
     def class_factor(self) -> Float64[Tensor, "classes classes"]:
         """Return the sum of the rows' matrices over the classes."""
@@ -164,18 +179,32 @@ class Curvature:
         ``seen`` is called with the numbers of each tile's rows and the diagonals of their matrices over the classes.
         """
         diagonal = torch.zeros(self.classes, self.coordinates.size, dtype=torch.float64)
+        diagonal = self.coordinates.laid_out(diagonal)
+        weight, bias = self._parts(diagonal)
         numbers = torch.arange(self.source.rows)
         with self.group.summed(diagonal):
             for tile in self._tiles():
                 row_diagonals = self._row_diagonals(tile, basis)
                 if seen is not None:
                     seen(numbers[tile.numbers], row_diagonals)
-                features = tile.features
-                if self.features is None and self.coordinates.basis is not None:
-                    turned = features[:, : self.source.width] @ self.coordinates.basis.to(self.dtype)
-                    features = torch.cat([turned, features[:, self.source.width :]], 1)
-                diagonal += row_diagonals.T @ features.square()
+                weight += self._turned(tile.features).square_sums(row_diagonals)
+                if bias is not None:
+                    bias += row_diagonals.sum(0)
         return diagonal.clamp_(min=0.0).mul_(self.mean_weight).add_(self.penalties)
+
+    def _parts(self, parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias that a tile's features are multiplied by; dense ones have a column of 1."""
+        if self.coordinates.sparse and self.coordinates.intercept:
+            return parameters[:, :-1], parameters[:, -1]
+        return parameters, None
+
+    def _turned(self, features: Tile) -> Tile:
+        """Return the features of a tile along the axes of the coordinates."""
+        basis = self.coordinates.basis
+        if self.features is not None or basis is None or isinstance(features, SparseTile):
+            return features
+        centred, ones = features.matrix[:, : self.source.width], features.matrix[:, self.source.width :]
+        return DenseTile(torch.cat([centred @ basis.to(self.dtype), ones], 1))
 
     def _factor(self) -> float:
         return self.scale * (1.0 + OF_CURVATURE * self.damping)
@@ -213,8 +242,8 @@ class Curvature:
 
     def _for_tiles(self, parameters: Tensor) -> Tensor:
         """Return the parameters for the features of a tile, which are centred but not turned if they are not stored."""
-        if self.features is not None:
-            return parameters.to(self.dtype)
+        if self.features is not None or self.coordinates.sparse:
+            return self.coordinates.laid_out(parameters).to(self.dtype)
         weight, bias = self.coordinates.about_mean(parameters)
         return (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).to(self.dtype)
 
@@ -233,34 +262,45 @@ class Curvature:
             weights = None if self.weights is None else self.weights[numbers]
             yield CurvatureTile(numbers, features, stored, weights, target)
 
-    def _softmax(self, features: Tensor) -> Tensor:
+    def _softmax(self, features: Tile) -> Tensor:
         assert self.parameters is not None
-        p = torch.mm(features, self.parameters.T, out=self._softmax_buffer[: len(features)])
+        p = features.times(*self._parts(self.parameters), self._softmax_buffer[: len(features)])
         p -= p.amax(1, keepdim=True)
         p.exp_()
         p /= p.sum(1, keepdim=True)
         return p
 
-    def _rows(self) -> Iterator[tuple[int, Tensor, BlockTarget | None]]:
+    def _rows(self) -> Iterator[tuple[int, Tile, BlockTarget | None]]:
         """Yield the first row, the features and the target of each tile, from memory if they are there."""
-        if self.features is not None and (self.labels is not None or not self.damping):
-            for start in range(0, self.source.rows, self.problem.rows_at_once):
-                here = slice(start, start + self.problem.rows_at_once)
-                yield start, self.features[here], None if self.labels is None else self.labels[here]
+        if (self.features is not None or self._sparse) and (self.labels is not None or not self.damping):
+            start = 0
+            for features in self._stored():
+                here = slice(start, start + len(features))
+                yield start, features, None if self.labels is None else self.labels[here]
+                start += len(features)
             return
+        stored = self._stored()
         for block, _ in self.problem.blocks():
             target = block.target
             if isinstance(target, Tensor) and target.is_floating_point():
                 target = target.to(self.dtype)
-            if self.features is None:
-                yield block.start, self._centre(block.features), target
+            if self.features is not None:
+                yield block.start, DenseTile(self.features[block.start : block.start + len(block)]), target
             else:
-                yield block.start, self.features[block.start : block.start + len(block)], target
+                yield block.start, next(stored) if self._sparse else self._centre(block.features), target
 
-    def _centre(self, features: Tensor) -> Tensor:
+    def _stored(self) -> Iterator[Tile]:
+        """Yield the features that are stored, tile by tile."""
+        yield from self._sparse
+        if self.features is not None:
+            yield from map(DenseTile, self.features.split(self.problem.rows_at_once))
+
+    def _centre(self, features: Features) -> Tile:
+        if isinstance(features, SparseFeatures):
+            return SparseTile.centred(features, self.coordinates.mean, self.dtype)
         out = self._centred[: len(features)]
         torch.sub(features, self._mean, out=out[:, : self.source.width])
-        return out
+        return DenseTile(out)
 
 
 def _errors(tile: CurvatureTile) -> Tensor:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float64
+from softcurve.array_types import Float, Float64
 from softcurve.curvature.algorithms.conjugate_gradients import Recurrence
 from softcurve.curvature.algorithms.matrix import Map
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
-from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, blocks_pay
+from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, between_centred, blocks_pay, centred
 from softcurve.records import ShortRepr
 
 REMEDY = "raise tol, or scale the features to the order of 1"
@@ -84,6 +84,7 @@ class Newton:
         self, objective: Objective, curvature_in: Callable[..., Curvature], state: State, *, tol: float,
         memory_of_blocks: int, cold: Callable[[], State] | None = None,
     ) -> None:  # fmt: skip
+        state = replace(state, parameters=objective.coordinates.laid_out(state.parameters))
         self.objective, self.curvature_in, self.state, self.tol = objective, curvature_in, state, tol
         self.memory_of_blocks = memory_of_blocks
         last = state.history[-1] if state.history else None
@@ -92,7 +93,7 @@ class Newton:
         self.curvature = curvature_in(dtype=torch.float64 if state.double else torch.float32)
         self.point = self._first_point(cold if last is None else None)
         self.curvature.move_to(self.point.parameters)
-        self.prepared: tuple[float, ClassBlocks | Eigenbasis] | None = None
+        self.prepared: tuple[float, Map] | None = None
         if last is None:
             self._note()
         elif not math.isclose(self.point.value, last.objective, rel_tol=SAME_OBJECTIVE, abs_tol=SAME_OBJECTIVE):
@@ -147,16 +148,14 @@ class Newton:
         return 0.5 * _norm(point.gradient, self._approximation(0.0)) ** 2
 
     def _approximation(self, damping: float) -> Map:
-        """Return the approximate inverse of the curvature with this damping, and set the damping of the products.
-
-        A gradient has no part that is the same in all classes, except for rounding, and neither has the result.
-        """
+        """Return the approximate inverse of the curvature with this damping, and set the damping of the products."""
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
             self.curvature.leave_out_negligible_rows()
-            self.prepared = damping, (ClassBlocks if self.state.blocks else Eigenbasis)(self.curvature)
+            made = (ClassBlocks if self.state.blocks else Eigenbasis)(self.curvature)
+            self.prepared = damping, between_centred(made)
         inverse = self.prepared[1]
-        return lambda gradient: _centred(inverse(_centred(gradient)))
+        return lambda gradient: inverse(gradient.to(self.curvature.vectors))
 
     def step(self) -> None:
         """Take one step of Newton's method, or raise the damping where it does not decrease the objective."""
@@ -165,12 +164,13 @@ class Newton:
         norm = _norm(point.gradient, inverse)
         before = curvature.products
         step, residual, predicted = minimise_model(
-            curvature, inverse, point.gradient,
+            curvature, inverse, point.gradient.to(curvature.vectors),
             # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
             # The residual of a nearly exact model is the next gradient.
             enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None,
         )  # fmt: skip
+        step, residual = step.double(), residual.double()
         there, whole = self._backtrack(step, predicted)
         # The model predicts the gradient at the end of the whole step.
         model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm and there.finite else math.inf
@@ -197,7 +197,7 @@ class Newton:
         slope = float(_inner(point.gradient, step))
         share = 1.0
         while True:
-            there = self.objective.at(_centred(point.parameters + share * step), self.curvature.keep)
+            there = self.objective.at(centred(point.parameters + share * step), self.curvature.keep)
             change = there.value - point.value
             hidden = not predicted < -ROUNDING * abs(point.value)  # by rounding
             if hidden or (there.finite and change < SUFFICIENT * share * predicted) or share < SHORTEST:
@@ -218,7 +218,7 @@ class Newton:
         length = _zero_of_slope(first, last, there.value - point.value)
         if length < WORTH_GOING_ON:
             return there
-        farther = self.objective.at(_centred(point.parameters + length * step), self.curvature.keep)
+        farther = self.objective.at(centred(point.parameters + length * step), self.curvature.keep)
         better = farther.finite and farther.value < there.value
         return farther if better else self.objective.at(there.parameters, self.curvature.keep)
 
@@ -285,18 +285,13 @@ def _next_damping(damping: float, ratio: float, better: bool) -> float:
 
 
 def _norm(gradient: Tensor, inverse: Map) -> float:
-    return math.sqrt(max(float(_inner(gradient, inverse(gradient))), 0.0))
-
-
-def _centred(parameters: Tensor) -> Tensor:
-    """Subtract the mean over the classes: of the heads with the same probabilities, this one has the smallest norm."""
-    return parameters - parameters.mean(0)
+    return math.sqrt(max(float(_inner(gradient, inverse(gradient).double())), 0.0))
 
 
 def minimise_model(
-    product: Map, inverse: Map, gradient: Float64[Tensor, "classes size"], *, tol: float,
+    product: Map, inverse: Map, gradient: Float[Tensor, "classes size"], *, tol: float,
     enough: Callable[[Tensor, float], bool] | None = None, most: int = MOST_PRODUCTS,
-) -> tuple[Float64[Tensor, "classes size"], Float64[Tensor, "classes size"], float]:  # fmt: skip
+) -> tuple[Float[Tensor, "classes size"], Float[Tensor, "classes size"], float]:  # fmt: skip
     """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
     Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
@@ -316,4 +311,5 @@ def minimise_model(
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
+    # The order in memory is that of both, so that no entry is copied.
+    return torch.dot(*((each if a.is_contiguous() else each.T).reshape(-1) for each in (a, b)))

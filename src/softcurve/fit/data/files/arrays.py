@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from softcurve.files import DataError
 from softcurve.files.tensors import FileState, opened_tensors
 from softcurve.fit.data.dataset import PIECE, ArrayRows, Dataset, Rows, digest_rows, named_dataset, tensor_array
+from softcurve.fit.data.files.sparse import archived_rows, is_sparse_archive
 
 HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 
@@ -126,6 +127,12 @@ def npz_dataset(path: Path, with_target: bool, *, held: bool) -> Dataset:
         archive: Any = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise DataError(f"data: {path} is a single array, not an archive; rename it to .npy")
+
+        if is_sparse_archive(archive.files):
+            named = f"the sparse matrix of {path}"
+            for name in archive.files:
+                _member(archive.zip, name)
+            return Dataset(archived_rows(path, named), absent="it is one sparse matrix")
 
         def ranges(name: str, bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
             with np.load(path, allow_pickle=False) as again:
