@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import FitOptions, check_suffix
-from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
+from softcurve.cli.options import FitOptions, check_suffix, keys_of
+from softcurve.cli.printing import (
+    TextRows,
+    fit_progress,
+    print_results,
+    print_table,
+    score_figures,
+    score_rows,
+    to_json,
+)
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
@@ -25,16 +34,16 @@ from softcurve.fit.fitting import Fit, fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
-from softcurve.fit.outputs import check_outputs
+from softcurve.fit.outputs import check_outputs, require_new
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 
 
 def fit_command(
-    options: FitOptions, group: Group = ALONE, *, progress: bool | None,
+    options: FitOptions, group: Group = ALONE, *, progress: bool | None, as_json: bool | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:  # fmt: skip
-    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError."""
+    """Fit, write the head, its record and its report, and print the table or the JSON line. Raises DataError."""
     # The path of the data may differ between machines: the contents of the files are compared when they are opened.
     values = asdict(options) | {"target": "a file" if options.target else None}
     values["intercept"] = values.pop("fit_intercept")
@@ -43,14 +52,16 @@ def fit_command(
     require_same(group, named, "start all with the same options")
     with group.agreed():
         outputs = _outputs(options) if group.first else {}
-    source = open_source(options.data, options.target, class_count=options.class_count, group=group)
+    source = open_source(
+        options.data, options.target, keys=keys_of(options), class_count=options.class_count, group=group
+    )
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
     report = _fit(options, train, held, on_step, progress if group.first else False)
     with group.agreed():
         if group.first:
-            _write(report, outputs)
+            _write(report, outputs, as_json)
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
@@ -64,6 +75,8 @@ def _outputs(options: FitOptions) -> dict[str, Path]:
         check_suffix(option, path, suffix)
     checkpoint = {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
     check_outputs(outputs | checkpoint, {"DATA": options.data, "--target": options.target})
+    if not options.overwrite:  # a checkpoint that exists is resumed
+        require_new(outputs)
     return outputs
 
 
@@ -114,7 +127,7 @@ def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: So
     return PathPoint(C, loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
 
 
-def _write(report: FitReport, outputs: dict[str, Path]) -> None:
+def _write(report: FitReport, outputs: dict[str, Path], as_json: bool | None) -> None:
     from softcurve.cli.report import render_report
 
     options, fit = report.options, report.fit
@@ -127,11 +140,11 @@ def _write(report: FitReport, outputs: dict[str, Path]) -> None:
     with replacing_all(outputs) as files:
         head.write(files["--out"])
         history = [asdict(step) for step in fit.history]
-        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
+        files["--record"].write(encoded(to_json(record | {"history": history}) + "\n"))
         files["--report"].write(page)
         stop_if_interrupted()
-    print_table("softcurve fit", _rows(record))
-    print_record(record)
+    show = partial(print_table, "softcurve fit", _rows(record))
+    print_results(record, show, as_json=as_json, written=tuple(outputs.values()))
 
 
 def _record(report: FitReport) -> dict[str, Any]:
@@ -166,7 +179,6 @@ def _rows(record: dict[str, Any]) -> TextRows:
         *(score_rows("held-out ", "held_out_", record) if record["rows_held_out"] else ()),
         ("calibration error", f"{record['calibration_error']:.4f}"),
         ("seconds", f"{record['seconds']:.2f}"),
-        *((name, record[name]) for name in ("head", "record", "report")),
     ]
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from softcurve.cli.options import FitOptions
-from softcurve.cli.streams import encodable
+from softcurve.cli.streams import encodable, shortened
 from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import CurvatureSpectrum
-
-LONGEST_NAME = 48
 
 
 @dataclass(frozen=True)
@@ -53,5 +51,4 @@ class FitReport:
 
     def class_name(self, index: int) -> str:
         """Return the name of a class on one line, short enough for a table."""
-        name = encodable(" ".join(str(self.classes[index]).split())) or "(no name)"
-        return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+        return shortened(encodable(" ".join(str(self.classes[index]).split())) or "(no name)")
