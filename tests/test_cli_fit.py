@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 from typer.testing import CliRunner
 
 from softcurve.cli.fitting import fit_command
@@ -89,6 +92,34 @@ def test_digits_are_the_default_and_the_figures_are_those_of_the_saved_head():
     assert (record["rows"], record["rows_train"], record["rows_held_out"]) == (1797, len(train), len(held))
     assert (record["features"], record["classes"], record["head"]) == (64, 10, "head.safetensors")
     assert f"{loss:.6f} nats = {loss / np.log(2):.6f} bits" in table
+    dummy = DummyClassifier(strategy="prior").fit(train.features, train.target)
+    baseline = record["majority_baseline"]
+    assert baseline["accuracy"] == dummy.score(held.features, held.target)
+    assert baseline["loss_nats"] == pytest.approx(log_loss(held.target, dummy.predict_proba(held.features)), rel=1e-12)
+    assert f"loss {baseline['loss_nats']:.4f} nats, accuracy {baseline['accuracy']:.4f}" in table
+    low, high = record["held_out_intervals"]["loss_nats"]
+    assert low < loss < high
+    assert f"loss {low:.4f} to {high:.4f} nats" in table
+    written = json.loads(Path("head.json").read_text())
+    predicted = log_p.argmax(axis=1)
+    assert written["confusion_matrix"] == confusion_matrix(held.target, predicted).tolist()
+    columns = precision_recall_fscore_support(held.target, predicted)
+    for name, column in zip(("precision", "recall"), columns, strict=False):
+        assert [each[name] for each in written["by_class"]] == pytest.approx(column.tolist(), rel=1e-12)
+
+
+@pytest.mark.usefixtures("without_pages")
+def test_the_command_in_the_record_repeats_the_fit(words):
+    options = ("--C", 0.5, "--no-intercept", "--seed", 3, "--path", "0.1,10", "--tol", 1e-7, "--dtype", "float32")
+    record = run_json("fit", words, *options, "--out", "my head.safetensors", "--overwrite")
+    command = record["reproduction"]["command"]
+    assert command.startswith("softcurve fit words.npz ")
+    assert "'my head.safetensors'" in command
+    first = Path("my head.safetensors").read_bytes()
+    again = run_json(*shlex.split(command)[1:])
+    assert Path("my head.safetensors").read_bytes() == first
+    assert again | {"seconds": record["seconds"]} == record
+    assert record["reproduction"]["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl"])
@@ -217,7 +248,7 @@ def test_a_class_that_is_only_held_out_is_said():
     record, table = run_both("fit", "rare.npz", "--max-iter", 50)
     assert record["classes"] == 3
     assert record["classes_without_training_rows"] == 1
-    assert "1 class has no training row" in table
+    assert "1 class has no training sample" in table
 
 
 @pytest.mark.usefixtures("without_pages")

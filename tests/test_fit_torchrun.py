@@ -91,7 +91,7 @@ def test_torchrun_writes_and_says_what_one_process_does(data, tmp_path):
             assert done.returncode == 0, done.stderr
         heads[name] = load_file(tmp_path / name / "head.safetensors")
         said[name] = done.stdout
-        assert "The hardest rows" in (tmp_path / name / "head.html").read_text()
+        assert "The hardest samples" in (tmp_path / name / "head.html").read_text()
     assert_close(record_of(tmp_path / "three"), record_of(tmp_path / "one"))
     for name, tensor in heads["one"].items():
         scale = float(tensor.abs().max())

@@ -22,6 +22,7 @@ from softcurve.cli.printing import (
     score_rows,
     to_json,
 )
+from softcurve.cli.report.conclusion import class_figures, conclusion_figures, intervals_of, recommend
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
@@ -29,7 +30,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, rows_within
 from softcurve.fit.data.subset import split_source
-from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.diagnostics import Diagnostics, baseline_scores, diagnose
 from softcurve.fit.fitting import Fit, fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
@@ -107,24 +108,27 @@ def _fit(
         path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
     bias = fit.bias if options.fit_intercept else None
     assert train.kind is not None
+    on_train = _diagnose(options, train, fit)
+    rows = _rows_at_once(options, train)
+    baseline = baseline_scores(held or train, on_train.frequencies, options.loss, rows_at_once=rows)
     return FitReport(
-        options, fit, seconds, train.width, train.classes, train.kind, train=_diagnose(options, train, fit),
+        options, fit, seconds, train.width, train.classes, train.kind, train=on_train, baseline=baseline,
         held=None if held is None else _diagnose(options, held, fit),
         spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed), path=path,
     )  # fmt: skip
 
 
+def _rows_at_once(options: FitOptions, source: Source) -> int | None:
+    return None if options.memory is None else rows_within(len(source.classes), source.width, options.memory * 2**20)
+
+
 def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
-    classes, width = fit.weight.shape
-    rows = None if options.memory is None else rows_within(classes, width, options.memory * 2**20)
-    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **how)
+    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=_rows_at_once(options, source), **how)
 
 
 def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: Source | None) -> PathPoint:
-    loss = _diagnose(options, train, fit, hardest=0).loss
     on_held = None if held is None else _diagnose(options, held, fit, hardest=0)
-    held_loss, held_accuracy = (None, None) if on_held is None else (on_held.loss, on_held.accuracy)
-    return PathPoint(C, loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
+    return PathPoint.of(C, fit, _diagnose(options, train, fit, hardest=0), on_held)
 
 
 def _write(report: FitReport, outputs: dict[str, Path], as_json: bool | None) -> None:
@@ -140,10 +144,11 @@ def _write(report: FitReport, outputs: dict[str, Path], as_json: bool | None) ->
     with replacing_all(outputs) as files:
         head.write(files["--out"])
         history = [asdict(step) for step in fit.history]
-        files["--record"].write(encoded(to_json(record | {"history": history}) + "\n"))
+        content = record | class_figures(report) | {"history": history}
+        files["--record"].write(encoded(to_json(content) + "\n"))
         files["--report"].write(page)
         stop_if_interrupted()
-    show = partial(print_table, "softcurve fit", _rows(record))
+    show = partial(print_table, "softcurve fit", _rows(record, report))
     print_results(record, show, as_json=as_json, written=tuple(outputs.values()))
 
 
@@ -162,14 +167,15 @@ def _record(report: FitReport) -> dict[str, Any]:
         "train_loss_nats": train.loss, "train_accuracy": train.accuracy,
         **({} if held is None else score_figures("held_out_", held)),
         "calibration_error": report.judged.calibration.error, "path": [asdict(point) for point in report.path],
+        **conclusion_figures(report),
         "seconds": report.seconds,
     }  # fmt: skip
 
 
-def _rows(record: dict[str, Any]) -> TextRows:
+def _rows(record: dict[str, Any], report: FitReport) -> TextRows:
     converged = "yes" if record["converged"] else "NO"
     return [
-        ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
+        ("samples", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
         *((name, str(record[name])) for name in ("features", "classes", "targets")),
         ("loss", f"{record['loss']}, C = {record['C']:g}"),
         ("Newton steps", f"{record['iterations']} ({record['products']} Hessian–vector products)"),
@@ -177,18 +183,30 @@ def _rows(record: dict[str, Any]) -> TextRows:
         *(("warning", warning) for warning in _warnings(record)),
         ("training loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"),
         *(score_rows("held-out ", "held_out_", record) if record["rows_held_out"] else ()),
+        *_comparisons(report),
         ("calibration error", f"{record['calibration_error']:.4f}"),
+        ("recommended C", str(recommend(report))),
         ("seconds", f"{record['seconds']:.2f}"),
     ]
+
+
+def _comparisons(report: FitReport) -> TextRows:
+    """Return the rows of a table with what the scores are compared with."""
+    rows, baseline = [], report.baseline
+    if (intervals := intervals_of(report)) is not None:
+        (low_loss, high_loss), (low, high) = intervals.loss, intervals.accuracy
+        ends = f"loss {low_loss:.4f} to {high_loss:.4f} nats, accuracy {low:.4f} to {high:.4f}"
+        rows.append((f"{intervals.level:.0%} bootstrap", ends))
+    return [*rows, ("majority baseline", f"loss {baseline.loss:.4f} nats, accuracy {baseline.accuracy:.4f}")]
 
 
 def _warnings(record: dict[str, Any]) -> list[str]:
     warnings = [] if record["converged"] else [record["ended"]]
     if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
-        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise max_iter or tol")
+        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise --max-iter or --tol")
     if record["separated"]:
         warnings.append("the classes are separable: without a penalty the loss has no minimum; give a finite --C")
     if absent := record["classes_without_training_rows"]:
         classes = "1 class has" if absent == 1 else f"{absent} classes have"
-        warnings.append(f"{classes} no training row; the probability tends to zero")
+        warnings.append(f"{classes} no training sample; the probability tends to zero")
     return warnings
