@@ -23,11 +23,12 @@ install: $(INSTALLED) ## make .venv with the package, its extras and the tools
 
 demo: $(INSTALLED) ## fit a head to the digits, then write the page that explains the chain
 	@mkdir -p $(DEMO)
-	$(BIN)/softcurve fit --path 0.001,0.01,0.1,1,10,100 --out $(DEMO)/head.safetensors
-	$(BIN)/softcurve explain --out $(DEMO)/explain.html
+	@$(BIN)/softcurve fit --path 0.001,0.01,0.1,1,10,100 --out $(DEMO)/head.safetensors --no-json --overwrite
+	@$(BIN)/softcurve explain --out $(DEMO)/explain.html --no-json --overwrite
 	@echo
-	@echo "The report of the fit is at $(CURDIR)/$(DEMO)/head.html,"
-	@echo "the page that explains the chain at $(CURDIR)/$(DEMO)/explain.html"
+	@echo "The report of the fit, and the page that explains the chain:"
+	@echo "$(CURDIR)/$(DEMO)/head.html"
+	@echo "$(CURDIR)/$(DEMO)/explain.html"
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")

@@ -35,7 +35,7 @@ RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(60, 5)).astype(np.float32)
 LABELS = np.arange(60) % 3
 OUTPUTS = ("o.safetensors", "o.json", "o.html")
-FIT = ("--out", "o.safetensors")
+FIT = ("--out", "o.safetensors", "--overwrite")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -251,7 +251,7 @@ def test_a_page_whose_checksum_is_wrong_is_refused():
 
 
 def test_predictions_have_checksums():
-    assert run("predict", "h.safetensors", "d.npz", "--out", "p.parquet").exit_code == 0
+    assert run("predict", "h.safetensors", "d.npz", "--out", "p.parquet", "--overwrite").exit_code == 0
     flipped("p.parquet", 1 / 3)
     with pytest.raises(OSError, match="CRC"):
         pq.ParquetFile("p.parquet", page_checksum_verification=True).read()
@@ -310,11 +310,22 @@ def test_either_all_outputs_are_replaced_or_none(monkeypatch, step, number):
 
 COMMANDS = {
     "--record: o.json": ["fit", "d.npz", *FIT],
-    "--out: p.npz": ["predict", "h.safetensors", "d.npz", "--out", "p.npz"],
-    "--out: p.csv": ["predict", "h.safetensors", "d.npz", "--out", "p.csv"],
-    "--out: p.npy": ["predict", "h.safetensors", "d.npz", "--out", "p.npy"],
-    "--out: p.parquet": ["predict", "h.safetensors", "d.npz", "--out", "p.parquet"],
-    "--out: s.png": ["spectrum", "h.safetensors", "d.npz", "--probes", "1", "--steps", "4", "--out", "s.png"],
+    "--out: p.npz": ["predict", "h.safetensors", "d.npz", "--out", "p.npz", "--overwrite"],
+    "--out: p.csv": ["predict", "h.safetensors", "d.npz", "--out", "p.csv", "--overwrite"],
+    "--out: p.npy": ["predict", "h.safetensors", "d.npz", "--out", "p.npy", "--overwrite"],
+    "--out: p.parquet": ["predict", "h.safetensors", "d.npz", "--out", "p.parquet", "--overwrite"],
+    "--out: s.png": [
+        "spectrum",
+        "h.safetensors",
+        "d.npz",
+        "--probes",
+        "1",
+        "--steps",
+        "4",
+        "--out",
+        "s.png",
+        "--overwrite",
+    ],
 }
 
 
@@ -382,7 +393,7 @@ def test_names_that_are_not_utf8_lose_nothing():
         np.testing.assert_array_equal(features, FEATURES)
     done = run("fit", data + "npz", "--out", out)
     assert (done.exit_code, done.stderr) == (0, "")
-    record = json.loads(done.stdout.splitlines()[-1])
+    record = json.loads(done.stdout)
     assert (record["data"], record["head"]) == (data + "npz", out)
     assert json.loads(Path(record["record"]).read_text("ascii"))["data"] == data + "npz"
     assert r"d\udcff.npz" in Path(record["report"]).read_text("utf-8").replace("&#92;", "\\")
@@ -395,7 +406,7 @@ def test_labels_with_lone_surrogates_lose_nothing():
     assert run("fit", "words.npz", *FIT).exit_code == 0
     assert r"b\udcff" in Path("o.html").read_text("utf-8").replace("&#92;", "\\")
     for suffix in ("npz", "csv", "npy", "parquet"):
-        done = run("predict", "o.safetensors", "words.npz", "--out", f"p.{suffix}")
+        done = run("predict", "o.safetensors", "words.npz", "--out", f"p.{suffix}", "--overwrite")
         assert done.exit_code == 0, done.output
     written = np.load("p.npz")
     assert sorted(written["classes"].tolist()) == sorted(names.tolist())
@@ -427,7 +438,7 @@ def test_as_processes_of_their_own():
     cases = [
         (["fit", "words.npz", "--out", "words.safetensors"], out, 0, ""),
         (["predict", "words.safetensors", "words.npz"], out, 0, ""),
-        (["spectrum", "model.py:make", "--probes", "1", "--out", "s.png"], out, 0, ""),
+        (["spectrum", "model.py:make", "--probes", "1", "--out", "s.png", "--overwrite"], out, 0, ""),
         (["fit", "none.npz"], out, 2, no_file),
         (["fit", "none.npz"], out, 2, None),
         (["fit", "none.npz"], out, 2, full),
@@ -448,7 +459,7 @@ def test_as_processes_of_their_own():
     assert done.stderr == ""
     for number, (arguments, stdout, code, message) in enumerate(cases):
         if stdout == out and code == 0:
-            record = json.loads(Path(f"stdout.{number}").read_text("ascii").splitlines()[-1])
+            record = json.loads(Path(f"stdout.{number}").read_text("ascii"))
             assert record["command"] == arguments[0]
             assert record.get("converged", True)
         elif stdout == out:
@@ -464,9 +475,17 @@ def test_as_processes_of_their_own():
 @pytest.mark.parametrize(
     ("place", "arguments", "remedy"),
     [
-        ("fitting.fit_head", ["fit", "d.npz", *FIT], "give a smaller --memory, fewer rows"),
-        ("predicting._predict", ["predict", "h.safetensors", "d.npz", "--out", "p.npz"], "store DATA as .npy"),
-        ("spectrum._compute", ["spectrum", "h.safetensors", "d.npz", "--out", "s.png"], "a smaller --batch-size"),
+        ("fitting.fit_head", ["fit", "d.npz", *FIT], "give a smaller --memory, fewer samples"),
+        (
+            "predicting._predict",
+            ["predict", "h.safetensors", "d.npz", "--out", "p.npz", "--overwrite"],
+            "store DATA as .npy",
+        ),
+        (
+            "spectrum._compute",
+            ["spectrum", "h.safetensors", "d.npz", "--out", "s.png", "--overwrite"],
+            "a smaller --batch-size",
+        ),
     ],
 )
 def test_memory_that_runs_out(monkeypatch, place, arguments, remedy, allocate):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 from typer.testing import CliRunner
 
 from softcurve.cli.fitting import fit_command
@@ -26,6 +28,7 @@ from softcurve.fit import DataError
 from softcurve.fit.group import Group
 from softcurve.fit.saved_head import SavedHead
 
+from .cli_output import refuse_constant, run_both, run_json, run_tables
 from .gathered import load_rows, make_rows, split
 
 FEATURES = np.random.default_rng(1).normal(size=(60, 4))
@@ -56,20 +59,6 @@ def soft():
     return "soft.safetensors"
 
 
-def refuse_constant(name):
-    raise AssertionError(f"{name} is not JSON")
-
-
-def run(*arguments):
-    """The JSON record and all of the output of a run that must succeed without a word on stderr."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == 0, done.output
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("{")] == lines[-1:]
-    return json.loads(lines[-1], parse_constant=refuse_constant), done.stdout
-
-
 def refused(*arguments):
     """The message of a run that must be refused, and leave the folder as it was."""
     before = {name: os.stat(name).st_mtime_ns for name in os.listdir()}
@@ -88,7 +77,7 @@ def log_softmax(logits):
 
 
 def test_digits_are_the_default_and_the_figures_are_those_of_the_saved_head():
-    record, table = run("fit")
+    record, table = run_both("fit")
     tensors = load_file("head.safetensors")
     train, held = split(load_rows("digits"), 0.2, seed=0)
     log_p = log_softmax(held.features @ tensors["weight"].numpy().T + tensors["bias"].numpy())
@@ -103,11 +92,39 @@ def test_digits_are_the_default_and_the_figures_are_those_of_the_saved_head():
     assert (record["rows"], record["rows_train"], record["rows_held_out"]) == (1797, len(train), len(held))
     assert (record["features"], record["classes"], record["head"]) == (64, 10, "head.safetensors")
     assert f"{loss:.6f} nats = {loss / np.log(2):.6f} bits" in table
+    dummy = DummyClassifier(strategy="prior").fit(train.features, train.target)
+    baseline = record["majority_baseline"]
+    assert baseline["accuracy"] == dummy.score(held.features, held.target)
+    assert baseline["loss_nats"] == pytest.approx(log_loss(held.target, dummy.predict_proba(held.features)), rel=1e-12)
+    assert f"loss {baseline['loss_nats']:.4f} nats, accuracy {baseline['accuracy']:.4f}" in table
+    low, high = record["held_out_intervals"]["loss_nats"]
+    assert low < loss < high
+    assert f"loss {low:.4f} to {high:.4f} nats" in table
+    written = json.loads(Path("head.json").read_text())
+    predicted = log_p.argmax(axis=1)
+    assert written["confusion_matrix"] == confusion_matrix(held.target, predicted).tolist()
+    columns = precision_recall_fscore_support(held.target, predicted)
+    for name, column in zip(("precision", "recall"), columns, strict=False):
+        assert [each[name] for each in written["by_class"]] == pytest.approx(column.tolist(), rel=1e-12)
+
+
+@pytest.mark.usefixtures("without_pages")
+def test_the_command_in_the_record_repeats_the_fit(words):
+    options = ("--C", 0.5, "--no-intercept", "--seed", 3, "--path", "0.1,10", "--tol", 1e-7, "--dtype", "float32")
+    record = run_json("fit", words, *options, "--out", "my head.safetensors", "--overwrite")
+    command = record["reproduction"]["command"]
+    assert command.startswith("softcurve fit words.npz ")
+    assert "'my head.safetensors'" in command
+    first = Path("my head.safetensors").read_bytes()
+    again = run_json(*shlex.split(command)[1:])
+    assert Path("my head.safetensors").read_bytes() == first
+    assert again | {"seconds": record["seconds"]} == record
+    assert record["reproduction"]["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "reverse_kl"])
 def test_distributions_with_every_loss(soft, loss):
-    record, table = run("fit", soft, "--loss", loss, "--out", "h.safetensors", "--seed", 7, "--holdout", 0.25)
+    record, table = run_both("fit", soft, "--loss", loss, "--out", "h.safetensors", "--seed", 7, "--holdout", 0.25)
     _, held = split(make_rows(FEATURES, SOFT), 0.25, seed=7)
     tensors = load_file("h.safetensors")
     log_p = log_softmax(held.features @ tensors["weight"].numpy().T + tensors["bias"].numpy())
@@ -135,9 +152,9 @@ def test_distributions_with_every_loss(soft, loss):
 
 @pytest.mark.usefixtures("without_pages")
 def test_the_same_seed_gives_the_same_head_and_another_one_another(words):
-    run("fit", words, "--out", "a.safetensors")
-    run("fit", words, "--out", "b.safetensors")
-    run("fit", words, "--out", "c.safetensors", "--seed", 1)
+    run_json("fit", words, "--out", "a.safetensors")
+    run_json("fit", words, "--out", "b.safetensors")
+    run_json("fit", words, "--out", "c.safetensors", "--seed", 1)
     first, second, third = (load_file(f"{name}.safetensors")["weight"] for name in "abc")
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
@@ -145,7 +162,7 @@ def test_the_same_seed_gives_the_same_head_and_another_one_another(words):
 
 @pytest.mark.usefixtures("without_pages")
 def test_options_reach_the_fit(words):
-    record, _ = run("fit", words, "--C", 0.01, "--dtype", "float32", "--tol", 1e-3, "--max-iter", 50)
+    record = run_json("fit", words, "--C", 0.01, "--dtype", "float32", "--tol", 1e-3, "--max-iter", 50)
     head = SavedHead.load("head.safetensors")
     assert (record["C"], record["dtype"], record["tol"]) == (0.01, "float32", 1e-3)
     assert head.weight.dtype == torch.float32
@@ -155,7 +172,7 @@ def test_options_reach_the_fit(words):
 
 @pytest.mark.usefixtures("without_pages")
 def test_too_few_iterations_are_said(words):
-    record, table = run("fit", words, "--max-iter", 1)
+    record, table = run_both("fit", words, "--max-iter", 1)
     assert record["converged"] is False
     assert record["iterations"] == 1
     assert re.search(r"converged +│ NO", table)
@@ -163,7 +180,7 @@ def test_too_few_iterations_are_said(words):
 
 
 def test_the_record_and_the_report_stand_beside_the_head(words):
-    record, _ = run("fit", words, "--out", "h.safetensors", "--path", "0.1,10")
+    record = run_json("fit", words, "--out", "h.safetensors", "--path", "0.1,10")
     kept = json.loads(Path("h.json").read_text(), parse_constant=refuse_constant)
     assert {key: kept[key] for key in record} == record
     assert [step["iteration"] for step in kept["history"]] == list(range(record["iterations"] + 1))
@@ -177,7 +194,7 @@ def test_the_record_and_the_report_stand_beside_the_head(words):
 
 @pytest.mark.usefixtures("without_pages")
 def test_no_row_is_held_out_where_none_shall_be(words):
-    record, table = run("fit", words, "--holdout", 0)
+    record, table = run_both("fit", words, "--holdout", 0)
     assert (record["rows_train"], record["rows_held_out"]) == (60, 0)
     assert "held-out" not in table
 
@@ -187,8 +204,8 @@ def test_shards_are_one_set_of_rows(words):
     Path("shards").mkdir()
     for index, rows in enumerate((slice(0, 25), slice(25, 26), slice(26, 60))):
         np.savez(f"shards/part-{index}.npz", features=FEATURES[rows], target=WORDS[rows])
-    whole, _ = run("fit", words, "--holdout", 0, "--tol", 1e-10)
-    parts, _ = run("fit", "shards", "--holdout", 0, "--tol", 1e-10, "--out", "parts.safetensors")
+    whole = run_json("fit", words, "--holdout", 0, "--tol", 1e-10)
+    parts = run_json("fit", "shards", "--holdout", 0, "--tol", 1e-10, "--out", "parts.safetensors")
     assert parts["objective"] == pytest.approx(whole["objective"], rel=1e-12)
     first, second = (load_file(name)["weight"] for name in ("head.safetensors", "parts.safetensors"))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-7)
@@ -199,8 +216,8 @@ def test_lists_of_all_classes_are_the_distributions_themselves(soft):
     order = np.argsort(-SOFT, axis=1)
     lists = {"indices": order, "log_probs": np.log(np.take_along_axis(SOFT, order, 1))}
     np.savez("lists.npz", features=FEATURES, **lists)
-    run("fit", soft, "--tol", 1e-9)
-    record, _ = run("fit", "lists.npz", "--tol", 1e-9, "--out", "lists.safetensors")
+    run_json("fit", soft, "--tol", 1e-9)
+    record = run_json("fit", "lists.npz", "--tol", 1e-9, "--out", "lists.safetensors")
     assert record["targets"] == "top_k"
     first, second = (load_file(name)["weight"] for name in ("head.safetensors", "lists.safetensors"))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
@@ -208,17 +225,17 @@ def test_lists_of_all_classes_are_the_distributions_themselves(soft):
 
 @pytest.mark.usefixtures("without_pages")
 def test_a_fit_goes_on_from_its_checkpoint(words):
-    run("fit", words, "--tol", 1e-8)
-    cut, _ = run("fit", words, "--max-iter", 2, "--tol", 1e-8, "--checkpoint", "state", "--out", "cut.safetensors")
+    run_json("fit", words, "--tol", 1e-8)
+    cut = run_json("fit", words, "--max-iter", 2, "--tol", 1e-8, "--checkpoint", "state", "--out", "cut.safetensors")
     assert not cut["converged"]
-    rest, _ = run("fit", words, "--tol", 1e-8, "--checkpoint", "state", "--out", "rest.safetensors")
+    rest = run_json("fit", words, "--tol", 1e-8, "--checkpoint", "state", "--out", "rest.safetensors")
     assert rest["converged"]
     assert rest["iterations"] > cut["iterations"]
     assert torch.equal(load_file("head.safetensors")["weight"], load_file("rest.safetensors")["weight"])
     before = Path("state").read_bytes()
-    assert "of another run" in refused("fit", words, "--C", 2, "--checkpoint", "state")
+    assert "of another run" in refused("fit", words, "--C", 2, "--checkpoint", "state", "--overwrite")
     Path("state").write_bytes(before[:-9])
-    assert "checkpoint: state is damaged" in refused("fit", words, "--checkpoint", "state")
+    assert "checkpoint: state is damaged" in refused("fit", words, "--checkpoint", "state", "--overwrite")
 
 
 @pytest.mark.usefixtures("without_pages")
@@ -228,10 +245,10 @@ def test_a_class_that_is_only_held_out_is_said():
     target = np.arange(60) % 2
     target[only] = 9
     np.savez("rare.npz", X=FEATURES, y=target)
-    record, table = run("fit", "rare.npz", "--max-iter", 50)
+    record, table = run_both("fit", "rare.npz", "--max-iter", 50)
     assert record["classes"] == 3
     assert record["classes_without_training_rows"] == 1
-    assert "1 class has no training row" in table
+    assert "1 class has no training sample" in table
 
 
 @pytest.mark.usefixtures("without_pages")
@@ -239,15 +256,15 @@ def test_progress_is_shown_where_it_is_asked_for(words):
     done = CliRunner().invoke(app, ["fit", words, "--progress"])
     assert done.exit_code == 0
     assert "objective" in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["converged"]
+    assert json.loads(done.stdout)["converged"]
 
 
 @pytest.mark.usefixtures("without_pages")
 def test_predictions_can_be_the_targets_of_another_fit(words):
-    run("fit", words)
-    run("predict", "head.safetensors", words, "--out", "teacher.npy")
+    run_json("fit", words)
+    run_json("predict", "head.safetensors", words, "--out", "teacher.npy")
     options = ("--target", "teacher.npy", "--loss", "reverse_kl", "--C", 1e6, "--out", "student.safetensors")
-    record, _ = run("fit", words, *options)
+    record = run_json("fit", words, *options)
     assert record["targets"] == "distributions"
     assert record["held_out_loss_nats"] < 1e-5
 
@@ -260,7 +277,7 @@ def save_good_head():
     ("arguments", "message"),
     [
         (["fit", "missing.npz"], "data: there is no file missing.npz"),
-        (["fit", "data.csv"], "suffix '.csv'; it must be the word digits or a file that ends in"),
+        (["fit", "data.tsv"], "suffix '.tsv'; it must be the word digits or a file that ends in"),
         (["fit", "words.npz", "--loss", "reverse_kl"], "infinite for labels.*use forward_kl"),
         (["fit", "words.npz", "--loss", "hinge"], "'hinge'"),
         (["fit", "words.npz", "--holdout", "1"], "holdout 1 of 60 rows must leave rows on both sides"),
@@ -295,7 +312,7 @@ def test_refusals_name_what_is_wrong(words, soft, arguments, message):
 def test_an_existing_head_outlives_a_fit_that_fails(words):
     save_good_head()
     np.savez("far.npz", X=FEATURES * 1e200, y=WORDS)
-    assert "scale the features" in refused("fit", "far.npz", "--out", "good.safetensors")
+    assert "scale the features" in refused("fit", "far.npz", "--out", "good.safetensors", "--overwrite")
     assert SavedHead.load("good.safetensors").classes == ("a", "b", "c")
 
 
@@ -333,17 +350,11 @@ def test_a_missing_package_is_named_with_its_remedy(words, arguments, module, pa
     assert "pip install -e '.[fit]'" in message
 
 
-def test_explain_prints_the_record_last(monkeypatch):
-    def write_explanation(out, *, seed, console):
-        console.print("a table")
-        return {"page": str(out), "seed": seed, "ratio": float("inf")}
-
-    stub = ModuleType("softcurve.cli.explain")
-    stub.write_explanation = write_explanation
-    monkeypatch.setitem(sys.modules, "softcurve.cli.explain", stub)
-    record, output = run("explain", "--out", "page.html", "--seed", 3)
-    assert record == {"page": "page.html", "seed": 3, "ratio": None}
-    assert output.startswith("a table\n")
+def test_explain_prints_its_record_or_its_page(monkeypatch):
+    record = {"page": "page.html", "ratio": float("inf"), "checks": []}
+    monkeypatch.setattr("softcurve.cli.explain.write_explanation", lambda out, *, seed: record | {"seed": seed})
+    assert run_json("explain", "--out", "page.html", "--seed", 3) == record | {"seed": 3, "ratio": None}
+    assert run_tables("explain", "--out", "page.html").splitlines()[-1] == "page.html"
 
 
 class Unlike(Group):
@@ -358,10 +369,7 @@ class Unlike(Group):
 
 
 def test_an_option_that_another_process_was_not_given_is_named():
-    options = FitOptions(
-        "digits", None, "cross_entropy", 1.0, None, True, None, 0.2, 0, 9, 1e-5, "auto", "float64", None, None, 30.0,
-        Path("head.safetensors"), None, None, 600.0,
-    )  # fmt: skip
+    options = FitOptions()
     names = [each.name for each in fields(FitOptions) if each.name != "data"]
     for option in (f"--{name.replace('_', '-').replace('fit-intercept', 'intercept')}" for name in names):
         says = f"^{option} must be the same in all processes; process 0 has .*, and process 1 has other: start all with"
@@ -401,9 +409,9 @@ def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(s
 
 @pytest.mark.parametrize("options", [("--C", "inf"), ("--path", "0.1,inf"), ("--C", "inf", "--path", "0.1,1")])
 def test_a_head_without_penalty_is_saved_drawn_and_read_again(words, options):
-    record, _ = run("fit", words, "--holdout", 0, *options)
+    record = run_json("fit", words, "--holdout", 0, *options)
     assert Path(record["report"]).exists()
-    assert run("predict", "head.safetensors", words)[0]["rows"] == 60
+    assert run_json("predict", "head.safetensors", words)["rows"] == 60
 
 
 @pytest.mark.parametrize(("data", "name"), [("words.npz", "words.npz"), ("shards", "shards/state.npz")])

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from softcurve.cli.main import app
 from softcurve.fit.saved_head import SavedHead
 
+from .cli_output import run_both, run_json
+
 ROWS, WIDTH = 61, 4
 RNG = np.random.default_rng(1)
 FEATURES = RNG.normal(size=(ROWS, WIDTH))
@@ -54,18 +56,8 @@ def save_head(loss="cross_entropy", classes=NAMES, dtype=torch.float64):
     )
 
 
-def refuse_constant(name):
-    raise AssertionError(f"{name} is not JSON")
-
-
 def predict(*arguments):
-    """The JSON record and all of the output of a run that must succeed without a word on stderr."""
-    done = CliRunner().invoke(app, ["predict", "h.safetensors", *(str(argument) for argument in arguments)])
-    assert done.exit_code == 0, done.output
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("{")] == lines[-1:]
-    return json.loads(lines[-1], parse_constant=refuse_constant), done.stdout
+    return run_json("predict", "h.safetensors", *arguments)
 
 
 def contents():
@@ -123,7 +115,7 @@ def test_predictions_in_every_format(blocks, write):
     save_head()
     data = write()
     for suffix in ("npz", "npy", "csv", "parquet"):
-        record, _ = predict(data, "--out", f"p.{suffix}")
+        record = predict(data, "--out", f"p.{suffix}")
         assert (record["predictions"], record["rows"], record["features"]) == (f"p.{suffix}", ROWS, WIDTH)
     with np.load("p.npz", allow_pickle=False) as arrays:
         np.testing.assert_allclose(arrays["probabilities"], P, rtol=1e-12)
@@ -158,7 +150,7 @@ def test_labels_are_scored(blocks, write):
     save_head()
     if write is safetensors:  # which has no text
         save_head(classes=(5, 6, 7))
-    record, table = predict(write(target=INDEX + 5 if write is safetensors else WORDS))
+    record, table = run_both("predict", "h.safetensors", write(target=INDEX + 5 if write is safetensors else WORDS))
     loss, entropy = -LOG_P[np.arange(ROWS), INDEX].mean(), -(P * LOG_P).sum(axis=1).mean()
     assert record["accuracy"] == (PREDICTED == INDEX).mean()
     assert record["loss_nats"] == pytest.approx(loss, rel=1e-12)
@@ -193,7 +185,7 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_distributions_are_scored_by_the_loss_of_the_head(blocks, write, loss):
     save_head(loss)
-    record, table = predict(write(y=SOFT))
+    record, table = run_both("predict", "h.safetensors", write(y=SOFT))
     assert record["loss"] == loss
     assert record["loss_nats"] == pytest.approx(LOSSES[loss].mean(), rel=1e-11)
     assert record["kl_nats"] == pytest.approx(LOSSES["forward_kl"].mean(), rel=1e-11)
@@ -204,7 +196,7 @@ def test_distributions_are_scored_by_the_loss_of_the_head(blocks, write, loss):
 @pytest.mark.parametrize("write", WRITERS)
 def test_the_lists_of_a_teacher_are_scored(blocks, write):
     save_head("forward_kl")
-    record, _ = predict(write(indices=LISTED, log_probs=LIST_LOG_PROBS))
+    record = predict(write(indices=LISTED, log_probs=LIST_LOG_PROBS))
     # Two of three classes are listed, so the bucket is the third: the divergence is that of the whole distribution.
     assert record["loss_nats"] == pytest.approx(LOSSES["forward_kl"].mean(), rel=1e-9)
     assert record["kl_nats"] == record["loss_nats"]
@@ -215,14 +207,14 @@ def test_the_lists_of_a_teacher_are_scored(blocks, write):
 def test_a_target_file_is_scored_instead(blocks):
     save_head("forward_kl")
     np.save("soft.npy", SOFT.astype(np.float32))
-    record, _ = predict(npy(), "--target", "soft.npy")
+    record = predict(npy(), "--target", "soft.npy")
     assert record["loss_nats"] == pytest.approx(LOSSES["forward_kl"].mean(), rel=1e-5)
-    assert predict(shards(y=WORDS), "--target", "soft.npy")[0]["loss"] == "forward_kl"
+    assert predict(shards(y=WORDS), "--target", "soft.npy")["loss"] == "forward_kl"
 
 
 def test_predictions_need_no_targets():
     save_head()
-    record, table = predict(npy())
+    record, table = run_both("predict", "h.safetensors", npy())
     assert record["rows"] == ROWS
     assert not {"loss", "accuracy", "kl_nats"} & set(record)
     assert "loss" not in table
@@ -230,8 +222,8 @@ def test_predictions_need_no_targets():
 
 def test_a_head_fitted_by_reverse_kl_is_scored_on_labels_by_cross_entropy():
     save_head("reverse_kl")
-    assert predict(npz(y=WORDS))[0]["loss"] == "cross_entropy"
-    record, table = predict(npz(y=np.eye(3)[INDEX]))
+    assert predict(npz(y=WORDS))["loss"] == "cross_entropy"
+    record, table = run_both("predict", "h.safetensors", npz(y=np.eye(3)[INDEX]))
     assert (record["loss"], record["loss_nats"], record["loss_bits"]) == ("reverse_kl", None, None)
     assert record["kl_nats"] > 0
     assert "inf nats" in table
@@ -240,7 +232,7 @@ def test_a_head_fitted_by_reverse_kl_is_scored_on_labels_by_cross_entropy():
 def test_predictions_can_be_targets():
     save_head("forward_kl")
     predict(npy(), "--out", "teacher.npy")
-    assert predict("data.npy", "--target", "teacher.npy")[0]["loss_nats"] < 1e-14
+    assert predict("data.npy", "--target", "teacher.npy")["loss_nats"] < 1e-14
 
 
 @pytest.mark.parametrize(
@@ -252,7 +244,7 @@ def test_predictions_can_be_targets():
         (["data.safetensors", "data.npz"], "data.safetensors is not a head that can be used"),
         (["h.safetensors", "digits"], "features of digits must have 4 columns, .*; got 64"),
         (["h.safetensors", "data.npz"], "the first, 'four', in row 5: leave the target out"),
-        (["h.safetensors", "huge.npy", "--out", "old.csv"], "logits of huge.npy overflow"),
+        (["h.safetensors", "huge.npy", "--out", "old.csv", "--overwrite"], "logits of huge.npy overflow"),
         (["h.safetensors", "data.npz", "--out", "p.json"], "--out: p.json must end in .npz, .npy, .csv, .parquet"),
         (["h.safetensors", "data.npz", "--out", "none/p.npz"], "--out: there is no folder none"),
         (["h.safetensors", "data.npz", "--out", "data.npz"], "data.npz is also an input"),
@@ -284,11 +276,13 @@ def test_damage_that_shows_late_leaves_the_old_predictions(blocks, suffix):
     late = FEATURES.copy()
     late[57, 1] = np.nan
     np.save("late.npy", late)
-    assert "late.npy must be finite; 1 entries" in refused("h.safetensors", "late.npy", "--out", f"p.{suffix}")
+    assert "late.npy must be finite; 1 entries" in refused(
+        "h.safetensors", "late.npy", "--out", f"p.{suffix}", "--overwrite"
+    )
     soft = SOFT.copy()
     soft[58] *= 2
     np.savez("late.npz", X=FEATURES, y=soft)
-    message = refused("h.safetensors", "late.npz", "--out", f"p.{suffix}")
+    message = refused("h.safetensors", "late.npz", "--out", f"p.{suffix}", "--overwrite")
     assert re.search("array 'y' of late.npz must sum to 1 .* the first, 2, in row 58: divide", message)
 
 
@@ -299,7 +293,7 @@ def test_a_file_that_shrinks_meanwhile_leaves_the_old_predictions(monkeypatch):
     monkeypatch.setattr("softcurve.fit.data.source.BUDGET", 64 * WIDTH)
     # Every block asks whether it was interrupted: the first that does so cuts the file.
     monkeypatch.setattr("softcurve.cli.predicting.stop_if_interrupted", lambda: os.truncate("data.npy", 200))
-    done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy"])
+    done = CliRunner().invoke(app, ["predict", "h.safetensors", "data.npy", "--out", "p.npy", "--overwrite"])
     assert done.exit_code == 2
     assert "data.npy has changed since it was opened (200 bytes, 2080 before)" in done.stderr
     assert contents()["p.npy"] == before
@@ -327,6 +321,7 @@ import os, numpy as np, torch
 from bench.measure import extra_peak_of
 os.chdir({str(tmp_path)!r})
 torch.set_num_threads(1)
+from softcurve.cli.options import PredictOptions
 from softcurve.cli.predicting import predict_command
 from softcurve.fit.saved_head import SavedHead
 from pathlib import Path
@@ -338,7 +333,7 @@ for name, rows in {{"few.npy": 500, "many.npy": 16000}}.items():
     del array
 for out in (Path("p.npy"), Path("p.npz")):
     def predict(name):
-        predict_command(Path("h.safetensors"), name, None, out)
+        predict_command(PredictOptions(Path("h.safetensors"), name, out=out, overwrite=True))
     predict("few.npy")  # libraries are loaded
     print("peak", extra_peak_of(lambda: predict("many.npy")))
     assert out.stat().st_size > 128_000_000

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from softcurve.cli.main import app
 from softcurve.fit.saved_head import SavedHead
 
+from .cli_output import run_both, run_json
 from .gathered import load_rows
 
 ROWS, WIDTH, CLASSES = 23, 4, 3
@@ -143,22 +144,17 @@ def wrong():
     Path("wrong.py").write_text(WRONG)
 
 
-def refuse_constant(name):
-    raise AssertionError(f"{name} is not JSON")
+def quick(arguments):
+    """Without a density, which takes the most time, unless the arguments speak of it."""
+    return ("spectrum", *arguments, *(() if {"--probes", "--out"} & set(arguments) else ("--probes", 0)))
 
 
 def run(*arguments):
-    """The JSON record and all of the output of a run that must succeed without a word on stderr.
+    return run_json(*quick(arguments))
 
-    Without a density, which takes the most time, unless the arguments speak of it.
-    """
-    quick = () if {"--probes", "--out"} & set(arguments) else ("--probes", 0)
-    done = CliRunner().invoke(app, ["spectrum", *map(str, (*arguments, *quick))])
-    assert done.exit_code == 0, done.output
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("{")] == lines[-1:]
-    return json.loads(lines[-1], parse_constant=refuse_constant), done.stdout
+
+def both(*arguments):
+    return run_both(*quick(arguments))
 
 
 def refused(*arguments):
@@ -236,7 +232,7 @@ def js(log_p, y):
 
 
 def test_a_saved_head_and_the_table(labels):
-    record, table = run(*labels, "--probes", 6)
+    record, table = both(*labels, "--probes", 6)
     agrees(record, sandwich(FEATURES, covariances(probabilities())))
     assert len(record["eigenvalues"]) == len(record["residuals"]) == 10
     assert (record["command"], record["model"], record["data"]) == ("spectrum", *labels)
@@ -267,7 +263,7 @@ def test_digits():
     p = softmax(rows.features @ head.weight.numpy().T)
     blocks = [[(e * ((p[:, i] * ((i == j) - p[:, j])) / len(e))[:, None]).T @ e for j in range(10)] for i in range(10)]
     matrix = np.block(blocks)
-    record, table = run("head.safetensors", "digits", "-k", 5)
+    record, table = both("head.safetensors", "digits", "-k", 5)
     expected = np.linalg.eigvalsh(matrix)[::-1]
     np.testing.assert_allclose(record["eigenvalues"], expected[:5], rtol=1e-10)
     assert (record["trace_method"], record["trace_products"]) == ("xtrace", 64)
@@ -284,7 +280,7 @@ def test_every_matrix_of_cross_entropy(soft):
     ggn = sandwich(FEATURES, covariances(p))
     outer = sandwich(FEATURES, [np.outer(row, row) for row in p - SOFT])
     for matrix, dense in {"ggn": ggn, "hessian": ggn, "fisher": ggn, "empirical-fisher": outer}.items():
-        record, table = run(*soft, "--matrix", matrix)
+        record, table = both(*soft, "--matrix", matrix)
         agrees(record, dense)
         assert f"{matrix} of cross_entropy" in table
 
@@ -298,29 +294,29 @@ def test_every_matrix_of_cross_entropy(soft):
     ],
 )
 def test_the_hessian_of_every_divergence(soft, loss, divergence):
-    record, _ = run(*soft, "--matrix", "hessian", "--loss", loss, "--top", PARAMETERS)
+    record = run(*soft, "--matrix", "hessian", "--loss", loss, "--top", PARAMETERS)
     assert record["loss"] == loss
     agrees(record, head_loss(divergence), k=PARAMETERS)
 
 
 def test_the_loss_is_that_of_the_fit_unless_it_is_given(labels, soft):
     save_head(loss="reverse_kl")
-    record, _ = run(*soft, "--matrix", "hessian")
+    record = run(*soft, "--matrix", "hessian")
     assert record["loss"] == "reverse_kl"
     agrees(record, head_loss(lambda log_p, y: log_p.exp() * (log_p - y.log())))
-    assert run(*soft, "--loss", "forward_kl")[0]["loss"] == "forward_kl"
-    assert run(*labels)[0]["loss"] == "cross_entropy"
+    assert run(*soft, "--loss", "forward_kl")["loss"] == "forward_kl"
+    assert run(*labels)["loss"] == "cross_entropy"
     assert "infinite for labels" in refused(*labels, "--loss", "reverse_kl")
 
 
 def test_labels_are_the_distributions_that_are_one_at_a_class(labels):
     np.save("hot.npy", np.eye(CLASSES)[INDEX])
-    hot = run(*labels, "--loss", "js", "--matrix", "empirical-fisher", "--target", "hot.npy")[0]
-    record = run(*labels, "--loss", "js", "--matrix", "empirical-fisher")[0]
+    hot = run(*labels, "--loss", "js", "--matrix", "empirical-fisher", "--target", "hot.npy")
+    record = run(*labels, "--loss", "js", "--matrix", "empirical-fisher")
     assert record["eigenvalues"] == hot["eigenvalues"]
     residual = probabilities() - np.eye(CLASSES)[INDEX]
     outer = sandwich(FEATURES, [np.outer(row, row) for row in residual])
-    agrees(run(*labels, "--matrix", "empirical-fisher")[0], outer)
+    agrees(run(*labels, "--matrix", "empirical-fisher"), outer)
 
 
 def test_the_method_is_the_one_that_is_asked_for():
@@ -330,31 +326,31 @@ def test_the_method_is_the_one_that_is_asked_for():
         "    y = torch.arange(40) % 7\n"
         "    return nn.Identity(), nn.Linear(9, 7).double(), [(torch.randn(40, 9).double(), y)]\n"
     )
-    found = {name: run("larger.py:make", "-k", 2, "--method", name, "--probes", 0)[0] for name in ("lanczos", "lobpcg")}
+    found = {name: run("larger.py:make", "-k", 2, "--method", name, "--probes", 0) for name in ("lanczos", "lobpcg")}
     assert {name: record["eigenvalues_method"] for name, record in found.items()} == {n: n for n in found}
     np.testing.assert_allclose(*(record["eigenvalues"] for record in found.values()), rtol=1e-6)
 
 
 def test_options_reach_the_computation(labels):
     matrix = sandwich(FEATURES, covariances(probabilities()))
-    record, _ = run(*labels, "-k", 99, "--batch-size", 5, "--products", 12, "--probes", 3, "--steps", 4, "--seed", 2)
+    record = run(*labels, "-k", 99, "--batch-size", 5, "--products", 12, "--probes", 3, "--steps", 4, "--seed", 2)
     assert len(record["eigenvalues"]) == PARAMETERS
     assert sum(record["eigenvalues"]) == pytest.approx(np.trace(matrix), rel=1e-10)
     assert (record["trace_method"], record["trace_products"], record["seed"]) == ("xtrace", 12, 2)
     assert (record["density"]["probes"], record["density"]["steps"]) == (3, 4)
-    other, _ = run(*labels, "-k", 2, "--products", 12, "--seed", 3, "--method", "lanczos", "--dtype", "float32")
+    other = run(*labels, "-k", 2, "--products", 12, "--seed", 3, "--method", "lanczos", "--dtype", "float32")
     assert other["trace"] != record["trace"]
     assert (other["dtype"], other["eigenvalues_method"]) == ("float32", "dense")
     np.testing.assert_allclose(other["eigenvalues"], record["eigenvalues"][:2], rtol=1e-5)
-    loose, _ = run(*labels, "-k", 1, "--tol", 0.5)
+    loose = run(*labels, "-k", 1, "--tol", 0.5)
     assert loose["eigenvalues"][0] == pytest.approx(record["eigenvalues"][0], rel=0.5)
 
 
 def test_the_dtype_of_the_head_is_the_default(labels):
     save_head(dtype=torch.float32)
-    assert run(*labels)[0]["dtype"] == "float32"
+    assert run(*labels)["dtype"] == "float32"
     p = softmax(FEATURES @ np.float32(WEIGHT).astype(float).T + np.float32(BIAS))
-    agrees(run(*labels, "--dtype", "float64")[0], sandwich(FEATURES, covariances(p)))
+    agrees(run(*labels, "--dtype", "float64"), sandwich(FEATURES, covariances(p)))
 
 
 def made_network(seed=0):
@@ -385,10 +381,10 @@ def dense_network(features, head, data, *, hessian):
 
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
 def test_the_network_of_a_function(mlp, matrix):
-    record, table = run("mlp.py:make", "--matrix", matrix, "--seed", 4)
+    record, table = both("mlp.py:make", "--matrix", matrix, "--seed", 4)
     agrees(record, dense_network(*made_network(4), hessian=matrix == "hessian"))
     assert (record["rows"], record["data"], record["loss"]) == (None, None, "cross_entropy")
-    assert not re.search(r"│ rows ", table)
+    assert not re.search(r"│ samples ", table)
 
 
 def test_the_function_is_found_by_path_and_by_module(mlp):
@@ -397,23 +393,23 @@ def test_the_function_is_found_by_path_and_by_module(mlp):
     Path("package/inner.py").write_text(MLP)
     Path("sibling.py").write_text("SIZE = 3\n")
     Path("uses.py").write_text("import sibling\nfrom mlp import make\nassert sibling.SIZE == 3\n")
-    records = [run(f"{source}:make")[0] for source in ("mlp.py", Path("mlp.py").resolve(), "package.inner", "uses.py")]
+    records = [run(f"{source}:make") for source in ("mlp.py", Path("mlp.py").resolve(), "package.inner", "uses.py")]
     assert {tuple(record["eigenvalues"]) for record in records} == {tuple(records[0]["eigenvalues"])}
 
 
 def test_the_dtype_of_a_network_and_its_inputs(mlp):
-    single = run("mlp.py:single", "-k", 3)[0]
-    double = run("mlp.py:single", "-k", 3, "--dtype", "float64")[0]
+    single = run("mlp.py:single", "-k", 3)
+    double = run("mlp.py:single", "-k", 3, "--dtype", "float64")
     assert (single["dtype"], double["dtype"]) == ("float32", "float64")
     np.testing.assert_allclose(single["eigenvalues"], double["eigenvalues"], rtol=1e-4)
     exact = np.linalg.eigvalsh(dense_network(*made_network(), hessian=False))[::-1][:3]
     np.testing.assert_allclose(double["eigenvalues"], exact, rtol=1e-5)
-    assert run("mlp.py:soft", "--loss", "reverse_kl")[0]["loss"] == "reverse_kl"
+    assert run("mlp.py:soft", "--loss", "reverse_kl")["loss"] == "reverse_kl"
 
 
 def test_repeated_eigenvalues_are_all_found(mlp):
     # At zero weights p is uniform, so that every eigenvalue stands twice: diag(p) − ppᵀ has 1/3 twice and 0.
-    record, _ = run("mlp.py:flat", "-k", 3)
+    record = run("mlp.py:flat", "-k", 3)
     first, second, third = record["eigenvalues"]
     assert second == pytest.approx(first, rel=1e-10)
     assert third < 0.9 * first
@@ -421,7 +417,7 @@ def test_repeated_eigenvalues_are_all_found(mlp):
 
 def test_a_rank_below_the_eigenvalues_asked_for(mlp):
     # Two rows of three classes: rank 4.
-    record, _ = run("mlp.py:few", "-k", 6)
+    record = run("mlp.py:few", "-k", 6)
     assert record["parameters"] == 283
     assert sum(record["eigenvalues"][:4]) == pytest.approx(record["trace"], rel=1e-10)
     assert record["eigenvalues"][3] > 1e-6
@@ -432,18 +428,18 @@ def test_a_rank_below_the_eigenvalues_asked_for(mlp):
 def test_the_picture(labels, suffix, start):
     out = Path(f"density{suffix}")
     out.write_bytes(b"what stood here before")
-    record, table = run(*labels, "--probes", 2, "--out", out)
+    record, shown = both(*labels, "--probes", 2, "--out", out, "--overwrite")
     assert record["picture"] == str(out)
-    assert re.search(rf"picture +│ {out}", table)
+    assert shown.splitlines()[-1] == str(out)
     assert out.read_bytes().startswith(start)
     assert out.stat().st_size > 5000
     assert sorted(os.listdir()) == sorted(["head.safetensors", "labels.npz", out.name])
 
 
 def test_the_picture_marks_the_eigenvalues(labels):
-    record, _ = run(*labels, "-k", 4, "--probes", 2, "--out", "density.svg")
+    record = run(*labels, "-k", 4, "--probes", 2, "--out", "density.svg")
     assert "4 largest eigenvalues" in Path("density.svg").read_text()
-    run(*labels, "-k", 1, "--steps", 1, "--probes", 1, "--out", "density.svg")
+    run(*labels, "-k", 1, "--steps", 1, "--probes", 1, "--out", "density.svg", "--overwrite")
     assert "largest eigenvalue" in Path("density.svg").read_text()
     assert record["density"]["highest"] == pytest.approx(record["eigenvalues"][0], rel=1e-9)
 
@@ -454,13 +450,13 @@ def test_progress_is_shown_where_it_is_asked_for(labels):
     )
     assert done.exit_code == 0
     assert "over the data" in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["rows"] == ROWS
+    assert json.loads(done.stdout)["rows"] == ROWS
 
 
 def test_a_trace_that_is_not_positive_has_no_shares(soft):
     # Where the model is sure of what the target excludes, the reverse KL is concave.
     np.save("far.npy", softmax(-3 * (FEATURES @ WEIGHT.T + BIAS)))
-    record, table = run(*soft, "--target", "far.npy", "--loss", "reverse_kl", "--matrix", "hessian")
+    record, table = both(*soft, "--target", "far.npy", "--loss", "reverse_kl", "--matrix", "hessian")
     assert record["trace"] < 0
     assert record["share_of_trace"] is None
     assert "the trace is not positive" in table
@@ -549,7 +545,10 @@ def test_a_picture_that_fails_leaves_what_stood_there(labels, monkeypatch):
         raise OSError("the disk is full")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    assert refused(*labels, "--probes", 1, "--steps", 2, "--out", "density.png") == "softcurve: the disk is full\n"
+    assert (
+        refused(*labels, "--probes", 1, "--steps", 2, "--out", "density.png", "--overwrite")
+        == "softcurve: the disk is full\n"
+    )
     assert Path("density.png").read_bytes() == b"what stood here before"
 
 

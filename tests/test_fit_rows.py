@@ -280,9 +280,9 @@ def table(**columns):
         ("text.safetensors", write_text, "text.safetensors cannot be read as a .safetensors file"),
         ("text.parquet", write_text, "text.parquet cannot be read as a .parquet table"),
         (
-            "text.csv",
+            "text.tsv",
             write_text,
-            "has suffix '.csv'; it must be the word digits or a file that ends in .npz, .npy",
+            "has suffix '.tsv'; it must be the word digits or a file that ends in .npz, .npy",
         ),
         ("text", write_text, "has no suffix"),
         ("digit", lambda path: None, "digit has no suffix; it must be the word digits"),
@@ -290,7 +290,7 @@ def table(**columns):
         (
             "names.npz",
             lambda path: np.savez(path, a=FEATURES, b=NUMBERS),
-            "no array named features or X; it has 'a', 'b': rename one",
+            "no array named features or X; it has 'a', 'b': choose one by --features-key",
         ),
         (
             "both.npz",
@@ -300,7 +300,7 @@ def table(**columns):
         (
             "alone.npz",
             lambda path: np.savez(path, X=FEATURES),
-            r"has no targets \(no array named target, y or labels\)",
+            r"has no targets \(no array named target, y or labels, and no --target-key\)",
         ),
         (
             "alone.npy",
@@ -324,7 +324,11 @@ def table(**columns):
         ("nulls.parquet", table(a=[1.0, None], target=[0, 1]), "column 'a' .* has 1 nulls"),
         ("nulls.parquet", table(X=[[1.0], [None]], target=[0, 1]), "the lists in column 'X' .* has 1 nulls"),
         ("ragged.parquet", table(X=[[1.0], [2.0, 3.0]], target=[0, 1]), "lists of 1 to 2 entries"),
-        ("alone.parquet", table(a=[1.0, 2.0]), r"has no targets \(no column named target, y or labels\)"),
+        (
+            "alone.parquet",
+            table(a=[1.0, 2.0]),
+            r"has no targets \(no column named target, y or labels, and no --target-key\)",
+        ),
         ("targets.parquet", table(target=[0, 1]), "has no feature columns; its columns are 'target'"),
         (
             "none.parquet",

@@ -19,14 +19,19 @@ from softcurve.cli.options import FitOptions
 from softcurve.cli.page.picture import Picture, decades, picture
 from softcurve.cli.page.render import seconds, show
 from softcurve.cli.report import FitReport, PathPoint, render_report
+from softcurve.cli.report.conclusion import Recommendation, recommend
 from softcurve.cli.report.sections import IN_A_TABLE
 from softcurve.fit.data.source import RowBlock
-from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.diagnostics import Diagnostics, baseline_scores, diagnose
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.solver.newton import Step
+from softcurve.fit.uncertainty import bootstrap_intervals
 
-SECTIONS = ["convergence", "calibration", "confusion", "classes", "curvature", "path", "hardest"]
+SECTIONS = [
+    *("conclusion", "convergence", "calibration", "confusion", "classes", "curvature", "path", "hardest"),
+    "reproduction",
+]
 NASTY = '<script>alert("x")</script> & \\(x\\) $y$ {{ z }} http://example.org'
 
 
@@ -145,6 +150,7 @@ def report(
         classes=source.classes,
         kind=source.kind,
         train=found,
+        baseline=baseline_scores(source, found.frequencies, loss),
         held=found,
         spectrum=curvature_spectrum(source, weight, bias, loss=loss) if curved else "none was wanted",
         path=tuple(PathPoint(10.0**k, 1 / (k + 4), 1 / (k + 3), 0.9, 2.0**k) for k in range(-2, 3)),
@@ -185,9 +191,9 @@ def test_a_whole_report() -> None:
     assert "Converged in 250 ms, after 6 iterations" in reader.text
     assert "Not converged" not in reader.text
     parts = re.split(r'<section id="\w+">', page)[1:]
-    assert ["<picture>" in part for part in parts] == [True, True, False, False, True, True, False]
-    assert 'class="heat"' in parts[2]
-    assert 'class="bar"' in parts[3]
+    assert ["<picture>" in part for part in parts] == [False, True, True, False, False, True, True, False, False]
+    assert 'class="heat"' in parts[3]
+    assert 'class="bar"' in parts[4]
     for fact in ("rows.npz", "auto", "cross entropy", f"softcurve {softcurve.__version__}", "16"):
         assert fact in reader.text
     assert len(set(reader.attributes("src", "img")) & set(reader.attributes("srcset", "source"))) == 0
@@ -202,6 +208,61 @@ def test_the_figures_are_those_of_the_diagnostics() -> None:
     assert f"{100 * given.train.accuracy:.2f}\xa0%".replace("\xa0", " ") in reader.text
     for hard in given.train.hardest:
         assert f"{hard.el2n:.4f}" in reader.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_conclusion_compares_with_the_baseline() -> None:
+    given = brief()
+    _, reader = written(given)
+    _, part = reader.text.split("1. Conclusion")
+    assert f"{given.baseline.loss:.4f}" in part
+    assert given.held is not None
+    ends = bootstrap_intervals(given.held.groups, seed=0)
+    assert f"({ends.loss[0]:.4f} to {ends.loss[1]:.4f})" in part
+    assert "only C = 1 was fitted" in part
+    command = "softcurve fit rows.npz --tol 1e-06"
+    assert command in part
+    assert torch.__version__ in part
+
+
+def with_losses(losses: dict[float, float], *, late: float = 0.0) -> FitReport:
+    """With held-out losses by C; the fit of ``late`` has not converged, and the head, of C = 1, has a poor loss."""
+    given = brief()
+    points = [PathPoint(C, 0.1, loss, 0.9, 1.0, late != C, 0.1) for C, loss in losses.items()]
+    assert given.held is not None
+    return replace(given, held=replace(given.held, loss=9.0), path=tuple(points))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("losses", "late", "chosen", "best", "says"),
+    [
+        ({0.01: 0.9, 0.1: 0.45, 10.0: 0.4, 100.0: 0.5}, 0.0, 0.1, 10.0, "smallest value whose held-out loss, 0.4500"),
+        ({0.01: 0.9, 0.1: 0.51, 10.0: 0.4, 100.0: 0.5}, 0.0, 10.0, 10.0, "no smaller value is within one standard error"),
+        ({0.01: 0.9, 0.1: 0.45, 10.0: 0.4, 100.0: 0.5}, 0.1, 10.0, 10.0, "fit again with --C 10"),
+        ({100.0: 0.4, 0.01: 0.45, 10.0: 0.41}, 0.0, 0.01, 100.0, "--path may go on to smaller ones"),
+        ({0.01: 0.9, 10.0: 0.9, 100.0: 0.4}, 0.0, 100.0, 100.0, "--path may go on to larger ones"),
+        ({0.01: math.inf, 10.0: 0.4}, 0.0, 10.0, 10.0, "C = 10 by"),
+    ],
+)  # fmt: skip
+def test_the_recommended_C_follows_the_one_standard_error_rule(
+    losses: dict[float, float], late: float, chosen: float, best: float, says: str
+) -> None:
+    recommended = recommend(with_losses(losses, late=late))
+    assert isinstance(recommended, Recommendation)
+    assert (recommended.C, recommended.best_C) == (chosen, best)
+    assert says in str(recommended)
+    assert f"This head has C = 1; fit again with --C {chosen:g}." in str(recommended)
+    assert "fit again" not in str(replace(recommended, fitted_C=chosen))
+
+
+def test_there_is_no_recommended_C_without_a_choice() -> None:
+    assert "no samples were held out" in str(recommend(replace(brief(), held=None)))
+    assert "only C = 1 was fitted" in str(recommend(with_losses({1.0: 0.5})))
+    worst = with_losses({1.0: math.inf, 2.0: math.inf})
+    assert worst.held is not None
+    none = replace(worst, held=replace(worst.held, loss=math.inf))
+    assert "no fit converged" in str(recommend(none))
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -223,7 +284,7 @@ def test_few_classes_and_many(classes: int) -> None:
     page, reader = written(brief(classes, rows=150))
     assert ('class="heat"' in page) == (classes <= IN_A_TABLE)
     assert any("Confusion matrix" in alt for alt in reader.attributes("alt")) == (IN_A_TABLE < classes <= 200)
-    assert any("against its number of rows" in alt for alt in reader.attributes("alt")) == (classes > IN_A_TABLE)
+    assert any("against its number of samples" in alt for alt in reader.attributes("alt")) == (classes > IN_A_TABLE)
     assert len(page) < 3_000_000
 
 
@@ -241,7 +302,7 @@ def test_without_held_out_rows_the_page_says_so() -> None:
         brief(), held=None, path=(PathPoint(1.0, 0.5, None, None, 2.0), PathPoint(10.0, 0.4, None, None, 3.0))
     )
     _, reader = written(given)
-    assert "No rows were held out" in reader.text
+    assert "No samples were held out" in reader.text
     assert not any("Held-out accuracy" in alt for alt in reader.attributes("alt"))
 
 
@@ -302,7 +363,7 @@ def test_a_class_without_rows() -> None:
     source = Held(torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 1]), ("a", "b", "c"))
     found: Diagnostics = diagnose(source, torch.zeros(3, 3), torch.tensor([1.0, 0.0, 0.0]), "cross_entropy")
     _, reader = written(replace(brief(), classes=source.classes, train=found, held=None))
-    assert "1 of 3 classes have no training row." in reader.text
+    assert "1 of 3 classes have no training sample." in reader.text
     assert "2 of 3 classes are never predicted." in reader.text
 
 

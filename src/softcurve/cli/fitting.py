@@ -5,14 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import FitOptions, check_suffix
-from softcurve.cli.printing import TextRows, as_json, fit_progress, print_record, print_table, score_figures, score_rows
+from softcurve.cli.options import FitOptions, check_suffix, keys_of
+from softcurve.cli.printing import (
+    TextRows,
+    fit_progress,
+    print_results,
+    print_table,
+    score_figures,
+    score_rows,
+    to_json,
+)
+from softcurve.cli.report.conclusion import class_figures, conclusion_figures, intervals_of, recommend
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
@@ -20,21 +30,21 @@ from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, block_rows
 from softcurve.fit.data.subset import split_source
-from softcurve.fit.diagnostics import Diagnostics, diagnose
+from softcurve.fit.diagnostics import Diagnostics, baseline_scores, diagnose
 from softcurve.fit.fitting import Fit, fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, require_same
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.losses import check_loss
-from softcurve.fit.outputs import check_outputs
+from softcurve.fit.outputs import check_outputs, require_new
 from softcurve.fit.saved_head import SavedHead
 from softcurve.fit.solver.newton import Step
 
 
 def fit_command(
-    options: FitOptions, group: Group = ALONE, *, progress: bool | None,
+    options: FitOptions, group: Group = ALONE, *, progress: bool | None, as_json: bool | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:  # fmt: skip
-    """Fit, write the head, its record and its report, and print the table and the JSON line. Raises DataError."""
+    """Fit, write the head, its record and its report, and print the table or the JSON line. Raises DataError."""
     # The path of the data may differ between machines: the contents of the files are compared when they are opened.
     values = asdict(options) | {"target": "a file" if options.target else None}
     values["intercept"] = values.pop("fit_intercept")
@@ -43,14 +53,16 @@ def fit_command(
     require_same(group, named, "start all with the same options")
     with group.agreed():
         outputs = _outputs(options) if group.first else {}
-    source = open_source(options.data, options.target, class_count=options.class_count, group=group)
+    source = open_source(
+        options.data, options.target, keys=keys_of(options), class_count=options.class_count, group=group
+    )
     assert source.kind is not None
     check_loss(options.loss, source.kind)
     train, held = split_source(source, options.holdout, options.seed) if options.holdout else (source, None)
     report = _fit(options, train, held, on_step, progress if group.first else False)
     with group.agreed():
         if group.first:
-            _write(report, outputs)
+            _write(report, outputs, as_json)
 
 
 def _outputs(options: FitOptions) -> dict[str, Path]:
@@ -64,6 +76,8 @@ def _outputs(options: FitOptions) -> dict[str, Path]:
         check_suffix(option, path, suffix)
     checkpoint = {} if options.checkpoint is None else {"--checkpoint": options.checkpoint}
     check_outputs(outputs | checkpoint, {"DATA": options.data, "--target": options.target})
+    if not options.overwrite:  # a checkpoint that exists is resumed
+        require_new(outputs)
     return outputs
 
 
@@ -94,26 +108,30 @@ def _fit(
         path = tuple(_path_point(options, C, each, train, held) for C, each in zip(Cs, fits, strict=True))
     bias = fit.bias if options.fit_intercept else None
     assert train.kind is not None
+    on_train = _diagnose(options, train, fit)
+    rows = _rows_at_once(options, train)
+    baseline = baseline_scores(held or train, on_train.frequencies, options.loss, rows_at_once=rows)
     return FitReport(
-        options, fit, seconds, train.width, train.classes, train.kind, train=_diagnose(options, train, fit),
+        options, fit, seconds, train.width, train.classes, train.kind, train=on_train, baseline=baseline,
         held=None if held is None else _diagnose(options, held, fit),
         spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed), path=path,
     )  # fmt: skip
 
 
+def _rows_at_once(options: FitOptions, source: Source) -> int | None:
+    return None if options.memory is None else block_rows(source, budget=options.memory * 2**20)
+
+
 def _diagnose(options: FitOptions, source: Source, fit: Fit, **how: Any) -> Diagnostics:
-    rows = None if options.memory is None else block_rows(source, budget=options.memory * 2**20)
-    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=rows, **how)
+    return diagnose(source, fit.weight, fit.bias, options.loss, rows_at_once=_rows_at_once(options, source), **how)
 
 
 def _path_point(options: FitOptions, C: float, fit: Fit, train: Source, held: Source | None) -> PathPoint:
-    loss = _diagnose(options, train, fit, hardest=0).loss
     on_held = None if held is None else _diagnose(options, held, fit, hardest=0)
-    held_loss, held_accuracy = (None, None) if on_held is None else (on_held.loss, on_held.accuracy)
-    return PathPoint(C, loss, held_loss, held_accuracy, float(fit.weight.norm()), fit.converged)
+    return PathPoint.of(C, fit, _diagnose(options, train, fit, hardest=0), on_held)
 
 
-def _write(report: FitReport, outputs: dict[str, Path]) -> None:
+def _write(report: FitReport, outputs: dict[str, Path], as_json: bool | None) -> None:
     from softcurve.cli.report import render_report
 
     options, fit = report.options, report.fit
@@ -126,11 +144,12 @@ def _write(report: FitReport, outputs: dict[str, Path]) -> None:
     with replacing_all(outputs) as files:
         head.write(files["--out"])
         history = [asdict(step) for step in fit.history]
-        files["--record"].write(encoded(as_json(record | {"history": history}) + "\n"))
+        content = record | class_figures(report) | {"history": history}
+        files["--record"].write(encoded(to_json(content) + "\n"))
         files["--report"].write(page)
         stop_if_interrupted()
-    print_table("softcurve fit", _rows(record))
-    print_record(record)
+    show = partial(print_table, "softcurve fit", _rows(record, report))
+    print_results(record, show, as_json=as_json, written=tuple(outputs.values()))
 
 
 def _record(report: FitReport) -> dict[str, Any]:
@@ -148,14 +167,15 @@ def _record(report: FitReport) -> dict[str, Any]:
         "train_loss_nats": train.loss, "train_accuracy": train.accuracy,
         **({} if held is None else score_figures("held_out_", held)),
         "calibration_error": report.judged.calibration.error, "path": [asdict(point) for point in report.path],
+        **conclusion_figures(report),
         "seconds": report.seconds,
     }  # fmt: skip
 
 
-def _rows(record: dict[str, Any]) -> TextRows:
+def _rows(record: dict[str, Any], report: FitReport) -> TextRows:
     converged = "yes" if record["converged"] else "NO"
     return [
-        ("rows", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
+        ("samples", f"{record['rows']} ({record['rows_train']} training, {record['rows_held_out']} held out)"),
         *((name, str(record[name])) for name in ("features", "classes", "targets")),
         ("loss", f"{record['loss']}, C = {record['C']:g}"),
         ("Newton steps", f"{record['iterations']} ({record['products']} Hessian–vector products)"),
@@ -163,19 +183,30 @@ def _rows(record: dict[str, Any]) -> TextRows:
         *(("warning", warning) for warning in _warnings(record)),
         ("training loss", f"{record['train_loss_nats']:.6f} nats, accuracy {record['train_accuracy']:.4f}"),
         *(score_rows("held-out ", "held_out_", record) if record["rows_held_out"] else ()),
+        *_comparisons(report),
         ("calibration error", f"{record['calibration_error']:.4f}"),
+        ("recommended C", str(recommend(report))),
         ("seconds", f"{record['seconds']:.2f}"),
-        *((name, record[name]) for name in ("head", "record", "report")),
     ]
+
+
+def _comparisons(report: FitReport) -> TextRows:
+    """Return the rows of a table with what the scores are compared with."""
+    rows, baseline = [], report.baseline
+    if (intervals := intervals_of(report)) is not None:
+        (low_loss, high_loss), (low, high) = intervals.loss, intervals.accuracy
+        ends = f"loss {low_loss:.4f} to {high_loss:.4f} nats, accuracy {low:.4f} to {high:.4f}"
+        rows.append((f"{intervals.level:.0%} bootstrap", ends))
+    return [*rows, ("majority baseline", f"loss {baseline.loss:.4f} nats, accuracy {baseline.accuracy:.4f}")]
 
 
 def _warnings(record: dict[str, Any]) -> list[str]:
     warnings = [] if record["converged"] else [record["ended"]]
     if late := [f"{point['C']:g}" for point in record["path"] if not point["converged"]]:
-        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise max_iter or tol")
+        warnings.append(f"on the path, C = {', '.join(late)} did not converge; raise --max-iter or --tol")
     if record["separated"]:
         warnings.append("the classes are separable: without a penalty the loss has no minimum; give a finite --C")
     if absent := record["classes_without_training_rows"]:
         classes = "1 class has" if absent == 1 else f"{absent} classes have"
-        warnings.append(f"{classes} no training row; the probability tends to zero")
+        warnings.append(f"{classes} no training sample; the probability tends to zero")
     return warnings

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, Signature, signature
-from pathlib import Path
 from typing import Annotated, Any
 
+import softcurve
 from softcurve.cli.interrupt import ended_by_signals, how_to_go_on, interrupted, remember_interrupts
 from softcurve.cli.streams import use_standard_streams
 from softcurve.extras import needed
@@ -20,30 +20,57 @@ try:
     with needed("the command line", "app"):
         import typer
 
-        from softcurve.cli.options import Data, FitOptions, Progress, Seed, SpectrumOptions, Target, option
+        from softcurve.cli.options import (
+            AsJson,
+            ExplainOptions,
+            FitOptions,
+            PredictOptions,
+            Progress,
+            SpectrumOptions,
+        )
 except ImportError as error:
     print(f"softcurve: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
-Work = Callable[[Any, bool | None], None]
+Work = Callable[..., None]
 BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
+# What a command shows, which changes none of its results.
+SHOWN = {"progress": Progress, "as_json": AsJson}
 
 app = typer.Typer(
     help="Fit softmax heads with exact second derivatives, apply them, and analyse their curvature.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the frames of rich leave half of the width for the texts
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _command(options: Any) -> Callable[[Work], Work]:
-    """Register a command whose parameters are the fields of the dataclass ``options``, and ``--progress``."""
-    progress_option = Parameter("progress", Parameter.KEYWORD_ONLY, annotation=Progress, default=None)
-    parameters = [*signature(options, eval_str=True).parameters.values(), progress_option]
+def _print_version(asked: bool) -> bool:
+    if asked:
+        print(f"softcurve {softcurve.__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def _command(options: Any, *shown: str) -> Callable[[Work], Work]:
+    """Register a command whose parameters are the fields of the dataclass ``options``, and some of ``SHOWN``."""
+    others = [Parameter(name, Parameter.KEYWORD_ONLY, annotation=SHOWN[name], default=None) for name in shown]
+    parameters = [*signature(options, eval_str=True).parameters.values(), *others]
 
     def register(work: Work) -> Work:
-        def run(progress: bool | None, **values: Any) -> None:
-            work(options(**values), progress)
+        def run(**values: Any) -> None:
+            how = {name: values.pop(name) for name in shown}
+            work(options(**values), **how)
 
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         app.command(work.__name__, help=work.__doc__)(run)
@@ -52,57 +79,45 @@ def _command(options: Any) -> Callable[[Work], Work]:
     return register
 
 
-@_command(FitOptions)
-def fit(options: FitOptions, progress: bool | None) -> None:
-    """Fit a linear softmax head to features by Newton's method; write the head, a JSON record and an HTML report."""
-    less = f"give a smaller --memory, fewer rows or classes, or {BY_BLOCKS}"
+@_command(FitOptions, "progress", "as_json")
+def fit(options: FitOptions, progress: bool | None, as_json: bool | None) -> None:
+    """Fit a softmax head to features by Newton's method. The head, a JSON record and an HTML report are written."""
+    less = f"give a smaller --memory, fewer samples or classes, or {BY_BLOCKS}"
     checkpoint = options.checkpoint
     with ended_by_signals(), refusals(f"fit {options.data}", less), how_to_go_on(checkpoint) as on_step:
         from softcurve.cli.fitting import fit_command
         from softcurve.cli.processes import processes
 
         with processes(options.timeout, checkpoint) as group:
-            fit_command(options, group, progress=progress, on_step=on_step)
+            fit_command(options, group, progress=progress, as_json=as_json, on_step=on_step)
 
 
-@app.command()
-def predict(
-    head: Annotated[Path, typer.Argument(metavar="HEAD", help="A head saved by softcurve fit.")],
-    data: Data,
-    target: Target = None,
-    out: Annotated[
-        Path | None,
-        option("FILE", "Output file of the predictions: .npz, .csv, .parquet, or .npy (probabilities)."),
-    ] = None,
-) -> None:
-    """Predict labels and probabilities with a saved head, in the order of the rows; score them if DATA has targets."""
-    with ended_by_signals(), refusals(f"predict {data}", BY_BLOCKS):
+@_command(PredictOptions, "as_json")
+def predict(options: PredictOptions, as_json: bool | None) -> None:
+    """Predict labels and probabilities with a saved head. If DATA has targets, the predictions are also scored."""
+    with ended_by_signals(), refusals(f"predict {options.data}", BY_BLOCKS):
         from softcurve.cli.predicting import predict_command
 
-        predict_command(head, data, target, out)
+        predict_command(options, as_json=as_json)
 
 
-@_command(SpectrumOptions)
-def spectrum(options: SpectrumOptions, progress: bool | None) -> None:
-    """Compute the largest eigenvalues, the trace and the spectral density of a model's curvature."""
+@_command(SpectrumOptions, "progress", "as_json")
+def spectrum(options: SpectrumOptions, progress: bool | None, as_json: bool | None) -> None:
+    """Compute eigenvalues, trace and density of a model's curvature. The matrix is never formed."""
     less = "give a smaller --batch-size, --products, --probes, --steps or --top"
     with ended_by_signals(), refusals(f"spectrum {options.model}", less):
         from softcurve.cli.spectrum import spectrum_command
 
-        spectrum_command(options, progress=progress)
+        spectrum_command(options, progress=progress, as_json=as_json)
 
 
-@app.command()
-def explain(
-    out: Annotated[Path, option("FILE", "Output file of the page, .html.")] = Path("explain.html"),
-    seed: Seed = 0,
-) -> None:
-    """Write an HTML page that derives and numerically checks every gradient of softmax + cross-entropy/KL."""
-    with ended_by_signals(), refusals(f"explain {out}"):
-        from softcurve.cli.explain import write_explanation
-        from softcurve.cli.printing import console, print_record
+@_command(ExplainOptions, "as_json")
+def explain(options: ExplainOptions, as_json: bool | None) -> None:
+    """Write a page that derives and checks every gradient of softmax and KL. The page is a self-contained HTML file."""
+    with ended_by_signals(), refusals(f"explain {options.out}"):
+        from softcurve.cli.explain import explain_command
 
-        print_record(write_explanation(out, seed=seed, console=console()))
+        explain_command(options, as_json=as_json)
 
 
 @contextmanager

@@ -1,22 +1,27 @@
-"""The options of ``softcurve fit`` and ``softcurve spectrum``, which are the parameters of these commands."""
+"""The options of the commands, which are the parameters of the commands' functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from softcurve.fit import DataError
 from softcurve.typing import FitLoss
 
+if TYPE_CHECKING:
+    from softcurve.fit.data.dataset import Keys
+
 
 def option(
     metavar: str | None, help: str, *flags: str, least: int | float | None = None, default: str | None = None
 ) -> Any:
     """Return an option named like its parameter or by ``flags``; ``default`` describes a default of None."""
-    return typer.Option(*flags, metavar=metavar, help=help, min=least, show_default=default or True)
+    if default is not None:
+        help = f"{help}  [default: {default}]"
+    return typer.Option(*flags, metavar=metavar, help=help, min=least, show_default=default is None)
 
 
 def check_suffix(option: str, path: Path, *suffixes: str) -> None:
@@ -25,26 +30,35 @@ def check_suffix(option: str, path: Path, *suffixes: str) -> None:
         raise DataError(f"{option}: {path} must end in {', '.join(suffixes)}")
 
 
-FORMATS = "The word digits; a .npz, .npy, .safetensors, .parquet or .svmlight file; or a directory of such files."
+FORMATS = (
+    "The word digits; an .npz, .npy, .safetensors, .parquet, .csv or .svmlight file; or a directory of files of one of "
+    "these formats."
+)
 LOSSES = "cross_entropy, forward_kl: D(target‖model), reverse_kl: D(model‖target), or js (β = ½)."
 MODEL = (
-    "A head saved by softcurve fit; or FILE.py:function or package.module:function, a function that returns "
-    "(features, head, data)."
+    "A head saved by softcurve fit; or FILE.py:function or package.module:function, which names a function that "
+    "returns (features, head, data)."
 )
-OF_HEAD = "the loss of the saved head, or cross_entropy"
-HEAD_DATA = "The rows for a saved head, as for softcurve predict."
-PRECISIONS = "float64; mixed: Hessian–vector products in float32, objective and gradient in float64; or auto."
-PENALTY = "Inverse strength of the penalty ½‖W‖² as in scikit-learn; inf: none."
-MEMORY = "1024; 256 if they stay in files"
-CHECKPOINT = "File for the state of the fit; if it exists, the fit resumes from it."
-CLASS_COUNT = "Number of classes for top-k targets."
-TARGET = "An .npy file of labels (n,) or distributions (n, C) instead of DATA's."
-METHODS = "lobpcg; lanczos, which may miss repeated eigenvalues; auto: lobpcg, or lanczos if it does not converge."
+HEAD_DATA = "The samples for a saved head, as for softcurve predict."
+PRECISIONS = "Precision of Hessian–vector products: float64, mixed (float32) or auto."
+PENALTY = "Inverse strength of the penalty ½‖W‖²; inf for none."
+MEMORY = "1024, or 256 for files"
+TARGET = "An .npy file of labels (n,) or distributions (n, C) that replaces the target in DATA."
+KEYS = "Name of the {} array in DATA."
+TOLERANCE = "Bound on the entries of the mean objective's gradient."
+METHODS = "Eigensolver: lobpcg; lanczos, which may miss repeated eigenvalues; or auto."
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=FORMATS)]
 Target = Annotated[Path | None, option("FILE", TARGET)]
-Seed = Annotated[int, option("N", "Seed of all random numbers.", least=0)]
-Progress = Annotated[bool | None, option(None, "Show progress on stderr.", default="only on a terminal")]
+FeaturesKey = Annotated[str | None, option("NAME", KEYS.format("features"), default="features or X")]
+TargetKey = Annotated[str | None, option("NAME", KEYS.format("target"), default="target, y or labels")]
+Seed = Annotated[int, option("N", "Random seed.", least=0)]
+Overwrite = Annotated[bool, option(None, "Replace output files that exist.", "--overwrite")]
+Progress = Annotated[bool | None, option(None, "Show progress.", default="on a terminal")]
+AsJson = Annotated[
+    bool | None,
+    option(None, "Print JSON.", "--json/--no-json", default="unless on a terminal"),
+]
 Dtype = Literal["float64", "float32"]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical-fisher"]
 
@@ -55,24 +69,44 @@ class FitOptions:
 
     data: Data = "digits"
     target: Target = None
+    features_key: FeaturesKey = None
+    target_key: TargetKey = None
     loss: Annotated[FitLoss, option("NAME", LOSSES)] = "cross_entropy"
     C: Annotated[float, option("X", PENALTY, "--C")] = 1.0
-    path: Annotated[str | None, option("C,C,...", "Further values of C to fit, for the report.")] = None
-    fit_intercept: Annotated[bool, option(None, "Whether the head has a bias.", "--intercept/--no-intercept")] = True
-    class_count: Annotated[int | None, option("N", CLASS_COUNT, least=2, default="largest index + 1")] = None
-    holdout: Annotated[float, option("X", "Fraction of the rows to hold out; 0: train on all rows.")] = 0.2
+    path: Annotated[str | None, option("C,C,...", "Also fit these values of C, and recommend one.")] = None
+    fit_intercept: Annotated[bool, option(None, "Fit a bias, or none.", "--intercept/--no-intercept")] = True
+    class_count: Annotated[
+        int | None, option("N", "Number of classes for top-k targets.", least=2, default="largest index + 1")
+    ] = None
+    holdout: Annotated[float, option("X", "Fraction of samples held out.")] = 0.2
     seed: Seed = 0
-    max_iter: Annotated[int, option("N", "Maximum number of Newton steps.", least=1)] = 100
-    tol: Annotated[float, option("X", "Tolerance on the largest entry of the mean objective's gradient.")] = 1e-5
+    max_iter: Annotated[int, option("N", "Maximum of Newton steps.", least=1)] = 100
+    tol: Annotated[float, option("X", TOLERANCE)] = 1e-5
     precision: Annotated[Literal["auto", "mixed", "float64"], option("NAME", PRECISIONS)] = "auto"
     dtype: Annotated[Dtype, option("NAME", "Dtype of the saved head: float64 or float32.")] = "float64"
-    memory: Annotated[int | None, option("MIB", "Memory budget beyond the rows.", least=16, default=MEMORY)] = None
-    checkpoint: Annotated[Path | None, option("FILE", CHECKPOINT)] = None
-    checkpoint_every: Annotated[float, option("S", "Seconds between two writes of the checkpoint.", least=0.0)] = 30.0
+    memory: Annotated[int | None, option("MIB", "Memory for the fit.", least=16, default=MEMORY)] = None
+    checkpoint: Annotated[Path | None, option("FILE", "File that keeps the state, to resume the fit.")] = None
+    checkpoint_every: Annotated[float, option("SECONDS", "Interval of checkpoints.")] = 30.0
     out: Annotated[Path, option("FILE", "Output file of the head, .safetensors.")] = Path("head.safetensors")
-    record: Annotated[Path | None, option("FILE", "Output file of the JSON record.", default="beside the head")] = None
-    report: Annotated[Path | None, option("FILE", "Output file of the HTML report.", default="beside the head")] = None
-    timeout: Annotated[float, option("S", "Seconds that one process of torchrun waits for another.")] = 600.0
+    record: Annotated[Path | None, option("FILE", "JSON record to write.", default="beside --out")] = None
+    report: Annotated[Path | None, option("FILE", "HTML report to write.", default="beside --out")] = None
+    overwrite: Overwrite = False
+    timeout: Annotated[float, option("SECONDS", "Timeout between processes.")] = 600.0
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """The options of ``softcurve predict``."""
+
+    head: Annotated[Path, typer.Argument(metavar="HEAD", help="A head saved by softcurve fit.")]
+    data: Data
+    target: Target = None
+    features_key: FeaturesKey = None
+    target_key: TargetKey = None
+    out: Annotated[
+        Path | None, option("FILE", "Output file of the predictions: .npz, .csv, .parquet, or .npy (probabilities).")
+    ] = None
+    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True)
@@ -82,15 +116,36 @@ class SpectrumOptions:
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
     data: Annotated[str | None, typer.Argument(metavar="DATA", help=HEAD_DATA)] = None
     target: Target = None
-    matrix: Annotated[Matrix, option("NAME", "ggn (Gauss–Newton), hessian, fisher or empirical-fisher.")] = "ggn"
-    loss: Annotated[FitLoss | None, option("NAME", LOSSES, default=OF_HEAD)] = None
+    features_key: FeaturesKey = None
+    target_key: TargetKey = None
+    matrix: Annotated[Matrix, option("NAME", "Matrix: ggn (Gauss–Newton), hessian, fisher or empirical-fisher.")] = (
+        "ggn"
+    )
+    loss: Annotated[FitLoss | None, option("NAME", LOSSES, default="the head's, or cross_entropy")] = None
     top: Annotated[int, option("N", "Number of largest eigenvalues to compute.", "-k", "--top", least=1)] = 10
     method: Annotated[Literal["auto", "lobpcg", "lanczos"], option("NAME", METHODS)] = "auto"
-    tol: Annotated[float, option("X", "Relative tolerance on the eigenvalues' residuals; 0: that of the dtype.")] = 0.0
+    tol: Annotated[float, option("X", "Relative tolerance on residuals; 0 for that of the dtype.")] = 0.0
     products: Annotated[int, option("N", "Number of matrix–vector products for the trace.", least=4)] = 64
-    probes: Annotated[int, option("N", "Number of random vectors for the spectral density; 0: none.", least=0)] = 10
+    probes: Annotated[int, option("N", "Number of random vectors for the density; 0 for none.", least=0)] = 10
     steps: Annotated[int, option("N", "Number of Lanczos steps for each random vector.", least=1)] = 80
-    batch_size: Annotated[int | None, option("N", "Batch size for a saved head.", least=1, default="all rows")] = None
+    batch_size: Annotated[int | None, option("N", "Batch size for a saved head.", least=1, default="all")] = None
     seed: Seed = 0
     dtype: Annotated[Dtype | None, option("NAME", "float64 or float32.", default="that of the model")] = None
     out: Annotated[Path | None, option("FILE", "Output file of a chart of the density: .png, .svg or .pdf.")] = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """The options of ``softcurve explain``."""
+
+    out: Annotated[Path, option("FILE", "Output file of the page, .html.")] = Path("explain.html")
+    seed: Seed = 0
+    overwrite: Overwrite = False
+
+
+def keys_of(options: FitOptions | PredictOptions | SpectrumOptions) -> Keys:
+    """Return the names of the arrays in the data."""
+    from softcurve.fit.data.dataset import Keys  # loads more than a help text needs
+
+    return Keys(options.features_key, options.target_key)

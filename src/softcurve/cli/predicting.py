@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,10 +20,11 @@ from numpy.typing import NDArray
 import softcurve
 from softcurve.array_types import Float64, Int64
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import check_suffix
-from softcurve.cli.printing import TextRows, print_record, print_table, score_figures, score_rows
-from softcurve.cli.streams import encodable
+from softcurve.cli.options import PredictOptions, check_suffix, keys_of
+from softcurve.cli.printing import TextRows, print_results, print_table, score_figures, score_rows
+from softcurve.cli.streams import encodable, shortened
 from softcurve.files.atomic import replacing
+from softcurve.files.errors import refuse_pickle
 from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import Label, Source, block_rows
@@ -36,6 +36,7 @@ from softcurve.fit.saved_head import SavedHead
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 MOST_SHOWN = 10  # classes
+SAVING = "softcurve.fit.saved_head.SavedHead(weight, bias, classes, loss, C).save('head.safetensors')"
 BLOCK = 16_000_000  # bytes of what is computed of a block; the heap keeps several times the largest freed tensor
 
 
@@ -113,18 +114,21 @@ Writer = Callable[[BinaryIO, int, tuple[Label, ...]], AbstractContextManager[Wri
 WRITERS: dict[str, Writer] = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".parquet": _parquet}
 
 
-def predict_command(head_path: Path, data: str, target: Path | None, out: Path | None) -> None:
-    """Predict, write the predictions, and print the table and the JSON line. Raises DataError.
+def predict_command(options: PredictOptions, *, as_json: bool | None = None) -> None:
+    """Predict, write the predictions, and print the table or the JSON line. Raises DataError.
 
-    On an error the file that was at ``out`` remains.
+    On an error the file that was at ``options.out`` remains.
     """
+    data, out = options.data, options.out
     if out is not None:
         check_suffix("--out", out, *WRITERS)
         if out.suffix.lower() == ".parquet":
             import pyarrow.parquet  # noqa: F401
-        check_outputs({"--out": out}, {"HEAD": head_path, "DATA": data, "--target": target})
-    head = SavedHead.load(head_path)
-    source = open_source_for(data, head.classes, head.weight.shape[1], target)
+        inputs: dict[str, Any] = {"HEAD": options.head, "DATA": data, "--target": options.target}
+        check_outputs({"--out": out}, inputs, overwrite=options.overwrite)
+    refuse_pickle("head", options.head, ".safetensors", SAVING)
+    head = SavedHead.load(options.head)
+    source = open_source_for(data, head.classes, head.weight.shape[1], options.target, keys=keys_of(options))
     start = time.perf_counter()
     with ExitStack() as outputs:
         write = None
@@ -133,12 +137,12 @@ def predict_command(head_path: Path, data: str, target: Path | None, out: Path |
             write = outputs.enter_context(WRITERS[out.suffix.lower()](file, source.rows, head.classes))
         results = _predict(head, source, data, write)
     record: dict[str, Any] = {
-        "command": "predict", "head": str(head_path), "data": data, "rows": source.rows, "features": source.width,
+        "command": "predict", "head": str(options.head), "data": data, "rows": source.rows, "features": source.width,
         "classes": len(head.classes), **results, "seconds": time.perf_counter() - start,
         "predictions": None if out is None else str(out),
     }  # fmt: skip
-    print_table("softcurve predict", _rows(record))
-    print_record(record)
+    written = () if out is None else (out,)
+    print_results(record, lambda: print_table("softcurve predict", _rows(record)), as_json=as_json, written=written)
 
 
 @torch.no_grad()
@@ -172,15 +176,15 @@ def _predict(head: SavedHead, source: Source, data: str, write: Write | None) ->
 
 
 def _rows(record: dict[str, Any]) -> TextRows:
-    classes = [(str(entry["class"]), entry["rows"]) for entry in record["most_predicted"]]
+    classes = [(shortened(str(entry["class"])), entry["rows"]) for entry in record["most_predicted"]]
     more = record["classes"] - len(classes)
     counts = ", ".join(f"{name if name.isprintable() else repr(name)}: {rows}" for name, rows in classes)
     rows = [
-        ("rows", str(record["rows"])),
+        ("samples", str(record["rows"])),
         ("features", str(record["features"])),
         ("predicted", counts + (f", and {more} other classes" if more else "")),
         ("mean entropy", f"{record['entropy_nats']:.6f} nats = {record['entropy_bits']:.6f} bits"),
     ]
     if "loss" in record:
         rows += [("loss used", record["loss"]), *score_rows("", "", record)]
-    return rows if record["predictions"] is None else [*rows, ("predictions", record["predictions"])]
+    return rows

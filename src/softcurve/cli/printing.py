@@ -1,9 +1,10 @@
-"""What the commands print: a table for people, one JSON line for programs, and progress on stderr."""
+"""What the commands print: tables and paths for people, or one JSON line for programs; and progress on stderr."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -43,12 +44,32 @@ def print_table(
     (to or console()).print(table)
 
 
+def print_results(
+    record: Mapping[str, object], show: Callable[[], None], *, as_json: bool | None, written: Sequence[object] = ()
+) -> None:
+    """Print the record, or the tables that ``show`` prints and, last, the paths of the files that were ``written``.
+
+    ``as_json`` None prints the record unless standard output is a terminal.
+    """
+    if prints_json(as_json):
+        print_record(record)
+        return
+    show()
+    for path in written:  # not wrapped as a table is, so that it can be copied
+        print(encodable(str(path)), flush=True)
+
+
+def prints_json(as_json: bool | None) -> bool:
+    """Return whether the record is printed and not the tables."""
+    return not sys.stdout.isatty() if as_json is None else as_json
+
+
 def print_record(record: Mapping[str, object]) -> None:
     """Print the record as one line of JSON in ASCII."""
-    print(as_json(record), flush=True)
+    print(to_json(record), flush=True)
 
 
-def as_json(record: object) -> str:
+def to_json(record: object) -> str:
     """Return JSON, with null for a number that is not finite."""
     return json.dumps(finite(record, lambda number: None), allow_nan=False)
 

@@ -15,15 +15,15 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import SpectrumOptions, check_suffix
-from softcurve.cli.printing import TextRows, print_record, print_table, progress_bar
+from softcurve.cli.options import SpectrumOptions, check_suffix, keys_of
+from softcurve.cli.printing import TextRows, print_results, print_table, progress_bar
 from softcurve.cli.user_model import call_function, describe, first_line, line_in
 from softcurve.curvature import GGN, EmpiricalFisher, Estimate, Fisher, Hessian
 from softcurve.curvature.algorithms.eigenpairs import Eigenpairs
 from softcurve.curvature.algorithms.spectral_density import SpectralDensity
 from softcurve.curvature.network import length_of
 from softcurve.files.atomic import replacing
-from softcurve.files.errors import out_of_memory
+from softcurve.files.errors import out_of_memory, refuse_pickle
 from softcurve.fit import DataError
 from softcurve.fit.data.opening import open_source_for
 from softcurve.fit.data.source import RowBlock, gather
@@ -36,6 +36,9 @@ Network = GGN | Hessian | Fisher | EmpiricalFisher
 MATRICES: dict[str, type[Network]] = {
     "ggn": GGN, "hessian": Hessian, "fisher": Fisher, "empirical-fisher": EmpiricalFisher,
 }  # fmt: skip
+LOADING = "a function that builds the model and returns (features, head, data), to be given as FILE.py:function"
+SIZES = {"rows": "samples", "classes": "classes", "parameters": "parameters"}
+MOST_SHOWN = 20  # eigenvalues
 QUANTILES = (0.5, 0.9, 0.99)
 LOBPCG_PRODUCTS = 100  # the largest number for each eigenvalue, before Lanczos is tried
 BASES_BYTES = 1 << 30  # memory for the Lanczos bases of the probes that share their products
@@ -63,8 +66,8 @@ class Spectrum(NamedTuple):
     seconds: float
 
 
-def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None:
-    """Compute the spectrum, draw it on request, and print the tables and the JSON line. Raises DataError."""
+def spectrum_command(options: SpectrumOptions, *, progress: bool | None, as_json: bool | None = None) -> None:
+    """Compute the spectrum, draw it on request, and print the tables or the JSON line. Raises DataError."""
     _check(options)
     problem = _saved_head(options) if options.model.lower().endswith(".safetensors") else _user_model(options)
     try:
@@ -80,9 +83,12 @@ def spectrum_command(options: SpectrumOptions, *, progress: bool | None) -> None
     if options.out is not None and spectrum.density is not None:
         _draw(options.out, f"{MATRICES[options.matrix].__name__} of {problem.loss}", spectrum.density, spectrum.top)
     record = _record(options, problem, spectrum)
-    print_table("softcurve spectrum", _rows(record, spectrum.trace))
-    _print_eigenvalues(record)
-    print_record(record)
+
+    def show() -> None:
+        print_table("softcurve spectrum", _rows(record, spectrum.trace))
+        _print_eigenvalues(record)
+
+    print_results(record, show, as_json=as_json, written=() if options.out is None else (options.out,))
 
 
 def _check(options: SpectrumOptions) -> None:
@@ -96,7 +102,8 @@ def _check(options: SpectrumOptions) -> None:
     if options.probes == 0:
         raise DataError(f"--out: without probes there is no density to draw in {options.out}; give --probes 1 or more")
     model = options.model.rpartition(":")[0] or options.model
-    check_outputs({"--out": options.out}, {"MODEL": model, "DATA": options.data, "--target": options.target})
+    inputs = {"MODEL": model, "DATA": options.data, "--target": options.target}
+    check_outputs({"--out": options.out}, inputs, overwrite=options.overwrite)
     import matplotlib.figure  # noqa: F401
 
 
@@ -107,7 +114,7 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
         )
     saved = SavedHead.load(options.model)
     dtype = _dtype(options) or saved.weight.dtype
-    source = open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target)
+    source = open_source_for(options.data, saved.classes, saved.weight.shape[1], options.target, keys=keys_of(options))
     features, target = gather(source, options.data, dtype)
     # As predict scores: the reverse KL of a label is infinite, its cross-entropy is not.
     loss = options.loss or cast("FitLoss", "cross_entropy" if source.kind == "labels" else saved.loss)
@@ -121,7 +128,11 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
 
 
 def _user_model(options: SpectrumOptions) -> SpectrumProblem:
-    excluded = {"data": options.data, "--target": options.target, "--batch-size": options.batch_size}
+    refuse_pickle("model", Path(options.model), ".py", LOADING)
+    excluded = {
+        "data": options.data, "--target": options.target, "--batch-size": options.batch_size,
+        "--features-key": options.features_key, "--target-key": options.target_key,
+    }  # fmt: skip
     for argument, value in excluded.items():
         if value is not None:
             raise DataError(f"{argument}: {options.model} brings data of its own; leave {value} out")
@@ -259,7 +270,7 @@ def _rows(record: Mapping[str, Any], trace: Estimate) -> TextRows:
         share += f" ± {error:.2f} %"
     rows = [
         ("matrix", f"{record['matrix']} of {record['loss']}, {record['dtype']}"),
-        *((name, str(record[name])) for name in ("rows", "classes", "parameters") if record[name] is not None),
+        *((label, str(record[name])) for name, label in SIZES.items() if record[name] is not None),
         ("trace", str(trace)),
         (f"share of the {len(record['eigenvalues'])} largest", share),
     ]
@@ -271,7 +282,7 @@ def _rows(record: Mapping[str, Any], trace: Estimate) -> TextRows:
         ]
     products = f"{record['products']} matrix–vector products in {record['passes']} passes over the data"
     rows += [("products", products), ("seconds", f"{record['seconds']:.2f}")]
-    return rows if record["picture"] is None else [*rows, ("picture", record["picture"])]
+    return rows
 
 
 def _print_eigenvalues(record: Mapping[str, Any]) -> None:
@@ -281,4 +292,5 @@ def _print_eigenvalues(record: Mapping[str, Any]) -> None:
         for rank, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1)
     ]
     headings = ("", "eigenvalue", "residual norm", "share of trace")
-    print_table("largest eigenvalues", rows, dict.fromkeys(headings, "right"))
+    more = f": the first {MOST_SHOWN} of {len(rows)}, all with --json" if len(rows) > MOST_SHOWN else ""
+    print_table(f"largest eigenvalues{more}", rows[:MOST_SHOWN], dict.fromkeys(headings, "right"))

@@ -9,6 +9,8 @@ from typing import Any
 
 from softcurve.fit import DataError
 
+LONGEST_NAME = 48
+
 
 def encoded(text: str) -> bytes:
     r"""Return the text in UTF-8, with an escape such as ``\udcff`` for a lone surrogate.
@@ -21,6 +23,11 @@ def encoded(text: str) -> bytes:
 def encodable(text: str) -> str:
     """Return the text with escapes in place of lone surrogates."""
     return encoded(text).decode()
+
+
+def shortened(name: str) -> str:
+    """Return a name that is short enough for a table."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def use_standard_streams() -> None:

@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EIO: "check its disk",
 }
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".joblib")
 # torch and the C++ libraries have no error type for it.
 NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|MemoryError", re.IGNORECASE)
 REQUESTED = re.compile(r"(you tried|Unable) to allocate (.+?)(?=\.? Error code|$)", re.MULTILINE)
@@ -31,6 +32,16 @@ def unusable(argument: str, path: str | Path, action: str, error: OSError) -> Da
     """Return the error to raise where ``path`` cannot be "read" or "written", the ``action``."""
     reason = error.strerror or str(error) or type(error).__name__
     return DataError(f"{argument}: {path} cannot be {action} ({reason}); {remedy_for(error)}")
+
+
+def refuse_pickle(argument: str, path: Path, suffix: str, conversion: str) -> None:
+    """Raise DataError if the suffix is one of pickles; ``conversion`` is Python that writes a file of ``suffix``."""
+    if path.suffix.lower() in PICKLES:
+        loading = "torch.load" if path.suffix.lower() in PICKLES[:4] else "pickle.load"
+        raise DataError(
+            f"{argument}: {path} is a pickle, which may run any code when it is loaded, and is not read; if you trust "
+            f"it, load it in Python ({loading}) and write its content to a {suffix} file: {conversion}"
+        )
 
 
 def remedy_for(error: OSError) -> str:

@@ -16,7 +16,8 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, RowBlock, Source, TargetKind, block_rows, share_of
 from softcurve.fit.data.sparse_features import dense_features, linear
 from softcurve.fit.group import Group
-from softcurve.fit.losses import is_soft, row_losses, target_labels, target_probability
+from softcurve.fit.losses import is_soft, row_losses, target_labels, target_probability, target_sums
+from softcurve.fit.uncertainty import RowGroups
 from softcurve.functional import entropy
 from softcurve.losses.divergences import Divergence
 from softcurve.losses.topk import TopK
@@ -87,7 +88,9 @@ class Diagnostics(ShortRepr, Scores):
     """The scores of a head on rows, and further figures.
 
     ``matrix`` is the confusion matrix (label, predicted) if there are few classes, and ``confused`` are the most
-    frequent confusions. ``hardest`` are the rows of largest EL2N (Paul, Ganguli, Dziugaite 2021), in descending order.
+    frequent confusions. ``frequencies`` are the mean probabilities of the classes in the targets. ``groups`` are the
+    sums over groups of rows (:class:`~softcurve.fit.uncertainty.RowGroups`). ``hardest`` are the rows of largest EL2N
+    (Paul, Ganguli, Dziugaite 2021), in descending order.
     """
 
     rows: int
@@ -98,8 +101,15 @@ class Diagnostics(ShortRepr, Scores):
     correct: Int64[Tensor, " classes"]
     matrix: Int64[Tensor, "classes classes"] | None
     confused: tuple[ConfusedPair, ...]
+    frequencies: Float64[Tensor, " classes"]
+    groups: Float64[Tensor, "3 groups"]
     hardest: tuple[HardRow, ...]
     hardest_features: Float64[Tensor, "hardest d"] | None  # None where they are wide
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Return the mean recall of the classes that have rows."""
+        return (self.correct.double() / self.support)[self.support > 0].mean().item()
 
 
 @torch.no_grad()
@@ -119,7 +129,8 @@ def diagnose(
     sums, calibration = ScoreSums(loss), torch.zeros(3, bins, dtype=torch.float64)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     counts = csr_array((len(bias), len(bias)), dtype=np.int64)  # never more pairs of classes than rows
-    hard = _HardestRows(hardest, weight.shape[1])
+    hard, groups = _HardestRows(hardest, weight.shape[1]), RowGroups(share)
+    frequencies = torch.zeros(len(bias), dtype=torch.float64)
     with share.group.agreed():
         for block in source.blocks(rows_at_once or block_rows(source, len(weight))):
             assert block.target is not None
@@ -131,8 +142,10 @@ def diagnose(
             # An edge belongs to the bin below.
             calibration.index_add_(1, torch.bucketize(scores.confidence, edges), columns)
             hard.add(block, scores)
+            groups.add(block.start, scores.loss, scores.label == scores.predicted)
+            frequencies += target_sums(block.target, len(bias))
     sums.add_processes(share.group)
-    with share.group.summed(calibration):
+    with share.group.summed(calibration, frequencies, groups.sums):
         pass
     first, *others = share.group.values(counts)
     counts = sum(others, first)
@@ -145,8 +158,26 @@ def diagnose(
         calibration=Calibration(in_bin.long(), confidence / in_bin, accuracy / in_bin, error.item()),  # 0/0 is NaN
         support=of_labels, predicted=of_predictions, correct=right,
         matrix=torch.as_tensor(counts.toarray()) if len(bias) <= DENSE_CLASSES else None,
-        confused=_most_confused(counts), hardest=tuple(hard.rows), hardest_features=hard.features,
+        confused=_most_confused(counts), frequencies=frequencies / sums.rows, groups=groups.sums,
+        hardest=tuple(hard.rows), hardest_features=hard.features,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def baseline_scores(
+    source: Source, frequencies: Float64[Tensor, " classes"], loss: str | Divergence, *, rows_at_once: int | None = None
+) -> Scores:
+    """Return the scores of a model that gives the classes the same probabilities, ``frequencies``, for every row.
+
+    The loss may be infinite for a class of frequency 0. All processes that share the source must call this function.
+    """
+    sums, share, logits = ScoreSums(loss), share_of(source), frequencies.log()
+    with share.group.agreed():
+        for block in source.blocks(rows_at_once or block_rows(source, len(frequencies))):
+            assert block.target is not None
+            sums.add(logits.expand(len(block), -1), block.target)
+    sums.add_processes(share.group)
+    return sums.means()
 
 
 def _most_confused(counts: csr_array) -> tuple[ConfusedPair, ...]:

@@ -95,6 +95,22 @@ def named_classes(target: BlockTarget, dtype: torch.dtype) -> tuple[Tensor, Tens
     return None if target.is_floating_point() else (target[:, None], torch.ones(1, 1, dtype=dtype))
 
 
+def target_sums(target: BlockTarget, classes: int) -> Float64[Tensor, " classes"]:
+    """Return each class's sum over the rows of its probability in the target.
+
+    The probability that a top-k list leaves to all unlisted classes is divided equally among them.
+    """
+    if (named := named_classes(target, torch.float64)) is None:
+        return target.double().sum(0)  # type: ignore[union-attr]
+    names, probs = named
+    sums = torch.zeros(classes, dtype=torch.float64)
+    if isinstance(target, TopK) and target.tail == "bucket":
+        unlisted = (1.0 - probs.sum(-1)).clamp_(min=0.0) / target.outcome_sizes(classes)[:, -1].clamp(min=1)
+        sums += unlisted.sum()
+        probs = torch.where(probs > 0, probs - unlisted[:, None], 0.0)
+    return sums.index_add_(0, names.flatten(), probs.expand(names.shape).flatten())
+
+
 def target_probability(target: BlockTarget, index: Int64[Tensor, " rows"], classes: int) -> Float64[Tensor, " rows"]:
     """Return the probability of the class ``index`` in each row's target, which for a label is one or zero.
 

@@ -13,8 +13,12 @@ from softcurve.files.atomic import check_writable
 from softcurve.fit.data.opening import is_shard_of, shards_in
 
 
-def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path | None]) -> None:
+def check_outputs(
+    outputs: Mapping[str, Path], inputs: Mapping[str, str | Path | None], *, overwrite: bool = True
+) -> None:
     """Check outputs as :func:`check_writable` does, and that they are different files, and neither inputs nor shards.
+
+    Without ``overwrite`` they must not exist.
 
     Both mappings are by argument. Names of the same file are compared through symbolic and hard links.
     """
@@ -34,6 +38,15 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Mapping[str, str | Path |
     for (earlier, first), (option, out) in combinations(outputs.items(), 2):
         if _same_file(first, out):
             raise DataError(f"{option}: {out} is also an output ({earlier}); give another name")
+    if not overwrite:
+        require_new(outputs)
+
+
+def require_new(outputs: Mapping[str, Path]) -> None:
+    """Raise DataError for the first output that exists."""
+    for option, out in outputs.items():
+        if os.path.lexists(out):
+            raise DataError(f"{option}: {out} exists already; give another path, or --overwrite to replace it")
 
 
 def _same_file(first: Path, second: Path) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 
 import softcurve
 from softcurve.cli.explain.chain import explain_chain, explain_jacobian
@@ -13,15 +13,25 @@ from softcurve.cli.explain.divergences import explain_directions, explain_minimu
 from softcurve.cli.explain.network import HIDDEN, train
 from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import check_suffix
+from softcurve.cli.options import ExplainOptions, check_suffix
 from softcurve.cli.page.render import Section, render_page
-from softcurve.cli.printing import Alignment, finite, print_table
+from softcurve.cli.printing import finite, print_results, print_table
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import check_writable, replacing
+from softcurve.fit.outputs import check_outputs
+
+MOST_SHOWN = 12  # checks that are out of bounds
 
 
-def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str, object]:
-    """Train a small network on digits, write the page that explains its gradients, and print every check.
+def explain_command(options: ExplainOptions, *, as_json: bool | None = None) -> None:
+    """Write the page, and print a summary of its checks or the JSON line. Raises ValueError."""
+    check_outputs({"--out": options.out}, {}, overwrite=options.overwrite)
+    record = write_explanation(options.out, seed=options.seed)
+    print_results(record, lambda: _print_checks(record), as_json=as_json, written=(options.out,))
+
+
+def write_explanation(out: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Train a small network on digits, and write the page that explains and checks its gradients.
 
     The same seed gives the same page and the same record, which holds figures by section, in nats unless stated
     otherwise; an infinity is `"inf"`. Raises ValueError for a seed out of range, or if `out` cannot be written.
@@ -50,12 +60,26 @@ def write_explanation(out: Path, *, seed: int = 0, console: Console) -> dict[str
             file.write(encoded(page))
     finally:
         torch.set_num_threads(threads)
-    rows = [(c.name, f"{c.measured:.3g}", f"{c.relation} {c.bound:.3g}", "yes" if c.held else "NO") for c in checks]
-    columns: dict[str, Alignment] = {"check": "left", "measured": "right", "bound": "right", "held": "left"}
-    print_table("softcurve explain", rows, columns, console)
-    record: dict[str, object] = {
+    record: dict[str, Any] = {
         "command": "explain", "page": str(out), "seed": seed, "held_out_accuracy": accuracy,
         "all_within_bounds": all(check.held for check in checks),
-        "checks": [vars(check) | {"held": check.held} for check in checks],
+        "checks": [vars(check) | {"held": check.held, "section": section.key} for section in sections
+                   for check in section.checks],
     }  # fmt: skip
     return dict(finite(record | {section.key: section.figures for section in sections}, str))
+
+
+def _print_checks(record: dict[str, Any]) -> None:
+    """Print how many checks of each section are within their bounds, and those that are not."""
+    checks: list[dict[str, Any]] = record["checks"]
+    sections = dict.fromkeys(check["section"] for check in checks)
+    held = {key: [check["held"] for check in checks if check["section"] == key] for key in sections}
+    rows = [(key, str(len(each)), str(sum(each))) for key, each in held.items()]
+    rows.append(("all", str(len(checks)), str(sum(check["held"] for check in checks))))
+    print_table("softcurve explain", rows, {"section": "left", "checks": "right", "within bounds": "right"})
+    if broken := [check for check in checks if not check["held"]][:MOST_SHOWN]:
+        figures = [
+            (each["name"], f"{float(each['measured']):.3g}", f"{each['relation']} {float(each['bound']):.3g}")
+            for each in broken  # the record holds an infinity as "inf"
+        ]
+        print_table("checks out of bounds", figures, {"check": "left", "measured": "right", "bound": "right"})

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from softcurve.cli.options import FitOptions
-from softcurve.cli.streams import encodable
+from softcurve.cli.streams import encodable, shortened
 from softcurve.fit.data.source import Label, TargetKind
-from softcurve.fit.diagnostics import Diagnostics
+from softcurve.fit.diagnostics import Diagnostics, Scores
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import CurvatureSpectrum
-
-LONGEST_NAME = 48
+from softcurve.fit.uncertainty import standard_error
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,14 @@ class PathPoint:
     held_accuracy: float | None
     weight_norm: float
     converged: bool = True
+    held_standard_error: float | None = None  # of the mean loss
+
+    @classmethod
+    def of(cls, C: float, fit: Fit, train: Diagnostics, held: Diagnostics | None) -> PathPoint:
+        """Return the point of a fit with its figures."""
+        on_held = (None, None, None) if held is None else (held.loss, held.accuracy, standard_error(held.groups))
+        loss, accuracy, error = on_held
+        return cls(C, train.loss, loss, accuracy, float(fit.weight.norm()), fit.converged, error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +44,7 @@ class FitReport:
     classes: tuple[Label, ...]
     kind: TargetKind
     train: Diagnostics
+    baseline: Scores  # of the class frequencies of the training rows, on the rows that judge the head
     held: Diagnostics | None = None
     spectrum: CurvatureSpectrum | str = "it was not requested"  # or the reason why there is none
     path: tuple[PathPoint, ...] = ()
@@ -51,7 +59,16 @@ class FitReport:
         """Return the diagnostics of the held-out rows, or without any those of the training rows."""
         return self.held or self.train
 
+    @property
+    def majority(self) -> int:
+        """Return the index of the most frequent class of the training rows, which the baseline predicts."""
+        return int(self.train.frequencies.argmax())
+
+    @property
+    def point(self) -> PathPoint:
+        """Return the head as a point of the path."""
+        return PathPoint.of(self.options.C, self.fit, self.train, self.held)
+
     def class_name(self, index: int) -> str:
         """Return the name of a class on one line, short enough for a table."""
-        name = encodable(" ".join(str(self.classes[index]).split())) or "(no name)"
-        return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+        return shortened(encodable(" ".join(str(self.classes[index]).split())) or "(no name)")

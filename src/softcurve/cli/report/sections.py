@@ -19,7 +19,9 @@ from torch import Tensor
 from softcurve.array_types import Float, Float64
 from softcurve.cli.page import picture as chart
 from softcurve.cli.page.render import Section
+from softcurve.cli.report.conclusion import intervals_of, recommend
 from softcurve.cli.report.record import FitReport, PathPoint
+from softcurve.cli.report.reproduction import command_line, versions
 from softcurve.fit.diagnostics import Calibration, Diagnostics
 from softcurve.fit.head_spectrum import CurvatureSpectrum
 
@@ -31,6 +33,18 @@ IN_A_TABLE = 25  # the largest number of classes whose matrix is a table, and th
 WORST, PAIRS = 12, 15
 VECTORS = 1000  # the largest number of marks that are drawn as vectors
 Styles = dict[str, dict[str, str]]
+
+
+def show_conclusion(report: FitReport) -> Section:
+    """Compare the scores with a baseline, with their uncertainty, and recommend a C."""
+    infinite = not math.isfinite(report.baseline.loss)
+    values = {"intervals": intervals_of(report), "recommendation": str(recommend(report)), "infinite": infinite}
+    return Section("conclusion", values)
+
+
+def show_reproduction(report: FitReport) -> Section:
+    """Show the command line and the versions that repeat the fit."""
+    return Section("reproduction", {"command": command_line(report.options), "versions": versions()})
 
 
 def show_convergence(report: FitReport) -> Section:
@@ -111,7 +125,7 @@ def show_curvature(report: FitReport) -> Section:
         return Section("curvature", {"spectrum": None, "reason": spectrum})
     largest, top = spectrum.largest.tolist(), float(torch.cat([spectrum.largest, spectrum.nodes]).max())
     if not top > 0:
-        reason = "every eigenvalue is zero, because the head is certain of every row"
+        reason = "every eigenvalue is zero, because the head is certain of every sample"
         return Section("curvature", {"spectrum": None, "reason": reason})
     values = {
         "spectrum": spectrum,
@@ -179,7 +193,7 @@ def _reliability(calibration: Calibration, *, labelled: bool) -> Figure:
     shares = (100 * calibration.counts / calibration.counts.sum()).tolist()
     edges = [k / bins for k in range(bins)]
     below.bar(edges, shares, 1 / bins, align="edge", color=chart.FIRST, edgecolor=chart.SURFACE, linewidth=0.8)
-    below.set(xlabel="confidence: probability of the predicted class", ylabel="% of rows")
+    below.set(xlabel="confidence: probability of the predicted class", ylabel="% of samples")
     below.grid(axis="x", visible=False)
     figure.align_ylabels()
     return figure
@@ -241,7 +255,7 @@ def _scatter(judged: Diagnostics) -> Figure:
     axes.scatter(support, recall, s=sizes, color=chart.FIRST, alpha=0.5, linewidths=0, rasterized=many)
     chart.decades(axes.xaxis, support.tolist())
     axes.set_xlim(left=axes.get_xlim()[0] * 0.85)
-    axes.set(ylim=(-4, 104), xlabel="rows of the class", ylabel="recall, %")
+    axes.set(ylim=(-4, 104), xlabel="samples of the class", ylabel="recall, %")
     return figure
 
 

@@ -25,6 +25,23 @@ FEATURES, TARGET, LISTS = ("features", "X"), ("target", "y"), ("indices", "log_p
 # Rows stay sparse if they have at least so many places, of which at most one in so many is stored.
 SPARSE_SIZE, SPARSE_SHARE = 2**18, 10
 OTHER_TARGET = ("labels",)  # where no array is named target or y
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names of the arrays with the features and with the target; None for those that are recognised by default."""
+
+    features: str | None = None
+    target: str | None = None
+
+    def require_none(self, place: str) -> None:
+        """Raise DataError for a name where there is one array without a name; ``place`` says where."""
+        for option, name in (("--features-key", self.features), ("--target-key", self.target)):
+            if name is not None:
+                raise DataError(f"{option}: {place} has no arrays with names to choose from; leave {name!r} out")
+
+
+DEFAULT_KEYS = Keys()
 # The kinds of dtypes that a target's arrays may have, and what they are.
 DTYPES = {
     "distributions": [("iufb", "probabilities")],
@@ -242,28 +259,34 @@ def join(datasets: Sequence[Dataset], name: str) -> Dataset:
 
 def named_dataset(
     path: Path, what: str, names: Sequence[str], rows: Callable[[str], Rows], with_target: bool,
-    features: Rows | None = None,
+    features: Rows | None = None, keys: Keys = DEFAULT_KEYS,
 ) -> Dataset:  # fmt: skip
     """Choose among arrays, tensors or columns (``what``) of these names; ``rows`` opens one by its name.
 
-    Raises DataError where there are no features, or where several names are of the features or of the target.
+    ``keys`` replaces the names that features and target have by default. Raises DataError where there are no features,
+    where several names are of the features or of the target, or where a key is none of the names.
     """
 
-    def only(wanted: tuple[str, ...]) -> str | None:
+    def only(wanted: tuple[str, ...], option: str, key: str | None) -> str | None:
+        if key is not None:
+            return require_key(option, key, path, what, names)
         present = [name for name in wanted if name in names]
         if len(present) > 1:
             raise DataError(f"data: {path} has both {present[0]!r} and {present[1]!r}; keep one {what} of them")
         return present[0] if present else None
 
     if features is None:
-        if (name := only(FEATURES)) is None:
+        if (name := only(FEATURES, "--features-key", keys.features)) is None:
             wanted = " or ".join(FEATURES)
-            raise DataError(f"data: {path} has no {what} named {wanted}; it has {describe_names(names)}: rename one")
+            raise DataError(
+                f"data: {path} has no {what} named {wanted}; it has {describe_names(names)}: choose one by "
+                "--features-key"
+            )
         features = rows(name)
-    target = only(target_names(names))
+    target = only(target_names(names), "--target-key", keys.target) if with_target else None
     if not with_target:
         return Dataset(features, absent="another is given")
-    lists = [name for name in LISTS if name in names]
+    lists = [name for name in LISTS if name in names and keys.target is None]
     if len(lists) == len(LISTS):
         if target is not None:
             raise DataError(f"data: {path} has both {target!r} and {' and '.join(LISTS)}; keep one kind of target")
@@ -271,7 +294,17 @@ def named_dataset(
     if target is not None:
         return Dataset(features, (rows(target),))
     missing = "".join(f", and {name} without {LISTS[1 - LISTS.index(name)]}" for name in lists)
-    return Dataset(features, absent=f"no {what} named {', '.join(TARGET)} or {OTHER_TARGET[0]}{missing}")
+    wanted = f"{', '.join(TARGET)} or {OTHER_TARGET[0]}"
+    return Dataset(features, absent=f"no {what} named {wanted}{missing}, and no --target-key")
+
+
+def require_key(option: str, key: str | None, path: Path, what: str, names: Sequence[str]) -> str | None:
+    """Return the key. Raises DataError unless it is one of the names of the arrays, tensors or columns (``what``)."""
+    if key is not None and key not in names:
+        raise DataError(
+            f"{option}: {path} has no {what} named {key!r}; it has {describe_names(names)}: give one of these"
+        )
+    return key
 
 
 def target_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from softcurve.files import DataError
 from softcurve.files.tensors import FileState, opened_tensors
-from softcurve.fit.data.dataset import PIECE, ArrayRows, Dataset, Rows, digest_rows, named_dataset, tensor_array
+from softcurve.fit.data.dataset import PIECE, ArrayRows, Dataset, Keys, Rows, digest_rows, named_dataset, tensor_array
 from softcurve.fit.data.files.sparse import archived_rows, is_sparse_archive
 
 HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
@@ -120,7 +120,7 @@ def npy_rows(path: Path, argument: str, name: str) -> FileRows:
     return FileRows(name, state, shape, dtype, ranges, partial(file_digest, state))
 
 
-def npz_dataset(path: Path, with_target: bool, *, held: bool) -> Dataset:
+def npz_dataset(path: Path, with_target: bool, keys: Keys, *, held: bool) -> Dataset:
     """Open an .npz archive; ``held`` keeps its arrays in memory, otherwise they are decompressed for each walk."""
     state = FileState.of(path, "an .npz archive (numpy.savez)")
     with state.decoding(), path.open("rb") as file:
@@ -129,6 +129,7 @@ def npz_dataset(path: Path, with_target: bool, *, held: bool) -> Dataset:
             raise DataError(f"data: {path} is a single array, not an archive; rename it to .npy")
 
         if is_sparse_archive(archive.files):
+            keys.require_none(str(path))
             named = f"the sparse matrix of {path}"
             for name in archive.files:
                 _member(archive.zip, name)
@@ -144,7 +145,7 @@ def npz_dataset(path: Path, with_target: bool, *, held: bool) -> Dataset:
                 return ArrayRows(archive[name], named)
             return FileRows(named, state, shape, dtype, partial(ranges, name), lambda _: checksum)
 
-        return named_dataset(path, "array", archive.files, rows, with_target)
+        return named_dataset(path, "array", archive.files, rows, with_target, keys=keys)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any], bytes]:
@@ -167,7 +168,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
     return shape, dtype, info.CRC.to_bytes(4, "little")
 
 
-def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
+def safetensors_dataset(path: Path, with_target: bool, keys: Keys) -> Dataset:
     """Open a .safetensors file, whose header the library compares with the size of the file."""
     state = FileState.of(path, "a .safetensors file")
     with state.decoding(), opened_tensors(path) as file:
@@ -178,7 +179,7 @@ def safetensors_dataset(path: Path, with_target: bool) -> Dataset:
             ranges = partial(_slices, path, name, np.empty((0, *shape[1:]), dtype))
             return FileRows(f"tensor {name!r} of {path}", state, shape, dtype, ranges)
 
-        return named_dataset(path, "tensor", list(file.keys()), rows, with_target)
+        return named_dataset(path, "tensor", list(file.keys()), rows, with_target, keys=keys)
 
 
 def _slices(path: Path, name: str, like: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,22 +14,31 @@ from numpy.typing import NDArray
 
 from softcurve.files.tensors import FileState
 from softcurve.fit import DataError
-from softcurve.fit.data.dataset import FEATURES, LISTS, Dataset, describe_names, named_dataset, target_names
+from softcurve.fit.data.dataset import (
+    FEATURES,
+    LISTS,
+    Dataset,
+    Keys,
+    Rows,
+    describe_names,
+    named_dataset,
+    require_key,
+    target_names,
+)
 from softcurve.fit.data.files.arrays import FileRows, file_digest
 
 BUFFER = 1 << 20  # bytes of a column that are read ahead: without one, all that a row group has of it
+# Opens columns side by side, by their names, as rows of this width; errors call them by the first argument.
+Columns = Callable[[str, Sequence[str], tuple[int, ...]], Rows]
 
 
-def parquet_dataset(path: Path, with_target: bool) -> Dataset:
+def parquet_dataset(path: Path, with_target: bool, keys: Keys) -> Dataset:
     """Open a table. Its features are a list column ``features`` or ``X``, or else every column that is no target."""
     import pyarrow.parquet  # noqa: F401  (a missing package is no damage of the file)
 
     state = FileState.of(path, "a .parquet table")
     with state.decoding(), _table(path) as table:
-        names = table.schema_arrow.names
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"data: {path} has more than one column {doubled[0]!r}; rename one")
-        kinds = dict(zip(names, table.schema_arrow.types, strict=True))
+        kinds = column_types(path, table.schema_arrow)
 
         def columns(named: str, chosen: Sequence[str], width: tuple[int, ...]) -> FileRows:
             shape, dtype = (table.metadata.num_rows, *width), np.result_type(*(_dtype(kinds[name]) for name in chosen))
@@ -40,23 +49,44 @@ def parquet_dataset(path: Path, with_target: bool) -> Dataset:
             named = f"column {name!r} of {path}"
             return columns(named, [name], (_list_width(table, name, named),) if _is_list(kinds[name]) else ())
 
-        if any(name in names for name in FEATURES):
-            return named_dataset(path, "column", names, column, with_target)
+        if keys.features is not None or any(name in kinds for name in FEATURES):
+            return named_dataset(path, "column", list(kinds), column, with_target, keys=keys)
+        return table_dataset(path, kinds, columns, column, with_target, keys)
+
+
+def column_types(path: Path, schema: Any) -> dict[str, Any]:
+    """Return the types of the columns of a table by their names. Raises DataError for two columns of one name."""
+    names = schema.names
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"data: {path} has more than one column {doubled[0]!r}; rename one")
+    return dict(zip(names, schema.types, strict=True))
+
+
+def table_dataset(
+    path: Path, kinds: Mapping[str, Any], columns: Columns, column: Callable[[str], Rows], with_target: bool, keys: Keys
+) -> Dataset:
+    """Make a dataset of a table in which every column that is no target is a feature."""
+    names = list(kinds)
+    require_key("--target-key", keys.target, path, "column", names)
+    if keys.target is None:
         lists = [name for name in LISTS if name in names and _is_list(kinds[name])]
         targets = [name for name in names if name in (*target_names(names), *lists)]
-        plain = [name for name in names if name not in targets]
-        if not plain:
-            raise DataError(f"data: {path} has no feature columns; its columns are {describe_names(names)}")
-        for name in plain:
-            dtype = _dtype(kinds[name])
-            if _is_list(kinds[name]) or dtype.kind not in "iufb":
-                what = "lists" if _is_list(kinds[name]) else "text" if dtype.kind == "U" else dtype
-                raise DataError(
-                    f"data: column {name!r} of {path} holds {what}; a feature column must be numeric: drop it, encode "
-                    "it as numbers, or put all features into one list column named features"
-                )
-        features = columns(f"columns of {path}", plain, (len(plain),))
-        return named_dataset(path, "column", targets, column, with_target, features)
+    else:
+        targets = [name for name in names if name == keys.target]
+    plain = [name for name in names if name not in targets]
+    if not plain:
+        raise DataError(f"data: {path} has no feature columns; its columns are {describe_names(names)}")
+    for name in plain:
+        dtype = _dtype(kinds[name])
+        if _is_list(kinds[name]) or dtype.kind not in "iufb":
+            what = "lists" if _is_list(kinds[name]) else "text" if dtype.kind == "U" else dtype
+            raise DataError(
+                f"data: column {name!r} of {path} holds {what}; a feature column must be numeric: drop it, encode "
+                "it as numbers, choose it as the target by --target-key, or put all features into one list column "
+                "named features (.parquet)"
+            )
+    features = columns(f"columns of {path}", plain, (len(plain),))
+    return named_dataset(path, "column", targets, column, with_target, features, keys)
 
 
 def _ranges(path: Path, columns: Sequence[str], decoded: NDArray[Any], bounds: Sequence[int]) -> Iterator[NDArray[Any]]:
@@ -73,12 +103,12 @@ def _ranges(path: Path, columns: Sequence[str], decoded: NDArray[Any], bounds: S
                     raise EOFError(f"it ends after {number} of {edges[-1]} rows")
                 unused = max(start - first, 0)
                 first += min(unused, len(decoded))
-                rows = _rows(batch, path, columns, decoded.shape[1:], number)
+                rows = column_rows(batch, path, columns, decoded.shape[1:], number)
                 decoded = np.concatenate([decoded[unused:], rows])
             yield decoded[start - first : stop - first]
 
 
-def _rows(batch: Any, path: Path, columns: Sequence[str], width: tuple[int, ...], first: int) -> NDArray[Any]:
+def column_rows(batch: Any, path: Path, columns: Sequence[str], width: tuple[int, ...], first: int) -> NDArray[Any]:
     """Decode a batch of columns side by side, or of one column of values or lists."""
     arrays = {f"column {name!r} of {path}": batch.column(name) for name in columns}
     name, array = next(iter(arrays.items()))
