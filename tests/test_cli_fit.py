@@ -324,12 +324,12 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(words, monkeypatch):
     for options in ([], ["--checkpoint", "state"]):
         done = CliRunner().invoke(app, ["fit", words, *options])
         assert done.exit_code == 130
-        assert re.fullmatch("softcurve: interrupted; the same command starts anew[^\n]*\n", done.stderr)
+        assert re.fullmatch("softcurve: interrupted; the same command starts from the beginning[^\n]*\n", done.stderr)
         assert os.listdir() == [words]
     Path("state").write_text("of another run, for all that is known before a step")
     done = CliRunner().invoke(app, ["fit", words, "--checkpoint", "state"])
     assert (
-        done.stderr == "softcurve: interrupted; state was not yet read, and is as it was: give the same command again\n"
+        done.stderr == "softcurve: interrupted; state was not read yet and is unchanged; run the same command again\n"
     )
 
 
@@ -402,8 +402,8 @@ def test_an_interrupted_process_says_how_to_go_on_and_leaves_no_half_of_a_file(s
     assert "Traceback" not in shown + rest
     assert out == ""
     assert sorted(os.listdir()) == [*(["state"] if checkpoint else []), "wide.npz"]
-    how = "the same command starts anew; --checkpoint FILE keeps the state of a fit"
-    how = "state has the state, and the same command goes on" if checkpoint else how
+    how = "the same command starts from the beginning; --checkpoint FILE saves the state of a fit"
+    how = "state has the state of the fit; the same command resumes it" if checkpoint else how
     assert rest.splitlines()[-1].endswith(f"softcurve: interrupted; {how}")  # after what clears the progress bar
 
 

@@ -193,9 +193,9 @@ class Harmful:
 
 
 PICKLES = [
-    (["fit", "d.pt"], "data: d.pt is a pickle, .*torch.load.* to a .npz file: numpy.savez"),
+    (["fit", "d.pt"], "data: d.pt is a pickle, .*torch.load.* content as .npz: numpy.savez"),
     (["fit", "d.pkl"], "data: d.pkl is a pickle, .*pickle.load"),
-    (["fit", "digits", "--target", "d.pt"], "target: d.pt is a pickle, .*to a .npy file: numpy.save"),
+    (["fit", "digits", "--target", "d.pt"], "target: d.pt is a pickle, .*content as .npy: numpy.save"),
     (["predict", "d.pt", "digits"], "head: d.pt is a pickle, .*SavedHead"),
     (["spectrum", "d.pt", "digits"], "model: d.pt is a pickle, .*FILE.py:function"),
 ]

@@ -380,7 +380,7 @@ def test_wrong_entries_are_named_by_file_and_row(tmp_path, write, arrays, messag
         ({"features": FEATURES} | TARGETS["top_k"], r"2\..* with a teacher's lists of 3, and .*1\..* with labels"),
         (
             {"features": FEATURES},
-            r"2\..* with no targets \(no .* named target, y or labels\), and .*1\..* with labels",
+            r"2\..* with no targets \(no .* named target, y or labels, and no --target-key\), and .*1\..* with labels",
         ),
         ({"features": FEATURES, "target": LABELS[:-1]}, r"2\..* has 37 rows but .* has 36 rows"),
     ],

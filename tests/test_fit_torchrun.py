@@ -116,7 +116,7 @@ def test_a_process_that_is_killed_under_torchrun_ends_the_run_and_another_goes_o
         running.terminate()
     assert running.returncode != 0
     assert said.count("softcurve: process ") == 1, said
-    assert f"{checkpoint} has the state, and the same command goes on" in said
+    assert f"{checkpoint} has the state of the fit; the same command resumes it" in said
     # The same fit by one process goes on from there.
     source, options = open_source(str(data / "npz")), {"C": 100.0, "tol": 1e-9}
     taken, whole = fit_head(source, checkpoint=checkpoint, **options), fit_head(source, **options)
@@ -165,7 +165,7 @@ def test_a_process_that_is_killed_before_the_first_step_leaves_no_state(data, tm
     processes[1].kill()
     ended = wait(processes)
     assert ended.codes == [1, -signal.SIGKILL]
-    how = f"the same command starts anew, since {checkpoint} was not yet written"
+    how = f"the same command starts from the beginning, because {checkpoint} was not written yet"
     says = f"softcurve: process 1 .* ended or stopped answering, .*; {how}\n"
     assert re.fullmatch(says, ended.errors[0])
     assert list(tmp_path.iterdir()) == [first]
@@ -192,4 +192,7 @@ def test_an_interrupt_is_heard_by_all_and_said_once(data, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     ended = wait(processes)
     assert ended.codes == [143, 143]
-    assert ended.errors == [f"softcurve: interrupted; {checkpoint} has the state, and the same command goes on\n", ""]
+    assert ended.errors == [
+        f"softcurve: interrupted; {checkpoint} has the state of the fit; the same command resumes it\n",
+        "",
+    ]

@@ -22,7 +22,7 @@ from softcurve.cli.printing import (
     score_rows,
     to_json,
 )
-from softcurve.cli.report.conclusion import class_figures, conclusion_figures, intervals_of, recommend
+from softcurve.cli.report.conclusion import class_figures, conclusion_figures, recommend
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
@@ -193,7 +193,7 @@ def _rows(record: dict[str, Any], report: FitReport) -> TextRows:
 def _comparisons(report: FitReport) -> TextRows:
     """Return the rows of a table with what the scores are compared with."""
     rows, baseline = [], report.baseline
-    if (intervals := intervals_of(report)) is not None:
+    if (intervals := report.intervals) is not None:
         (low_loss, high_loss), (low, high) = intervals.loss, intervals.accuracy
         ends = f"loss {low_loss:.4f} to {high_loss:.4f} nats, accuracy {low:.4f} to {high:.4f}"
         rows.append((f"{intervals.level:.0%} bootstrap", ends))

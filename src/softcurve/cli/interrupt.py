@@ -55,10 +55,10 @@ def stop_if_interrupted() -> None:
 def how_to_continue(checkpoint: Path | None) -> str:
     """Say what the same command does after a fit has ended early."""
     if checkpoint is None:
-        return "the same command starts anew; --checkpoint FILE keeps the state of a fit"
+        return "the same command starts from the beginning; --checkpoint FILE saves the state of a fit"
     if not checkpoint.exists():
-        return f"the same command starts anew, since {checkpoint} was not yet written"
-    return f"{checkpoint} has the state, and the same command goes on"
+        return f"the same command starts from the beginning, because {checkpoint} was not written yet"
+    return f"{checkpoint} has the state of the fit; the same command resumes it"
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def how_to_go_on(checkpoint: Path | None) -> Iterator[Callable[[object], None]]:
         yield steps.append
     except KeyboardInterrupt as error:
         unread = checkpoint is not None and checkpoint.exists() and not steps
-        how = f"{checkpoint} was not yet read, and is as it was: give the same command again"
+        how = f"{checkpoint} was not read yet and is unchanged; run the same command again"
         error.add_note(how if unread else how_to_continue(checkpoint))
         raise
 

@@ -113,10 +113,10 @@ def fit_progress(
     tol: float, on_step: Callable[[Step], None], *, show: bool | None
 ) -> Iterator[dict[str, Callable[[Any], None]]]:
     """Give the callbacks of a fit that show its steps and products, and call ``on_step``."""
-    figures = "objective {task.fields[objective]:.6f}  gradient {task.fields[gradient]:.1e}"
-    texts = [TextColumn(text) for text in (figures, "{task.fields[products]} HVPs", "left")]
+    labels = "objective {task.fields[objective]}  gradient {task.fields[gradient]}"
+    texts = [TextColumn(text) for text in (labels, "{task.fields[products]} HVPs", "left")]
     with progress_bar(show, *texts[:2], TimeElapsedColumn(), texts[2], TimeRemainingColumn()) as progress:
-        task = progress.add_task("fit", total=1.0, objective=math.nan, gradient=math.nan, products=0)
+        task = progress.add_task("fit", total=1.0, objective="–", gradient="–", products=0)
         first = math.nan
 
         def show_step(step: Step) -> None:
@@ -129,7 +129,12 @@ def fit_progress(
                 progress.reset(task)
             # The bar is how far the gradient has come on its way down to the tolerance, on a logarithmic scale.
             share = max(0.0, math.log(first / now) / math.log(first / tol)) if first > tol and now > tol else now <= tol
-            progress.update(task, completed=share, objective=step.objective, gradient=now, products=step.products)
+            figures: dict[str, Any] = {
+                "objective": f"{step.objective:.6f}",
+                "gradient": f"{now:.1e}",
+                "products": step.products,
+            }
+            progress.update(task, completed=share, **figures)
 
         def show_product(products: int) -> None:
             stop_if_interrupted()

@@ -292,5 +292,5 @@ def _print_eigenvalues(record: Mapping[str, Any]) -> None:
         for rank, (value, residual) in enumerate(zip(record["eigenvalues"], record["residuals"], strict=True), 1)
     ]
     headings = ("", "eigenvalue", "residual norm", "share of trace")
-    more = f": the first {MOST_SHOWN} of {len(rows)}, all with --json" if len(rows) > MOST_SHOWN else ""
+    more = f": {MOST_SHOWN} of {len(rows)} (--json: all)" if len(rows) > MOST_SHOWN else ""
     print_table(f"largest eigenvalues{more}", rows[:MOST_SHOWN], dict.fromkeys(headings, "right"))

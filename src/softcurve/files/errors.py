@@ -35,12 +35,12 @@ def unusable(argument: str, path: str | Path, action: str, error: OSError) -> Da
 
 
 def refuse_pickle(argument: str, path: Path, suffix: str, conversion: str) -> None:
-    """Raise DataError if the suffix is one of pickles; ``conversion`` is Python that writes a file of ``suffix``."""
+    """Raise DataError if the path ends as a pickle does; ``conversion`` is Python that writes a file of ``suffix``."""
     if path.suffix.lower() in PICKLES:
         loading = "torch.load" if path.suffix.lower() in PICKLES[:4] else "pickle.load"
         raise DataError(
             f"{argument}: {path} is a pickle, which may run any code when it is loaded, and is not read; if you trust "
-            f"it, load it in Python ({loading}) and write its content to a {suffix} file: {conversion}"
+            f"it, load it in Python ({loading}) and write its content as {suffix}: {conversion}"
         )
 
 

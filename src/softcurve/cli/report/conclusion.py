@@ -8,7 +8,6 @@ from typing import Any
 
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.report.reproduction import command_line, versions
-from softcurve.fit.uncertainty import BootstrapIntervals, bootstrap_intervals
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,9 @@ def _loss(point: PathPoint) -> float:
     return math.inf if point.held_loss is None else point.held_loss
 
 
-def intervals_of(report: FitReport) -> BootstrapIntervals | None:
-    """Return the intervals of the scores on the held-out rows, if there are any."""
-    return None if report.held is None else bootstrap_intervals(report.held.groups, seed=report.options.seed)
-
-
 def conclusion_figures(report: FitReport) -> dict[str, Any]:
     """Return the conclusions as entries of the JSON record."""
-    recommendation, intervals = recommend(report), intervals_of(report)
+    recommendation, intervals = recommend(report), report.intervals
     if isinstance(recommendation, str):
         recommended: dict[str, Any] = {"C": None, "reason": recommendation}
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from softcurve.cli.options import FitOptions
 from softcurve.cli.streams import encodable, shortened
@@ -10,7 +11,7 @@ from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics, Scores
 from softcurve.fit.fitting import Fit
 from softcurve.fit.head_spectrum import CurvatureSpectrum
-from softcurve.fit.uncertainty import standard_error
+from softcurve.fit.uncertainty import BootstrapIntervals, bootstrap_intervals, standard_error
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class FitReport:
     def judged(self) -> Diagnostics:
         """Return the diagnostics of the held-out rows, or without any those of the training rows."""
         return self.held or self.train
+
+    @cached_property
+    def intervals(self) -> BootstrapIntervals | None:
+        """Return the intervals of the scores on the held-out rows, if there are any."""
+        return None if self.held is None else bootstrap_intervals(self.held.groups, seed=self.options.seed)
 
     @property
     def majority(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from softcurve.array_types import Float, Float64
 from softcurve.cli.page import picture as chart
 from softcurve.cli.page.render import Section
-from softcurve.cli.report.conclusion import intervals_of, recommend
+from softcurve.cli.report.conclusion import recommend
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.report.reproduction import command_line, versions
 from softcurve.fit.diagnostics import Calibration, Diagnostics
@@ -38,7 +38,7 @@ Styles = dict[str, dict[str, str]]
 def show_conclusion(report: FitReport) -> Section:
     """Compare the scores with a baseline, with their uncertainty, and recommend a C."""
     infinite = not math.isfinite(report.baseline.loss)
-    values = {"intervals": intervals_of(report), "recommendation": str(recommend(report)), "infinite": infinite}
+    values = {"intervals": report.intervals, "recommendation": str(recommend(report)), "infinite": infinite}
     return Section("conclusion", values)
 
 
