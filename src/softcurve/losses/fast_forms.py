@@ -1,8 +1,9 @@
 """Losses of rows in few passes, for the rows that this computes accurately; the others need the exact forms.
 
 The exact forms of :mod:`softcurve.losses.rows` treat masked, confident and nearly equal rows in every entry. Most rows
-are none of these. Here ``torch.softmax`` gives the probabilities ``p``, with a relative error of a few 1e-7 each, and
-the sums over a row have an absolute error of that size. A result is ``sure`` if its magnitude is large compared with
+are none of these. Here ``torch.softmax`` gives the probabilities ``p``, with a relative error of 1e-7 each beside one
+that a row has in common, of a few 1e-6 for many classes: results are divided by ``Σ p``, which torch sums pairwise. The
+other sums over a row have an absolute error of about 1e-7. A result is ``sure`` if its magnitude is large compared with
 the error: at least ``LEAST``. :func:`completed` computes the other rows again.
 
 The functions are not differentiable, and work in float32 only: who asks for float64 wants all of its digits.
@@ -22,9 +23,9 @@ from softcurve.checks import values_visible
 from softcurve.losses.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
 from softcurve.losses.softmax import unless_masked
 
-# Sums with an absolute error of about 1e-7 keep five digits of a gradient above ``LEAST``, and six of a loss above
+# Sums with an absolute error of about 1e-7 keep six digits of a gradient above ``LEAST`` and a loss above
 # ``LEAST_LOSS``.
-LEAST = 0.02
+LEAST = 0.1
 LEAST_LOSS = 0.1
 # The log-sum-exp is taken from the largest probability: of a smaller rest, too little would be left in it.
 LEAST_REST = 1e-6
@@ -91,10 +92,11 @@ def index_residuals(scale: Values, z: Rows, at: Tensor, smoothing: float = 0.0) 
     at_target = p.gather(-1, at)
     others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
     sure = _above(LEAST_OTHERS, torch.minimum(others, at_target), scale)
+    total = others + at_target
     if smoothing:
-        p.sub_(smoothing / z.shape[-1])
-        others.sub_(smoothing * (1 - 1 / z.shape[-1]))
-    return p.scatter_(-1, at, others.neg_()).mul_(scale.unsqueeze(-1)), sure
+        p.sub_(total * (smoothing / z.shape[-1]))
+        others.sub_(total * (smoothing * (1 - 1 / z.shape[-1])))
+    return p.scatter_(-1, at, others.neg_()).mul_(scale.unsqueeze(-1) / total), sure
 
 
 def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Values, Rows] | None:
@@ -104,7 +106,8 @@ def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Values, Rows] | Non
     others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
     if not torch.minimum(others, at_target).amin().item() > LEAST_OTHERS:
         return None
-    return torch.log1p(others / at_target).squeeze(-1), p.scatter_(-1, at, others.neg_())
+    total = others + at_target
+    return torch.log1p(others / at_target).squeeze(-1), p.scatter_(-1, at, others.neg_()).div_(total)
 
 
 def smoothed_index_losses(smoothing: float, z: Rows, at: Tensor) -> tuple[Values, Flags]:
@@ -124,7 +127,8 @@ def dense_residuals(scale: Values, z: Rows, y: Rows) -> tuple[Rows, Flags]:
     """Return ``scale [(Σ_k y_k) p − y]``, whose sum of 0 a class above one half restores."""
     p, column = _where_stored(torch.softmax, z), scale.unsqueeze(-1)
     top = p.amax(-1, keepdim=True)
-    residual = torch.addcmul(p * (column * y.sum(-1, keepdim=True)), y, column, value=-1)
+    mass = y.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
+    residual = torch.addcmul(p * (column * mass), y, column, value=-1)
     balance(residual, p, top)
     return unless_masked(z, residual), (1 - top > LEAST_REST).squeeze(-1) | (scale == 0)
 
@@ -164,7 +168,7 @@ def divergence_losses(divergence: Divergence, z: Rows, target: Rows) -> tuple[Va
     model, teacher = sides(z, target)
     size: Tensor | float = 1.0
     if isinstance(divergence, JensenShannon):
-        value = jensen_shannon(divergence.beta, model.p, teacher.p)
+        value = jensen_shannon(divergence.beta, model.p, teacher.p, totals=(model.total, teacher.total))
     else:
         constant = model.lse - teacher.lse
         value, size = pull(teacher.z - model.z, teacher.p, teacher.total) + constant, 1 + constant.abs()
@@ -184,19 +188,21 @@ def divergence_residuals(
     factors, size = (1.0, 1.0), torch.ones_like(model.top)
     if isinstance(divergence, JensenShannon):
         in_z = torch.empty_like(z) if wanted[0] else None
-        jensen_shannon(divergence.beta, model.p, teacher.p, in_z, in_target)
+        totals = (model.total, teacher.total)
+        jensen_shannon(divergence.beta, model.p, teacher.p, in_z, in_target, totals=totals)
         factors = (divergence.beta - 1, -divergence.beta)
     else:
         if in_target is not None:
-            size += pull(teacher.z - model.z, teacher.p, out=in_target).abs()
+            size += pull(teacher.z - model.z, teacher.p, teacher.total, in_target).abs()
         if wanted[0]:  # in place where the target's probabilities are not needed any more
-            in_z = torch.sub(model.p, teacher.p, out=None if wanted[1] else teacher.p)
+            ratio, out = model.total / teacher.total, None if wanted[1] else teacher.p
+            in_z = torch.addcmul(model.p, teacher.p, ratio, value=-1, out=out)
     sure = _has_rest(model, teacher)
     for gradient, side, factor in zip((in_z, in_target), (model, teacher), factors, strict=True):
         if gradient is not None:
             sure = sure & (gradient.abs().sum(-1, keepdim=True) > LEAST * size)
             balance(gradient, side.p, side.top)
-            gradient.mul_((factor * scale).unsqueeze(-1))
+            gradient.mul_((factor * scale).unsqueeze(-1) / side.total)
     return in_z, in_target, sure.squeeze(-1) | (scale == 0)
 
 
