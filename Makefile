@@ -8,14 +8,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := .venv/.installed
 INSTALLED_DOCS := .venv/.installed-docs
+INSTALLED_INTEGRATION := .venv/.installed-integration
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint bench gpu docs clean
+.PHONY: help install demo test integration lint bench gpu docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter; ARGS='...' is passed on by test, bench and gpu; WORKERS=2 is for test."
 
@@ -33,6 +34,9 @@ demo: $(INSTALLED) ## fit a head to the digits, then write the page that explain
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+integration: $(INSTALLED_INTEGRATION) ## run the tests with transformers, peft and TRL
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integration $(ARGS)
 
 lint: $(INSTALLED) ## check style, formatting, types and the order of imports
 	$(BIN)/ruff check
@@ -70,4 +74,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 
 $(INSTALLED_DOCS): $(INSTALLED)
 	@$(PIP) -e '.[all,docs]'
+	@touch $@
+
+$(INSTALLED_INTEGRATION): $(INSTALLED)
+	@$(PIP) -e '.[all,integration]'
 	@touch $@

@@ -86,7 +86,8 @@ def _server() -> socket.socket:
     with theirs:
         number = theirs.fileno()
         command = [sys.executable, *STRICT, "-m", "tests.fork_server", str(number)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # Where pandas is installed, scikit-learn imports pyarrow, whose allocator must not start a thread.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         server = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[number], stdin=subprocess.DEVNULL)
 
     def end() -> None:

@@ -5,10 +5,12 @@ The oracle is torch on the logits that the head makes: the same function, the sa
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -312,6 +314,35 @@ def test_views_and_writes_are_those_of_torch(program):
     plain = [each.materialize() if isinstance(each, LazyLogits) else each for each in got[0]]
     assert same(plain, expected[0])
     assert same(got[1], expected[1])
+
+
+def kept(z: Tensor, k: int) -> Tensor:
+    return (z >= torch.topk(z, k).values[..., -1:]).sum(-1)
+
+
+COMPARED = {
+    "filter of the largest": lambda z: kept(z, 3),
+    "of a slice": lambda z: kept(z[:, -1], 4),
+    "of a scaled view": lambda z: kept(z.view(-1, C) / 3, C - 1),
+    "rank of a label": lambda z: (z > z.gather(-1, INDEX)).sum(-1),
+    "rank by log-probabilities": lambda z: (lambda p: (p > p.gather(-1, INDEX)).sum(-1))(F.log_softmax(z, -1)),
+    "largest": lambda z: (z == z.max(-1, keepdim=True).values).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_compare_with_the_made_logits(name, dtype):
+    # The same number from another product may be rounded otherwise, and a filter would drop it.
+    net = model(dtype=dtype)
+    for seed in range(20):
+        x = features(2, 3, dtype=dtype) + seed
+        with lazy_logits(net, "2"):
+            got = COMPARED[name](net(x))
+        if dtype == torch.float32:  # in half precision the logits of two classes are often the same
+            assert got.equal(COMPARED[name](net(x)))
+        else:
+            assert bool((got > 0).all()) or "rank" in name
 
 
 def test_reports():
@@ -834,12 +865,19 @@ def test_compiled(run_forked):
     run_forked(COMPILED)
 
 
-def test_public_names():
-    assert softcurve.lazy_logits is lazy_logits
+def test_no_file_for_a_library():
+    """The only contact with a model is ``get_output_embeddings`` and torch, so that new versions of it break nothing."""
+    for path in Path(softcurve.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith("transformers.models") for name in names), path
+            in_lazy = "lazy" in path.relative_to(Path(softcurve.__file__).parent).parts
+            assert not in_lazy or all(name.split(".")[0] not in ("transformers", "peft", "trl") for name in names), path
 
 
 @pytest.mark.slow
 def test_processes():
-    found = process_cases.run("lazy_processes", 2)
-    assert {case.split(":")[0].split(",")[0].split(" ")[0] for case in found} == {"DDP", "FSDP2", "sharded"}
-    assert not process_cases.wrong(found)
+    cases = process_cases.run("lazy_processes", 2)
+    assert {case.split(":")[0].split(",")[0].split(" ")[0] for case in cases} == {"DDP", "FSDP2", "sharded"}
+    assert not process_cases.wrong(cases)

@@ -33,14 +33,15 @@ def lazy_logits(
         memory_budget: Bytes for tiles, as in :func:`softcurve.linear_cross_entropy`.
 
     Returns:
-        A context manager, which is active at once, with ``materialized`` and ``remove()``.
+        A context manager, which is active at once, with ``materialized``, how often logits were made, and ``remove()``.
 
     Losses are float32 or wider, whatever the dtype of the model. Where the head runs under autocast, its factors are
     lowered, and the sums stay in float32.
 
     Raises:
-        TypeError, ValueError: If the head is not found, or its forward is not ``linear(input, weight, bias)``.
-        RuntimeError: If the weight was changed or freed before the unmade logits are used.
+        TypeError, ValueError: If the head is not one of the model, or its forward is not ``linear(input, weight, bias)``.
+        RuntimeError: If the features, weight or bias were changed or freed before the unmade logits are used, or these
+            left compiled code before the loss.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1000))

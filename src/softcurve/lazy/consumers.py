@@ -97,10 +97,14 @@ def _gather(record: LinearRecord, dim: Any, index: Tensor, *, sparse_grad: bool 
     if not _streams(record, dim) or sparse_grad or index.shape[:-1] != record.shape[:-1]:
         return NotImplemented
     if record.kind == "logits":
-        return _chosen_logits(record, index)
-    with record.autocast():
-        log_probs = linear_log_probs(record.input, record.weight, index, **record.options).log_probs
-    return record.widened(record.factor * (log_probs if record.kind == "log_softmax" else log_probs.exp()))
+        values = _chosen_logits(record, index)
+    else:
+        with record.autocast():
+            log_probs = linear_log_probs(record.input, record.weight, index, **record.options).log_probs
+        values = record.widened(record.factor * (log_probs if record.kind == "log_softmax" else log_probs.exp()))
+    if record.returned is not None:
+        record.returned.append((index, values.detach()))
+    return values
 
 
 @handles("take_along_dim")

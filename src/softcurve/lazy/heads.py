@@ -130,13 +130,13 @@ def head_of(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
                 'linear layer that makes the logits or its name, such as lazy_logits(model, "classifier")'
             )
         inner = wrapped
-    found = inner.get_output_embeddings()
-    if not isinstance(found, nn.Module):
+    output = inner.get_output_embeddings()
+    if not isinstance(output, nn.Module):
         raise ValueError(
-            f"head must be given for a {type(inner).__name__}, whose get_output_embeddings() returns {found!r}: pass "
+            f"head must be given for a {type(inner).__name__}, whose get_output_embeddings() returns {output!r}: pass "
             "the linear layer that makes the logits or its name"
         )
-    return found
+    return output
 
 
 def require_linear(module: nn.Module) -> None:

@@ -45,6 +45,7 @@ class LinearRecord:
     memory_budget: Any = None  # of the functions on a head that take the record
     version: int | None = None  # of the tensors when the operation was recorded
     wants: bool = False  # whether compiled code that recorded it wants gradients
+    returned: list[tuple[Tensor, Tensor]] | None = None  # classes of each row whose entries a function has returned
 
     @property
     def classes(self) -> int:

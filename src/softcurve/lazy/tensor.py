@@ -74,6 +74,7 @@ class LazyLogits(Tensor):
     ) -> None:  # fmt: skip
         self._plan, self._input, self._weight, self._bias = plan, input, weight, bias
         self._a, self._b, self._low_rank_scale = a, b, low_rank_scale
+        self._returned: list[tuple[Tensor, Tensor]] = []
 
     @property
     def record(self) -> LinearRecord:
@@ -155,7 +156,7 @@ class LazyLogits(Tensor):
                 with self._grad_mode():
                     made = replay(dense)
                 self._dense = made if base._dense is not None else None
-                return made
+                return self._as_returned(made)
         self._report(reason)
         if torch.compiler.is_compiling():
             return self.record.materialize()
@@ -163,6 +164,13 @@ class LazyLogits(Tensor):
             made = self.record.materialize() if _is_bypassed(self) else _Entries.apply(self)  # type: ignore[no-untyped-call]
             if self._view_of is None:
                 self._dense = made = made.contiguous()
+        return self._as_returned(made)
+
+    def _as_returned(self, made: Tensor) -> Tensor:
+        """Write into the logits what :func:`topk` or :func:`gather` returned of them, so that comparisons are exact."""
+        for index, values in self._returned:
+            made.data.scatter_(-1, index, values.to(made.dtype))  # the same number, rounded otherwise
+        self._returned = self._returned if self._dense is None else []
         return made
 
     @contextmanager
@@ -215,7 +223,7 @@ def attached(lazy: LazyLogits) -> LinearRecord:
 
 def record_of(lazy: LazyLogits) -> LinearRecord:
     """Return what unmade logits are, without gradients if they have none."""
-    record = attached(lazy)
+    record = attached(lazy).but(returned=lazy._returned if lazy._in_graph else None)
     return record.detached() if lazy._in_graph and not lazy.requires_grad else record
 
 
