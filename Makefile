@@ -77,5 +77,6 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	@touch $@
 
 $(INSTALLED_INTEGRATION): $(INSTALLED)
+	@echo "Installing transformers, peft, TRL and others into .venv ..."
 	@$(PIP) -e '.[all,integration]'
 	@touch $@

@@ -39,8 +39,7 @@ def lazy_logits(
     lowered, and the sums stay in float32.
 
     Raises:
-        TypeError, ValueError: If the head is not one of the model, or its forward is not
-            ``linear(input, weight, bias)``.
+        TypeError, ValueError: If the model has no such head, or the head's forward is not that of ``nn.Linear``.
         RuntimeError: If the features, weight or bias were changed or freed before the unmade logits are used, or these
             left compiled code before the loss.
 

@@ -55,7 +55,7 @@ class LazyLogits(Tensor):
     head: LazyHead | None = None  # None in compiled code, which does not count what it makes
     _dense: Tensor | None = None
     _view_of: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None = None
-    _lies: Tensor | None = None
+    _strided: Tensor | None = None
     _in_graph = False  # whether ``requires_grad`` says if gradients are wanted, which transforms and compiled code hide
     _left_compiled_code = False
 
@@ -187,12 +187,12 @@ class LazyLogits(Tensor):
         return self._dense is not None or (self._view_of is not None and self._view_of[0].is_made)
 
     @property
-    def lies(self) -> Tensor:
+    def strided(self) -> Tensor:
         """A tensor without memory that has the strides of the logits, and shares its storage where they do."""
-        if self._lies is None:
+        if self._strided is None:
             with torch._C._DisableFuncTorch():
-                self._lies = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        return self._lies
+                self._strided = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._strided
 
     def _entries(self, reason: str, *, keep: bool) -> Tensor:
         """Return the logits for a function below autograd, which writes into them if they are to be kept."""
@@ -386,11 +386,11 @@ def _share(
     if not all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts):
         return  # advanced indexing copies
     with torch._C._DisableFuncTorch():
-        every = func(lazy.lies, *args, **options)
-    lies = every if isinstance(every, tuple | list) else [every]
-    for number, (each, lying) in enumerate(zip(derived, lies, strict=True)):
-        if lying.untyped_storage()._cdata == lazy.lies.untyped_storage()._cdata:
-            each._lies, each._view_of = lying, (lazy, _replay(func, args, options, number))
+        every = func(lazy.strided, *args, **options)
+    results = every if isinstance(every, tuple | list) else [every]
+    for number, (each, strided) in enumerate(zip(derived, results, strict=True)):
+        if strided.untyped_storage()._cdata == lazy.strided.untyped_storage()._cdata:
+            each._strided, each._view_of = strided, (lazy, _replay(func, args, options, number))
 
 
 def _replay(func: Any, args: tuple[Any, ...], options: dict[str, Any], number: int) -> Callable[[Tensor], Tensor]:
@@ -421,7 +421,7 @@ def _metadata(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(lazy, LazyLogits) and not torch.compiler.is_compiling():
         if lazy._dense is not None:
             return func(lazy._dense, *args[1:], **kwargs)
-        if func in STRIDED and lazy._lies is not None:
-            return func(lazy._lies, *args[1:], **kwargs)
+        if func in STRIDED and lazy._strided is not None:
+            return func(lazy._strided, *args[1:], **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
