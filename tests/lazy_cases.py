@@ -115,7 +115,8 @@ CONSUMED = {
     "take along": lambda z: torch.take_along_dim(torch.log_softmax(z, dim=-1), INDEX, dim=-1),
     "gather of many logits": lambda z: z.gather(-1, torch.arange(C).expand(2, 3, C)),
     "gather of capped logits": lambda z: ((z / 3).tanh() * 3).gather(-1, INDEX),
-    "gather of masked logits": lambda z: F.log_softmax(z + MASKED, -1).gather(-1, INDEX * 0 + 5),
+    # Without gradients: that of a log-probability of −inf is 0 here, and in torch that of another class beside it.
+    "gather of masked logits": lambda z: F.log_softmax(z.detach() + MASKED, -1).gather(-1, INDEX * 0 + 5),
     "log-probabilities": selected,
     "log-sum-exp": lambda z: (z / 2 + MASKED).logsumexp((-1,), keepdim=True),
     "label smoother": smoothed,
