@@ -39,7 +39,8 @@ def run_tables(*arguments: object) -> str:
 def assert_fits(text: str) -> None:
     lines = text.splitlines()
     assert len(lines) < HEIGHT, text  # one line is that of the command
-    assert max(map(len, lines)) <= WIDTH, text
+    # A path is as long as the directory of the test makes it.
+    assert max(len(line) for line in lines if not line.startswith("/")) <= WIDTH, text
 
 
 def run_both(*arguments: object) -> tuple[dict[str, Any], str]:
