@@ -334,15 +334,15 @@ def test_a_missing_package_is_named_with_its_remedy(words, arguments, module, pa
 
 
 def test_explain_prints_the_record_last(monkeypatch):
-    def write_explanation(out, *, seed, console):
+    def write_explanation(out, *, seed, lang, console):
         console.print("a table")
-        return {"page": str(out), "seed": seed, "ratio": float("inf")}
+        return {"page": str(out), "seed": seed, "lang": lang, "ratio": float("inf")}
 
     stub = ModuleType("softcurve.cli.explain")
     stub.write_explanation = write_explanation
     monkeypatch.setitem(sys.modules, "softcurve.cli.explain", stub)
-    record, output = run("explain", "--out", "page.html", "--seed", 3)
-    assert record == {"page": "page.html", "seed": 3, "ratio": None}
+    record, output = run("explain", "--out", "page.html", "--seed", 3, "--lang", "zh")
+    assert record == {"page": "page.html", "seed": 3, "lang": "zh", "ratio": None}
     assert output.startswith("a table\n")
 
 

@@ -20,7 +20,7 @@ try:
     with needed("the command line", "app"):
         import typer
 
-        from softcurve.cli.options import Data, FitOptions, Progress, Seed, SpectrumOptions, Target, option
+        from softcurve.cli.options import Data, FitOptions, Language, Progress, Seed, SpectrumOptions, Target, option
 except ImportError as error:
     print(f"softcurve: {error}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -96,13 +96,14 @@ def spectrum(options: SpectrumOptions, progress: bool | None) -> None:
 def explain(
     out: Annotated[Path, option("FILE", "Output file of the page, .html.")] = Path("explain.html"),
     seed: Seed = 0,
+    lang: Annotated[Language, option("LANG", "Language of the page: en (English) or zh (Chinese).")] = "en",
 ) -> None:
-    """Write an HTML page that derives and numerically checks every gradient of softmax + cross-entropy/KL."""
+    """Write an interactive HTML page that derives and checks every gradient of softmax + cross-entropy/KL."""
     with ended_by_signals(), refusals(f"explain {out}"):
         from softcurve.cli.explain import write_explanation
         from softcurve.cli.printing import console, print_record
 
-        print_record(write_explanation(out, seed=seed, console=console()))
+        print_record(write_explanation(out, seed=seed, lang=lang, console=console()))
 
 
 @contextmanager

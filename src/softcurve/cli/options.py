@@ -46,6 +46,7 @@ Target = Annotated[Path | None, option("FILE", TARGET)]
 Seed = Annotated[int, option("N", "Seed of all random numbers.", least=0)]
 Progress = Annotated[bool | None, option(None, "Show progress on stderr.", default="only on a terminal")]
 Dtype = Literal["float64", "float32"]
+Language = Literal["en", "zh"]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical-fisher"]
 
 
