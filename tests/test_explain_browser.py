@@ -150,7 +150,7 @@ def expected_classes(state: dict[str, Any]) -> dict[str, float]:
     eigenvalues = torch.full_like(y, math.nan) if hessian.isnan().any() else torch.linalg.eigvalsh(hessian)
     fy, fp = -y.log2(), -log_p / math.log(2)
     share = torch.where(y > 0, y * (fp - fy), 0.0)
-    i, j = (min(state[name], n) - 1 for name in ("i", "j"))
+    i, j = (state[name] - 1 for name in ("i", "j"))
     values = {
         "Hp": reference.entropy(p).item(), "Hy": reference.entropy(y).item(), "bits": share.sum().item(),
         "ce": (reference.entropy(y) + values_of("forward", log_p, y)).item(), "entry": jacobian[i, j].item(),

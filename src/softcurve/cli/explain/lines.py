@@ -19,6 +19,7 @@ head = torch.nn.Linear(2, 3)
 x = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
 link = softcurve.chain_rule(features, head, x, y.unsqueeze(0))
 mu, sigma = 1.0, 0.5  # of the Gaussian q
+delta = torch.tensor([0.1, 0.0, 0.0])  # a change of the logits
 q, r = torch.tensor([0.90, 0.06, 0.04]), torch.tensor([0.2, 0.5, 0.3])  # categorical q and prior
 """
 
@@ -48,9 +49,13 @@ LINES = {
     "infinite": "softcurve.kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log())",
     "js": "softcurve.js_divergence(y.log(), z, beta=0.5)",
     "vae": "(mu**2 + sigma**2 - 1 - math.log(sigma**2)) / 2",
+    "prior": "torch.tensor([mu, sigma**2 - 1])",
     "categorical-q": "reference.kl_gradient_in_first_logits(q, r)",
     "categorical-r": "reference.kl_gradient_in_second_logits(q, r)",
     "constant": "softcurve.cross_entropy(z, y) - softcurve.kl_divergence(y.log(), z)",
+    "curvature": "softcurve.kl_divergence(z, z + delta)",
+    "quadratic": "delta @ softcurve.softmax_jacobian_product(z, delta) / 2",
+    "second-order": "torch.func.jacrev(torch.func.grad(softcurve.kl_divergence))(z, y.log())",
     "same": (
         "torch.func.grad(softcurve.cross_entropy)(z, y) "
         "- torch.func.grad(softcurve.kl_divergence, argnums=1)(y.log(), z)"

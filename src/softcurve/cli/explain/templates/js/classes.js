@@ -11,6 +11,11 @@ const classes = widget("classes", {
   for (const cell of root.querySelectorAll("[data-column]")) visible(cell, cell.dataset.column < n);
   for (const row of document.querySelectorAll("#bits [data-class]")) visible(row, row.dataset.class < n);
   visible(root.querySelector("[data-for=beta]"), state.kind === "js");
+  for (const name of ["i", "j"]) {
+    const control = root.querySelector(`[data-control=${name}]`);
+    control.max = n;
+    control.value = state[name] = Math.min(state[name], n);
+  }
   const weights = state.weight.slice(0, n);
   const total = sum(weights);
   const y = weights.map((weight) => (total ? weight / total : 1 / n)); // no weight at all: the same for each class
@@ -33,7 +38,7 @@ const classes = widget("classes", {
   put("H", H);
   put("eigenJ", eigenvalues(J));
   put("eigenH", H.flat().some(Number.isNaN) ? y.map(() => NaN) : eigenvalues(H));
-  put("entry", J[Math.min(state.i, n) - 1][Math.min(state.j, n) - 1]);
+  put("entry", J[state.i - 1][state.j - 1]);
   showInformation(put, y, logY, logP);
   paintMatrix(root, "J", J);
   paintMatrix(root, "H", H);

@@ -48,7 +48,7 @@ const modes = widget("modes", { mean: 0.5, width: 1, kind: "forward", beta: 0.5,
   put("left", sum(p.filter((_, k) => GRID[k] < 0)));
   const top = Math.max(...TARGET, ...p);
   const curve = (values) => values.map((value, k) => [(300 * k) / (GRID.length - 1), 120 - (112 * value) / top]);
-  draw(root, "modes", polyline([[0, 120], ...curve(TARGET), [300, 120]], "area") + polyline(curve(p), "line"),
+  draw(root, "modes", polyline([[0, 120], ...curve(TARGET), [300, 120]], "area") + polyline(curve(p), "line") + ticks([-6, -3, 0, 3, 6], (x) => 25 * (x + 6)),
     `${state.mean.toFixed(2)}, ${state.width.toFixed(2)}`);
 });
 

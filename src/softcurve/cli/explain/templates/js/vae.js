@@ -14,7 +14,7 @@ const vae = widget("vae", { mean: 1.5, width: 0.5, learned: false, r: [0, 1] }, 
   const [q, r] = [density(state.mean, state.width), density(...state.r)];
   const top = Math.max(...places.map(q), ...places.map(r));
   const curve = (f) => places.map((x) => [37.5 * (x + 4), 120 - (112 * f(x)) / top]);
-  draw(root, "vae", polyline([[0, 120], ...curve(r), [300, 120]], "area") + polyline(curve(q), "line"),
+  draw(root, "vae", polyline([[0, 120], ...curve(r), [300, 120]], "area") + polyline(curve(q), "line") + ticks([-4, -2, 0, 2, 4], (x) => 37.5 * (x + 4)),
     `${state.mean.toFixed(2)}, ${state.width.toFixed(2)}`);
 });
 

@@ -91,6 +91,8 @@ function draw(root, name, markup, label) {
 
 const polyline = (points, css) => `<polyline class="${css}" points="${points.map((at) => at.map((c) => c.toFixed(2)).join()).join(" ")}"/>`;
 
+const ticks = (values, place) => values.map((x) => `<text x="${place(x)}" y="132">${signed(String(x))}</text>`).join("");
+
 // Follow a pointer that is pressed on a drawing: its place in the drawing's own coordinates.
 function drag(svg, move) {
   const go = (event) => {
