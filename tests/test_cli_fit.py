@@ -352,8 +352,11 @@ def test_a_missing_package_is_named_with_its_remedy(words, arguments, module, pa
 
 def test_explain_prints_its_record_or_its_page(monkeypatch):
     record = {"page": "page.html", "ratio": float("inf"), "checks": []}
-    monkeypatch.setattr("softcurve.cli.explain.write_explanation", lambda out, *, seed: record | {"seed": seed})
-    assert run_json("explain", "--out", "page.html", "--seed", 3) == record | {"seed": 3, "ratio": None}
+    monkeypatch.setattr(
+        "softcurve.cli.explain.write_explanation", lambda out, *, seed, lang: record | {"seed": seed, "lang": lang}
+    )
+    shown = run_json("explain", "--out", "page.html", "--seed", 3, "--lang", "zh")
+    assert shown == record | {"seed": 3, "lang": "zh", "ratio": None}
     assert run_tables("explain", "--out", "page.html").splitlines()[-1] == "page.html"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 import re
@@ -16,15 +17,29 @@ import torch
 
 from softcurve.cli import explain
 from softcurve.cli.explain.divergences import explain_targets
-from softcurve.cli.explain.network import train
+from softcurve.cli.explain.lines import LINES, SETUP
+from softcurve.cli.explain.network import Network, train
 from softcurve.cli.page.picture import Picture
-from softcurve.cli.page.render import Check, render_page, show
+from softcurve.cli.page.render import Check, Section, render_page, show
 from softcurve.cli.printing import finite
 
 from .cli_output import run_tables
 
 SEED = 3
-SECTIONS = ("chain", "jacobian", "targets", "directions", "minimum", "vae")
+# The sections, in the order of the note, and in each the statements.
+STATEMENTS = {
+    "notation": (),
+    "probabilities": ("model", "softmax", "entry", "jacobian", "spectrum"),
+    "decomposition": ("rewritten", "entropy", "cross-entropy", "roles"),
+    "chain": ("loss", "symmetric", "identity", "gradient-p", "gradient-z"),
+    "gradients": ("gradient-e", "gradient-x", "gradient-W", "gradient-theta"),
+    "relative-entropy": ("kl", "information"),
+    "directions": ("direction", "reference", "lost", "supervised", "infinite", "covering", "seeking", "minimising"),
+    "autoencoder": ("vae", "prior", "categorical"),
+    "equivalence": ("kl-loss", "constant", "same"),
+    "minimum": ("curvature", "second-order", "cancellation"),
+    "checks": (),
+}
 GRADIENTS = (
     "dL_dp",
     "dL_dz",
@@ -40,7 +55,7 @@ GRADIENTS = (
 class Reader(HTMLParser):
     """Collects the tags, their attributes and the text of a page, and insists that tags are balanced."""
 
-    VOID = frozenset({"meta", "img", "br", "source", "mspace"})
+    VOID = frozenset({"meta", "img", "br", "source", "input"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -63,7 +78,8 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.words.append(data)
 
     def attributes(self, name: str, of: str | None = None) -> list[str]:
         return [
@@ -77,6 +93,7 @@ class Run:
     record: dict[str, object]
     page: str
     reader: Reader
+    measured: tuple[Network, list[Section]]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +101,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(2)
     state = torch.get_rng_state()
     out = tmp_path_factory.mktemp("explain") / "page.html"
-    record = explain.write_explanation(out, seed=SEED)
+    measure, measured = explain.measure, []
+
+    def kept(network: Network, seed: int) -> list[Section]:
+        measured.extend((network, measure(network, seed)))
+        return measured[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain, "measure", kept)
+        record = explain.write_explanation(out, seed=SEED)
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state)
     page = out.read_text("utf-8")
-    return Run(out, record, page, Reader(page))
+    return Run(out, record, page, Reader(page), tuple(measured))
 
 
 def test_the_page_is_whole_and_alone_in_its_folder(run: Run) -> None:
@@ -99,36 +124,105 @@ def test_the_page_is_whole_and_alone_in_its_folder(run: Run) -> None:
     assert "light dark" in run.reader.attributes("content", "meta")
 
 
-def test_every_section_is_there_with_formulas_and_pictures(run: Run) -> None:
-    assert run.reader.attributes("id", "section") == [*SECTIONS, "checks"]
-    assert run.reader.attributes("href") == [f"#{key}" for key in (*SECTIONS, "checks")]
-    parts = re.split(r'<section id="\w+">', run.page)[1:]
-    for part in parts[:-1]:
-        assert 'display="block"' in part
-        assert "<picture>" in part
-        assert "<caption>" in part
+def test_every_statement_is_there_in_the_order_of_the_note(run: Run) -> None:
+    assert run.reader.attributes("id", "section") == list(STATEMENTS)
+    nav = run.page.partition("<nav")[2].partition("</nav>")[0]
+    assert re.findall(r'href="#([\w-]+)"', nav) == list(STATEMENTS)
+    for part, statements in zip(run.page.split("<section id=")[1:], STATEMENTS.values(), strict=True):
+        assert tuple(re.findall(r'<div class="statement" id="([\w-]+)">', part)) == statements
+        for each in part.split('<div class="statement"')[1:]:
+            assert "<p>" in each
+    ids = run.reader.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in run.reader.attributes("href")} <= set(ids)  # links, and glyphs of formulas
+
+
+def test_every_interactive_part_is_there_with_its_controls(run: Run) -> None:
+    parts = re.findall(r'<figure class="play" id="play-(\w+)"', run.page)
+    assert parts == ["classes", "digit", "simplex", "modes", "vae"]
+    for part in run.page.split('<figure class="play"')[1:]:
+        assert "data-control=" in part
+        assert "data-show=" in part
+        assert "<figcaption" in part
 
 
 def test_nothing_is_fetched(run: Run) -> None:
-    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in run.reader.tags}
+    assert not {"link", "iframe", "object", "embed", "math"} & {tag for tag, _ in run.reader.tags}
     for name in ("src", "srcset"):
         assert all(value.startswith("data:image/svg+xml;base64,") for value in run.reader.attributes(name))
+    assert run.reader.attributes("src", "script") == []
     assert all(value.startswith("#") for value in run.reader.attributes("href"))
+    assert "default-src 'none'" in "".join(run.reader.attributes("content", "meta"))
     assert "url(" not in run.page
     assert "@import" not in run.page
-    before = {run.page[found.start() - 7 : found.start()] for found in re.finditer("https?://", run.page)}
-    assert before == {'xmlns="'}
+    assert not re.search("https?://", run.page)
+    assert len(run.page.encode()) < 2_000_000
 
 
 def test_pictures_come_in_two_schemes_with_a_text_and_load_nothing(run: Run) -> None:
     light, dark = run.reader.attributes("src", "img"), run.reader.attributes("srcset", "source")
-    assert len(light) == len(dark) > 15
+    assert len(light) == len(dark) == 7
     assert not set(light) & set(dark)
     assert all(len(alt) > 8 for alt in run.reader.attributes("alt", "img"))
-    assert run.reader.attributes("alt", "img") != []
+    assert len(run.reader.attributes("alt", "img")) == 7
     for uri in light + dark:
         svg = base64.b64decode(uri.partition(",")[2]).decode()
         assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', svg))
+
+
+def test_every_line_of_python_gives_the_result_beside_it(run: Run) -> None:
+    blocks = re.findall(r'<div class="code"><div><code>(.*?)</code> <span class="result">(.*?)</span>', run.page)
+    shown = {html.unescape(code): result for code, result in blocks}
+    assert set(shown) == set(LINES.values())
+    assert f"<code>{SETUP}</code>" in run.page.replace("&#34;", '"')
+    p = [math.exp(value) / sum(map(math.exp, (2.0, 1.0, 0.1))) for value in (2.0, 1.0, 0.1)]
+    y = [0.7, 0.2, 0.1]
+    kl = sum(t * math.log(t / q) for t, q in zip(y, p, strict=True))
+    assert shown["reference.softmax(z)"] == "[" + ", ".join(f"{value:.4f}" for value in p) + "]"
+    assert shown["softcurve.kl_divergence(y.log(), z)"] == f"{kl:.4f}"
+    assert shown["softcurve.kl_divergence(y.log(), z, base=2)"] == f"{kl / math.log(2):.4f}"
+    assert shown["reference.softmax_derivative(p, 0, 1)"] == f"{-p[0] * p[1]:.4f}"
+    for zero in ("identity", "same"):
+        assert shown[LINES[zero]] == "[0.0000, 0.0000, 0.0000]"
+    assert shown[LINES["infinite"]] == "inf"
+
+
+def test_formulas_are_drawn_with_each_glyph_once(run: Run) -> None:
+    assert len(re.findall('<svg class="tex" role="img" aria-label="[^"]+"', run.page)) > 100
+    drawn = re.findall(r'<symbol id="(g\d+)"', run.page)
+    assert len(drawn) == len(set(drawn)) > 40
+    assert set(re.findall(r'<use href="#(g\d+)"', run.page)) == set(drawn)
+
+
+def test_the_chinese_page_has_the_same_structure_and_numbers(run: Run) -> None:
+    page = explain.render_explanation(*run.measured, SEED, "zh")
+    reader = Reader(page)
+    assert reader.attributes("lang", "html") == ["zh"]
+    for name in ("id", "data-control", "data-show", "data-action"):
+        assert reader.attributes(name) == run.reader.attributes(name)
+    code = [re.findall("<code>(.*?)</code>", each, re.DOTALL) for each in (page, run.page)]
+    assert code[0] == code[1]
+    numbers = [re.findall(r'<td class="number">([^<]+)', each) for each in (page, run.page)]
+    assert numbers[0] == numbers[1]
+    english = "".join(run.reader.words)
+    chinese = "".join(reader.words)
+    assert len(re.findall("[\u4e00-\u9fff]", english)) == 0
+    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > 1500
+    # What is left in Latin letters is code, symbols and terms of the field, never a sentence.
+    text = re.sub(r"(?s)<(style|script|code|svg)\b.*?</\1>|<[^>]+>", " ", page)
+    assert re.findall(r"[a-z]{3,}(?: [a-z]{2,}){2,}", text) == []
+
+
+def test_both_languages_have_the_same_texts(run: Run) -> None:
+    english, chinese = (explain.read_texts(lang) for lang in ("en", "zh"))
+    names = {check["name"] for check in run.record["checks"]}
+    assert set(chinese["checks"]) == names
+    for texts in (english, chinese):
+        texts.pop("checks")
+    assert {key: set(part) for key, part in english.items()} == {key: set(part) for key, part in chinese.items()}
+    for key, part in english.items():
+        for name, words in part.items():
+            assert sorted(re.findall(r"\{\{.*?\}\}", words)) == sorted(re.findall(r"\{\{.*?\}\}", chinese[key][name]))
 
 
 def test_no_formula_or_placeholder_is_left_raw(run: Run) -> None:
@@ -157,7 +251,7 @@ def test_every_check_is_on_the_page(run: Run) -> None:
 def test_the_terminal_counts_the_checks_and_names_those_that_fail(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(explain, "write_explanation", lambda out, *, seed: run.record)
+    monkeypatch.setattr(explain, "write_explanation", lambda out, *, seed, lang: run.record)
     page = str(tmp_path / "page.html")
     shown = run_tables("explain", "--out", page)
     total = len(run.record["checks"])
@@ -165,7 +259,7 @@ def test_the_terminal_counts_the_checks_and_names_those_that_fail(
     assert shown.splitlines()[-1] == page
     assert "out of bounds" not in shown
     broken = [check | {"held": False} for check in run.record["checks"]]
-    monkeypatch.setattr(explain, "write_explanation", lambda out, *, seed: run.record | {"checks": broken})
+    monkeypatch.setattr(explain, "write_explanation", lambda out, *, seed, lang: run.record | {"checks": broken})
     shown = run_tables("explain", "--out", page)
     assert re.search(rf"all +│ +{total} │ +0 │", shown)
     assert broken[0]["name"].split(":")[0] in shown
@@ -302,8 +396,10 @@ def test_a_broken_bound_is_said_on_the_page() -> None:
         "training_steps": 1,
         "softcurve": "0",
         "torch": "0",
+        "play_data": "{}",
     }
-    assert "1 of 2 checks failed" in render_page("softcurve.cli.explain", "page.html.j2", [], **facts)
+    for lang, said in (("en", "1 of 2 checks failed"), ("zh", "共 2 项检查中有 1 项未通过")):
+        assert said in render_page("softcurve.cli.explain", "page.html.j2", [], explain.read_texts(lang), **facts)
 
 
 @pytest.mark.parametrize(

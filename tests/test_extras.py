@@ -31,7 +31,7 @@ CALLS = [
     (("pyarrow", "script", "fit", "rows.parquet"), "this command"),
     (("matplotlib", "module", "fit"), "this command"),
     (("jinja2", "module", "fit"), "this command"),
-    (("latex2mathml", "module", "fit"), "this command"),
+    (("ziamath", "module", "fit"), "this command"),
 ]
 COMPLETIONS = [("sklearn", "completion"), ("safetensors", "completion"), ("typer", "completion")]
 

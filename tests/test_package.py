@@ -15,7 +15,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "softcurve"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 OF_FIT = {"scipy", "sklearn", "safetensors", "pyarrow", "pandas"}
-OF_APP = {"typer", "rich", "matplotlib", "jinja2", "latex2mathml"}
+OF_APP = {"typer", "rich", "matplotlib", "jinja2", "ziamath"}
 OF_INTEGRATIONS = {"transformers", "trl", "lightning", "softcurve.integrations"}
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 # The extra in pyproject.toml that installs a module; "app" includes "fit".
 EXTRA_OF = dict.fromkeys(("scipy", "sklearn", "safetensors", "pyarrow"), "fit")
-EXTRA_OF |= dict.fromkeys(("typer", "rich", "matplotlib", "jinja2", "latex2mathml"), "app")
+EXTRA_OF |= dict.fromkeys(("typer", "rich", "matplotlib", "jinja2", "ziamath"), "app")
 DISTRIBUTION_OF = {"sklearn": "scikit-learn"}
 
 

@@ -60,6 +60,7 @@ AsJson = Annotated[
     option(None, "Print JSON.", "--json/--no-json", default="unless on a terminal"),
 ]
 Dtype = Literal["float64", "float32"]
+Language = Literal["en", "zh"]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical-fisher"]
 
 
@@ -141,6 +142,7 @@ class ExplainOptions:
 
     out: Annotated[Path, option("FILE", "Output file of the page, .html.")] = Path("explain.html")
     seed: Seed = 0
+    lang: Annotated[Language, option("LANG", "Language of the page: en (English) or zh (Chinese).")] = "en"
     overwrite: Overwrite = False
 
 

@@ -1,7 +1,10 @@
-"""`softcurve explain`: the softmax chain on digits, measured, drawn and checked, as one HTML page."""
+"""`softcurve explain`: one interactive page on softmax, cross-entropy and KL, measured and checked on digits."""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import torch
 import softcurve
 from softcurve.cli.explain.chain import explain_chain, explain_jacobian
 from softcurve.cli.explain.divergences import explain_directions, explain_minimum, explain_targets
-from softcurve.cli.explain.network import HIDDEN, train
+from softcurve.cli.explain.lines import SETUP, run_lines
+from softcurve.cli.explain.network import HIDDEN, Network, train
+from softcurve.cli.explain.play import play_data
 from softcurve.cli.explain.vae import explain_vae
 from softcurve.cli.interrupt import stop_if_interrupted
-from softcurve.cli.options import ExplainOptions, check_suffix
+from softcurve.cli.options import ExplainOptions, Language, check_suffix
 from softcurve.cli.page.render import Section, render_page
 from softcurve.cli.printing import finite, print_results, print_table
 from softcurve.cli.streams import encoded
@@ -22,19 +27,26 @@ from softcurve.fit.outputs import check_outputs
 
 MOST_SHOWN = 12  # checks that are out of bounds
 
+# The parts of the page: the order of the statements, then what goes beyond them.
+PARTS = (
+    "notation", "probabilities", "decomposition", "chain", "gradients", "relative-entropy", "directions", "autoencoder",
+    "equivalence", "minimum", "checks",
+)  # fmt: skip
+
 
 def explain_command(options: ExplainOptions, *, as_json: bool | None = None) -> None:
     """Write the page, and print a summary of its checks or the JSON line. Raises ValueError."""
     check_outputs({"--out": options.out}, {}, overwrite=options.overwrite)
-    record = write_explanation(options.out, seed=options.seed)
+    record = write_explanation(options.out, seed=options.seed, lang=options.lang)
     print_results(record, lambda: _print_checks(record), as_json=as_json, written=(options.out,))
 
 
-def write_explanation(out: Path, *, seed: int = 0) -> dict[str, Any]:
+def write_explanation(out: Path, *, seed: int = 0, lang: Language = "en") -> dict[str, Any]:
     """Train a small network on digits, and write the page that explains and checks its gradients.
 
-    The same seed gives the same page and the same record, which holds figures by section, in nats unless stated
-    otherwise; an infinity is `"inf"`. Raises ValueError for a seed out of range, or if `out` cannot be written.
+    The page is in English or Chinese, by ``lang``; the record is the same. The same seed gives the same page and the
+    same record, which holds figures by section, in nats unless stated otherwise; an infinity is `"inf"`. Raises
+    ValueError for a seed out of range, or if `out` cannot be written.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 − 1, but is {seed}; give another one")
@@ -44,24 +56,16 @@ def write_explanation(out: Path, *, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)  # the matrices are tiny, and sums have the same order on every machine
     try:
         network = train(seed)
-        sections = [
-            explain_chain(network), explain_jacobian(network), explain_targets(network), explain_directions(),
-            explain_minimum(network, seed), explain_vae(),
-        ]  # fmt: skip
-        checks = [check for section in sections for check in section.checks]
-        accuracy = network.accuracy()
-        page = render_page(
-            "softcurve.cli.explain", "page.html.j2", [*sections, Section("checks", {"checked": sections})],
-            seed=seed, hidden=HIDDEN, accuracy=accuracy, digits=len(network.held_out.x), checks=checks,
-            training_steps=network.history.steps[-1], softcurve=softcurve.__version__, torch=torch.__version__,
-        )  # fmt: skip
+        sections = measure(network, seed)
+        page = render_explanation(network, sections, seed, lang)
         stop_if_interrupted()
         with replacing(out, "--out") as file:
             file.write(encoded(page))
     finally:
         torch.set_num_threads(threads)
+    checks = [check for section in sections for check in section.checks]
     record: dict[str, Any] = {
-        "command": "explain", "page": str(out), "seed": seed, "held_out_accuracy": accuracy,
+        "command": "explain", "page": str(out), "seed": seed, "held_out_accuracy": network.accuracy(),
         "all_within_bounds": all(check.held for check in checks),
         "checks": [vars(check) | {"held": check.held, "section": section.key} for section in sections
                    for check in section.checks],
@@ -83,3 +87,28 @@ def _print_checks(record: dict[str, Any]) -> None:
             for each in broken  # the record holds an infinity as "inf"
         ]
         print_table("checks out of bounds", figures, {"check": "left", "measured": "right", "bound": "right"})
+
+
+def measure(network: Network, seed: int) -> list[Section]:
+    """Measure everything that the page states."""
+    return [
+        explain_chain(network), explain_jacobian(network), explain_targets(network), explain_directions(),
+        explain_minimum(network, seed), explain_vae(),
+    ]  # fmt: skip
+
+
+def render_explanation(network: Network, sections: Sequence[Section], seed: int, lang: Language) -> str:
+    """Return the page in a language; its templates see the figures of a section by its name."""
+    facts = {section.key: {**section.figures, **section.values} for section in sections}
+    return render_page(
+        "softcurve.cli.explain", "page.html.j2", [Section(part) for part in PARTS], read_texts(lang), lang=lang,
+        seed=seed, hidden=HIDDEN, accuracy=network.accuracy(), digits=len(network.held_out.x), checked=sections,
+        checks=[check for section in sections for check in section.checks], training_steps=network.history.steps[-1],
+        softcurve=softcurve.__version__, torch=torch.__version__, setup=SETUP, lines=run_lines(),
+        play_data=play_data(network), **facts,
+    )  # fmt: skip
+
+
+def read_texts(lang: Language) -> dict[str, dict[str, str]]:
+    """Return the words of the page in a language, by the names of its parts."""
+    return tomllib.loads(files("softcurve.cli.explain").joinpath(f"templates/{lang}.toml").read_text("utf-8"))

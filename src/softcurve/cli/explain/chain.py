@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from torch import Tensor
 import softcurve
 from softcurve.array_types import Float
 from softcurve.cli.explain.network import CLASSES, Network
-from softcurve.cli.page.picture import FIRST, MUTED, SECOND, THIRD, Picture, canvas, cells, line_chart, picture
+from softcurve.cli.page.picture import FIRST, THIRD, line_chart, picture
 from softcurve.cli.page.render import Check, Section
 from softcurve.typing import ChainLoss
 
@@ -42,7 +41,7 @@ def explain_chain(network: Network) -> Section:
     ]  # fmt: skip
     return Section(
         "chain",
-        {"pictures": _pictures(network), "losses": LOSSES, "digit": int(digits.labels[network.ambiguous()])},
+        {"losses": LOSSES},
         figures={
             "shapes": {name: list(value.shape) for name, value in (tensors | _gradients(record)).items()},
             "deviations": deviations,
@@ -79,20 +78,6 @@ def _by_autograd(network: Network, y: Float[Tensor, "n 10"], loss: str) -> tuple
     return (rows.detach(), *by_row, *torch.autograd.grad(rows.mean(), network.parameters()))
 
 
-def _pictures(network: Network) -> dict[str, Picture]:
-    """Draw every stage and its gradient for one digit, whose label is the target."""
-    row = slice(network.ambiguous(), network.ambiguous() + 1)
-    digits = network.held_out
-    record = softcurve.chain_rule(network.features, network.head, digits.x[row], digits.labels[row])
-    target = digits.one_hot()[row].flatten().tolist()
-    pictures = {"x": picture(_matrix, digits.x[row], 8, signed=False)}
-    for name, columns in {"e": 8, "dL_dx": 8, "dL_de": 8, "dL_dW": 32}.items():
-        pictures[name] = picture(_matrix, getattr(record, name), columns)
-    for name in ("z", "p", "dL_dz", "dL_dp"):
-        pictures[name] = picture(_bars, getattr(record, name).flatten().tolist(), target if name == "p" else None)
-    return pictures
-
-
 def explain_jacobian(network: Network) -> Section:
     """Analyse the Jacobian for the digit that the network is least certain of."""
     row = network.ambiguous()
@@ -115,12 +100,7 @@ def explain_jacobian(network: Network) -> Section:
     return Section(
         "jacobian",
         {
-            "pictures": {
-                "digit": picture(_matrix, x, 8, signed=False),
-                "p": picture(_bars, p.tolist(), y.tolist(), width=4.4),
-                "matrix": picture(_heat_map, jacobian.tolist()),
-                "spectrum": picture(_spectrum, eigenvalues.tolist(), ordered.tolist()),
-            },
+            "spectrum": picture(_spectrum, eigenvalues.tolist(), ordered.tolist()),
             "ordered": ordered.tolist(),
             "identity": [(k, *row) for k, row in enumerate(identity_columns.tolist())],
             "likeliest": p.topk(2).indices.tolist(),
@@ -142,47 +122,13 @@ def explain_jacobian(network: Network) -> Section:
     )  # fmt: skip
 
 
-def _matrix(values: Tensor, columns: int, *, signed: bool = True, cell: float = 0.2) -> Figure:
-    """Draw a matrix alone, without axes."""
-    rows = values.reshape(-1, columns)
-    figure, axes = canvas(columns * cell, len(rows) * cell, left=0.01, bottom=0.01, rest=0.01)
-    cells(axes, rows.tolist(), signed=signed)
-    axes.set_axis_off()
-    return figure
-
-
-def _bars(values: Sequence[float], target: Sequence[float] | None, *, width: float = 2.4) -> Figure:
-    """Draw a bar for each class, negative ones in the second colour, and a target as short lines across."""
-    figure, axes = canvas(width, width * 0.7, left=0.4, bottom=0.22, rest=0.05)
-    places = range(len(values))
-    axes.bar(places, values, color=[FIRST if value >= 0 else SECOND for value in values], width=0.72)
-    if target is not None:
-        axes.hlines(target, [k - 0.45 for k in places], [k + 0.45 for k in places], color=THIRD, linewidth=1.8)
-    axes.axhline(0, color=MUTED, linewidth=0.6)
-    axes.set_xticks(places)
-    axes.grid(axis="x", visible=False)
-    axes.tick_params(length=0)
-    return figure
-
-
 def _spectrum(eigenvalues: list[float], ordered: list[float]) -> Figure:
     ranks = range(1, CLASSES + 1)
     marks = {"color": THIRD, "marker": "_", "linestyle": "", "markersize": 17, "markeredgewidth": 2}
     figure = line_chart(
-        (ranks, ordered, marks | {"label": "sorted p"}),
-        (ranks[1:], eigenvalues[1:], {"color": FIRST, "marker": "o", "linestyle": "", "label": "eigenvalue λ of J"}),
-        size=(4.4, 2.9), yscale="log", xticks=ranks, xlabel="rank (λ₁ = 0 cannot be shown on a log scale)",
+        (ranks, ordered, marks | {"label": "p₍ᵢ₎"}),
+        (ranks[1:], eigenvalues[1:], {"color": FIRST, "marker": "o", "linestyle": "", "label": "λᵢ"}),
+        size=(4.4, 2.9), yscale="log", xticks=ranks, xlabel="i",
     )  # fmt: skip
     figure.axes[0].legend(loc="lower right")
-    return figure
-
-
-def _heat_map(jacobian: list[list[float]]) -> Figure:
-    figure, axes = canvas(4.2, 3.4)
-    mesh = cells(axes, jacobian, signed=True)
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    ticks, names = [k + 0.5 for k in range(CLASSES)], range(CLASSES)
-    axes.set(xlabel="class j", ylabel="class i", xticks=ticks, xticklabels=names, yticks=ticks, yticklabels=names)
-    figure.colorbar(mesh, ax=axes, shrink=0.9).outline.set_visible(False)
     return figure

@@ -14,7 +14,7 @@ from torch import Tensor
 import softcurve
 from softcurve.array_types import Float
 from softcurve.cli.explain.network import History, Network
-from softcurve.cli.page.picture import FIRST, MUTED, SECOND, THIRD, line_chart, picture
+from softcurve.cli.page.picture import FIRST, SECOND, THIRD, line_chart, picture
 from softcurve.cli.page.render import Check, Section
 
 GRID = torch.linspace(-6, 6, 80, dtype=torch.float64)
@@ -69,10 +69,10 @@ def _training(history: History, entropy: float) -> Figure:
     steps, ce, kl = history.steps, history.cross_entropy, history.divergence
     constant = {"color": THIRD, "linewidth": 1, "linestyle": "--", "label": "H(y)"}
     figure = line_chart(
-        (steps, ce, {"color": FIRST, "label": "H(y, p), cross-entropy"}),
-        (steps, kl, {"color": SECOND, "label": "D(y ‖ p), KL"}),
+        (steps, ce, {"color": FIRST, "label": "H(y, p)"}),
+        (steps, kl, {"color": SECOND, "label": "D(y ‖ p)"}),
         ([steps[0], steps[-1]], [entropy, entropy], constant),
-        size=(4.8, 3.0), ylim=(0, None), xlabel="training step", ylabel="held-out loss, nats",
+        size=(4.8, 3.0), ylim=(0, None),
     )  # fmt: skip
     figure.axes[0].fill_between(steps, kl, ce, color=THIRD, alpha=0.16, linewidth=0)
     return figure
@@ -80,8 +80,7 @@ def _training(history: History, entropy: float) -> Figure:
 
 def explain_directions() -> Section:
     """Fit a discretised Gaussian to a mixture of two in both directions, from several starts."""
-    densities = [math.log(w / s) - (GRID - m).square() / (2 * s * s) for w, m, s in MODES]
-    target = torch.stack(densities).logsumexp(0).log_softmax(-1)
+    target = target_logits()
     forward_minima = _minima(lambda q: softcurve.kl_divergence(target, q, reduction="sum"))
     reverse_minima = _minima(lambda q: softcurve.kl_divergence(q, target, reduction="sum"))
     names = ["target", "forward", "reverse", *(f"reverse, minimum {k}" for k in range(2, len(reverse_minima) + 1))]
@@ -101,7 +100,6 @@ def explain_directions() -> Section:
     return Section(
         "directions",
         {
-            "picture": picture(_modes, *(z.softmax(-1).tolist() for z in logits[:3])),
             "minima": len(reverse_minima),
             "towards_zero": edges,
         },
@@ -121,6 +119,12 @@ def explain_directions() -> Section:
             Check("D([1, 0] ‖ [½, ½]) in bits", swapped_at_zero, "=", 1.0),
         ),
     )
+
+
+def target_logits() -> Float[Tensor, " bins"]:
+    """Return the log-probabilities of a mixture of two Gaussians on the bins."""
+    densities = [math.log(w / s) - (GRID - m).square() / (2 * s * s) for w, m, s in MODES]
+    return torch.stack(densities).logsumexp(0).log_softmax(-1)
 
 
 def _minima(divergence: Callable[[Tensor], Tensor]) -> list[Float[Tensor, " bins"]]:
@@ -156,19 +160,6 @@ def _describe(logits: Float[Tensor, " bins"], target: Float[Tensor, " bins"]) ->
     }  # fmt: skip
 
 
-def _modes(target: list[float], forward: list[float], reverse: list[float]) -> Figure:
-    grid = GRID.tolist()
-    figure = line_chart(
-        (grid, forward, {"color": FIRST, "label": "Q that minimises D(P ‖ Q)"}),
-        (grid, reverse, {"color": SECOND, "label": "Q that minimises D(Q ‖ P)"}),
-        size=(4.8, 3.0), ylim=(0, None), xlabel="bin", ylabel="probability of the bin",
-    )  # fmt: skip
-    figure.axes[0].fill_between(grid, target, color=MUTED, alpha=0.35, linewidth=0, label="target P")
-    figure.axes[0].set_ylim(bottom=0)
-    figure.axes[0].legend()
-    return figure
-
-
 def explain_minimum(network: Network, seed: int) -> Section:
     """Change the logits of many digits by random δ of decreasing size, and compare KL with ½ δᵀJδ."""
     z = network.logits(network.held_out.x[:DIGITS])
@@ -186,12 +177,12 @@ def explain_minimum(network: Network, seed: int) -> Section:
     slope = float(np.polyfit(np.log(SCALES[:SMALL]), np.log(difference[:SMALL]), 1)[0])
     leading = abs(difference[0] / SCALES[0] / predicted - 1)
     float32_error = max(row["softcurve"] for row in errors)
-    line, label = [predicted * scale for scale in SCALES], "relative difference, median"
+    line = [predicted * scale for scale in SCALES]
     return Section(
         "minimum",
         {
-            "curves": picture(_log_log, quadratic, "½ δᵀJδ", forward, backward, "nats, mean over digits"),
-            "differences": picture(_log_log, line, "scale × |κ₃| / 3κ₂", difference, swapped_difference, label),
+            "curves": picture(_log_log, quadratic, "½ δᵀJδ", forward, backward),
+            "differences": picture(_log_log, line, "|κ₃| / 3κ₂", difference, swapped_difference),
         },
         figures={
             "rows": DIGITS, "scales": SCALES, "divergence": forward, "swapped_divergence": backward,
@@ -229,12 +220,10 @@ def _third_order(z: Float[Tensor, "n c"], direction: Float[Tensor, "n c"]) -> fl
     return (third / (3 * second)).abs().median().item()
 
 
-def _log_log(
-    reference: Sequence[float], label: str, forward: Sequence[float], backward: Sequence[float], ylabel: str
-) -> Figure:
+def _log_log(reference: Sequence[float], label: str, forward: Sequence[float], backward: Sequence[float]) -> Figure:
     return line_chart(
         (SCALES, reference, {"color": THIRD, "linewidth": 5, "alpha": 0.4, "label": label}),
         (SCALES, forward, {"color": FIRST, "label": "D(p(z) ‖ p(z+δ))"}),
         (SCALES, backward, {"color": SECOND, "linestyle": "--", "label": "D(p(z+δ) ‖ p(z))"}),
-        xscale="log", yscale="log", xlabel="scale of δ", ylabel=ylabel,
+        xscale="log", yscale="log",
     )  # fmt: skip

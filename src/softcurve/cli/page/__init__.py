@@ -1,1 +1,1 @@
-"""HTML pages: sections, templates, charts for a light and a dark scheme, and formulas as MathML."""
+"""HTML pages: sections, templates, charts for a light and a dark scheme, and formulas as SVG."""

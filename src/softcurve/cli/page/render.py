@@ -1,19 +1,19 @@
-"""Pages of sections as HTML that loads nothing: templates, formatted numbers, and formulas as MathML."""
+"""Pages of sections as HTML that loads nothing: templates, texts, formatted numbers, and formulas."""
 
 from __future__ import annotations
 
 import math
 import operator
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import unescape
 from typing import Literal
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, pass_context
 from jinja2.environment import TemplateModule
-from latex2mathml.converter import convert
+from jinja2.runtime import Context
 from markupsafe import Markup, escape
+
+from softcurve.cli.page.formula import FormulaWriter
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,48 @@ class Section:
     checks: tuple[Check, ...] = ()
 
 
-# Templates hold LaTeX between \( and \) within a line, and between \[ and \] as a block.
-FORMULA = re.compile(r"\\\((?P<inline>.+?)\\\)|\\\[(?P<block>.+?)\\\]", re.DOTALL)
+Texts = Mapping[str, Mapping[str, str]]  # by the part of a page, and by their names in it
 
 
-def render_page(package: str, template: str, sections: Sequence[Section], **common: object) -> str:
+def render_page(
+    package: str, template: str, sections: Sequence[Section], texts: Texts | None = None, /, **common: object
+) -> str:
     """Fill the template of a package, which extends ``base.html.j2``, with sections; all of them see ``common``.
 
-    Only a template holds formulas: a backslash in a value, which may be a user's text, is shown as it is.
+    A template calls ``t("name.title")`` for the entry ``texts["name"]["title"]``, which is a template itself, so that
+    pages in several languages share one structure; ``t(key, "p")`` makes each of its paragraphs an element ``p``.
+    Only templates and texts hold formulas: a backslash in a value, which may be a user's text, is shown as it is.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("softcurve.cli.page")]), undefined=StrictUndefined,
         autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_literal, extensions=["jinja2.ext.do"],
     )  # fmt: skip
     environment.filters |= {"show": show, "seconds": seconds}
-    environment.globals["zip"] = zip
+    environment.globals |= {"zip": zip, "t": _lookup(texts or {})}
+    common["texts"] = texts
     macros = environment.get_template("macros.html.j2").module
     environment.globals |= {name: getattr(macros, name) for name in ("chart", "image", "table")}
     bodies: dict[str, TemplateModule] = {}
     for section in sections:
         variables = {**common, "bodies": bodies, **section.figures, **section.values}
         bodies[section.key] = environment.get_template(f"{section.key}.html.j2").make_module(variables)
-    return FORMULA.sub(_mathml, environment.get_template(template).render(common, bodies=bodies))
+    formulas = FormulaWriter()
+    page = formulas.replace(environment.get_template(template).render(common, bodies=bodies))
+    return page.replace("<!-- glyphs -->", formulas.glyphs, 1)
+
+
+def _lookup(texts: Texts) -> Callable[..., Markup]:
+    """Return the function ``t`` of a page's templates."""
+
+    @pass_context
+    def t(context: Context, key: str, tag: str = "") -> Markup:
+        part, _, name = key.partition(".")
+        filled = context.environment.from_string(texts[part][name]).render(context.get_all())
+        if tag:
+            filled = "".join(f"<{tag}>{part}</{tag}>" for part in filled.strip().split("\n\n"))
+        return Markup(filled)  # the texts are part of this package, and the values in them have been escaped
+
+    return t
 
 
 def _literal(value: object) -> object:
@@ -75,14 +95,6 @@ def _literal(value: object) -> object:
     if isinstance(value, str) and not isinstance(value, Markup) and "\\" in value:
         return Markup(str(escape(value)).replace("\\", "&#92;"))
     return value
-
-
-def _mathml(formula: re.Match[str]) -> str:
-    latex = unescape(formula["inline"] or formula["block"])
-    latex = re.sub(r"\\log(?!\()", r"\\log\\,", latex)  # MathML puts no space between a function and its argument
-    if formula["inline"]:
-        return convert(latex, display="inline")
-    return f'<div class="formula">{convert(latex, display="block")}</div>'
 
 
 def show(value: object, form: str = "") -> object:
