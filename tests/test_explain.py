@@ -398,8 +398,8 @@ def test_a_broken_bound_is_said_on_the_page() -> None:
         "torch": "0",
         "play_data": "{}",
     }
-    for lang, said in (("en", "1 of 2 checks failed"), ("zh", "共 2 项检查中有 1 项未通过")):
-        assert said in render_page("softcurve.cli.explain", "page.html.j2", [], explain.read_texts(lang), **facts)
+    for lang, sentence in (("en", "1 of 2 checks failed"), ("zh", "共 2 项检查中有 1 项未通过")):
+        assert sentence in render_page("softcurve.cli.explain", "page.html.j2", [], explain.read_texts(lang), **facts)
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,8 @@ def expected_vae(state: dict[str, Any]) -> dict[str, float]:
     value = step / math.sqrt(2 * math.pi) * (log_q.exp() * (log_q - log_r)).sum()
     gradient = torch.stack(torch.autograd.grad(value, theta))
     prior = gradient[2:] if state["learned"] else torch.zeros(2)
-    own = {"mean": state["mean"], "width": state["width"], "r.0": state["r"][0], "r.1": state["r"][1]}
-    return own | {"value": value.item()} | nested("slope", gradient[:2]) | nested("prior", prior)
+    places = {"mean": state["mean"], "width": state["width"], "r.0": state["r"][0], "r.1": state["r"][1]}
+    return places | {"value": value.item()} | nested("slope", gradient[:2]) | nested("prior", prior)
 
 
 def expected(states: dict[str, Any], network: Network) -> dict[str, float]:
