@@ -1,0 +1,1 @@
+"""What the examples with other libraries share: the command line, the memory of a process, a stock trainer."""
