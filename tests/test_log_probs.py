@@ -259,6 +259,7 @@ def test_rows_without_an_incoming_gradient_are_left_out() -> None:
         ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "temperature must not require gradients"),
         ({"temperature": 0}, ValueError, "temperature must be a finite number above 0"),
         ({"linear_bias": torch.full((9,), -torch.inf)}, ValueError, "linear_bias must have at least one finite"),
+        ({"linear_bias": torch.full((9,), torch.inf)}, ValueError, "linear_bias must be below \\+inf"),
         ({"memory_budget": 100}, ValueError, "memory_budget must be at least"),
     ],
 )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import softcurve
 from softcurve import TopK
+from softcurve.head import candidates
+from softcurve.head.maxima import CHUNK, maxima_of_chunks
 
 from . import oracle
 from .pairwise import pairwise
@@ -393,3 +395,22 @@ expected = step(x, w)
 for got, truth in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(x, w), expected):
     torch.testing.assert_close(got, truth)
 """)
+
+
+def test_candidates_of_every_width() -> None:
+    """The chunks of a block lie where the maxima say, whatever columns are left over behind them."""
+    for width in [*range(256, 700), 975, 3375]:
+        z = torch.zeros(1, width).index_fill(1, torch.tensor([width - 1, 17, width // 2]), 9.0)
+        lists = candidates.Candidates(1, 3, 64, torch.full((1, 1), 5.0))
+        lists.add(z, maxima_of_chunks(z), CHUNK, slice(0, 1), 0)
+        assert lists.largest(3)[1].tolist() == [[17, width // 2, width - 1]], width
+
+
+def test_a_list_of_all_classes_keeps_the_mass_that_it_lacks() -> None:
+    """Mass that no class of the model can take makes a divergence infinite, also where the list names every class."""
+    half = softcurve.TopK(torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.25]]).log())
+    z = torch.zeros(1, 2)
+    assert softcurve.kl_divergence(half, z).item() == INF
+    assert softcurve.linear_kl_divergence(torch.zeros(1, 3), torch.zeros(2, 3), half).item() == INF
+    whole = softcurve.TopK(torch.tensor([[0, 1]]), torch.tensor([[0.3, 0.7]]).log())
+    assert 0 < softcurve.kl_divergence(whole, z).item() < 0.1

@@ -295,6 +295,21 @@ def test_dual_numbers_and_no_grad(name: str, route: str) -> None:
     assert not posed.ours(*arguments).requires_grad
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", FEW)
+def test_forward_mode_over_a_backward_pass(name: str, route: str) -> None:
+    """A backward pass without ``create_graph`` is differentiated in forward mode as well."""
+    posed, products = problem(BY_NAME[name], everything(BY_NAME[name]), "mean", (5,), 3, 6, route), []
+    for f in (posed.ours, posed.dense):
+        with forward_ad.dual_level():
+            leaves = [a.detach().clone().requires_grad_() for a in posed.arguments]
+            duals = [forward_ad.make_dual(a, d) for a, d in zip(leaves, directions(posed.arguments), strict=True)]
+            gradients = torch.autograd.grad(f(*duals).square(), duals, materialize_grads=True)
+            tangents = [forward_ad.unpack_dual(g).tangent for g in gradients]
+            products.append([torch.zeros_like(a) if t is None else t for a, t in zip(leaves, tangents, strict=True)])
+    assert_equal(*products, route)
+
+
 # --- vmap on logits (of a head: test_head_transforms.py) ---------------------------------------------------------------
 
 

@@ -390,8 +390,8 @@ def explain_nan(
     if any(part.detach().isnan().any() for part in target):
         raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
     raise ValueError(
-        "input or logits and target must give every row finite logits and a class with mass, got a row whose loss is "
-        "NaN; mask it"
+        "input or logits, and a target, must give every row finite logits and a class with mass that is neither masked "
+        "nor excluded, got a row whose result is NaN; leave out that row, or one of its exclusions"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from softcurve.checks import is_plain, values_visible
 from softcurve.head import operators
@@ -37,7 +37,7 @@ from softcurve.head.tensors import (
     joined,
     sides,
 )  # fmt: skip
-from softcurve.losses.autograd import outer_tangents
+from softcurve.losses.autograd import in_transform, outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
 
@@ -54,7 +54,7 @@ def head_outcome(
     if torch.is_grad_enabled() and not per_row:
         wanted = [tensor is not None and tensor.requires_grad for tensor in tensors.differentiable]
     compiling = torch.compiler.is_compiling()
-    transformed = compiling or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    transformed = compiling or in_transform()
     # A weight's own gradient is its row's loss, which otherwise is not computed for a row of weight 0.
     weight_moves = tensors.row_weight.requires_grad or (weighs and transformed)
     all_rows = tensors.row_weight.requires_grad or (transformed and not compiling)
@@ -211,7 +211,7 @@ def _finite_where_left_out(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _may_hand_over(scale: Tensor) -> bool:
     """Return whether saved gradients may be handed over as they are: this backward is the last to see them."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(scale):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform() or not is_plain(scale):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 

@@ -44,27 +44,26 @@ class Candidates:
         """Set the bounds of some rows, ``(rows, 1)``, to a number that at least ``k`` of their logits reach."""
         self.bound[rows] = just_below(bound).numpy()
 
-    def add(self, z: Tensor, maxima: Tensor, rows: slice, first: int) -> None:
+    def add(self, z: Tensor, maxima: Tensor, size: int, rows: slice, first: int) -> None:
         """Add the logits ``z`` of some rows and of classes from ``first`` on, which follow those of earlier calls.
 
-        ``maxima`` are those of chunks of as many classes: of chunk ``j`` the columns ``j, j + chunks, …``. They are
-        not used if they do not cover all columns.
+        ``maxima`` are :func:`softcurve.head.maxima.maxima_of_chunks` of ``size`` columns.
         """
-        self._add(z.numpy(), maxima.numpy(), rows, first)
+        self._add(z.numpy(), maxima.numpy(), size, rows, first)
 
-    def _add(self, z: NDArray[np.float32], maxima: NDArray[np.float32], rows: slice, first: int) -> None:
+    def _add(self, z: NDArray[np.float32], maxima: NDArray[np.float32], size: int, rows: slice, first: int) -> None:
         width, room = z.shape[1], self.keys.shape[1]
-        at = self._above(z, maxima, self.bound[rows])
+        at = self._above(z, maxima, size, self.bound[rows])
         start = np.arange(len(z) + 1) * width
         of_row = np.diff(np.searchsorted(at, start))
         if (self.counts[rows] + of_row).max(initial=0) > room:
             if (self.counts[rows] > self.k).any():
                 self._shorten(rows)
-                self._add(z, maxima, rows, first)
+                self._add(z, maxima, size, rows, first)
             else:  # more classes than the lists have space for
                 half = width // 2
-                self._add(z[:, :half], z[:, :half], rows, first)
-                self._add(z[:, half:], z[:, half:], rows, first + half)
+                self._add(z[:, :half], z[:, :half], 1, rows, first)
+                self._add(z[:, half:], z[:, half:], 1, rows, first + half)
             return
         keys = _encoded(z.ravel()[at], at + np.repeat(first - start[:-1], of_row))
         # The next place in the list of each row, counted from the first of all of its new candidates.
@@ -73,12 +72,11 @@ class Candidates:
         self.counts[rows] += of_row
 
     def _above(
-        self, z: NDArray[np.float32], maxima: NDArray[np.float32], bound: NDArray[np.float32]
+        self, z: NDArray[np.float32], maxima: NDArray[np.float32], size: int, bound: NDArray[np.float32]
     ) -> NDArray[np.int64]:
         """Return the places, ``row * width + column``, of the logits above the bounds, row by row."""
-        width, chunks = z.shape[1], maxima.shape[1]
-        size = width // max(chunks, 1)
-        if size > 1 and width == size * chunks:
+        width, chunks = z.shape[1], z.shape[1] // size
+        if size > 1 and width == size * chunks:  # and there are no columns behind the chunks
             at = np.flatnonzero(self._is_above(maxima, bound))
             if RARE * len(at) < maxima.size:  # else it is faster to compare all entries
                 row = at // chunks

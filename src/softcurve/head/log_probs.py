@@ -53,7 +53,7 @@ def statistics_of_head(
     head, loss, tensors = layout.agreed(make)
     assert tensors.indices is not None
     found = head_statistics(loss, tensors, tensors.indices, require_budget(memory_budget))
-    layout.agreed(lambda: explain_head_nan(tensors, found[:, -1]))
+    layout.agreed(lambda: explain_head_nan(tensors, HeadStatistics.of(found, one=False).entropy))
     whole = layout.restored(found.reshape(*head.leading, found.shape[-1]), per_row=True)
     return HeadStatistics.of(whole, one=index is not None and index.ndim < input.ndim)
 

@@ -124,7 +124,7 @@ def _collected(tile: Tile, k: int, *, samples: bool) -> tuple[TopRows | None, Te
             parts.append(_top_and_rest(z, maxima, size, scratch[: z.numel()].view(z.shape)))
             if bound is None and block.classes.start == 0 and 4 * k <= 3 * (width // size):
                 lists.raise_bound(rows, _kth_largest(maxima, k))
-            lists.add(z, maxima, rows, spec.first + block.classes.start)
+            lists.add(z, maxima, size, rows, spec.first + block.classes.start)
         tops, rests = (torch.cat(part) for part in zip(*parts, strict=True))
         sums = [_merged_rest([*(top for top, _ in sums), tops], [*(rest for _, rest in sums), rests])]
     complete = None if bound is None else lists.complete()

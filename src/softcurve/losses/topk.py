@@ -346,10 +346,10 @@ class TopK(Target):
         """Return the list's logits over the entries and all other classes at a temperature, ``(..., k + 1)``.
 
         At temperature 1 they are log-probabilities; the last is what the list leaves over, or −inf if it is
-        renormalised or names every class. ``rest`` is the number of other classes that the model does not mask. Where
-        it is 0, a remainder that is within the rounding of ``log_probs`` is no mass: it would make the loss infinite.
-        Half an ulp of each ``log p`` moves the mass by ``½ eps Σ p |log p|``, and its sum over ``k`` classes, in
-        float32 or wider, by up to ``k`` ulps.
+        renormalised. ``rest`` is the number of other classes that the model does not mask. Where it is 0, or the list
+        names every class, a remainder that is within the rounding of ``log_probs`` is no mass: it would make the loss
+        infinite. Half an ulp of each ``log p`` moves the mass by ``½ eps Σ p |log p|``, and its sum over ``k`` classes,
+        in float32 or wider, by up to ``k`` ulps.
         """
         listed = self.log_probs.to(dtype)
         if not self.merges_tail:
@@ -359,7 +359,7 @@ class TopK(Target):
         eps = torch.finfo(self.dtype).eps
         rounding = 0.5 * eps * information + listed.shape[-1] * min(eps, torch.finfo(torch.float32).eps)
         names_all = (listed > -math.inf).sum(-1, keepdim=True) == classes
-        tail = torch.where(names_all | ((rest == 0) & (tail.exp() < rounding)), -math.inf, tail)
+        tail = torch.where((names_all | (rest == 0)) & (tail.exp() < rounding), -math.inf, tail)
         if temperature != 1:
             log_rest = rest.clamp(min=1).to(dtype).log()
             listed, tail = listed / temperature, (tail - log_rest) / temperature + log_rest
