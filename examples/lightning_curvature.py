@@ -9,9 +9,9 @@ largest eigenvalue of a network's loss first grows, and then stays near this lim
 
 A small network is trained on scikit-learn's digits with the whole training set in each step, for two step sizes. The
 labels are smoothed: with hard labels, the Hessian vanishes as the network becomes certain of them. Every few steps the
-callback measures the largest eigenvalue and the trace of the Hessian, and, four times as rarely, the gradient noise
-scale, the number of digits in a batch whose gradient is as large as its noise. It leaves the training as it is: the
-weights at the end are bit for bit those of a training without it, which the example checks.
+callback measures the largest eigenvalue and the trace of the Hessian, and a second one, on 350 of the digits, the
+gradient noise scale: the number of digits in a batch whose gradient is as large as its noise. They leave the training
+as it is: the weights at the end are bit for bit those of a training without it, which the example checks.
 
     python examples/lightning_curvature.py [--steps 240] [--every 10] [--seed 0] [--out build/lightning_curvature.png]
 
@@ -48,7 +48,7 @@ with warnings.catch_warnings():
     from softcurve.integrations.lightning import CurvatureCallback
 
 PIXELS, GREYS, CLASSES, HIDDEN, TRAIN = 64, 16, 10, 64, 1400
-SMOOTHING, RARELY = 0.1, 4
+SMOOTHING, NOISY = 0.1, 350
 RATES = (0.8, 0.5)
 NAME = "lightning_curvature"
 COLOURS = dict(zip(RATES, (ORANGE, BLUE), strict=True))
@@ -112,18 +112,14 @@ def train(rate: float, digits: Digits, steps: int, seed: int, *callbacks: Curvat
     return network
 
 
-def callbacks_of(digits: Digits, every: int, steps: int, seed: int) -> tuple[CurvatureCallback, CurvatureCallback]:
+def callbacks_of(digits: Digits, every: int, seed: int) -> tuple[CurvatureCallback, CurvatureCallback]:
     """Return the callbacks for the Hessian and for the gradient noise, which takes a backward pass for each digit."""
-    rarely = min(RARELY * every, steps)
+    x, y = digits
+    options: dict[str, Any] = {"every": every, "head": "head", "label_smoothing": SMOOTHING, "seed": seed}
     return (
-        CurvatureCallback(
-            [digits], every=every, head="head", matrix="hessian", figures=("top_eigenvalue", "trace"), seed=seed,
-            label_smoothing=SMOOTHING,
-        ),
-        CurvatureCallback(
-            [digits], every=rarely, head="head", figures=("gradient_noise",), label_smoothing=SMOOTHING
-        ),
-    )  # fmt: skip
+        CurvatureCallback([digits], matrix="hessian", figures=("top_eigenvalue", "trace"), **options),
+        CurvatureCallback([(x[:NOISY], y[:NOISY])], figures=("gradient_noise",), **options),
+    )
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -156,13 +152,16 @@ def draw(networks: dict[float, Network], hessians: dict[float, History], noises:
                      textcoords="offset points", color=COLOURS[rate], va="center")  # fmt: skip
         curve(trace, rate, hessians[rate], "trace", "trace_error")
         curve(noise, rate, noises[rate], "gradient_noise_scale")
+        unknown = [step for step, row in noises[rate] if math.isinf(row["curvature/gradient_noise_scale"])]
+        height = 0.97 if rate == RATES[0] else 0.92  # of the axes
+        noise.plot(unknown, [height] * len(unknown), "^", color=COLOURS[rate], transform=noise.get_xaxis_transform())
         loss.plot(network.losses, color=COLOURS[rate], linewidth=1.2)
     top.set_ylim(bottom=0)
     top.legend(frameon=False, loc="lower right")
     for axes, title in (
         (top, "Largest eigenvalue of the Hessian, and the limit of the step size"),
         (trace, "Trace of the Hessian ± 2 standard errors"),
-        (noise, "Gradient noise scale, digits; none where it is too large to be measured"),
+        (noise, f"Gradient noise scale, digits (▲: too large for {NOISY} digits)"),
         (loss, "Training loss, nats"),
     ):
         axes.set_title(title, loc="left")
@@ -229,7 +228,7 @@ def main() -> None:
     networks: dict[float, Network] = {}
     hessians, noises, report = {}, {}, settings(chosen)
     for rate in RATES:
-        hessian, noise = callbacks_of(digits, chosen.every, chosen.steps, chosen.seed)
+        hessian, noise = callbacks_of(digits, chosen.every, chosen.seed)
         networks[rate] = train(rate, digits, chosen.steps, chosen.seed, hessian, noise)
         hessians[rate], noises[rate] = hessian.history, noise.history
         report[str(rate)] = summary(networks[rate], hessian.history, noise.history, held_out)

@@ -106,7 +106,9 @@ def print_memory(chosen: argparse.Namespace) -> None:
     def step(size: int) -> None:
         part = {name: value[:size] for name, value in batch.items()}
         with softcurve.lazy_logits(model, memory_budget=BUDGET) if chosen.measured == LAZY else nullcontext():
-            losses.append(trainer.training_step(model, part).item())
+            loss = trainer.compute_loss(model, part)
+            loss.backward()
+            losses.append(loss.item())
 
     step(1)  # loads what a step needs
     start = time.perf_counter()
