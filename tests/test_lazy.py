@@ -45,6 +45,39 @@ def test_consumed_without_making(name):
     check(CONSUMED[name])
 
 
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda z: z, "divided": lambda z: z / 2, "scaled": lambda z: z * 3,
+    "capped": lambda z: torch.tanh(z / 0.4) * 0.4, "capped and scaled": lambda z: torch.tanh(z * 0.9) * 1.5 / 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", MAPS)
+@pytest.mark.parametrize("student", MAPS)
+def test_teacher_keeps_its_temperature(student, teacher):
+    # A cross-entropy does not divide its target by the student's temperature; a divergence does.
+    map, of_teacher = MAPS[student], MAPS[teacher]
+    check(lambda z: F.cross_entropy(map(z)[0], of_teacher(z)[1].softmax(-1)))
+    check(lambda z: F.kl_div(map(z)[0].log_softmax(-1), of_teacher(z)[1].softmax(-1), reduction="sum"))
+
+
+@pytest.mark.parametrize("teacher_lowered", [False, True])
+def test_teacher_of_another_autocast(teacher_lowered):
+    net, x = model(bias=False, dtype=torch.float32), features(5, dtype=torch.float32)
+
+    def function() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=teacher_lowered):
+            teacher = net(x).float() * 30
+        with torch.autocast("cpu", torch.bfloat16, enabled=not teacher_lowered):
+            student = net(x).float()
+        probabilities = teacher.softmax(-1)
+        divergence = F.kl_div(student.log_softmax(-1), probabilities, reduction="batchmean")
+        return torch.stack([F.cross_entropy(student, probabilities), divergence])
+
+    expected = function()
+    with lazy_logits(net, "2"):
+        assert same([function().detach()], [expected.detach()], 1e-6)
+
+
 @pytest.mark.parametrize("net", [model(bias=False), model()], ids=["no bias", "bias"])
 def test_scale_of_each_row(net):
     temperature = ROWS.clone().requires_grad_()

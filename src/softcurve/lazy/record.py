@@ -122,8 +122,11 @@ class LinearRecord:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, input=self.input.detach(), weight=self.weight.detach(), bias=bias, wants=False)
 
-    def as_teacher(self, temperature: float) -> LinearTeacher:
-        """Return the softmax as a target whose logits are divided by ``temperature``."""
+    def as_teacher(self, temperature: float = 1.0) -> LinearTeacher:
+        """Return the softmax as a target of a loss that divides the target's logits by ``temperature``.
+
+        A divergence divides them by its own temperature, which the target undoes here; a cross-entropy does not divide.
+        """
         scale, softcap = self.scale * temperature, None
         if self.after is not None:
             softcap = self.after * temperature
