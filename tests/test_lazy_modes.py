@@ -105,6 +105,23 @@ def test_retained_gradient():
             torch.autograd.grad(F.cross_entropy(z, Y[0]), z, allow_unused=True)
 
 
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.view(-1, C) / 3, lambda z: z[:, -1], lambda z: z.softmax(-1)])
+def test_gradients_of_the_logits(of):
+    net, x = model(), features(2, 3).requires_grad_()
+    inputs = [x, *net.parameters()]
+
+    def gradients() -> list[Tensor]:
+        z = of(net(x))
+        gradient = torch.linspace(1, 2, z.numel(), dtype=z.dtype).view(z.shape)
+        first = torch.autograd.grad(z, inputs, gradient, create_graph=True)
+        return [*first, *torch.autograd.grad([of(net(x)), first[0].sum()], inputs, [gradient, None], allow_unused=True)]
+
+    expected = gradients()
+    with lazy_logits(net, "2") as lazy:
+        assert same(gradients(), expected)
+    assert lazy.materialized == 2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint_around_the_model(reentrant):
     net, x = model(), features(3).requires_grad_()
@@ -149,6 +166,49 @@ def test_transforms():
             tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
             assert same([tangent.detach()], [expected[len(parameters)].detach()])
     assert lazy.materialized == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func on itself
+@pytest.mark.parametrize(
+    "of", [lambda z: z, lambda z: 2 * z.view(-1, C), lambda z: z.log_softmax(-1), lambda z: (z, z.exp())[0]]
+)
+def test_logits_that_leave_a_transform(of):
+    net, x = model(), features(3)
+    parameters = dict(net.named_parameters())
+
+    def function(values: dict[str, Tensor], x: Tensor = x) -> Tensor:
+        return of(torch.func.functional_call(net, values, (x,)))
+
+    def of_bias(bias: Tensor) -> Tensor:
+        return function({**parameters, "2.bias": bias})
+
+    def with_aux(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        z = torch.func.functional_call(net, values, (x,))
+        return F.cross_entropy(z, Y[0]), of(z)
+
+    def figures() -> list[Tensor]:
+        ones = {name: torch.ones_like(value) for name, value in parameters.items()}
+        values, pull = torch.func.vjp(function, parameters)
+        gradients, aux = torch.func.grad(with_aux, has_aux=True)(parameters)
+        return [
+            F.log_softmax(values, -1).gather(-1, INDEX[0]), values * 1, *pull(torch.linspace(1, 2, values.numel()).view(
+                values.shape).double())[0].values(), *torch.func.jacrev(function)(parameters).values(),
+            torch.func.jacrev(torch.func.jacrev(of_bias))(parameters["2.bias"]), aux * 1, *gradients.values(),
+            torch.func.jvp(function, (parameters,), (ones,))[1], torch.func.jacfwd(of_bias)(parameters["2.bias"]),
+            torch.func.vmap(function, (None, 0))(parameters, x[:, None]),
+            torch.func.vmap(torch.func.jacrev(function), (None, 0))(parameters, x[:, None])["0.weight"],
+        ]  # fmt: skip
+
+    expected = figures()
+    with lazy_logits(net, "2"):
+        assert same([each.detach() for each in figures()], [each.detach() for each in expected], 1e-9)
+
+
+def test_vmap_makes_the_logits():
+    net, x = model(), features(5)
+    with lazy_logits(net, "2") as lazy:
+        assert same([torch.func.vmap(net)(x).detach()], [net(x).materialize().detach()])
+    assert lazy.materialized == 2
 
 
 def test_second_derivatives():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from softcurve import checks
 from softcurve.head.sharded import lies_over_processes
-from softcurve.lazy.record import LinearRecord
-from softcurve.lazy.tensor import lazy_logits_of, require_unchanged
+from softcurve.lazy.record import LinearRecord, require_unchanged
+from softcurve.lazy.tensor import lazy_logits_of
+from softcurve.lazy.transforms import innermost_is_vmap
 from softcurve.losses.low_rank import PEFT_ATTRIBUTES, LowRankWeight, matrix_of
 from softcurve.typing import Integer
 from softcurve.warn import warn_caller
@@ -70,6 +71,9 @@ class LazyHead:
         record = LinearRecord(
             input, weight, bias, dtype=dtype, dim=input.ndim - 1, lowered=lowered, memory_budget=self.memory_budget
         )
+        if not torch.compiler.is_compiling() and innermost_is_vmap():
+            self.report(record, "vmap")
+            return record.materialize()
         return lazy_logits_of(record, self)
 
     def report(self, record: LinearRecord, reason: str) -> None:
