@@ -261,6 +261,30 @@ def test_values_compare_with_the_made_logits(name, dtype):
             assert bool((got > 0).all()) or "rank" in name
 
 
+def of_columns(z: Tensor) -> Tensor:
+    return torch.stack([z.view(-1, C)[:, 0], z.view(-1, C)[:, 3]])
+
+
+WRITTEN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "gather of a view": lambda z: (v := z.view(-1, C), v.gather(-1, INDEX.view(-1, 1)), z.div_(100.0), v * 1)[2:],
+    "topk of a part": lambda z: (v := z[:, -1:], v.topk(2), z.fill_(-9.0), v * 1, z * 1)[3:],
+    "max of a part": lambda z: (v := z[0, 0], v.max(-1), z.mul_(0.0), v.softmax(-1))[3:],
+    "argmax of a base": lambda z: (v := z.view(-1, C), z.max(-1), v.mul_(7.0), of_columns(z), v * 1)[3:],
+    "of a view of a view": lambda z: (
+        v := z.flatten(0, 1), w := v[1:], v.topk(3), w.topk(2), v.add_(1.0), w * 1, v * 1, z * 1,
+    )[5:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_writes_stay_after_values_were_returned(name):
+    net, x = model(), features(2, 3)
+    with torch.no_grad():
+        expected = WRITTEN[name](net(x))
+        with lazy_logits(net, "2"):
+            assert same([each * 1 for each in WRITTEN[name](net(x))], expected)
+
+
 def test_reports():
     net, x = model(), features(2)
     with lazy_logits(net, "2", on_materialize="warn") as lazy:
