@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from softcurve import lazy_logits
-from softcurve.lazy import LazyHead
+from softcurve.lazy import LazyHead, LazyLogits
 
 from .lazy_cases import (
     BIAS,
@@ -335,6 +337,50 @@ def test_handle_and_nesting():
     with lazy_logits(net, "2") as outer, lazy_logits(net, "0") as inner:  # two heads at once
         net(features(3)).exp()
     assert (outer.materialized, inner.materialized) == (1, 1)
+
+
+def test_handle_removes_only_itself():
+    net = model()
+    first = lazy_logits(net, "2")
+    first.remove()
+    second = lazy_logits(net, "2")
+    first.remove()
+    assert ("removed" in repr(first), "active" in repr(second)) == (True, True)
+    assert isinstance(net(features(3)), LazyLogits)
+    second.remove()
+    assert type(net(features(3))) is Tensor
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_budget_is_validated_at_the_start(budget):
+    net = model()
+    with pytest.raises(ValueError, match="memory_budget must be a positive int"):
+        lazy_logits(net, "2", memory_budget=budget)
+    assert type(net(features(3))) is Tensor
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        self.entries = max(self.entries, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "function", [lambda z: z.topk(40).values, lambda z: z.gather(-1, torch.arange(40).expand(70, 40))]
+)
+def test_chosen_logits_keep_to_the_budget(function):
+    head, x = torch.nn.Linear(4, 200), features(70, dtype=torch.float32)
+    expected = function(head(x))
+    for budget, copies in ((2**15, False), (None, True)):
+        with lazy_logits(head, head, memory_budget=budget) as lazy, torch.no_grad(), Largest() as seen:
+            assert same([function(head(x))], [expected], 1e-5)
+        assert ((seen.entries >= 70 * 40 * 4), lazy.materialized) == (copies, 0)
 
 
 def test_copies():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
 from softcurve.lazy.shapes import Result, handles, is_of_classes
@@ -119,9 +120,15 @@ def _take_along_dim(record: LinearRecord, indices: Tensor, dim: Any = None) -> R
 
 
 def _chosen_logits(record: LinearRecord, index: Tensor) -> Tensor:
-    """Return the logits of the classes that an index names, from their rows of the weight alone if these are few."""
+    """Return the logits of the classes that an index names, from their rows of the weight alone if these are few.
+
+    A copy of the rows is kept for the backward pass. Where it exceeds the memory budget, the log-probabilities are
+    computed tile by tile.
+    """
     weight, bias, matrix = record.weight, record.bias, matrix_of(record.weight)
-    if index.shape[-1] * matrix.shape[1] > record.classes or lies_over_processes(matrix):
+    budget = record.memory_budget or DEFAULT_BUDGET.get(matrix.device.type, 2**30)
+    copied = index.numel() * matrix.shape[1] * matrix.dtype.itemsize
+    if index.shape[-1] * matrix.shape[1] > record.classes or copied > budget or lies_over_processes(matrix):
         with record.autocast():
             stats = linear_log_probs(record.input, weight, index, **record.options)
         return (stats.log_probs + stats.lse.unsqueeze(-1)).to(record.dtype)
