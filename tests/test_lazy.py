@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject, settings
@@ -274,6 +275,33 @@ WRITTEN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
         v := z.flatten(0, 1), w := v[1:], v.topk(3), w.topk(2), v.add_(1.0), w * 1, v * 1, z * 1,
     )[5:],
 }  # fmt: skip
+
+
+SHARED: dict[str, Callable[[Tensor], Any]] = {
+    "an overload": lambda v: torch.ops.aten.mul_.Tensor(v, torch.tensor(2.0)),
+    "an overload packet": lambda v: torch.ops.aten.fill_(v, 2.0),
+    "an overload with out": lambda v: torch.ops.aten.add.out(torch.ones_like(v), torch.ones_like(v), out=v),
+    "data": lambda v: v.data.fill_(3.0),
+    "numpy": lambda v: v.numpy().fill(5.0),
+    "an array": lambda v: np.asarray(v).fill(6.0),
+    "dlpack": lambda v: torch.from_dlpack(v).zero_(),
+    "foreach": lambda v: torch._foreach_mul_([v], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_writes_into_a_small_view_are_seen_in_the_base(name):
+    net, x = model(), features(2, 3)
+
+    def function(z: Tensor) -> list[Tensor]:
+        v = z[:1, :1]
+        SHARED[name](v)
+        return [z * 1, v * 1]
+
+    with torch.no_grad():
+        expected = function(net(x))
+        with lazy_logits(net, "2"):
+            assert same(function(net(x)), expected)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

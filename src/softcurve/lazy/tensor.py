@@ -40,6 +40,9 @@ METADATA |= {getattr(torch, name) for name in _METHODS if hasattr(torch, name)}
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 STRIDED = {Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous}
 
+# What these return shares memory with the tensor, unseen by autograd, and may be written into.
+SHARING = {Tensor.data.__get__, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}  # type: ignore[attr-defined]
+
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or",
                                         "xor", "lshift", "rshift")}  # fmt: skip
 IN_PLACE |= {"__setitem__", "__set__"}
@@ -110,11 +113,13 @@ class LazyLogits(Tensor):
         name = getattr(func, "__name__", str(func))
         writes = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         writes = writes or "out" in kwargs or kwargs.get("inplace") is True
+        schema = getattr(func, "_schema", None)  # of an overload, such as torch.ops.aten.mul_.Tensor
+        writes = writes or (schema is not None and schema.is_mutable)
         require_possible(name, writes=writes)
         if func is torch.autograd.grad:
             args, kwargs = _all_made(name, *_outputs_in_graph(*args, **kwargs), writes=False)
             return func(*args, **kwargs)
-        made, options = _all_made(name, args, kwargs, writes=writes)
+        made, options = _all_made(name, args, kwargs, writes=writes or func in SHARING)
         result = func(*made, **options)
         if any(each._dense is None for each in every) and _is_view(result):
             made, options = _all_made(name, args, kwargs, writes=True)  # what is written into the view must be seen
