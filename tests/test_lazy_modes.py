@@ -206,11 +206,21 @@ def test_logits_that_leave_a_transform(of):
         assert same([each.detach() for each in figures()], [each.detach() for each in expected], 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func on itself
 def test_vmap_makes_the_logits():
     net, x = model(), features(5)
     with lazy_logits(net, "2") as lazy:
         assert same([torch.func.vmap(net)(x).detach()], [net(x).materialize().detach()])
     assert lazy.materialized == 2
+
+    def with_aux(x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.cross_entropy(net(x), Y[0, 0]), net(x)
+
+    with (
+        lazy_logits(net, "2"),
+        pytest.raises(RuntimeError, match=r"leave vmap .* let the function return logits\.materialize\(\)"),
+    ):
+        torch.func.vmap(torch.func.grad(with_aux, has_aux=True))(x)
 
 
 def test_second_derivatives():

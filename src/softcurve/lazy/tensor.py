@@ -214,6 +214,11 @@ class LazyLogits(Tensor):
                 f"{reason} writes into unmade logits that require gradients, below autograd; pass it "
                 "logits.materialize()"
             )
+        if transforms.is_batched(self.record):
+            raise RuntimeError(
+                f"{reason} needs the entries of unmade logits that leave vmap out of a transform inside of it, as "
+                "vmap(grad(..., has_aux=True)) returns them; let the function return logits.materialize()"
+            )
         self._report(reason)
         with torch.no_grad():
             dense = self.record.detached().materialize()

@@ -23,6 +23,11 @@ def innermost_is_vmap() -> bool:
     return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Vmap
 
 
+def is_batched(record: LinearRecord) -> bool:
+    """Return whether a tensor of a record has a dimension of ``vmap``."""
+    return any(each is not None and torch._C._functorch.is_batchedtensor(each) for each in record.tensors())
+
+
 def has_ended(*tensors: Tensor | None) -> bool:
     """Return whether one of the tensors has the wrapper of a transform that has ended."""
     return any(each is not None and _inside(each) is not each for each in tensors)
