@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject, settings
@@ -43,6 +44,39 @@ IN_TORCH = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # tor
 @pytest.mark.parametrize("name", CONSUMED)
 def test_consumed_without_making(name):
     check(CONSUMED[name])
+
+
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda z: z, "divided": lambda z: z / 2, "scaled": lambda z: z * 3,
+    "capped": lambda z: torch.tanh(z / 0.4) * 0.4, "capped and scaled": lambda z: torch.tanh(z * 0.9) * 1.5 / 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", MAPS)
+@pytest.mark.parametrize("student", MAPS)
+def test_teacher_keeps_its_temperature(student, teacher):
+    # A cross-entropy does not divide its target by the student's temperature; a divergence does.
+    map, of_teacher = MAPS[student], MAPS[teacher]
+    check(lambda z: F.cross_entropy(map(z)[0], of_teacher(z)[1].softmax(-1)))
+    check(lambda z: F.kl_div(map(z)[0].log_softmax(-1), of_teacher(z)[1].softmax(-1), reduction="sum"))
+
+
+@pytest.mark.parametrize("teacher_lowered", [False, True])
+def test_teacher_of_another_autocast(teacher_lowered):
+    net, x = model(bias=False, dtype=torch.float32), features(5, dtype=torch.float32)
+
+    def function() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=teacher_lowered):
+            teacher = net(x).float() * 30
+        with torch.autocast("cpu", torch.bfloat16, enabled=not teacher_lowered):
+            student = net(x).float()
+        probabilities = teacher.softmax(-1)
+        divergence = F.kl_div(student.log_softmax(-1), probabilities, reduction="batchmean")
+        return torch.stack([F.cross_entropy(student, probabilities), divergence])
+
+    expected = function()
+    with lazy_logits(net, "2"):
+        assert same([function().detach()], [expected.detach()], 1e-6)
 
 
 @pytest.mark.parametrize("net", [model(bias=False), model()], ids=["no bias", "bias"])
@@ -226,6 +260,57 @@ def test_values_compare_with_the_made_logits(name, dtype):
             assert got.equal(COMPARED[name](net(x)))
         else:
             assert bool((got > 0).all()) or "rank" in name
+
+
+def of_columns(z: Tensor) -> Tensor:
+    return torch.stack([z.view(-1, C)[:, 0], z.view(-1, C)[:, 3]])
+
+
+WRITTEN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "gather of a view": lambda z: (v := z.view(-1, C), v.gather(-1, INDEX.view(-1, 1)), z.div_(100.0), v * 1)[2:],
+    "topk of a part": lambda z: (v := z[:, -1:], v.topk(2), z.fill_(-9.0), v * 1, z * 1)[3:],
+    "max of a part": lambda z: (v := z[0, 0], v.max(-1), z.mul_(0.0), v.softmax(-1))[3:],
+    "argmax of a base": lambda z: (v := z.view(-1, C), z.max(-1), v.mul_(7.0), of_columns(z), v * 1)[3:],
+    "of a view of a view": lambda z: (
+        v := z.flatten(0, 1), w := v[1:], v.topk(3), w.topk(2), v.add_(1.0), w * 1, v * 1, z * 1,
+    )[5:],
+}  # fmt: skip
+
+
+SHARED: dict[str, Callable[[Tensor], Any]] = {
+    "an overload": lambda v: torch.ops.aten.mul_.Tensor(v, torch.tensor(2.0)),
+    "an overload packet": lambda v: torch.ops.aten.fill_(v, 2.0),
+    "an overload with out": lambda v: torch.ops.aten.add.out(torch.ones_like(v), torch.ones_like(v), out=v),
+    "data": lambda v: v.data.fill_(3.0),
+    "numpy": lambda v: v.numpy().fill(5.0),
+    "an array": lambda v: np.asarray(v).fill(6.0),
+    "dlpack": lambda v: torch.from_dlpack(v).zero_(),
+    "foreach": lambda v: torch._foreach_mul_([v], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_writes_into_a_small_view_are_seen_in_the_base(name):
+    net, x = model(), features(2, 3)
+
+    def function(z: Tensor) -> list[Tensor]:
+        v = z[:1, :1]
+        SHARED[name](v)
+        return [z * 1, v * 1]
+
+    with torch.no_grad():
+        expected = function(net(x))
+        with lazy_logits(net, "2"):
+            assert same(function(net(x)), expected)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_writes_stay_after_values_were_returned(name):
+    net, x = model(), features(2, 3)
+    with torch.no_grad():
+        expected = WRITTEN[name](net(x))
+        with lazy_logits(net, "2"):
+            assert same([each * 1 for each in WRITTEN[name](net(x))], expected)
 
 
 def test_reports():

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from softcurve import lazy_logits
-from softcurve.lazy import LazyHead
+from softcurve.lazy import LazyHead, LazyLogits
 
 from .lazy_cases import (
     BIAS,
@@ -105,6 +107,23 @@ def test_retained_gradient():
             torch.autograd.grad(F.cross_entropy(z, Y[0]), z, allow_unused=True)
 
 
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.view(-1, C) / 3, lambda z: z[:, -1], lambda z: z.softmax(-1)])
+def test_gradients_of_the_logits(of):
+    net, x = model(), features(2, 3).requires_grad_()
+    inputs = [x, *net.parameters()]
+
+    def gradients() -> list[Tensor]:
+        z = of(net(x))
+        gradient = torch.linspace(1, 2, z.numel(), dtype=z.dtype).view(z.shape)
+        first = torch.autograd.grad(z, inputs, gradient, create_graph=True)
+        return [*first, *torch.autograd.grad([of(net(x)), first[0].sum()], inputs, [gradient, None], allow_unused=True)]
+
+    expected = gradients()
+    with lazy_logits(net, "2") as lazy:
+        assert same(gradients(), expected)
+    assert lazy.materialized == 2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint_around_the_model(reentrant):
     net, x = model(), features(3).requires_grad_()
@@ -149,6 +168,59 @@ def test_transforms():
             tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
             assert same([tangent.detach()], [expected[len(parameters)].detach()])
     assert lazy.materialized == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func on itself
+@pytest.mark.parametrize(
+    "of", [lambda z: z, lambda z: 2 * z.view(-1, C), lambda z: z.log_softmax(-1), lambda z: (z, z.exp())[0]]
+)
+def test_logits_that_leave_a_transform(of):
+    net, x = model(), features(3)
+    parameters = dict(net.named_parameters())
+
+    def function(values: dict[str, Tensor], x: Tensor = x) -> Tensor:
+        return of(torch.func.functional_call(net, values, (x,)))
+
+    def of_bias(bias: Tensor) -> Tensor:
+        return function({**parameters, "2.bias": bias})
+
+    def with_aux(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        z = torch.func.functional_call(net, values, (x,))
+        return F.cross_entropy(z, Y[0]), of(z)
+
+    def figures() -> list[Tensor]:
+        ones = {name: torch.ones_like(value) for name, value in parameters.items()}
+        values, pull = torch.func.vjp(function, parameters)
+        gradients, aux = torch.func.grad(with_aux, has_aux=True)(parameters)
+        return [
+            F.log_softmax(values, -1).gather(-1, INDEX[0]), values * 1, *pull(torch.linspace(1, 2, values.numel()).view(
+                values.shape).double())[0].values(), *torch.func.jacrev(function)(parameters).values(),
+            torch.func.jacrev(torch.func.jacrev(of_bias))(parameters["2.bias"]), aux * 1, *gradients.values(),
+            torch.func.jvp(function, (parameters,), (ones,))[1], torch.func.jacfwd(of_bias)(parameters["2.bias"]),
+            torch.func.vmap(function, (None, 0))(parameters, x[:, None]),
+            torch.func.vmap(torch.func.jacrev(function), (None, 0))(parameters, x[:, None])["0.weight"],
+        ]  # fmt: skip
+
+    expected = figures()
+    with lazy_logits(net, "2"):
+        assert same([each.detach() for each in figures()], [each.detach() for each in expected], 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func on itself
+def test_vmap_makes_the_logits():
+    net, x = model(), features(5)
+    with lazy_logits(net, "2") as lazy:
+        assert same([torch.func.vmap(net)(x).detach()], [net(x).materialize().detach()])
+    assert lazy.materialized == 2
+
+    def with_aux(x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.cross_entropy(net(x), Y[0, 0]), net(x)
+
+    with (
+        lazy_logits(net, "2"),
+        pytest.raises(RuntimeError, match=r"leave vmap .* let the function return logits\.materialize\(\)"),
+    ):
+        torch.func.vmap(torch.func.grad(with_aux, has_aux=True))(x)
 
 
 def test_second_derivatives():
@@ -275,6 +347,50 @@ def test_handle_and_nesting():
     with lazy_logits(net, "2") as outer, lazy_logits(net, "0") as inner:  # two heads at once
         net(features(3)).exp()
     assert (outer.materialized, inner.materialized) == (1, 1)
+
+
+def test_handle_removes_only_itself():
+    net = model()
+    first = lazy_logits(net, "2")
+    first.remove()
+    second = lazy_logits(net, "2")
+    first.remove()
+    assert ("removed" in repr(first), "active" in repr(second)) == (True, True)
+    assert isinstance(net(features(3)), LazyLogits)
+    second.remove()
+    assert type(net(features(3))) is Tensor
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_budget_is_validated_at_the_start(budget):
+    net = model()
+    with pytest.raises(ValueError, match="memory_budget must be a positive int"):
+        lazy_logits(net, "2", memory_budget=budget)
+    assert type(net(features(3))) is Tensor
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        self.entries = max(self.entries, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "function", [lambda z: z.topk(40).values, lambda z: z.gather(-1, torch.arange(40).expand(70, 40))]
+)
+def test_chosen_logits_keep_to_the_budget(function):
+    head, x = torch.nn.Linear(4, 200), features(70, dtype=torch.float32)
+    expected = function(head(x))
+    for budget, copies in ((2**15, False), (None, True)):
+        with lazy_logits(head, head, memory_budget=budget) as lazy, torch.no_grad(), Largest() as seen:
+            assert same([function(head(x))], [expected], 1e-5)
+        assert ((seen.entries >= 70 * 40 * 4), lazy.materialized) == (copies, 0)
 
 
 def test_copies():

@@ -30,16 +30,22 @@ def lazy_logits(
             ``model.get_output_embeddings()``. It may have a LoRA adapter of peft.
         on_materialize: What happens where logits are made: ``"count"`` counts in the attribute ``materialized``,
             ``"warn"`` also warns, with the function that needed them, and ``"raise"`` raises ``RuntimeError``.
-        memory_budget: Bytes for tiles, as in :func:`softcurve.linear_cross_entropy`.
+        memory_budget: Bytes for tiles and for copies of rows of the weight, as in
+            :func:`softcurve.linear_cross_entropy`.
 
     Returns:
         A context manager, which is active at once, with ``materialized``, how often logits were made, and ``remove()``.
 
     Losses are float32 or wider, whatever the dtype of the model. Where the head runs under autocast, its factors are
-    lowered, and the sums stay in float32.
+    lowered, and the sums stay in float32. A masked class, of bias −inf, has no share of the label smoothing of
+    ``F.cross_entropy``, whose loss is infinite in torch.
+
+    A change of the weight through ``.data`` between the head and the loss, as by ``merge_adapter`` of peft, is not
+    noticed: the loss is that of the new weight. Directly inside of ``torch.vmap`` the head makes its logits.
 
     Raises:
-        TypeError, ValueError: If the model has no such head, or the head's forward is not that of ``nn.Linear``.
+        TypeError, ValueError: If the model has no such head, the head's forward is not that of ``nn.Linear``, or
+            another argument is not as above.
         RuntimeError: If the features, weight or bias were changed or freed before the unmade logits are used, or these
             left compiled code before the loss.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softcurve import checks
+from softcurve.head.plan import DEFAULT_BUDGET
 from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
 from softcurve.lazy.shapes import Result, handles, is_of_classes
@@ -36,6 +37,12 @@ def _has_loss(record: LinearRecord, *, kind: str, legacy: tuple[Any, Any]) -> bo
     return plain and record.dim == min(1, record.ndim - 1) and legacy == (None, None)
 
 
+def _is_teacher(target: LinearRecord, record: LinearRecord) -> bool:
+    """Return whether a softmax can be the target of a loss, which multiplies both heads in one dtype."""
+    alike = target.dim == record.dim and target.lowered == record.lowered
+    return alike and target.factor == 1 and target.streams
+
+
 @handles("cross_entropy", functional=True)
 def _cross_entropy(
     record: LinearRecord, target: Any, weight: Tensor | None = None, size_average: Any = None, ignore_index: int = -100,
@@ -45,9 +52,9 @@ def _cross_entropy(
         return NotImplemented
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "weight": weight, "reduction": reduction}
     if isinstance(target, LinearRecord):
-        if target.kind != "softmax" or target.factor != 1 or not target.streams or target.dim != record.dim:
+        if target.kind != "softmax" or not _is_teacher(target, record):
             return NotImplemented
-        target = target.as_teacher(record.options["temperature"])
+        target = target.as_teacher()
     elif target.is_floating_point():
         target = target.movedim(record.dim, -1)
     else:
@@ -77,9 +84,9 @@ def _kl_div(
     kind = "log_softmax" if log_target else "softmax"
     if not isinstance(record, LinearRecord) or not isinstance(target, LinearRecord) or record.shape != target.shape:
         return NotImplemented
-    if record.kind != "log_softmax" or target.kind != kind or record.dim != target.dim:
+    if record.kind != "log_softmax" or target.kind != kind or not _is_teacher(target, record):
         return NotImplemented
-    if not (record.factor == target.factor == 1 and record.streams and target.streams):
+    if record.factor != 1 or not record.streams:
         return NotImplemented
     if (size_average, reduce) != (None, None) or reduction not in ("sum", "batchmean", "mean"):
         return NotImplemented
@@ -113,9 +120,15 @@ def _take_along_dim(record: LinearRecord, indices: Tensor, dim: Any = None) -> R
 
 
 def _chosen_logits(record: LinearRecord, index: Tensor) -> Tensor:
-    """Return the logits of the classes that an index names, from their rows of the weight alone if these are few."""
+    """Return the logits of the classes that an index names, from their rows of the weight alone if these are few.
+
+    A copy of the rows is kept for the backward pass. Where it exceeds the memory budget, the log-probabilities are
+    computed tile by tile.
+    """
     weight, bias, matrix = record.weight, record.bias, matrix_of(record.weight)
-    if index.shape[-1] * matrix.shape[1] > record.classes or lies_over_processes(matrix):
+    budget = record.memory_budget or DEFAULT_BUDGET.get(matrix.device.type, 2**30)
+    copied = index.numel() * matrix.shape[1] * matrix.dtype.itemsize
+    if index.shape[-1] * matrix.shape[1] > record.classes or copied > budget or lies_over_processes(matrix):
         with record.autocast():
             stats = linear_log_probs(record.input, weight, index, **record.options)
         return (stats.log_probs + stats.lse.unsqueeze(-1)).to(record.dtype)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from softcurve import checks
+from softcurve.head.problem import require_budget
 from softcurve.head.sharded import lies_over_processes
-from softcurve.lazy.record import LinearRecord
-from softcurve.lazy.tensor import lazy_logits_of, require_unchanged
+from softcurve.lazy.record import LinearRecord, require_unchanged
+from softcurve.lazy.tensor import lazy_logits_of
+from softcurve.lazy.transforms import innermost_is_vmap
 from softcurve.losses.low_rank import PEFT_ATTRIBUTES, LowRankWeight, matrix_of
 from softcurve.typing import Integer
 from softcurve.warn import warn_caller
@@ -28,7 +30,7 @@ class LazyHead:
     def __init__(self, module: nn.Module, on_materialize: OnMaterialize, memory_budget: Integer | None) -> None:
         require_linear(module)
         checks.require_choice("on_materialize", on_materialize, ("count", "warn", "raise"))
-        self.module, self.on_materialize, self.memory_budget = module, on_materialize, memory_budget
+        self.module, self.on_materialize, self.memory_budget = module, on_materialize, require_budget(memory_budget)
         self.materialized = 0
         module.forward = self.forward
 
@@ -41,12 +43,16 @@ class LazyHead:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "active" if "forward" in self.module.__dict__ else "removed"
+        state = "active" if self._is_active() else "removed"
         return f"LazyHead({type(self.module).__name__}, {state}, materialized={self.materialized})"
 
     def remove(self) -> None:
         """Give the head its own forward back; unmade logits that exist stay valid."""
-        self.module.__dict__.pop("forward", None)
+        if self._is_active():
+            del self.module.forward
+
+    def _is_active(self) -> bool:
+        return getattr(self.module.__dict__.get("forward"), "__self__", None) is self
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the unmade logits of features ``(..., d)``, as the head's forward."""
@@ -70,6 +76,9 @@ class LazyHead:
         record = LinearRecord(
             input, weight, bias, dtype=dtype, dim=input.ndim - 1, lowered=lowered, memory_budget=self.memory_budget
         )
+        if not torch.compiler.is_compiling() and innermost_is_vmap():
+            self.report(record, "vmap")
+            return record.materialize()
         return lazy_logits_of(record, self)
 
     def report(self, record: LinearRecord, reason: str) -> None:

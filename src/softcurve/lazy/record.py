@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve.head.sharded import lies_over_processes
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.teacher import LinearTeacher
 
@@ -122,8 +123,11 @@ class LinearRecord:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, input=self.input.detach(), weight=self.weight.detach(), bias=bias, wants=False)
 
-    def as_teacher(self, temperature: float) -> LinearTeacher:
-        """Return the softmax as a target whose logits are divided by ``temperature``."""
+    def as_teacher(self, temperature: float = 1.0) -> LinearTeacher:
+        """Return the softmax as a target of a loss that divides the target's logits by ``temperature``.
+
+        A divergence divides them by its own temperature, which the target undoes here; a cross-entropy does not divide.
+        """
         scale, softcap = self.scale * temperature, None
         if self.after is not None:
             softcap = self.after * temperature
@@ -168,3 +172,26 @@ class LinearRecord:
             z = z if self.factor == 1 else z * self.factor
         z = z.to(self.dtype)
         return z if self.classes_last else z.movedim(-1, self.dim)
+
+
+def version_of(record: LinearRecord) -> int | None:
+    """Return a number that grows with each change of the tensors in place; ``None`` where torch does not count them."""
+    parts = [part for part in record.tensors() if part is not None]
+    return None if any(part.is_inference() for part in parts) else sum(part._version for part in parts)
+
+
+def require_unchanged(record: LinearRecord) -> None:
+    """Raise ``RuntimeError`` if the features, the weight or the bias are not what the head multiplied any more."""
+    matrix = matrix_of(record.weight)
+    if lies_over_processes(matrix) or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
+        return
+    if matrix.numel() and matrix.device.type != "meta" and matrix.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            "the weight of unmade logits was freed after the head ran, as FSDP does for a head that is a group of its "
+            "own; leave the head to the root group, or shard it with reshard_after_forward=False"
+        )
+    if record.version is not None and version_of(record) != record.version:
+        raise RuntimeError(
+            "the features, weight or bias of unmade logits were changed in place after the head ran, the weight as by "
+            "an optimizer step; use the logits before, or call logits.materialize() where they must stay as they are"
+        )

@@ -19,11 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from softcurve.head.sharded import lies_over_processes
-from softcurve.lazy import consumers  # noqa: F401
-from softcurve.lazy.record import LinearRecord, Plan, shape_of
+from softcurve.lazy import consumers, transforms  # noqa: F401
+from softcurve.lazy.record import LinearRecord, Plan, require_unchanged, shape_of, version_of
 from softcurve.lazy.shapes import COMMUTATIVE, HANDLERS, VIEWS
-from softcurve.losses.low_rank import matrix_of
 
 if TYPE_CHECKING:
     from softcurve.lazy.heads import LazyHead
@@ -39,7 +37,11 @@ _METHODS = ("size", "stride", "storage_offset", "is_contiguous", "dim", "numel",
 # What is known of a tensor without its entries.
 METADATA = {getattr(Tensor, name).__get__ for name in _DATA} | {getattr(Tensor, name) for name in _METHODS}
 METADATA |= {getattr(torch, name) for name in _METHODS if hasattr(torch, name)}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 STRIDED = {Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous}
+
+# What these return shares memory with the tensor, unseen by autograd, and may be written into.
+SHARING = {Tensor.data.__get__, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}  # type: ignore[attr-defined]
 
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or",
                                         "xor", "lshift", "rshift")}  # fmt: skip
@@ -111,8 +113,13 @@ class LazyLogits(Tensor):
         name = getattr(func, "__name__", str(func))
         writes = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         writes = writes or "out" in kwargs or kwargs.get("inplace") is True
-        require_possible(name, func, every, writes=writes)
-        made, options = _all_made(name, args, kwargs, writes=writes)
+        schema = getattr(func, "_schema", None)  # of an overload, such as torch.ops.aten.mul_.Tensor
+        writes = writes or (schema is not None and schema.is_mutable)
+        require_possible(name, writes=writes)
+        if func is torch.autograd.grad:
+            args, kwargs = _all_made(name, *_outputs_in_graph(*args, **kwargs), writes=False)
+            return func(*args, **kwargs)
+        made, options = _all_made(name, args, kwargs, writes=writes or func in SHARING)
         result = func(*made, **options)
         if any(each._dense is None for each in every) and _is_view(result):
             made, options = _all_made(name, args, kwargs, writes=True)  # what is written into the view must be seen
@@ -152,11 +159,12 @@ class LazyLogits(Tensor):
         if self._view_of is not None:
             base, replay = self._view_of
             if writes or base.is_made or 2 * self.numel() >= base.numel():
+                is_new = not base.is_made
                 dense = base._made(reason, writes=writes)
                 with self._grad_mode():
                     made = replay(dense)
                 self._dense = made if base._dense is not None else None
-                return self._as_returned(made)
+                return self._as_returned(made) if is_new else made
         self._report(reason)
         if torch.compiler.is_compiling():
             return self.record.materialize()
@@ -167,7 +175,10 @@ class LazyLogits(Tensor):
         return self._as_returned(made)
 
     def _as_returned(self, made: Tensor) -> Tensor:
-        """Write into the logits what :func:`topk` or :func:`gather` returned of them, so that comparisons are exact."""
+        """Write into the logits what :func:`topk` or :func:`gather` returned of them, so that comparisons are exact.
+
+        The logits must be newly made: others may have been written into since the functions returned.
+        """
         for index, values in self._returned:
             made.data.scatter_(-1, index, values.to(made.dtype))  # the same number, rounded otherwise
         self._returned = self._returned if self._dense is None else []
@@ -203,6 +214,11 @@ class LazyLogits(Tensor):
                 f"{reason} writes into unmade logits that require gradients, below autograd; pass it "
                 "logits.materialize()"
             )
+        if transforms.is_batched(self.record):
+            raise RuntimeError(
+                f"{reason} needs the entries of unmade logits that leave vmap out of a transform inside of it, as "
+                "vmap(grad(..., has_aux=True)) returns them; let the function return logits.materialize()"
+            )
         self._report(reason)
         with torch.no_grad():
             dense = self.record.detached().materialize()
@@ -223,7 +239,10 @@ def attached(lazy: LazyLogits) -> LinearRecord:
 
 def record_of(lazy: LazyLogits) -> LinearRecord:
     """Return what unmade logits are, without gradients if they have none."""
-    record = attached(lazy).but(returned=lazy._returned if lazy._in_graph else None)
+    record = attached(lazy)
+    if not lazy._in_graph and not torch.compiler.is_compiling():
+        return transforms.unwrapped(record) if transforms.has_ended(*record.tensors()) else record
+    record = record.but(returned=lazy._returned if lazy._in_graph else None)
     return record.detached() if lazy._in_graph and not lazy.requires_grad else record
 
 
@@ -235,38 +254,15 @@ def lazy_logits_of(record: LinearRecord, head: LazyHead | None) -> LazyLogits:
         return LazyLogits(record.but(wants=wants).plan(), *record.tensors())
     record = record.but(version=version_of(record))
     differentiates_forward = forward_ad._current_level >= 0
-    transforms = differentiates_forward or torch._C._functorch.maybe_current_level() is not None
-    if transforms and not torch.is_grad_enabled() and not differentiates_forward:
+    is_transformed = differentiates_forward or torch._C._functorch.maybe_current_level() is not None
+    if is_transformed and not torch.is_grad_enabled() and not differentiates_forward:
         record = record.detached()
-    if wants and not transforms:
+    if wants and not is_transformed:
         lazy: LazyLogits = _Link.apply(record.plan(), *record.tensors())  # type: ignore[no-untyped-call]
     else:
         lazy = LazyLogits(record.plan(), *record.tensors())
-    lazy.head, lazy._in_graph = head, not transforms
+    lazy.head, lazy._in_graph = head, not is_transformed
     return lazy
-
-
-def version_of(record: LinearRecord) -> int | None:
-    """Return a number that grows with each change of the tensors in place; ``None`` where torch does not count them."""
-    parts = [part for part in record.tensors() if part is not None]
-    return None if any(part.is_inference() for part in parts) else sum(part._version for part in parts)
-
-
-def require_unchanged(record: LinearRecord) -> None:
-    """Raise ``RuntimeError`` if the features, the weight or the bias are not what the head multiplied any more."""
-    matrix = matrix_of(record.weight)
-    if lies_over_processes(matrix) or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
-        return
-    if matrix.numel() and matrix.device.type != "meta" and matrix.untyped_storage().nbytes() == 0:
-        raise RuntimeError(
-            "the weight of unmade logits was freed after the head ran, as FSDP does for a head that is a group of its "
-            "own; leave the head to the root group, or shard it with reshard_after_forward=False"
-        )
-    if record.version is not None and version_of(record) != record.version:
-        raise RuntimeError(
-            "the features, weight or bias of unmade logits were changed in place after the head ran, the weight as by "
-            "an optimizer step; use the logits before, or call logits.materialize() where they must stay as they are"
-        )
 
 
 # --- the graph of autograd -------------------------------------------------------------------------------------------
@@ -337,14 +333,35 @@ def require_gradient_known(lazy: LazyLogits, func: Any) -> None:
         )
 
 
-def require_possible(name: str, func: Any, every: list[LazyLogits], *, writes: bool) -> None:
+def require_possible(name: str, *, writes: bool) -> None:
     """Raise ``RuntimeError`` for what made logits could not do any more."""
     if writes and torch.compiler.is_compiling():
         raise RuntimeError(f"{name} writes into unmade logits, which compiled code cannot; use the form that returns")
-    if func is torch.autograd.grad and not all(each.is_made for each in every):
+
+
+def _outputs_in_graph(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments of ``torch.autograd.grad`` with outputs that have a place in the graph.
+
+    Raises:
+        RuntimeError: If an input is unmade logits, which are in the graph of none of their results.
+    """
+    if any(isinstance(each, LazyLogits) and not each.is_made for each in pytree.tree_leaves(inputs)):
         raise RuntimeError(
             "the gradient with respect to unmade logits does not exist; call logits.materialize() before the loss"
         )
+    whole = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs or [None] * len(whole))
+    pairs: list[tuple[Tensor, Any]] = []
+    for each, gradient in zip(whole, gradients, strict=True):
+        if not isinstance(each, LazyLogits):
+            pairs.append((each, gradient))
+        elif gradient is not None and transforms.has_lost_graph(attached(each), each._dense):
+            pairs += zip(*transforms.pulled_back(attached(each), gradient), strict=True)
+        else:
+            pairs.append((each._made("grad", writes=False), gradient))
+    return ([output for output, _ in pairs], inputs, [gradient for _, gradient in pairs], *args), kwargs
 
 
 def _handled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -419,6 +436,8 @@ def _metadata(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what a function says of a tensor without its entries."""
     lazy = args[0] if args else None
     if isinstance(lazy, LazyLogits) and not torch.compiler.is_compiling():
+        if func == _REQUIRES_GRAD and not lazy._in_graph and not lazy._left_compiled_code:
+            return any(each is not None and each.requires_grad for each in (lazy._dense, *attached(lazy).tensors()))
         if lazy._dense is not None:
             return func(lazy._dense, *args[1:], **kwargs)
         if func in STRIDED and lazy._strided is not None:
