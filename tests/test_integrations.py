@@ -155,6 +155,10 @@ def test_cached_rows_lie_at_the_labels_however_they_are_named(tmp_path):
         found = lists_of_batch(tokens, {**inputs, "teacher_rows": named})
         assert torch.equal(found.log_probs, filled)
         assert torch.equal(found.indices.long()[mask], indices[mask])
+    # A sequence without lists has none at any position.
+    found = lists_of_batch(tokens, {**inputs, "teacher_rows": first.where(torch.arange(3) != 1, -1)})
+    assert (found.log_probs[1] == -math.inf).all()
+    assert torch.equal(found.log_probs[::2], filled[::2])
     # Padding on the left moves the same rows to the right.
     flipped = {name: part.flip(1) for name, part in inputs.items()}
     found = lists_of_batch(tokens, {**flipped, "teacher_rows": first})

@@ -86,7 +86,8 @@ def lists_of_batch(cache: TopKCache, inputs: Mapping[str, Any]) -> TopK:
 
     ``inputs["teacher_rows"]`` holds rows of the cache: one for each label, negative where there is none; or one for
     each sequence, of which the cache holds either the lists of all positions as one row, or the first of consecutive
-    rows, one for each position that ``inputs["attention_mask"]`` does not mask.
+    rows, one for each position that ``inputs["attention_mask"]`` does not mask. A negative row of a sequence is that of
+    all of its positions.
 
     Raises:
         ValueError: If the batch has no such rows, or they have another shape.
@@ -106,7 +107,8 @@ def lists_of_batch(cache: TopKCache, inputs: Mapping[str, Any]) -> TopK:
     per_position = len(cache.shards[0].shape) == 2  # rows, listed classes
     if per_position and rows.ndim < labels.ndim:
         mask = inputs.get("attention_mask", torch.ones_like(labels)).to(rows.device)
-        rows = torch.where(mask == 0, -1, rows.unsqueeze(1) + mask.cumsum(1) - 1)
+        first = rows.unsqueeze(1)
+        rows = torch.where((mask == 0) | (first < 0), -1, first + mask.cumsum(1) - 1)
     lists = cache[rows.clamp(min=0).cpu()].to(labels.device)
     indices, log_probs = lists.indices, lists.log_probs
     missing = (rows < 0).to(labels.device)
