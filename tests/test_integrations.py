@@ -28,12 +28,14 @@ class Model(nn.Module):
         super().__init__()
         self.words, self.lm_head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
         self.dropout, self.scale, self.cap = nn.Dropout(0.5), scale, cap
+        self.drawn = []
         self.to(dtype)
 
     def get_output_embeddings(self):
         return self.lm_head
 
     def forward(self, input_ids, labels=None, attention_mask=None):
+        self.drawn += [random.random(), np.random.rand(), torch.rand(())]  # noqa: NPY002  # of every global generator
         e = self.words(input_ids)
         z = self.lm_head(self.dropout(torch.tanh(e + e.roll(1, -2)))) * self.scale
         z = z if self.cap is None else torch.tanh(z / self.cap) * self.cap
@@ -239,10 +241,15 @@ def test_the_loss_of_the_model_is_compared_once():
     CurvatureMonitor([inputs], figures=("gradient_noise",), shift=1, temperature=2.0).measure(model, 1)
 
 
-def test_options_of_a_monitor_are_checked_at_the_start():
+def test_options_of_a_monitor_are_checked_at_the_start(without_shape_checks):
     with pytest.raises(TypeError, match="unexpected keyword argument 'shifts'"):
         CurvatureMonitor([batch()], shifts=1)
     with pytest.raises(TypeError, match="data must be a list of one or more batches"):
         CurvatureMonitor([])
     with pytest.raises(ValueError, match="every must be"):
         CurvatureMonitor([batch()], every=0)
+    with pytest.raises(TypeError, match=r"figures must be a sequence of names, got 'trace'; pass figures=\('trace',\)"):
+        CurvatureMonitor([batch()], figures="trace")
+    for name, value in {"products": 1, "tol": -1.0, "method": "power", "seed": 0.5, "figures": ["traces"]}.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            CurvatureMonitor([batch()], **{name: value})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,3 +346,19 @@ def test_lightning_logs_curvature_and_trains_as_without(tmp_path):
     assert rows == callback.history
     assert [step for step, _ in rows] == [2, 4, 6]
     assert sorted(rows[0][1]) == sorted(f"curvature/{name}" for name in NAMES)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_second_fit_is_measured_as_the_first(resumed, without_shape_checks):
+    """A new trainer, which begins at step 0, and the same one, which goes on."""
+    callback = LightningCallback([(torch.zeros(2, 4), torch.zeros(2).long())], every=2, head="head")
+    measured = []
+    callback.monitor.measure = lambda module, step: measured.append(step) or {}
+    trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
+    for first in (0, 2 if resumed else 0):
+        trainer.global_step = first
+        callback.on_train_start(trainer, None)
+        for step in (0, 1, 1, 2, 2):  # two batches a step
+            trainer.global_step = first + step
+            callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert measured == ([2, 4] if resumed else [2, 2])

@@ -41,14 +41,15 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         every, options: Those of :class:`~softcurve.integrations.monitor.CurvatureMonitor`. A causal language model
             needs ``shift=1``.
 
-    Weights, gradients, optimizer, module modes, buffers and random generators are left as they are, so that a training
-    with the callback ends at the same weights as without. A measurement takes about as long as 100 steps on the
-    batches, of which the noise takes 4 and the trace 30. In several processes the first one measures while the others
-    wait.
+    Weights, gradients, optimizer, module modes, buffers and the global random generators of torch, numpy and Python are
+    left as they are, so that a training with the callback ends at the same weights as without. A measurement takes
+    about as long as 100 steps on the batches, of which the noise takes 4 and the trace 30. In several processes the
+    first one measures while the others wait.
 
     Raises:
-        TypeError, ValueError: When the training begins, if the model has no head that can be split off (see
-            :func:`softcurve.curvature.split_head`), as inside FSDP or with a LoRA adapter on the head.
+        TypeError, ValueError: If an argument has a wrong type or value; when the training begins, if the model has no
+            head that can be split off (see :func:`softcurve.curvature.split_head`), as inside FSDP or with a LoRA
+            adapter on the head.
 
     Example:
         >>> from softcurve.integrations.transformers import CurvatureCallback
