@@ -121,7 +121,7 @@ def test_the_loss_of_a_step_is_the_dense_one(scale_and_cap, items):
     student, teacher, inputs = Model(*scale_and_cap), Model(0.7, 3.0), batch()
     student.eval()
     order = torch.randperm(WORDS)
-    options = {"temperature": 2.0, "alpha": 0.3, "entropy_bonus": 0.1}
+    options = {"temperature": 2.0, "alpha": 0.3, "entropy_bonus": 0.1, "label_smoothing": 0.2}
     distillation = Distillation(teacher, divergence=softcurve.ReverseKL(), classes=order, **options)
     labels = inputs["labels"]
     arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -134,7 +134,7 @@ def test_the_loss_of_a_step_is_the_dense_one(scale_and_cap, items):
     log_p, log_q = ((each / 2).log_softmax(-1) for each in (z, of_teacher))
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     log_p = z.log_softmax(-1)
-    of_labels = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    of_labels = F.cross_entropy(z.transpose(1, 2), labels, reduction="none", label_smoothing=0.2)
     rows = 0.3 * of_labels + 0.7 * 4 * divergence + 0.1 * (log_p.exp() * log_p).sum(-1)
     dense = rows[labels != -100].sum() / ((labels != -100).sum() if items is None else items)
     expected = torch.autograd.grad(dense, list(student.parameters()))
@@ -193,6 +193,8 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         )
     with pytest.raises(ValueError, match="alpha must be"):
         Distillation(cache, alpha=1.5)
+    with pytest.raises(ValueError, match="label_smoothing must be"):
+        Distillation(cache, alpha=0.5, label_smoothing=-0.1)
 
 
 # --- curvature -----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,15 @@ def test_a_teacher_on_each_batch_is_the_dense_loss(tmp_path, name, dense_teacher
     assert "forward" not in vars(dense_teacher.lm_head)
 
 
+def test_a_trainer_that_smooths_labels_does_so_beside_a_teacher(tmp_path, dense_teacher):
+    options = {"label_smoothing_factor": 0.2, "eval_strategy": "steps", "eval_steps": 3}
+    stock = trained(tmp_path, made("qwen2"), options=options)
+    of_labels = trained(tmp_path, made("qwen2"), DistillationTrainer, options, teacher=dense_teacher, alpha=1.0)
+    names = ("loss", "grad_norm", "eval_loss")
+    assert figures(of_labels, *names) == pytest.approx(figures(stock, *names), rel=1e-5)
+    assert len(figures(stock, *names)) == 7
+
+
 def test_a_cached_teacher_is_the_teacher(tmp_path, dense_teacher):
     """The lists are of all words, in rows of tokens; a sequence knows the row of its first."""
     data = sequences(18, 1)

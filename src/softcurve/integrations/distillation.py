@@ -38,6 +38,7 @@ class Distillation:
     entropy_bonus: Number = 0.0
     shift: Integer = 1
     classes: Any = None
+    label_smoothing: Number = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, nn.Module | TopKCache):
@@ -47,6 +48,7 @@ class Distillation:
             )
         checks.require_between("alpha", self.alpha, 0.0, 1.0)
         checks.require_positive("temperature", self.temperature)
+        checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
 
     def target(self, inputs: Mapping[str, Any]) -> Target:
         """Return the teacher's distributions at the positions of a batch."""
@@ -71,7 +73,8 @@ class Distillation:
             loss = linear_distillation(
                 e, record.weight, labels, target, alpha=self.alpha, temperature=self.temperature,
                 divergence=self.divergence, entropy_bonus=self.entropy_bonus, linear_bias=bias, softcap=record.after,
-                shift=self.shift, reduction="mean" if items is None else "sum", memory_budget=record.memory_budget,
+                shift=self.shift, label_smoothing=self.label_smoothing, memory_budget=record.memory_budget,
+                reduction="mean" if items is None else "sum",
             )  # fmt: skip
         return loss if items is None else loss / items
 
