@@ -70,6 +70,12 @@ def test_a_warm_start_goes_on_from_a_layer():
     [
         (nn.Linear(3, 1), None, ValueError, "at least 2"),
         (Scaled(3, 2), None, TypeError, "head must compute W e"),
+        (
+            nn.Linear(3, 2, device="meta"),
+            None,
+            ValueError,
+            r"head must have values, got .*meta.*to_empty\(device='cpu'\)",
+        ),
         (nn.Linear(3, 2), ["a", "a"], ValueError, "2 distinct labels.*got 1 distinct ones"),
         (nn.Linear(3, 2), ["a", "b", "c"], ValueError, r"got 3 distinct ones of shape \(3,\)"),
     ],

@@ -359,3 +359,68 @@ def test_gradients_that_are_handed_over_are_not_scaled_in_place() -> None:
     before = [tensor.clone() for tensor in saved]
     (5 * loss).backward()
     assert all(map(torch.equal, saved, before))
+
+
+# --- products that are differentiated in their directions ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["whole", "least"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_hvp_of_autograd(name: str, reduction: str, budget: str) -> None:
+    """``torch.autograd.functional.hvp`` is the derivative of a product of Hessian and vector in the vector."""
+    posed = problem(BY_NAME[name], everything(BY_NAME[name]), reduction, (3,), 2, 7)
+    arguments, options = tuple(a.detach() for a in posed.arguments), {"memory_budget": posed.budget(budget)}
+    v = directions(arguments)
+
+    def ours(*of_loss: Tensor) -> Tensor:
+        return posed.ours(*of_loss, **options).square().sum()
+
+    expected = torch.autograd.functional.hvp(lambda *a: posed.dense(*a).square().sum(), arguments, v)
+    assert_equal(torch.autograd.functional.hvp(ours, arguments, v), expected)
+
+
+def products_of_log_probs(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, dense: bool) -> Tensor:
+    if dense:
+        log_p = F.linear(x, weight, bias).log_softmax(-1)
+        return (log_p.gather(-1, index) * (log_p.exp() * log_p).sum(-1, keepdim=True)).sum()
+    stats = softcurve.linear_log_probs(x, weight, index, linear_bias=bias)
+    return -(stats.log_probs * stats.entropy.unsqueeze(-1)).sum()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_hvp_of_log_probs_and_no_third_derivative(rows: int) -> None:
+    tensors = tuple(torch.randn(*shape, dtype=torch.float64) for shape in ((rows, 3), (7, 3), (7,)))
+    index, v = torch.randint(7, (rows, 2)), tuple(torch.randn_like(t) for t in tensors)
+
+    def ours(*of_head: Tensor) -> Tensor:
+        return products_of_log_probs(*of_head, index, False)
+
+    expected = torch.autograd.functional.hvp(lambda *a: products_of_log_probs(*a, index, True), tensors, v)
+    assert_equal(torch.autograd.functional.hvp(ours, tensors, v), expected)
+    # In the tensors themselves it is of third order, by every way.
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    gradients = torch.autograd.grad(ours(*leaves), leaves, create_graph=True)
+    product = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
+    for each in torch.autograd.grad(product, leaves, create_graph=True):
+        with pytest.raises(NotImplementedError, match="none of third order"):
+            torch.autograd.grad(each.sum(), leaves[1], retain_graph=True)
+    with pytest.raises(NotImplementedError, match="none of third order"):
+        grad(lambda w: along(jvp(grad(lambda u: ours(tensors[0], u, tensors[2])), (w,), (v[1],))[1]))(tensors[1])
+
+
+def test_the_operator_of_products_refuses_third_derivatives() -> None:
+    """``torch.compile`` calls it without the functions around it."""
+    x, weight, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3), (7, 3), (5, 3)))
+    calls = []
+    operator = torch.ops.softcurve.head_hessian_product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.softcurve, "head_hessian_product", lambda *a: calls.append(a) or operator(*a))
+        jvp(grad(lambda e: softcurve.linear_cross_entropy(e, weight, torch.arange(5), z_loss=0.1)), (x,), (v,))
+    arguments = [
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in calls[0]
+    ]
+    products = operator(*arguments)[1]
+    torch.autograd.grad(products.sum(), arguments[18], retain_graph=True)
+    with pytest.raises(NotImplementedError, match="none of third order"):
+        torch.autograd.grad(products.sum(), arguments[0])

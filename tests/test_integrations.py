@@ -28,12 +28,14 @@ class Model(nn.Module):
         super().__init__()
         self.words, self.lm_head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
         self.dropout, self.scale, self.cap = nn.Dropout(0.5), scale, cap
+        self.drawn = []
         self.to(dtype)
 
     def get_output_embeddings(self):
         return self.lm_head
 
     def forward(self, input_ids, labels=None, attention_mask=None):
+        self.drawn += [random.random(), np.random.rand(), torch.rand(())]  # noqa: NPY002  # of every global generator
         e = self.words(input_ids)
         z = self.lm_head(self.dropout(torch.tanh(e + e.roll(1, -2)))) * self.scale
         z = z if self.cap is None else torch.tanh(z / self.cap) * self.cap
@@ -119,7 +121,7 @@ def test_the_loss_of_a_step_is_the_dense_one(scale_and_cap, items):
     student, teacher, inputs = Model(*scale_and_cap), Model(0.7, 3.0), batch()
     student.eval()
     order = torch.randperm(WORDS)
-    options = {"temperature": 2.0, "alpha": 0.3, "entropy_bonus": 0.1}
+    options = {"temperature": 2.0, "alpha": 0.3, "entropy_bonus": 0.1, "label_smoothing": 0.2}
     distillation = Distillation(teacher, divergence=softcurve.ReverseKL(), classes=order, **options)
     labels = inputs["labels"]
     arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -132,7 +134,7 @@ def test_the_loss_of_a_step_is_the_dense_one(scale_and_cap, items):
     log_p, log_q = ((each / 2).log_softmax(-1) for each in (z, of_teacher))
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     log_p = z.log_softmax(-1)
-    of_labels = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    of_labels = F.cross_entropy(z.transpose(1, 2), labels, reduction="none", label_smoothing=0.2)
     rows = 0.3 * of_labels + 0.7 * 4 * divergence + 0.1 * (log_p.exp() * log_p).sum(-1)
     dense = rows[labels != -100].sum() / ((labels != -100).sum() if items is None else items)
     expected = torch.autograd.grad(dense, list(student.parameters()))
@@ -155,6 +157,10 @@ def test_cached_rows_lie_at_the_labels_however_they_are_named(tmp_path):
         found = lists_of_batch(tokens, {**inputs, "teacher_rows": named})
         assert torch.equal(found.log_probs, filled)
         assert torch.equal(found.indices.long()[mask], indices[mask])
+    # A sequence without lists has none at any position.
+    found = lists_of_batch(tokens, {**inputs, "teacher_rows": first.where(torch.arange(3) != 1, -1)})
+    assert (found.log_probs[1] == -math.inf).all()
+    assert torch.equal(found.log_probs[::2], filled[::2])
     # Padding on the left moves the same rows to the right.
     flipped = {name: part.flip(1) for name, part in inputs.items()}
     found = lists_of_batch(tokens, {**flipped, "teacher_rows": first})
@@ -187,6 +193,8 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         )
     with pytest.raises(ValueError, match="alpha must be"):
         Distillation(cache, alpha=1.5)
+    with pytest.raises(ValueError, match="label_smoothing must be"):
+        Distillation(cache, alpha=0.5, label_smoothing=-0.1)
 
 
 # --- curvature -----------------------------------------------------------------------------------------------------------
@@ -235,10 +243,15 @@ def test_the_loss_of_the_model_is_compared_once():
     CurvatureMonitor([inputs], figures=("gradient_noise",), shift=1, temperature=2.0).measure(model, 1)
 
 
-def test_options_of_a_monitor_are_checked_at_the_start():
+def test_options_of_a_monitor_are_checked_at_the_start(without_shape_checks):
     with pytest.raises(TypeError, match="unexpected keyword argument 'shifts'"):
         CurvatureMonitor([batch()], shifts=1)
     with pytest.raises(TypeError, match="data must be a list of one or more batches"):
         CurvatureMonitor([])
     with pytest.raises(ValueError, match="every must be"):
         CurvatureMonitor([batch()], every=0)
+    with pytest.raises(TypeError, match=r"figures must be a sequence of names, got 'trace'; pass figures=\('trace',\)"):
+        CurvatureMonitor([batch()], figures="trace")
+    for name, value in {"products": 1, "tol": -1.0, "method": "power", "seed": 0.5, "figures": ["traces"]}.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            CurvatureMonitor([batch()], **{name: value})

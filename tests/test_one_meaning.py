@@ -177,6 +177,22 @@ def test_empty_batches(case: tuple[str, str], route: Route, leading: tuple[int, 
     assert gradients(value, z)[0].shape == z.shape
 
 
+@pytest.mark.parametrize("member", [softcurve.ForwardKL(), softcurve.ReverseKL(), JensenShannon(BETA)])
+@pytest.mark.parametrize("kind", ["LinearTeacher", "Probabilities"])
+def test_empty_batches_have_no_gradient_in_weights(member: Divergence, kind: str) -> None:
+    """A mean of no rows is NaN, and its gradient is 0, on logits and on a head."""
+    x, w, b = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((0, 3), (6, 3), (6,)))
+    target = LinearTeacher(x.detach(), w.detach()) if kind == "LinearTeacher" else Probabilities(torch.ones(0, 6) / 6)
+    options = {"divergence": member, "reduction": "batchmean"}
+    for value in (
+        softcurve.linear_divergence(x, w, target, linear_bias=b, **options),
+        softcurve.divergence(target, F.linear(x, w, b), **options),
+    ):
+        assert value.isnan()
+        for gradient in torch.autograd.grad(value, (w, b)):
+            assert (gradient == 0).all()
+
+
 # --- 2. sums of weights in half precision ------------------------------------------------------------------------------
 
 MANY = 70_000

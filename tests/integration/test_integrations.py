@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,15 @@ def test_a_teacher_on_each_batch_is_the_dense_loss(tmp_path, name, dense_teacher
     assert "forward" not in vars(dense_teacher.lm_head)
 
 
+def test_a_trainer_that_smooths_labels_does_so_beside_a_teacher(tmp_path, dense_teacher):
+    options = {"label_smoothing_factor": 0.2, "eval_strategy": "steps", "eval_steps": 3}
+    stock = trained(tmp_path, made("qwen2"), options=options)
+    of_labels = trained(tmp_path, made("qwen2"), DistillationTrainer, options, teacher=dense_teacher, alpha=1.0)
+    names = ("loss", "grad_norm", "eval_loss")
+    assert figures(of_labels, *names) == pytest.approx(figures(stock, *names), rel=1e-5)
+    assert len(figures(stock, *names)) == 7
+
+
 def test_a_cached_teacher_is_the_teacher(tmp_path, dense_teacher):
     """The lists are of all words, in rows of tokens; a sequence knows the row of its first."""
     data = sequences(18, 1)
@@ -345,3 +355,19 @@ def test_lightning_logs_curvature_and_trains_as_without(tmp_path):
     assert rows == callback.history
     assert [step for step, _ in rows] == [2, 4, 6]
     assert sorted(rows[0][1]) == sorted(f"curvature/{name}" for name in NAMES)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_second_fit_is_measured_as_the_first(resumed, without_shape_checks):
+    """A new trainer, which begins at step 0, and the same one, which goes on."""
+    callback = LightningCallback([(torch.zeros(2, 4), torch.zeros(2).long())], every=2, head="head")
+    measured = []
+    callback.monitor.measure = lambda module, step: measured.append(step) or {}
+    trainer = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
+    for first in (0, 2 if resumed else 0):
+        trainer.global_step = first
+        callback.on_train_start(trainer, None)
+        for step in (0, 1, 1, 2, 2):  # two batches a step
+            trainer.global_step = first + step
+            callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert measured == ([2, 4] if resumed else [2, 2])

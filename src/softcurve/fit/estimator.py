@@ -189,7 +189,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises:
             TypeError: If ``head`` is no ``nn.Linear`` that computes ``W e + b``.
-            ValueError: If ``classes`` are not ``C`` distinct labels, or there is one class.
+            ValueError: If ``classes`` are not ``C`` distinct labels, there is one class, or the head has no values
+                (device ``meta``).
 
         Example:
             >>> head = torch.nn.Linear(4, 3)
@@ -198,6 +199,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             (5,)
         """
         require_head(head)
+        if head.weight.is_meta:
+            raise ValueError(
+                "head must have values, got one on the meta device; load its weight first, for example by "
+                "head.to_empty(device='cpu') and head.load_state_dict(state)"
+            )
         labels = np.arange(head.out_features) if classes is None else np.asarray(classes)
         if labels.shape != (head.out_features,) or len(set(labels.tolist())) != head.out_features:
             raise ValueError(

@@ -4,7 +4,8 @@
 from the same pass. Its backward hands them over, where it is the last to see them, or applies ``_Gradients``, which
 scales them, or computes them where the rows' weights come from above (``reduction="none"``). The backward and the jvp
 of ``_Gradients`` are the streaming Hessian product, ``_Products``; the change of the rows' losses along a direction is
-``_Tangents``. Nothing is computed again until a second derivative is asked for; a third is an error.
+``_Tangents``. Nothing is computed again until a second derivative is asked for; a third is an error. A derivative of a
+product in its direction is of second order.
 
 ``torch.compile`` sees the operators alone, whose derivatives these classes are too.
 """
@@ -37,6 +38,7 @@ from softcurve.head.tensors import (
     joined,
     sides,
 )  # fmt: skip
+from softcurve.head.third_order import raise_third, without_third
 from softcurve.losses.autograd import in_transform, outer_tangents
 from softcurve.losses.rows import total_of
 from softcurve.losses.spec import LossSpec
@@ -289,21 +291,18 @@ def _products(ctx: Any, tensors: HeadTensors, directions: Directions, wanted: Wa
     if not (tangents or any(wanted)):
         return [None, *NONE]
     change, *products = _Products.apply(  # type: ignore[no-untyped-call]
-        *tensors, *directions, ctx.loss.encode(), ctx.memory_budget, tangents, list(wanted)
+        *without_third(tensors), *directions, ctx.loss.encode(), ctx.memory_budget, tangents, list(wanted)
     )
     return [change, *(part if is_wanted else None for part, is_wanted in zip(products, wanted, strict=True))]
 
 
-def _raise_third(*_: Any) -> Any:
-    raise NotImplementedError(
-        "a streamed head has exact first and second derivatives, but none of third order; for those use the loss on "
-        "logits: softcurve.cross_entropy(linear(input, weight), ...)"
-    )
-
-
 @_looped
 class _Products(Function):
-    """The Hessian products of the operator ``head_hessian_product``, whose arguments it has."""
+    """The Hessian products of the operator ``head_hessian_product``, whose arguments it has.
+
+    They are linear in the direction, and the Hessian is symmetric: the gradient of ``uᵀ H v`` in ``v`` is ``H u``. The
+    changes of the rows' losses are ``gᵀ v`` each.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -311,9 +310,25 @@ class _Products(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        *given, loss, ctx.memory_budget, ctx.tangents, ctx.wanted = inputs
+        ctx.loss = LossSpec.decode(loss)
+        ctx.set_materialize_grads(False)
+        _save(ctx, *HeadTensors.split(given)[0])
 
-    backward = jvp = staticmethod(_raise_third)  # type: ignore[assignment]
+    @staticmethod
+    def backward(ctx: Any, u_change: Tensor | None, *u: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = HeadTensors(*ctx.saved_tensors)
+        _, (*needs, _, _, _, _) = HeadTensors.split(ctx.needs_input_grad)
+        u = tuple(part if wanted else None for part, wanted in zip(u, ctx.wanted, strict=True))
+        parts: list[list[Tensor | None]] = []
+        if any(part is not None for part in u):
+            parts.append(_products(ctx, tensors, u, needs, False)[1:])
+        if ctx.tangents and u_change is not None:
+            parts.append(_gradients(ctx, tensors._replace(row_weight=u_change), needs, u_change.new_ones(())))
+        in_directions = map(total_of, zip(*parts, strict=True)) if parts else NONE
+        return *HeadTensors.derivatives(NONE), *in_directions, *(None,) * 4
+
+    jvp = staticmethod(raise_third)  # type: ignore[assignment]
 
 
 def _tangents(ctx: Any, tensors: HeadTensors, directions: Directions) -> Tensor:
@@ -412,11 +427,16 @@ def _below_autograd(operator: Callable[..., list[Tensor]], *arguments: Any) -> t
         return tuple(operators.batched(operator, *arguments))
 
 
-def _differentiated(function: type[Function]) -> Callable[..., list[Tensor]]:
+def _differentiated(
+    function: type[Function], prepared: Callable[[HeadTensors], HeadTensors] | None = None
+) -> Callable[..., list[Tensor]]:
     """Return an operator's kernel for autograd: ``function``, at the one level of transforms of the dispatcher."""
 
     def kernel(*arguments: Any) -> list[Tensor]:
         with enable_single_level_autograd_function():
+            if prepared is not None:
+                tensors, others = HeadTensors.split(arguments)
+                arguments = (*prepared(tensors), *others)
             return list(super(Function, function).apply(*arguments))  # type: ignore[misc]
 
     return kernel
@@ -424,4 +444,4 @@ def _differentiated(function: type[Function]) -> Callable[..., list[Tensor]]:
 
 operators.LIBRARY.impl("head_losses", _differentiated(_Losses), "Autograd")
 operators.LIBRARY.impl("head_statistics", _differentiated(_Statistics), "Autograd")
-operators.LIBRARY.impl("head_hessian_product", _differentiated(_Products), "Autograd")
+operators.LIBRARY.impl("head_hessian_product", _differentiated(_Products, without_third), "Autograd")

@@ -38,6 +38,7 @@ class Distillation:
     entropy_bonus: Number = 0.0
     shift: Integer = 1
     classes: Any = None
+    label_smoothing: Number = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, nn.Module | TopKCache):
@@ -47,6 +48,7 @@ class Distillation:
             )
         checks.require_between("alpha", self.alpha, 0.0, 1.0)
         checks.require_positive("temperature", self.temperature)
+        checks.require_between("label_smoothing", self.label_smoothing, 0.0, 1.0)
 
     def target(self, inputs: Mapping[str, Any]) -> Target:
         """Return the teacher's distributions at the positions of a batch."""
@@ -71,7 +73,8 @@ class Distillation:
             loss = linear_distillation(
                 e, record.weight, labels, target, alpha=self.alpha, temperature=self.temperature,
                 divergence=self.divergence, entropy_bonus=self.entropy_bonus, linear_bias=bias, softcap=record.after,
-                shift=self.shift, reduction="mean" if items is None else "sum", memory_budget=record.memory_budget,
+                shift=self.shift, label_smoothing=self.label_smoothing, memory_budget=record.memory_budget,
+                reduction="mean" if items is None else "sum",
             )  # fmt: skip
         return loss if items is None else loss / items
 
@@ -86,7 +89,8 @@ def lists_of_batch(cache: TopKCache, inputs: Mapping[str, Any]) -> TopK:
 
     ``inputs["teacher_rows"]`` holds rows of the cache: one for each label, negative where there is none; or one for
     each sequence, of which the cache holds either the lists of all positions as one row, or the first of consecutive
-    rows, one for each position that ``inputs["attention_mask"]`` does not mask.
+    rows, one for each position that ``inputs["attention_mask"]`` does not mask. A negative row of a sequence is that of
+    all of its positions.
 
     Raises:
         ValueError: If the batch has no such rows, or they have another shape.
@@ -106,7 +110,8 @@ def lists_of_batch(cache: TopKCache, inputs: Mapping[str, Any]) -> TopK:
     per_position = len(cache.shards[0].shape) == 2  # rows, listed classes
     if per_position and rows.ndim < labels.ndim:
         mask = inputs.get("attention_mask", torch.ones_like(labels)).to(rows.device)
-        rows = torch.where(mask == 0, -1, rows.unsqueeze(1) + mask.cumsum(1) - 1)
+        first = rows.unsqueeze(1)
+        rows = torch.where((mask == 0) | (first < 0), -1, first + mask.cumsum(1) - 1)
     lists = cache[rows.clamp(min=0).cpu()].to(labels.device)
     indices, log_probs = lists.indices, lists.log_probs
     missing = (rows < 0).to(labels.device)

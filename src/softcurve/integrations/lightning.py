@@ -28,8 +28,8 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     is left as it is. ``history`` holds them without a logger, too.
 
     Raises:
-        TypeError, ValueError: When the training begins, if the module has no head that can be split off (see
-            :func:`softcurve.curvature.split_head`).
+        TypeError, ValueError: If an argument has a wrong type or value; when the training begins, if the module has no
+            head that can be split off (see :func:`softcurve.curvature.split_head`).
 
     Example:
         >>> from softcurve.integrations.lightning import CurvatureCallback
@@ -49,6 +49,10 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Require a head that can be split off."""
         self.monitor.split(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count steps from those of this fit, which may be resumed, or follow another fit with the same callback."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

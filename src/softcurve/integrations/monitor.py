@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Unpack, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from softcurve import checks
 from softcurve.curvature.algorithms.eigenpairs import EigenMethod
+from softcurve.curvature.algorithms.estimates import LEAST_PRODUCTS
 from softcurve.curvature.ggn import GGN
 from softcurve.curvature.gradient_noise import gradient_noise
 from softcurve.curvature.hessian import Hessian
@@ -61,7 +64,11 @@ class CurvatureMonitor:
             ``softcap``.
 
     ``history`` is a list of pairs of the step and its figures. The model is measured in evaluation mode, without
-    dropout. Its modes, gradients and buffers, and the random generators, are as they were before.
+    dropout. Its modes, gradients and buffers, and the global random generators of torch, numpy and Python, are as they
+    were before.
+
+    Raises:
+        TypeError, ValueError: If an argument has a wrong type or value.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -83,8 +90,15 @@ class CurvatureMonitor:
             )
         checks.require_count("every", every, 1)
         checks.require_choice("matrix", matrix, get_args(NetworkMatrix))
+        if isinstance(figures, str):
+            raise TypeError(f"figures must be a sequence of names, got {figures!r}; pass figures=({figures!r},)")
         for figure in figures:
             checks.require_choice("figures", figure, get_args(Figure))
+        # The operators check these too, but only at the first measurement, hours into a training.
+        checks.require_count("products", products, LEAST_PRODUCTS["hutchinson"])
+        checks.require_between("tol", tol, 0.0, 1.0)
+        checks.require_choice("method", method, get_args(EigenMethod))
+        checks.require_count("seed", seed, 0)
         HeadLosses.of(**options)  # raises for an option that does not fit
         self.data, self.every, self.head, self.matrix, self.figures = data, every, head, matrix, tuple(figures)
         self.products, self.tol, self.method, self.seed, self.options = products, tol, method, seed, options
@@ -146,8 +160,12 @@ class CurvatureMonitor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and give back the mode of each module and the random generators' states."""
+    """Set a model to evaluation mode, and give back the mode of each module and the random generators' states.
+
+    The generators are the global ones of torch, numpy and Python, from which a forward or a batch may draw.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # what other code may draw from
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.enable_grad():
         try:
@@ -157,6 +175,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def _on_device(batch: Any, device: torch.device) -> Any:

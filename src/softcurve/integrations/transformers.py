@@ -7,6 +7,7 @@ The loss itself needs nothing but :func:`softcurve.lazy_logits` around ``trainer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor, nn
@@ -41,14 +42,15 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         every, options: Those of :class:`~softcurve.integrations.monitor.CurvatureMonitor`. A causal language model
             needs ``shift=1``.
 
-    Weights, gradients, optimizer, module modes, buffers and random generators are left as they are, so that a training
-    with the callback ends at the same weights as without. A measurement takes about as long as 100 steps on the
-    batches, of which the noise takes 4 and the trace 30. In several processes the first one measures while the others
-    wait.
+    Weights, gradients, optimizer, module modes, buffers and the global random generators of torch, numpy and Python are
+    left as they are, so that a training with the callback ends at the same weights as without. A measurement takes
+    about as long as 100 steps on the batches, of which the noise takes 4 and the trace 30. In several processes the
+    first one measures while the others wait.
 
     Raises:
-        TypeError, ValueError: When the training begins, if the model has no head that can be split off (see
-            :func:`softcurve.curvature.split_head`), as inside FSDP or with a LoRA adapter on the head.
+        TypeError, ValueError: If an argument has a wrong type or value; when the training begins, if the model has no
+            head that can be split off (see :func:`softcurve.curvature.split_head`), as inside FSDP or with a LoRA
+            adapter on the head.
 
     Example:
         >>> from softcurve.integrations.transformers import CurvatureCallback
@@ -99,6 +101,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ``TrainingArguments`` to keep the column.
 
     The loss of an optimizer step is the mean over its labels, also with gradient accumulation and on several processes.
+    ``label_smoothing_factor`` of ``TrainingArguments`` smooths the labels, as in a ``Trainer``.
 
     Raises:
         TypeError, ValueError: If an argument has a wrong type or value; in a step, if a model has no head with unmade
@@ -128,6 +131,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if kwargs.setdefault("compute_loss_func", self._loss_of_outputs) != self._loss_of_outputs:
             raise ValueError("compute_loss_func must not be passed to a DistillationTrainer, which has its own")
         super().__init__(*args, **kwargs)
+        # Trainer smooths labels in its own loss only, which compute_loss_func replaces.
+        self.distillation = replace(self.distillation, label_smoothing=self.args.label_smoothing_factor)
         if isinstance(teacher, nn.Module):
             teacher.to(self.args.device)
 
