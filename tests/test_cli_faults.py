@@ -408,9 +408,9 @@ def test_labels_with_lone_surrogates_lose_nothing():
     for suffix in ("npz", "csv", "npy", "parquet"):
         done = run("predict", "o.safetensors", "words.npz", "--out", f"p.{suffix}", "--overwrite")
         assert done.exit_code == 0, done.output
-    written = np.load("p.npz")
-    assert sorted(written["classes"].tolist()) == sorted(names.tolist())
-    labels = [label.encode("utf-8", "backslashreplace").decode() for label in written["label"].tolist()]
+    with np.load("p.npz") as written:
+        assert sorted(written["classes"].tolist()) == sorted(names.tolist())
+        labels = [label.encode("utf-8", "backslashreplace").decode() for label in written["label"].tolist()]
     assert pq.read_table("p.parquet")["label"].to_pylist() == labels
 
 

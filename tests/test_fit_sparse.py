@@ -380,7 +380,8 @@ def damaged(path):
 
 
 def out_of_range(path):
-    arrays = dict(np.load(write_npz(path)[0]))
+    with np.load(write_npz(path)[0]) as archive:
+        arrays = dict(archive)
     arrays["indices"][3] = WIDTH
     np.savez(path, **arrays)
 
