@@ -25,7 +25,7 @@ CALLS = [
     (("matplotlib", "expression", "matrix.spectral_density().plot()"), "plot"),
     (("typer", "module"), "the command line"),
     (("typer", "script", "fit", "--help"), "the command line"),
-    (("rich", "module", "--help"), "the command line"),
+    (("rich", "module", "fit"), "this command"),
     (("rich", "script", "fit"), "this command"),
     (("safetensors", "module", "predict", "head.safetensors", "rows.parquet"), "this command"),
     (("pyarrow", "script", "fit", "rows.parquet"), "this command"),

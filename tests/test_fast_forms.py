@@ -160,3 +160,14 @@ def test_head_with_few_logits_names_what_is_wrong() -> None:
         softcurve.linear_cross_entropy(x, w, target)
     with pytest.raises(ValueError, match="linear_weight must hold numbers"):
         softcurve.linear_cross_entropy(x, w.index_fill(0, torch.tensor(1), math.nan), target.clamp(max=4))
+
+
+@pytest.mark.parametrize("loss", [softcurve.kl_divergence, softcurve.js_divergence])
+def test_a_masked_class_has_no_gradient_where_the_target_has_mass(loss: Callable[..., Tensor]) -> None:
+    z, target = torch.randn(3, 6).index_fill(1, torch.tensor([2]), -math.inf), torch.randn(3, 6)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = z.to(dtype).requires_grad_()
+        gradients.append(torch.autograd.grad(loss(softcurve.Logits(target.to(dtype)), leaf, reduction="sum"), leaf)[0])
+        assert (gradients[-1][:, 2] == 0).all()
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-5, atol=1e-6)

@@ -203,6 +203,7 @@ def divergence_residuals(
             sure = sure & (gradient.abs().sum(-1, keepdim=True) > LEAST * size)
             balance(gradient, side.p, side.top)
             gradient.mul_((factor * scale).unsqueeze(-1) / side.total)
+    in_z, in_target = (None if g is None else unless_masked(a, g) for a, g in ((z, in_z), (target, in_target)))
     return in_z, in_target, sure.squeeze(-1) | (scale == 0)
 
 
