@@ -81,7 +81,7 @@ class Tiles:
         elif self.matrix is None:
             self.plan = plan_pass(
                 *shape, directed=self.directions is not None, in_triton=self.in_triton,
-                streamed=not self.wants_residuals,
+                streamed=not (self.wants_residuals or self.spec.pairs),
             )  # fmt: skip
         else:
             self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
