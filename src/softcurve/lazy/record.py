@@ -142,7 +142,7 @@ class LinearRecord:
         return torch.autocast(self.input.device.type, dtype=self.lowered, enabled=self.lowered is not None)
 
     def widened(self, result: Tensor) -> Tensor:
-        """Return a result of a function on a head in the record's dtype, as torch does, or in float32 if that is wider."""
+        """Return a result of a function on a head in the record's dtype, as torch does, but in float32 or wider."""
         return result.to(wide_dtype(self.dtype))
 
     def multiplied(self, input: Tensor, matrix: Tensor) -> Tensor:
