@@ -297,12 +297,13 @@ class ShardedHead(PlainHead):
         flag = torch.zeros(1)
         try:
             made = make()
-        except (TypeError, ValueError):
-            self._max_over_mesh(flag.fill_(1))
+        except (TypeError, ValueError) as error:
+            self._max_over_mesh(flag.fill_(2 if isinstance(error, checks.InvalidEntriesError) else 1))
             raise
         self._max_over_mesh(flag)
         if flag:
-            raise ValueError("the arguments must be right in all processes, got an error in another; see what it says")
+            kind = checks.InvalidEntriesError if flag == 2 else ValueError
+            raise kind("the arguments must be right in all processes, got an error in another; see what it says")
         return made
 
     def _max_over_mesh(self, *tensors: Tensor) -> None:
