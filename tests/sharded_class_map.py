@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from bench import scaling
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import softcurve
 from softcurve import ClassMap, JensenShannon, LinearTeacher, Logits, LowRankWeight, Probabilities
@@ -19,7 +21,8 @@ from .cases import least_of
 from .pairwise import pairwise
 from .process_cases import Cases, begin, distance
 from .sharded_heads import derivatives, whole
-from .test_class_map import OwnMember
+from .sharded_training import counted
+from .test_class_map import MAPS, OwnMember
 
 F64 = torch.float64
 ROWS, WIDTH, NARROW = (3, 2), 4, 3  # rows, and features of the model and of a teacher
@@ -96,9 +99,13 @@ def map_of(name: str, student: int, teacher: int) -> ClassMap:
     return ClassMap(sides[0] % count, torch.cat([torch.tensor([count]), sides[1][1:] % count]))
 
 
+# Four processes, whose messages cost several times those of two, take fewer combinations.
+KINDS: dict[int, Any] = {
+    2: (list(TEACHERS), list(DIVERGENCES)),
+    3: (["sharded head", "chosen classes", "logits", "sharded probabilities"], ["reverse", "js"]),
+    4: (["sharded head", "low rank", "sharded logits"], ["forward", "own"]),
+}
 LEVELS: dict[str, Any] = {
-    "teacher": list(TEACHERS),
-    "divergence": list(DIVERGENCES),
     "classes": CLASSES,
     "map": ("bucket", "ragged", "one-sided"),
     "loss": ("divergence", "distillation", "statistics"),
@@ -130,7 +137,9 @@ class Case:
         self.setting, self.teacher = setting, TEACHERS[setting["teacher"]]
         student, classes = setting["classes"]
         self.map = map_of(setting["map"], student, classes)
-        of_model = [torch.randn(shape) for shape in ((*ROWS, WIDTH), (student, WIDTH), (student,), (student, 2), (2, WIDTH))]
+        of_model = [
+            torch.randn(shape) for shape in ((*ROWS, WIDTH), (student, WIDTH), (student,), (student, 2), (2, WIDTH))
+        ]
         self.leaves = [leaf.to(F64) for leaf in (*of_model, *self.teacher.tensors(classes))]
         self.labels = torch.randint(student, ROWS)
         self.exclude = torch.randint(-1, student, (*ROWS, 1)) if student > 2 else None
@@ -161,8 +170,9 @@ class Case:
         return whole(loss) + whole(rows if s["reduction"] == "none" else rows.sum()), [*numbers]  # type: ignore[union-attr]
 
 
-def settings() -> list[dict[str, Any]]:
-    return pairwise(LEVELS, possible)
+def settings(processes: int) -> list[dict[str, Any]]:
+    teachers, divergences = KINDS[processes]
+    return pairwise({"teacher": teachers, "divergence": divergences} | LEVELS, possible)
 
 
 def spread(case: Case, mesh: DeviceMesh, by_class: int, rows: int | None) -> list[Tensor]:
@@ -187,7 +197,7 @@ def compare(name: str, case: Case, mesh: DeviceMesh, by_class: int, rows: int | 
         try:
             case(*many, budget=1)
         except ValueError as error:
-            budget = least_of(str(error))
+            budget = least_of(str(error)) * 5 // 4  # the pass of statistics needs more than that of the loss
     (value, statistics), (expected, right) = case(*many, budget=budget), case(*alone, budget=None)
     for number, (got, wanted) in enumerate(zip(statistics, right, strict=True)):
         yield f"{name}: statistics {number}", distance(whole(got).detach(), wanted.detach()), 1e-10
@@ -198,15 +208,114 @@ def compare(name: str, case: Case, mesh: DeviceMesh, by_class: int, rows: int | 
 
 
 def all_settings(mesh: DeviceMesh) -> Cases:
-    for number, setting in enumerate(settings()):
+    for number, setting in enumerate(settings(mesh.size())):
         torch.manual_seed(number)
         rows = 0 if setting["layout"] == "rows" else None
         yield from compare(f"{number} {setting}", Case(setting), mesh, 0, rows)
 
 
+def two_dimensions() -> Cases:
+    """Rows over one dimension of the mesh, classes over the other."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for number, teacher in enumerate(("head", "sharded head", "probabilities", "sharded logits")):
+        torch.manual_seed(number)
+        setting = {name: values[number % len(values)] for name, values in LEVELS.items()}
+        setting |= {"teacher": teacher, "divergence": "js", "classes": (7, 5)}
+        yield from compare(f"2-D {setting}", Case(setting), mesh, 1, 0)
+
+
+def beside_offsets(mesh: DeviceMesh) -> Cases:
+    """Common offsets change nothing in single precision; one class of either side has nearly all of the mass."""
+    generator = torch.Generator().manual_seed(3)
+    y, z = (torch.randint(-1500, 1500, (4, classes), generator=generator) / 512 for classes in (14, 11))
+    y[1, 0], z[1, 5] = 26.0, 26.0  # a loss of 1e-9
+    y[:, 5], z[:, 7] = -torch.inf, -torch.inf
+    groups = ClassMap(*map(torch.tensor, MAPS["bucket"]))
+    for offset in (0.0, 1e4):
+        for spreads in (False, True):
+            target, w = y + offset, (z + offset).masked_fill(z == -torch.inf, 0.0).T.contiguous()
+            bias = torch.zeros(11).masked_fill(z[0] == -torch.inf, -torch.inf)
+            target = distribute_tensor(target, mesh, [Shard(1)]) if spreads else target
+            weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (w, bias))
+            loss = softcurve.linear_kl_divergence(
+                torch.eye(4), weight, groups.target(Logits(target)), linear_bias=bias, reduction="none"
+            )
+            wide = z.double().requires_grad_()
+            truth = softcurve.kl_divergence(groups.target(Logits(y.double())), wide, reduction="none")
+            yield f"offset {offset}, {spreads}", float(((loss - truth).abs() / truth).detach().max()), 1e-5
+            (in_w,), (in_z,) = torch.autograd.grad(loss.sum(), weight), torch.autograd.grad(truth.sum(), wide)
+            yield f"offset {offset}, {spreads}: gradient", distance(whole(in_w).T, in_z), 1e-5
+
+
+class Student(nn.Module):
+    """Features, and a head that meets its teacher in ``forward``, where FSDP has its parameters whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(3, WIDTH), softcurve.nn.LinearKLDivergenceLoss(WIDTH, 7, bias=True)
+
+    def forward(self, x: Tensor, target: Any) -> Tensor:
+        return self.head(torch.tanh(self.features(x)), target)
+
+
+def beside_fsdp() -> Cases:
+    """FSDP2 over rows, and the classes of model and teacher over the other dimension of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    torch.manual_seed(0)
+    x, e, u, groups = torch.randn(8, 3), torch.randn(8, NARROW), torch.randn(9, NARROW), map_of("ragged", 7, 9)
+    alone, model = Student(), Student()
+    model.load_state_dict(alone.state_dict())
+    alone(x, groups.target(LinearTeacher(e, u))).backward()
+    for name in ("weight", "bias"):
+        part = distribute_tensor(getattr(model.head.linear, name).detach(), mesh["classes"], [Shard(0)])
+        setattr(model.head.linear, name, nn.Parameter(part))
+    for part in (model.head, model):
+        fully_shard(part, mesh=mesh["rows"])
+    half = slice(4 * mesh["rows"].get_local_rank(), 4 * mesh["rows"].get_local_rank() + 4)
+    teacher = LinearTeacher(e[half], distribute_tensor(u, mesh["classes"], [Shard(0)]))
+    model(x[half], groups.target(teacher)).backward()
+    for (name, p), (_, right) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        assert p.grad is not None
+        assert right.grad is not None
+        yield f"FSDP2 and sharded classes: {name}", distance(whole(p.grad), right.grad), 1e-5
+
+
+def traffic(mesh: DeviceMesh) -> Cases:
+    """The formulas of docs/scaling.md, with one group of every process's classes; a plain target sends nothing."""
+    rows = 12
+    for classes in (64, 640):
+        count, step = classes // 2 + 1, scaling.Step(rows, WIDTH, classes, by_classes=mesh.size(), itemsize=4)
+        number = torch.arange(2 * classes)
+        of_student = torch.where(number % 2 == 0, number // 2, count - 1)[:classes]
+        groups = ClassMap(of_student, torch.where(number % 4 == 0, number // 4, count - 1))
+        u = distribute_tensor(torch.randn(2 * classes, NARROW), mesh, [Shard(0)])
+        teachers = {2: LinearTeacher(torch.randn(rows, NARROW), u), 1: Logits(torch.randn(rows, 2 * classes))}
+        for sides, teacher in teachers.items():
+            x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            weight = distribute_tensor(torch.randn(classes, WIDTH), mesh, [Shard(0)]).requires_grad_()
+            with counted() as sent:
+                loss = softcurve.linear_kl_divergence(x, weight, groups.target(teacher))
+                (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            expected = [
+                scaling.ON_THE_CPU,
+                *scaling.of_groups(rows, count, 1, sides=sides),
+                *scaling.of_gradients(step),
+            ]
+            yield f"traffic of {sides} sides, C={classes}: {sent} for {expected}", float(sent != expected), 0.0
+            with counted() as sent:
+                torch.autograd.grad(gradient.square().sum(), (x, weight))
+            expected = [*scaling.of_groups(rows, count, 1, sides=sides, directed=True), *scaling.of_gradients(step)]
+            yield f"Hessian product of {sides} sides, C={classes}: {sent} for {expected}", float(sent != expected), 0.0
+
+
 def main() -> Cases:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     yield from all_settings(mesh)
+    yield from beside_offsets(mesh)
+    yield from traffic(mesh)
+    if mesh.size() == 4:
+        yield from two_dimensions()
+        yield from beside_fsdp()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ class GroupedKernel(Kernel):
             classes=0,
         )  # fmt: skip
         rows = dataclasses.replace(data, class_count=loss.groups, first=0, held=loss.groups, offset=None, excluded=None)
-        self.kept: list[tuple[Tensor, Tensor | None]] = []  # the groups' logits and their changes, if messages made them
+        # Of each side the groups' logits and their changes along a direction, where they come from several processes.
+        self.kept: list[tuple[Tensor, Tensor | None]] = []
         self.inner = make(of_groups, rows, self._again)
         self.sweeps, self.row_factor = self.inner.sweeps, self.inner.row_factor
 
@@ -148,7 +149,8 @@ class GroupedKernel(Kernel):
         """Find the largest logit of each row on both sides, ``(rows, 1)``."""
         z, target = self.block.z, self.block.target
         assert target is not None
-        self.tops = [largest(z), self._seen(largest(target).to(z.dtype))]
+        top = largest(target).to(z.dtype)
+        self.tops = [largest(z), torch.where(top == -math.inf, top, self._seen(top))]  # also of no class at all
 
     def _merge(self, group: ProcessGroup | None) -> None:
         """Form the logits of the groups and their changes, in buffers, of the classes of all processes."""
@@ -202,7 +204,9 @@ class GroupedKernel(Kernel):
 
     def _merged(self, side: int, rows: slice | Tensor) -> Tensor:
         """Return the logits of the groups once more, which the kernel of the groups overwrites."""
-        return self.kept[side][0][rows] if self.kept else self.sides[side].here.log_sum_exp(self._classes(side, rows)[0])
+        if self.kept:
+            return self.kept[side][0][rows]
+        return self.sides[side].here.log_sum_exp(self._classes(side, rows)[0])
 
     def _classes(self, side: int, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what the softmax of one side sees, less the largest of each row, and its change."""
@@ -239,23 +243,17 @@ class GroupedKernel(Kernel):
     def _statistics(self, group: ProcessGroup | None) -> Statistics:
         """Return the statistics of the model's softmax over its classes."""
         z, top = self.block.z, largest(self.block.z).squeeze(-1)
-        found = torch.zeros(3, len(z), dtype=torch.float64, device=z.device)  # log-sum-exp, entropy, collision
+        numbers = torch.zeros(3, len(z), dtype=torch.float64, device=z.device)  # log-sum-exp, entropy, collision
         predicted = torch.zeros_like(top, dtype=torch.int64)
         for rows in row_groups(z, self.data.cached) if z.shape[1] else ():
-            columns = (softmax.softmax_rows(z[rows]).log_sum_exp, softmax.entropy_rows(z[rows]))
-            found[:, rows] = torch.stack([*columns, softmax.collision_rows(z[rows])]).double()
+            lse, entropy = softmax.softmax_rows(z[rows]).log_sum_exp, softmax.entropy_rows(z[rows])
+            numbers[:, rows] = torch.stack([lse, entropy, softmax.collision_rows(z[rows])]).double()
             predicted[rows] = z[rows].argmax(-1)
-        if group is not None:  # the softmax of a process is one class of a coarser one
-            parts = found.new_zeros(3, len(z), group.size())
-            nothing = found.new_tensor([-math.inf, 0.0, 0.0]).unsqueeze(-1)
-            parts[..., group.rank()] = torch.where(top == -math.inf, nothing, found)
-            sum_over([parts], group)
-            lse, entropy, collision = parts
-            entropy = softmax.entropy_rows(lse) + (torch.softmax(lse, -1) * entropy).sum(-1)
-            columns = (softmax.softmax_rows(lse).log_sum_exp, entropy)
-            found = torch.stack([*columns, softmax.collision_rows(lse, collision)])
+        if group is not None:
+            nothing = numbers.new_tensor([-math.inf, 0.0, 0.0]).unsqueeze(-1)
+            numbers = _over_processes(torch.where(top == -math.inf, nothing, numbers), group)
             predicted = first_of_largest(top, predicted, group, self.data)
-        lse, entropy, collision = found
+        lse, entropy, collision = numbers
         lse = lse + self.tops[MODEL].squeeze(-1).double()
         lse = lse if self.data.offset is None else lse + self.data.offset.squeeze(-1)
         return Statistics(lse, entropy, collision, None, predicted)
@@ -317,3 +315,16 @@ class GroupedKernel(Kernel):
         """Write what rows have; 0 in a row of weight 0, where a factor may be NaN."""
         weight = self.data.weight[rows].unsqueeze(-1)
         out[rows] = values if values.device.type == "cpu" else values.masked_fill(weight == 0, 0.0)
+
+
+def _over_processes(numbers: Tensor, group: ProcessGroup) -> Tensor:
+    """Return log-sum-exp, entropy and collision of whole rows, ``(3, rows)``, from those of every process's classes.
+
+    The softmax of a process is one class of a softmax over the processes.
+    """
+    parts = numbers.new_zeros(*numbers.shape, group.size())
+    parts[..., group.rank()] = numbers
+    sum_over([parts], group)
+    lse, entropy, collision = parts
+    whole_entropy = softmax.entropy_rows(lse) + (torch.softmax(lse, -1) * entropy).sum(-1)
+    return torch.stack([softmax.softmax_rows(lse).log_sum_exp, whole_entropy, softmax.collision_rows(lse, collision)])

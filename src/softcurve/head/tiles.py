@@ -70,12 +70,11 @@ class Tiles:
         self.masks_target = bias is not None and bool((bias == -math.inf).any())
         self.groups: tuple[Side, Side] | None = None
         if t.groups is not None and t.target_groups is not None:
-            self.groups = (
-                Side.of_classes(spec, t.groups, cut=True),
-                Side.of_classes(spec, t.target_groups, cut=spec.cuts_target),
-            )
-            # The same on all processes, which are to compare the groups alike.
-            self.masks_target |= any(side.has_empty for side in self.groups) or (bias is not None and spec.group is not None)
+            of_model = Side.of_classes(spec, t.groups, cut=True)
+            self.groups = (of_model, Side.of_classes(spec, t.target_groups, cut=spec.cuts_target))
+            # All processes are to compare the groups alike, whichever of them has a masked class.
+            may_mask = spec.group is not None and bias is not None
+            self.masks_target = self.masks_target or may_mask or any(side.has_empty for side in self.groups)
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
