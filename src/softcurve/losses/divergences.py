@@ -133,7 +133,7 @@ class Divergence(ABC):
         """
         fields = getattr(self, "__dataclass_fields__", {})
         values = [(name, getattr(self, name)) for name in fields]
-        values = [(name, v.item() if isinstance(v, np.generic | Tensor) else v) for name, v in values]
+        values = [(name, v.item() if isinstance(v, np.generic | Tensor) and v.ndim == 0 else v) for name, v in values]
         state = [name for name in self.__dict__ if not isinstance(getattr(type(self), name, None), cached_property)]
         if len(state) != len(fields) or not all(isinstance(v, bool | int | float | str) for _, v in values):
             raise TypeError(
