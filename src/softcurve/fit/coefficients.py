@@ -1,0 +1,145 @@
+"""The coefficients of a fitted head with their standard errors, z statistics, p values and confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from softcurve.fit.covariance import CovarianceKind, variances
+from softcurve.fit.fitted_head import FittedHead
+from softcurve.warn import warn_caller
+
+PRINTED = 60  # rows of a table
+UNCERTAIN = 20.0  # a standard error of a standardised feature's coefficient that shows a nearly flat likelihood
+INTERCEPT = "(intercept)"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CoefficientSummary:
+    """Coefficients of a head, one row for each class and feature; the arrays have shape ``(classes, features)``.
+
+    Printing it shows a table of 80 columns, :meth:`records` returns its rows.
+
+    Attributes:
+        classes: The labels of the estimated classes.
+        features: The names of the features; the last is ``"(intercept)"`` if there is one.
+        base_class: The class whose coefficients are zero, so that the others are differences from it; or ``None``.
+        coefficient: The coefficients, in nats per unit of the feature.
+        standard_error: The roots of the diagonal of the covariance.
+        z: ``coefficient / standard_error``.
+        p_value: The probability of a larger ``|z|`` if the coefficient were zero, by the normal distribution.
+        low, high: The ends of the confidence interval ``coefficient ∓ q standard_error``, ``q`` being the normal
+            quantile of ``(1 + level) / 2``.
+        kind: ``"hessian"`` or ``"sandwich"``, the form of the covariance.
+        level: The confidence level.
+        weight: The sum of the weights of the rows, which are their number if there are no weights.
+    """
+
+    classes: tuple[Any, ...]
+    features: tuple[str, ...]
+    base_class: Any
+    coefficient: NDArray[np.float64]
+    standard_error: NDArray[np.float64]
+    kind: CovarianceKind
+    level: float
+    weight: float
+
+    @property
+    def z(self) -> NDArray[np.float64]:
+        """Return ``coefficient / standard_error``."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.coefficient / self.standard_error
+
+    @property
+    def p_value(self) -> NDArray[np.float64]:
+        """Return the two-sided p values."""
+        return np.asarray(2.0 * ndtr(-np.abs(self.z)))
+
+    @property
+    def low(self) -> NDArray[np.float64]:
+        """Return the lower ends of the confidence intervals."""
+        return np.asarray(self.coefficient + ndtri((1.0 - self.level) / 2.0) * self.standard_error)
+
+    @property
+    def high(self) -> NDArray[np.float64]:
+        """Return the upper ends of the confidence intervals."""
+        return np.asarray(self.coefficient - ndtri((1.0 - self.level) / 2.0) * self.standard_error)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a dict for each row of the table, for example for ``pandas.DataFrame(summary.records())``."""
+        return list(self._records(len(self.classes) * len(self.features)))
+
+    def _records(self, at_most: int) -> Iterator[dict[str, Any]]:
+        names = ("coefficient", "standard_error", "z", "p_value", "low", "high")
+        columns = [getattr(self, name).ravel().tolist() for name in names]
+        for place in range(at_most):
+            k, j = divmod(place, len(self.features))
+            figures = {name: column[place] for name, column in zip(names, columns, strict=True)}
+            yield {"class": self.classes[k], "feature": self.features[j], **figures}
+
+    def __str__(self) -> str:
+        count = len(self.classes) * len(self.features)
+        base = "" if self.base_class is None else f", relative to the class {self.base_class!s}"
+        form = "inverse Hessian" if self.kind == "hessian" else "sandwich (robust)"
+        level = f"{100 * self.level:g} %"
+        lines = [
+            f"Coefficients of {len(self.classes)} classes{base}",
+            f"Covariance: {form}; sum of the weights of the rows: {self.weight:g}",
+            "",
+            _line("class", "feature", "coef", "std err", "z", "p", f"low {level}", f"high {level}"),
+            "-" * 80,
+        ]
+        for row in self._records(min(count, PRINTED)):
+            label, feature, coefficient, error, z, p, low, high = row.values()
+            figures = [f"{each:.4g}" for each in (coefficient, error, low, high)]
+            figures[2:2] = [f"{z:.2f}" if abs(z) < 1e4 else f"{z:.1e}", "<0.001" if p < 5e-4 else f"{p:.3f}"]
+            lines.append(_line(label, feature, *figures))
+        if count > PRINTED:
+            lines.append(f"... and {count - PRINTED:,} more rows, which records() returns")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _line(label: object, feature: object, *figures: str) -> str:
+    first = f"{_cut(label, 11):<11} {_cut(feature, 13):<13}"
+    return first + "".join(f"{each:>{width}}" for each, width in zip(figures, (10, 10, 8, 7, 10, 10), strict=True))
+
+
+def _cut(name: object, width: int) -> str:
+    text = " ".join(str(name).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def summarise(
+    head: FittedHead, base: int | None, classes: tuple[Any, ...], *, kind: CovarianceKind, level: float
+) -> CoefficientSummary:
+    """Return the coefficients of a head with their standard errors.
+
+    Warns if a standard error without a penalty shows that the rows hardly determine the coefficient. Raises what
+    :func:`~softcurve.fit.covariance.variances` does.
+    """
+    errors = variances(head, base, kind=kind).clamp(min=0.0).sqrt()
+    standardised = errors[:, : head.source.width] * head.moments.deviation
+    if not head.penalty and (largest := float(standardised.max())) > UNCERTAIN:
+        name = head.names[int(standardised.amax(0).argmax())]
+        warn_caller(
+            f"the rows hardly determine some coefficients: the standard error of feature {name!r} is {largest:.3g} per "
+            "standard deviation of the feature. Some classes may be separable, and their coefficients then grow as tol "
+            "falls, or the features are nearly collinear; leave such features out, or give a finite C"
+        )
+    coefficients = torch.cat([head.weight, head.bias[:, None]], 1)[:, : head.size]
+    if base is not None:
+        coefficients = coefficients - coefficients[base]
+    estimated = [k for k in range(len(coefficients)) if k != base]
+    return CoefficientSummary(
+        tuple(classes[k] for k in estimated), (*head.names, *([INTERCEPT] if head.intercept else [])),
+        None if base is None else classes[base], coefficients[estimated].numpy(), errors.numpy(), kind, level,
+        head.total,
+    )  # fmt: skip
