@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
+from torch import Tensor
 
+from softcurve.array_types import Float64
+from softcurve.fit import DataError
 from softcurve.fit.covariance import CovarianceKind, variances
+from softcurve.fit.data.source import Source, share_of
 from softcurve.fit.fitted_head import FittedHead
-from softcurve.warn import warn_caller
+from softcurve.fit.fitting import Fit, budget_of
+from softcurve.losses.divergences import Divergence
 
 PRINTED = 60  # rows of a table
 UNCERTAIN = 20.0  # a standard error of a standardised feature's coefficient that shows a nearly flat likelihood
 INTERCEPT = "(intercept)"
+IN_A_TABLE = 100  # coefficients in a report
+WORK = 1e10  # rows · coefficients² for which the Hessian takes a second or two
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +47,8 @@ class CoefficientSummary:
             quantile of ``(1 + level) / 2``.
         kind: ``"hessian"`` or ``"sandwich"``, the form of the covariance.
         level: The confidence level.
-        weight: The sum of the weights of the rows, which are their number if there are no weights.
+        weight: The sum of the weights of the rows, which is their number if there are no weights.
+        caution: Why the rows hardly determine some coefficients; empty if they do, or with a penalty.
     """
 
     classes: tuple[Any, ...]
@@ -49,6 +59,7 @@ class CoefficientSummary:
     kind: CovarianceKind
     level: float
     weight: float
+    caution: str = ""
 
     @property
     def z(self) -> NDArray[np.float64]:
@@ -102,6 +113,8 @@ class CoefficientSummary:
             lines.append(_line(label, feature, *figures))
         if count > PRINTED:
             lines.append(f"... and {count - PRINTED:,} more rows, which records() returns")
+        if self.caution:
+            lines += ["", *wrap(f"Caution: {self.caution}.", 80)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -122,18 +135,9 @@ def summarise(
 ) -> CoefficientSummary:
     """Return the coefficients of a head with their standard errors.
 
-    Warns if a standard error without a penalty shows that the rows hardly determine the coefficient. Raises what
-    :func:`~softcurve.fit.covariance.variances` does.
+    Raises what :func:`~softcurve.fit.covariance.variances` does.
     """
     errors = variances(head, base, kind=kind).clamp(min=0.0).sqrt()
-    standardised = errors[:, : head.source.width] * head.moments.deviation
-    if not head.penalty and (largest := float(standardised.max())) > UNCERTAIN:
-        name = head.names[int(standardised.amax(0).argmax())]
-        warn_caller(
-            f"the rows hardly determine some coefficients: the standard error of feature {name!r} is {largest:.3g} per "
-            "standard deviation of the feature. Some classes may be separable, and their coefficients then grow as tol "
-            "falls, or the features are nearly collinear; leave such features out, or give a finite C"
-        )
     coefficients = torch.cat([head.weight, head.bias[:, None]], 1)[:, : head.size]
     if base is not None:
         coefficients = coefficients - coefficients[base]
@@ -141,5 +145,50 @@ def summarise(
     return CoefficientSummary(
         tuple(classes[k] for k in estimated), (*head.names, *([INTERCEPT] if head.intercept else [])),
         None if base is None else classes[base], coefficients[estimated].numpy(), errors.numpy(), kind, level,
-        head.total,
+        head.total, _caution(head, errors),
     )  # fmt: skip
+
+
+def _caution(head: FittedHead, errors: Float64[Tensor, "classes size"]) -> str:
+    standardised = errors[:, : head.source.width] * head.moments.deviation
+    if head.penalty or (largest := float(standardised.max())) <= UNCERTAIN:
+        return ""
+    name = head.names[int(standardised.amax(0).argmax())]
+    return (
+        f"the rows hardly determine some coefficients: the standard error of feature {name!r} is {largest:.3g} per "
+        "standard deviation of the feature. Some classes may be separable, and their coefficients then grow as tol "
+        "falls, or the features are nearly collinear; leave such features out, or give a finite C"
+    )
+
+
+@torch.no_grad()
+def short_summary(
+    source: Source, fit: Fit, *, loss: str | Divergence, C: float, intercept: bool, tol: float, budget: int | None
+) -> CoefficientSummary | str:
+    """Return the summary of a fit without weights if a table can show it, or the reason why it is left out.
+
+    All processes that share the source must call this function.
+    """
+    classes, rows = len(source.classes), share_of(source).total
+    base = 0 if classes == 2 or math.isinf(C) else None
+    count = (classes - (base is not None)) * (source.width + intercept)
+    if count > IN_A_TABLE or rows * count**2 > WORK:
+        return (
+            f"{count:,} coefficients from {rows:,} samples are too many for this report, which shows up to "
+            f"{IN_A_TABLE}; SoftmaxRegression.summary(X, y) returns them"
+        )
+    head = FittedHead(
+        source, torch.ones(source.rows, dtype=torch.float64), loss, fit.weight, fit.bias,
+        (2.0 if classes == 2 else 1.0) / C, intercept, feature_names(source.width), budget_of(source, budget),
+    )  # fmt: skip
+    try:
+        if warning := head.require_covariance(10.0 * max(tol, fit.gradient_max)):
+            return warning
+        return summarise(head, base, source.classes, kind="hessian", level=0.95)
+    except DataError as error:
+        return str(error)
+
+
+def feature_names(width: int) -> tuple[str, ...]:
+    """Return the names that scikit-learn gives features without names."""
+    return tuple(f"x{j}" for j in range(width))

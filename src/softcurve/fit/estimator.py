@@ -31,7 +31,7 @@ from softcurve.fit.arguments import (
     to_numpy,
     to_tensor,
 )
-from softcurve.fit.coefficients import CoefficientSummary, summarise
+from softcurve.fit.coefficients import CoefficientSummary, feature_names, summarise
 from softcurve.fit.covariance import CovarianceKind, class_covariances, full_covariance
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.data.source import Source
@@ -348,7 +348,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         level = checks.require_number("level", level, lambda value: 0.0 < value < 1.0, "between 0 and 1")
         head, base = self._fitted_head(X, y, sample_weight, kind, base_class, memory_budget)
-        return summarise(head, base, tuple(self.classes_.tolist()), kind=kind, level=level)
+        result = summarise(head, base, tuple(self.classes_.tolist()), kind=kind, level=level)
+        if result.caution:
+            warn_caller(result.caution)
+        return result
 
     def _fitted_head(
         self, X: Any, y: Any, sample_weight: Any, kind: Any, base_class: Any, memory_budget: Any
@@ -373,7 +376,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         names = getattr(self, "feature_names_in_", None)
         head = FittedHead(
             source, weights, self.loss, weight, bias, (2.0 if len(labels) == 2 else 1.0) / C, bool(self.fit_intercept),
-            tuple(f"x{j}" for j in range(source.width)) if names is None else tuple(names),
+            feature_names(source.width) if names is None else tuple(names),
             budget_of(source, budget),
         )  # fmt: skip
         tolerance = 10.0 * max(float(self.tol), getattr(self, "gradient_max_", 0.0))

@@ -88,9 +88,7 @@ class FittedHead(ShortRepr):
     def moments(self) -> Moments:
         """The moments of the features."""
         mean = torch.zeros(self.source.width, dtype=torch.float64)
-        if self.intercept:
-            # About the first row, the mean of a constant column is exact.
-            mean = dense_features(next(iter(self.source.blocks(1))).features)[0].double()
+        for _ in range(2 * self.intercept):  # twice, so that the mean of a constant column is rounded once
             mean = mean + self._means(mean)[0]
         _, variance, squares = self._means(mean)
         return Moments(mean, variance.sqrt(), squares)
@@ -136,7 +134,7 @@ class FittedHead(ShortRepr):
             raise DataError(
                 "covariance is that of a maximum-likelihood estimate, from labels or distributions with the loss "
                 f"cross_entropy or forward_kl; got loss {self.loss!r} and targets of kind {self.source.kind!r}: fit "
-                "such a model"
+                "one of these"
             )
         problem = FitProblem(
             self.source, self.weights / self.total, self.loss, self.penalty / self.total, self.rows_at_once
