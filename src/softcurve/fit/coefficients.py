@@ -41,12 +41,8 @@ class CoefficientSummary:
         base_class: The class whose coefficients are zero, so that the others are differences from it; or ``None``.
         coefficient: The coefficients, in nats per unit of the feature.
         standard_error: The roots of the diagonal of the covariance.
-        z: ``coefficient / standard_error``.
-        p_value: The probability of a larger ``|z|`` if the coefficient were zero, by the normal distribution.
-        low, high: The ends of the confidence interval ``coefficient ∓ q standard_error``, ``q`` being the normal
-            quantile of ``(1 + level) / 2``.
         kind: ``"hessian"`` or ``"sandwich"``, the form of the covariance.
-        level: The confidence level.
+        level: The confidence level; the normal quantile ``q`` is that of ``(1 + level) / 2``.
         weight: The sum of the weights of the rows, which is their number if there are no weights.
         caution: Why the rows hardly determine some coefficients; empty if they do, or with a penalty.
     """
@@ -69,17 +65,17 @@ class CoefficientSummary:
 
     @property
     def p_value(self) -> NDArray[np.float64]:
-        """Return the two-sided p values."""
+        """Return the probability of a larger ``|z|`` if the coefficient were zero, by the normal distribution."""
         return np.asarray(2.0 * ndtr(-np.abs(self.z)))
 
     @property
     def low(self) -> NDArray[np.float64]:
-        """Return the lower ends of the confidence intervals."""
+        """Return the lower ends of the intervals, ``coefficient − q standard_error`` with the quantile of the level."""
         return np.asarray(self.coefficient + ndtri((1.0 - self.level) / 2.0) * self.standard_error)
 
     @property
     def high(self) -> NDArray[np.float64]:
-        """Return the upper ends of the confidence intervals."""
+        """Return the upper ends of the intervals, ``coefficient + q standard_error`` with the quantile of the level."""
         return np.asarray(self.coefficient - ndtri((1.0 - self.level) / 2.0) * self.standard_error)
 
     def records(self) -> list[dict[str, Any]]:

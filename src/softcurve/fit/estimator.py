@@ -315,7 +315,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
             >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.covariance(X, y).diagonal().round(3)
-            array([1.107, 3.763])
+            array([1.178, 3.9  ])
         """
         head, base = self._fitted_head(X, y, sample_weight, kind, base_class, memory_budget)
         checks.require_choice("block", block, ("full", "class"))
@@ -344,7 +344,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
             >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.summary(X, y).standard_error.round(3)
-            array([[1.052, 1.94 ]])
+            array([[1.085, 1.975]])
         """
         level = checks.require_number("level", level, lambda value: 0.0 < value < 1.0, "between 0 and 1")
         head, base = self._fitted_head(X, y, sample_weight, kind, base_class, memory_budget)
