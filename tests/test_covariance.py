@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from textwrap import dedent
 from typing import Any
@@ -339,12 +340,30 @@ def test_nearly_separable_classes_are_reported() -> None:
         model.summary(X, y)
 
 
+READS_PROC = pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+MEMORY = """
+import re
+from pathlib import Path
+
+
+def status(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def started():
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    return status("VmRSS")
+"""
+
+
+@READS_PROC
 @pytest.mark.slow
 def test_memory_of_many_classes(run_python: Any) -> None:
     """The full matrix of 202,000 coefficients has 326 GB; one variance is compared with a solution by CG."""
     done = run_python(
-        dedent("""
-        import resource, numpy as np, torch
+        MEMORY
+        + dedent("""
+        import numpy as np, torch
         from scipy.sparse.linalg import LinearOperator, cg
         from softcurve import SoftmaxRegression
         rng = np.random.default_rng(0)
@@ -356,9 +375,9 @@ def test_memory_of_many_classes(run_python: Any) -> None:
             print(error)
         small = X[:, :5], np.arange(40) % 3
         SoftmaxRegression().fit(*small).summary(*small)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = started()
         summary = model.summary(X, y, memory_budget=2**26)
-        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+        print(status("VmHWM") - before)
         p, x = model.predict_proba(X), np.c_[X, np.ones(40)]
 
         def product(v):
@@ -381,3 +400,33 @@ def test_memory_of_many_classes(run_python: Any) -> None:
     failed, difference = cg.split()
     assert failed == "0"
     assert abs(float(difference)) < 1e-8
+
+
+@READS_PROC
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "base"), [("hessian", None), ("sandwich", 3)])  # one matrix, and two
+def test_memory_of_the_full_matrix(kind: str, base: int | None, run_python: Any) -> None:
+    done = run_python(
+        MEMORY
+        + dedent(f"""
+        import warnings, numpy as np, torch
+        from softcurve import SoftmaxRegression
+        rng, options = np.random.default_rng(0), dict(kind={kind!r}, base_class={base!r})
+        X, y = rng.normal(size=(300, 49)), rng.dirichlet(np.ones(60), 300)
+        model = SoftmaxRegression.from_linear(torch.nn.Linear(49, 60, dtype=torch.float64), C=2.0)
+        warnings.simplefilter("ignore")  # the head is not at the minimum
+        small = X[:, :5], np.arange(300) % 5
+        SoftmaxRegression().fit(*small).covariance(*small, **options)
+        torch.ones(600, 600, dtype=torch.float64) @ torch.ones(600, 600, dtype=torch.float64)
+        try:
+            model.covariance(X, y, **options, memory_budget=2**24)
+        except ValueError as error:
+            needed = int(re.findall("at least ([0-9,]+)", str(error))[0].replace(",", ""))
+        before = started()
+        model.covariance(X, y, **options, memory_budget=needed)
+        print(needed, status("VmHWM") - before)
+        """)
+    )
+    needed, grown = map(int, done.stdout.split())
+    copies = 2 if kind == "sandwich" else 1
+    assert copies * 72e6 < grown < needed < copies * 96e6  # a matrix of 3,000 coefficients takes 72 MB

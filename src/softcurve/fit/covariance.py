@@ -26,6 +26,7 @@ from softcurve.fit.fitted_head import FOR_TILES, FittedHead
 from softcurve.fit.head_matrix import SingularMatrix, add_rows, invert
 
 CovarianceKind = Literal["hessian", "sandwich"]
+WORKSPACE = 2**23  # bytes of the buffers of the linear algebra
 
 
 def full_covariance(
@@ -43,8 +44,9 @@ def full_covariance(
             f"{head.budget:,}: raise it, or use block='class' for the covariances within each class alone"
         )
     kept = _kept(head, base)
-    inverse = _inverse_of_hessian(head, kept)
-    covariance = inverse if kind == "hessian" else _sandwich(head, kept, inverse)
+    covariance = _inverse_of_hessian(head, kept)
+    if kind == "sandwich":
+        covariance = _sandwich(head, kept, covariance)
     _to_original_units(covariance, head)
     if not head.penalty:
         return covariance
@@ -52,7 +54,10 @@ def full_covariance(
         covariance -= covariance[base].clone()
         covariance -= covariance[:, :, base, None].clone()
         estimated = [k for k in kept if k != base]
-        return covariance[estimated][:, :, estimated]
+        result = covariance.new_empty(len(estimated), head.size, len(estimated), head.size)
+        for row, k in zip(result, estimated, strict=True):  # one class at a time, as there is memory for two matrices
+            row.copy_(covariance[k][:, estimated])
+        return result
     if head.intercept:
         covariance[:, -1] -= covariance[:, -1].mean(0)
         covariance[..., -1] -= covariance[..., -1].mean(-1, keepdim=True)
@@ -112,18 +117,18 @@ def _kept(head: FittedHead, base: int | None) -> list[int]:
 def _bytes_of_full(head: FittedHead, base: int | None, kind: CovarianceKind) -> int:
     count = len(_kept(head, base)) * head.size
     copies = 2 if kind == "sandwich" or (head.penalty and base is not None) else 1
-    return int(8 * copies * count**2 / (1 - FOR_TILES))
+    return WORKSPACE + int(8 * copies * count**2 / (1 - FOR_TILES))
 
 
 def _bytes_of_rows(head: FittedHead, kind: CovarianceKind) -> int:
     rows, classes, size = head.source.rows, len(head.bias), head.size
     squares, columns = (2, 2 * classes) if kind == "sandwich" else (1, classes)
-    return int(8 * (squares * rows**2 + rows * (columns + 10 * size) + 10 * size**2) / (1 - FOR_TILES))
+    return WORKSPACE + int(8 * (squares * rows**2 + rows * (columns + 10 * size) + 10 * size**2) / (1 - FOR_TILES))
 
 
 def _rows_at_once(head: FittedHead, kept: list[int]) -> int:
-    """Return how many rows may have two arrays of all coefficients in the part of the budget for them."""
-    of_row = 8 * (2 * len(kept) * head.size + 6 * len(head.bias))
+    """Return how many rows may have four arrays of all coefficients in the part of the budget for them."""
+    of_row = 8 * (4 * len(kept) * head.size + 6 * len(head.bias))
     return max(1, min(head.rows_at_once, int(FOR_TILES * head.budget) // of_row))
 
 
@@ -166,6 +171,7 @@ def _to_original_units(covariance: Float64[Tensor, "classes size classes size"],
     """Replace the intercepts ``c`` of centred features by those of the features, ``b = c − W μ``."""
     if not head.intercept:
         return
-    mean = head.coordinates.mean
-    covariance[:, -1] -= torch.einsum("kdjs,d->kjs", covariance[:, :-1], mean)
-    covariance[..., -1] -= covariance[..., :-1] @ mean
+    turn = torch.cat([-head.coordinates.mean, torch.ones(1, dtype=torch.float64)])
+    for rows in covariance.view(len(covariance), head.size, -1):  # views, as a slice would be copied for a product
+        rows[-1] = turn @ rows
+    covariance[..., -1] = (covariance.view(-1, head.size) @ turn).view(covariance.shape[:-1])
