@@ -115,6 +115,7 @@ LEVELS: dict[str, Any] = {
     "tiles": ("whole", "few rows"),
     "reduction": ("mean", "none"),
     "excludes": (False, True),
+    "labels": ("classes", "soft"),  # of a distillation
 }
 
 
@@ -142,6 +143,8 @@ class Case:
         ]
         self.leaves = [leaf.to(F64) for leaf in (*of_model, *self.teacher.tensors(classes))]
         self.labels = torch.randint(student, ROWS)
+        if setting["labels"] == "soft":
+            self.labels = torch.randn(*ROWS, student, dtype=F64).softmax(-1)
         self.exclude = torch.randint(-1, student, (*ROWS, 1)) if student > 2 else None
 
     def __call__(self, *leaves: Tensor, budget: int | None) -> tuple[Tensor, list[Tensor]]:

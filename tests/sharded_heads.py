@@ -388,7 +388,21 @@ def statistics_and_distillation(mesh: DeviceMesh) -> Cases:
         )  # fmt: skip
         return whole(loss) + torch.stack([whole(part) for part in stats[:5]]).sin().sum(0)
 
-    for function in (statistics, distillation, mean_and_statistics):
+    def soft_labels(x: Tensor, w: Tensor, budget: int | None) -> Tensor:
+        y = torch.softmax(3 * t, -1)
+        sharded = isinstance(w, DTensor) and w.placements[0].is_shard()
+        targets: list[Any] = [distribute_tensor(y, mesh, [Shard(1)]) if sharded else y]
+        targets.append(softcurve.TopK(index, torch.log_softmax(t, -1).gather(-1, index)))
+        options: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "entropy_bonus": 0.1, "label_smoothing": 0.1}
+        losses = [
+            softcurve.linear_distillation(
+                x, w, labels, softcurve.Logits(t), reduction="none", memory_budget=budget, z_loss=0.01, **options
+            )
+            for labels in targets
+        ]
+        return torch.cat([whole(each) for each in losses])
+
+    for function in (statistics, distillation, mean_and_statistics, soft_labels):
         for budget in (None, 8 * 6000):
             results = []
             by_rows = distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()])

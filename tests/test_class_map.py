@@ -551,15 +551,24 @@ print(json.dumps([found, same]))
     assert same == [True] * 4
 
 
-def test_memory_stays_within_the_budget(run_python: Callable[[str], object]) -> None:
-    """Groups of both sides beside both sides' logits, of a teacher with more classes."""
-    body = """
+@pytest.mark.parametrize("sharded", [False, True])
+def test_memory_stays_within_the_budget(sharded: bool, run_python: Callable[[str], object]) -> None:
+    """Groups of both sides beside both sides' logits, of a teacher with more classes; what messages made is kept."""
+    body = f"""
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+
+def placed(t):
+    return DTensor.from_local(t.detach(), mesh, [Shard(0)]) if {sharded} else t.detach()
+
 def teacher(rows, features, classes):
     groups = [torch.randperm(count).clamp(max=classes * 7 // 10) for count in (classes, classes * 13 // 10)]
     return torch.randn(rows, 96), torch.randn(len(groups[1]), 96) / 96**0.5, *groups
 
 def distilled(x, w, t, h, *groups):
-    target = softcurve.ClassMap(*groups).target(softcurve.LinearTeacher(t, h))
+    target, w = softcurve.ClassMap(*groups).target(softcurve.LinearTeacher(t, placed(h))), placed(w).requires_grad_()
     return torch.autograd.grad(softcurve.linear_kl_divergence(x, w, target, memory_budget=BUDGET), (x, w))
 
 warm_and_extra(distilled, 256, 64, 100000, teacher)

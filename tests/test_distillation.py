@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -116,6 +117,132 @@ def derivatives(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [part.detach() for part in (value, *first, *second)]
 
 
+SOFT_LEVELS: dict[str, list[Any]] = {
+    "labels": ["plain", "probabilities", "logits", "bucket", "renormalize", "fillers"],
+    "teacher": ["head", "logits", "bucket"],
+    "divergence": [ForwardKL(), JensenShannon(0.3)],
+    "temperature": [1.0, 2.0],
+    "softcap": [None, 3.0],
+    "classes": [13, 300],
+    "alpha": [0.0, 0.4, 1.0],
+    "entropy_bonus": [0.0, 0.2],
+    "reduction": ["mean", "none"],
+    "options": ["none", "smoothing", "z_loss"],
+    "weight": [False, True],
+    "exclude": [False, True],
+    "base": [math.e, 2],
+    "moves": [False, True],
+}
+
+
+def soft_go_together(name: str, level: Any, other: str, value: Any) -> bool:
+    """A bucket of labels has no class weights; an excluded class has no mass in what the divergence compares."""
+    levels = {name: level, other: value}
+    if levels.get("weight") and levels.get("labels") in ("bucket", "fillers"):
+        return False
+    if levels.get("exclude") and (levels.get("labels", "logits") != "logits" or levels.get("teacher") == "bucket"):
+        return False
+    return goes_together(name, level, other, value)
+
+
+@pytest.mark.parametrize(
+    "setting", pairwise(SOFT_LEVELS, soft_go_together), ids=lambda s: "-".join(map(str, s.values()))
+)
+def test_soft_labels_are_the_sum_of_both_losses(setting: dict[str, Any]) -> None:
+    """Also in the labels themselves, whether a pass of the divergence sees them or, as they move, one of their own."""
+    named, classes, alpha = dict(setting), setting["classes"], setting["alpha"]
+    rows = (2, 5) if classes == 13 else (6,)
+    labels, of_labels = teacher_of("probabilities" if named["labels"] == "plain" else named["labels"], rows, classes)
+    if not named["moves"]:
+        labels = detached(labels)
+    if named["labels"] == "plain":
+        labels = labels.values
+    teacher, of_teacher = teacher_of(named["teacher"], rows, classes)
+    x, w, b = (torch.randn(*s, dtype=TRUTH, requires_grad=True) for s in ((*rows, 4), (classes, 4), (classes,)))
+    sample_weight = torch.rand(rows, dtype=TRUTH)
+    sample_weight[..., 1] = 0.0
+    exclude = torch.randint(-1, classes, (*rows, 2)) if named["exclude"] else None
+    shared = {"linear_bias": b, "sample_weight": sample_weight, "exclude": exclude}
+    shared |= {name: named[name] for name in ("softcap", "base", "reduction")}
+    of_terms = {
+        "label_smoothing": 0.1 * (named["options"] == "smoothing"),
+        "z_loss": 0.01 * (named["options"] == "z_loss"),
+    }
+    of_terms["weight"] = torch.rand(classes, dtype=TRUTH) if named["weight"] else None
+    of_divergence = {name: named[name] for name in ("divergence", "temperature")}
+    got = softcurve.linear_distillation(
+        x, w, labels, teacher, alpha=alpha, entropy_bonus=named["entropy_bonus"],
+        memory_budget=None if classes == 13 else 8 * 3000, **shared, **of_terms, **of_divergence,
+    )  # fmt: skip
+    right = torch.zeros_like(got)
+    if alpha:
+        right = right + alpha * softcurve.linear_cross_entropy(x, w, labels, **shared, **of_terms)
+    if alpha < 1:
+        squared = named["temperature"] ** 2
+        right = right + (1 - alpha) * squared * softcurve.linear_divergence(x, w, teacher, **shared, **of_divergence)
+    if named["entropy_bonus"]:
+        stats = softcurve.linear_log_probs(x, w, None, linear_bias=b, softcap=named["softcap"], exclude=exclude)
+        each = sample_weight * stats.entropy / math.log(named["base"])
+        right = right - 0.2 * (each if named["reduction"] == "none" else each.sum() / sample_weight.sum())
+    leaves = [x, w, b, *of_teacher, *(of_labels if named["moves"] and alpha else [])]
+    for ours, truth in zip(derivatives(got, leaves), derivatives(right, leaves), strict=True):
+        assert_same(ours, truth, bound=1e-9)
+
+
+def detached(labels: Any) -> Any:
+    """The same soft labels without gradients."""
+    moving = {name: t.detach() for name, t in vars(labels).items() if isinstance(t, Tensor) and t.requires_grad}
+    return dataclasses.replace(labels, **moving)
+
+
+def test_one_product_serves_soft_labels_too() -> None:
+    """And their statistics; labels that receive gradients take a pass of their own."""
+    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    teacher, y = LinearTeacher(torch.randn(16, 8), torch.randn(40, 8)), torch.randn(16, 40).softmax(-1)
+    options: dict[str, Any] = {"alpha": 0.5, "entropy_bonus": 0.1, "temperature": 2.0}
+
+    def value(y: Tensor) -> Tensor:
+        return softcurve.linear_distillation(x, w, Probabilities(y), teacher, **options)
+
+    assert work_of(lambda: value(y).backward()) == 4 * 16 * 8 * 40
+    assert work_of(lambda: value(y.clone().requires_grad_()).backward()) == 7 * 16 * 8 * 40
+    _, stats = softcurve.linear_distillation(x, w, Probabilities(y), teacher, return_stats=True, **options)
+    _, right = softcurve.linear_cross_entropy(x, w, Probabilities(y), return_stats=True)
+    for ours, truth in zip(stats, right, strict=True):
+        assert ours.shape == truth.shape
+        assert torch.allclose(ours.double(), truth.double(), rtol=1e-5)
+
+
+# torch's own doing when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("without_shape_checks")
+def test_soft_labels_in_transforms_and_in_rows_left_out() -> None:
+    """Whether the transform moves the labels or not; NaN in a row of weight 0 has no part."""
+    x, w, y = torch.randn(6, 4, dtype=TRUTH), torch.randn(9, 4, dtype=TRUTH), torch.randn(6, 9, dtype=TRUTH).softmax(-1)
+    teacher = LinearTeacher(torch.randn(6, 3, dtype=TRUTH), torch.randn(9, 3, dtype=TRUTH))
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 1.0], dtype=TRUTH)
+
+    def ours(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return softcurve.linear_distillation(x, w, y, teacher, alpha=0.4, temperature=2.0, sample_weight=weight)
+
+    def dense(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z, t = x @ w.T, teacher.logits(TRUTH) / 2
+        apart = (t.softmax(-1) * (t.log_softmax(-1) - (z / 2).log_softmax(-1))).sum(-1)
+        return (weight * (0.6 * 4 * apart - 0.4 * (y * z.log_softmax(-1)).sum(-1))).sum() / weight.sum()
+
+    primals, tangents = (x, w, y), tuple(map(torch.randn_like, (x, w, y)))
+    for way in (
+        lambda f: torch.func.grad(f, (0, 1, 2))(*primals),
+        lambda f: torch.func.jvp(f, primals, tangents),
+        lambda f: torch.func.jvp(lambda *moving: f(*moving, y), primals[:2], tangents[:2]),
+        lambda f: (torch.func.hessian(lambda w: f(x, w, y))(w),),
+        lambda f: (torch.func.vmap(torch.func.grad(lambda y: f(x, w, y)))(torch.stack([y, y.flip(0)])),),
+    ):
+        for got, right in zip(way(ours), way(dense), strict=True):
+            assert_same(got, right)
+    assert_same(ours(x, w, y.masked_fill(weight.unsqueeze(-1) == 0, math.nan)), dense(x, w, y))
+
+
 STATISTICS = ("log_probs", "entropy", "lse", "mean_logit", "collision")
 
 
@@ -203,7 +330,11 @@ def test_all_of_the_teacher_and_none_of_it() -> None:
         ({"alpha": 1.5}, ValueError, "alpha must be"),
         ({"entropy_bonus": -1.0}, ValueError, "entropy_bonus must be"),
         ({"teacher": torch.zeros(2, 9)}, TypeError, "teacher must be one of"),
-        ({"target": torch.zeros(2, 9)}, TypeError, "target must hold class indices"),
+        ({"target": torch.zeros(2, 8)}, ValueError, r"must have the shape \(2, 9\)"),
+        ({"target": torch.zeros(2, 9), "shift": 1}, ValueError, "shift must be 0 unless"),
+        ({"target": torch.zeros(2, 9), "ignore_index": 1}, ValueError, "ignore_index must not be"),
+        ({"target": Probabilities(torch.ones(2, 9))}, ValueError, "probabilities must"),
+        ({"target": LinearTeacher(torch.zeros(2, 1), torch.zeros(9, 1))}, TypeError, "got LinearTeacher; pass it as"),
         ({"target": torch.tensor([0, 9])}, ValueError, "target must hold classes in 0 … 8"),
         ({"divergence": softcurve.CrossEntropy()}, ValueError, "divergence must compare two distributions"),
         ({"shift": -1}, ValueError, "shift must be an int >= 0"),

@@ -182,6 +182,25 @@ warm_and_extra(listed, 2048, 128, 50257)
 
 
 @pytest.mark.slow
+def test_soft_labels_beside_a_teacher(run_python: Callable[[str], object]) -> None:
+    """Copies of the logits for labels and an entropy, excluded classes among them; soft labels are the caller's."""
+    body = """
+def targets(rows, features, classes):
+    return torch.randn(rows, 96), torch.randn(classes, 96) / 96**0.5, torch.randn(rows, classes)
+
+def distilled(x, w, t, h, y):
+    options = {"alpha": 0.5, "entropy_bonus": 0.1, "softcap": 30.0, "exclude": torch.zeros(len(x), 2, dtype=torch.int64)}
+    loss = softcurve.linear_distillation(
+        x, w, softcurve.Logits(y), softcurve.LinearTeacher(t, h), memory_budget=BUDGET, **options
+    )
+    return torch.autograd.grad(loss, (x, w))
+
+warm_and_extra(distilled, 512, 128, 50257, targets)
+"""
+    assert extra(run_python, body) <= MOST
+
+
+@pytest.mark.slow
 def test_hessian_product(run_python: Callable[[str], object]) -> None:
     """The graph of the gradient keeps gradients, not logits; its backward is another pass over tiles."""
     body = """

@@ -298,24 +298,24 @@ def linear_divergence(
 # fmt: off
 @overload
 def linear_distillation(
-    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, teacher: Target, *, alpha: Number,
     divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: Literal[False] = False,
     **options: Unpack[LinearCrossEntropyOptions],
 ) -> Loss: ...
 @overload
 def linear_distillation(
-    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, teacher: Target, *, alpha: Number,
     divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: Literal[True],
     **options: Unpack[LinearCrossEntropyOptions],
 ) -> tuple[Loss, LossStats]: ...
 @overload
 def linear_distillation(
-    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, teacher: Target, *, alpha: Number,
     divergence: Divergence = FORWARD_KL, entropy_bonus: Number = 0.0, return_stats: bool,
     **options: Unpack[LinearCrossEntropyOptions],
 ) -> Loss | tuple[Loss, LossStats]: ...
 def linear_distillation(
-    input: Features, linear_weight: HeadWeight, target: Tensor, teacher: Target, *, alpha: Number,
+    input: Features, linear_weight: HeadWeight, target: Tensor | Target, teacher: Target, *, alpha: Number,
     divergence: Divergence = FORWARD_KL, temperature: Number = 1.0, entropy_bonus: Number = 0.0,
     linear_bias: HeadBias | None = None, weight: Float[Tensor, " classes"] | None = None,
     sample_weight: Tensor | None = None, ignore_index: Integer | None = None, label_smoothing: Number = 0.0,
@@ -332,9 +332,10 @@ def linear_distillation(
     Args:
         input: Features of the student ``(..., d)``.
         linear_weight: ``(C, d)``.
-        target: Class indices ``(...)``. Rows of ``ignore_index`` are left out of all terms. Soft labels would be a
-            second target over all classes in every tile: add ``alpha`` times their :func:`linear_cross_entropy` to
-            ``1 - alpha`` times this loss with ``alpha=0``.
+        target: Class indices ``(...)``, whose rows of ``ignore_index`` are left out of all terms; or soft labels as
+            :func:`linear_cross_entropy` takes them, a floating-point tensor ``(..., C)``, a
+            :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``. If soft labels receive gradients, their
+            cross-entropy takes a pass, and a product, of its own.
         teacher: A :class:`~softcurve.Probabilities`, ``Logits``, ``TopK`` or ``LinearTeacher``, differentiable.
         alpha: The share of the labels, from 0 to 1.
         divergence: ``D``, such as :class:`~softcurve.ReverseKL` or an instance of your own subclass of
@@ -344,9 +345,10 @@ def linear_distillation(
         weight: ``(C,)``: a factor of each class, of the cross-entropy of the labels, as ``label_smoothing`` and
             ``z_loss`` are.
         reduction: As in :func:`softcurve.cross_entropy`, of all terms together; the mean is the sum of the means of the
-            terms, of which that of the labels is divided by the weights of their classes. Then a ``sample_weight``
+            terms, of which that of class indices is divided by the weights of their classes. Then a ``sample_weight``
             must not require gradients beside a ``weight``.
-        shift: ``s`` compares position ``i`` with the label of ``i + s``; the teacher belongs to position ``i`` itself.
+        shift: ``s`` compares position ``i`` with the label of ``i + s``, a class index; the teacher belongs to position
+            ``i`` itself.
         return_stats: Also return :class:`LossStats` of the model at temperature 1, from the same pass.
 
     The other options and errors are those of :func:`linear_cross_entropy`.
@@ -378,6 +380,15 @@ def linear_distillation(
         labels=require_labels(target),
     )  # fmt: skip
     divisor = problem.divisor(reducer)
-    if weight is not None and share and reducer.kind == "mean":
+    if problem.label_weight is not None and share and reducer.kind == "mean":
         problem, divisor = problem.with_mean_of_labels(divisor)
-    return problem.computed(reducer, divisor, memory_budget, return_stats)
+    others = problem.without_moving_labels()
+    if others is None:
+        return problem.computed(reducer, divisor, memory_budget, return_stats)
+    of_labels_alone = share * linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, sample_weight=sample_weight,
+        label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, reduction=reduction, base=base,
+        exclude=exclude, memory_budget=memory_budget,
+    )  # fmt: skip
+    rest = others.computed(reducer, divisor, memory_budget, return_stats)
+    return (of_labels_alone + rest[0], rest[1]) if isinstance(rest, tuple) else of_labels_alone + rest

@@ -313,21 +313,21 @@ class LinearDistillationLoss(_LinearLoss):
     # fmt: off
     @overload  # type: ignore[override]
     def forward(
-        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        self, input: linear.Features, target: Tensor | Target, teacher: Target, *, sample_weight: Tensor | None = None,
         exclude: Tensor | None = None, return_stats: Literal[False] = False,
     ) -> linear.Loss: ...
     @overload
     def forward(
-        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        self, input: linear.Features, target: Tensor | Target, teacher: Target, *, sample_weight: Tensor | None = None,
         exclude: Tensor | None = None, return_stats: Literal[True],
     ) -> tuple[linear.Loss, LossStats]: ...
     @overload
     def forward(
-        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        self, input: linear.Features, target: Tensor | Target, teacher: Target, *, sample_weight: Tensor | None = None,
         exclude: Tensor | None = None, return_stats: bool,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]: ...
     def forward(
-        self, input: linear.Features, target: Tensor, teacher: Target, *, sample_weight: Tensor | None = None,
+        self, input: linear.Features, target: Tensor | Target, teacher: Target, *, sample_weight: Tensor | None = None,
         exclude: Tensor | None = None, return_stats: bool = False,
     ) -> linear.Loss | tuple[linear.Loss, LossStats]:
         # fmt: on

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from softcurve.head import backends
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors
+from softcurve.head.dense import DenseKernel
+from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors, fillers_of
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import STATISTICS
@@ -33,32 +34,46 @@ class Term(NamedTuple):
     counts: bool = True
 
 
-def terms_beside(loss: LossSpec, data: RowData, labels: Tensor, label_factor: Tensor | None) -> list[Term]:
-    """Return the terms beside the divergence; ``label_factor`` is another factor of that of the labels."""
-    beside = loss.beside
+def terms_beside(
+    loss: LossSpec, data: RowData, labels: Tensor | None, values: Tensor | None, label_factor: Tensor | None
+) -> list[Term]:
+    """Return the terms beside the divergence; ``label_factor`` is another factor of that of the labels.
+
+    ``labels (rows, k)`` are classes, and ``values`` the masses on them and on all others of soft labels. Those for
+    every class come with the blocks.
+    """
+    beside, count = loss.beside, len(data.weight)
     assert beside is not None
     offset = None if data.offset is None else data.offset / loss.scale
     shared = dataclasses.replace(data, offset=offset, target=None, target_v=None, fillers=None, wants_target=False)
-    plain = dataclasses.replace(loss, divergence=CrossEntropy(), temperature=1.0, beside=None)
+    plain = dataclasses.replace(
+        loss, divergence=CrossEntropy(), temperature=1.0, beside=None, teacher_scale=1.0, teacher_softcap=None, groups=0
+    )
     terms: list[Term] = []
     if beside.labels or data.wants_stats:
-        spec = dataclasses.replace(plain, target="sparse", z_loss=beside.z_loss, smoothing=beside.smoothing)
-        masses, (own, _) = None, class_factors(data.class_weight)
-        if beside.smoothing or own is not None:
-            mass = torch.ones_like(labels, dtype=data.weight.dtype) if own is None else own[labels]
-            masses = torch.cat([(1 - beside.smoothing) * mass, torch.zeros_like(mass)], -1)
+        spec = dataclasses.replace(plain, target=beside.target, z_loss=beside.z_loss, smoothing=beside.smoothing)
         factor = beside.labels if label_factor is None else beside.labels * label_factor
-        of_labels = dataclasses.replace(shared, indices=labels - data.first, target=masses, weight=factor * data.weight)
-        terms.append(Term(SparseKernel(spec, of_labels), factor, bool(beside.labels)))
+        of_labels = dataclasses.replace(shared, weight=factor * data.weight)
+        kernel = DenseKernel(spec, of_labels) if labels is None else _listed(spec, of_labels, labels, values)
+        terms.append(Term(kernel, factor, bool(beside.labels)))
     if beside.entropy:
-        coefficients = data.weight.new_zeros(len(labels), STATISTICS)
+        coefficients = data.weight.new_zeros(count, STATISTICS)
         coefficients[:, 0] = 1.0
-        weight = -beside.entropy * data.weight
-        of_entropy = dataclasses.replace(
-            shared, indices=labels[:, :0], target=coefficients, weight=weight, class_weight=None
-        )
+        weight, nothing = -beside.entropy * data.weight, torch.zeros_like(coefficients[:, :0], dtype=torch.int64)
+        of_entropy = dataclasses.replace(shared, indices=nothing, target=coefficients, weight=weight, class_weight=None)
         terms.append(Term(StatisticsKernel(plain.of_statistics(), of_entropy), -beside.entropy))
     return terms
+
+
+def _listed(spec: LossSpec, data: RowData, labels: Tensor, values: Tensor | None) -> Kernel:
+    """Return the kernel of labels that name classes; without ``values`` all mass is on the one that they name."""
+    masses, fillers, (own, _) = values, None, class_factors(data.class_weight)
+    if values is not None:
+        fillers = fillers_of(labels)
+    elif spec.smoothing or own is not None:
+        mass = torch.ones_like(labels, dtype=data.weight.dtype) if own is None else own[labels]
+        masses = torch.cat([(1 - spec.smoothing) * mass, torch.zeros_like(mass)], -1)
+    return SparseKernel(spec, dataclasses.replace(data, indices=labels - data.first, target=masses, fillers=fillers))
 
 
 class CompositeKernel(Kernel):
@@ -73,43 +88,55 @@ class CompositeKernel(Kernel):
         self.main, self.terms, self.buffer = main, terms, buffer
         self.counted = [term for term in terms if term.counts]
         self.factor, self.stretch = loss.beside.divergence, 1 / loss.scale
-        self.sweeps = main.sweeps
+        self.sweeps = max(main.sweeps, *[term.kernel.sweeps for term in terms], 1)
         self.copies: list[tuple[Term, Block]] = []  # the logits that each term sees
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
-        if number == 0:
-            self._copy(block)
-            for term, copy in self.copies:
-                term.kernel.accumulate(0, copy)
-        self.main.accumulate(number, block)
+        if number == 0 or self.data.cuts_classes:
+            self._copy(block, number)
+        for term, copy in self.copies:
+            if number < term.kernel.sweeps:
+                term.kernel.accumulate(number, copy)
+        if number < self.main.sweeps:
+            self.main.accumulate(number, block)
 
-    def _copy(self, block: Block) -> None:
-        """Copy the logits and their changes, which kernels overwrite, without the temperature of the divergence."""
+    def _copy(self, block: Block, sweep: int = 0) -> None:
+        """Copy the logits and their changes, which kernels overwrite, without the temperature of the divergence.
+
+        The copies are for the terms that have a ``sweep`` of this number.
+        """
         self.copies = []
         # Of a block without a class, which a ClassMap may have on some processes, the terms have nothing to see.
         for number, term in enumerate(self.terms if block.z.shape[1] else ()):
+            if sweep >= term.kernel.sweeps:
+                continue
 
             def copied(name: str, tensor: Tensor, number: int = number) -> Tensor:
                 return torch.mul(tensor, self.stretch, out=self.buffer(f"{name} {number}", block.classes))
 
-            copy = Block(block.classes, copied("z", block.z))
+            copy = Block(block.classes, copied("z", block.z), target=block.labels)
             if block.v is not None:
                 copy.v = copied("z v", block.v)
+                copy.target_v = copy.v.new_zeros(()).expand_as(copy.v)  # labels stand still
             if self.loss.softcap is not None and not backends.serves(term.kernel.loss, block.z.device, block.z.dtype):
                 copy.raw = self.buffer(f"raw {number}", block.classes)
             self.copies.append((term, copy))
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
-        self.main.reduce_over(number, group)
-        for term in self.terms if number == 0 else ():
-            term.kernel.reduce_over(0, group)
+        for kernel in self._kernels(number):
+            kernel.reduce_over(number, group)
 
     def finish(self, number: int) -> None:  # noqa: D102
-        self.main.finish(number)
-        for term in self.terms if number == 0 else ():
-            term.kernel.finish(0)
+        for kernel in self._kernels(number):
+            kernel.finish(number)
+        for term in self.terms:
             if term.kernel.statistics.lse is not None:  # those of the model as the labels' term sees it
                 self.statistics = term.kernel.statistics
+
+    def _kernels(self, number: int) -> list[Kernel]:
+        """Return the kernels that have a sweep of this number."""
+        kernels = [self.main, *[term.kernel for term in self.terms]]
+        return [kernel for kernel in kernels if number < kernel.sweeps]
 
     def losses(self) -> Tensor:  # noqa: D102
         return self._total(self.main.losses(), [term.factor * term.kernel.losses() for term in self.counted])

@@ -154,9 +154,7 @@ class GroupedKernel(Kernel):
 
     def _merge(self, group: ProcessGroup | None) -> None:
         """Form the logits of the groups and their changes, in buffers, of the classes of all processes."""
-        self._take_off_tops()
-        if self.data.wants_stats:
-            self.statistics = self._statistics(group)
+        self.tops = [torch.where(top == -math.inf, 0.0, top) for top in self.tops]
         names, sides = ("groups", "target groups"), (MODEL, TARGET)
         logits = [self.buffer(name, self.everything) for name in names]
         changes = [self.buffer(f"{name} v", self.everything) for name in names if self.data.has_direction]
@@ -169,6 +167,8 @@ class GroupedKernel(Kernel):
                 if each
             ]
             self.kept = [(copies[0][side], copies[1][side] if changes else None) for side in sides]
+        if self.data.wants_stats:
+            self.statistics = self._statistics(group)
         (z, target), (v, target_v) = logits, changes or (None, None)
         self.of_groups = Block(self.everything, z, v=v, target=target, target_v=target_v)
         if self.block.target_out is not None:
@@ -176,7 +176,10 @@ class GroupedKernel(Kernel):
 
     def _merge_side(self, side: int, logits: Tensor, changes: Tensor | None, group: ProcessGroup | None) -> None:
         of_side, groups = self.sides[side], self.sides[side].here
+        in_tile = self.block.z if side == MODEL else self.block.target if self.loss.target == "teacher" else None
         for rows in self._row_groups():
+            if in_tile is not None:  # less the largest of each row, at whose size a log-sum-exp would be rounded
+                in_tile[rows].sub_(self.tops[side][rows])
             logits[rows] = groups.log_sum_exp(self._classes(side, rows)[0])
         if of_side.cut and group is not None:
             buffer = self.buffer("groups of several", slice(0, len(of_side.several)))
@@ -189,14 +192,6 @@ class GroupedKernel(Kernel):
             changes[rows] = groups.sums(weighted(groups.shares(z, logits[rows]), v))
         if of_side.cut:
             sum_over([changes], group)
-
-    def _take_off_tops(self) -> None:
-        """Subtract the largest logit of each row, at whose size a log-sum-exp would be rounded, where the tile may."""
-        self.tops = [torch.where(top == -math.inf, 0.0, top) for top in self.tops]
-        owned = (self.block.z, self.block.target if self.loss.target == "teacher" else None)
-        for logits, top in zip(owned, self.tops, strict=True):
-            if logits is not None:
-                logits.sub_(top)
 
     def _again(self, rows: Tensor) -> Block:
         z, target = (self._merged(side, rows) for side in (MODEL, TARGET))

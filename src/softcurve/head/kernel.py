@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from softcurve.array_types import Float
 from softcurve.losses.rows import FISHER
 from softcurve.losses.spec import LogitMap, LossSpec
+from softcurve.losses.topk import NOT_LISTED
 from softcurve.processes import max_over, sum_over
 
 
@@ -33,6 +34,7 @@ class Block:
     target_bend: Tensor | None = None
     target_out: Tensor | None = None  # buffers for the target's residual and its change
     target_v_out: Tensor | None = None
+    labels: Tensor | None = None  # soft labels beside a divergence, as the caller gave them
     out: Tensor | None = None  # buffers for the residuals of z and v in half precision, if not in their place
     v_out: Tensor | None = None
     q: Tensor | None = None  # second order: buffers for what columns share besides z
@@ -54,6 +56,12 @@ def class_factors(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | 
         return class_weight, class_weight
     own, share, *_ = class_weight.unbind(0)
     return own, share
+
+
+def fillers_of(indices: Tensor) -> Tensor | None:
+    """Return which entries of lists are no class; ``None`` where a look shows that all are."""
+    fillers = indices == NOT_LISTED
+    return None if fillers.device.type == "cpu" and not fillers.any() else fillers
 
 
 def smoothing_of_rows(class_weight: Tensor | None, excluded: Tensor | None) -> tuple[Tensor | None, Tensor | float]:

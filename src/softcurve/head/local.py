@@ -72,13 +72,13 @@ class LocalHead:
 
 def local_head(
     layout: PlainHead, loss: LossSpec, input: Tensor, weight: Tensor | LowRankWeight, bias: Tensor | None,
-    target: Tensor | Target | None, class_weight: Tensor | None,
+    target: Tensor | Target | None, class_weight: Tensor | None, labels: Target | None = None,
 ) -> LocalHead:  # fmt: skip
     """Localise and flatten features, weight and bias, in the dtype of autocast if that is on, as torch's ``linear``."""
-    full_bias = None
-    if bias is not None and (loss.smooths_labels or (isinstance(target, Target) and target.merges_tail)):
+    full_bias, distributions = None, [each for each in (target, labels) if isinstance(each, Target)]
+    if bias is not None and (loss.smooths_labels or any(each.merges_tail for each in distributions)):
         full_bias = layout.full("linear_bias", bias.detach())
-    dtype = checks.wide_dtype(input.dtype, weight.dtype, *([target.dtype] if isinstance(target, Target) else []))
+    dtype = checks.wide_dtype(input.dtype, weight.dtype, *[each.dtype for each in distributions])
     input, weight = layout.local_rows(input), local_weight(layout, weight)
     bias = None if bias is None else layout.local_classes(bias)
     input, weight, bias = lowered_by_autocast(input, weight, bias)

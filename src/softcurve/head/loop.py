@@ -64,13 +64,13 @@ def evaluate(
             parts.append(((tensors.row_weight == 0).nonzero().squeeze(-1), NOTHING))
     for rows, in_tensors in parts:
         for tile in Tiles(spec, tensors, budget, rows, in_tensors, directions):
-            gradient, listed = tile.tiles.wants_residuals, spec.lists_classes
+            gradient = tile.tiles.wants_residuals
             data = tile.row_data(wants_gradient=gradient, wants_stats=stats, wants_tangents=tangents)
             kernel = tile.kernel(data)
             loaded = tile.accumulate(kernel)
             if any(in_tensors) or tangents:
                 kernel.prepare_residuals()
-            if gradient or (tangents and not listed):
+            if gradient or (tangents and spec.compares_every_class):
                 for block, residuals in tile.residuals(kernel, loaded):
                     if gradient:
                         results.add(tile, block.classes, residuals, kernel.row_factor)

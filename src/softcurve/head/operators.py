@@ -22,7 +22,7 @@ TENSORS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? target, Tensor? target_weight, Tensor? target_bias, "
     "Tensor? low_rank, Tensor? target_low_rank, Tensor? indices, Tensor row_weight, Tensor? class_weight, "
     "Tensor? excluded, Tensor? labels, Tensor? row_scale, Tensor? target_classes, Tensor? groups, "
-    "Tensor? target_groups, Tensor? label_factor"
+    "Tensor? target_groups, Tensor? label_factor, Tensor? label_values"
 )
 DIRECTIONS = ", ".join(f"Tensor? {name}_v" for name in HeadTensors._fields[:DIFFERENTIABLE])
 

@@ -128,7 +128,7 @@ def plan_pass(
 
     A ``streamed`` pass forms no residuals.
     """
-    teacher, sparse = spec.target == "teacher", spec.lists_classes
+    teacher, sparse = spec.target == "teacher", not spec.compares_every_class
     width, dtype = _width(spec, tensors), tensors.dtype
 
     def needs(directed: bool) -> Needs:
@@ -142,11 +142,15 @@ def plan_pass(
             if spec.group is not None:  # the groups' logits are kept, and those that several processes have are sent
                 buffers += 2 * (1 + directed) + 1
         buffers += _copies_target(spec, tensors)
+        if spec.beside is not None:  # a copy of the logits of labels likewise
+            buffers += spec.beside.target == "logits" and tensors.excluded is not None
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
         row = (3 + 2 * directed) * width + 32
         if tensors.indices is not None:
             row += (24 + 16 * directed) * (tensors.indices.shape[1] + 1)
+        if tensors.label_values is not None and tensors.labels is not None:
+            row += (24 + 16 * directed) * (tensors.labels.shape[1] + 1)
         row += _excluded_entries(tensors)
         maps = [(tensors.input, tensors.weight), *([(tensors.target, tensors.target_weight)] if teacher else [])]
         if not in_triton:

@@ -75,14 +75,21 @@ class HeadProblem:
         assert self.label_weight is not None
         of_labels = self.head.layout.summed(self.label_weight.sum())
         factor = torch.where(of_labels == 0, 0.0, divisor / torch.where(of_labels == 0, 1.0, of_labels))
-        moves = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-        if factor.requires_grad or (moves and forward_ad.unpack_dual(factor).tangent is not None):
+        if _moves(factor):
             raise ValueError(
                 "sample_weight must not require gradients beside weight and reduction='mean', which divides the terms "
                 "by different sums; detach it, or use reduction='sum'"
             )
         problem = dataclasses.replace(self, tensors=self.tensors._replace(label_factor=factor))
         return problem, torch.where(of_labels == 0, 0.0, divisor)
+
+    def without_moving_labels(self) -> HeadProblem | None:
+        """Return the problem without the term of the labels if derivatives are wanted in them, which a pass lacks."""
+        values, beside = self.tensors.label_values, self.loss.beside
+        if values is None or beside is None or not beside.labels or not _moves(values):
+            return None
+        loss = dataclasses.replace(self.loss, beside=beside._replace(labels=0.0))
+        return dataclasses.replace(self, loss=loss, tensors=self.tensors._replace(label_values=values.detach()))
 
     def _pass_weight(self, reducer: Reduction, divisor: Tensor) -> Tensor:
         """Return the weight of each row in the pass; losses per row are weighted after it."""
@@ -133,6 +140,14 @@ class HeadProblem:
         return LossStats(*HeadStatistics.of(restored[0], one=self.has_labels), *restored[1:])
 
 
+def _moves(tensor: Tensor) -> bool:
+    """Return whether a tensor has derivatives, in reverse or in forward mode."""
+    if tensor.requires_grad:
+        return torch.is_grad_enabled()
+    forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
     """If a row that counts has NaN as its loss, raise an error that names the argument at fault."""
     if checks.values_visible(t.row_weight):
@@ -149,11 +164,13 @@ def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
 def head_problem(
     loss: LossSpec, input: Tensor, linear_weight: Tensor | LowRankWeight, target: Tensor | Target, *,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, sample_weight: Tensor | None = None,
-    ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | None = None, exclude: Tensor | None = None,
+    ignore_index: Integer | None = None, shift: int = 0, labels: Tensor | Target | None = None,
+    exclude: Tensor | None = None,
 ) -> HeadProblem:  # fmt: skip
     """Return the problem of a public call, on the rows and classes of this process.
 
-    ``labels`` are those of the terms beside a divergence; then ``ignore_index`` and ``shift`` are for them. Raises what
+    ``labels`` are those of the terms beside a divergence, classes or a distribution in which the pass does not
+    differentiate; then ``ignore_index`` and ``shift`` are for them. Raises what
     the public call raises, in all processes if in one.
     """
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
@@ -168,9 +185,10 @@ def head_problem(
             known, ignored = cross_entropy_target(target, ignore_index, class_weight, layout.classes)
         else:
             known, ignored = _require_distribution(target), resolve_ignore_index(ignore_index)
-            if class_weight is not None:
-                checks.require_class_weight(class_weight, layout.classes)
-        head = local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight)
+            if labels is not None:
+                cross_entropy_target(labels, ignore_index, class_weight, layout.classes)
+        soft = labels if isinstance(labels, Target) else None
+        head = local_head(layout, loss, input, linear_weight, linear_bias, known, class_weight, soft)
         row_weight = None
         if sample_weight is not None:
             row_weight = local_row_values(layout, "sample_weight", sample_weight, shift, 0).to(head.dtype)
@@ -181,7 +199,7 @@ def head_problem(
             return _label_problem(head, loss, of_rows, row_weight, ignored, excluded)
         beside: Labels | None = None
         counted = None if sample_weight is None else sample_weight != 0
-        if labels is None:
+        if not isinstance(labels, Tensor):
             require_no_shift(shift)
         else:
             of_rows = local_row_values(layout, "target", labels, shift, ignored)
@@ -190,12 +208,17 @@ def head_problem(
             row_weight = beside.weight
             if head.leading == layout.leading:  # where all rows are here
                 counted = (beside.weight != 0).reshape(layout.leading)
-        layout.require_leading("target", known.leading, f"rows {tuple(known.leading)}")
-        known.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
-        if not isinstance(known, TopK):  # whose own rows are checked where they are made local
-            # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
-            known.require_values(layout.classes, counted)
+        for each in (known, soft):
+            if each is None:
+                continue
+            layout.require_leading("target", each.leading, f"rows {tuple(each.leading)}")
+            each.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
+            if not isinstance(each, TopK):  # whose own rows are checked where they are made local
+                # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
+                each.require_values(layout.classes, counted)
         problem = _distribution_problem(head, loss, known, row_weight, excluded)
+        if soft is not None:
+            return _with_soft_labels(problem, soft, row_weight, excluded)
         return problem if beside is None else _with_labels(problem, beside)
 
     return layout.agreed(make)
@@ -210,6 +233,22 @@ def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:
         problem, tensors=tensors, mean_weight=labels.weight, counted=labels.counted, label=labels.classes,
         has_labels=True, label_weight=None if labels.class_weight is None else labels.mean_weight,
     )  # fmt: skip
+
+
+def _with_soft_labels(
+    problem: HeadProblem, labels: Target, row_weight: Tensor | None, excluded: Tensor | None
+) -> HeadProblem:
+    """Add a distribution as the labels of the terms beside a divergence."""
+    loss, head = problem.loss, problem.head
+    assert loss.beside is not None
+    plain = LossSpec(CrossEntropy(), "logits", 1.0, loss.softcap, loss.beside.z_loss, loss.beside.smoothing)
+    alone = _distribution_problem(head, plain, labels, row_weight, excluded)
+    beside = loss.beside._replace(smoothing=alone.loss.smoothing, target=alone.loss.target)
+    tensors = problem.tensors._replace(
+        labels=alone.tensors.indices, label_values=alone.tensors.target, class_weight=alone.tensors.class_weight
+    )
+    loss = dataclasses.replace(loss, beside=beside)
+    return dataclasses.replace(problem, loss=loss, tensors=tensors, label=alone.label)
 
 
 def pair_problem(input: Tensor, other: Tensor, exclude: Tensor | None) -> HeadProblem:

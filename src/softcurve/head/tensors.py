@@ -38,12 +38,13 @@ class HeadTensors(NamedTuple):
     # With rows that exclude classes of the smoothing (3, C): also the uniform distribution over the unmasked classes.
     class_weight: Tensor | None
     excluded: Tensor | None = None  # (n, m): classes that have no part in a row's softmax, each once; −1 is none
-    labels: Tensor | None = None  # (n, 1): of the cross-entropy beside a divergence
+    labels: Tensor | None = None  # (n, k): the classes that the target of the cross-entropy beside a divergence names
     row_scale: Tensor | None = None  # (n,): a factor of each row's logits after the soft cap
     target_classes: Tensor | None = None  # (C,): the rows of a teacher's weight that are the classes, if not its own
     groups: Tensor | None = None  # (C,), (C of the target,): of the classes of both sides; see LossSpec
     target_groups: Tensor | None = None
     label_factor: Tensor | None = None  # (): of the cross-entropy beside a divergence
+    label_values: Tensor | None = None  # (n, k + 1) or (n, C): the distribution of soft labels, as that of a target
 
     @staticmethod
     def split(given: Sequence[Any]) -> tuple[Any, Any]:
@@ -72,6 +73,8 @@ class HeadTensors(NamedTuple):
         dtype = torch.promote_types(self.input.dtype, self.weight.dtype)
         if self.target is not None and self.indices is None:
             dtype = torch.promote_types(dtype, self.target.dtype)
+        if self.label_values is not None and self.labels is None:
+            dtype = torch.promote_types(dtype, self.label_values.dtype)
         return torch.promote_types(dtype, torch.float32)
 
 

@@ -24,6 +24,7 @@ from softcurve.head.kernel import (
     RowData,
     back_through_cap,
     cap_logits,
+    fillers_of,
     largest,
     smoothing_of_rows,
 )
@@ -147,8 +148,7 @@ class Tile:
         surplus, mass = smoothing_of_rows(t.class_weight, excluded) if spec.smooths_labels else (None, 1.0)
         indices, fillers = None if t.indices is None else t.indices[rows], None
         if indices is not None and t.target is not None:
-            fillers = indices == NOT_LISTED
-            fillers = None if fillers.device.type == "cpu" and not fillers.any() else fillers
+            fillers = fillers_of(indices)
         return RowData(
             weight=t.row_weight[rows].to(dtype) if weight is None else weight,
             indices=None if indices is None else indices - spec.first, fillers=fillers,
@@ -165,15 +165,16 @@ class Tile:
 
     def kernel(self, data: RowData) -> Kernel:
         """Return the kernel that gives the losses and residuals of these rows, and does so fast where it can."""
-        spec, labels = self.tiles.spec, self.tiles.tensors.labels
-        if spec.beside is None or labels is None:
+        spec, t = self.tiles.spec, self.tiles.tensors
+        if spec.beside is None:
             return self._kernel(spec, data)
         weight = spec.beside.divergence * data.weight
         of_divergence = dataclasses.replace(
             data, weight=weight, class_weight=None, share_surplus=None, share_mass=1.0, wants_stats=False
         )
         main = self._kernel(dataclasses.replace(spec, beside=None), of_divergence)
-        terms = terms_beside(spec, data, labels[self.rows], self.tiles.tensors.label_factor)
+        labels, values = (None if each is None else each[self.rows] for each in (t.labels, t.label_values))
+        terms = terms_beside(spec, data, labels, values, t.label_factor)
         return CompositeKernel(spec, data, main, terms, self._buffer)
 
     def _kernel(self, spec: LossSpec, data: RowData) -> Kernel:
@@ -258,6 +259,10 @@ class Tile:
             sides.append((z, v, out, v_out))
         z, v, out, v_out = sides[0]
         block = Block(classes, z, v=v, out=out, v_out=v_out)
+        if spec.beside is not None and spec.beside.target != "sparse":
+            assert tiles.tensors.label_values is not None
+            values = tiles.tensors.label_values[self.rows, classes]
+            block.labels = self._masked(values, "labels", classes) if spec.beside.target == "logits" else values
         if spec.softcap is not None and (tiles.matrix is not None or not tiles.in_triton):
             block.raw = self._buffer("raw", classes)
         if tiles.columns:
@@ -286,11 +291,8 @@ class Tile:
     def _load_target(self, block: Block) -> None:
         tiles, classes = self.tiles, self.target_classes(block.classes)
         block.target = self._given_target(self.rows, classes)
-        masked = tiles.spec.target == "logits" and tiles.groups is None
-        excluded = self._excluded(classes) if masked else None
-        if excluded is not None:
-            block.target = self._buffer("target", classes).copy_(block.target)  # which may be the caller's
-            tiles.put(block.target, excluded, None)
+        if tiles.spec.target == "logits" and tiles.groups is None:
+            block.target = self._masked(block.target, "target", classes)
         if tiles.directions is not None:
             direction = tiles.directions[TARGET]
             moved = torch.zeros_like(block.target) if direction is None else direction[self.rows, classes]
@@ -298,6 +300,15 @@ class Tile:
         if tiles.wants_target:
             block.target_out = torch.empty_like(block.target, dtype=tiles.dtype)
             block.target_v_out = None if tiles.directions is None else torch.empty_like(block.target_out)
+
+    def _masked(self, logits: Tensor, name: str, classes: slice) -> Tensor:
+        """Return logits, which may be the caller's, without the classes that the rows exclude."""
+        excluded = self._excluded(classes)
+        if excluded is None:
+            return logits
+        copy = self._buffer(name, classes).copy_(logits)
+        self.tiles.put(copy, excluded, None)
+        return copy
 
     def _excluded(self, classes: slice) -> Places | None:
         """Return where the classes that the rows exclude stand in a block."""

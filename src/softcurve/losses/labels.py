@@ -11,6 +11,7 @@ from softcurve import checks
 from softcurve.array_types import Flags, Float, Indices, Values
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.targets import Target, as_target
+from softcurve.losses.teacher import LinearTeacher
 
 DEFAULT_IGNORE_INDEX = -100  # torch's own default
 
@@ -75,14 +76,13 @@ def cross_entropy_target(
     return target, index
 
 
-def require_labels(target: object) -> Tensor:
-    """Return class indices as an int64 tensor; raise ``TypeError`` for a target of another kind."""
-    labels = as_target(target)  # type: ignore[arg-type]
-    if isinstance(labels, Target):
-        kind = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+def require_labels(target: Tensor | Target) -> Tensor | Target:
+    """Return the labels beside a divergence as :func:`as_target` does; raise ``TypeError`` for a second head."""
+    labels = as_target(target)
+    if isinstance(labels, LinearTeacher):
         raise TypeError(
-            f"target must hold class indices (int64), got {kind}; pass a distribution as the "
-            "teacher, or add its linear_cross_entropy to the loss"
+            "target must be class indices, or soft labels that are given by numbers, got LinearTeacher; pass it as the "
+            "teacher, or softcurve.Logits of its logits, or add its linear_cross_entropy to the loss"
         )
     return labels
 

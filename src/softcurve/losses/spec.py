@@ -90,6 +90,7 @@ class Beside(NamedTuple):
     entropy: float
     smoothing: float = 0.0  # of the labels
     z_loss: float = 0.0
+    target: TargetForm = "sparse"  # of the labels: class indices and lists, or soft labels for every class
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,11 @@ class LossSpec:
     def lists_classes(self) -> bool:
         """Whether the target names some classes of each row, rather than giving a number for every class."""
         return self.target in ("sparse", "statistics")
+
+    @property
+    def compares_every_class(self) -> bool:
+        """Whether a term has a number of its target for every class, so that its sums end with the residuals."""
+        return not self.lists_classes or (self.beside is not None and self.beside.target != "sparse")
 
     @property
     def smooths_labels(self) -> bool:
