@@ -49,6 +49,8 @@ def outcome(make: Callable[[], tuple[Any, Mapping[str, Tensor]]], cotangent: Ten
             return Outcome(value=value.detach(), stats=stats)
         named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         found = torch.autograd.grad(value, list(named.values()), seed, materialize_grads=True) if named else ()
+    except softcurve.checks.InvalidEntriesError as error:  # a ValueError to users
+        return Outcome(error="ValueError", message=str(error))
     except Exception as error:  # whatever comes is what is compared
         return Outcome(error=type(error).__name__, message=str(error))
     return Outcome(value=value.detach(), gradients=dict(zip(named, found, strict=True)), stats=stats)

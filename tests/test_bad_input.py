@@ -311,7 +311,8 @@ def outcome(route, code):
     try:
         return ["returned", repr(eval(code, globals() | LOSSES[route]))]
     except BaseException as error:
-        return [type(error).__name__, str(error)]
+        of_entries = isinstance(error, softcurve.checks.InvalidEntriesError)  # a ValueError to users
+        return ["ValueError" if of_entries else type(error).__name__, str(error)]
 """
 
 

@@ -530,6 +530,8 @@ m, KL, found = ClassMap(i, i // 2 * 2 % 3 + i % 2), softcurve.linear_kl_divergen
 for code in {list(BAD)!r}:
     try:
         found.append(["returned", str(eval(code))])
+    except softcurve.checks.InvalidEntriesError as error:  # a ValueError to users
+        found.append(["ValueError", str(error)])
     except Exception as error:
         found.append([type(error).__name__, str(error)])
 
