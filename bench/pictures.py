@@ -26,9 +26,7 @@ STYLES: Mapping[str, Style] = {
     "ours": Style("softcurve", "#d55e00", "o", width=2.8),
     "three products": Style("three products", "#808890", "", ":"),
     "torch eager": Style("torch, logits", "#2f7fc1", "s"),
-    "torch.compile": Style("torch.compile", "#b86aa0", "^"),
     "torch chunked": Style("torch chunked", "#009e73", "D"),
-    "cut-cross-entropy": Style("cut-cross-entropy", "#a58a00", "v"),
 }
 TEXT = "#808890"  # has a contrast of at least 3.5 with white and with GitHub's and Furo's dark backgrounds
 NAMES = {"rows": "rows N", "width": "width d", "classes": "classes C"}
@@ -46,14 +44,14 @@ def draw(records: Sequence[Record], size: str, path: Path) -> None:
     index = ("rows", "width", "classes").index(size)
     # Text stays text, which is small and can be selected; without a date, equal figures give equal files.
     with pyplot.rc_context({**_settings(), "svg.fonttype": "none", "svg.hashsalt": size}):
-        figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.7))
+        figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.6))
         for axes, (column, label, least) in zip(panels, PANELS, strict=True):
             drawn = [{**record, column: max(record[column], least)} for record in records if column in record]
             _panel(axes, drawn, column, index)
             axes.set_xlabel(NAMES[size])
             axes.set_title(label, loc="left", fontsize=11)
-        figure.suptitle(_others(records[0]["shape"], index), x=0.99, ha="right", y=0.98, fontsize=9)
-        figure.tight_layout(rect=(0, 0, 1, 1))
+        panels[-1].set_title(_others(records[0]["shape"], index), loc="right", fontsize=9)
+        figure.tight_layout()
         figure.savefig(path, transparent=True, metadata={"Date": None})
         pyplot.close(figure)
 
@@ -76,11 +74,15 @@ def _others(shape: Sequence[int], index: int) -> str:
 
 
 def _panel(axes: Any, records: Sequence[Record], column: str, index: int) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     values = sorted({record["shape"][index] for record in records})
     axes.set_xticks(values, [_short(value) for value in values])
-    axes.xaxis.set_minor_locator(_no_ticks())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(values[0] / 1.2, values[-1] * (values[-1] / values[0]) ** 0.42)  # room for the labels of the lines
     axes.grid(visible=True, color=TEXT, alpha=0.25, linewidth=0.6)
     ends = {}
@@ -109,14 +111,8 @@ def _panel(axes: Any, records: Sequence[Record], column: str, index: int) -> Non
         )
 
 
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
-
-
 def _short(value: int) -> str:
-    return f"{value // 1024}k" if value >= 10_000 and value % 1024 == 0 else f"{value:,}"
+    return f"{value // 1024}k" if value >= 4096 and value % 1024 == 0 else f"{value:,}"
 
 
 def _apart(ends: Mapping[str, float], limits: tuple[float, float]) -> dict[str, float]:
