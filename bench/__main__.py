@@ -3,7 +3,7 @@
 ``fits``, ``gpu`` and ``scaling`` run only if they are named. The fits take hours, because the slowest solvers have a
 limit of ten minutes each. ``gpu`` measures on a CUDA device and has its own options (``python -m bench gpu --help``).
 ``scaling`` first prints how the cost of a step depends on the number of processes, as the cost model in docs/scaling.md
-predicts it. It then measures how time and memory grow with rows, width and classes, which takes half an hour, and
+predicts it. It then measures how time and memory grow with rows, width and classes, which takes some minutes, and
 writes figures and pictures into docs/pictures; with ``--redraw`` it only draws the figures that are there.
 """
 

@@ -6,7 +6,7 @@ The figures of a run are written as JSON, with one picture for each of the three
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from bench.heads import Shape
 from bench.tables import Record, cell, print_head, print_row, write_json
 
 CASE = "cross-entropy"
-BASE = Shape(512, 256, 32_768)
+BASE = Shape(256, 256, 32_768)
 # One size of the base shape takes these values, while the two others stay.
 GROWING: Mapping[str, Sequence[int]] = {
-    "rows": (32, 128, 512, 2048),
+    "rows": (64, 256, 1024, 2048),
     "width": (64, 256, 1024),
     "classes": (4096, 16_384, 65_536, 262_144),
 }
 # Implementations that torch.compile compiles anew for each shape are in the table heads; they would take most of a run.
 PEERS = ("torch eager", "torch chunked")
+SLOW = 2.0  # seconds of a call, after which a peer is not measured at larger values of the same size
 SMALL_BASE, SMALL = Shape(32, 16, 512), {"rows": (16, 64), "width": (8, 32), "classes": (64, 2048)}
 FIGURES = "scaling.json"
 
@@ -32,7 +33,7 @@ def print_growth(
     repeats: int,
     base: Shape = BASE,
     growing: Mapping[str, Sequence[int]] = GROWING,
-    chosen: Container[str] = PEERS,
+    chosen: Iterable[str] = PEERS,
 ) -> list[Record]:
     """Measure and print the figures of each shape; every shape is measured once."""
     print("\ncross-entropy of class indices, loss and gradients, float32; extra memory excludes the gradients\n")
@@ -40,10 +41,12 @@ def print_growth(
     measured: dict[Shape, list[Record]] = {}
     records = []
     for size, values in growing.items():
+        left = set(chosen)
         for shape in (base._replace(**{size: value}) for value in values):
             if shape not in measured:
-                measured[shape] = [_short(record) for record in head_tables.figures(CASE, shape, repeats, chosen)]
+                measured[shape] = [_short(record) for record in head_tables.figures(CASE, shape, repeats, left)]
             of_size = [{"size": size, **record} for record in measured[shape] if "note" not in record]
+            left -= {record["who"] for record in of_size if record["s"] > SLOW}
             print_records(of_size)
             records += of_size
     return records

@@ -85,11 +85,11 @@ def _panel(axes: Any, records: Sequence[Record], column: str, index: int) -> Non
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(values[0] / 1.2, values[-1] * (values[-1] / values[0]) ** 0.42)  # room for the labels of the lines
     axes.grid(visible=True, color=TEXT, alpha=0.25, linewidth=0.6)
-    ends = {}
+    ends: dict[int, dict[str, float]] = {}  # the last values of the lines, by the place where they end
     for who, style in STYLES.items():
         line = sorted((r["shape"][index], r[column]) for r in records if r["who"] == who)
         if line:
-            ends[who] = line[-1][1]
+            ends.setdefault(line[-1][0], {})[who] = line[-1][1]
             axes.plot(
                 *zip(*line, strict=True),
                 color=style.colour,
@@ -98,13 +98,22 @@ def _panel(axes: Any, records: Sequence[Record], column: str, index: int) -> Non
                 linewidth=style.width,
                 markersize=5,
             )
-    for who, height in _apart(ends, axes.get_ylim()).items():
+    for place, heights in ends.items():
+        top = max(record[column] for record in records if record["shape"][index] == place)
+        above = place < values[-1] and top in heights.values()
+        _label(axes, place, _apart(heights, axes.get_ylim()), above=above)
+
+
+def _label(axes: Any, place: int, heights: Mapping[str, float], *, above: bool) -> None:
+    """Label lines to the right of their last points, or above a point that other lines would pass on the right."""
+    for who, height in heights.items():
         axes.annotate(
             STYLES[who].label,
-            (values[-1], height),
-            xytext=(8, 0),
+            (place, height),
+            xytext=(0, 8) if above else (8, 0),
             textcoords="offset points",
-            va="center",
+            ha="center" if above else "left",
+            va="bottom" if above else "center",
             color=STYLES[who].colour,
             fontsize=10,
             fontweight="bold" if who == "ours" else "normal",
