@@ -1,30 +1,28 @@
-"""Print all tables: ``python -m bench``; or one: ``logits heads log_probs curvature exactness fits gpu scaling``.
+"""Print tables: ``python -m bench``, or ``logits heads log_probs curvature exactness llama fits gpu scaling``.
 
 ``fits``, ``gpu`` and ``scaling`` run only if they are named. The fits take hours, because the slowest solvers have a
 limit of ten minutes each. ``gpu`` measures on a CUDA device and has its own options (``python -m bench gpu --help``).
-``scaling`` prints the predictions of the cost model in docs/scaling.md and measures nothing.
+``scaling`` first prints how the cost of a step depends on the number of processes, as the cost model in docs/scaling.md
+predicts it. It then measures how time and memory grow with rows, width and classes, which takes some minutes, and
+writes figures and pictures into docs/pictures; with ``--redraw`` it only draws the figures that are there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from bench import curvature, exactness, fits, heads, logits, peers, scaling
+from bench import curvature, exactness, fits, growth, head_tables, heads, llama, logits, measure, peers, scaling, tables
 from bench.gpu import table as gpu
-from bench.heads import CASES, OURS, Shape
+from bench.heads import CASES, Shape
 from bench.measure import in_fresh_process, interleaved, median_ratio, relative_error
 from bench.problems import PROBLEMS
-from bench.tables import Record, cell, print_head, print_row, write_json
+from bench.tables import Record, cell, print_head, print_row
 
 
 def main() -> None:
@@ -32,28 +30,32 @@ def main() -> None:
     if sys.argv[1:2] == ["gpu"]:
         sys.exit(gpu.main(sys.argv[2:]))
     options = _options()
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {threads} threads")
-    tables: dict[str, list[Record]] = {}
+    if options.processor_time:
+        measure.use_processor_time()
+    machine = tables.machine() | {"seconds": "processor time" if options.processor_time else "elapsed time"}
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    printed: dict[str, list[Record]] = {}
     if options.table in ("all", "logits"):
-        tables["logits"] = print_logits(options.rows, options.classes, options.repeats)
-        tables["logits of other shapes"] = print_other_logits(options.repeats)
+        printed["logits"] = print_logits(options.rows, options.classes, options.repeats)
+        printed["logits of other shapes"] = print_other_logits(options.repeats)
     for table in ("heads", "log_probs"):
         if options.table in ("all", table):
             chosen = options.case or CASES
             names = [name for name in chosen if (name in heads.LOG_PROBS) == (table == "log_probs")]
             rows = [(name, shape) for name in names for shape in options.shape or CASES[name].shapes]
-            tables[table] = print_heads(rows, options.repeats)
+            printed[table] = head_tables.print_heads(rows, options.repeats)
             budgeted = [name for name in names if name in heads.BUDGETED]
             rows = [(name, shape) for name in budgeted for shape in options.shape or heads.BUDGETED[name]]
-            tables[f"{table} in a budget"] = print_heads_in_a_budget(rows)
+            printed[f"{table} in a budget"] = head_tables.print_heads_in_a_budget(rows)
     if options.table in ("all", "curvature"):
-        tables["curvature"] = print_curvature(options.shape, min(options.repeats, 5))
-        tables["curvature in a budget"] = print_curvature_in_a_budget(options.shape)
+        printed["curvature"] = print_curvature(options.shape, min(options.repeats, 5))
+        printed["curvature in a budget"] = print_curvature_in_a_budget(options.shape)
     if options.table in ("all", "exactness"):
-        tables["exactness"] = print_exactness()
+        printed["exactness"] = print_exactness()
+    if options.table in ("all", "llama"):
+        printed["llama"] = llama.print_llama(llama.SMALL if options.quick else llama.SIZE, options.repeats)
     if options.table == "fits":
-        tables["fits"] = fits.print_fits(
+        printed["fits"] = fits.print_fits(
             options.problem or tuple(PROBLEMS),
             options.dtype or fits.DTYPES,
             options.who or fits.CONTESTANTS,
@@ -63,22 +65,29 @@ def main() -> None:
         )
     if options.table == "scaling":
         scaling.print_scaling()
+        if not options.redraw:
+            sizes = (growth.SMALL_BASE, growth.SMALL) if options.quick else (growth.BASE, growth.GROWING)
+            printed["scaling"] = growth.print_growth(options.repeats, *sizes)
+            growth.write(printed["scaling"], machine, options.pictures)
+        else:
+            growth.redraw(options.pictures)
     if options.json:
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads}
-        print(f"\n{write_json(machine | tables, options.json)}")
+        print(f"\n{tables.write_json(machine | printed, options.json)}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    tables = ("all", "logits", "heads", "log_probs", "curvature", "exactness", "fits", "gpu", "scaling")
+    choices = ("all", "logits", "heads", "log_probs", "curvature", "exactness", "llama", "fits", "gpu", "scaling")
     parser.add_argument(
-        "table", nargs="?", choices=tables, default="all", help="all but fits, gpu and scaling by default"
+        "table", nargs="?", choices=choices, default="all", help="all but fits, gpu and scaling by default"
     )
     rounds = f"number of rounds, each of which runs every contestant once [default: 9, or {fits.REPEATS} for fits]"
     parser.add_argument("--repeats", type=int, help=rounds)
     parser.add_argument("--rows", type=int, default=4096, help="rows of the dense logits")
     parser.add_argument("--classes", type=int, default=10_000, help="classes of the dense logits")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="case of the head; may be repeated")
+    seconds = "measure processor time, on a machine that other processes use; with OMP_NUM_THREADS=1"
+    parser.add_argument("--processor-time", action="store_true", help=seconds)
     shape = "shape of the head; may be repeated"
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,d,C", help=shape)
     parser.add_argument("--problem", action="append", choices=tuple(PROBLEMS), help="problem to fit; may be repeated")
@@ -87,10 +96,17 @@ def _options() -> argparse.Namespace:
     limit = "time limit of a fit, after which it is killed"
     parser.add_argument("--limit", type=float, default=fits.LIMIT, metavar="SECONDS", help=limit)
     parser.add_argument("--quick", action="store_true", help="use small shapes and three rounds, to test the benchmark")
+    pictures = "folder of the figures and pictures of scaling [default: docs/pictures, or build/pictures with --quick]"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=pictures)
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the figures in that folder again, and measure nothing"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to PATH and print them at the end")
     options = parser.parse_args()
     if options.table == "gpu":
         parser.error("gpu must be the first argument and has its own options: python -m bench gpu --help")
+    if options.pictures is None:
+        options.pictures = Path("build/pictures" if options.quick else "docs/pictures")
     if options.repeats is None:
         options.repeats = 3 if options.quick else fits.REPEATS if options.table == "fits" else 9
     if options.quick:
@@ -102,79 +118,6 @@ def _options() -> argparse.Namespace:
 def _shape(text: str) -> Shape:
     rows, width, classes = map(int, text.split(","))
     return Shape(rows, width, classes)
-
-
-# --- a head -----------------------------------------------------------------------------------------------------------
-
-
-def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]:
-    """Print seconds, extra memory and error of each contestant and of the matrix products alone."""
-    print("\nlosses on features and a head, (rows, width, classes) float32, gradients with respect to both\n")
-    print(
-        "A ratio is the median of the ratios of all rounds. Extra memory excludes inputs and results (gradients,\n"
-        "HVPs). The error is the largest relative error of the results, on a sixteenth of the rows. The lower bound\n"
-        "of an HVP does not include the products of the gradients. A library that does not provide a loss has no row.\n"
-    )
-    print_head("case", "shape", "who", "s", "ours / it", "extra MB", "results MB", "error")
-    records = []
-    for name, shape in rows:
-        for record in _figures(name, shape, repeats):
-            print_row(
-                name,
-                str(shape),
-                record["who"],
-                record.get("note") or f"{record['s']:.4f}",
-                cell(record, "ratio", ".2f"),
-                cell(record, "extra_mb", ".1f"),
-                cell(record, "results_mb", ".1f"),
-                cell(record, "error", ".1e"),
-            )
-            records.append(record)
-    return records
-
-
-def _figures(name: str, shape: Shape, repeats: int) -> Iterator[Record]:
-    torch.compiler.reset()  # previous shapes would count towards the limit on recompilations
-    case, contestants = CASES[name], heads.contestants(name)
-    given = case.inputs(shape)
-    tried = {who: heads.prepared(who, prepare, given) for who, prepare in contestants.items()}
-    runs = {who: run for who, run in tried.items() if not isinstance(run, str)}
-    products = case.floor(given)
-    floor = f"floor, {len(products)} product{'s' if len(products) > 1 else ''}"
-    seconds = interleaved({**runs, floor: partial(heads.multiply, products)}, repeats)
-    few = case.inputs(shape._replace(rows=max(16, shape.rows // 16)))
-    truth = case.run(case.dense, few.in_float64())()
-    for who in (OURS, floor, *(peer for peer in contestants if peer != OURS)):
-        record: Record = {"case": name, "shape": shape, "who": who}
-        if who in seconds:
-            record["s"] = median(seconds[who])
-            record["ratio"] = median_ratio(seconds[OURS], seconds[who])
-        else:
-            record["note"] = tried[who]
-        if who in runs:
-            record |= _memory(name, who, shape)
-            record["error"] = max(map(relative_error, contestants[who](few)(), truth))
-        yield record
-
-
-def print_heads_in_a_budget(rows: Iterable[tuple[str, Shape]]) -> list[Record]:
-    """Print the extra memory of each contestant, with a memory budget for softcurve."""
-    print(f"\nmemory of losses on features and a head, softcurve with memory_budget = {heads.BUDGET // 2**20} MB\n")
-    print_head("case", "shape", "who", "extra MB", "results MB")
-    records = []
-    for name, shape in rows:
-        for who in heads.contestants(name):
-            record: Record = {"case": name, "shape": shape, "who": who, **_memory(name, who, shape, heads.BUDGET)}
-            extra = record.get("note") or cell(record, "extra_mb", ".1f")
-            print_row(name, str(shape), who, extra, cell(record, "results_mb", ".1f"))
-            records.append(record)
-    return records
-
-
-def _memory(name: str, who: str, shape: Shape, budget: int | None = None) -> Record:
-    call = f"heads.print_memory({name!r}, {who!r}, heads.Shape(*{tuple(shape)}), {budget})"
-    figures: Record = json.loads(in_fresh_process(f"from bench import heads\n{call}\n").splitlines()[-1])
-    return figures
 
 
 # --- curvature --------------------------------------------------------------------------------------------------------
