@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softcurve.fit import DataError
-from softcurve.typing import FitLoss
 
 if TYPE_CHECKING:
     from softcurve.fit.data.dataset import Keys
@@ -59,6 +58,7 @@ AsJson = Annotated[
     bool | None,
     option(None, "Print JSON.", "--json/--no-json", default="unless on a terminal"),
 ]
+FitLoss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]  # softcurve.typing, which has it too, loads torch
 Dtype = Literal["float64", "float32"]
 Language = Literal["en", "zh"]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical-fisher"]
