@@ -19,11 +19,13 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+import softcurve
+
 # What most programs import, directly or through torch's lazy imports. None of these starts a thread.
 PRELOADED = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("sklearn.datasets", "sklearn.model_selection", "matplotlib.figure", "matplotlib.backends.backend_agg"),
-    *("softcurve", "softcurve.curvature", "softcurve.fit", "softcurve.cli.main", "tests.cases"),
+    *("softcurve.cli.main", "tests.cases"),
 )
 PRELOADED_WITH_TRITON = ("torch._dynamo", "torch._dynamo.testing")
 
@@ -74,6 +76,8 @@ if __name__ == "__main__":
     for name in PRELOADED:
         with suppress(ModuleNotFoundError):  # of an extra that is not installed
             importlib.import_module(name)
+    for name in softcurve.__all__:  # which load their modules
+        getattr(softcurve, name)
     # An interpreter that ends does not free what is frozen, which spares each fork a second. Triton's bindings are not
     # frozen, because they print a message for each of their types that was not freed.
     gc.freeze()

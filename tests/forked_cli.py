@@ -10,9 +10,12 @@ import json
 import os
 import sys
 
+import softcurve
 from softcurve.cli.main import main
 
 if __name__ == "__main__":
+    for name in softcurve.__all__:  # which load torch
+        getattr(softcurve, name)
     gc.freeze()  # A fork that ends does not free what has been imported, which would take most of its time.
     for arguments, *streams in json.loads(sys.argv[1]):
         if child := os.fork():

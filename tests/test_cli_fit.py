@@ -125,8 +125,9 @@ def test_few_coefficients_have_standard_errors():
 @pytest.mark.usefixtures("without_pages")
 def test_the_command_in_the_record_repeats_the_fit(words):
     options = ("--C", 0.5, "--no-intercept", "--seed", 3, "--path", "0.1,10", "--tol", 1e-7, "--dtype", "float32")
-    record = run_json("fit", words, *options, "--out", "my head.safetensors", "--overwrite")
+    record = run_json("fit", words, *options, "--out", "my head.safetensors", "--overwrite", "--checkpoint", "state")
     command = record["reproduction"]["command"]
+    assert "state" not in command  # a fit that resumes from its end repeats nothing
     assert command.startswith("softcurve fit words.npz ")
     assert "'my head.safetensors'" in command
     first = Path("my head.safetensors").read_bytes()
@@ -294,11 +295,11 @@ def save_good_head():
         (["fit", "data.tsv"], "suffix '.tsv'; it must be the word digits or a file that ends in"),
         (["fit", "words.npz", "--loss", "reverse_kl"], "infinite for labels.*use forward_kl"),
         (["fit", "words.npz", "--loss", "hinge"], "'hinge'"),
-        (["fit", "words.npz", "--holdout", "1"], "holdout 1 of 60 rows must leave rows on both sides"),
-        (["fit", "words.npz", "--holdout", "nan"], "holdout nan"),
-        (["fit", "words.npz", "--C", "-1"], "C must be a positive number; got -1.0"),
-        (["fit", "words.npz", "--C", "nan"], "C must be a positive number; got nan"),
-        (["fit", "words.npz", "--tol", "0"], "tol must be a positive number"),
+        (["fit", "words.npz", "--holdout", "1"], "--holdout 1 of 60 rows must leave rows on both sides"),
+        (["fit", "words.npz", "--holdout", "nan"], "--holdout nan"),
+        (["fit", "words.npz", "--C", "-1"], "--C must be a positive number; got -1.0"),
+        (["fit", "words.npz", "--C", "nan"], "--C must be a positive number; got nan"),
+        (["fit", "words.npz", "--tol", "0"], "--tol must be a positive number"),
         (["fit", "words.npz", "--max-iter", "0"], "--max-iter"),
         (["fit", "words.npz", "--seed", "-1"], "--seed"),
         (["fit", "words.npz", "--dtype", "float16"], "'float16'"),

@@ -92,7 +92,7 @@ CSV_FAULTS = {
     "an index of pandas": (",a,y\n0,1,0\n", r"column 1 of d.csv has no name .* \(index=False in pandas\)"),
     "semicolons": ("a;b;y\n1;2;0\n", "must be separated by commas; its first row is 'a;b;y'"),
     "no rows": ("a,b,y\n", "a header row and no other rows; give at least one sample"),
-    "a missing value": ("a,y\n1,0\n,1\n", "column 'a' of d.csv has 1 nulls .*fill them or drop the rows"),
+    "a missing value": ("a,y\n1,0\n,1\n", "column 'a' of d.csv has 1 null .*fill them or drop the rows"),
     "a ragged row": ("a,y\n1,0\n1\n", "d.csv cannot be read as a .csv table: .*Expected 2 columns, got 1"),
     "a name that comes twice": ("a,a,y\n1,2,0\n", "more than one column 'a'; rename one"),
     "text": ("a,b,y\n1,red,0\n", "column 'b' of d.csv holds text; .*encode it as numbers, choose it as the target by"),

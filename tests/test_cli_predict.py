@@ -276,7 +276,7 @@ def test_damage_that_shows_late_leaves_the_old_predictions(blocks, suffix):
     late = FEATURES.copy()
     late[57, 1] = np.nan
     np.save("late.npy", late)
-    assert "late.npy must be finite; 1 entries" in refused(
+    assert "late.npy must be finite; 1 entry" in refused(
         "h.safetensors", "late.npy", "--out", f"p.{suffix}", "--overwrite"
     )
     soft = SOFT.copy()

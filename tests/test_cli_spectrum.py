@@ -469,7 +469,7 @@ SAVED = ["head.safetensors", "labels.npz"]
     ("arguments", "message"),
     [
         ([], "MODEL"),
-        (["head.safetensors"], "data: head.safetensors is a head without rows; give them as the second argument"),
+        (["head.safetensors"], "data: head.safetensors is a head without samples; give them as the second argument"),
         (["none.safetensors", "labels.npz"], "head: there is no file none.safetensors"),
         (["soft.safetensors", "labels.npz"], "soft.safetensors is not a head that can be used"),
         (["head.safetensors", "none.npz"], "data: there is no file none.npz"),

@@ -1,12 +1,14 @@
 """The page of `softcurve explain` in a browser: its numbers against float64 Python, its controls, and its isolation.
 
 The numbers that the page's JavaScript shows are compared with autograd on dense formulas, for random states of all
-controls. The tests are skipped where Chromium, its driver or selenium is missing.
+controls. The tests are skipped where Chromium, its driver or selenium is missing. This page and the report of a fit are
+also checked by axe-core, where the environment variable SOFTCURVE_AXE_CORE has the path of its axe.min.js.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import shutil
@@ -20,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from softcurve import reference
 from softcurve.cli import explain
 from softcurve.cli.explain.divergences import GRID, target_logits
 from softcurve.cli.explain.network import Network, train
+from softcurve.cli.main import app
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -33,6 +37,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium or chromedriver is not installed")
 
+AXE = os.environ.get("SOFTCURVE_AXE_CORE", "")
 STATES = 25
 WIDGETS = ("classes", "simplex", "modes", "digit", "vae")
 SHAPES = {"classes": ("p", "y", "residual", "gradient", "fy", "fp", "gap", "share", "eigenJ", "eigenH", "J", "H")}
@@ -62,13 +67,16 @@ return Object.fromEntries(arguments[0].map((name) => [name,
 @dataclass
 class Pages:
     driver: Any
-    paths: dict[str, Path]
+    paths: dict[str, Path]  # by language, and that of the report of a fit
     network: Network
 
-    def open(self, lang: str, *, width: int = 1200) -> Any:
+    def open(self, page: str, *, width: int = 1200, scheme: str = "light") -> Any:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(self.paths[lang].as_uri())
+        self.driver.get(self.paths[page].as_uri())
+        self.driver.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
         return self.driver
 
 
@@ -80,6 +88,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     sections = explain.measure(network, 0)
     for lang, path in paths.items():
         path.write_text(explain.render_explanation(network, sections, 0, lang), "utf-8")
+    paths["report"] = folder / "head.html"
+    fitted = CliRunner().invoke(app, ["fit", "--path", "0.1,1,10", "--out", str(folder / "head.safetensors")])
+    assert fitted.exit_code == 0, fitted.output
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
@@ -322,7 +333,54 @@ def test_everything_can_be_done_with_the_keyboard(pages: Pages) -> None:
     assert unnamed == []
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
+# The keys that change a control, one of which must do so whatever its value is.
+CHANGING = {
+    "range": (Keys.ARROW_RIGHT, Keys.ARROW_LEFT),
+    "number": (Keys.ARROW_UP, Keys.ARROW_DOWN),
+    "checkbox": (Keys.SPACE,),
+    "select-one": (Keys.ARROW_DOWN, Keys.ARROW_UP),
+}
+
+
+def test_every_control_and_every_button_works_with_the_keyboard(pages: Pages) -> None:
+    driver = pages.open("en")
+    show_all = """softcurve.classes.set({ count: 10, kind: "js" }); softcurve.simplex.set({ kind: "js" });
+                  softcurve.modes.set({ kind: "js" }); softcurve.digit.set({ target: "chosen", pixels: Array(64).fill(8) });"""
+    states = "return JSON.stringify(arguments[0].map((name) => softcurve[name].state))"
+    driver.execute_script(show_all)
+    controls = driver.find_elements("css selector", ".play [data-control]")
+    buttons = driver.find_elements("css selector", ".play [data-action]")
+    assert len(controls) > 40
+    for each in (*controls, *buttons):
+        driver.execute_script(
+            show_all
+        )  # the choice of a divergence hides β, and an unpainted digit has nothing to restore
+        assert each.is_displayed()
+        assert each.get_property("tabIndex") == 0
+        before = driver.execute_script(states, WIDGETS)
+        for key in CHANGING.get(each.get_property("type"), (Keys.ENTER,)):
+            each.send_keys(key)
+            if (after := driver.execute_script(states, WIDGETS)) != before:
+                break
+        assert after != before, each.get_attribute("outerHTML")
+
+
+@pytest.mark.skipif(not AXE, reason="SOFTCURVE_AXE_CORE does not name axe-core's axe.min.js")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("page", "width"), [("en", 1200), ("zh", 375), ("report", 1200), ("report", 375)])
+def test_axe_has_no_complaint(pages: Pages, page: str, width: int, scheme: str) -> None:
+    pages.driver.execute_cdp_cmd(
+        "Page.setBypassCSP", {"enabled": True}
+    )  # the page's policy forbids scripts from outside
+    driver = pages.open(page, width=width, scheme=scheme)
+    driver.execute_script("if (window.softcurve) softcurve.classes.set({ count: 10 })")
+    driver.execute_script(Path(AXE).read_text("utf-8"))
+    driver.set_script_timeout(120)
+    run = "axe.run().then((found) => arguments[0](found.violations.map((each) => [each.id, each.nodes[0].html])))"
+    assert driver.execute_async_script(run) == []
+
+
+@pytest.mark.parametrize("lang", ["en", "zh", "report"])
 def test_the_page_fits_a_phone_loads_nothing_and_says_what_it_draws(pages: Pages, lang: str) -> None:
     driver = pages.open(lang, width=375)
     assert driver.execute_script("return document.documentElement.scrollWidth") == 375

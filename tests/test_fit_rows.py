@@ -183,12 +183,12 @@ def changed(array, row, column, value):
         (
             changed(FEATURES, 2, 1, np.nan),
             NUMBERS,
-            "features must be finite; 1 entries .*nan, in row 2, column 1",
+            "features must be finite; 1 entry .*nan, in row 2, column 1",
         ),
         (
             changed(FEATURES, 4, 0, -np.inf),
             NUMBERS,
-            "features must be finite; 1 entries .*-inf, in row 4, column 0",
+            "features must be finite; 1 entry .*-inf, in row 4, column 0",
         ),
         (FEATURES, NUMBERS[:4], "features has 5 rows but target has 4 rows"),
         (FEATURES, SOFT[:3], "features has 5 rows but target has 3 rows"),
@@ -212,7 +212,7 @@ def changed(array, row, column, value):
         (
             FEATURES,
             changed(SOFT, 3, 1, 0.5),
-            "sum to 1 in every row; 1 of rows 0 to 4 are wrong, the first, 1.5, in row 3",
+            "sum to 1 in every row; 1 of rows 0 to 4 is wrong, the first, 1.5, in row 3",
         ),
     ],
 )
@@ -305,7 +305,7 @@ def table(**columns):
         (
             "alone.npy",
             lambda path: np.save(path, FEATURES),
-            r"has no targets \(it is one array\); give them in an .npy file as target",
+            r"has no targets \(it is one array\); give them in an .npy file by --target",
         ),
         (
             "alone.safetensors",
@@ -321,8 +321,8 @@ def table(**columns):
             "column 'a' .*holds datetime64",
         ),
         ("lists.parquet", table(a=[[1.0], [2.0]], target=[0, 1]), "column 'a' .*holds lists"),
-        ("nulls.parquet", table(a=[1.0, None], target=[0, 1]), "column 'a' .* has 1 nulls"),
-        ("nulls.parquet", table(X=[[1.0], [None]], target=[0, 1]), "the lists in column 'X' .* has 1 nulls"),
+        ("nulls.parquet", table(a=[1.0, None], target=[0, 1]), "column 'a' .* has 1 null"),
+        ("nulls.parquet", table(X=[[1.0], [None]], target=[0, 1]), "the lists in column 'X' .* has 1 null"),
         ("ragged.parquet", table(X=[[1.0], [2.0, 3.0]], target=[0, 1]), "lists of 1 to 2 entries"),
         (
             "alone.parquet",

@@ -341,8 +341,8 @@ def changed(array, row, column, value):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"features": changed(FEATURES, 30, 2, np.nan), "target": LABELS}, r"b\..* must be finite; 1 entries .* nan, in row 30, column 2"),
-        ({"features": changed(FEATURES, 9, 0, np.inf), "target": LABELS}, "must be finite; 1 entries .* inf, in row 9, column 0"),
+        ({"features": changed(FEATURES, 30, 2, np.nan), "target": LABELS}, r"b\..* must be finite; 1 entry .* nan, in row 30, column 2"),
+        ({"features": changed(FEATURES, 9, 0, np.inf), "target": LABELS}, "must be finite; 1 entry .* inf, in row 9, column 0"),
         ({"features": FEATURES, "target": changed(SOFT, 20, 1, 0.9 + SOFT[20, 1])}, r"'target' of .*b\..* the first, 1.9, in row 20"),
         ({"features": FEATURES, "target": changed(SOFT, 21, 1, -0.5)}, "'target' of .* -0.5, in row 21, column 1"),
         ({"features": FEATURES, "target": changed(SOFT, 22, 3, np.nan)}, "'target' of .* nan, in row 22, column 3"),

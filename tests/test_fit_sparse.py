@@ -272,7 +272,7 @@ def test_an_entry_that_is_not_finite_is_named(wrong, stays, monkeypatch):
     monkeypatch.setattr("softcurve.fit.data.dataset.SPARSE_SHARE", 0 if stays else 10**9)
     rows = X.copy()
     rows[41, 6] = rows[50, 2] = wrong
-    message = rf"features must be finite; \d entries of rows .* the first, {wrong:g}, in row 41, column 6: drop"
+    message = rf"features must be finite; (1 entry|2 entries) of rows .* (is|are) wrong, the first, {wrong:g}, in row 41, column 6: drop"
     with pytest.raises(DataError, match=message):
         to_source(csr(rows), LABELS)
 

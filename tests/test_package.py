@@ -7,6 +7,8 @@ import importlib.metadata
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import softcurve
 
 from .mutants import MUTANTS
@@ -19,9 +21,50 @@ OF_APP = {"typer", "rich", "matplotlib", "jinja2", "ziamath"}
 OF_INTEGRATIONS = {"transformers", "trl", "lightning", "softcurve.integrations"}
 
 
-def test_an_import_loads_nothing_optional(run_python):
-    code = f"import sys, softcurve; print(*sorted({OF_FIT | OF_APP | OF_INTEGRATIONS | {'torch._dynamo'}!r} & set(sys.modules)))"
-    assert run_python(code).stdout.strip() == ""
+def test_an_import_loads_nothing_and_the_names_nothing_optional(run_python):
+    code = f"""
+import sys, softcurve
+print(*sorted({{"torch", "numpy"}} & set(sys.modules)))
+names = set(softcurve.__all__) - {{"SoftmaxRegression", "SoftmaxRegressionCV"}}
+assert all(getattr(softcurve, name) is getattr(softcurve, name) for name in names)
+print(*sorted({OF_FIT | OF_APP | OF_INTEGRATIONS | {"torch._dynamo"}!r} & set(sys.modules)))
+"""
+    assert run_python(code).stdout.split() == []
+
+
+def test_a_name_that_is_first_used_in_compiled_code_needs_no_graph_break(run_python):
+    code = """
+import warnings, torch, softcurve
+warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # dynamo's own doing
+e, W, y = torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 4, 2])
+loss = torch.compile(lambda e: softcurve.linear_cross_entropy(e, W, y), backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(loss(e), torch.nn.functional.cross_entropy(e @ W.mT, y))
+"""
+    run_python(code)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["fit", "--help"], []])
+def test_the_command_line_helps_and_completes_without_torch(run_python, arguments):
+    """Torch takes seconds to load. Without arguments, the shell asks for the completion of ``softcurve fit --lo``."""
+    environment = (
+        {}
+        if arguments
+        else {"_SOFTCURVE_COMPLETE": "complete_bash", "COMP_WORDS": "softcurve fit --lo", "COMP_CWORD": "2"}
+    )
+    code = f"""
+import os, sys
+sys.argv = ["softcurve", *{arguments!r}]
+os.environ.update({environment!r})
+from softcurve.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {{"torch", "numpy", "rich"}} & set(sys.modules), set(sys.modules)
+"""
+    assert (
+        softcurve.__version__ if arguments == ["--version"] else "--loss" if not arguments else "Usage"
+    ) in run_python(code).stdout
 
 
 def test_an_import_does_without_jaxtyping(run_python):

@@ -189,13 +189,13 @@ def test_a_whole_report() -> None:
     page, reader = written(report())
     assert page.startswith("<!DOCTYPE html>")
     assert "light dark" in reader.attributes("content", "meta")
-    assert "Converged in 250 ms, after 6 iterations" in reader.text
+    assert "Converged in 250 ms, after 6 Newton steps" in reader.text
     assert "Not converged" not in reader.text
     parts = re.split(r'<section id="\w+">', page)[1:]
     assert ["<picture>" in part for part in parts] == [False, True, True, False, False, False, True, True, False, False]
     assert 'class="heat"' in parts[3]
     assert 'class="bar"' in parts[4]
-    for fact in ("rows.npz", "auto", "cross entropy", f"softcurve {softcurve.__version__}", "16"):
+    for fact in ("rows.npz", "auto", "cross-entropy", f"softcurve {softcurve.__version__}", "16"):
         assert fact in reader.text
     assert len(set(reader.attributes("src", "img")) & set(reader.attributes("srcset", "source"))) == 0
 
@@ -268,11 +268,11 @@ def with_losses(losses: dict[float, float], *, late: float = 0.0) -> FitReport:
 @pytest.mark.parametrize(
     ("losses", "late", "chosen", "best", "says"),
     [
-        ({0.01: 0.9, 0.1: 0.45, 10.0: 0.4, 100.0: 0.5}, 0.0, 0.1, 10.0, "smallest value whose held-out loss, 0.4500"),
-        ({0.01: 0.9, 0.1: 0.51, 10.0: 0.4, 100.0: 0.5}, 0.0, 10.0, 10.0, "no smaller value is within one standard error"),
+        ({0.01: 0.9, 0.1: 0.45, 10.0: 0.4, 100.0: 0.5}, 0.0, 0.1, 10.0, "smallest C whose held-out loss, 0.4500"),
+        ({0.01: 0.9, 0.1: 0.51, 10.0: 0.4, 100.0: 0.5}, 0.0, 10.0, 10.0, "that of no smaller C is within one standard error"),
         ({0.01: 0.9, 0.1: 0.45, 10.0: 0.4, 100.0: 0.5}, 0.1, 10.0, 10.0, "fit again with --C 10"),
-        ({100.0: 0.4, 0.01: 0.45, 10.0: 0.41}, 0.0, 0.01, 100.0, "--path may go on to smaller ones"),
-        ({0.01: 0.9, 10.0: 0.9, 100.0: 0.4}, 0.0, 100.0, 100.0, "--path may go on to larger ones"),
+        ({100.0: 0.4, 0.01: 0.45, 10.0: 0.41}, 0.0, 0.01, 100.0, "extend --path to smaller values"),
+        ({0.01: 0.9, 10.0: 0.9, 100.0: 0.4}, 0.0, 100.0, 100.0, "extend --path to larger values"),
         ({0.01: math.inf, 10.0: 0.4}, 0.0, 10.0, 10.0, "C = 10 by"),
     ],
 )  # fmt: skip
@@ -283,7 +283,7 @@ def test_the_recommended_C_follows_the_one_standard_error_rule(
     assert isinstance(recommended, Recommendation)
     assert (recommended.C, recommended.best_C) == (chosen, best)
     assert says in str(recommended)
-    assert f"This head has C = 1; fit again with --C {chosen:g}." in str(recommended)
+    assert f"This head has C = 1; fit again with --C {chosen:g} to change it." in str(recommended)
     assert "fit again" not in str(replace(recommended, fitted_C=chosen))
 
 

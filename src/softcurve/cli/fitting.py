@@ -202,7 +202,7 @@ def _comparisons(report: FitReport) -> TextRows:
     if (intervals := report.intervals) is not None:
         (low_loss, high_loss), (low, high) = intervals.loss, intervals.accuracy
         ends = f"loss {low_loss:.4f} to {high_loss:.4f} nats, accuracy {low:.4f} to {high:.4f}"
-        rows.append((f"{intervals.level:.0%} bootstrap", ends))
+        rows.append((f"{intervals.level:.0%} intervals", ends))
     return [*rows, ("majority baseline", f"loss {baseline.loss:.4f} nats, accuracy {baseline.accuracy:.4f}")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ except ImportError as error:
 
 Work = Callable[..., None]
 BY_BLOCKS = "store DATA as .npy, .safetensors or .parquet, which are read block by block"
+# The parameters of the fit that its errors begin with, which are options here.
+PARAMETER = re.compile(r"(?:C|class_count|holdout|loss|max_iter|seed|tol)(?= )")
 # What a command shows, which changes none of its results.
 SHOWN = {"progress": Progress, "as_json": AsJson}
 
@@ -113,7 +116,7 @@ def spectrum(options: SpectrumOptions, progress: bool | None, as_json: bool | No
 
 @_command(ExplainOptions, "as_json")
 def explain(options: ExplainOptions, as_json: bool | None) -> None:
-    """Write a page that derives and checks every gradient of softmax and KL. The page is a self-contained HTML file."""
+    """Write an HTML page that derives the gradients of softmax and KL. It is interactive and checks every formula."""
     with ended_by_signals(), refusals(f"explain {options.out}"):
         from softcurve.cli.explain import explain_command
 
@@ -142,6 +145,8 @@ def refusals(work: str = "softcurve", less_memory: str = "free some memory") -> 
             message = str(error)
         else:
             raise
+        if option := PARAMETER.match(message):
+            message = f"--{option[0].replace('_', '-')}{message[option.end() :]}"
         print("softcurve:", message.replace("\n", " "), file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softcurve.fit import DataError
-from softcurve.typing import FitLoss
 
 if TYPE_CHECKING:
     from softcurve.fit.data.dataset import Keys
@@ -40,12 +39,12 @@ MODEL = (
     "returns (features, head, data)."
 )
 HEAD_DATA = "The samples for a saved head, as for softcurve predict."
-PRECISIONS = "Precision of Hessian–vector products: float64, mixed (float32) or auto."
+PRECISIONS = "Precision of Hessian–vector products: float64, mixed (float32), or auto."
 PENALTY = "Inverse strength of the penalty ½‖W‖²; inf for none."
 MEMORY = "1024, or 256 for files"
 TARGET = "An .npy file of labels (n,) or distributions (n, C) that replaces the target in DATA."
 KEYS = "Name of the {} array in DATA."
-TOLERANCE = "Bound on the entries of the mean objective's gradient."
+TOLERANCE = "Largest entry of the gradient at which the fit stops."
 METHODS = "Eigensolver: lobpcg; lanczos, which may miss repeated eigenvalues; or auto."
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=FORMATS)]
@@ -59,6 +58,7 @@ AsJson = Annotated[
     bool | None,
     option(None, "Print JSON.", "--json/--no-json", default="unless on a terminal"),
 ]
+FitLoss = Literal["cross_entropy", "forward_kl", "reverse_kl", "js"]  # softcurve.typing, which has it too, loads torch
 Dtype = Literal["float64", "float32"]
 Language = Literal["en", "zh"]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical-fisher"]
@@ -75,24 +75,24 @@ class FitOptions:
     loss: Annotated[FitLoss, option("NAME", LOSSES)] = "cross_entropy"
     C: Annotated[float, option("X", PENALTY, "--C")] = 1.0
     path: Annotated[str | None, option("C,C,...", "Also fit these values of C, and recommend one.")] = None
-    fit_intercept: Annotated[bool, option(None, "Fit a bias, or none.", "--intercept/--no-intercept")] = True
+    fit_intercept: Annotated[bool, option(None, "Fit a bias.", "--intercept/--no-intercept")] = True
     class_count: Annotated[
         int | None, option("N", "Number of classes for top-k targets.", least=2, default="largest index + 1")
     ] = None
     holdout: Annotated[float, option("X", "Fraction of samples held out.")] = 0.2
     seed: Seed = 0
-    max_iter: Annotated[int, option("N", "Maximum of Newton steps.", least=1)] = 100
+    max_iter: Annotated[int, option("N", "Limit on Newton steps.", least=1)] = 100
     tol: Annotated[float, option("X", TOLERANCE)] = 1e-5
     precision: Annotated[Literal["auto", "mixed", "float64"], option("NAME", PRECISIONS)] = "auto"
     dtype: Annotated[Dtype, option("NAME", "Dtype of the saved head: float64 or float32.")] = "float64"
-    memory: Annotated[int | None, option("MIB", "Memory for the fit.", least=16, default=MEMORY)] = None
-    checkpoint: Annotated[Path | None, option("FILE", "File that keeps the state, to resume the fit.")] = None
-    checkpoint_every: Annotated[float, option("SECONDS", "Interval of checkpoints.")] = 30.0
+    memory: Annotated[int | None, option("MIB", "Memory of the fit beside the data.", least=16, default=MEMORY)] = None
+    checkpoint: Annotated[Path | None, option("FILE", "File of the state of the fit, to resume it.")] = None
+    checkpoint_every: Annotated[float, option("SECONDS", "Time between two checkpoints.")] = 30.0
     out: Annotated[Path, option("FILE", "Output file of the head, .safetensors.")] = Path("head.safetensors")
-    record: Annotated[Path | None, option("FILE", "JSON record to write.", default="beside --out")] = None
-    report: Annotated[Path | None, option("FILE", "HTML report to write.", default="beside --out")] = None
+    record: Annotated[Path | None, option("FILE", "JSON record of the fit.", default="as --out")] = None
+    report: Annotated[Path | None, option("FILE", "HTML report of the fit.", default="as --out")] = None
     overwrite: Overwrite = False
-    timeout: Annotated[float, option("SECONDS", "Timeout between processes.")] = 600.0
+    timeout: Annotated[float, option("SECONDS", "Longest wait for a process.")] = 600.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class SpectrumOptions:
     loss: Annotated[FitLoss | None, option("NAME", LOSSES, default="the head's, or cross_entropy")] = None
     top: Annotated[int, option("N", "Number of largest eigenvalues to compute.", "-k", "--top", least=1)] = 10
     method: Annotated[Literal["auto", "lobpcg", "lanczos"], option("NAME", METHODS)] = "auto"
-    tol: Annotated[float, option("X", "Relative tolerance on residuals; 0 for that of the dtype.")] = 0.0
+    tol: Annotated[float, option("X", "Relative tolerance of residuals; 0 for the accuracy of the dtype.")] = 0.0
     products: Annotated[int, option("N", "Number of matrix–vector products for the trace.", least=4)] = 64
     probes: Annotated[int, option("N", "Number of random vectors for the density; 0 for none.", least=0)] = 10
     steps: Annotated[int, option("N", "Number of Lanczos steps for each random vector.", least=1)] = 80

@@ -36,7 +36,10 @@ from softcurve.fit.saved_head import SavedHead
 # Takes the probabilities of the next rows, and the indices of the predicted classes.
 Write = Callable[[Float64[np.ndarray, "rows classes"], Int64[np.ndarray, " rows"]], None]
 MOST_SHOWN = 10  # classes
-SAVING = "softcurve.fit.saved_head.SavedHead(weight, bias, classes, loss, C).save('head.safetensors')"
+SAVING = (
+    "write its content as .safetensors: "
+    "softcurve.fit.saved_head.SavedHead(weight, bias, classes, loss, C).save('head.safetensors')"
+)
 BLOCK = 16_000_000  # bytes of what is computed of a block; the heap keeps several times the largest freed tensor
 
 
@@ -126,7 +129,7 @@ def predict_command(options: PredictOptions, *, as_json: bool | None = None) -> 
             import pyarrow.parquet  # noqa: F401
         inputs: dict[str, Any] = {"HEAD": options.head, "DATA": data, "--target": options.target}
         check_outputs({"--out": out}, inputs, overwrite=options.overwrite)
-    refuse_pickle("head", options.head, ".safetensors", SAVING)
+    refuse_pickle("head", options.head, SAVING)
     head = SavedHead.load(options.head)
     source = open_source_for(data, head.classes, head.weight.shape[1], options.target, keys=keys_of(options))
     start = time.perf_counter()

@@ -36,7 +36,7 @@ Network = GGN | Hessian | Fisher | EmpiricalFisher
 MATRICES: dict[str, type[Network]] = {
     "ggn": GGN, "hessian": Hessian, "fisher": Fisher, "empirical-fisher": EmpiricalFisher,
 }  # fmt: skip
-LOADING = "a function that builds the model and returns (features, head, data), to be given as FILE.py:function"
+LOADING = "build the model there in a function that returns (features, head, data); pass that as FILE.py:function"
 SIZES = {"rows": "samples", "classes": "classes", "parameters": "parameters"}
 MOST_SHOWN = 20  # eigenvalues
 QUANTILES = (0.5, 0.9, 0.99)
@@ -110,7 +110,8 @@ def _check(options: SpectrumOptions) -> None:
 def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
     if options.data is None:
         raise DataError(
-            f"data: {options.model} is a head without rows; give them as the second argument, a file or the word digits"
+            f"data: {options.model} is a head without samples; give them as the second argument, a file or the word "
+            "digits"
         )
     saved = SavedHead.load(options.model)
     dtype = _dtype(options) or saved.weight.dtype
@@ -128,7 +129,7 @@ def _saved_head(options: SpectrumOptions) -> SpectrumProblem:
 
 
 def _user_model(options: SpectrumOptions) -> SpectrumProblem:
-    refuse_pickle("model", Path(options.model), ".py", LOADING)
+    refuse_pickle("model", Path(options.model), LOADING)
     excluded = {
         "data": options.data, "--target": options.target, "--batch-size": options.batch_size,
         "--features-key": options.features_key, "--target-key": options.target_key,

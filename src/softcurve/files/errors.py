@@ -34,13 +34,13 @@ def unusable(argument: str, path: str | Path, action: str, error: OSError) -> Da
     return DataError(f"{argument}: {path} cannot be {action} ({reason}); {remedy_for(error)}")
 
 
-def refuse_pickle(argument: str, path: Path, suffix: str, conversion: str) -> None:
-    """Raise DataError if the path ends as a pickle does; ``conversion`` is Python that writes a file of ``suffix``."""
+def refuse_pickle(argument: str, path: Path, conversion: str) -> None:
+    """Raise DataError if the path ends as a pickle does; ``conversion`` says what to do after loading it in Python."""
     if path.suffix.lower() in PICKLES:
         loading = "torch.load" if path.suffix.lower() in PICKLES[:4] else "pickle.load"
         raise DataError(
             f"{argument}: {path} is a pickle, which may run any code when it is loaded, and is not read; if you trust "
-            f"it, load it in Python ({loading}) and write its content as {suffix}: {conversion}"
+            f"it, load it in Python ({loading}) and {conversion}"
         )
 
 

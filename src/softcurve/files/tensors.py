@@ -68,7 +68,7 @@ class FileState:
             if (missing := out_of_memory(error)) is not None:
                 reason = f"{missing}; store it as .npy, .safetensors or .parquet, which are read block by block"
             elif any(word in str(error) for word in ("allow_pickle", "pickled", "Python objects")):
-                reason = "it is none, or holds pickled objects, which are never loaded; save numbers or text"
+                reason = "it is not one, or holds pickled objects, which are never loaded; save numbers or text"
             else:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 reason = f"{first.rstrip('.')}; write it again"

@@ -25,7 +25,7 @@ from softcurve.cli.streams import encoded
 from softcurve.files.atomic import check_writable, replacing
 from softcurve.fit.outputs import check_outputs
 
-MOST_SHOWN = 12  # checks that are out of bounds
+MOST_SHOWN = 12  # failed checks
 
 # The parts of the page: the order of the statements, then what goes beyond them.
 PARTS = (
@@ -74,19 +74,20 @@ def write_explanation(out: Path, *, seed: int = 0, lang: Language = "en") -> dic
 
 
 def _print_checks(record: dict[str, Any]) -> None:
-    """Print how many checks of each section are within their bounds, and those that are not."""
+    """Print how many numerical checks of each part of the page passed, and those that failed."""
     checks: list[dict[str, Any]] = record["checks"]
     sections = dict.fromkeys(check["section"] for check in checks)
     held = {key: [check["held"] for check in checks if check["section"] == key] for key in sections}
-    rows = [(key, str(len(each)), str(sum(each))) for key, each in held.items()]
+    titles = read_texts("en")["all-checks"]
+    rows = [(titles[key], str(len(each)), str(sum(each))) for key, each in held.items()]
     rows.append(("all", str(len(checks)), str(sum(check["held"] for check in checks))))
-    print_table("softcurve explain", rows, {"section": "left", "checks": "right", "within bounds": "right"})
+    print_table("softcurve explain: numerical checks", rows, {"part": "left", "checks": "right", "passed": "right"})
     if broken := [check for check in checks if not check["held"]][:MOST_SHOWN]:
         figures = [
             (each["name"], f"{float(each['measured']):.3g}", f"{each['relation']} {float(each['bound']):.3g}")
             for each in broken  # the record holds an infinity as "inf"
         ]
-        print_table("checks out of bounds", figures, {"check": "left", "measured": "right", "bound": "right"})
+        print_table("failed checks", figures, {"check": "left", "measured": "right", "bound": "right"})
 
 
 def measure(network: Network, seed: int) -> list[Section]:

@@ -16,7 +16,8 @@ from softcurve.cli.page.render import Check, Section
 from softcurve.typing import ChainLoss
 
 BOUND, ROUNDING = 1e-12, 1e-15
-LOSSES: dict[ChainLoss, str] = {"cross_entropy": "CE", "forward_kl": "KL(y‖p)", "reverse_kl": "KL(p‖y)"}
+LOSSES: dict[ChainLoss, str] = {"cross_entropy": "H(y, p)", "forward_kl": "D(y‖p)", "reverse_kl": "D(p‖y)"}
+TARGETS = {"hard": "one-hot targets", "soft": "soft targets"}
 
 
 def explain_chain(network: Network) -> Section:
@@ -34,7 +35,7 @@ def explain_chain(network: Network) -> Section:
     infinite = softcurve.kl_divergence(network.logits(digits.x), y.log(), reduction="none").min().item()
     checks = [
         Check(
-            f"{target} targets, {LOSSES[loss]}: largest deviation of a gradient from autograd",
+            f"{TARGETS[target]}, {LOSSES[loss]}: largest difference between a gradient and that of autograd",
             max(value for name, value in by_name.items() if name != "loss"), "≤", BOUND,
         )
         for target, by_loss in deviations.items() for loss, by_name in by_loss.items()
@@ -47,7 +48,7 @@ def explain_chain(network: Network) -> Section:
             "deviations": deviations,
             "reverse_kl_of_hard_targets": infinite,
         },
-        checks=(*checks, Check("hard targets, KL(p‖y): smallest value over the digits", infinite, "=", math.inf)),
+        checks=(*checks, Check("one-hot targets, D(p‖y): smallest value over the digits", infinite, "=", math.inf)),
     )
 
 
@@ -110,14 +111,14 @@ def explain_jacobian(network: Network) -> Section:
             "one_minus_p_squared": (1 - p.square().sum()).item(),
         },
         checks=(
-            at_most("J against diag(p) − ppᵀ", jacobian - (p.diag() - p.outer(p))),
-            at_most("J against autograd of softmax", jacobian - by_autograd),
-            at_most("J v in closed form against the matrix product", product(z, y) - jacobian @ y),
-            at_most("J 1 = 0", jacobian.sum(-1)),
+            at_most("J and diag(p) − ppᵀ: largest difference", jacobian - (p.diag() - p.outer(p))),
+            at_most("J and the Jacobian by autograd: largest difference", jacobian - by_autograd),
+            at_most("J v in closed form and by the matrix product: largest difference", product(z, y) - jacobian @ y),
+            at_most("J 𝟏 = 0: largest entry of J 𝟏", jacobian.sum(-1)),
             Check("smallest eigenvalue of J", eigenvalues[0].item(), "≥", -ROUNDING),
             Check("second smallest eigenvalue of J: only one is zero", eigenvalues[1].item(), "≥", 1e-9),
-            Check("eigenvalues interlace with the sorted p: largest violation", violation.item(), "≤", ROUNDING),
-            at_most("J(y ⊘ p) = y − (Σy) p, for Σy = 1 and Σy = 2.5", identity, 1e-14),
+            Check("eigenvalues of J interlace with the sorted p: largest violation", violation.item(), "≤", ROUNDING),
+            at_most("J(y ⊘ p) = y − (Σy) p for Σy = 1 and Σy = 2.5: largest difference", identity, 1e-14),
         ),
     )  # fmt: skip
 

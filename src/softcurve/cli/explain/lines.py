@@ -17,10 +17,10 @@ p = reference.softmax(z)
 features = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
 head = torch.nn.Linear(2, 3)
 x = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
-link = softcurve.chain_rule(features, head, x, y.unsqueeze(0))
-mu, sigma = 1.0, 0.5  # of the Gaussian q
+chain = softcurve.chain_rule(features, head, x, y.unsqueeze(0))
+mu, sigma = 1.0, 0.5  # mean and standard deviation of the Gaussian q
 delta = torch.tensor([0.1, 0.0, 0.0])  # a change of the logits
-q, r = torch.tensor([0.90, 0.06, 0.04]), torch.tensor([0.2, 0.5, 0.3])  # categorical q and prior
+q, r = torch.tensor([0.90, 0.06, 0.04]), torch.tensor([0.2, 0.5, 0.3])  # a categorical q and its prior
 """
 
 # By statement, or by statement and a number. The names are those of SETUP.
@@ -38,10 +38,10 @@ LINES = {
     "gradient-p": "reference.dL_dp(y, p)",
     "gradient-z": "reference.dL_dz(y, p)",
     "hessian": "torch.func.jacrev(torch.func.grad(softcurve.cross_entropy))(z, y)",
-    "gradient-e": "link.dL_de",
-    "gradient-x": "link.dL_dx",
-    "gradient-W": "link.dL_dW",
-    "gradient-theta": 'link.dL_dtheta["0.weight"]',
+    "gradient-e": "chain.dL_de",
+    "gradient-x": "chain.dL_dx",
+    "gradient-W": "chain.dL_dW",
+    "gradient-theta": 'chain.dL_dtheta["0.weight"]',
     "kl": "softcurve.kl_divergence(y.log(), z)",
     "information": "(y * (-p.log2() + y.log2())).sum()",
     "bits": "softcurve.kl_divergence(y.log(), z, base=2)",

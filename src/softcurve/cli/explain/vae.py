@@ -48,16 +48,42 @@ def explain_vae() -> Section:
             "steps": STEPS,
         },
         checks=(
-            Check("prior fixed: its gradients", float(fixed["first_gradient_in_prior"] is not None), "=", 0.0),
-            Check("prior fixed: how far it moves", fixed["prior_moved"], "=", 0.0),
-            Check("prior fixed: distance of q from it at the end", fixed["distance_at_the_end"], "≤", 1e-6),
-            Check("prior learned: norm of its first gradient", learned["first_gradient_in_prior"], "≥", 0.1),
-            Check("prior learned: how far it moves", learned["prior_moved"], "≥", 0.02),
-            Check("gradients w.r.t. both arguments against their closed forms", closed, "≤", 1e-14),
-            Check("gradients of CE and KL w.r.t. the prior: largest difference", wrt_prior, "≤", 1e-14),
-            Check("gradients of CE and KL w.r.t. q: largest difference (they are not equal)", wrt_q, "≥", 0.1),
-            Check("minimising CE over q: probability of the prior's mode", in_corner, "≥", 0.95),
-            Check("KL of Gaussians in closed form against the sum over narrow bins", _gaussians(), "≤", 1e-12),
+            Check(
+                "prior fixed: number of gradients that reach it",
+                float(fixed["first_gradient_in_prior"] is not None),
+                "=",
+                0.0,
+            ),
+            Check("prior fixed: total-variation distance that it moves", fixed["prior_moved"], "=", 0.0),
+            Check(
+                "prior fixed: total-variation distance of q from it at the end", fixed["distance_at_the_end"], "≤", 1e-6
+            ),
+            Check("prior learned: norm of its gradient at the start", learned["first_gradient_in_prior"], "≥", 0.1),
+            Check("prior learned: total-variation distance that it moves", learned["prior_moved"], "≥", 0.02),
+            Check(
+                "gradients of KL with respect to q and the prior and their closed forms: largest difference",
+                closed,
+                "≤",
+                1e-14,
+            ),
+            Check(
+                "gradients of cross-entropy and KL with respect to the prior: largest difference", wrt_prior, "≤", 1e-14
+            ),
+            Check(
+                "gradients of cross-entropy and KL with respect to q: largest difference (they differ)", wrt_q, "≥", 0.1
+            ),
+            Check(
+                "minimum of the cross-entropy over q: probability of the prior's most probable category",
+                in_corner,
+                "≥",
+                0.95,
+            ),
+            Check(
+                "KL of Gaussians in closed form and as a sum over narrow bins: largest difference",
+                _gaussians(),
+                "≤",
+                1e-12,
+            ),
         ),
     )
 

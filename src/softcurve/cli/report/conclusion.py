@@ -30,33 +30,34 @@ class Recommendation:
         if self.best_C == self.C:
             text = (
                 f"C = {self.C:g} by the one-standard-error rule: it has the lowest held-out loss, {self.loss:.4f} "
-                f"nats, and no smaller value is within one standard error ({self.standard_error:.4f}) of it."
+                f"nats, and that of no smaller C is within one standard error ({self.standard_error:.4f} nats) of it."
             )
         else:
             text = (
-                f"C = {self.C:g} by the one-standard-error rule: it is the smallest value whose held-out loss, "
-                f"{self.loss:.4f} nats, is within one standard error ({self.standard_error:.4f}) of the lowest, "
-                f"{self.best_loss:.4f} at C = {self.best_C:g}."
+                f"C = {self.C:g} by the one-standard-error rule: it is the smallest C whose held-out loss, "
+                f"{self.loss:.4f} nats, is within one standard error ({self.standard_error:.4f} nats) of the lowest, "
+                f"{self.best_loss:.4f} nats at C = {self.best_C:g}."
             )
         if self.smallest == self.C:
-            text += " It is the smallest value compared; --path may go on to smaller ones."
+            text += " It is the smallest C that was compared; extend --path to smaller values."
         elif self.best_C == self.largest < math.inf:
-            text += " The lowest loss is at the largest value compared; --path may go on to larger ones."
+            text += " The lowest loss is at the largest C that was compared; extend --path to larger values."
         if self.fitted_C != self.C:
-            text += f" This head has C = {self.fitted_C:g}; fit again with --C {self.C:g}."
+            text += f" This head has C = {self.fitted_C:g}; fit again with --C {self.C:g} to change it."
         return text
 
 
 def recommend(report: FitReport) -> Recommendation | str:
     """Return the recommended C, or the reason why there is none."""
     if report.held is None:
-        return "No value, because no samples were held out; --holdout 0.2 holds out a fifth of them."
+        return "No recommendation, because no samples were held out; --holdout 0.2 holds out a fifth of them."
     points = {point.C: point for point in (*report.path, report.point)}
     if len(points) < 2:
-        return f"No value, because only C = {report.options.C:g} was fitted; --path 0.01,0.1,1,10 compares others."
+        fitted = f"only C = {report.options.C:g} was fitted"
+        return f"No recommendation, because {fitted}; --path 0.01,0.1,1,10 compares it with others."
     usable = [each for _, each in sorted(points.items()) if each.converged and math.isfinite(_loss(each))]
     if not usable:
-        return "No value, because no fit converged to a finite held-out loss; raise --max-iter or --tol."
+        return "No recommendation, because no fit converged to a finite held-out loss; raise --max-iter or --tol."
     best = min(usable, key=_loss)
     error = best.held_standard_error or 0.0
     error = 0.0 if math.isnan(error) else error  # of a single row

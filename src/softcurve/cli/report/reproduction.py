@@ -10,15 +10,16 @@ from importlib.metadata import version
 import softcurve
 from softcurve.cli.options import FitOptions
 
+WITHOUT_EFFECT = "checkpoint", "checkpoint_every", "timeout"  # a checkpoint would end the fit at once
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
 def command_line(options: FitOptions) -> str:
-    """Return the command with the data and with every option that is not at its default."""
+    """Return the command with the data and with every option that matters and is not at its default."""
     words = ["softcurve", "fit", options.data]
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name == "data" or value == field.default:
+        if field.name in ("data", *WITHOUT_EFFECT) or value == field.default:
             continue
         if field.name == "fit_intercept":
             words.append("--no-intercept")

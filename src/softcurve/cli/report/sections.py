@@ -73,7 +73,7 @@ def _falling(points: list[tuple[float, float]], label: str, tol: float | None) -
     if tol:
         axes.axhline(tol, color=chart.THIRD, linewidth=1.2, linestyle="--")
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate("tol", (1, tol), xytext=(-2, 3), **place, ha="right", color=chart.THIRD)
+        axes.annotate("tolerance", (0, tol), xytext=(3, 3), **place, color=chart.THIRD)
         values.append(tol)
     chart.decades(axes.yaxis, values)
     return figure
@@ -114,7 +114,7 @@ def _against_C(points: Sequence[PathPoint], chosen: float, ylabel: str, styles: 
     if math.isfinite(chosen):  # an infinite C, no penalty, has no place on the axis
         axes.axvline(chosen, color=chart.MUTED, linewidth=1, linestyle=":")
     chart.decades(axes.xaxis, [C for C in (*Cs, chosen) if math.isfinite(C)])
-    axes.set_xlabel("C; dotted: that of this head" if math.isfinite(chosen) else "C")
+    axes.set_xlabel("C (dotted: this head)" if math.isfinite(chosen) else "C")
     return figure
 
 
@@ -164,7 +164,7 @@ def _histogram(spectrum: CurvatureSpectrum, top: float) -> Figure:
     axes.set_xticks([10.0**k for k in range(round(-shown), 1, 3 if shown > 5 else 1)])
     chart.powers(axes.xaxis)
     axes.grid(axis="x", visible=False)
-    axes.set(xlabel="eigenvalue / largest; grey: all smaller ones", ylabel="% of eigenvalues")
+    axes.set(xlabel="eigenvalue / largest eigenvalue (grey: all smaller ones)", ylabel="% of eigenvalues")
     return figure
 
 

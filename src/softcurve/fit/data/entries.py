@@ -86,10 +86,12 @@ def _refuse(
 ) -> None:
     """Raise DataError for the first of the ``wrong`` entries or rows of a block of ``count`` rows."""
     name, start = locate(rows, first)
-    entries, column = ("entries ", f", column {place[1]}") if len(place) == 2 else ("", "")
+    entry, column = ("entry ", f", column {place[1]}") if len(place) == 2 else ("", "")
     shown = f"{value:g}" if isinstance(value, np.floating) else repr(value.tolist())
+    count_of_wrong = f"1 {entry}" if wrong == 1 else f"{wrong} {entry.replace('entry', 'entries')}"
+    verb = "is" if wrong == 1 else "are"
     raise DataError(
-        f"{name} must {what}; {wrong} {entries}of rows {start} to {start + count - 1} are wrong, the first, "
+        f"{name} must {what}; {count_of_wrong}of rows {start} to {start + count - 1} {verb} wrong, the first, "
         f"{shown}, in row {start + place[0]}{column}: {remedy}"
     )
 

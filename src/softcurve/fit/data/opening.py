@@ -35,7 +35,7 @@ def open_source(
     with group.agreed():
         dataset = _open(data, target, keys)
         if not dataset.targets:
-            raise DataError(f"data: {data} has no targets ({dataset.absent}); give them in an .npy file as target")
+            raise DataError(f"data: {data} has no targets ({dataset.absent}); give them in an .npy file by --target")
     return assemble(dataset, class_count=class_count, group=group)
 
 
@@ -71,7 +71,7 @@ def _open(data: str, target: Path | None, keys: Keys, width: int | None = None) 
         dataset = _open_file(path, keys, with_target=target is None, width=width)
     if target is None:
         return dataset
-    refuse_pickle("target", target, ".npy", "numpy.save('target.npy', target)")
+    refuse_pickle("target", target, "write its content as .npy: numpy.save('target.npy', target)")
     if target.suffix.lower() != ".npy":
         raise DataError(f"target: {target} must be an .npy file (numpy.save); put other formats into data")
     return replace(dataset, targets=(npy_rows(target, "target", f"target {target}"),))
@@ -97,7 +97,7 @@ def _open_file(path: Path, keys: Keys, *, with_target: bool, held: bool = True, 
     if suffix in SVMLIGHT:
         keys.require_none(str(path))
         return svmlight_datasets([path], with_target, width)[0]
-    refuse_pickle("data", path, ".npz", "numpy.savez('data.npz', features=features, target=target)")
+    refuse_pickle("data", path, "write its content as .npz: numpy.savez('data.npz', features=features, target=target)")
     raise DataError(
         f"data: {path} has {f'suffix {path.suffix!r}' if suffix else 'no suffix'}; it must be the word digits or a "
         f"file that ends in {', '.join(SUFFIXES)}, or a directory of such files"

@@ -171,4 +171,5 @@ def _values(array: Any, named: str, first: int) -> NDArray[Any]:
 
 def _refuse_nulls(array: Any, named: str, first: int) -> None:
     if array.null_count:
-        raise DataError(f"data: {named} has {array.null_count} nulls from row {first} on; fill them or drop the rows")
+        nulls = "1 null" if array.null_count == 1 else f"{array.null_count} nulls"
+        raise DataError(f"data: {named} has {nulls} from row {first} on; fill them or drop the rows")
