@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## fit a head to the digits, then write the page that explain
 	@echo "$(CURDIR)/$(DEMO)/explain.html"
 
 # One thread a worker: two workers with two threads each would fight over two cores.
-test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
+test: $(INSTALLED_DOCS) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 integration: $(INSTALLED_INTEGRATION) ## run the tests with transformers, peft and TRL
