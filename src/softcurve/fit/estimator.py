@@ -69,7 +69,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ``gradient_max_``; ``history_``, a record of each step; ``n_features_in_``, ``feature_names_in_``.
 
     Example:
-        >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
+        >>> model = softcurve.SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
         >>> model.predict([[0.5], [2.5]])
         array([0, 1])
     """
@@ -168,7 +168,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         of the decision function ``z``. There is a bias if ``fit_intercept`` is true.
 
         Example:
-            >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 2])
+            >>> model = softcurve.SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 2])
             >>> model.to_linear()
             Linear(in_features=1, out_features=3, bias=True)
         """
@@ -194,7 +194,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> head = torch.nn.Linear(4, 3)
-            >>> model = SoftmaxRegression.from_linear(head, ["ant", "bee", "cat"])
+            >>> model = softcurve.SoftmaxRegression.from_linear(head, ["ant", "bee", "cat"])
             >>> model.predict(np.zeros((5, 4))).shape
             (5,)
         """
