@@ -35,6 +35,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 autosummary_generate = False
+# The long unions of these two are shown by their names, which the API reference explains.
+autodoc_type_aliases = {name: f"softcurve.typing.{name}" for name in ("Number", "Integer")}
+python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 100
