@@ -87,6 +87,19 @@ def of_distribution(rows: int, *, sides: int, directed: bool = False) -> list[in
     return [8 * rows * sides, 16 * rows * sides, sums, *([16 * rows] if directed else [])]
 
 
+def of_groups(
+    rows: int, groups: int, several: int, *, sides: int, itemsize: int = 4, directed: bool = False
+) -> list[int]:
+    """Return the messages of a tile with a target of a ``ClassMap``; ``sides`` counts those with sharded classes.
+
+    They contain the largest logits; for each side the largest parts of the groups with classes on ``several``
+    processes, and a number for each of the ``groups``. With ``directed`` they also contain the directional derivatives
+    of the groups. Entries have the size of the computation's dtype.
+    """
+    side = [rows * several] * (several > 0) + [rows * groups] * (2 if directed else 1)
+    return [itemsize * number for number in (rows * sides, *side * sides)]
+
+
 def of_gradients(step: Step) -> list[int]:
     """Return the messages that sum the features' gradient over classes, and the rounded weight's over rows."""
     features = [step.wide * step.own_rows * step.width] if step.by_classes > 1 else []

@@ -250,8 +250,9 @@ def refused(mesh: DeviceMesh) -> Cases:
             e, weight, softcurve.LinearTeacher(e, weight, classes=slice(9)))),
         ("a low rank alone", "linear_weight must be plain", lambda: loss(e, softcurve.LowRankWeight(
             weight.full_tensor(), distribute_tensor(torch.randn(9, 2), mesh, [Shard(0)]), torch.randn(2, 4)), y)),
-        ("grouped classes", "must be compared with a head on one process", lambda: softcurve.linear_kl_divergence(
-            e, weight, softcurve.ClassMap(torch.arange(9), torch.arange(9)).target(softcurve.Logits(torch.randn(6, 9))))),
+        ("chosen classes of a grouped teacher", "LinearTeacher classes must be None", lambda: softcurve.linear_kl_divergence(
+            e, weight, softcurve.ClassMap(y.new_zeros(9), y.new_zeros(4)).target(softcurve.LinearTeacher(
+                e, weight, classes=slice(4))))),
         ("uneven shards", "must be sharded evenly", lambda: loss(e, DTensor.from_local(
             torch.randn(2 + (rank == mesh.size() - 1), 4), mesh, [Shard(0)], shape=(2 * mesh.size() + 1, 4), stride=(4, 1)), y % 2)),
     ):  # fmt: skip

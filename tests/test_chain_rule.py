@@ -139,7 +139,7 @@ def test_against_autograd(name: str, bias: bool, target: str, loss: str) -> None
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_closed_forms_of_the_seed(loss: str) -> None:
-    """``∂L/∂z`` of cross-entropy is ``p − y``, and the later links follow from it by the seed's products."""
+    """``∂L/∂z`` of cross-entropy is ``p − y``, and the later links follow from it by the chain rule's products."""
     features, head, y = nn.Linear(64, 11).double(), nn.Linear(11, 10).double(), soft(torch.Size([ROWS]))
     found = softcurve.chain_rule(features, head, IMAGES, y, loss=loss)
     if loss != "reverse_kl":

@@ -115,8 +115,8 @@ class Renamed(nn.Linear):
             ValueError,
             "head must be a module of the model or its name, got a Linear outside",
         ),
-        ((model(), "1"), TypeError, r"head must be a torch\.nn\.Linear, .* got Tanh; pass the linear layer itself"),
-        ((nn.Sequential(Renamed(4, 2)), "0"), TypeError, "got Renamed"),
+        ((model(), "1"), TypeError, r"head must be a torch\.nn\.Linear, .* got .*Tanh; pass the linear layer itself"),
+        ((nn.Sequential(Renamed(4, 2)), "0"), TypeError, r"got .*\.Renamed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -148,15 +148,6 @@ def test_arguments_that_are_refused():
             z.gather(-1, torch.full((2, 1), -100))
         with pytest.raises((IndexError, RuntimeError)):
             z.unsqueeze(5)
-
-
-def test_nan_is_an_error_or_nan():
-    net = model()
-    with lazy_logits(net, "2"):
-        z = net(features(3) * torch.nan)
-        with pytest.raises(ValueError, match="NaN"):
-            F.cross_entropy(z, Y[0])
-        assert bool(z.exp().isnan().all())
 
 
 def test_ties_go_to_the_lower_class():

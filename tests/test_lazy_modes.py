@@ -300,7 +300,22 @@ def test_losses_are_float32():
         assert F.cross_entropy(z, Y[0]).dtype == torch.float32
         assert F.cross_entropy(z.double(), Y[0]).dtype == torch.float64
         assert F.log_softmax(z, -1).gather(-1, INDEX[0]).dtype == torch.float32
+        assert z.logsumexp(-1).dtype == torch.float32
         assert z.gather(-1, INDEX[0]).dtype == torch.bfloat16
+
+
+def test_results_of_narrowed_logits_have_their_dtype():
+    net, x = model(), features(2, 3)
+
+    def function(z: Tensor) -> tuple[Tensor, ...]:
+        z = z.float()  # as models of transformers do, also where they are float64
+        rows = F.cross_entropy(z[0], Y[0], reduction="none"), z.log_softmax(-1).gather(-1, INDEX)
+        return F.cross_entropy(z[0], Y[0]), *rows, z.logsumexp(-1), z.max(-1).values
+
+    expected = numbers(function, net, x)
+    with lazy_logits(net, "2", on_materialize="raise"):
+        got = numbers(function, net, x)
+    assert all(same(ours, theirs, 1e-6) for ours, theirs in zip(got, expected, strict=True))
 
 
 # --- what changes under unmade logits ----------------------------------------------------------------------------------

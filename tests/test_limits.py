@@ -1,4 +1,4 @@
-"""Masked classes, infinities, large offsets: never NaN where there is an answer (DESIGN §7)."""
+"""Masked classes, infinities, large offsets: never NaN where there is an answer."""
 
 from __future__ import annotations
 

@@ -425,7 +425,7 @@ def test_what_cannot_be_encoded_is_refused():
     member = Stateful(0.4)
     object.__setattr__(member, "cache", [])
     x, w, t = torch.randn(3, 2), torch.randn(4, 2), Logits(torch.randn(3, 4))
-    for wrong in (member, "forward_kl", ForwardKL, None):
+    for wrong in (member, PowerDivergence(torch.ones(2)), "forward_kl", ForwardKL, None):
         with pytest.raises((TypeError, ValueError), match="divergence"):
             softcurve.linear_divergence(x, w, t, divergence=wrong)
         with pytest.raises((TypeError, ValueError), match="divergence"):

@@ -160,7 +160,7 @@ def test_entropy_is_bounded(only: list[Tensor]) -> None:
 
 @given(rows())
 def test_cross_entropy_is_entropy_and_divergence(pair: list[Tensor]) -> None:
-    """The seed's decomposition, ``H(y, p) = H(y) + D(y‖p)``."""
+    """The decomposition ``H(y, p) = H(y) + D(y‖p)``."""
     y, p = pair
     ulp = torch.finfo(y.dtype).eps
     whole = softcurve.cross_entropy(p, softcurve.Logits(y))

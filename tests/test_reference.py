@@ -1,4 +1,4 @@
-"""The seed's formulas, held to 50 digits and to derivatives by autograd of the formula before."""
+"""The formulas of `reference.py`, held to 50 digits and to derivatives by autograd of the formula before."""
 
 from __future__ import annotations
 

@@ -16,6 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+
+class InvalidEntriesError(ValueError):
+    """Raised for entries that a loss refuses, such as NaN, in a tensor of the right kind and shape.
+
+    torch computes with them, so unmade logits (:mod:`softcurve.lazy`) leave them to torch.
+    """
+
+
 SUM_TOLERANCE = 1e-4  # for the sum of a row of probabilities; SUM_TOLERANCE_HALF is for half precision
 SUM_TOLERANCE_HALF = 2e-2
 
@@ -307,21 +315,23 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
         least = torch.where(counted, extremes.min, zero).amin().item()
         most = torch.where(counted, extremes.max, zero).amax().item()
     if math.isnan(least):
-        raise ValueError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
+        raise InvalidEntriesError(f"{name} must hold probabilities, got NaN; mask or drop the rows that hold it")
     if least < 0:
-        raise ValueError(
+        raise InvalidEntriesError(
             f"{name} must hold probabilities >= 0, got {least:.6g}; "
             "if these are logits or log-probabilities, wrap them as softcurve.Logits(...)"
         )
     if most == math.inf:
-        raise ValueError(f"{name} must hold finite probabilities, got inf; divide each row by its sum, or mask it")
+        raise InvalidEntriesError(
+            f"{name} must hold finite probabilities, got inf; divide each row by its sum, or mask it"
+        )
     if of_any_sum:
         return
     sums = row_sums(rows) if counted is None else torch.where(counted, row_sums(rows), 1.0)
     distance = (sums - 1).abs()
     if not distance.max() <= sum_tolerance(rows.dtype):
         worst = sums.flatten()[distance.argmax()].item()
-        raise ValueError(
+        raise InvalidEntriesError(
             f"{name} must hold rows that sum to 1, got a row that sums to {worst:.6g}; divide each row by its sum, or "
             "express its mass by sample_weight (class indices are integers: convert them with .long())"
         )
@@ -386,10 +396,10 @@ def explain_nan(
         }
         for fault, where in faults.items():
             if where.any():
-                raise ValueError(f"{name} must {fault}")
+                raise InvalidEntriesError(f"{name} must {fault}")
     if any(part.detach().isnan().any() for part in target):
-        raise ValueError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
-    raise ValueError(
+        raise InvalidEntriesError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
+    raise InvalidEntriesError(
         "input or logits, and a target, must give every row finite logits and a class with mass that is neither masked "
         "nor excluded, got a row whose result is NaN; leave out that row, or one of its exclusions"
     )
@@ -406,4 +416,4 @@ def require_class_weight(weight: Tensor, classes: int) -> None:
     if weight.requires_grad:
         raise ValueError("weight must not require gradients, as in torch; detach it, or weigh rows by sample_weight")
     if values_visible(weight) and not (weight >= 0).all():
-        raise ValueError("weight must be >= 0 for every class, got a negative factor or NaN")
+        raise InvalidEntriesError("weight must be >= 0 for every class, got a negative factor or NaN")

@@ -93,7 +93,8 @@ def cross_entropy(
     Example:
         >>> loss = softcurve.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]), base=2)  # 2 bits
 
-    Source: ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``; ``∂²L/∂z² = diag(p) − p pᵀ``.
+    Source: Bishop (2006), "Pattern Recognition and Machine Learning", eqs. 4.108 to 4.110:
+    ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``, ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
     name = "logits"
     if dim != -1:
@@ -184,9 +185,9 @@ def kl_divergence(
 ) -> Float[Tensor, "*reduced"]:  # fmt: skip
     """Return ``(softmax(p) * (log_softmax(p, -1) - log_softmax(q, -1))).sum(-1)``, ``D(P‖Q) ≥ 0``, reduced.
 
-    This is the forward KL of a model ``q`` against a target ``p``; exchange them for the reverse. Both sides receive
-    gradients. The value is ``+inf`` where ``P`` has mass on a class that ``Q`` excludes, and ``0 log 0 = 0``. It is
-    float32, or float64 if either side is.
+    This is the forward KL of a model ``q`` against a target ``p``, which is mode-covering; exchange them for the
+    reverse. Both sides receive gradients. The value is ``+inf`` where ``P`` has mass on a class that ``Q`` excludes,
+    and ``0 log 0 = 0``. It is float32, or float64 if either side is.
 
     Args:
         p: Logits ``(..., C)``, or a :class:`~softcurve.Probabilities`, ``Logits``, ``LinearTeacher`` or (one side)
@@ -210,7 +211,8 @@ def kl_divergence(
     Example:
         >>> loss = softcurve.kl_divergence(softcurve.Probabilities(torch.tensor([[0.7, 0.3]])), torch.zeros(1, 2))
 
-    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as ``Σ_i p_i h(log(q_i/p_i))``, ``h(t) = e^t − 1 − t ≥ 0``.
+    Source: Kullback and Leibler (1951), "On information and sufficiency": ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``, summed as
+    ``Σ_i p_i h(log(q_i/p_i))`` with ``h(t) = e^t − 1 − t ≥ 0``.
     """
     reducer = Reduction.of(reduction, base)
     return _divergence(ForwardKL(), p, q, sample_weight, LogitMap.of(temperature), reducer, exclude, dim)
@@ -257,7 +259,8 @@ def divergence(
         >>> y, z = torch.tensor([[0.7, 0.3]]), torch.zeros(1, 2)
         >>> value = softcurve.divergence(softcurve.Probabilities(y), z, divergence=softcurve.AlphaDivergence(0.5))
 
-    Source: ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``; Csiszár (1967) for the family.
+    Source: Csiszár (1967), "Information-type measures of difference of probability distributions and indirect
+    observations", for the family; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     divergence = divergence_of(divergence)
     reducer, logit_map = Reduction.of(reduction, base), LogitMap.of(temperature)
@@ -367,7 +370,8 @@ def entropy(logits: Float[Tensor, "*any"], *, base: Number = math.e, dim: Intege
     Example:
         >>> bits = softcurve.entropy(torch.zeros(3, 4), base=2)  # 2 in each row
 
-    Source: ``H(p) = −Σ_i p_i log p_i``; ``∂H/∂z = −p ⊙ (log p + H)``.
+    Source: Shannon (1948), "A mathematical theory of communication": ``H(p) = −Σ_i p_i log p_i``, whose gradient is
+    ``∂H/∂z = −p ⊙ (log p + H)``.
     """
     (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
@@ -387,7 +391,7 @@ def softmax_jacobian(logits: Float[Tensor, "*any"], *, dim: Integer = -1) -> Flo
     Example:
         >>> jacobian = softcurve.softmax_jacobian(torch.randn(3, 5))  # (3, 5, 5)
 
-    Source: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
+    Source: Bishop (2006), eq. 4.106: ``∂p_i/∂z_j = p_i (1_{i=j} − p_j)``.
     """
     (logits,) = with_classes_last(dim, logits=logits)
     checks.require_floating("logits", logits)
@@ -407,7 +411,7 @@ def softmax_jacobian_product(
     Example:
         >>> product = softcurve.softmax_jacobian_product(torch.randn(3, 5), torch.randn(3, 5))
 
-    Source: ``J = diag(p) − p pᵀ``.
+    Source: Bishop (2006), eq. 4.106: ``J = diag(p) − p pᵀ``.
     """
     checks.require_floating("logits", logits)
     checks.require_floating("vector", vector)

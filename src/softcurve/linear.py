@@ -121,7 +121,7 @@ def linear_cross_entropy(
         >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
         >>> loss = softcurve.linear_cross_entropy(x, w, torch.tensor([0, 4, 2]))
 
-    Source: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
+    Source: Bishop (2006), eq. 4.109, and the chain rule: ``∂L/∂e = Wᵀ(p − y)``, ``∂L/∂W = Σ (p − y) eᵀ``.
     """
     whole = weight is sample_weight is exclude is memory_budget is None and not return_stats
     if whole and type(shift) is int and not shift:
@@ -173,8 +173,8 @@ def linear_kl_divergence(
     Args:
         target: A :class:`~softcurve.Probabilities`, ``Logits`` or ``TopK``, or a ``LinearTeacher``, whose logits are
             also computed tile by tile. A plain tensor is an error: it could hold probabilities or logits.
-        direction: ``"forward"``: ``D(target‖model)``, which covers the target's modes; ``"reverse"``:
-            ``D(model‖target)``, which seeks one of them.
+        direction: ``"forward"``: ``D(target‖model)``, mode-covering; ``"reverse"``: ``D(model‖target)``,
+            mode-seeking.
         temperature: ``T``; both sides become ``softmax(z / T)``.
         softcap: Applies to the model's logits only.
         shift: Must be 0: a distribution already belongs to a row.
@@ -186,7 +186,7 @@ def linear_kl_divergence(
         >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
         >>> loss = softcurve.linear_kl_divergence(x, w, softcurve.Logits(torch.randn(3, 5)), direction="reverse")
 
-    Source: ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
+    Source: Kullback and Leibler (1951): ``D(P‖Q) = Σ_i p_i log(p_i/q_i)``; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     checks.require_choice("direction", direction, ("forward", "reverse"))
     return linear_divergence(
@@ -277,7 +277,7 @@ def linear_divergence(
         >>> teacher = softcurve.Logits(torch.randn(3, 5))
         >>> loss = softcurve.linear_divergence(x, w, teacher, divergence=softcurve.SkewKL(0.1))
 
-    Source: ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
+    Source: Csiszár (1967) for the family; ``∂D/∂z = s − p Σs`` with ``s = p ∂φ/∂p``.
     """
     divergence = divergence_of(divergence)
     if type(divergence) is CrossEntropy:

@@ -47,8 +47,8 @@ def linear_log_probs(
 
     Example:
         >>> x, w = torch.randn(3, 4), torch.randn(5, 4)
-        >>> found = softcurve.linear_log_probs(x, w, torch.tensor([0, 4, 2]), temperature=0.7)
-        >>> loss = -(found.log_probs + 0.01 * found.entropy).mean()
+        >>> statistics = softcurve.linear_log_probs(x, w, torch.tensor([0, 4, 2]), temperature=0.7)
+        >>> loss = -(statistics.log_probs + 0.01 * statistics.entropy).mean()
 
     Source: ``∂ log p_k/∂z = δ_k − p``, ``∂H/∂z = −p ⊙ (z − p·z)``, ``∂(p·z)/∂z = p ⊙ (1 + z − p·z)`` and
     ``∂ log Σp²/∂z = 2 p ⊙ (p / Σp² − 1)``.

@@ -15,6 +15,13 @@ def named_group(name: str) -> ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
+def part_of(count: int, rank: int, size: int) -> slice:
+    """Return which of ``count`` entries are those of process ``rank`` of ``size``, as ``distribute_tensor`` cuts."""
+    most = -(-count // size)
+    start = min(most * rank, count)
+    return slice(start, min(start + most, count))
+
+
 def sum_over(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
     """Replace tensors of one dtype by their sums over the processes, which are bitwise equal in all of them.
 

@@ -117,12 +117,12 @@ def dL_dtheta(
 
 
 def forward_kl(y: Rows, p: Rows, base: float = math.e) -> Values:
-    """Return ``D(y‖p) = Σ_k y_k log(y_k / p_k)``; minimising it over ``p`` covers the modes of the target."""
+    """Return ``D(y‖p) = Σ_k y_k log(y_k / p_k)``; mode-covering if it is minimised over ``p``."""
     return kl_divergence(y, p, base)
 
 
 def reverse_kl(y: Rows, p: Rows, base: float = math.e) -> Values:
-    """Return ``D(p‖y) = Σ_k p_k log(p_k / y_k)``; minimising it over ``p`` seeks one mode of the target."""
+    """Return ``D(p‖y) = Σ_k p_k log(p_k / y_k)``; mode-seeking if it is minimised over ``p``."""
     return kl_divergence(p, y, base)
 
 

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 V, LENGTH = 97, 14
 TIMES = ("runtime", "per_second", "total_flos")
@@ -48,6 +49,23 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self[slice(None)]
 
 
+class ShardingTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A ``Trainer`` whose accelerator shards by FSDP2 on the CPU, where accelerate ignores the plugin.
+
+    ``AcceleratorState`` selects FSDP for every kind of accelerator, but not for ``MULTI_CPU``.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
 def metrics(prediction: Any) -> dict[str, float]:
     logits, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     counts = labels != -100
@@ -56,23 +74,27 @@ def metrics(prediction: Any) -> dict[str, float]:
 
 
 def trained(
-    folder: Path, *, lazy: bool, resume: str | None = None, **options: Any
+    folder: Path, *, lazy: bool, resume: str | None = None, jitter: float = 0.0, **options: Any
 ) -> tuple[list[dict[str, float]], int, Any]:
-    """Train and return what was logged, without times, how often logits were made, and the model."""
+    """Train and return what was logged, without times, how often logits were made, and the model.
+
+    The weights of the beginning are changed by a relative ``jitter``.
+    """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(1 + jitter * torch.randn_like(parameter))
     settings = {"save_strategy": "no", "learning_rate": 1e-3, "eval_strategy": "steps", "eval_steps": 2, **options}
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=4, max_steps=4, logging_steps=1, use_cpu=True, report_to="none",
         disable_tqdm=True, **settings,
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=Rows(1, 24), eval_dataset=Rows(2, 8), compute_metrics=metrics
-    )
+    kind = ShardingTrainer if "fsdp" in options else transformers.Trainer
+    trainer = kind(model, arguments, train_dataset=Rows(1, 24), eval_dataset=Rows(2, 8), compute_metrics=metrics)
     handle = lazy_logits(model) if lazy else None
     trainer.train(resume_from_checkpoint=resume)
     made = 0
@@ -86,7 +108,7 @@ def trained(
 
 
 def in_processes(count: int, folder: Path) -> list[dict[str, Any]]:
-    """Return what each of several processes logged under DDP."""
+    """Return what each of several processes logged, under DDP and under FSDP2."""
     from tests.spawned import start, wait
 
     ended = wait(start(count, "-m", "tests.integration.lazy_trainer", str(folder)), timeout=300)
@@ -99,9 +121,17 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     os.environ["LOCAL_RANK"] = rank
-    stock, _, _ = trained(folder / "out", lazy=False, ddp_backend="gloo")
-    lazy, made, _ = trained(folder / "out", lazy=True, ddp_backend="gloo")
-    (folder / f"{rank}.json").write_text(json.dumps({"stock": stock, "lazy": lazy, "made": made}))
+    results = {}
+    for name, options in {
+        "ddp": {},
+        "fsdp2": SHARDED,
+        "fsdp2, smoothed": {**SHARDED, "label_smoothing_factor": 0.1},
+    }.items():
+        stock, _, _ = trained(folder / "out", lazy=False, ddp_backend="gloo", **options)
+        lazy, made, model = trained(folder / "out", lazy=True, ddp_backend="gloo", **options)
+        sharded = isinstance(model, torch.distributed.fsdp.FSDPModule)
+        results[name] = {"stock": stock, "lazy": lazy, "made": made, "sharded": sharded}
+    (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,18 @@ def test_metrics_are_those_of_the_logits_without_making_them(tmp_path, name, laz
         measured = trainer.evaluate()
     for figure in ("eval_loss", "eval_accuracy", "eval_perplexity", "eval_entropy"):
         assert measured[figure] == pytest.approx(expected[figure], rel=2e-6), figure
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_metrics_of_a_diverged_model_are_nan(tmp_path, lazy):
+    model = made("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    evaluate = {"args": arguments(tmp_path), "data_collator": collate, "eval_dataset": sequences(7, 2)}
+    trainer = transformers.Trainer(model, **token_metrics(), **evaluate)
+    with softcurve.lazy_logits(model) if lazy else nullcontext():
+        measured = trainer.evaluate()
+    assert all(np.isnan(measured[f"eval_{name}"]) for name in ("loss", "accuracy", "perplexity", "entropy"))
 
 
 def test_labels_are_smoothed_without_logits(tmp_path):

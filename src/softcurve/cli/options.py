@@ -119,7 +119,7 @@ class SpectrumOptions:
     target: Target = None
     features_key: FeaturesKey = None
     target_key: TargetKey = None
-    matrix: Annotated[Matrix, option("NAME", "Matrix: ggn (Gauss–Newton), hessian, fisher or empirical-fisher.")] = (
+    matrix: Annotated[Matrix, option("NAME", "Matrix: ggn (Gauss-Newton), hessian, fisher or empirical-fisher.")] = (
         "ggn"
     )
     loss: Annotated[FitLoss | None, option("NAME", LOSSES, default="the head's, or cross_entropy")] = None

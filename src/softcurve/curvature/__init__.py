@@ -1,6 +1,7 @@
 """Second-order matrices of heads and whole networks at vocabulary scale, as linear operators.
 
-Every matrix is known by its products, exact and streamed: no ``N × C`` logits, no ``C × C`` blocks, no Jacobians.
+Every matrix is known by its products, which are exact and computed tile by tile: no ``N × C`` logits, no ``C × C``
+blocks, no Jacobians.
 """
 
 from softcurve.curvature.algorithms.conjugate_gradients import Solution

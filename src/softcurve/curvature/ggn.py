@@ -108,5 +108,6 @@ class GGN(JacobianSandwich):
     bucket being one of them. Of a z-loss ``2 λ (p pᵀ + max(lse, 0) J_p)`` is kept. So the matrix is positive
     semidefinite for every loss, and equals the Hessian of the loss with respect to the logits at ``p = y``.
 
-    Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002.
+    Arguments and errors are those of :class:`~softcurve.curvature.Hessian`. Source: Schraudolph 2002,
+    "Fast curvature matrix-vector products for second-order gradient descent".
     """

@@ -41,8 +41,8 @@ class HeadCurvature:
         sample_weight: ``(...)``; a factor of each row.
         exclude: ``(..., k)``; class indices that have no part in a row's softmax, or −1.
 
-    The other options are those of :func:`softcurve.linear_cross_entropy` and the other losses. Every result comes from
-    streaming passes, and nothing records a graph.
+    The other options are those of :func:`softcurve.linear_cross_entropy` and the other losses. Every result is
+    computed tile by tile, and nothing records a graph.
 
     Raises:
         TypeError, ValueError: what the loss raises.
@@ -191,7 +191,8 @@ class HeadCurvature:
 
         It costs one ``d × d`` problem, and holds for row and class weights that are not negative:
         ``diag(p) − p pᵀ ⪯ ½ (I − 1 1ᵀ/C)``, so ``½ λ_max(Σ_i m_i ẽ_i ẽ_iᵀ) / T²``; a JS divergence has ``1 − β`` of it,
-        a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992.
+        a z-loss adds ``2 λ (1 + max(lse, 0) / 2)`` to a row. Source: Böhning 1992,
+        "Multinomial logistic regression algorithm".
         """
         loss, t = self.rows.loss, self.rows.tensors
         mass = per_row.row_masses(self.rows).double() / 2

@@ -41,7 +41,8 @@ class Hessian(NetworkOperator):
         TypeError, ValueError: for an argument of the wrong type or value; what the loss raises for a batch; passes
             that differ.
 
-    Source: the chain rule: ``ġW + gẆ``, ``ġᵀe + gᵀė``, ``Σġ`` with ``ġ = H_z ż``.
+    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian". The parts of the head are ``ġW + gẆ``,
+    ``ġᵀe + gᵀė`` and ``Σġ`` with ``ġ = H_z ż``.
     """
 
     def _add_products(self, rows: BatchRows, columns: Tensor, sums: Sequence[Direction]) -> Sequence[Parts]:

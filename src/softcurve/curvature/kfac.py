@@ -1,7 +1,7 @@
 """Kronecker factors of a head's Gauss-Newton matrix: ``Σ_i B_i ⊗ ẽ_i ẽ_iᵀ ≈ B ⊗ A``.
 
 ``A = Σ_i m_i ẽ_i ẽ_iᵀ / Σ_i m_i`` over features ``ẽ = [e; 1]`` (the 1 with a bias) is dense, ``(d, d)``.
-``B = Σ_i B_i`` over classes is known by streamed products; for a cross-entropy ``B = diag(Σ m p) − Pᵀ diag(m) P``. Its
+``B = Σ_i B_i`` over classes is known by its products; for a cross-entropy ``B = diag(Σ m p) − Pᵀ diag(m) P``. Its
 inverse needs an explicit form: all of it where the classes are few, or its diagonal minus a matrix of low rank. The
 inverse of ``a B + damping I`` is wanted for as many ``a ≥ 0`` as the features have dimensions: ``damped`` prepares all
 of these at once, and its result is used for many columns.
@@ -149,7 +149,7 @@ ClassFactor = DenseClassFactor | LowRankClassFactor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StreamedClassFactor(SymmetricOperator):
-    """``B``, ``(C, C)``, by streamed products: the curvature with respect to the bias of the head.
+    """``B``, ``(C, C)``, by its products: the curvature with respect to the bias of the head.
 
     ``batches`` gives the head's rows, again for each product; ``scale`` multiplies the sum over rows; ``weight`` is
     that of all processes; ``summed`` sums over the processes of other rows.

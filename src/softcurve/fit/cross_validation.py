@@ -31,18 +31,18 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     """:class:`SoftmaxRegression` with the ``C`` of the best mean score over the folds of a cross-validation.
 
     On each fold the fits go from the smallest C to the largest, each started from the last. Every fit has all classes;
-    a class without rows in a fold is only improbable.
+    a class without samples in a fold is only improbable.
 
     Args:
         Cs: The inverse strengths of the penalty to try, or their number, spaced evenly from 1e-4 to 1e4 on a log scale.
-        cv: The number of folds, a splitter, or an iterable of pairs (rows to fit, rows to score); by default 5. Labels
-            are stratified.
-        scoring: By default minus the mean loss of the held-out rows, in nats, weighted by ``sample_weight`` but not by
-            ``class_weight``; for cross-entropy that is the mean log-likelihood. Or a scorer of scikit-learn, or its
+        cv: The number of folds, a splitter, or an iterable of pairs (samples to fit, samples to score); by default 5.
+            Labels are stratified.
+        scoring: By default minus the mean loss of the held-out samples, in nats, weighted by ``sample_weight`` but not
+            by ``class_weight``; for cross-entropy that is the mean log-likelihood. Or a scorer of scikit-learn, or its
             name, which ``score`` then uses too. It receives labels, which are the most probable classes of
             distributions or lists, and all classes, as a fold may lack one. NaN scores are left out of the mean.
-        refit: Whether the head is fitted again to all rows with the best C. Otherwise C and head are the means of the
-            best on each fold.
+        refit: Whether the head is fitted again to all samples with the best C. Otherwise C and head are the means of
+            the best on each fold.
         loss: This and all other arguments are those of :class:`SoftmaxRegression`.
 
     Attributes: those of :class:`SoftmaxRegression`, and ``C_``, ``Cs_``, ``scores_`` (folds × Cs), ``mean_scores_``.
@@ -74,7 +74,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         self.tol, self.max_iter, self.memory_budget, self.verbose = tol, max_iter, memory_budget, verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> SoftmaxRegressionCV:
-        """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
+        """Fit to samples ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
         ``groups`` ``(n,)`` are passed to the splitter, such as ``GroupKFold``, which keeps a group on one side.
 

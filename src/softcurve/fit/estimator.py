@@ -40,10 +40,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Multinomial logistic regression with scikit-learn's objective and coefficients, fitted by Newton's method.
 
     ``LogisticRegression(C=C).fit(X, y, sample_weight)`` minimises the same ``½ ‖W‖² + C Σ w_i loss_i``, and so has the
-    same ``coef_`` and ``intercept_``. Here ``y`` may also be a distribution for each row, and there are other losses.
+    same ``coef_`` and ``intercept_``. Here ``y`` may also hold distributions, and there are other losses.
 
-    ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, each equivalent to a copy of its row per class with the
-    class probabilities as weights; or a :class:`softcurve.TopK`. For the latter two the classes are 0…C-1. ``X`` is
+    ``y`` is one of: labels ``(n,)``; distributions ``(n, C)``, each equivalent to a copy of its sample per class with
+    the class probabilities as weights; or a :class:`softcurve.TopK`. For the latter two the classes are 0…C-1. ``X`` is
     dense, sparse (it stays so where that pays), a ``numpy.memmap`` (never loaded as a whole), or a torch tensor, for
     which results are tensors too. Losses are in nats.
 
@@ -55,13 +55,13 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             Σ w``, exceeds this in float64, and an undamped Newton step would gain at most ``tol / 50`` nats, which
             depends neither on the units of the features nor on the number of classes. At least one step is taken.
         max_iter: Maximum number of Newton steps.
-        class_weight: A dict from labels to weights, or ``"balanced"``. They multiply the weights of the rows; for
-            distributions (only with cross-entropy and forward KL) those of the copies of each row. A label that the
-            dict does not name has weight 1.
+        class_weight: A dict from labels to weights, or ``"balanced"``. They multiply the weights of the samples;
+            for distributions (only with cross-entropy and forward KL) those of the copies of each sample. A label that
+            the dict does not name has weight 1.
         warm_start: Whether another fit starts from the last coefficients, if the objective is lower there.
         precision: ``mixed``: products in float32, the objective and its gradient in float64; ``float64``; or ``auto``:
             ``mixed`` unless float32 would save nothing.
-        memory_budget: Bytes in addition to the rows; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
+        memory_budget: Bytes in addition to the samples; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
         verbose: Whether each step is printed.
 
     Attributes: ``classes_``; ``coef_`` ``(C, d)`` and ``intercept_`` ``(C,)``, or for two classes ``(1, d)`` and
@@ -99,7 +99,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegression:
-        """Fit to rows ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
+        """Fit to samples ``X`` ``(n, d)`` and targets ``y``; ``sample_weight`` ``(n,)`` is ≥ 0.
 
         Raises ``ValueError`` for arguments that cannot be used. Warns (``ConvergenceWarning``) if ``max_iter`` steps
         were not enough, or if the loss has no minimum because separable classes are fitted without a penalty.
@@ -253,7 +253,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return as_given(torch.as_tensor(self.predict_log_proba(X)).exp(), X)
 
     def predict(self, X: Any) -> Any:
-        """Return the most probable class of each row, ``(n,)``; for a tensor, a tensor if the classes are numbers."""
+        """Return each sample's most probable class, ``(n,)``; for a tensor, a tensor if the classes are numbers."""
         logits = torch.as_tensor(self.decision_function(X))
         index = (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
         labels = np.asarray(self.classes_)[index.cpu().numpy()]
@@ -261,7 +261,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return torch.as_tensor(labels, device=X.device) if numbers else labels
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the share of rows whose label, or most probable class, is predicted."""
+        """Return the share of samples whose label, or most probable class, is predicted."""
         if y is None:
             raise ValueError("y must be labels or distributions to score against; got None")
         predicted = to_numpy(self.predict(X))

@@ -74,19 +74,20 @@ class CompositeKernel(Kernel):
         self.counted = [term for term in terms if term.counts]
         self.factor, self.stretch = loss.beside.divergence, 1 / loss.scale
         self.sweeps = main.sweeps
-        self.copies: list[Block] = []
+        self.copies: list[tuple[Term, Block]] = []  # the logits that each term sees
 
     def accumulate(self, number: int, block: Block) -> None:  # noqa: D102
         if number == 0:
             self._copy(block)
-            for term, copy in zip(self.terms, self.copies, strict=True):
+            for term, copy in self.copies:
                 term.kernel.accumulate(0, copy)
         self.main.accumulate(number, block)
 
     def _copy(self, block: Block) -> None:
         """Copy the logits and their changes, which kernels overwrite, without the temperature of the divergence."""
         self.copies = []
-        for number, term in enumerate(self.terms):
+        # Of a block without a class, which a ClassMap may have on some processes, the terms have nothing to see.
+        for number, term in enumerate(self.terms if block.z.shape[1] else ()):
 
             def copied(name: str, tensor: Tensor, number: int = number) -> Tensor:
                 return torch.mul(tensor, self.stretch, out=self.buffer(f"{name} {number}", block.classes))
@@ -96,7 +97,7 @@ class CompositeKernel(Kernel):
                 copy.v = copied("z v", block.v)
             if self.loss.softcap is not None and not backends.serves(term.kernel.loss, block.z.device, block.z.dtype):
                 copy.raw = self.buffer(f"raw {number}", block.classes)
-            self.copies.append(copy)
+            self.copies.append((term, copy))
 
     def reduce_over(self, number: int, group: ProcessGroup) -> None:  # noqa: D102
         self.main.reduce_over(number, group)
@@ -140,7 +141,7 @@ class CompositeKernel(Kernel):
             for part in found:
                 if part is not None:
                     part.zero_()
-        for term, copy in zip(self.terms, self.copies, strict=True):
+        for term, copy in self.copies:
             if not term.counts:
                 continue
             residuals, factors = term.kernel.residuals(copy, fresh), (term.kernel.row_factor, None)

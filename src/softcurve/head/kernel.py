@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
@@ -195,6 +196,11 @@ def back_through_cap(
         if v is not None and bend is not None:
             v[rows] = (v[rows] + bend[rows] * gradient[rows]).mul_(slope)
         gradient[rows] *= slope
+
+
+def largest(z: Tensor) -> Tensor:
+    """Return the largest entry of each row, ``(rows, 1)``; −inf if there is none, as on a process without a class."""
+    return z.amax(-1, keepdim=True) if z.shape[1] else z.new_full((len(z), 1), -math.inf)
 
 
 def first_of_largest(value: Tensor, at: Tensor, group: ProcessGroup, data: RowData) -> Tensor:

@@ -108,7 +108,11 @@ class _Results:
     def add(self, tile: Tile, classes: slice, residuals: Residuals, factor: Tensor | None) -> None:
         """Take the residuals of a block back to features, weight and bias; the model's times ``factor``, row by row."""
         (z, target, v, target_v), of_target = residuals, tile.target_classes(classes)
-        self.model.add(tile.rows, classes, terms_of(tile.model, *tile.halved("z", tile.model, z, v, classes), factor))
+        if classes.stop > classes.start:  # a process may have classes of one side of a ClassMap alone
+            halved = tile.halved("z", tile.model, z, v, classes)
+            self.model.add(tile.rows, classes, terms_of(tile.model, *halved, factor))
+        if of_target.stop == of_target.start:
+            return
         if tile.teacher is not None and target is not None:
             halved = tile.halved("target", tile.teacher, target, target_v, of_target)
             self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, *halved, None))

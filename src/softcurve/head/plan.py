@@ -139,6 +139,8 @@ def plan_pass(
         buffers += (spec.teacher_softcap is not None) * (1 + directed)
         if spec.groups:  # the groups of both sides, and what takes changes back through the model's soft cap
             buffers += 2 * (1 + directed) + (directed and spec.softcap is not None)
+            if spec.group is not None:  # the groups' logits are kept, and those that several processes have are sent
+                buffers += 2 * (1 + directed) + 1
         buffers += _copies_target(spec, tensors)
         written = 2 * (spec.target in ("probabilities", "logits"))
         # The features' own copy, their part of a gradient, and times a factor; the listed classes in float64.
@@ -157,7 +159,9 @@ def plan_pass(
 
     classes = spec.widest(tensors.weight.shape[0])
     if tensors.target_groups is not None:
-        classes = max(classes, len(tensors.target_groups), spec.groups)
+        count_of_target = len(tensors.target_groups)
+        part = spec.widest_part(count_of_target) if spec.cuts_target else count_of_target
+        classes = max(classes, part, spec.groups)
     most = needs(True)  # one least budget for all passes
     return make_plan(
         count, classes, dtype=dtype, device=tensors.input.device, may_cut=not spec.groups,

@@ -29,7 +29,7 @@ from softcurve.head.local import (
     widened,
 )
 from softcurve.head.row_statistics import HeadStatistics, LossStats
-from softcurve.head.sharded import PlainHead, ShardedHead, head_layout
+from softcurve.head.sharded import PlainHead, head_layout
 from softcurve.head.tensors import HeadTensors
 from softcurve.losses import targets
 from softcurve.losses.class_map import GroupedTarget
@@ -312,11 +312,17 @@ def _distribution_problem(
             teacher = dataclasses.replace(target, input=flat(layout.local_rows(target.input)))
             tensors = tensors._replace(**_teacher_tensors(layout, teacher.checked(sample_weight, layout.classes)))
             cap = None if target.softcap is None else float(target.softcap)
-            loss = dataclasses.replace(loss, teacher_scale=float(target.scale), teacher_softcap=cap)
+            loss = dataclasses.replace(
+                loss, teacher_scale=float(target.scale), teacher_softcap=cap, cuts_target=loss.groups > 0
+            )
         else:
             form = "probabilities" if isinstance(target, Probabilities) else "logits"
             values = target.values if isinstance(target, Probabilities | Logits) else target.logits(head.dtype)
-            tensors = tensors._replace(target=flat(layout.local_distributions(values)))
+            # Groups of every class are merged on each process without a message, and receive gradients without one.
+            loss = dataclasses.replace(loss, cuts_target=loss.groups > 0 and layout.cuts_classes_of(values))
+            whole = loss.groups > 0 and not loss.cuts_target
+            values = layout.local_rows(values) if whole else layout.local_distributions(values)
+            tensors = tensors._replace(target=flat(values))
         class_weight = head.smoothing_factors(excluded) if loss.smoothing else class_weight
     return HeadProblem(
         head, dataclasses.replace(loss, target=form, **layout.shard), tensors._replace(class_weight=class_weight),
@@ -328,14 +334,10 @@ def _grouped_problem(
     head: LocalHead, loss: LossSpec, target: GroupedTarget, sample_weight: Tensor | None, excluded: Tensor | None
 ) -> HeadProblem:
     """Return the loss of a teacher whose classes, and those of the head, are merged into groups."""
-    if isinstance(head.layout, ShardedHead):
-        raise NotImplementedError(
-            "a target of a ClassMap must be compared with a head on one process, got DTensors: a group's classes may "
-            "be on several; gather linear_weight by .full_tensor()"
-        )
-    problem, map = _distribution_problem(head, loss, target.teacher, sample_weight, excluded), target.class_map
+    loss, map = dataclasses.replace(loss, groups=target.class_map.count), target.class_map
+    problem = _distribution_problem(head, loss, target.teacher, sample_weight, excluded)
     tensors = problem.tensors._replace(groups=map.student.of, target_groups=map.teacher.of)
-    return dataclasses.replace(problem, loss=dataclasses.replace(problem.loss, groups=map.count), tensors=tensors)
+    return dataclasses.replace(problem, tensors=tensors)
 
 
 def _teacher_tensors(layout: PlainHead, teacher: LinearTeacher) -> dict[str, Any]:

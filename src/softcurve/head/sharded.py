@@ -19,10 +19,11 @@ from torch.autograd import Function, forward_ad
 from torch.distributed import ProcessGroup
 
 from softcurve import checks
+from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.targets import Target
 from softcurve.losses.teacher import LinearTeacher
-from softcurve.processes import max_over, named_group
+from softcurve.processes import max_over, named_group, part_of
 
 __all__ = [
     "PlainHead", "ShardedHead", "class_group", "dtensors", "from_local", "head_layout", "lies_over_processes",
@@ -69,7 +70,8 @@ def head_layout(input: Tensor, linear_weight: Tensor | LowRankWeight, target: ob
     Raises ``ValueError`` for a DTensor beside plain ``input`` and weights, for chosen classes of a sharded teacher, and
     for what :meth:`ShardedHead.of` refuses.
     """
-    teacher = [target] if isinstance(target, LinearTeacher) else []
+    compared = target.teacher if isinstance(target, GroupedTarget) else target
+    teacher = [compared] if isinstance(compared, LinearTeacher) else []
     if any(each.classes is not None and lies_over_processes(matrix_of(each.linear_weight)) for each in teacher):
         raise ValueError(
             "LinearTeacher classes must be None where its linear_weight is a DTensor: the chosen classes may be on "
@@ -109,6 +111,10 @@ class PlainHead:
     def agreed(self, make: Callable[[], T]) -> T:
         """Return ``make()``; an error in one process is an error in all, and none is left waiting."""
         return make()
+
+    def cuts_classes_of(self, tensor: Tensor) -> bool:
+        """Return whether processes have different classes of a tensor ``(..., C)``."""
+        return False
 
     def full(self, name: str, tensor: Tensor) -> Tensor:
         """Return the whole of a small tensor on every process; raise ``ValueError`` if a DTensor requires gradients."""
@@ -174,8 +180,8 @@ class ShardedHead(PlainHead):
         if checks.values_visible(*map(_local_part, (input, *weights))):
             # On more dimensions the local part of a weight is not yet that of its classes.
             one_dimension = mesh.ndim == 1 and by_class is not None
-            counts = [_local_part(each).shape[0] for each in of_weights if each.placements[0].is_shard(0)]
-            head._require_the_same(input if of_input is None else None, counts if one_dimension else [])
+            counted = [each for each in of_weights if one_dimension and each.placements[0].is_shard(0)]
+            head._require_the_same(input if of_input is None else None, counted)
         return head
 
     @property
@@ -186,17 +192,28 @@ class ShardedHead(PlainHead):
     @property
     def first(self) -> int:
         """The first class of this process."""
-        return 0 if self.by_class is None else min(self._most * self.mesh.get_local_rank(self.by_class), self.classes)
+        return self._part_of(self.classes).start  # type: ignore[no-any-return]
 
     @property
     def local_class_count(self) -> int:
         """The number of classes of this process."""
-        return min(self.first + self._most, self.classes) - self.first
+        return self._count_of(self.classes)
 
-    @property
-    def _most(self) -> int:
-        """The largest number of classes that a process has."""
-        return -(-self.classes // (1 if self.by_class is None else self.mesh.size(self.by_class)))
+    def _count_of(self, classes: int) -> int:
+        """Return how many of ``classes`` this process has."""
+        part = self._part_of(classes)
+        return int(part.stop - part.start)
+
+    def _part_of(self, classes: int) -> slice:
+        """Return which of ``classes`` this process has."""
+        if self.by_class is None:
+            return slice(0, classes)
+        return part_of(classes, self.mesh.get_local_rank(self.by_class), self.mesh.size(self.by_class))
+
+    def cuts_classes_of(self, tensor: Any) -> bool:  # noqa: D102
+        if self.by_class is None or not lies_over_processes(tensor):
+            return False
+        return bool(tensor.placements[self.by_class].is_shard(tensor.ndim - 1))
 
     @property
     def shard(self) -> dict[str, Any]:  # noqa: D102
@@ -297,26 +314,29 @@ class ShardedHead(PlainHead):
         flag = torch.zeros(1)
         try:
             made = make()
-        except (TypeError, ValueError):
-            self._max_over_mesh(flag.fill_(1))
+        except (TypeError, ValueError) as error:
+            self._max_over_mesh(flag.fill_(2 if isinstance(error, checks.InvalidEntriesError) else 1))
             raise
         self._max_over_mesh(flag)
         if flag:
-            raise ValueError("the arguments must be right in all processes, got an error in another; see what it says")
+            kind = checks.InvalidEntriesError if flag == 2 else ValueError
+            raise kind("the arguments must be right in all processes, got an error in another; see what it says")
         return made
 
     def _max_over_mesh(self, *tensors: Tensor) -> None:
         for dim in range(self.mesh.ndim):
             max_over(tensors, self.mesh.get_group(dim))
 
-    def _require_the_same(self, input: Tensor | None, counts: Sequence[int]) -> None:
+    def _require_the_same(self, input: Tensor | None, weights: Sequence[Tensor]) -> None:
         """Compare what the processes have, with one small message on each dimension of the mesh.
 
-        A plain ``input`` is compared by two numbers, which rounding may move a little; ``counts`` are the local numbers
-        of classes of each weight that is sharded on them.
+        A plain ``input`` is compared by two numbers, which rounding may move a little; ``weights`` are those that are
+        sharded on their classes.
         """
         local = torch.zeros(4, dtype=torch.float64)
-        local[0] = float(any(count != self.local_class_count for count in counts))
+        counts = [_local_part(weight).shape[0] for weight in weights]
+        even = [self._count_of(len(weight)) for weight in weights]
+        local[0] = float(counts != even)
         if input is not None:
             local[1] = input.numel()
             local[2:] = torch.stack(_fingerprint(input.detach().reshape(-1, input.shape[-1])))
@@ -326,8 +346,8 @@ class ShardedHead(PlainHead):
         distance = most + least
         if most[0]:
             raise ValueError(
-                f"linear_weight must be sharded evenly, {self.local_class_count} of {self.classes} classes on this "
-                f"process (as distribute_tensor does), got {' and '.join(map(str, counts))}; redistribute it"
+                f"linear_weight must be sharded evenly, {' and '.join(map(str, even))} classes on this process (as "
+                f"distribute_tensor does), got {' and '.join(map(str, counts))}; redistribute it"
             )
         if input is not None and (distance[1] != 0 or (distance[2:] > tolerance * most[3]).any()):
             raise ValueError(

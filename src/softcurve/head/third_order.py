@@ -13,7 +13,7 @@ from softcurve.head.tensors import DIFFERENTIABLE, HeadTensors
 def raise_third(*_: Any) -> Any:
     """Raise the error of a derivative that does not exist."""
     raise NotImplementedError(
-        "a streamed head has exact first and second derivatives, but none of third order; for those use the loss on "
+        "a loss on a head has exact first and second derivatives, but none of third order; for those use the loss on "
         "logits: softcurve.cross_entropy(linear(input, weight), ...)"
     )
 

@@ -15,15 +15,23 @@ from softcurve.head.aten.sparse import Places
 from softcurve.head.composite import CompositeKernel, terms_beside
 from softcurve.head.dense import DenseKernel
 from softcurve.head.fast_rows import FastRows
-from softcurve.head.grouped import GroupedKernel
+from softcurve.head.grouped import GroupedKernel, Side
 from softcurve.head.half import half_on_cpu, shared_half
-from softcurve.head.kernel import Block, Kernel, Residuals, RowData, back_through_cap, cap_logits, smoothing_of_rows
+from softcurve.head.kernel import (
+    Block,
+    Kernel,
+    Residuals,
+    RowData,
+    back_through_cap,
+    cap_logits,
+    largest,
+    smoothing_of_rows,
+)
 from softcurve.head.plan import plan_curvature, plan_list, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
 from softcurve.head.tensors import NONE, NOTHING, TARGET, Directions, HeadTensors, Wanted, sides
-from softcurve.losses.class_map import Groups
 from softcurve.losses.rows import HESSIAN
 from softcurve.losses.spec import LossSpec
 from softcurve.losses.topk import NOT_LISTED
@@ -60,10 +68,13 @@ class Tiles:
         self.in_triton = backends.serves(spec, t.input.device, self.dtype)
         bias = t.target_bias if spec.target == "teacher" and t.input.device.type == "cpu" else None
         self.masks_target = bias is not None and bool((bias == -math.inf).any())
-        self.groups: tuple[Groups, Groups] | None = None
+        self.groups: tuple[Side, Side] | None = None
         if t.groups is not None and t.target_groups is not None:
-            self.groups = (Groups.by(t.groups, spec.groups), Groups.by(t.target_groups, spec.groups))
-            self.masks_target |= any(side.has_empty for side in self.groups)
+            of_model = Side.of_classes(spec, t.groups, cut=True)
+            self.groups = (of_model, Side.of_classes(spec, t.target_groups, cut=spec.cuts_target))
+            # All processes are to compare the groups alike, whichever of them has a masked class.
+            may_mask = spec.group is not None and bias is not None
+            self.masks_target = self.masks_target or may_mask or any(side.has_empty for side in self.groups)
         self.count = rows.stop if isinstance(rows, slice) else rows.shape[0]
         self.wants_q = (
             self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
@@ -207,12 +218,13 @@ class Tile:
 
     def target_classes(self, classes: slice) -> slice:
         """Return the classes of the target beside those of a block: the same, but for grouped classes all of them."""
-        groups = self.tiles.tensors.target_groups
-        return classes if groups is None else slice(0, len(groups))
+        return classes if self.tiles.groups is None else slice(0, len(self.tiles.groups[-1].here.of))
 
     def class_blocks(self) -> Iterator[slice]:
         """Yield the classes of each block."""
-        return self.tiles.plan.class_blocks(self.model.weight.shape[0])
+        held = self.model.weight.shape[0]
+        # Groups may have classes of the target where there is none of the model.
+        return iter([slice(0, held)]) if self.tiles.groups is not None else self.tiles.plan.class_blocks(held)
 
     def blocks(self, loaded: Block | None = None) -> Iterator[tuple[Block, bool]]:
         """Yield each block, and whether it was computed anew: where a row is one block, ``loaded`` serves again."""
@@ -361,9 +373,7 @@ def _target_tops(loss: LossSpec, tensors: HeadTensors) -> Tensor | None:
     given = tensors.target
     if loss.target != "logits" or given is None or math.frexp(loss.target_scale)[0] == 0.5:
         return None
-    top = given.new_full((given.shape[0], 1), -math.inf)
-    if given.numel():  # a process of a sharded head may hold no class
-        top = given.amax(-1, keepdim=True)
-    if top.numel():
+    top = largest(given)
+    if top.numel() and (loss.cuts_target or not loss.groups):
         max_over([top], loss.processes)
     return torch.where(top.isfinite(), top, 0.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve.checks import InvalidEntriesError
 from softcurve.functional import cross_entropy, entropy
 from softcurve.head.problem import require_shift
 from softcurve.integrations.heads import record_of_logits
@@ -37,7 +38,7 @@ def token_metrics(*, shift: Integer = 1, ignore_index: Integer = -100) -> Metric
 
     The metrics are means over all labels of the evaluation that count: ``accuracy`` is the fraction whose class is the
     most probable one, ``perplexity`` the exponential of the mean cross-entropy, and ``entropy`` is that of the
-    predictions, in nats. They are NaN if no label counts.
+    predictions, in nats. They are NaN if no label counts, or if a prediction that counts is NaN.
 
     Example:
         >>> from softcurve.integrations.transformers import token_metrics
@@ -52,7 +53,10 @@ def token_metrics(*, shift: Integer = 1, ignore_index: Integer = -100) -> Metric
     def preprocess(logits: Any, labels: Tensor) -> Tensor:
         logits = logits[0] if isinstance(logits, tuple) else logits  # behind them are other outputs of the model
         labels = F.pad(labels[..., places:], (0, places), value=ignored) if places else labels
-        return sums_of_sequences(logits, labels, ignored)
+        try:
+            return sums_of_sequences(logits, labels, ignored)
+        except InvalidEntriesError:  # a Trainer goes on where its model has NaN
+            return torch.full((labels.shape[0], 4), torch.nan, device=labels.device)
 
     return {"preprocess_logits_for_metrics": preprocess, "compute_metrics": means_of_labels}
 

@@ -22,7 +22,8 @@ def lazy_logits(
     ``F.cross_entropy``, ``F.nll_loss`` and ``F.kl_div`` of ``log_softmax``, ``gather``, ``logsumexp``, ``argmax``,
     ``max`` and ``topk``, and the sum or mean of a ``log_softmax`` over the classes, are computed a tile at a time by
     the ``linear_*`` functions. Every other function receives the logits themselves, which are then made as the head
-    would have made them, and kept.
+    would have made them, and kept; so does each of these where the ``linear_*`` function refuses entries, as NaN on the
+    CPU, so that its result is that of torch.
 
     Args:
         model: A model of transformers, or any module; it may be wrapped by DDP, FSDP, peft or ``torch.compile``.

@@ -159,7 +159,7 @@ def require_linear(module: nn.Module) -> None:
     if getattr(type(inner), "forward", None) is not nn.Linear.forward:
         raise TypeError(
             f"head must be a torch.nn.Linear, or one with a LoRA adapter of peft, whose output is the logits, got "
-            f"{type(inner).__name__}; pass the linear layer itself as head"
+            f"{type(inner).__module__}.{type(inner).__name__}; pass the linear layer itself, or merge its adapter"
         )
     weight = getattr(inner, "weight", None)
     checks.require_floating("the weight of the head", weight, "(C, d)")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve.checks import wide_dtype
 from softcurve.head.sharded import lies_over_processes
 from softcurve.losses.low_rank import LowRankWeight, matrix_of
 from softcurve.losses.teacher import LinearTeacher
@@ -141,8 +142,8 @@ class LinearRecord:
         return torch.autocast(self.input.device.type, dtype=self.lowered, enabled=self.lowered is not None)
 
     def widened(self, result: Tensor) -> Tensor:
-        """Return a result that a function on a head computed, in a dtype that is not narrower than the record's."""
-        return result.to(torch.promote_types(result.dtype, self.dtype))
+        """Return a result of a function on a head in the record's dtype, as torch does, but in float32 or wider."""
+        return result.to(wide_dtype(self.dtype))
 
     def multiplied(self, input: Tensor, matrix: Tensor) -> Tensor:
         """Return ``input @ matrix.mT``; a scale of each row may have widened the features."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcurve import checks
 from softcurve.head.sharded import lies_over_processes
 from softcurve.lazy.record import LinearRecord
 from softcurve.losses.low_rank import matrix_of
@@ -281,7 +282,13 @@ def _negate(record: LinearRecord) -> Result:
 
 @handles("tanh")
 def _tanh(record: LinearRecord) -> Result:
-    return record.but(after=1.0) if record.kind == "logits" and record.after is None else NotImplemented
+    if record.kind != "logits" or record.after is not None:
+        return NotImplemented
+    # The tanh of an infinite logit is finite, while a loss on a head takes −inf for a masked class, cap or not.
+    parts = [part.detach() for part in (record.input, record.bias) if part is not None]
+    if checks.values_visible(*parts) and not all(bool(part.isfinite().all()) for part in parts):
+        return NotImplemented
+    return record.but(after=1.0)
 
 
 @handles("add", "__add__", "__radd__")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from softcurve.checks import InvalidEntriesError
 from softcurve.lazy import consumers, transforms  # noqa: F401
 from softcurve.lazy.record import LinearRecord, Plan, require_unchanged, shape_of, version_of
 from softcurve.lazy.shapes import COMMUTATIVE, HANDLERS, VIEWS
@@ -104,13 +105,17 @@ class LazyLogits(Tensor):
         every = [arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, LazyLogits)]
         for each in every:
             require_gradient_known(each, func)
+        name = getattr(func, "__name__", str(func))
+        reason = name
         if func in HANDLERS:
-            result = _handled(func, args, kwargs)
+            try:
+                result = _handled(func, args, kwargs)
+            except InvalidEntriesError as error:
+                result, reason = NotImplemented, f"{name} ({error})"
             if result is not NotImplemented:
                 return result
         if func is Tensor.register_hook and (handle := _hook_of_library(*args, **kwargs)) is not None:
             return handle
-        name = getattr(func, "__name__", str(func))
         writes = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         writes = writes or "out" in kwargs or kwargs.get("inplace") is True
         schema = getattr(func, "_schema", None)  # of an overload, such as torch.ops.aten.mul_.Tensor
@@ -119,7 +124,7 @@ class LazyLogits(Tensor):
         if func is torch.autograd.grad:
             args, kwargs = _all_made(name, *_outputs_in_graph(*args, **kwargs), writes=False)
             return func(*args, **kwargs)
-        made, options = _all_made(name, args, kwargs, writes=writes or func in SHARING)
+        made, options = _all_made(reason, args, kwargs, writes=writes or func in SHARING)
         result = func(*made, **options)
         if any(each._dense is None for each in every) and _is_view(result):
             made, options = _all_made(name, args, kwargs, writes=True)  # what is written into the view must be seen

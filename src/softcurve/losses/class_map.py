@@ -198,6 +198,10 @@ class ClassMap(ShortRepr):
         ``linear_`` forms and ``linear_distillation``. Scale, soft cap and temperature of both sides act on the classes,
         before they are merged; ``exclude`` leaves out classes of the model alone. Model and teacher receive gradients.
 
+        The classes of a head and of a teacher may be distributed over processes. For each row they exchange a number
+        for each group, of either side whose classes are distributed; a plain ``Probabilities`` or ``Logits`` sends
+        nothing.
+
         A list does not say to which groups its bucket belongs. Known are the listed classes that are a group together
         with one class of the model, as the shared tokens of :meth:`of_tokens`: the target is the ``TopK`` of these
         classes of the model, and every other class of either side is in its bucket. Its divergences are at most those

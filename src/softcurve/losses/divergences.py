@@ -82,8 +82,8 @@ class Divergence(ABC):
     """A separable divergence ``D(y, p) = Σ_k φ(p_k, y_k)``, given by its derivatives with respect to ``log p``.
 
     Subclass it as a frozen dataclass whose fields are numbers, and implement the five methods below in the gauge
-    ``φ ≥ 0``. Every route of the library (logits, streamed heads, curvature, fits) then works with the member. See
-    :class:`Pair` for what the methods receive.
+    ``φ ≥ 0``. Every part of the library (losses on logits and on heads, curvature, fits) then works with the
+    member. See :class:`Pair` for what the methods receive.
     """
 
     hessian_is_fisher: ClassVar[bool] = False
@@ -133,7 +133,7 @@ class Divergence(ABC):
         """
         fields = getattr(self, "__dataclass_fields__", {})
         values = [(name, getattr(self, name)) for name in fields]
-        values = [(name, v.item() if isinstance(v, np.generic | Tensor) else v) for name, v in values]
+        values = [(name, v.item() if isinstance(v, np.generic | Tensor) and v.ndim == 0 else v) for name, v in values]
         state = [name for name in self.__dict__ if not isinstance(getattr(type(self), name, None), cached_property)]
         if len(state) != len(fields) or not all(isinstance(v, bool | int | float | str) for _, v in values):
             raise TypeError(
@@ -201,7 +201,10 @@ class CrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """The forward KL ``D(y‖p)``: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``."""
+    """The forward KL ``D(y‖p)``, mode-covering: ``φ = y log(y/p) − y + p``, ``s = p − y``, ``c = p``.
+
+    Source: Kullback and Leibler (1951), "On information and sufficiency".
+    """
 
     hessian_is_fisher = True
 
@@ -223,7 +226,10 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """The reverse KL ``D(p‖y)``: with ``r = log(p/y)``, ``φ = p r − p + y``, ``s = p r``, ``c = p (r + 1)``."""
+    """The reverse KL ``D(p‖y)``, mode-seeking: ``φ = p r − p + y``, ``r = log(p/y)``, ``s = p r``, ``c = p (r + 1)``.
+
+    Source: Kullback and Leibler (1951), "On information and sufficiency".
+    """
 
     gauss_newton_is_fisher = True
 
@@ -248,6 +254,8 @@ class JensenShannon(Divergence):
     """The Jensen-Shannon divergence ``β D(y‖m) + (1−β) D(p‖m)``, ``m = (1−β) p + β y``, for ``0 < β < 1``.
 
     ``s = (1−β) p log(p/m)``, ``c = (1−β) [p log(p/m) + β p y/m]``, ``x = −β(1−β) p y/m``.
+
+    Source: Lin (1991), "Divergence measures based on the Shannon entropy".
     """
 
     beta: float

@@ -20,7 +20,7 @@ from softcurve import checks
 from softcurve.array_types import Float, Rows, Values
 from softcurve.losses.divergences import CrossEntropy, Divergence
 from softcurve.losses.reduction import Reduction
-from softcurve.processes import named_group
+from softcurve.processes import named_group, part_of
 from softcurve.typing import Number
 
 TargetForm = Literal["sparse", "statistics", "probabilities", "logits", "teacher"]
@@ -120,6 +120,7 @@ class LossSpec:
     # Row i and class i are a pair, whose loss is the mean of the row's and of the column's cross-entropy.
     pairs: bool = False
     groups: int = 0  # into which the classes of both sides are merged before they are compared; 0: as they are
+    cuts_target: bool = False  # whether the target of groups has its classes over the processes, rather than on each
 
     @staticmethod
     def of(
@@ -193,8 +194,17 @@ class LossSpec:
 
     def widest(self, held: int) -> int:
         """Return the largest number of classes of a process: all plan the same tiles, which exchange messages."""
+        return held if self.group is None else self.widest_part(self.classes)
+
+    def widest_part(self, classes: int) -> int:
+        """Return the largest number of ``classes`` that a process holds; see :meth:`part`."""
         processes = self.processes
-        return held if processes is None else -(-self.classes // processes.size())
+        return classes if processes is None else part_of(classes, 0, processes.size()).stop
+
+    def part(self, classes: int) -> slice:
+        """Return which of ``classes`` this process holds, if they are sharded like those of the head."""
+        processes = self.processes
+        return slice(0, classes) if processes is None else part_of(classes, processes.rank(), processes.size())
 
     def encode(self) -> str:
         """Return a string from which :meth:`decode` makes an equal description."""
@@ -203,13 +213,14 @@ class LossSpec:
         options = f"{self.temperature!r}|{self.softcap!r}|{self.z_loss!r}|{self.smoothing!r}|({terms})"
         shard = f"{self.group!r}|{self.first!r}|{self.classes!r}"
         others = f"{self.teacher_scale!r}|{self.teacher_softcap!r}|{self.pairs!r}|{self.groups!r}"
+        others = f"{others}|{self.cuts_target!r}"
         return f"{self.target}|{options}|{shard}|{others}|{self.divergence.encode()}"
 
     @staticmethod
     @functools.lru_cache(256)
     def decode(text: str) -> LossSpec:
         """Return the description that :meth:`encode` wrote."""
-        target, *options, divergence = text.split("|", 13)
+        target, *options, divergence = text.split("|", 14)
         values = list(map(literal_eval, options))
         values[4] = Beside(*values[4]) if values[4] else None
         return LossSpec(Divergence.decode(divergence), target, *values)  # type: ignore[arg-type]

@@ -39,7 +39,8 @@ def nystrom_factor(probes: Float[Tensor, "n r"], image: Float[Tensor, "n r"]) ->
 def nystrom_preconditioner(matrix: SymmetricMatrix, *, rank: int, damping: float, seed: int) -> Map:
     """Return a multiple of ``(A + damping I)⁻¹`` with ``A ≈ U diag(λ) Uᵀ``, its smallest ``λ`` in all other directions.
 
-    ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)`` on columns ``(n, k)``. Source: Frangella, Tropp, Udell 2023.
+    ``(λ_min + damping) U (λ + damping)⁻¹ Uᵀ + (I − U Uᵀ)`` on columns ``(n, k)``. Source: Frangella, Tropp, Udell 2023,
+    "Randomized Nyström preconditioning".
     """
     n = matrix.shape[0]
     generator = torch.Generator().manual_seed(seed)
