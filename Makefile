@@ -55,7 +55,7 @@ docs: $(INSTALLED_DOCS) ## build the documentation into build/docs
 	@echo "The documentation is at $(CURDIR)/build/docs/index.html"
 
 clean: ## remove the environment, builds and caches
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/gallery .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A system Python without ensurepip (Debian splits it off) still has its own pip, which can fill the environment from outside.

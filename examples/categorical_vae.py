@@ -20,7 +20,7 @@ Run it from the root of the repository::
 The example prints tables, followed by one line of JSON. The figure shows training curves, reconstructions and samples.
 
 .. image:: /pictures/categorical_vae.png
-   :alt: The figure of this example
+   :alt: Training curves of both terms of the ELBO, reconstructions and samples of digits
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/categorical_vae.png"

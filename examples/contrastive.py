@@ -19,7 +19,7 @@ The example prints tables, followed by one line of JSON. The figure shows the si
 accuracy of the probes and the memory. The memory is read from /proc, so the example needs Linux.
 
 .. image:: /pictures/contrastive.png
-   :alt: The figure of this example
+   :alt: Similarities of held-out views, accuracy of the probes, and memory of the loss
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/contrastive.png"

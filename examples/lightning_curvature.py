@@ -23,7 +23,7 @@ Run it from the root of the repository::
 The example needs the extra ``integration``. It prints a table, followed by one line of JSON.
 
 .. image:: /pictures/lightning_curvature.png
-   :alt: The figure of this example
+   :alt: Largest eigenvalue, trace, gradient noise and loss over the steps of two trainings
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/lightning_curvature.png"

@@ -24,7 +24,7 @@ The example needs the extra ``integration``, and downloads nothing. It prints ta
 training step within the context and one without it are compared in fresh processes: the loss, the memory and the time.
 
 .. image:: /pictures/masked_tokens.png
-   :alt: The figure of this example
+   :alt: Loss of the training, and memory of a step with and without the logits
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/masked_tokens.png"

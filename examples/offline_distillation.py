@@ -33,7 +33,7 @@ The example prints tables, followed by one line of JSON. They compare the cache 
 memory of computing the lists without and with the logits, and the losses of the students on held-out text.
 
 .. image:: /pictures/offline_distillation.png
-   :alt: The figure of this example
+   :alt: Held-out losses of the students, size of the cache, and memory of computing the lists
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/offline_distillation.png"

@@ -22,7 +22,7 @@ Run it from the root of the repository::
 The example prints tables, followed by one line of JSON. The figure shows the reward, the entropy and the memory.
 
 .. image:: /pictures/policy_gradient.png
-   :alt: The figure of this example
+   :alt: Reward, entropy and memory of the training
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/policy_gradient.png"

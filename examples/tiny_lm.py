@@ -23,7 +23,7 @@ Run it from the root of the repository::
 The example prints tables, followed by one line of JSON. The output folder contains the JSON, the figure and the lists.
 
 .. image:: /pictures/tiny_lm.png
-   :alt: The figure of this example
+   :alt: Training and distillation curves, and memory and time of the losses
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/tiny_lm.png"

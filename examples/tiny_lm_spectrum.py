@@ -15,7 +15,7 @@ Run it from the root of the repository::
 The example prints a table, followed by one line of JSON.
 
 .. image:: /pictures/tiny_lm_spectrum.png
-   :alt: The figure of this example
+   :alt: Number of larger eigenvalues and leading eigenvalues before and after training
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/tiny_lm_spectrum.png"

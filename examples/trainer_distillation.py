@@ -26,7 +26,7 @@ one of all logits, on disk and in the memory of a training step of ``Distillatio
 with the same loss of dense logits; each is measured in a fresh process.
 
 .. image:: /pictures/trainer_distillation.png
-   :alt: The figure of this example
+   :alt: Loss of the students, size of the caches, and memory of a step
 """
 
 # sphinx_gallery_thumbnail_path = "pictures/trainer_distillation.png"

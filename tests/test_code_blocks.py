@@ -94,7 +94,7 @@ def docstrings(file: Path) -> Iterator[tuple[str, int, str]]:
 def test_the_examples_of_docstrings_run(file):
     """Each example stands for itself, besides the imports that the API reference names."""
     for package in sorted(OPTIONAL):
-        if re.search(rf">>> from .*\b{package} import", file.read_text(encoding="utf-8")):
+        if re.search(rf">>> from (softcurve\.integrations\.)?{package} import", file.read_text(encoding="utf-8")):
             pytest.importorskip(package)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for name, line, text in docstrings(file):

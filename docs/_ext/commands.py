@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from softcurve.cli.main import app as command_line
 
-WIDTH = 100
+WIDTH = 80
 
 
 class CommandDirective(SphinxDirective):
