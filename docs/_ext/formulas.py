@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from docutils import nodes
-from docutils.utils import get_source_line
 from sphinx.application import Sphinx
-from sphinx.errors import SphinxError
+from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
 
 from softcurve.cli.page.formula import FormulaWriter
 
-
-class FormulaError(SphinxError):
-    """A formula that cannot be drawn."""
-
-    category = "Formula"
+LOGGER = getLogger(__name__)
 
 
 class Formulas:
@@ -40,7 +35,8 @@ class Formulas:
         try:
             return self._writers.setdefault(page, FormulaWriter()).draw(latex, inline=inline)
         except ValueError as error:
-            raise FormulaError(":".join(map(str, get_source_line(node))) + f": {error}") from error
+            LOGGER.error("%s", error, location=node)
+            return translator.encode(latex)
 
     def add_glyphs(self, _app: Sphinx, page: str, _template: str, context: dict[str, object], _tree: object) -> None:
         """Append the shapes of the glyphs to a page with formulas."""
