@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from softcurve import TopK
 from softcurve.fit import DataError
+from softcurve.fit.coefficients import short_summary
 from softcurve.fit.data import dataset
 from softcurve.fit.data.files.arrays import FileRows
 from softcurve.fit.data.opening import open_source
@@ -178,6 +179,19 @@ def spectra(folder, group):
         there = curvature_spectrum(source, torch.ones(CLASSES, 6) * 0.1, torch.zeros(CLASSES), rows=100)
         if group is None or dist.get_rank(group) == 0:
             found[name] = [there.trace, there.rows, there.largest.tolist()]
+    return found
+
+
+def standard_errors(folder, group):
+    found = {}
+    for name, rows, target, C in (
+        *(("labels", X, LABELS, 1.0), ("no penalty", X, LABELS, math.inf), ("soft", X, SOFT, 3.0)),
+        *(("two rows", X[:2], np.array([0, 1]), 1.0), ("refused", X, LISTS, 1.0)),
+    ):
+        source = of(to_source(rows, target), group)
+        fit = fit_head(source, C=C, tol=1e-8)
+        summary = short_summary(source, fit, loss="cross_entropy", C=C, intercept=True, tol=1e-8, budget=None)
+        found[name] = summary if isinstance(summary, str) else summary.standard_error.ravel().tolist()
     return found
 
 
@@ -434,6 +448,7 @@ CASES: dict[str, Case] = {
     "held out": held_out,
     "confused pairs": confused,
     "spectra": spectra,
+    "standard errors": standard_errors,
     "path": path,
     "npz shards": opened("npz"),
     "npy shards": opened("npy", "target.npy"),

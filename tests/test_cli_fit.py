@@ -21,6 +21,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 from typer.testing import CliRunner
 
+from softcurve import SoftmaxRegression
 from softcurve.cli.fitting import fit_command
 from softcurve.cli.main import app
 from softcurve.cli.options import FitOptions
@@ -106,6 +107,19 @@ def test_digits_are_the_default_and_the_figures_are_those_of_the_saved_head():
     columns = precision_recall_fscore_support(held.target, predicted)
     for name, column in zip(("precision", "recall"), columns, strict=False):
         assert [each[name] for each in written["by_class"]] == pytest.approx(column.tolist(), rel=1e-12)
+
+
+def test_few_coefficients_have_standard_errors():
+    features, target = np.random.default_rng(0).normal(size=(80, 2)), np.arange(80) % 3
+    np.savez("few.npz", features=features, target=target)
+    run_json("fit", "few.npz", "--holdout", 0, "--C", 2)
+    written = json.loads(Path("head.json").read_text())["coefficients"]
+    model = SoftmaxRegression(C=2.0, tol=1e-6).fit(features, target)
+    expected = model.summary(features, target).records()
+    assert [row["feature"] for row in written] == ["x0", "x1", "(intercept)"] * 3
+    for name in ("coefficient", "standard_error", "z", "p_value", "low", "high"):
+        np.testing.assert_allclose([row[name] for row in written], [row[name] for row in expected], 1e-3, 1e-4)
+    assert "standard error" in Path("head.html").read_text()
 
 
 @pytest.mark.usefixtures("without_pages")

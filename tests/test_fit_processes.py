@@ -24,6 +24,7 @@ OF_SIZE = {
             "held out",
             "confused pairs",
             "spectra",
+            "standard errors",
             "npz shards",
             "npy shards",
             "own rows alone",

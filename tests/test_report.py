@@ -21,16 +21,17 @@ from softcurve.cli.page.render import seconds, show
 from softcurve.cli.report import FitReport, PathPoint, render_report
 from softcurve.cli.report.conclusion import Recommendation, recommend
 from softcurve.cli.report.sections import IN_A_TABLE
+from softcurve.fit.coefficients import short_summary
 from softcurve.fit.data.source import RowBlock
 from softcurve.fit.diagnostics import Diagnostics, baseline_scores, diagnose
-from softcurve.fit.fitting import Fit
+from softcurve.fit.fitting import Fit, fit_head
 from softcurve.fit.head_spectrum import curvature_spectrum
 from softcurve.fit.solver.newton import Step
 from softcurve.fit.uncertainty import bootstrap_intervals
 
 SECTIONS = [
-    *("conclusion", "convergence", "calibration", "confusion", "classes", "curvature", "path", "hardest"),
-    "reproduction",
+    *("conclusion", "convergence", "calibration", "confusion", "classes", "coefficients", "curvature", "path"),
+    *("hardest", "reproduction"),
 ]
 NASTY = '<script>alert("x")</script> & \\(x\\) $y$ {{ z }} http://example.org'
 
@@ -191,7 +192,7 @@ def test_a_whole_report() -> None:
     assert "Converged in 250 ms, after 6 iterations" in reader.text
     assert "Not converged" not in reader.text
     parts = re.split(r'<section id="\w+">', page)[1:]
-    assert ["<picture>" in part for part in parts] == [False, True, True, False, False, True, True, False, False]
+    assert ["<picture>" in part for part in parts] == [False, True, True, False, False, False, True, True, False, False]
     assert 'class="heat"' in parts[3]
     assert 'class="bar"' in parts[4]
     for fact in ("rows.npz", "auto", "cross entropy", f"softcurve {softcurve.__version__}", "16"):
@@ -223,6 +224,36 @@ def test_the_conclusion_compares_with_the_baseline() -> None:
     command = "softcurve fit rows.npz --tol 1e-06"
     assert command in part
     assert torch.__version__ in part
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_coefficients_are_shown_where_they_are_few() -> None:
+    x = torch.randn(60, 2, dtype=torch.float64)
+    names = ("<a>", "b", "c")
+    few = Held(x, torch.arange(60) % 3, names)
+    for C, shown in ((1.0, names), (math.inf, names[1:])):
+        fit = fit_head(few, C=C)
+        options = {"loss": "cross_entropy", "C": C, "intercept": True, "tol": 1e-4, "budget": None}
+        summary = short_summary(few, fit, **options)
+        assert not isinstance(summary, str)
+        assert summary.classes == shown
+        given = brief()
+        given = replace(given, options=replace(given.options, C=C), classes=names, coefficients=summary)
+        _, reader = written(given)
+        part = reader.text.split("6. Coefficients")[1].split("7. Curvature")[0]
+        for row in summary.records():
+            assert f"{row['standard_error']:.4g}" in part
+            assert f"{row['z']:.2f}".replace("-", "−") in part
+        assert ("relative to the class <a>" in part) == math.isinf(C)
+        assert ("biases the coefficients" in part) == (C == 1.0)
+    many = Held(torch.randn(60, 40, dtype=torch.float64), few.target, names)
+    reason = short_summary(many, fit_head(many), **(options | {"C": 1.0}))
+    assert isinstance(reason, str)
+    assert "123 coefficients from 60 samples are too many" in reason
+    copied = Held(torch.cat([x, x[:, :1]], 1), few.target, names)
+    assert "singular at feature 'x2'" in str(short_summary(copied, fit_head(copied, C=math.inf), **options))
+    _, reader = written(replace(brief(), coefficients=reason))
+    assert f"No standard errors: {reason}." in reader.text
 
 
 def with_losses(losses: dict[float, float], *, late: float = 0.0) -> FitReport:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 
 class InvalidEntriesError(ValueError):
-    """Raised for entries that a loss refuses, such as NaN, in a tensor of the right kind and shape.
+    """Raised for entries that softcurve refuses, such as NaN, in a tensor of the right kind and shape.
 
-    torch computes with them, so unmade logits (:mod:`softcurve.lazy`) leave them to torch.
+    torch computes with them, so unmade logits (:mod:`softcurve.lazy`) leave them to torch, and what measures a model in
+    training reports NaN.
     """
 
 

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.loggers.logger import Logger
 
     from softcurve.integrations.lightning import CurvatureCallback as LightningCallback
+    from softcurve.integrations.monitor import CurvatureMonitor
     from softcurve.integrations.transformers import CurvatureCallback, DistillationTrainer, token_metrics
 
 pytestmark = [
@@ -282,6 +283,19 @@ def test_a_trainer_logs_curvature_and_trains_as_without(tmp_path, case):
         assert row["curvature/top_eigenvalue"] > 0
         assert row["curvature/gradient_noise_scale"] > 0
     assert figures(without, "loss", "grad_norm") == figures(measured, "loss", "grad_norm")
+
+
+def test_a_diverged_model_is_measured_as_nan():
+    model, data = made("qwen2"), [collate(sequences(5, 4))]
+    monitors = [CurvatureMonitor(data, shift=1, products=8) for _ in range(2)]
+    before = monitors[0].measure(model, 0)
+    assert not any(map(np.isnan, before.values()))
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    for monitor in monitors:  # one has measured before
+        measured = monitor.measure(model, 1)
+        assert measured.keys() == before.keys() == {f"curvature/{name}" for name in NAMES}
+        assert all(map(np.isnan, measured.values()))
 
 
 def test_a_forgotten_shift_is_named(tmp_path):

@@ -77,6 +77,21 @@ def bart() -> Any:
     )
 
 
+def mamba() -> Any:
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+
+
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=32, patch_size=16, **WIDTHS),
+        text_config=transformers.LlamaConfig(vocab_size=V, **WIDTHS, **TOKENS), image_token_index=V - 1,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def vit() -> Any:
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(**WIDTHS, image_size=32, patch_size=8, num_labels=V)
@@ -102,6 +117,33 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "bart, bias of the logits": bart,
     "phi3": partial(causal, "Phi3Config", num_key_value_heads=2),
+    "gpt-oss, auxiliary loss": partial(
+        causal,
+        "GptOssConfig",
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+    ),
+    "deepseek v3": partial(
+        causal,
+        "DeepseekV3Config",
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "mamba": mamba,
+    "llava, images": llava,
     "electra": partial(masked, "ElectraConfig", embedding_size=32),
 }
 
@@ -115,6 +157,10 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         return {"input_features": torch.randn(2, 8, 100, generator=generator), "labels": labels}
     if name == "vit":
         return {"pixel_values": torch.randn(3, 3, 32, 32, generator=generator), "labels": labels[0, 3:6]}
+    if name == "llava, images":
+        ids[:, 2:6] = V - 1  # the patches of one image
+        images = torch.randn(2, 3, 32, 32, generator=generator)
+        return {"input_ids": ids, "pixel_values": images, "labels": labels}
     return {"input_ids": ids, "labels": labels}
 
 

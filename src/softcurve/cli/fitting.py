@@ -22,11 +22,12 @@ from softcurve.cli.printing import (
     score_rows,
     to_json,
 )
-from softcurve.cli.report.conclusion import class_figures, conclusion_figures, recommend
+from softcurve.cli.report.conclusion import class_figures, coefficient_figures, conclusion_figures, recommend
 from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.streams import encoded
 from softcurve.files.atomic import replacing_all
 from softcurve.fit import DataError
+from softcurve.fit.coefficients import short_summary
 from softcurve.fit.data.opening import open_source
 from softcurve.fit.data.source import Source, block_rows
 from softcurve.fit.data.subset import split_source
@@ -110,11 +111,16 @@ def _fit(
     assert train.kind is not None
     on_train = _diagnose(options, train, fit)
     rows = _rows_at_once(options, train)
+    coefficients = short_summary(
+        train, fit, loss=options.loss, C=options.C, intercept=options.fit_intercept, tol=options.tol,
+        budget=common["memory_budget"],
+    )  # fmt: skip
     baseline = baseline_scores(held or train, on_train.frequencies, options.loss, rows_at_once=rows)
     return FitReport(
         options, fit, seconds, train.width, train.classes, train.kind, train=on_train, baseline=baseline,
         held=None if held is None else _diagnose(options, held, fit),
         spectrum=curvature_spectrum(train, fit.weight, bias, loss=options.loss, seed=options.seed), path=path,
+        coefficients=coefficients,
     )  # fmt: skip
 
 
@@ -144,7 +150,7 @@ def _write(report: FitReport, outputs: dict[str, Path], as_json: bool | None) ->
     with replacing_all(outputs) as files:
         head.write(files["--out"])
         history = [asdict(step) for step in fit.history]
-        content = record | class_figures(report) | {"history": history}
+        content = record | class_figures(report) | coefficient_figures(report) | {"history": history}
         files["--record"].write(encoded(to_json(content) + "\n"))
         files["--report"].write(page)
         stop_if_interrupted()

@@ -16,10 +16,11 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from softcurve.fit.arguments import Array, TrainingData, class_weighted, most_probable, to_numpy
 from softcurve.fit.data.source import Source, block_rows
 from softcurve.fit.data.sparse_features import linear
 from softcurve.fit.data.subset import Subset
-from softcurve.fit.estimator import Array, Real, SoftmaxRegression, TrainingData, Whole, most_probable, to_numpy
+from softcurve.fit.estimator import Real, SoftmaxRegression, Whole
 from softcurve.fit.fitting import Fit, coordinates_of, fit_head, regularisation_path
 from softcurve.fit.losses import row_losses
 from softcurve.losses.divergences import Divergence
@@ -84,7 +85,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         self._check_parameters(C=1.0)
         Cs = self._grid()
         data = self._training_data(X, y, sample_weight)
-        source, weights = self._class_weighted(data)
+        source, weights = class_weighted(data, self.class_weight, self.loss)
         options = self._options()
         options["coordinates"] = coordinates_of(
             source, fit_intercept=self.fit_intercept, sample_weight=weights, memory_budget=self.memory_budget
@@ -143,6 +144,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 "where one lacks a class: the means are over the others, and without any the first C is taken. "
                 "Give folds that have every class, or another scorer"
             )
+
+    def _strength(self) -> float:
+        return self.C_
 
     def _grid(self) -> list[float]:
         if isinstance(self.Cs, int | np.integer) and not isinstance(self.Cs, bool) and self.Cs > 0:

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score
 from sklearn.utils import Tags, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import Tensor, nn
 
 from softcurve import checks
 from softcurve.curvature.split import require_head
+from softcurve.fit.arguments import (
+    Array,
+    TrainingData,
+    as_given,
+    class_weighted,
+    feature_blocks,
+    features_of,
+    has_soft_targets,
+    most_probable,
+    to_numpy,
+    to_tensor,
+)
+from softcurve.fit.coefficients import CoefficientSummary, feature_names, summarise
+from softcurve.fit.covariance import CovarianceKind, class_covariances, full_covariance
 from softcurve.fit.data.row_source import to_source
-from softcurve.fit.data.source import Source, block_rows
-from softcurve.fit.data.sparse_features import Features, SparseFeatures, linear
-from softcurve.fit.fitting import Fit, check_options, fit_head
+from softcurve.fit.data.source import Source
+from softcurve.fit.data.sparse_features import linear
+from softcurve.fit.fitted_head import FittedHead
+from softcurve.fit.fitting import Fit, budget_of, check_budget, check_options, fit_head
 from softcurve.fit.saved_head import linear_of
 from softcurve.fit.solver.newton import Step
-from softcurve.losses.divergences import Divergence, divergence_of
+from softcurve.losses.divergences import Divergence
 from softcurve.losses.topk import TopK
 from softcurve.typing import FitLoss, FitPrecision
+from softcurve.warn import warn_caller
 
-Array = NDArray[Any]
 Real = int | float | np.integer[Any] | np.floating[Any]
 Whole = int | np.integer[Any]
 
@@ -106,7 +119,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._check_parameters(self.C)
         data = self._training_data(X, y, sample_weight)
-        source, weights = self._class_weighted(data)
+        source, weights = class_weighted(data, self.class_weight, self.loss)
         start = self._start(data.classes) if self.warm_start else None
         fit = fit_head(source, C=float(self.C), sample_weight=weights, start=start, **self._options())
         self._keep(fit, data.classes, like=X)
@@ -227,7 +240,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rows = features_of(self, X, reset=False)
         head = to_tensor(self.coef_), to_tensor(self.intercept_)
         parts = []
-        for x in _blocks(rows, len(head[0])):
+        for x in feature_blocks(rows, len(head[0])):
             where = x.device if isinstance(x, Tensor) else None  # sparse rows are scipy's, on the CPU
             parts.append(linear(x, *(part.to(device=where or "cpu", dtype=x.dtype) for part in head)))
         logits = torch.cat(parts)
@@ -267,6 +280,119 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         predicted = to_numpy(self.predict(X))
         return float(accuracy_score(self._labels(y), predicted, sample_weight=to_numpy(sample_weight)))
 
+    def covariance(
+        self, X: Any, y: Any, sample_weight: Any = None, *, kind: CovarianceKind = "hessian", base_class: Any = None,
+        block: Literal["full", "class"] = "full", memory_budget: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Return the covariance of the coefficients, from the rows that they were fitted to, in float64.
+
+        The coefficients of a class are its row of ``coef_`` and then its intercept, if there is one: ``s`` in all.
+        Without a penalty (``C = inf``) only differences between classes are determined, so they are relative to a base
+        class, which is left out. The same holds for two classes, as ``coef_`` is a difference.
+
+        Args:
+            X, y, sample_weight: Those of the fit. A weight counts how often its row occurs.
+            kind: ``"hessian"``: the inverse of the Hessian of ``Σ w loss + ‖W‖² / (2 C)``. ``"sandwich"``: the robust
+                form, with the sum of the outer products of the rows' gradients between two inverses; it holds if the
+                model is not true, and for distributions in place of labels.
+            base_class: The label of the base class. By default the first class without a penalty or for two classes,
+                and otherwise none: the covariance is that of ``coef_`` and of intercepts that sum to zero.
+            block: ``"full"``: the covariance of all coefficients of the ``m`` classes without the base, ``(m s, m s)``
+                by classes and features. ``"class"``: of those within each class, ``(m, s, s)``, which for many classes
+                needs much less memory.
+            memory_budget: Bytes in addition to the rows; by default that of the estimator.
+
+        Raises:
+            ValueError: If the loss is not a likelihood (a cross-entropy or forward KL of labels or distributions), the
+                classes are separable without a penalty, features are collinear, the budget is too small (the message
+                has the bytes), or an argument cannot be used.
+
+        Warns (``UserWarning``) if the coefficients are not at the minimum for these rows.
+
+        Source: Huber 1967 and White 1980 for the sandwich form; ``MNLogit.cov_params()`` of statsmodels is the same.
+
+        Example:
+            >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
+            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model.covariance(X, y).diagonal().round(3)
+            array([1.178, 3.9  ])
+        """
+        head, base = self._fitted_head(X, y, sample_weight, kind, base_class, memory_budget)
+        checks.require_choice("block", block, ("full", "class"))
+        if block == "full":
+            full = full_covariance(head, base, kind=kind)
+            result = full.reshape(full.shape[0] * full.shape[1], -1)
+        else:
+            result = class_covariances(head, base, kind=kind)
+        return result.to(X.device) if isinstance(X, Tensor) else result.numpy()
+
+    def summary(
+        self, X: Any, y: Any, sample_weight: Any = None, *, kind: CovarianceKind = "hessian", base_class: Any = None,
+        level: Real = 0.95, memory_budget: int | None = None,
+    ) -> CoefficientSummary:  # fmt: skip
+        """Return the coefficients with standard errors, z statistics, p values and confidence intervals.
+
+        Printing the result shows a table. The arguments are those of :meth:`covariance`, and ``level`` is that of the
+        intervals. With a penalty the coefficients are biased towards zero, so that intervals and p values are
+        approximations.
+
+        Raises what :meth:`covariance` does, and ``ValueError`` for a ``level`` that is not between 0 and 1. Warns
+        (``UserWarning``) if the coefficients are not at the minimum, or if a standard error is so large that the rows
+        hardly determine the coefficient, as for classes that are nearly separable.
+
+        Example:
+            >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
+            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model.summary(X, y).standard_error.round(3)
+            array([[1.085, 1.975]])
+        """
+        level = checks.require_number("level", level, lambda value: 0.0 < value < 1.0, "between 0 and 1")
+        head, base = self._fitted_head(X, y, sample_weight, kind, base_class, memory_budget)
+        result = summarise(head, base, tuple(self.classes_.tolist()), kind=kind, level=level)
+        if result.caution:
+            warn_caller(result.caution)
+        return result
+
+    def _fitted_head(
+        self, X: Any, y: Any, sample_weight: Any, kind: Any, base_class: Any, memory_budget: Any
+    ) -> tuple[FittedHead, int | None]:
+        """Return the head with the rows of its fit, and the index of the base class if there is one."""
+        check_is_fitted(self)
+        checks.require_choice("kind", kind, get_args(CovarianceKind))
+        budget = self.memory_budget if memory_budget is None else memory_budget
+        check_budget(budget)
+        labels = self.classes_.tolist()
+        C, base = self._strength(), None if base_class is None else _index_of(base_class, labels)
+        if base is None and (len(labels) == 2 or math.isinf(C)):
+            base = 0
+        data = self._training_data(X, y, sample_weight, reset=False)
+        if not np.array_equal(data.classes, self.classes_):
+            raise ValueError(
+                f"y must have the classes of the fit, {_shown(labels)}; got {_shown(data.classes.tolist())}: give the "
+                "y of the fit"
+            )
+        source, weights = class_weighted(data, self.class_weight, self.loss)
+        weight, bias = (part.double().cpu() for part in self._head())
+        names = getattr(self, "feature_names_in_", None)
+        head = FittedHead(
+            source, weights, self.loss, weight, bias, (2.0 if len(labels) == 2 else 1.0) / C, bool(self.fit_intercept),
+            feature_names(source.width) if names is None else tuple(names),
+            budget_of(source, budget),
+        )  # fmt: skip
+        tolerance = 10.0 * max(float(self.tol), getattr(self, "gradient_max_", 0.0))
+        if (
+            to_tensor(self.coef_).dtype == torch.float32
+        ):  # rounding the coefficients changes the logits and the gradient
+            squares = float(head.moments.squares.max().clamp(min=1.0) * weight.abs().max().clamp(min=1.0))
+            tolerance = max(tolerance, 16.0 * torch.finfo(torch.float32).eps * squares)
+        if message := head.require_covariance(tolerance):
+            warn_caller(message)
+        return head, base
+
+    def _strength(self) -> float:
+        """Return the inverse strength of the penalty that the head was fitted with."""
+        return float(self.C)
+
     def _labels(self, y: Any) -> Array:
         """Return labels as they are, and the most probable classes of distributions and lists."""
         if has_soft_targets(y):
@@ -283,11 +409,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if not (np.isreal(weight) and np.isfinite(weight) and weight >= 0):
                 raise ValueError(f"class_weight must be finite and not negative; that of {label!r} is {weight!r}")
 
-    def _training_data(self, X: Any, y: Any, sample_weight: Any) -> TrainingData:
-        """Check rows, targets and weights. Raises ValueError."""
+    def _training_data(self, X: Any, y: Any, sample_weight: Any, *, reset: bool = True) -> TrainingData:
+        """Check rows, targets and weights; ``reset`` for a new fit. Raises ValueError."""
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
-        rows = features_of(self, X, reset=True)
+        rows = features_of(self, X, reset=reset)
         weight = to_numpy(sample_weight)
         weights = to_tensor(_check_sample_weight(weight, rows, dtype=np.float64, ensure_non_negative=True))
         if has_soft_targets(y):
@@ -309,135 +435,13 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         source = to_source(rows, index, classes=names, features_name="X", target_name="y")
         return TrainingData(rows, source, classes, labels, weights)
 
-    def _class_weighted(self, data: TrainingData) -> tuple[Source, Tensor]:
-        """Return the rows with their targets, and their weights, both with ``class_weight`` applied.
 
-        The copies of a row with a distribution are weighted by the weight of their class, and the row by their sum.
-        """
-        classes, source, weights = data.classes, data.source, data.weights
-        if self.class_weight is None:
-            return source, weights
-        if data.labels is not None:
-            index = torch.as_tensor(np.searchsorted(classes, data.labels))
-            mass = torch.zeros(len(classes), dtype=torch.float64).index_add_(0, index, weights)
-            return source, weights * _class_weights(self.class_weight, classes, mass)[index]
-        if source.kind != "distributions" or not divergence_of(self.loss).hessian_is_fisher:  # linear in the target
-            raise ValueError(
-                "class_weight of distributions is defined for the losses cross_entropy and forward_kl, and not for "
-                f"a TopK; got loss {self.loss!r} and targets of kind {source.kind!r}: weight the rows by sample_weight"
-            )
-        target = torch.cat([block.target.double() for block in source.blocks(2**16)])  # type: ignore[union-attr]
-        target *= _class_weights(self.class_weight, classes, weights @ target)
-        mass = target.sum(1)
-        target /= torch.where(mass > 0, mass, 1.0)[:, None]
-        target[mass == 0] = 1.0 / len(classes)
-        return to_source(data.rows, target, features_name="X", target_name="y"), weights * mass
+def _index_of(base_class: Any, labels: list[Any]) -> int:
+    """Return the place of a label. Raises ValueError if it is none of the classes."""
+    if base_class not in labels:
+        raise ValueError(f"base_class must be one of the classes {_shown(labels)}; got {base_class!r}")
+    return labels.index(base_class)
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingData:
-    """Checked arguments: ``source`` has the rows and targets, ``labels`` is ``None`` for soft targets."""
-
-    rows: Any
-    source: Source
-    classes: Array
-    labels: Array | None
-    weights: Tensor
-
-
-def _class_weights(class_weight: Any, classes: Array, mass: Tensor) -> Tensor:
-    """Return the weight of each class, whose rows have the total weight ``mass``; balancing gives 0 to a mass of 0.
-
-    scikit-learn's ``compute_class_weight`` reads text such as "01" as the number 1, and divides by a mass of zero. Here
-    a number also names the label that is its text.
-    """
-    if isinstance(class_weight, str):
-        return torch.where(mass > 0, mass.sum() / (len(classes) * mass), 0.0)
-    labels = classes.tolist()
-    known = set(labels)
-    weights = {str(name): float(weight) for name, weight in class_weight.items() if str(name) in known}
-    weights |= {name: float(weight) for name, weight in class_weight.items() if name in known}
-    unknown = [name for name in class_weight if name not in weights and str(name) not in weights]
-    if unknown and len(weights) < len(labels):  # if every class has a weight, the dict may name others
-        shown = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
-        raise ValueError(f"class_weight names {unknown[0]!r}, which is none of the {len(labels)} classes ({shown})")
-    return torch.tensor([weights.get(label, 1.0) for label in labels], dtype=torch.float64)
-
-
-def has_soft_targets(y: Any) -> bool:
-    """Whether targets are distributions or lists, and not labels. Raises ValueError for a sparse target."""
-    sparse = issparse(y)
-    if sparse or (isinstance(y, Tensor) and y.layout != torch.strided):
-        what = "y.toarray()" if sparse else "y.to_dense()"
-        raise ValueError(
-            f"y must be dense, labels (n,) or distributions (n, C); got a sparse {type(y).__name__} of shape "
-            f"{tuple(getattr(y, 'shape', ()))}: give {what}, or a softcurve.TopK of the largest entries of each row"
-        )
-    nested = isinstance(y, list) and bool(y) and isinstance(y[0], list | tuple | np.ndarray) and len(y[0]) > 1
-    return nested or isinstance(y, TopK) or (getattr(y, "ndim", 1) == 2 and y.shape[1] > 1)
-
-
-def most_probable(y: Any) -> Array:
-    """Return the most probable class of each row of distributions or lists."""
-    return y.most_probable.cpu().numpy() if isinstance(y, TopK) else np.asarray(to_numpy(y)).argmax(1)
-
-
-def features_of(estimator: Any, X: Any, *, reset: bool) -> Any:
-    """Check rows as scikit-learn does. A memory map is not read here, since its blocks are checked when they are.
-
-    Rows to predict stay on their device; those to fit come to the CPU, where the solver is.
-    """
-    if isinstance(X, np.memmap) and X.ndim == 2 and X.dtype.kind == "f":
-        if reset:
-            estimator.n_features_in_ = X.shape[1]
-        else:
-            _require_width(estimator, X)
-        return X
-    if isinstance(X, Tensor):
-        if X.layout != torch.strided:
-            raise ValueError(f"X must be a dense tensor; got layout {X.layout}: convert it to scipy's CSR")
-        if X.device.type != "cpu" and not reset and X.ndim == 2:
-            _require_width(estimator, X)
-            if not X.isfinite().all():
-                raise ValueError("Input X contains NaN or infinity; drop or fill such rows")
-            return X.detach().float() if X.dtype in (torch.bfloat16, torch.float32) else X.detach().double()
-        X = X.detach().cpu()
-        X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-    return validate_data(estimator, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
-
-
-def _require_width(estimator: Any, X: Any) -> None:
-    if X.shape[1] != estimator.n_features_in_:
-        raise ValueError(
-            f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting "
-            f"{estimator.n_features_in_} features as input."
-        )
-
-
-def _blocks(rows: Any, classes: int) -> Iterator[Features]:
-    if isinstance(rows, Tensor):
-        yield rows
-        return
-    if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap) and rows.flags.writeable:
-        yield torch.as_tensor(np.ascontiguousarray(rows))
-        return
-    source = to_source(rows, features_name="X")
-    for block in source.blocks(block_rows(source, classes)):
-        yield block.features if isinstance(block.features, SparseFeatures) else block.features.clone()
-
-
-def to_numpy(value: Any) -> Any:
-    """Return a tensor as an array, and anything else as it is."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-
-
-def to_tensor(array: Any) -> Tensor:
-    """Return an array as a tensor. A read-only array is copied, because torch warns of it."""
-    return torch.as_tensor(np.require(array, requirements=["C", "W"]) if isinstance(array, np.ndarray) else array)
-
-
-def as_given(result: Tensor, like: Any) -> Array | Tensor:
-    """Return a tensor on its device if ``like`` is one, else an array; in the dtype of ``like`` if it is floating."""
-    dtype = str(getattr(like, "dtype", "")).removeprefix("torch.")
-    result = result.float() if dtype == "float32" else result.double() if dtype == "float64" else result
-    return result.to(like.device) if isinstance(like, Tensor) else result.cpu().numpy()
+def _shown(labels: list[Any]) -> str:
+    return ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")

@@ -149,7 +149,7 @@ def fit_head(
         return Fit(
             weight, bias, newton.point.value, newton.point.gradient_max, iterations=len(history) - 1,
             products=history[-1].products, converged=converged, reason=reason,
-            separated=not problem.penalty and _separates(problem, weight, bias), history=history,
+            separated=not problem.penalty and separates(problem, weight, bias), history=history,
         )  # fmt: skip
 
 
@@ -234,6 +234,11 @@ def check_options(C: Any, tol: Any, max_iter: Any, precision: Any, memory_budget
         raise DataError(f"max_iter must be an integer of 0 or more; got {max_iter!r}")
     if precision not in ("auto", "mixed", "float64"):
         raise DataError(f"precision must be auto, mixed or float64; got {precision!r}")
+    check_budget(memory_budget)
+
+
+def check_budget(memory_budget: Any) -> None:
+    """Raise DataError for a memory budget that cannot be used."""
     if memory_budget is not None and not (_is_number(memory_budget) and memory_budget >= LEAST_BUDGET):
         raise DataError(f"memory_budget must be at least {LEAST_BUDGET} bytes; got {memory_budget!r}")
 
@@ -279,9 +284,14 @@ def _weights(sample_weight: Tensor | None, source: Source) -> tuple[Float64[Tens
     return weights / total, total
 
 
+def budget_of(source: Source, memory_budget: int | None) -> int:
+    """Return the memory budget in bytes, or its default for the rows of a source."""
+    return (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+
+
 def _memory(source: Source, memory_budget: int | None) -> tuple[int, int]:
     """Return the memory budget in bytes, and the largest number of rows in a block."""
-    budget = (IN_MEMORY if source.in_memory else FROM_FILES) if memory_budget is None else memory_budget
+    budget = budget_of(source, memory_budget)
     width, classes = row_entries(source), len(source.classes)
     within_budget = int(FOR_TILES * budget) // (LOGIT_BYTES * classes + 16 * width)
     # A tile of sparse features also makes passes over the head, which many rows share.
@@ -328,7 +338,7 @@ def _class_frequencies(problem: FitProblem) -> Float64[Tensor, " classes"]:
     return frequencies
 
 
-def _separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
+def separates(problem: FitProblem, weight: Tensor, bias: Tensor) -> bool:
     """Whether the label of every row has the largest logit, so that larger weights always have a smaller loss."""
     if problem.source.kind == "top_k":
         return False

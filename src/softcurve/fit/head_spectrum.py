@@ -16,6 +16,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.source import BlockTarget, Source, block_rows, share_of
 from softcurve.fit.data.sparse_features import dense_features
 from softcurve.fit.data.subset import rows_of
+from softcurve.fit.head_matrix import add_rows
 from softcurve.fit.losses import concatenated, is_soft
 from softcurve.losses import softmax
 from softcurve.losses.divergences import Divergence, divergence_of
@@ -140,13 +141,7 @@ def _of_matrix(features: Tensor, target: BlockTarget, head: nn.Linear, loss: str
     wide = features if head.bias is None else torch.cat([features, torch.ones_like(features[:, :1])], 1)
     classes, width = head.out_features, wide.shape[1]
     matrix = p.new_zeros(classes, width, classes, width)
-    total = q.sum(1, keepdim=True)
-    for j in range(classes):
-        to_j = slice(j + 1)  # eigvalsh reads only the lower triangle
-        mass = (total * p[:, j, None] - q[:, j, None]) * p[:, to_j] - p[:, j, None] * q[:, to_j]
-        mass[:, j] += q[:, j]
-        weighted = mass[:, :, None] * wide[:, None]
-        matrix[j, :, to_j] = (wide.T @ weighted.flatten(1)).view(width, -1, width)
+    add_rows(matrix, p, q, q.sum(1, keepdim=True), wide)  # eigvalsh reads only the lower triangle
     values: Tensor = torch.linalg.eigvalsh(matrix.view(classes * width, -1) / len(wide))
     return values.clamp(min=0)
 

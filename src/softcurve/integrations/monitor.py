@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,12 @@ class MonitorOptions(LossOptions, total=False):
     seed: int
 
 
+# The names under which each figure is logged.
+LOGGED: dict[Figure, tuple[str, ...]] = {
+    "top_eigenvalue": ("curvature/top_eigenvalue",),
+    "trace": ("curvature/trace", "curvature/trace_error"),
+    "gradient_noise": ("curvature/gradient_noise_scale",),
+}
 SAME_LOSS = 0.01  # relative; losses of half precision are as accurate
 
 
@@ -111,8 +118,14 @@ class CurvatureMonitor:
         return split_head(model, self.head, **{n: options[n] for n in ("softcap", "temperature") if n in options})
 
     def measure(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Return the figures of a model by name, and append them to the history."""
+        """Return the figures of a model by name, NaN if it has diverged, and append them to the history."""
         with _undisturbed(model):
+            measured = self._measured(model)
+        self.history.append((step, measured))
+        return dict(measured)
+
+    def _measured(self, model: nn.Module) -> dict[str, float]:
+        try:
             features, head = self.split(model)
             data = [_on_device(batch, head.weight.device) for batch in self.data]
             kind = GGN if self.matrix == "gauss_newton" else Hessian
@@ -120,23 +133,25 @@ class CurvatureMonitor:
             operator = kind(features, head, data, seed=self.seed, check_deterministic=check, **self.options)
             if not self.history:
                 self._compare_losses(model, operator, data[0])
-            measured = self._figures(operator)
-        self.history.append((step, measured))
-        return dict(measured)
+            return self._figures(operator)
+        except checks.InvalidEntriesError:  # a trainer goes on where its model has diverged
+            return {name: math.nan for figure in self.figures for name in LOGGED[figure]}
 
     def _figures(self, operator: NetworkOperator) -> dict[str, float]:
-        measured = {}
+        measured: dict[Figure, tuple[float, ...]] = {}
         if "top_eigenvalue" in self.figures:
             pairs = operator.eigsh(1, tol=self.tol, method=self.method, seed=self.seed)
-            measured["curvature/top_eigenvalue"] = pairs.values.item()
+            measured["top_eigenvalue"] = (pairs.values.item(),)
         if "trace" in self.figures:
             # Hutchinson's method holds the fewest vectors.
             trace = operator.trace(method="hutchinson", products=self.products, seed=self.seed, columns_at_once=4)
-            measured |= {"curvature/trace": trace.value, "curvature/trace_error": trace.standard_error}
+            measured["trace"] = (trace.value, trace.standard_error)
         if "gradient_noise" in self.figures:
             noise = gradient_noise(operator.features, operator.network.head, operator.data, **self.options)
-            measured["curvature/gradient_noise_scale"] = noise.scale
-        return measured
+            measured["gradient_noise"] = (noise.scale,)
+        return {
+            name: value for figure in measured for name, value in zip(LOGGED[figure], measured[figure], strict=True)
+        }
 
     def _compare_losses(self, model: nn.Module, operator: NetworkOperator, batch: Any) -> None:
         """Warn if the loss that the model returns for a batch is not the one whose curvature is measured."""

@@ -41,8 +41,9 @@ def lazy_logits(
     lowered, and the sums stay in float32. A masked class, of bias −inf, has no share of the label smoothing of
     ``F.cross_entropy``, whose loss is infinite in torch.
 
-    A change of the weight through ``.data`` between the head and the loss, as by ``merge_adapter`` of peft, is not
-    noticed: the loss is that of the new weight. Directly inside of ``torch.vmap`` the head makes its logits.
+    The step of an optimizer counts as a change of the weight in place. Another change through ``.data`` between the
+    head and the loss, as by ``merge_adapter`` of peft, is not noticed: the loss is that of the new weight. Directly
+    inside of ``torch.vmap`` the head makes its logits.
 
     Raises:
         TypeError, ValueError: If the model has no such head, the head's forward is not that of ``nn.Linear``, or

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from softcurve import checks
 from softcurve.head.problem import require_budget
@@ -33,6 +37,8 @@ class LazyHead:
         self.module, self.on_materialize, self.memory_budget = module, on_materialize, require_budget(memory_budget)
         self.materialized = 0
         module.forward = self.forward
+        _ACTIVE.add(self)
+        _watch_optimizers()
 
     def __enter__(self) -> LazyHead:
         return self
@@ -48,6 +54,7 @@ class LazyHead:
 
     def remove(self) -> None:
         """Give the head its own forward back; unmade logits that exist stay valid."""
+        _ACTIVE.discard(self)
         if self._is_active():
             del self.module.forward
 
@@ -98,6 +105,24 @@ class LazyHead:
                 raise RuntimeError(message)
             warn_caller(message)
         require_unchanged(record)
+
+
+_ACTIVE: WeakSet[LazyHead] = WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Let the steps of all optimizers be seen in the versions of the parameters of active heads."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count a step as a change in place of a head's parameters, which fused steps and those by ``.data`` are not."""
+    if torch.compiler.is_compiling():
+        return
+    for head in list(_ACTIVE):
+        of_head = set(map(id, head.module.parameters()))
+        increment_version([p for group in optimizer.param_groups for p in group["params"] if id(p) in of_head])
 
 
 def is_lazy(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from softcurve.cli.report.record import FitReport, PathPoint
 from softcurve.cli.report.sections import (
     show_calibration,
     show_classes,
+    show_coefficients,
     show_conclusion,
     show_confusion,
     show_convergence,
@@ -23,8 +24,8 @@ __all__ = ["FitReport", "PathPoint", "render_report"]
 def render_report(report: FitReport) -> str:
     """Render the page as one string of HTML."""
     shows = (
-        show_conclusion, show_convergence, show_calibration, show_confusion, show_classes, show_curvature, show_path,
-        show_hardest, show_reproduction,
+        show_conclusion, show_convergence, show_calibration, show_confusion, show_classes, show_coefficients,
+        show_curvature, show_path, show_hardest, show_reproduction,
     )  # fmt: skip
     facts = {"report": report, "judged": report.judged, "name": next(iter(report.sets))}
     sections = [show(report) for show in shows]

@@ -109,3 +109,9 @@ def class_figures(report: FitReport) -> dict[str, Any]:
         for row in zip(report.classes, *(column.tolist() for column in columns), strict=True)
     ]
     return {"confusion_matrix": judged.matrix.tolist(), "by_class": by_class}
+
+
+def coefficient_figures(report: FitReport) -> dict[str, Any]:
+    """Return the coefficients with their standard errors, where the report shows them."""
+    summary = report.coefficients
+    return {} if isinstance(summary, str) else {"coefficients": summary.records()}

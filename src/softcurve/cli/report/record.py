@@ -7,6 +7,7 @@ from functools import cached_property
 
 from softcurve.cli.options import FitOptions
 from softcurve.cli.streams import encodable, shortened
+from softcurve.fit.coefficients import CoefficientSummary
 from softcurve.fit.data.source import Label, TargetKind
 from softcurve.fit.diagnostics import Diagnostics, Scores
 from softcurve.fit.fitting import Fit
@@ -49,6 +50,7 @@ class FitReport:
     held: Diagnostics | None = None
     spectrum: CurvatureSpectrum | str = "it was not requested"  # or the reason why there is none
     path: tuple[PathPoint, ...] = ()
+    coefficients: CoefficientSummary | str = "they were not requested"  # or the reason why there are none
 
     @property
     def sets(self) -> dict[str, Diagnostics]:

@@ -259,6 +259,18 @@ def _scatter(judged: Diagnostics) -> Figure:
     return figure
 
 
+def show_coefficients(report: FitReport) -> Section:
+    """Show each coefficient with its standard error, where they are few."""
+    summary = report.coefficients
+    if isinstance(summary, str):
+        return Section("coefficients", {"summary": None, "reason": summary})
+    names = {label: report.class_name(k) for k, label in enumerate(report.classes)}
+    rows = [(names[row.pop("class")], *row.values()) for row in summary.records()]
+    base, penalised = names.get(summary.base_class), math.isfinite(report.options.C)
+    values = {"summary": summary, "rows": rows, "base": base, "penalised": penalised}
+    return Section("coefficients", values)
+
+
 def show_hardest(report: FitReport) -> Section:
     """Show tables by EL2N, with the rows as small images where their features can be pixels."""
     return Section("hardest", {"thumbnails": {name: _thumbnails(judged) for name, judged in report.sets.items()}})

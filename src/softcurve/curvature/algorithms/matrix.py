@@ -59,7 +59,7 @@ def product(
         for into, chunk in zip(*(t.split(columns_at_once or t.shape[1], 1) for t in (images, vectors)), strict=True):
             into.copy_(matrix @ chunk.to(matrix.dtype))
     if not images.isfinite().all():
-        raise ValueError(
+        raise checks.InvalidEntriesError(
             "operator must give finite products, got NaN or infinity; look for them in its parameters and its data"
         )
     return images
