@@ -313,7 +313,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
-            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model = softcurve.SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.covariance(X, y).diagonal().round(3)
             array([1.178, 3.9  ])
         """
@@ -342,7 +342,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
-            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model = softcurve.SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.summary(X, y).standard_error.round(3)
             array([[1.085, 1.975]])
         """
