@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## fit a head to the digits, then write the page that explain
 	@echo "$(CURDIR)/$(DEMO)/explain.html"
 
 # One thread a worker: two workers with two threads each would fight over two cores.
-test: $(INSTALLED) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
+test: $(INSTALLED_DOCS) ## run every test, the slow ones too (fewer: ARGS="-m 'not slow'")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 integration: $(INSTALLED_INTEGRATION) ## run the tests with transformers, peft and TRL
@@ -55,7 +55,7 @@ docs: $(INSTALLED_DOCS) ## build the documentation into build/docs
 	@echo "The documentation is at $(CURDIR)/build/docs/index.html"
 
 clean: ## remove the environment, builds and caches
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/gallery .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A system Python without ensurepip (Debian splits it off) still has its own pip, which can fill the environment from outside.

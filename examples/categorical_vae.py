@@ -1,4 +1,7 @@
-"""Train a variational autoencoder with categorical latents whose two ELBO terms are computed by softcurve.
+"""A variational autoencoder with categorical latents
+==================================================
+
+Train a variational autoencoder with categorical latents whose two ELBO terms are computed by softcurve.
 
 The data are scikit-learn's embedded digits: 64 pixels with 17 grey levels. An encoder computes q(z|x) for 16 latent
 variables of 8 categories each, straight-through Gumbel-softmax samples z, and a decoder ends in a linear head and a
@@ -10,10 +13,17 @@ gradient only with respect to q, and q converges to the prior. With a learned pr
 to each other. H(q, prior) = KL(q‖prior) + H(q) has the same gradient with respect to the prior but a different one with
 respect to q, because H(q) depends on q. For a uniform prior its gradient with respect to q is zero.
 
+Run it from the root of the repository::
+
     python examples/categorical_vae.py [--epochs 80] [--seed 0] [--learned-prior] [--out build/categorical_vae.png]
 
 The example prints tables, followed by one line of JSON. The figure shows training curves, reconstructions and samples.
+
+.. image:: /pictures/categorical_vae.png
+   :alt: Training curves of both terms of the ELBO, reconstructions and samples of digits
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/categorical_vae.png"
 
 from __future__ import annotations
 

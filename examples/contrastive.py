@@ -1,4 +1,7 @@
-"""Learn features of digits without labels from two views of each, and measure the memory of the loss.
+"""Contrastive features without labels
+===================================
+
+Learn features of digits without labels from two views of each, and measure the memory of the loss.
 
 The data are scikit-learn's embedded digits. A view is a digit that is shifted, scaled a little and made noisy. An
 encoder is trained with SimCLR's NT-Xent loss: a view must find the other view of its digit among all views of the batch
@@ -8,11 +11,18 @@ pixels and on the features of the untrained encoder.
 The loss compares 2N views with 2N views. Measured in processes of their own, its memory is compared with that of the
 dense computation, which holds all similarities.
 
+Run it from the root of the repository::
+
     python examples/contrastive.py [--steps 400] [--batch 512] [--largest 8192] [--seed 0] [--out build/contrastive.png]
 
 The example prints tables, followed by one line of JSON. The figure shows the similarities of some held-out views, the
 accuracy of the probes and the memory. The memory is read from /proc, so the example needs Linux.
+
+.. image:: /pictures/contrastive.png
+   :alt: Similarities of held-out views, accuracy of the probes, and memory of the loss
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/contrastive.png"
 
 from __future__ import annotations
 

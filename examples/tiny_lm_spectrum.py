@@ -1,14 +1,24 @@
-"""Compute the curvature of a language model with 1.8 million parameters, before and after training.
+"""Spectrum of a language model
+============================
+
+Compute the curvature of a language model with 1.8 million parameters, before and after training.
 
 The example uses only products with the Gauss-Newton matrix of the mean loss over a thousand next tokens, from a
 vocabulary of 16,384. Autograd differentiates the features, and the head is processed tile by tile. Lanczos iteration
 finds the leading eigenvalues, stochastic Lanczos quadrature the spectral density, and XTrace the trace. A few
 directions account for a large part of the trace. During training they separate from the bulk of the spectrum near zero.
 
+Run it from the root of the repository::
+
     python examples/tiny_lm_spectrum.py [--steps 60] [--windows 8] [--seed 0] [--out build/tiny_lm_spectrum.png]
 
 The example prints a table, followed by one line of JSON.
+
+.. image:: /pictures/tiny_lm_spectrum.png
+   :alt: Number of larger eigenvalues and leading eigenvalues before and after training
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/tiny_lm_spectrum.png"
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Distil a small Llama by the Trainer of transformers, from a cache of its teacher's most probable tokens.
+"""Distillation by the Trainer of transformers
+===========================================
+
+Distil a small Llama by the Trainer of transformers, from a cache of its teacher's most probable tokens.
 
 A teacher with the architecture of Llama and random initial weights is trained by a stock ``Trainer`` on the text of
 ``tiny_lm.py``, the documentation and docstrings of the Python standard library. Within ``softcurve.lazy_logits`` its
 own forward and loss run without the logits. It then writes the ``k`` most probable next tokens at each position of a
-part of the text:
+part of the text::
 
     with torch.no_grad(), softcurve.lazy_logits(teacher), softcurve.TopKWriter(path, classes=vocab) as writer:
         log_probs, indices = teacher(input_ids=batch).logits.log_softmax(-1).topk(k)
@@ -14,12 +17,19 @@ Two smaller students start from the same weights and are trained on this part: o
 belong to a window. The teacher is not needed any more. After this short training, the two students are about equal on
 held-out text; ``offline_distillation.py`` compares students that learn more.
 
+Run it from the root of the repository::
+
     python examples/trainer_distillation.py [--steps 120] [--seed 0] [--out build/trainer_distillation.png]
 
 The example needs the extra ``integration``. It prints tables, followed by one line of JSON. They compare the cache with
 one of all logits, on disk and in the memory of a training step of ``DistillationTrainer``, and of a stock ``Trainer``
 with the same loss of dense logits; each is measured in a fresh process.
+
+.. image:: /pictures/trainer_distillation.png
+   :alt: Loss of the students, size of the caches, and memory of a step
 """
+
+# sphinx_gallery_thumbnail_path = "pictures/trainer_distillation.png"
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ INDUCTOR_WARNING = f"ignore:{DEPRECATED}:DeprecationWarning"
 
 # Their tests share a fixture that takes seconds to make, so that one worker runs all of them (make test).
 SHARES_A_FIXTURE = {
-    *("test_bad_input", "test_examples", "test_explain", "test_explain_browser"),
+    *("test_bad_input", "test_documentation", "test_examples", "test_explain", "test_explain_browser"),
     *("test_fit_processes", "test_fit_torchrun", "test_tiny_lm"),
 }
 

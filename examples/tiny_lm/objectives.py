@@ -12,7 +12,9 @@ from torch import Tensor
 
 import softcurve as sc
 
-BUDGET = 16 * 2**20  # bytes; within the default of 128 MiB all logits of a small batch would fit into one tile
+# Bytes. Within the default of 128 MiB all logits of a small batch would fit into one tile. In 16 MiB, 64 whole rows of
+# a divergence would not fit, so that the classes would be cut and each block computed again for each sweep.
+BUDGET = 24 * 2**20
 
 Features = Float[Tensor, "batch context width"]
 Weight = Float[Tensor, "vocab width"]

@@ -52,7 +52,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
 
     Example:
         >>> from sklearn.datasets import load_iris
-        >>> model = SoftmaxRegressionCV(Cs=[0.1, 1.0], cv=2).fit(*load_iris(return_X_y=True))
+        >>> model = softcurve.SoftmaxRegressionCV(Cs=[0.1, 1.0], cv=2).fit(*load_iris(return_X_y=True))
         >>> model.C_
         1.0
     """

@@ -82,7 +82,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ``gradient_max_``; ``history_``, a record of each step; ``n_features_in_``, ``feature_names_in_``.
 
     Example:
-        >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
+        >>> model = softcurve.SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
         >>> model.predict([[0.5], [2.5]])
         array([0, 1])
     """
@@ -181,7 +181,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         of the decision function ``z``. There is a bias if ``fit_intercept`` is true.
 
         Example:
-            >>> model = SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 2])
+            >>> model = softcurve.SoftmaxRegression().fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 2])
             >>> model.to_linear()
             Linear(in_features=1, out_features=3, bias=True)
         """
@@ -207,7 +207,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> head = torch.nn.Linear(4, 3)
-            >>> model = SoftmaxRegression.from_linear(head, ["ant", "bee", "cat"])
+            >>> model = softcurve.SoftmaxRegression.from_linear(head, ["ant", "bee", "cat"])
             >>> model.predict(np.zeros((5, 4))).shape
             (5,)
         """
@@ -313,7 +313,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
-            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model = softcurve.SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.covariance(X, y).diagonal().round(3)
             array([1.178, 3.9  ])
         """
@@ -342,7 +342,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Example:
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]
-            >>> model = SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
+            >>> model = softcurve.SoftmaxRegression(C=np.inf, tol=1e-8).fit(X, y)
             >>> model.summary(X, y).standard_error.round(3)
             array([[1.085, 1.975]])
         """

@@ -32,9 +32,29 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
             head that can be split off (see :func:`softcurve.curvature.split_head`).
 
     Example:
+        >>> from lightning import LightningModule, Trainer
         >>> from softcurve.integrations.lightning import CurvatureCallback
-        >>> callback = CurvatureCallback([(images, labels)], every=50, head="head")
-        >>> lightning.Trainer(callbacks=[callback]).fit(module, loader)
+        >>> class Classifier(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.hidden, self.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+        ...
+        ...     def forward(self, x):
+        ...         return self.head(self.hidden(x).tanh())
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         return softcurve.cross_entropy(self(batch[0]), batch[1])
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+        >>> callback = CurvatureCallback([(x[:16], y[:16])], every=2, head="head", figures=("trace",))
+        >>> options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> options |= {"enable_model_summary": False, "max_steps": 4, "accelerator": "cpu"}
+        >>> Trainer(callbacks=[callback], **options).fit(Classifier(), loader)
+        >>> [step for step, figures in callback.history]
+        [2, 4]
     """
 
     def __init__(self, data: Sequence[Batch], *, every: int = 100, **options: Unpack[MonitorOptions]) -> None:

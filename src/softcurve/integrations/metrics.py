@@ -45,11 +45,8 @@ def token_metrics(*, shift: Integer = 1, ignore_index: Integer = -100) -> Metric
         >>> sorted(token_metrics())
         ['compute_metrics', 'preprocess_logits_for_metrics']
 
-        With a trainer, whose evaluation then reports ``eval_accuracy``, ``eval_perplexity`` and ``eval_entropy``::
-
-            trainer = transformers.Trainer(model, arguments, eval_dataset=data, **token_metrics())
-            with softcurve.lazy_logits(model):
-                trainer.evaluate()
+        A trainer with these arguments, ``Trainer(model, arguments, eval_dataset=data, **token_metrics())``, reports
+        ``eval_accuracy``, ``eval_perplexity`` and ``eval_entropy``.
     """
     places, ignored = require_shift(shift), int(ignore_index)
 

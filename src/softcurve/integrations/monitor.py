@@ -78,6 +78,7 @@ class CurvatureMonitor:
         TypeError, ValueError: If an argument has a wrong type or value.
 
     Example:
+        >>> from softcurve.integrations.monitor import CurvatureMonitor
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
         >>> data = [(torch.randn(16, 4), torch.randint(3, (16,)))]
         >>> monitor = CurvatureMonitor(data, head="2", figures=("trace",))

@@ -54,8 +54,16 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
 
     Example:
         >>> from softcurve.integrations.transformers import CurvatureCallback
-        >>> trainer.add_callback(CurvatureCallback(trainer, batches, every=200, shift=1))
-        >>> trainer.train()
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
+        >>> data = [{"input_ids": row, "labels": row} for row in torch.randint(50, (8, 6))]
+        >>> arguments = TrainingArguments("runs", max_steps=2, report_to="none", disable_tqdm=True)
+        >>> trainer = Trainer(model, arguments, train_dataset=data)
+        >>> batches = [trainer.data_collator(data[:4])]
+        >>> trainer.add_callback(CurvatureCallback(trainer, batches, every=2, shift=1, figures=("trace",)))
+        >>> result = trainer.train()
+        {'curvature/trace': ...}
     """
 
     def __init__(
@@ -109,16 +117,27 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Example:
         >>> from softcurve.integrations.transformers import DistillationTrainer
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+        >>> student, teacher = (LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)) for _ in range(2))
+        >>> data = [{"input_ids": row, "labels": row} for row in torch.randint(50, (8, 6))]
+        >>> arguments = TrainingArguments("runs", max_steps=2, report_to="none", disable_tqdm=True)
         >>> trainer = DistillationTrainer(student, arguments, train_dataset=data, teacher=teacher, alpha=0.5)
-        >>> trainer.train()
+        >>> result = trainer.train()
+        {'train_runtime': ...}
 
-        The cache of a teacher, in rows of tokens::
+        A cache of the teacher's lists, which has a row for each token, takes the place of the teacher:
 
-            with softcurve.lazy_logits(teacher), softcurve.TopKWriter(path, classes=vocabulary) as writer:
-                for batch in batches:
-                    log_probs, indices = teacher(**batch).logits.log_softmax(-1).topk(32)
-                    writer.append(softcurve.TopK(indices, log_probs)[batch["attention_mask"].bool()])
-            trainer = DistillationTrainer(..., teacher=softcurve.TopK.load(path), alpha=0.5)
+        >>> tokens = torch.stack([row["input_ids"] for row in data])
+        >>> with torch.no_grad(), softcurve.lazy_logits(teacher), softcurve.TopKWriter("lists", classes=50) as writer:
+        ...     log_probs, indices = teacher(tokens).logits.log_softmax(-1).topk(8)
+        ...     writer.append(softcurve.TopK(indices.flatten(0, 1), log_probs.flatten(0, 1)))
+        >>> rows = [{**row, "teacher_rows": 6 * i} for i, row in enumerate(data)]  # six tokens in each sequence
+        >>> arguments.remove_unused_columns = False
+        >>> cache = softcurve.TopK.load("lists")
+        >>> trainer = DistillationTrainer(student, arguments, train_dataset=rows, teacher=cache, alpha=0.5)
+        >>> result = trainer.train()
+        {'train_runtime': ...}
     """
 
     def __init__(

@@ -194,8 +194,8 @@ class TopK(Target):
         written.
 
         Example:
-            >>> softcurve.TopK(torch.tensor([[4, 2]]), torch.tensor([[-0.5, -1.5]])).save(path, classes=9)
-            >>> softcurve.TopK.load(path)[:].indices
+            >>> softcurve.TopK(torch.tensor([[4, 2]]), torch.tensor([[-0.5, -1.5]])).save("lists", classes=9)
+            >>> softcurve.TopK.load("lists")[:].indices
             tensor([[4, 2]], dtype=torch.int32)
         """
         require_cached_classes(classes)

@@ -32,11 +32,12 @@ class TopKWriter:
         DataError: A ``ValueError``, if a file cannot be written, or the directory holds another cache.
 
     Example:
-        >>> with softcurve.TopKWriter(directory, classes=50257) as writer:
-        ...     for features in batches:
+        >>> weight = torch.randn(50257, 16)
+        >>> with softcurve.TopKWriter("lists", classes=50257) as writer:
+        ...     for features in torch.randn(3, 4, 16):  # three batches of the teacher
         ...         writer.append(softcurve.linear_topk(features, weight, 32))
-        >>> cache = softcurve.TopK.load(directory)
-        >>> loss = softcurve.linear_kl_divergence(student_features, student_weight, cache[:8])
+        >>> cache = softcurve.TopK.load("lists")
+        >>> loss = softcurve.linear_kl_divergence(torch.randn(8, 5), torch.randn(50257, 5), cache[:8])
     """
 
     def __init__(
