@@ -163,7 +163,7 @@ FAULTS = {
     "a class count of 25 digits": (
         lambda: lists_with(5),
         ["fit", "x.npz", "--class-count", "9" * 25],
-        "class_count makes 9+ classes; .*give fewer classes",
+        "--class-count makes 9+ classes; .*give fewer classes",
     ),
     "a loop of links": (lambda: loop("x.npz"), ["fit", "x.npz"], r"data: x\.npz .*\(Too many levels .*: mend them"),
     "a loop for a target": (lambda: loop("x.npy"), ["fit", "f.npy", "--target", "x.npy"], r"target: x\.npy .* levels"),

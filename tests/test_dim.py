@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import softcurve
+import softcurve.losses.autograd
 from softcurve import JensenShannon, LinearTeacher, Logits, Probabilities, SkewKL, TopK
 
 ROWS, CLASSES = (3, 4), 5

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import softcurve
+import softcurve.losses.autograd
 from softcurve import JensenShannon, Logits
 from softcurve.losses import fast_forms
 from softcurve.losses import rows as row_forms

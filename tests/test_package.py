@@ -24,7 +24,9 @@ OF_INTEGRATIONS = {"transformers", "trl", "lightning", "softcurve.integrations"}
 def test_an_import_loads_nothing_and_the_names_nothing_optional(run_python):
     code = f"""
 import sys, softcurve
+assert not hasattr(softcurve, "__wrapped__")
 print(*sorted({{"torch", "numpy"}} & set(sys.modules)))
+assert not hasattr(softcurve, "no_such_name")
 names = set(softcurve.__all__) - {{"SoftmaxRegression", "SoftmaxRegressionCV"}}
 assert all(getattr(softcurve, name) is getattr(softcurve, name) for name in names)
 print(*sorted({OF_FIT | OF_APP | OF_INTEGRATIONS | {"torch._dynamo"}!r} & set(sys.modules)))

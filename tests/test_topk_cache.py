@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import softcurve
+import softcurve.files
 from softcurve import TopK, TopKWriter
 from softcurve.files.tensors import digest_of_all
 

@@ -16,6 +16,7 @@ from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, 
 from torch.utils import _pytree as pytree
 
 import softcurve
+import softcurve.losses.autograd
 
 from . import oracle
 from .cases import (
