@@ -150,6 +150,26 @@ def test_arguments_that_are_refused():
             z.unsqueeze(5)
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_steps_of_optimizers_are_changes(options):
+    net, x = model(dtype=torch.float32), features(3, dtype=torch.float32)
+    with lazy_logits(net, "2"):
+        z = net(x)
+        F.cross_entropy(z, Y[0]).backward()
+        torch.optim.AdamW(net[0].parameters(), **options).step()
+        assert z.argmax(-1).shape == (3,)  # the head has not been changed
+        optimizer = torch.optim.AdamW(net.parameters(), **options)
+        optimizer.step()
+        for use in (lambda: z.argmax(-1), lambda: F.cross_entropy(z, Y[0]), z.materialize):
+            with pytest.raises(RuntimeError, match="as by an optimizer step"):
+                use()
+        made = net(x)
+        expected = made.materialize().clone()
+        optimizer.step()
+        assert made.argmax(-1).equal(expected.argmax(-1))
+        assert not net(x).materialize().equal(expected)
+
+
 def test_ties_go_to_the_lower_class():
     net = model()
     with torch.no_grad():

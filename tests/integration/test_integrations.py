@@ -79,11 +79,11 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def arguments(folder: Any, **options: Any) -> Any:
-    options = {"gradient_accumulation_steps": 3, "max_steps": 3, "logging_steps": 1} | options
+    defaults = {"gradient_accumulation_steps": 3, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2}
     return transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=3, save_strategy="no",
-        learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True, seed=3, remove_unused_columns=False,
-        **options,
+        use_cpu=True, report_to="none", disable_tqdm=True, seed=3, remove_unused_columns=False,
+        **(defaults | options),
     )  # fmt: skip
 
 
@@ -212,6 +212,15 @@ def test_a_trainer_that_smooths_labels_does_so_beside_a_teacher(tmp_path, dense_
     names = ("loss", "grad_norm", "eval_loss")
     assert figures(of_labels, *names) == pytest.approx(figures(stock, *names), rel=1e-5)
     assert len(figures(stock, *names)) == 7
+
+
+def test_a_distillation_that_diverges_goes_on(tmp_path, dense_teacher):
+    options = {"learning_rate": 1e30, "logging_nan_inf_filter": False}
+    trainer = trained(tmp_path, made("qwen2"), DistillationTrainer, options, teacher=dense_teacher, alpha=ALPHA)
+    losses, norms = figures(trainer, "loss"), figures(trainer, "grad_norm")
+    assert len(losses) == len(norms) == 3
+    assert np.isfinite([losses[0], norms[0]]).all()
+    assert np.isnan([losses[-1], norms[-1]]).all()
 
 
 def test_a_cached_teacher_is_the_teacher(tmp_path, dense_teacher):

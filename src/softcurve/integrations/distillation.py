@@ -62,20 +62,27 @@ class Distillation:
         return target if self.classes is None else replace(target, classes=self.classes)
 
     def loss(self, logits: Tensor, labels: Tensor, target: Target, items: Tensor | int | None) -> Tensor:
-        """Return the loss of a batch: the mean over its labels, or the sum over them divided by ``items``."""
+        """Return the loss of a batch: the mean over its labels, or the sum over them divided by ``items``.
+
+        It is NaN where one of the models has diverged.
+        """
         record = _require_record(logits, "model")
         # A scale of the logits belongs to the student at every temperature, so that the features have it.
         factor = record.scale if record.after is None else record.scale * record.after
         e, bias = record.input, record.bias
         if factor != 1:
             e, bias = e * factor, None if bias is None else bias * factor
-        with record.autocast():
-            loss = linear_distillation(
-                e, record.weight, labels, target, alpha=self.alpha, temperature=self.temperature,
-                divergence=self.divergence, entropy_bonus=self.entropy_bonus, linear_bias=bias, softcap=record.after,
-                shift=self.shift, label_smoothing=self.label_smoothing, memory_budget=record.memory_budget,
-                reduction="mean" if items is None else "sum",
-            )  # fmt: skip
+        try:
+            with record.autocast():
+                loss = linear_distillation(
+                    e, record.weight, labels, target, alpha=self.alpha, temperature=self.temperature,
+                    divergence=self.divergence, entropy_bonus=self.entropy_bonus, linear_bias=bias,
+                    softcap=record.after, shift=self.shift, label_smoothing=self.label_smoothing,
+                    memory_budget=record.memory_budget, reduction="mean" if items is None else "sum",
+                )  # fmt: skip
+        except checks.InvalidEntriesError:  # a Trainer goes on where a model has NaN; its gradients are NaN, too
+            parts = [part.float().sum() for part in record.tensors() if part is not None]
+            loss = torch.stack(parts).sum() * torch.nan
         return loss if items is None else loss / items
 
 
