@@ -12,7 +12,7 @@ import math, torch, softcurve
 from softcurve import reference
 torch.set_default_dtype(torch.float64)
 z = torch.tensor([2.0, 1.0, 0.1])  # logits of one sample
-y = torch.tensor([0.7, 0.2, 0.1])  # its target, a soft label
+y = torch.tensor([0.7, 0.2, 0.1])  # its soft target
 p = reference.softmax(z)
 features = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
 head = torch.nn.Linear(2, 3)
