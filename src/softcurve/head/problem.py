@@ -170,8 +170,8 @@ def head_problem(
     """Return the problem of a public call, on the rows and classes of this process.
 
     ``labels`` are those of the terms beside a divergence, classes or a distribution in which the pass does not
-    differentiate; then ``ignore_index`` and ``shift`` are for them. Raises what the public call raises, in all processes
-    if in one.
+    differentiate; then ``ignore_index`` and ``shift`` are for them. Raises what the public call raises, in all
+    processes if in one.
     """
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
     layout = head_layout(
