@@ -461,6 +461,32 @@ def test_curvature_of_confident_rows(kind: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5 * right.abs().max().item())
 
 
+# --- labels beside a teacher -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "logits", "list"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_labels_beside_a_teacher(kind: str, softcap: float | None) -> None:
+    """The labels' term has kernels of its own, beside those of the divergence, whose direction moves no labels."""
+    x, w, e, u, y = (torch.randn(s) for s in ((3, 4), (13, 4), (3, 2), (13, 2), (3, 13)))
+    log_y, at = y.log_softmax(-1).topk(3)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        labels = {
+            "classes": torch.tensor([0, 12, 5]), "probabilities": softcurve.Probabilities(y.softmax(-1).to(dtype)),
+            "logits": softcurve.Logits(y.to(dtype)), "list": softcurve.TopK(at, log_y.to(dtype)),
+        }  # fmt: skip
+        loss = softcurve.linear_distillation(
+            *leaves, labels[kind], softcurve.LinearTeacher(e.to(dtype), u.to(dtype)), alpha=0.4, temperature=2.0,
+            entropy_bonus=0.1, softcap=softcap, label_smoothing=0.1,
+        )  # fmt: skip
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append([loss, *first, *torch.autograd.grad(along(first), leaves)])
+    for got, right in zip(*results, strict=True):
+        assert_same(got.double(), right, bound=5e-6)
+
+
 # --- all of it -----------------------------------------------------------------------------------------------------------
 
 

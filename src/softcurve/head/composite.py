@@ -117,7 +117,7 @@ class CompositeKernel(Kernel):
             copy = Block(block.classes, copied("z", block.z), target=block.labels)
             if block.v is not None:
                 copy.v = copied("z v", block.v)
-                copy.target_v = copy.v.new_zeros(()).expand_as(copy.v)  # labels stand still
+                copy.target_v = torch.zeros_like(copy.v[:1]).expand_as(copy.v)  # labels stand still
             if self.loss.softcap is not None and not backends.serves(term.kernel.loss, block.z.device, block.z.dtype):
                 copy.raw = self.buffer(f"raw {number}", block.classes)
             self.copies.append((term, copy))

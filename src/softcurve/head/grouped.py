@@ -63,16 +63,19 @@ class Side(NamedTuple):
     @staticmethod
     def of_classes(loss: LossSpec, of: Tensor, *, cut: bool) -> Side:
         """Look where the classes of each group are; ``cut`` if they are sharded like those of a sharded head."""
-        cut = cut and loss.group is not None
-        part = loss.part(len(of)) if cut else slice(0, len(of))
-        process = torch.arange(len(of), device=of.device) // max(1, loss.widest_part(len(of)) if cut else len(of))
+        if not cut or loss.group is None:
+            here = Groups.by(of, loss.groups)
+            nowhere = torch.zeros(loss.groups, dtype=torch.bool, device=of.device)
+            return Side(here, of, False, of[:0], nowhere, here.has_empty)
+        part = loss.part(len(of))
+        process = torch.arange(len(of), device=of.device) // loss.widest_part(len(of))
         nobody = of.new_full((loss.groups,), len(of))
         first = nobody.scatter_reduce(0, of, process, "amin")
         last = (-nobody).scatter_reduce(0, of, process, "amax")
         here = Groups.by(of[part], loss.groups)
         absent = torch.bincount(here.of, minlength=loss.groups) == 0
         several = (first < last).nonzero().squeeze(-1)
-        return Side(here, of, cut, several, (first == last) & absent, bool((first > last).any()))
+        return Side(here, of, True, several, (first == last) & absent, bool((first > last).any()))
 
     def log_sum_exp_over(self, merged: Tensor, buffer: Tensor, group: ProcessGroup, cached: int) -> None:
         """Replace the logits that the classes of this process give to each group by those of all classes.

@@ -154,7 +154,7 @@ def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
         of_head = {"input": t.features, "linear_weight": t.weight, "linear_bias": t.bias}
         if t.low_rank is not None:
             of_head |= {"linear_weight a": t.low_rank, "linear_weight b": t.input[:, t.weight.shape[1] :]}
-        of_target = [t.target, t.target_weight, t.target_bias, t.target_low_rank]
+        of_target = [t.target, t.target_weight, t.target_bias, t.target_low_rank, t.label_values]
         checks.explain_nan(rows, t.row_weight, of_head, [part for part in of_target if part is not None])
 
 
@@ -170,8 +170,8 @@ def head_problem(
     """Return the problem of a public call, on the rows and classes of this process.
 
     ``labels`` are those of the terms beside a divergence, classes or a distribution in which the pass does not
-    differentiate; then ``ignore_index`` and ``shift`` are for them. Raises what
-    the public call raises, in all processes if in one.
+    differentiate; then ``ignore_index`` and ``shift`` are for them. Raises what the public call raises, in all
+    processes if in one.
     """
     checks.require_head(input, matrix_of(linear_weight), linear_bias)
     layout = head_layout(
