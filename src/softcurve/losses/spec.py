@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from ast import literal_eval
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from softcurve.array_types import Float, Rows, Values
 from softcurve.losses.divergences import CrossEntropy, Divergence
 from softcurve.losses.reduction import Reduction
 from softcurve.processes import named_group, part_of
+from softcurve.records import short_repr
 from softcurve.typing import Number
 
 TargetForm = Literal["sparse", "statistics", "probabilities", "logits", "teacher"]
@@ -93,7 +94,7 @@ class Beside(NamedTuple):
     target: TargetForm = "sparse"  # of the labels: class indices and lists, or soft labels for every class
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossSpec:
     """A loss of softmax rows; ``target`` says what its target tensors hold.
 
@@ -122,6 +123,10 @@ class LossSpec:
     pairs: bool = False
     groups: int = 0  # into which the classes of both sides are merged before they are compared; 0: as they are
     cuts_target: bool = False  # whether the target of groups has its classes over the processes, rather than on each
+
+    def __repr__(self) -> str:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return short_repr(self, {name: v for name, v in values.items() if v != getattr(LossSpec, name, ...)})
 
     @staticmethod
     def of(
