@@ -24,13 +24,14 @@ NAN, INF = math.nan, math.inf
 # as NaN; "a/b" among the words: one of them. CE(target), KL, REVERSE and JS are losses of the route's model, which has
 # three rows of the logits z = x wᵀ of five classes.
 BOTH = """
-CE(None)                                        | TypeError  | target; NoneType; Probabilities
+CE(None)                                        | TypeError  | target; NoneType; Probabilities; cache[rows]
 CE([0, 1, 2])                                   | TypeError  | target; list; tensor
 CE(i > 0)                                       | TypeError  | target; bool; int64
 CE(y + 0j)                                      | TypeError  | target; complex64
 CE(torch.zeros(4).long())                       | ValueError | target; (3,); (4,)
 CE(torch.eye(5)[:3].long())                     | ValueError | target; (3,); (3, 5)
 CE(torch.full((3, 6), 0.2))                     | ValueError | target; (3, 5); (3, 6)
+CE(torch.zeros(3))                              | ValueError | target; (3, 5); (3,); .long()
 CE(y[:2])                                       | ValueError | target; (3, 5); (2, 5)
 CE(Probabilities(y[:2]))                        | ValueError | target; (3, 5); (2, 5)
 CE(Logits(y[:, :4]))                            | ValueError | target; (3, 5); (3, 4)
@@ -181,6 +182,7 @@ linear_kl([[1.0, 2.0]], w, y)                   | TypeError  | input; list
 linear_js(x.long(), w, y)                       | TypeError  | input; int64
 linear_kl(x.index_fill(1, one, NAN), w, Probabilities(y)) | ValueError|nan | input; NaN
 linear(x, [[1.0, 2.0]], i)                      | TypeError  | linear_weight; list; Tensor
+linear(x, torch.nn.Linear(2, 5), i)             | TypeError  | linear_weight; Linear; its bias as linear_bias
 linear(x, w.long(), i)                          | TypeError  | linear_weight; int64; .float()
 linear(x, w[0], i)                              | ValueError | linear_weight; (C, 2); (2,)
 linear(x, torch.ones(5, 3), i)                  | ValueError | linear_weight; (5, 3); 2

@@ -418,6 +418,45 @@ def test_the_gradient_of_an_infinite_divergence_is_its_limit():
     assert torch.autograd.grad(loss, x)[0].item() == math.inf
 
 
+@dataclass(frozen=True)
+class Unsummed(PowerDivergence):
+    def value(self, pair):
+        return self.power(pair)
+
+
+@dataclass(frozen=True)
+class Summed(PowerDivergence):
+    def score(self, pair):
+        return super().score(pair).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (Unsummed(0.4), r"Unsummed\.value must return one number per row"),
+        (Summed(0.4), r"Summed\.score must return one entry per class"),
+    ],
+)
+def test_a_method_that_returns_another_shape_is_refused(member, words):
+    """It would broadcast to a wrong loss, here of as many rows as classes."""
+    x, w, t = torch.randn(4, 2), torch.randn(4, 2, requires_grad=True), Logits(torch.randn(4, 4))
+    with pytest.raises(ValueError, match=words):
+        softcurve.linear_divergence(x, w, t, divergence=member)
+    with pytest.raises(ValueError, match=words):
+        softcurve.divergence(t, x @ w.T, divergence=member).backward()
+
+
+def test_a_member_that_is_nan_at_a_masked_class_is_named_among_the_causes():
+    @dataclass(frozen=True)
+    class Undefined(PowerDivergence):
+        def power(self, pair):
+            return pair.p * torch.exp(-self.a * pair.log_ratio)
+
+    z, t = torch.tensor([[0.0, 1.0, -math.inf]]), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="a divergence of your own be a number or inf"):
+        softcurve.divergence(t, z, divergence=Undefined(0.4))
+
+
 def test_what_cannot_be_encoded_is_refused():
     class Stateful(PowerDivergence):
         pass

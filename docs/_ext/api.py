@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import import_module
+from typing import get_origin
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -42,14 +44,24 @@ class ApiDirective(SphinxDirective):
         with mock(self.config.autodoc_mock_imports):
             value = getattr(import_module(module), name)
         if not inspect.isclass(value):
-            return [f".. {FUNCTION if callable(value) else DATA}:: {name}"]
+            is_function = callable(value) and get_origin(value) is None  # the alias of a Literal is callable, too
+            return [f".. {FUNCTION if is_function else DATA}:: {name}"]
         options = [f"   :{option}: {argument}" for option, argument in self.options.items()]
         return [f".. {CLASS}:: {name}", "   :members:", "   :show-inheritance:", *options]
 
 
+def _named_aliases(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Show an alias in a union, such as ``Integer | None``, by its name: Sphinx 9 shows the repr of its reference."""
+    reference = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
+    return signature and reference.sub(r"\1", signature), returns and reference.sub(r"\1", returns)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directive."""
+    """Register the directive, and the names of aliases in signatures."""
     app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("sphinx.ext.autosummary")
     app.add_directive("api", ApiDirective)
+    app.connect("autodoc-process-signature", _named_aliases)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class InvalidEntriesError(ValueError):
@@ -76,7 +76,8 @@ def describe(value: object) -> str:
 def require_floating(name: str, tensor: object, last: str = "(..., C) with the C >= 1 classes") -> None:
     """Require a real floating-point tensor whose ``last`` dimension is not empty."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}")
+        remedy = f"; pass its weight as {name}, and its bias as linear_bias" if isinstance(tensor, nn.Linear) else ""
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {type(tensor).__name__}{remedy}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with {name}.float()")
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
@@ -402,7 +403,8 @@ def explain_nan(
         raise InvalidEntriesError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
     raise InvalidEntriesError(
         "input or logits, and a target, must give every row finite logits and a class with mass that is neither masked "
-        "nor excluded, got a row whose result is NaN; leave out that row, or one of its exclusions"
+        "nor excluded, got a row whose result is NaN; leave out that row, or one of its exclusions, and let a "
+        "divergence of your own be a number or inf where a class has probability 0"
     )
 
 

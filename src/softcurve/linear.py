@@ -366,7 +366,7 @@ def linear_distillation(
     if not isinstance(teacher, Target):
         raise TypeError(
             "teacher must be one of softcurve.Probabilities, Logits, TopK, LinearTeacher, got "
-            f"{type(teacher).__name__}; wrap the tensor to say what it holds"
+            f"{type(teacher).__name__}; wrap a tensor to say what it holds, and read the rows of a cache by cache[rows]"
         )
     reducer, shift = Reduction.of(reduction, base), require_shift(shift)
     of_labels = LossSpec.of(CrossEntropy(), reducer, 1.0, softcap, z_loss, label_smoothing)

@@ -25,7 +25,7 @@ KLDirection: TypeAlias = Literal["forward", "reverse"]
 """``"forward"`` is ``D(target‖model)``, ``"reverse"`` is ``D(model‖target)``."""
 
 TopKTail: TypeAlias = Literal["bucket", "renormalize"]
-"""How a :class:`softcurve.TopK` treats unlisted classes: as one outcome, or with probability zero."""
+"""The classes that a :class:`softcurve.TopK` does not list are one outcome, or have probability zero."""
 
 ChainLoss: TypeAlias = Literal["cross_entropy", "forward_kl", "reverse_kl"]
 """The losses of :func:`softcurve.chain_rule`."""

@@ -43,7 +43,7 @@ class CoefficientSummary:
         standard_error: The roots of the diagonal of the covariance.
         kind: ``"hessian"`` or ``"sandwich"``, the form of the covariance.
         level: The confidence level; the normal quantile ``q`` is that of ``(1 + level) / 2``.
-        weight: The sum of the weights of the rows, which is their number if there are no weights.
+        weight: The sum of the sample weights, which is the number of samples if there are no weights.
         caution: Why the rows hardly determine some coefficients; empty if they do, or with a penalty.
     """
 
@@ -97,7 +97,7 @@ class CoefficientSummary:
         level = f"{100 * self.level:g} %"
         lines = [
             f"Coefficients of {len(self.classes)} classes{base}",
-            f"Covariance: {form}; sum of the weights of the rows: {self.weight:g}",
+            f"Covariance: {form}; sum of the sample weights: {self.weight:g}",
             "",
             _line("class", "feature", "coef", "std err", "z", "p", f"low {level}", f"high {level}"),
             "-" * 80,

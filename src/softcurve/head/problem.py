@@ -267,7 +267,7 @@ def _require_distribution(target: Tensor | Target) -> Target:
             f"target must be wrapped, got a plain {target.dtype} tensor, which could hold probabilities or logits; "
             "pass softcurve.Probabilities(target) or softcurve.Logits(target)"
         )
-    targets.as_target(target)
+    targets.as_target(target, plain="")
     raise TypeError(
         f"target must be a distribution, got class indices ({target.dtype}); "
         "for those use softcurve.linear_cross_entropy, which is D(target‖model) there"

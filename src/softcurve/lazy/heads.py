@@ -161,7 +161,7 @@ def head_of(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
         if not isinstance(wrapped, nn.Module):
             raise ValueError(
                 f"head must be given for a {type(model).__name__}, which has no get_output_embeddings(): pass the "
-                'linear layer that makes the logits or its name, such as lazy_logits(model, "classifier")'
+                'linear layer that makes the logits or its name, such as head="classifier"'
             )
         inner = wrapped
     output = inner.get_output_embeddings()

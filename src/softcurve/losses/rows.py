@@ -285,7 +285,7 @@ class LogitDivergence(RowLoss):
         return value
 
     def _exact_loss(self, z: Tensor, target: Tensor) -> Values:
-        return self.divergence.value(softmax.pair(z, target))
+        return softmax.term_of(self.divergence, "value", softmax.pair(z, target))
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return the gradients by few passes where they are accurate, otherwise by the exact form."""
@@ -374,9 +374,9 @@ def divergence_second_order(divergence: Divergence, matrix: str, pair: Pair, sco
     if matrix == FISHER or divergence.hessian_is_fisher:
         return pair.p
     if matrix == GAUSS_NEWTON:
-        return divergence.curve(pair) - divergence.score(pair)
-    score = divergence.score(pair).sum(-1, keepdim=True) if score is None else score
-    return divergence.curve(pair) - pair.p * score
+        return softmax.term_of(divergence, "curve", pair) - softmax.term_of(divergence, "score", pair)
+    score = softmax.term_of(divergence, "score", pair).sum(-1, keepdim=True) if score is None else score
+    return softmax.term_of(divergence, "curve", pair) - pair.p * score
 
 
 def _widened(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

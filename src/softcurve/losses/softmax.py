@@ -9,7 +9,7 @@ offset of its logits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,13 +167,26 @@ def pair(z_p: Rows, z_y: Rows) -> Pair:
     return Pair(p, y, torch.where(both_masked, ratio, ratio - constant), near - constant * p)
 
 
+def term_of(divergence: Divergence, name: Literal["value", "score", "curve", "cross"], pair: Pair) -> Tensor:
+    """Return what a method of a member gives, and raise ``ValueError`` for a shape that would only broadcast."""
+    term: Tensor = getattr(divergence, name)(pair)
+    shape = pair.log_ratio.shape[:-1] if name == "value" else pair.log_ratio.shape
+    if term.shape != shape:
+        what = "one number per row, the sum over the last dimension" if name == "value" else "one entry per class"
+        raise ValueError(
+            f"{type(divergence).__name__}.{name} must return {what}: shape {tuple(shape)} for a pair of shape "
+            f"{tuple(pair.log_ratio.shape)}, got {tuple(term.shape)}"
+        )
+    return term
+
+
 def divergence_gradient(divergence: Divergence, pair: Pair) -> Rows:
     """Return ``∂D/∂z_p = s − p Σ_k s_k``.
 
     Where ``Σ s`` is infinite it is the limit: ``+inf`` at classes with mass that the target excludes and ``−inf`` at
     those of the target without mass, if their ``s`` is infinite, and the opposite at the others with mass.
     """
-    score = divergence.score(pair)
+    score = term_of(divergence, "score", pair)
     total = score.sum(-1, keepdim=True)
     infinite = total.isinf()
     limit = torch.where(score.isinf(), score, torch.where(pair.p > 0, -total, 0.0))
@@ -185,8 +198,8 @@ def divergence_gradient(divergence: Divergence, pair: Pair) -> Rows:
 
 def divergence_hessian_product(divergence: Divergence, pair: Pair, u_p: Rows, u_y: Rows) -> Rows:
     """Return the change of ``∂D/∂z_p``: ``ṡ − p Σṡ − (p ⊙ u_p) Σs`` for ``ṡ = c ⊙ u_p + x ⊙ u_y``."""
-    change = divergence.curve(pair) * u_p + divergence.cross(pair) * u_y
-    total = divergence.score(pair).sum(-1, keepdim=True)
+    change = term_of(divergence, "curve", pair) * u_p + term_of(divergence, "cross", pair) * u_y
+    total = term_of(divergence, "score", pair).sum(-1, keepdim=True)
     return change - pair.p * change.sum(-1, keepdim=True) - pair.p * u_p * total
 
 

@@ -135,9 +135,12 @@ class Target(ShortRepr, ABC):
         """
         shape = (*self.leading, self.class_count)
         if shape != tuple(logits):
+            remedy = checks.shape_remedy(logits, shape, cut, self._cut)
+            if shape == tuple(logits[:-1]):
+                remedy = "; class indices are integers: pass target.long()"
             raise ValueError(
                 f"target ({self.kind or type(self).__name__}) must have the shape {tuple(logits)} of the logits that it"
-                f" is compared with, got {shape}{checks.shape_remedy(logits, shape, cut, self._cut)}"
+                f" is compared with, got {shape}{remedy}"
             )
 
 
@@ -236,14 +239,19 @@ def with_classes_last(dim: Integer, **arguments: Any) -> list[Any]:
     return views
 
 
-def as_target(target: Tensor | Target) -> Tensor | Target:
-    """Return class indices as an int64 tensor and floating-point rows as :class:`Masses`, as torch reads them."""
+def as_target(
+    target: Tensor | Target, plain: str = "a tensor of class indices or probabilities, or "
+) -> Tensor | Target:
+    """Return class indices as an int64 tensor and floating-point rows as :class:`Masses`, as torch reads them.
+
+    ``plain`` says in an error which tensors are accepted without a wrapper.
+    """
     if isinstance(target, Target):
         return target
     if not isinstance(target, Tensor):
         raise TypeError(
-            "target must be a tensor of class indices or probabilities, or one of softcurve.Probabilities, Logits, "
-            f"TopK, LinearTeacher; got {type(target).__name__}"
+            f"target must be {plain}one of softcurve.Probabilities, Logits, TopK, LinearTeacher, got "
+            f"{type(target).__name__}; wrap a tensor to say what it holds, and read the rows of a cache by cache[rows]"
         )
     if target.is_floating_point():
         return Masses(target)

@@ -116,7 +116,10 @@ def open_shards(path: Path) -> list[Shard]:
     except OSError as error:
         raise unusable(ARGUMENT, path, "read", error) from error
     if not names:
-        raise DataError(f"{ARGUMENT}: {path} has no {shard_name(0)}; give a directory that TopKWriter wrote")
+        raise DataError(
+            f"{ARGUMENT}: {path} has no {shard_name(0)}; give a directory that TopKWriter wrote, whose last rows it "
+            "writes at the end of its with block, or at flush()"
+        )
     for number, name in enumerate(names):
         if name != shard_name(number):
             raise DataError(

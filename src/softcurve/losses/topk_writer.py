@@ -64,7 +64,12 @@ class TopKWriter:
 
     def append(self, lists: TopK) -> None:
         """Add rows of lists, ``(rows, ..., k)``, to the cache; the values are checked."""
-        if not isinstance(lists, TopK) or not lists.leading:
+        if not isinstance(lists, TopK):
+            raise TypeError(
+                f"lists must be a TopK of rows, got {checks.describe(lists)}; softcurve.linear_topk makes one of "
+                "features, TopK(indices, log_probs) of tensors"
+            )
+        if not lists.leading:
             raise TypeError(
                 f"lists must be a TopK of rows (rows, ..., k), got {lists!r}; add a dimension by topk[None]"
             )

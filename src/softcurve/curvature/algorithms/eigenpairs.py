@@ -147,7 +147,8 @@ def _not_converged(method: str, converged: list[float], k: int, products: int, t
     which = f" (converged: {', '.join(f'{value:.6g}' for value in converged)})" if converged else ""
     return RuntimeError(
         f"{method} found {len(converged)} of {k} eigenpairs to tol={tol:g} in {products} products{which}; "
-        "raise max_products or tol, or ask for fewer"
+        "raise max_products or tol, or ask for fewer; the smallest eigenvalues of a singular matrix, a cluster at 0, "
+        "are seen in its spectral_density instead"
     )
 
 

@@ -17,7 +17,7 @@ from softcurve.head.aten import dense_terms as pairs
 from softcurve.head.aten.dense_terms import MODEL, TARGET, DenseSums, DenseTile
 from softcurve.head.aten.sparse import slope_and_bend, through_cap
 from softcurve.losses.rows import divergence_second_order
-from softcurve.losses.softmax import unless_masked
+from softcurve.losses.softmax import term_of, unless_masked
 
 __all__ = ["accumulate_column", "changes", "diagonal", "multiply_column", "prepare", "residuals", "softmax", "sums"]
 
@@ -66,7 +66,7 @@ def sums(tile: DenseTile, *, wants_loss: bool, wants_stats: bool, wants_curve: b
         if wants_loss and pair is None:
             found.value[rows] = -pairs.weighted(y, log_p).sum(-1, keepdim=True)
         elif wants_loss and pair is not None:
-            found.value[rows] = part.loss.divergence.value(pair).unsqueeze(-1)
+            found.value[rows] = term_of(part.loss.divergence, "value", pair).unsqueeze(-1)
             found.surplus[rows] = pair.difference.sum(-1, keepdim=True)
         if wants_curve and (curve := model.curve()) is not None:
             found.curve[rows] = curve.sum(-1, keepdim=True)

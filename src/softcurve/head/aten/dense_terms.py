@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcurve.head.kernel import row_groups
 from softcurve.losses.divergences import Divergence, Pair
-from softcurve.losses.softmax import may_be_masked, unless_masked
+from softcurve.losses.softmax import may_be_masked, term_of, unless_masked
 from softcurve.losses.spec import LossSpec
 
 MODEL, TARGET = range(2)
@@ -160,8 +160,8 @@ def terms_of(tile: DenseTile) -> Terms:
 
 
 def _side_of(divergence: Divergence, pair: Pair) -> Side:
-    terms = (cache(partial(term, pair)) for term in (divergence.score, divergence.curve, divergence.cross))
-    return Side(lambda: pair.p, *terms)
+    score, curve, cross = (cache(partial(term_of, divergence, name, pair)) for name in ("score", "curve", "cross"))
+    return Side(lambda: pair.p, score, curve, cross)
 
 
 def _pair(tile: DenseTile, log_p: Tensor, log_y: Tensor, z: Tensor, logits: Tensor, y: Tensor) -> Pair:
