@@ -417,10 +417,12 @@ def test_the_operator_of_products_refuses_third_derivatives() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.softcurve, "head_hessian_product", lambda *a: calls.append(a) or operator(*a))
         jvp(grad(lambda e: softcurve.linear_cross_entropy(e, weight, torch.arange(5), z_loss=0.1)), (x,), (v,))
-    arguments = [
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in calls[0]
-    ]
-    products = operator(*arguments)[1]
-    torch.autograd.grad(products.sum(), arguments[18], retain_graph=True)
+    names = [argument.name for argument in operator.default._schema.arguments]
+    arguments = {
+        name: a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for name, a in zip(names, calls[0], strict=True)
+    }
+    products = operator(**arguments)[1]
+    torch.autograd.grad(products.sum(), arguments["input_v"], retain_graph=True)
     with pytest.raises(NotImplementedError, match="none of third order"):
-        torch.autograd.grad(products.sum(), arguments[0])
+        torch.autograd.grad(products.sum(), arguments["input"])
