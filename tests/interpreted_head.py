@@ -210,6 +210,25 @@ def test_masked_classes_have_no_share_of_label_smoothing(kind: str) -> None:
         torch.testing.assert_close(got.double(), true, rtol=2e-5, atol=1e-6)
 
 
+def test_probabilities_of_masked_classes_have_no_second_derivatives() -> None:
+    """Derivatives in the head and in the probabilities are those of the vocabulary without its masked classes."""
+    live = torch.tensor([c for c in range(37) if c not in (2, 5, 30)])
+    e, w, bias = torch.randn(4, 6), torch.randn(37, 6), torch.full((37,), -torch.inf).index_fill(0, live, 0.0)
+    y = torch.zeros(4, 37).index_copy(1, live, torch.randn(4, len(live)).softmax(-1))
+    along, results = [torch.randn_like(part) for part in (e, w, y)], []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [part.to(dtype).requires_grad_() for part in (e, w, y)]
+        if dtype == torch.float32:
+            loss = softcurve.linear_cross_entropy(*leaves, linear_bias=bias)
+        else:
+            loss = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1][live].T, leaves[2][:, live])
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        product = sum((g * v).sum() for g, v in zip(first, along, strict=True))
+        results.append((*first, *torch.autograd.grad(product, leaves)))
+    for got, true in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl_divergence", "js_divergence"])
 def test_a_target_that_masks_every_class_is_nan_unless_its_row_has_no_weight(
     loss: str, monkeypatch: pytest.MonkeyPatch

@@ -174,6 +174,38 @@ def test_a_bias_of_minus_infinity_masks_a_class(budget: int | None) -> None:
     assert (in_b[KEPT] != 0).all()
 
 
+@pytest.mark.parametrize("route", ["logits", "head", "cut head", "bias"])
+def test_probabilities_of_masked_classes_have_no_derivatives(route: str) -> None:
+    """All derivatives in logits and probabilities are those without the class, and 0 at it, up to the second order."""
+    x, w = torch.randn(5, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    y = torch.randn(5, 6, dtype=torch.float64).softmax(-1) * KEPT
+    biased: dict[str, Any] = {"linear_bias": MASK} if route == "bias" else {}
+    exclude = None if biased else (~KEPT).nonzero().squeeze(-1).expand(5, -1)
+    budget = None
+    if route == "cut head":
+        budget = budgets(lambda **limit: softcurve.linear_cross_entropy(x, w, y, exclude=exclude, **limit))[1]
+    along = [torch.randn_like(tensor) for tensor in (x, w, y)]
+
+    def ours(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        if route == "logits":
+            return softcurve.cross_entropy(F.linear(x, w).masked_fill(~KEPT, -INF), y, label_smoothing=0.1)
+        return softcurve.linear_cross_entropy(
+            x, w, y, exclude=exclude, label_smoothing=0.1, memory_budget=budget, **biased
+        )
+
+    def dense(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w)[:, KEPT], y[:, KEPT], label_smoothing=0.1)
+
+    results = []
+    for f in (ours, dense):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w, y)]
+        first = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g * v).sum() for g, v in zip(first, along, strict=True)), leaves)
+        results.append((*first, *second))
+    for got, truth in zip(*results, strict=True):
+        assert_same(got, truth)
+
+
 def test_masked_classes_of_divergences() -> None:
     """Masked in both, a class is as if it were not; in the second argument alone the divergence is infinite."""
     x, w, t, h = (torch.randn(s, dtype=torch.float64) for s in ((5, 3), (6, 3), (5, 2), (6, 2)))

@@ -38,6 +38,7 @@ FAULTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "a row with +inf": lambda net, x: x[1, 0].fill_(torch.inf),
     "a row with -inf": lambda net, x: x[1, 0].fill_(-torch.inf),
     "NaN in the weight": lambda net, x: net.weight.data[4, 2].fill_(torch.nan),
+    "an infinite weight": lambda net, x: net.weight.data[4, 2].fill_(torch.inf),
     "infinite bias": lambda net, x: net.bias.data[4].fill_(torch.inf),
     "no class": lambda net, x: net.bias.data.fill_(-torch.inf),
 }  # fmt: skip

@@ -372,11 +372,13 @@ def require_numbers(name: str, tensor: Tensor) -> None:
 
 
 def explain_nan(
-    rows: Tensor, row_weight: Tensor | None, tensors: Mapping[str, Tensor | None], target: Sequence[Tensor] = ()
-) -> None:
+    rows: Tensor, row_weight: Tensor | None, tensors: Mapping[str, Tensor | None],
+    targets: Mapping[str, Sequence[Tensor | None]] | None = None,
+) -> None:  # fmt: skip
     """If a row of nonzero weight has NaN as its loss, raise an error that names the argument at fault.
 
-    ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class.
+    ``tensors`` are logits, or features, weight and bias of a head; in logits and a bias −inf masks a class. ``targets``
+    are the tensors of each argument that is a target.
     """
     if not values_visible(rows) or not math.isnan(rows.detach().sum().item()):
         return
@@ -399,8 +401,11 @@ def explain_nan(
         for fault, where in faults.items():
             if where.any():
                 raise InvalidEntriesError(f"{name} must {fault}")
-    if any(part.detach().isnan().any() for part in target):
-        raise InvalidEntriesError("target must hold numbers, got NaN; look for where it came from, or mask those rows")
+    for name, parts in (targets or {}).items():
+        if any(part is not None and part.detach().isnan().any() for part in parts):
+            raise InvalidEntriesError(
+                f"{name} must hold numbers, got NaN; look for where it came from, or mask those rows"
+            )
     raise InvalidEntriesError(
         "input or logits, and a target, must give every row finite logits and a class with mass that is neither masked "
         "nor excluded, got a row whose result is NaN; leave out that row, or one of its exclusions, and let a "

@@ -141,19 +141,25 @@ def summarise(
     return CoefficientSummary(
         tuple(classes[k] for k in estimated), (*head.names, *([INTERCEPT] if head.intercept else [])),
         None if base is None else classes[base], coefficients[estimated].numpy(), errors.numpy(), kind, level,
-        head.total, _caution(head, errors),
+        head.total, _caution(head, base, kind, errors),
     )  # fmt: skip
 
 
-def _caution(head: FittedHead, errors: Float64[Tensor, "classes size"]) -> str:
-    standardised = errors[:, : head.source.width] * head.moments.deviation
-    if head.penalty or (largest := float(standardised.max())) <= UNCERTAIN:
+def _caution(head: FittedHead, base: int | None, kind: CovarianceKind, errors: Float64[Tensor, "classes size"]) -> str:
+    """Return why the rows hardly determine some coefficients, or nothing if they do."""
+    if head.penalty:
         return ""
-    name = head.names[int(standardised.amax(0).argmax())]
+    if kind == "sandwich":
+        # The scores of separated rows are near zero too, so that this form can be small where the Hessian is singular.
+        errors = variances(head, base, kind="hessian").clamp(min=0.0).sqrt()
+    standardised = errors[:, : head.source.width] * head.moments.deviation
+    if (largest := float(standardised.max())) <= UNCERTAIN:
+        return ""
+    name, form = head.names[int(standardised.amax(0).argmax())], " by the Hessian" if kind == "sandwich" else ""
     return (
         f"the rows hardly determine some coefficients: the standard error of feature {name!r} is {largest:.3g} per "
-        "standard deviation of the feature. Some classes may be separable, and their coefficients then grow as tol "
-        "falls, or the features are nearly collinear; leave such features out, or give a finite C"
+        f"standard deviation of the feature{form}. Some classes may be separable, and their coefficients then grow as "
+        "tol falls, or the features are nearly collinear; leave such features out, or give a finite C"
     )
 
 

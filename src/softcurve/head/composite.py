@@ -67,11 +67,11 @@ def terms_beside(
 
 def _listed(spec: LossSpec, data: RowData, labels: Tensor, values: Tensor | None) -> Kernel:
     """Return the kernel of labels that name classes; without ``values`` all mass is on the one that they name."""
-    masses, fillers, (own, _) = values, None, class_factors(data.class_weight)
+    masses, fillers, (factors, _) = values, None, class_factors(data.class_weight)
     if values is not None:
         fillers = fillers_of(labels)
-    elif spec.smoothing or own is not None:
-        mass = torch.ones_like(labels, dtype=data.weight.dtype) if own is None else own[labels]
+    elif spec.smoothing or factors is not None:
+        mass = torch.ones_like(labels, dtype=data.weight.dtype) if factors is None else factors[labels]
         masses = torch.cat([(1 - spec.smoothing) * mass, torch.zeros_like(mass)], -1)
     return SparseKernel(spec, dataclasses.replace(data, indices=labels - data.first, target=masses, fillers=fillers))
 
@@ -160,12 +160,12 @@ class CompositeKernel(Kernel):
         """Add the residuals of all terms."""
         if fresh:
             self._copy(block)
-        found = self.main.residuals(block, fresh)
-        totals = (found.z, found.v)
+        sums = self.main.residuals(block, fresh)
+        totals = (sums.z, sums.v)
         if self.main.row_factor is not None:
-            found.z.mul_(self.main.row_factor)
+            sums.z.mul_(self.main.row_factor)
         if not self.factor:
-            for part in found:
+            for part in sums:
                 if part is not None:
                     part.zero_()
         for term, copy in self.copies:
@@ -175,4 +175,4 @@ class CompositeKernel(Kernel):
             for total, part, factor in zip(totals, (residuals.z, residuals.v), factors, strict=True):
                 if total is not None and part is not None:
                     total.add_(part if factor is None else part.mul_(factor), alpha=self.stretch)
-        return found
+        return sums

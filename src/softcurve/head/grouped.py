@@ -223,12 +223,12 @@ class GroupedKernel(Kernel):
             return target
         return (target.log() if self.loss.target == "probabilities" else target) * self.loss.target_scale
 
-    def _through_target(self, values: Tensor, given: Tensor) -> Tensor:
+    def _through_target(self, values: Tensor, target: Tensor) -> Tensor:
         """Return ``values`` times the derivative of the target's logits with respect to what the caller gave."""
         if self.loss.target == "teacher":
             return values
         if self.loss.target == "probabilities":
-            values = torch.where(given > 0, values / given, 0.0)
+            values = torch.where(target > 0, values / target, 0.0)
         return values * self.loss.target_scale
 
     def _row_groups(self) -> list[slice]:
@@ -266,22 +266,22 @@ class GroupedKernel(Kernel):
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:
         """Take the residuals of the groups back to the classes."""
-        found = self.inner.residuals(self.of_groups, fresh)
+        merged = self.inner.residuals(self.of_groups, fresh)
         if not self.data.wants_gradient:
             return Residuals(block.z)
-        self._take_back(MODEL, found.z, found.v, block.z, block.v)
+        self._take_back(MODEL, merged.z, merged.v, block.z, block.v)
         if block.raw is not None:
             back_through_cap(self.loss.logit_map, block.raw, self.bend, block.z, block.v, self.data.cached)
-        if block.target_out is not None and found.target is not None:
-            self._take_back(TARGET, found.target, found.target_v, block.target_out, block.target_v_out)
+        if block.target_out is not None and merged.target is not None:
+            self._take_back(TARGET, merged.target, merged.target_v, block.target_out, block.target_v_out)
         return Residuals(block.z, block.target_out, block.v, block.target_v_out)
 
     def _take_back(
         self, side: int, of_groups: Tensor, change: Tensor | None, out: Tensor, v_out: Tensor | None
     ) -> None:
         """``out = q G`` and ``v_out = q (Ġ + G (ż − ċ))``, in what the caller gave as the target."""
-        groups, given = self.sides[side].here, self.block.target
-        assert given is not None
+        groups, target = self.sides[side].here, self.block.target
+        assert target is not None
         for rows in self._row_groups():
             z, v = self._classes(side, rows)
             shares = groups.shares(z, self._merged(side, rows))
@@ -293,7 +293,7 @@ class GroupedKernel(Kernel):
                 of_group = groups.sums(weighted(shares, v)) if kept is None else kept[rows]
                 moved += gradient * (v - groups.spread(of_group))
             if side == TARGET:
-                y = given[rows]
+                y = target[rows]
                 if moved is not None and self.loss.target == "probabilities":
                     moved = moved - self._bend_of_logarithm(gradient, rows)
                 gradient = self._through_target(gradient, y)

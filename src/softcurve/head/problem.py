@@ -111,7 +111,7 @@ class HeadProblem:
             self.loss, tensors, require_budget(memory_budget), per_row=per_row, weighs=self.has_sample_weight,
             stats=return_stats,
         )  # fmt: skip
-        layout.agreed(lambda: explain_head_nan(self.tensors, rows))
+        layout.agreed(lambda: explain_head_nan(self.tensors, rows, beside=self.loss.beside is not None))
         if per_row:
             result = weighted(weight, rows).reshape(head.leading)
             result = result if reducer.nats == 1 else result / reducer.nats
@@ -148,14 +148,18 @@ def _moves(tensor: Tensor) -> bool:
     return forward and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def explain_head_nan(t: HeadTensors, rows: Tensor) -> None:
-    """If a row that counts has NaN as its loss, raise an error that names the argument at fault."""
+def explain_head_nan(t: HeadTensors, rows: Tensor, *, beside: bool = False) -> None:
+    """If a row that counts has NaN as its loss, raise an error that names the argument at fault.
+
+    With terms ``beside`` a divergence, its target is the argument ``teacher``.
+    """
     if checks.values_visible(t.row_weight):
         of_head = {"input": t.features, "linear_weight": t.weight, "linear_bias": t.bias}
         if t.low_rank is not None:
             of_head |= {"linear_weight a": t.low_rank, "linear_weight b": t.input[:, t.weight.shape[1] :]}
-        of_target = [t.target, t.target_weight, t.target_bias, t.target_low_rank, t.label_values]
-        checks.explain_nan(rows, t.row_weight, of_head, [part for part in of_target if part is not None])
+        of_target = (t.target, t.target_weight, t.target_bias, t.target_low_rank)
+        targets = {"teacher": of_target, "target": (t.label_values,)} if beside else {"target": of_target}
+        checks.explain_nan(rows, t.row_weight, of_head, targets)
 
 
 # --- from a public call to a problem ---------------------------------------------------------------------------------
@@ -208,20 +212,29 @@ def head_problem(
             row_weight = beside.weight
             if head.leading == layout.leading:  # where all rows are here
                 counted = (beside.weight != 0).reshape(layout.leading)
-        for each in (known, soft):
-            if each is None:
-                continue
-            layout.require_leading("target", each.leading, f"rows {tuple(each.leading)}")
-            each.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
-            if not isinstance(each, TopK):  # whose own rows are checked where they are made local
-                # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
-                each.require_values(layout.classes, counted)
+        try:
+            _require_target(layout, known, counted)
+        except ValueError as error:
+            if labels is None:
+                raise
+            raise type(error)(str(error).replace("target", "teacher")) from None  # its name beside labels
+        if soft is not None:
+            _require_target(layout, soft, counted)
         problem = _distribution_problem(head, loss, known, row_weight, excluded)
         if soft is not None:
             return _with_soft_labels(problem, soft, row_weight, excluded)
         return problem if beside is None else _with_labels(problem, beside)
 
     return layout.agreed(make)
+
+
+def _require_target(layout: PlainHead, target: Target, counted: Tensor | None) -> None:
+    """Raise ``ValueError`` unless a distribution has the rows and classes of the head, and values that can be used."""
+    layout.require_leading("target", target.leading, f"rows {tuple(target.leading)}")
+    target.require_fit((*layout.leading, layout.classes), "linear_weight[:{classes}] (and the bias)")
+    if not isinstance(target, TopK):  # whose own rows are checked where they are made local
+        # A malformed row of weight 0 needs no clearing: the passes leave it out, or write a residual of 0.
+        target.require_values(layout.classes, counted)
 
 
 def _with_labels(problem: HeadProblem, labels: Labels) -> HeadProblem:

@@ -285,8 +285,10 @@ def _tanh(record: LinearRecord) -> Result:
     if record.kind != "logits" or record.after is not None:
         return NotImplemented
     # The tanh of an infinite logit is finite, while a loss on a head takes −inf for a masked class, cap or not.
-    parts = [part.detach() for part in (record.input, record.bias) if part is not None]
-    if checks.values_visible(*parts) and not all(bool(part.isfinite().all()) for part in parts):
+    parts = [part.detach() for part in record.tensors() if part is not None and part.numel()]
+    # Extremes are not finite where an entry is not, and take no memory.
+    extremes = [end for part in parts if checks.values_visible(part) for end in part.aminmax()]
+    if not all(map(math.isfinite, extremes)):
         return NotImplemented
     return record.but(after=1.0)
 

@@ -105,7 +105,7 @@ class LazyLogits(Tensor):
         every = [arg for arg in pytree.tree_leaves((args, kwargs)) if isinstance(arg, LazyLogits)]
         for each in every:
             require_gradient_known(each, func)
-        reason = name = getattr(func, "__name__", str(func))
+        name = reason = getattr(func, "__name__", str(func))
         if func in HANDLERS:
             try:
                 result = _handled(func, args, kwargs)

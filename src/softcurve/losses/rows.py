@@ -266,7 +266,8 @@ class DenseCrossEntropy(RowLoss):
             u = softmax.centred(v_z, p)
             in_z, in_target = target.sum(-1, keepdim=True) * p * u, softmax.unless_masked(z, -u)
         if v_target is not None:
-            in_z = total_of([in_z, softmax.unless_masked(z, v_target.sum(-1, keepdim=True) * p - v_target)])
+            v_target = softmax.unless_masked(z, v_target)
+            in_z = total_of([in_z, v_target.sum(-1, keepdim=True) * p - v_target])
         return in_z, in_target
 
 

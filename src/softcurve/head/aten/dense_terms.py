@@ -196,15 +196,18 @@ def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
         return Terms(None, log_p, whole, model(cross), Side(lambda: y, score, score, cross))
     # The cross term is with respect to probabilities that no softmax has made.
     factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
+    nothing = (log_p == -math.inf) & (y == 0) if may_be_masked(log_p) else None  # has no derivative of any order
 
     def score_of_probabilities() -> Tensor:
         score = -factor * log_p
-        if may_be_masked(log_p):
-            score = torch.where((log_p == -math.inf) & (y == 0) | (factor == 0), 0.0, score)
-        return score
+        return score if nothing is None else torch.where(nothing | (factor == 0), 0.0, score)
 
-    target = Side(lambda: y, cache(score_of_probabilities), _nothing, factor.neg)
-    return Terms(None, log_p, whole, model(factor.neg), target)
+    def cross_with_probabilities() -> Tensor:
+        return -factor if nothing is None else torch.where(nothing, 0.0, -factor)
+
+    cross = cache(cross_with_probabilities)
+    target = Side(lambda: y, cache(score_of_probabilities), _nothing, cross)
+    return Terms(None, log_p, whole, model(cross), target)
 
 
 def _nothing() -> None:

@@ -153,8 +153,8 @@ def load_terms(
             t_score = tl.where(own == 0, 0.0, own * minus_log_p)
             t_curve = t_score
         else:
-            cross = -factor
             nothing = (seen == -float("inf")) & (given == 0)
+            cross = tl.where(nothing, 0.0, -factor)
             t_score = tl.where(nothing | (factor == 0), 0.0, factor * minus_log_p)
             t_curve = tl.zeros_like(p)
     else:
