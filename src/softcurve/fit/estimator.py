@@ -337,8 +337,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         approximations.
 
         Raises what :meth:`covariance` does, and ``ValueError`` for a ``level`` that is not between 0 and 1. Warns
-        (``UserWarning``) if the coefficients are not at the minimum, or if a standard error is so large that the rows
-        hardly determine the coefficient, as for classes that are nearly separable.
+        (``UserWarning``) if the coefficients are not at the minimum, or if a standard error by the Hessian is so large
+        that the rows hardly determine the coefficient, as for classes that are nearly separable.
 
         Example:
             >>> X, y = np.array([[0.0], [1.0], [2.0], [3.0]]), [0, 1, 0, 1]

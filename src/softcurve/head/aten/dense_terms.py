@@ -196,14 +196,18 @@ def _cross_entropy_terms(tile: DenseTile, log_p: Tensor, y: Tensor) -> Terms:
         return Terms(None, log_p, whole, model(cross), Side(lambda: y, score, score, cross))
     # The cross term is with respect to probabilities that no softmax has made.
     factor = torch.full_like(y[:1], 1 - loss.smoothing) if weight is None else (1 - loss.smoothing) * weight
-    nothing = (log_p == -math.inf) & (y == 0) if may_be_masked(log_p) else None  # has no derivative of any order
+
+    @cache
+    def nothing() -> Tensor | None:
+        """Return which classes have no derivative of any order: those that are masked and have no mass."""
+        return (log_p == -math.inf) & (y == 0) if may_be_masked(log_p) else None
 
     def score_of_probabilities() -> Tensor:
         score = -factor * log_p
-        return score if nothing is None else torch.where(nothing | (factor == 0), 0.0, score)
+        return score if (none := nothing()) is None else torch.where(none | (factor == 0), 0.0, score)
 
     def cross_with_probabilities() -> Tensor:
-        return -factor if nothing is None else torch.where(nothing, 0.0, -factor)
+        return -factor if (none := nothing()) is None else torch.where(none, 0.0, -factor)
 
     cross = cache(cross_with_probabilities)
     target = Side(lambda: y, cache(score_of_probabilities), _nothing, cross)
