@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 import softcurve
 import softcurve.losses.autograd
+import softcurve.losses.few_logits
 from softcurve import JensenShannon, Logits
 from softcurve.losses import fast_forms
 from softcurve.losses import rows as row_forms
+from softcurve.typing import ReductionKind
 
 LOSSES = ("index", "smoothed", "dense", "forward", "reverse", "js")
 # How far a target is from the logits, and their scale: from unequal and confident to nearly equal rows.
@@ -116,11 +118,19 @@ def test_masks_in_few_passes(name: str) -> None:
     torch.testing.assert_close(value, expected.float(), rtol=2e-6, atol=0)
 
 
-def test_few_logits_have_the_derivatives_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    z, v, target = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9), torch.arange(6)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("gap", [0.0, 12.0, 40.0])
+def test_few_logits_have_the_derivatives_of_many(
+    gap: float, leading: tuple[int, ...], reduction: ReductionKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of every confidence: torch's loss, value and gradient in few passes, and the exact forms."""
+    z, v, target = torch.randn(*leading, 9), torch.randn(*leading, 9), torch.randint(9, leading)
+    z.reshape(-1, 9)[0, target.reshape(-1)[0]] += gap
+    z.requires_grad_()
 
     def derivatives() -> list[Tensor]:
-        loss = softcurve.cross_entropy(z, target)
+        loss = softcurve.cross_entropy(z, target, reduction=reduction, base=2)
         (first,) = torch.autograd.grad(loss, z, retain_graph=True)
         (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
         (product,) = torch.autograd.grad(gradient, z, v, create_graph=True)
@@ -128,9 +138,20 @@ def test_few_logits_have_the_derivatives_of_many(monkeypatch: pytest.MonkeyPatch
         return [loss, first, gradient, product, third]
 
     few = derivatives()
-    monkeypatch.setattr(softcurve.losses.autograd, "SMALL_ELEMENTS", 0)
+    for module in (softcurve.losses.autograd, softcurve.losses.few_logits):
+        monkeypatch.setattr(module, "SMALL_ELEMENTS", 0)
     for one, many in zip(few, derivatives(), strict=True):
-        torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(one, many, rtol=2e-6, atol=1e-7 if gap == 0 else 1e-8)
+
+
+@pytest.mark.parametrize("gap", [0.0, 12.0])
+def test_ignored_and_wrong_rows_of_few_logits(gap: float) -> None:
+    z, target = torch.randn(4, 5), torch.tensor([0, -100, 2, 3])
+    z[0, 0] += gap
+    expected = F.cross_entropy(z.double(), target)
+    torch.testing.assert_close(softcurve.cross_entropy(z, target), expected.float(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="target must hold classes in 0 … 4"):
+        softcurve.cross_entropy(z, target.clamp(min=0) + 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -183,3 +204,15 @@ def test_certain_rows_keep_the_differences_of_their_logits() -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     for got in (loss, gradient[:, 1]):  # −log(1 − p) = p to first order, and p is below 1e-10
         assert ((got.double() - exact).abs() <= 3e-7 * exact).all()
+
+
+@pytest.mark.parametrize("loss", [softcurve.kl_divergence, softcurve.js_divergence])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_row_of_nan_and_of_weight_0_has_gradient_0(side: int, loss: Callable[..., Tensor]) -> None:
+    z, target = torch.randn(3, 6), torch.randn(3, 6)
+    z[1] = math.nan
+    z.requires_grad_()
+    value = loss(*((z, target) if side else (target, z)), sample_weight=torch.tensor([1.0, 0.0, 1.0]))
+    (gradient,) = torch.autograd.grad(value, z)
+    assert (gradient[1] == 0).all()
+    assert gradient[0].abs().sum() > 0

@@ -20,6 +20,7 @@ from softcurve.losses import softmax
 from softcurve.losses.autograd import row_losses
 from softcurve.losses.class_map import GroupedTarget
 from softcurve.losses.divergences import CrossEntropy, Divergence, ForwardKL, divergence_of
+from softcurve.losses.few_logits import few_logits_loss
 from softcurve.losses.labels import Labels, count_alike, cross_entropy_target
 from softcurve.losses.reduction import Reduction, weighted
 from softcurve.losses.rows import (
@@ -96,13 +97,17 @@ def cross_entropy(
     Source: Bishop (2006), "Pattern Recognition and Machine Learning", eqs. 4.108 to 4.110:
     ``L(y, p) = −Σ_k y_k log p_k``, ``∂L/∂z = p − y``, ``∂²L/∂z² = diag(p) − p pᵀ``.
     """
-    name = "logits"
+    name, options = "logits", (reduction, base, temperature, softcap, z_loss, label_smoothing)
+    if weight is sample_weight is exclude is None and type(dim) is int and dim == -1:
+        few = few_logits_loss(options, logits, target, ignore_index)
+        if few is not None:
+            return few
     if dim != -1:
         logits, target, exclude = with_classes_last(dim, logits=logits, target=target, exclude=exclude)
         name = f"logits.movedim({dim}, -1)"
     checks.require_floating("logits", logits)
     classes = logits.shape[-1]
-    reducer, of_class = cross_entropy_options(reduction, base, temperature, softcap, z_loss, label_smoothing)
+    reducer, of_class = cross_entropy_options(*options)
     row_loss = DenseCrossEntropy(of_class.logit_map, of_class.z_loss)
     target, ignore_index = cross_entropy_target(target, ignore_index, weight, classes)
     weight = None if weight is None else checks.widened(weight)

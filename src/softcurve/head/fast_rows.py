@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softcurve.head.aten.dense import rest_of
 from softcurve.head.aten.dense_terms import masses
+from softcurve.head.aten.exponentials import exponentials_into
 from softcurve.head.dense import DenseKernel
 from softcurve.head.kernel import Block, Kernel, Residuals, RowData, class_factors, row_groups
 from softcurve.losses.divergences import JensenShannon, ReverseKL
@@ -121,11 +122,12 @@ class FastRows(Kernel):
         return masses(y, self.loss, self.data.class_count, weight, share)[1]
 
     def _compare_with_probabilities(self, z: Tensor, e: Tensor, rest: Tensor, y: Tensor, rows: slice) -> None:
-        """``mass·log S − y·z``; residual ``mass·p − y``."""
+        """``mass·log S − y·z``; residual ``mass·p − y``, left with the opposite sign, which takes one pass."""
         mass = y.sum(-1, keepdim=True)
         self.values[rows] = (mass * torch.log1p(rest) - z.mul_(y).sum(-1, keepdim=True)).squeeze(-1)
         if self.data.wants_gradient:
-            torch.sub(e.mul_(mass / (1 + rest)), y, out=z)
+            torch.addcmul(y, e, mass / (1 + rest), value=-1, out=z)
+            self.factor[rows].neg_()
 
     def _compare_with_logits(
         self, z: Tensor, e: Tensor, rest: Tensor, given: Tensor, out: Tensor | None, rows: slice
@@ -144,28 +146,27 @@ class FastRows(Kernel):
         out_factor = weight * self.target_scale / target_total
         divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         if isinstance(divergence, JensenShannon):
+            log_ratio, constant = torch.sub(t, z, out=z), log_rest - target_log_rest
             value = jensen_shannon(
-                divergence.beta, e, y, z_out, out, totals=(total, target_total), buffers=(z, self._buffer(2, z)),
-                masks=self.masks_target,
+                divergence.beta, log_ratio, constant, e, y, z_out, out, totals=(total, target_total),
+                mixture=self._buffer(2, z),
             )  # fmt: skip
             self.factor[rows] *= divergence.beta - 1
             if out is not None:
                 out.mul_(-out_factor * divergence.beta)
         elif isinstance(divergence, ReverseKL):
-            s = torch.sub(z, t, out=self._buffer(2, z)).sub_(log_rest - target_log_rest)
-            value = pull(s, e, total, z_out)
+            s = torch.sub(z, t, out=self._buffer(2, z))
+            value = pull(s, e, total, z_out) + (target_log_rest - log_rest)
             if out is not None:
                 torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
         else:  # a cross-entropy, s = −log p, or the forward KL, s = log y/p
-            if divergence is None:
-                s = torch.sub(log_rest, z, out=z)
-            else:
-                s = torch.sub(t, z, out=z).add_(log_rest - target_log_rest)
-            value = pull(s, y, target_total, out)
+            s = z.neg_() if divergence is None else torch.sub(t, z, out=z)
+            value = pull(s, y, target_total, out) + log_rest
+            value = value if divergence is None else value - target_log_rest
             if out is not None:
                 out.mul_(out_factor)
             if z_out is not None:
-                torch.sub(e, torch.mul(y, total / target_total, out=y if out is None else None), out=z_out)
+                torch.addcmul(e, y, total / target_total, value=-1, out=z_out)
         value = value if unsure is None else torch.where(unsure, math.nan, value)
         self.values[rows] = value.squeeze(-1)
         if out is not None:
@@ -186,7 +187,12 @@ class FastRows(Kernel):
 def _exponentials(z: Tensor, out: Tensor) -> Tensor:
     """``z ← z − max``, ``out = e^z``; return ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
     z.sub_(z.amax(-1, keepdim=True))
-    return rest_of(torch.exp(z, out=out))
+    rest = exponentials_into(out, z).sum(-1, keepdim=True).sub_(1)
+    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
+    if len(confident):  # whose other classes need all of their digits
+        exact = torch.exp(z[confident])
+        out[confident], rest[confident] = exact, rest_of(exact)
+    return rest
 
 
 def _balance(gradient: Tensor, e: Tensor, rest: Tensor) -> None:

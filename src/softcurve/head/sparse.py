@@ -391,7 +391,7 @@ class SparseKernel(CurvatureKernel):
         v = block.v if along_column or self.data.has_direction else None
         return SparseTile(
             block.z, block.raw, v, block.out, block.v_out, block.residual, listed, share, self.loss.logit_map,
-            self.data.cached, masks_share=self.data.share_surplus is not None,
+            self.data.cached, masks_share=self.data.share_surplus is not None, whole=not self.data.cuts_classes,
         )  # fmt: skip
 
 

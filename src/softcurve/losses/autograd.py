@@ -36,7 +36,8 @@ SMALL_ELEMENTS = 2**21
 def row_losses(loss: RowLoss, logits: Rows, target: Tensor) -> Values:
     """Return ``loss.value(logits, target)``, differentiable, in float32 or wider; ``target`` has the logits' rows."""
     if not torch.compiler.is_compiling():
-        if logits.numel() <= SMALL_ELEMENTS and logits.requires_grad and not in_transform():
+        learns = logits.requires_grad or target.requires_grad
+        if learns and logits.numel() <= SMALL_ELEMENTS and not in_transform():
             return super(Function, _SmallValue).apply(loss, logits, target)  # type: ignore[no-any-return, no-untyped-call]
         return _applied(_TransformableValue, loss, logits, target)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active():
@@ -52,7 +53,7 @@ def _applied(function: type[Function], *arguments: Any) -> Any:
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def _row_gradients(
+def differentiable_gradients(
     loss: RowLoss, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``loss.gradient(scale, z, target, wanted)``, differentiable."""
@@ -82,7 +83,7 @@ class _Value(Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         z, target = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        return None, *_row_gradients(ctx.loss, scale, z, target, wanted)
+        return None, *differentiable_gradients(ctx.loss, scale, z, target, wanted)
 
 
 class _TransformableValue(_Value):
@@ -90,7 +91,7 @@ class _TransformableValue(_Value):
     def jvp(ctx: Any, _: None, v_z: Tensor | None, v_target: Tensor | None) -> Tensor:
         with outer_tangents(ctx) as (z, target):
             ones = z.new_ones(z.shape[:-1], dtype=checks.wide_dtype(z.dtype))
-            gradients = _row_gradients(ctx.loss, ones, z, target, (v_z is not None, v_target is not None))
+            gradients = differentiable_gradients(ctx.loss, ones, z, target, (v_z is not None, v_target is not None))
             return _inner(gradients, (v_z, v_target))
 
     @staticmethod
@@ -103,19 +104,20 @@ class _SmallValue(Function):
 
     @staticmethod
     def forward(ctx: Any, loss: RowLoss, z: Tensor, target: Tensor) -> Tensor:
-        both = loss.value_and_residual(z, target) if ctx.needs_input_grad[1] else None
-        rows, residual = (_Value.forward(loss, z, target), None) if both is None else both
-        ctx.loss = loss
-        ctx.save_for_backward(z, target, residual)
+        wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        found = loss.value_and_residuals(z, target, wanted) if any(wanted) else None
+        rows, *residuals = (_Value.forward(loss, z, target), None, None) if found is None else found
+        ctx.loss, ctx.wanted, ctx.is_ready = loss, wanted, found is not None
+        ctx.save_for_backward(z, target, *residuals)
         return rows
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        z, target, residual = ctx.saved_tensors
-        if residual is None or torch.is_grad_enabled() or in_transform():
-            wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-            return None, *_row_gradients(ctx.loss, scale, z, target, wanted)
-        return None, residual * scale.unsqueeze(-1), None
+        z, target, *residuals = ctx.saved_tensors
+        if not ctx.is_ready or torch.is_grad_enabled() or in_transform():
+            return None, *differentiable_gradients(ctx.loss, scale, z, target, ctx.wanted)
+        column = scale.unsqueeze(-1)
+        return None, *(None if part is None else part * column for part in residuals)
 
 
 class _Gradient(Function):
@@ -151,7 +153,9 @@ class _Gradient(Function):
             return None, None, None, None, None
         in_scale = None
         if ctx.needs_input_grad[2]:
-            in_scale = _inner(_row_gradients(ctx.loss, torch.ones_like(scale), z, target, present), directions)
+            in_scale = _inner(
+                differentiable_gradients(ctx.loss, torch.ones_like(scale), z, target, present), directions
+            )
         in_z, in_target = _hessian_product(ctx.loss, scale, z, target, *directions)
         return None, None, in_scale, in_z, in_target if ctx.needs_input_grad[4] else None
 
@@ -177,7 +181,7 @@ class _TransformableGradient(_Gradient):
         changes: list[Gradients] = []
         with outer_tangents(ctx) as (scale, z, target):
             if v_scale is not None:
-                changes.append(_row_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
+                changes.append(differentiable_gradients(ctx.loss, v_scale, z, target, ctx.wanted))
             if v_z is not None or v_target is not None:
                 changes.append(ctx.loss.hessian_product(scale, z, target, v_z, v_target))
             in_z, in_target = (total_of([change[i] for change in changes]) if ctx.wanted[i] else None for i in (0, 1))

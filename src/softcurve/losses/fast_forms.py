@@ -12,6 +12,7 @@ The functions are not differentiable, and work in float32 only: who asks for flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,9 @@ LEAST_REST = 1e-6
 LEAST_OTHERS = 1e-9
 # Maxima that differ by less need not be subtracted before two logits are.
 NEAR_OFFSET = 4.0
+# Log-ratios beyond which one of two probabilities has no part in a mixture, also where it is 0.
+MOST_RATIO = 60.0
+LOG2_E = 1 / math.log(2)
 
 Results = Sequence[Tensor | None]
 
@@ -43,7 +47,7 @@ def serves(z: Rows, *others: Tensor) -> bool:
 
 
 def compares(divergence: Divergence) -> bool:
-    """Return whether :func:`divergence_losses` and :func:`divergence_residuals` have the formulas of a divergence."""
+    """Return whether :func:`divergence_forms` has the formulas of a divergence."""
     known = type(divergence) in (ForwardKL, ReverseKL)  # a subclass may have other formulas
     return known or (type(divergence) is JensenShannon and 0.01 <= divergence.beta <= 0.99)
 
@@ -99,15 +103,20 @@ def index_residuals(scale: Values, z: Rows, at: Tensor, smoothing: float = 0.0) 
     return p.scatter_(-1, at, others.neg_()).mul_(scale.unsqueeze(-1) / total), sure
 
 
-def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Values, Rows] | None:
-    """Return :func:`index_losses` and :func:`index_residuals` of scale 1 in one, or ``None`` if a row is not sure."""
+def index_losses_and_residuals(z: Rows, at: Tensor) -> tuple[Column, Rows] | None:
+    """Return :func:`index_losses`, ``(..., 1)``, and :func:`index_residuals` of scale 1, or ``None`` for unsure rows.
+
+    It calls few operations: of few logits, each takes longer than its computation.
+    """
     p = _where_stored(torch.softmax, z)
     at_target = p.gather(-1, at)
     others = p.scatter_(-1, at, 0.0).sum(-1, keepdim=True)
-    if not torch.minimum(others, at_target).amin().item() > LEAST_OTHERS:
+    rows = (others / at_target).log1p_()
+    least, most = rows.aminmax()
+    if not (least.item() > LEAST_OTHERS and most.item() < -math.log(LEAST_OTHERS)):  # also beside NaN
         return None
-    total = others + at_target
-    return torch.log1p(others / at_target).squeeze(-1), p.scatter_(-1, at, others.neg_()).div_(total)
+    total = at_target.add_(others)
+    return rows, p.scatter_(-1, at, others.neg_()).div_(total)
 
 
 def smoothed_index_losses(smoothing: float, z: Rows, at: Tensor) -> tuple[Values, Flags]:
@@ -161,50 +170,66 @@ def sides(first: Rows, second: Rows) -> tuple[Side, Side]:
     return made[0], made[1]
 
 
-def divergence_losses(divergence: Divergence, z: Rows, target: Rows) -> tuple[Values, Flags]:
-    """Return the divergence of each row from ``target`` to ``z``, both logits."""
-    if isinstance(divergence, ReverseKL):
-        z, target = target, z
-    model, teacher = sides(z, target)
-    size: Tensor | float = 1.0
-    if isinstance(divergence, JensenShannon):
-        value = jensen_shannon(divergence.beta, model.p, teacher.p, totals=(model.total, teacher.total))
-    else:
-        constant = model.lse - teacher.lse
-        value, size = pull(teacher.z - model.z, teacher.p, teacher.total) + constant, 1 + constant.abs()
-    sure = (value > LEAST_LOSS * size) & value.isfinite() & _has_rest(model, teacher)
-    return value.to(z.dtype).squeeze(-1), sure.squeeze(-1)
+class DivergenceForms(NamedTuple):
+    """The value of each row and its gradients, as far as they are wanted, and which rows are sure."""
+
+    value: Values | None
+    in_z: Rows | None
+    in_target: Rows | None
+    sure: Flags
 
 
-def divergence_residuals(
-    divergence: Divergence, scale: Values, z: Rows, target: Rows, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Flags]:
-    """Return ``scale ⊙ ∂D/∂z`` and ``scale ⊙ ∂D/∂target`` where wanted."""
+def divergence_forms(
+    divergence: Divergence, scale: Values | None, z: Rows, target: Rows, wanted: tuple[bool, bool], *,
+    wants_value: bool,
+) -> DivergenceForms:  # fmt: skip
+    """Return the divergence from ``target`` to ``z``, both logits, and ``scale`` times its gradients in both."""
     if isinstance(divergence, ReverseKL):
-        in_target, in_z, sure = divergence_residuals(ForwardKL(), scale, target, z, (wanted[1], wanted[0]))
-        return in_z, in_target, sure
+        others = (wanted[1], wanted[0])
+        value, in_target, in_z, sure = divergence_forms(ForwardKL(), scale, target, z, others, wants_value=wants_value)
+        return DivergenceForms(value, in_z, in_target, sure)
     model, teacher = sides(z, target)
-    in_z, in_target = None, torch.empty_like(target) if wanted[1] else None
-    factors, size = (1.0, 1.0), torch.ones_like(model.top)
-    if isinstance(divergence, JensenShannon):
-        in_z = torch.empty_like(z) if wanted[0] else None
-        totals = (model.total, teacher.total)
-        jensen_shannon(divergence.beta, model.p, teacher.p, in_z, in_target, totals=totals)
-        factors = (divergence.beta - 1, -divergence.beta)
-    else:
-        if in_target is not None:
-            size += pull(teacher.z - model.z, teacher.p, teacher.total, in_target).abs()
-        if wanted[0]:  # in place where the target's probabilities are not needed any more
-            ratio, out = model.total / teacher.total, None if wanted[1] else teacher.p
-            in_z = torch.addcmul(model.p, teacher.p, ratio, value=-1, out=out)
-    sure = _has_rest(model, teacher)
+    beta = divergence.beta if isinstance(divergence, JensenShannon) else None
+    value, in_z, in_target = _compared(beta, model, teacher, wanted, wants_value=wants_value)
+    constant, sure = model.lse - teacher.lse, _has_rest(model, teacher)
+    if wants_value and value is not None:
+        least = LEAST_LOSS if beta is not None else LEAST_LOSS * (1 + constant.abs())
+        sure = sure & (value > least) & value.isfinite()
+    size = 1 + (value - constant).abs() if beta is None and in_target is not None and value is not None else 1.0
+    factors = (1.0, 1.0) if beta is None else (beta - 1, -beta)
     for gradient, side, factor in zip((in_z, in_target), (model, teacher), factors, strict=True):
         if gradient is not None:
             sure = sure & (gradient.abs().sum(-1, keepdim=True) > LEAST * size)
             balance(gradient, side.p, side.top)
-            gradient.mul_((factor * scale).unsqueeze(-1) / side.total)
+            gradient.mul_((factor if scale is None else (factor * scale).unsqueeze(-1)) / side.total)
     in_z, in_target = (None if g is None else unless_masked(a, g) for a, g in ((z, in_z), (target, in_target)))
-    return in_z, in_target, sure.squeeze(-1) | (scale == 0)
+    sure = sure.squeeze(-1) if scale is None else sure.squeeze(-1) | (scale == 0)
+    return DivergenceForms(
+        value.to(z.dtype).squeeze(-1) if wants_value and value is not None else None, in_z, in_target, sure
+    )
+
+
+def _compared(
+    beta: float | None, model: Side, teacher: Side, wanted: tuple[bool, bool], *, wants_value: bool
+) -> tuple[Column | None, Rows | None, Rows | None]:
+    """Return the Jensen-Shannon divergence, or the KL divergence without ``beta``, and multiples of its gradients.
+
+    The multiples, one for each row, are those of :func:`jensen_shannon`, and the totals for a KL divergence.
+    """
+    value, in_z, in_target = None, None, torch.empty_like(teacher.z) if wanted[1] else None
+    constant = model.lse - teacher.lse
+    if beta is not None:
+        in_z = torch.empty_like(model.z) if wanted[0] else None
+        log_ratio = torch.sub(teacher.z, model.z, out=in_z)
+        totals = (model.total, teacher.total)
+        value = jensen_shannon(beta, log_ratio, constant, model.p, teacher.p, in_z, in_target, totals=totals)
+        return value, in_z, in_target
+    if wants_value or wanted[1]:
+        value = pull(teacher.z - model.z, teacher.p, teacher.total, in_target) + constant
+    if wanted[0]:  # in place where the target's probabilities are not needed any more
+        ratio, out = model.total / teacher.total, None if wanted[1] else teacher.p
+        in_z = torch.addcmul(model.p, teacher.p, ratio, value=-1, out=out)
+    return value, in_z, in_target
 
 
 def _has_rest(*sides: Side) -> Tensor:
@@ -237,25 +262,24 @@ def pull(s: Rows, e: Rows, total: Column | None = None, out: Rows | None = None)
 
 
 def jensen_shannon(
-    beta: float, e: Rows, y: Rows, out: Rows | None = None, target_out: Rows | None = None, *,
-    totals: tuple[Column, Column] | None = None, buffers: tuple[Rows, Rows] | None = None, masks: bool = False,
+    beta: float, log_ratio: Rows, constant: Column, e: Rows, y: Rows, out: Rows | None = None,
+    target_out: Rows | None = None, *, totals: tuple[Column, Column], mixture: Rows | None = None,
 ) -> Column:  # fmt: skip
-    """Return the divergence of ``p = e / total`` and ``y / target_total``, where the ``totals`` are 1 by default.
+    """Return the divergence of ``p = e / total`` and ``y / target_total``.
 
-    ``log m/p = log1p(β (y/p − 1))`` and ``log m/y = log1p((1−β) (p/y − 1))`` do not cancel. The gradients are
-    ``∂D/∂z = (β−1)/total · out`` and ``∂D/∂target = −β/target_total · target_out``. The first of the ``buffers`` may be
-    ``out``. With ``masks``, classes may have no mass on both sides.
+    ``log_ratio`` and the buffer ``mixture`` are overwritten; ``log_ratio + constant`` is ``r = log y/p``. With the
+    mixture ``m``, ``log m/p = log1p(β e^r − β)`` and ``log m/y = log m/p − r``, where for ``β ≤ ½`` little cancels. The
+    gradients are ``∂D/∂z = (β−1)/total · out`` and ``∂D/∂target = −β/target_total · target_out``; ``out`` may be
+    ``log_ratio``.
     """
-    ratio, model_side = (torch.empty_like(e), torch.empty_like(e)) if buffers is None else buffers
-    total, target_total = (None, None) if totals is None else totals
-    torch.div(y, e, out=ratio)
-    if total is not None and target_total is not None:
-        ratio.mul_(total / target_total)
-    ratio.clamp_(1e-35, 1e35)  # for a class without mass on either side: 0 times a finite logarithm
-    if masks:
-        ratio.nan_to_num_(1.0)
-    torch.sub(ratio, 1, out=model_side).mul_(beta).log1p_()
-    ratio.reciprocal_().sub_(1).mul_(1 - beta).log1p_()
-    to_target = pull(ratio, y, target_total, target_out)
-    to_model = pull(model_side, e, total, out)
-    return -(beta * to_target + (1 - beta) * to_model)
+    if beta > 0.5:  # the same with the sides exchanged
+        others = (totals[1], totals[0])
+        ratio = log_ratio.neg_()
+        return jensen_shannon(1 - beta, ratio, -constant, y, e, target_out, out, totals=others, mixture=mixture)
+    log_ratio.clamp_(-MOST_RATIO, MOST_RATIO)
+    start = constant.to(log_ratio.dtype).mul(LOG2_E).add_(math.log2(beta))
+    mixture = torch.add(start, log_ratio, alpha=LOG2_E, out=mixture)
+    mixture.exp2_().sub_(beta).log1p_()
+    to_target = pull(torch.sub(mixture, log_ratio, out=log_ratio), y, totals[1], target_out)
+    to_model = pull(mixture, e, totals[0], out)
+    return -(beta * (to_target - constant) + (1 - beta) * to_model)

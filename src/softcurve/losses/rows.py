@@ -33,6 +33,7 @@ from softcurve.typing import Number, ReductionKind
 HESSIAN, GAUSS_NEWTON, FISHER = "hessian", "gauss_newton", "fisher"
 
 Gradients = tuple[Tensor | None, Tensor | None]  # with respect to the logits and to the target
+ValueAndGradients = tuple[Values, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class RowLoss(ABC):
     def products(self, z: Tensor, target: Tensor, v_z: Tensor | None, v_target: Tensor | None) -> Gradients:
         """Return the joint Hessian times a direction; ``None`` is a direction of zeros."""
 
-    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the value and its gradient in ``z`` from the same passes, or ``None`` if there are none for both."""
+    def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
+        """Return the value and the gradients that are ``wanted`` from the same passes, or ``None`` without any."""
         return None
 
     # The base class adds the map, the z-loss, the scale of the rows and the dtypes.
@@ -174,12 +175,13 @@ class IndexCrossEntropy(RowLoss):
         mean = torch.log1p(row.rest).squeeze(-1) - row.shifted.mean(-1)
         return (1 - self.smoothing) * rows + self.smoothing * mean
 
-    def value_and_residual(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return both by few passes, if they are accurate in every row."""
+    def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
+        """Return value and gradient by few passes, if they are accurate in every row."""
         plain = self.logit_map.is_identity and not self.z_loss and not self.smoothing
         if not plain or not fast_forms.serves(z, target):
             return None
-        return fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
+        both = fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
+        return None if both is None else (both[0].squeeze(-1), both[1], None)
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return ``scale (p − y)`` by few passes where they are accurate, otherwise by the exact form."""
@@ -281,9 +283,10 @@ class LogitDivergence(RowLoss):
         """Return the value by few passes where they are accurate, otherwise by the exact form."""
         if not (fast_forms.compares(self.divergence) and fast_forms.serves(z, target)):
             return self._exact_loss(z, target)
-        value, sure = fast_forms.divergence_losses(self.divergence, z, target)
-        fast_forms.completed((value,), sure, lambda *rows: (self._exact_loss(*rows),), z, target)
-        return value
+        forms = fast_forms.divergence_forms(self.divergence, None, z, target, (False, False), wants_value=True)
+        assert forms.value is not None
+        fast_forms.completed((forms.value,), forms.sure, lambda *rows: (self._exact_loss(*rows),), z, target)
+        return forms.value
 
     def _exact_loss(self, z: Tensor, target: Tensor) -> Values:
         return softmax.term_of(self.divergence, "value", softmax.pair(z, target))
@@ -292,10 +295,28 @@ class LogitDivergence(RowLoss):
         """Return the gradients by few passes where they are accurate, otherwise by the exact form."""
         if not (fast_forms.compares(self.divergence) and fast_forms.serves(z, scale, target)):
             return self._exact_residuals(scale, z, target, wanted)
-        *parts, sure = fast_forms.divergence_residuals(self.divergence, scale, z, target, wanted)
+        forms = fast_forms.divergence_forms(self.divergence, scale, z, target, wanted, wants_value=False)
         exact = functools.partial(self._exact_residuals, wanted=wanted)
-        fast_forms.completed(parts, sure, exact, scale, z, target)
-        return parts[0], parts[1]
+        fast_forms.completed((forms.in_z, forms.in_target), forms.sure, exact, scale, z, target)
+        return forms.in_z, forms.in_target
+
+    def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
+        """Return value and gradients by few passes where they are accurate, otherwise by the exact form.
+
+        A row that is not finite may have no part in the loss, which the gradient must know.
+        """
+        plain = self.logit_map.is_identity and fast_forms.compares(self.divergence)
+        if not plain or z.dtype != target.dtype or not fast_forms.serves(z, target):
+            return None
+        forms = fast_forms.divergence_forms(self.divergence, None, z, target, wanted, wants_value=True)
+        assert forms.value is not None
+
+        def exact(z: Tensor, target: Tensor) -> ValueAndGradients:
+            ones = z.new_ones(z.shape[:-1])
+            return self._exact_loss(z, target), *self._exact_residuals(ones, z, target, wanted)
+
+        fast_forms.completed((forms.value, forms.in_z, forms.in_target), forms.sure, exact, z, target)
+        return (forms.value, forms.in_z, forms.in_target) if math.isfinite(forms.value.sum().item()) else None
 
     def _exact_residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         pair, column, gradient = softmax.pair(z, target), scale.unsqueeze(-1), softmax.divergence_gradient

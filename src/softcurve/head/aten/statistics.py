@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcurve.head.aten.exponentials import exponentials_into
 from softcurve.head.aten.sparse import Places, or_zero, put
 from softcurve.head.kernel import Residuals, row_groups
 from softcurve.head.maxima import largest
@@ -21,7 +22,6 @@ from softcurve.losses.spec import LogitMap
 
 # A masked class has δ = −inf, whose product with e = 0 is NaN; e^δ is 0 here in every dtype.
 FLOOR = -1000.0
-LOG2_E = 1 / math.log(2)
 MOST_MEAN = 10.0  # of |δ|, in nats; see _coarse
 
 
@@ -249,7 +249,7 @@ def _sum(
     fast: bool,
 ) -> None:  # fmt: skip
     """Write the sums over the classes of a group of rows but their tops to ``out``, and the exponentials to ``e``."""
-    torch.exp2(torch.mul(delta, LOG2_E, out=e), out=e) if fast else torch.exp(delta, out=e)
+    exponentials_into(e, delta) if fast else torch.exp(delta, out=e)
     torch.sum(e.scatter_(-1, column, 0.0), -1, keepdim=True, out=out.rest)
     if needs.moment:
         torch.sum(torch.mul(e, delta, out=product), -1, keepdim=True, out=out.moment)
