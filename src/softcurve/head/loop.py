@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softcurve.head import workspace
 from softcurve.head.kernel import Kernel, Residuals, Statistics
 from softcurve.head.pairs import evaluate_pairs
 from softcurve.head.products import STILL, ClassRows, MapSums, terms_of
@@ -90,7 +89,7 @@ class _Results:
         # Gradients are summed over tiles in the dtype of the computation. One written once has its tensor's own.
         teacher = spec.target == "teacher"
         of_model, of_target = sides([
-            workspace.empty(tensor.shape, tensor.dtype if number == TARGET and not teacher else dtype, device)
+            tensor.new_empty(tensor.shape, dtype=tensor.dtype if number == TARGET and not teacher else dtype)
             if is_wanted and tensor is not None
             else None
             for number, (tensor, is_wanted) in enumerate(zip(tensors.differentiable, wanted, strict=True))

@@ -28,7 +28,7 @@ from softcurve.head.kernel import (
     largest,
     smoothing_of_rows,
 )
-from softcurve.head.plan import plan_curvature, plan_list, plan_pass
+from softcurve.head.plan import aligned, plan_curvature, plan_list, plan_pass
 from softcurve.head.products import EVERY_ROW, ClassRows, LinearMap, MapParts
 from softcurve.head.sparse import SparseKernel
 from softcurve.head.statistics import StatisticsKernel
@@ -355,7 +355,9 @@ class Tile:
         """Return a buffer for a block, the same for every tile; in half precision in half the memory."""
         width, entries, buffers = classes.stop - classes.start, self.tiles.entries, self.tiles.buffers
         flat = buffers.take(name, entries) if half is None else buffers.take(name, entries // 2).view(half)
-        return flat[: len(self) * width].view(len(self), width)
+        padded = self.tiles.buffers.device.type == "cpu" and not self.tiles.in_triton
+        step = aligned(width) if padded else width
+        return flat[: len(self) * step].view(len(self), step)[:, :width]
 
 
 def kept_rows(weight: Tensor) -> slice | Tensor:

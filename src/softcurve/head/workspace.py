@@ -1,8 +1,10 @@
-"""Buffers for tiles, which outlive a call, and for gradients.
+"""Buffers for tiles, which outlive a call.
 
 On the CPU, memory that is fresh from the system costs a page fault for every 4 KiB, which for a tile takes longer than
 its matrix product. So the tiles of the last pass are kept for the next, up to ``KEPT_BYTES`` in all, and Linux is asked
-for pages of 2 MiB, as torch does where ``THP_MEM_ALLOC_ENABLE`` is set. On CUDA torch's own allocator keeps memory.
+for pages of 2 MiB, as torch does where ``THP_MEM_ALLOC_ENABLE`` is set. Gradients, which every call returns in fresh
+memory, are not on such pages: where the system has to move others to make one, that takes longer than the faults. On
+CUDA torch's own allocator keeps memory.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -34,13 +36,13 @@ def _reuse(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
                     return kept
                 _kept.append(kept)
         _kept.clear()
-    return empty((entries,), dtype, device)
+    return _empty(entries, dtype, device)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return ``torch.empty``, on large pages where the system has them."""
+def _empty(entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a flat ``torch.empty``, on large pages where the system has them."""
     with torch.inference_mode(mode=False):  # it may be kept for a pass outside
-        fresh = torch.empty(shape, dtype=dtype, device=device)
+        fresh = torch.empty(entries, dtype=dtype, device=device)
     if device.type == "cpu" and fresh.nbytes >= LARGE_BYTES and (advise := _madvise()) is not None:
         start, stop = -(-fresh.data_ptr() // PAGE) * PAGE, (fresh.data_ptr() + fresh.nbytes) // PAGE * PAGE
         advise(start, stop - start, MADV_HUGEPAGE)  # a refusal costs nothing but time
