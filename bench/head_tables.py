@@ -31,7 +31,7 @@ def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]
                 name,
                 str(shape),
                 record["who"],
-                record.get("note") or f"{record['s']:.4f}",
+                record.get("note") or (f"{record['s']:.4f}" if record["s"] >= 0.01 else f"{record['s']:.3g}"),
                 cell(record, "ratio", ".2f"),
                 cell(record, "extra_mb", ".1f"),
                 cell(record, "results_mb", ".1f"),
@@ -52,13 +52,16 @@ def figures(name: str, shape: Shape, repeats: int, chosen: Container[str] | None
     runs = {who: run for who, run in tried.items() if not isinstance(run, str)}
     products = case.floor(given)
     floor = f"floor, {len(products)} product{'s' if len(products) > 1 else ''}"
-    seconds = interleaved({**runs, floor: partial(heads.multiply, products)}, repeats)
+    calls = heads.calls_of(shape)
+    timed = {who: partial(heads.repeated, run, calls) for who, run in runs.items()}
+    timed[floor] = partial(heads.repeated, partial(heads.multiply, products), calls)
+    seconds = interleaved(timed, repeats)
     few = case.inputs(shape._replace(rows=max(16, shape.rows // 16)))
     truth = case.run(case.dense, few.in_float64())()
     for who in (OURS, floor, *(peer for peer in contestants if peer != OURS)):
         record: Record = {"case": name, "shape": shape, "who": who}
         if who in seconds:
-            record["s"] = median(seconds[who])
+            record["s"] = median(seconds[who]) / calls
             record["ratio"] = median_ratio(seconds[OURS], seconds[who])
         else:
             record["note"] = tried[who]

@@ -218,10 +218,23 @@ def multiply(products: Products) -> None:
         torch.mm(left, right, out=out)
 
 
+def calls_of(shape: Shape) -> int:
+    """Return the number of calls in a row that make the time of a small head measurable."""
+    return max(1, min(200, 2**22 // (shape.rows * shape.classes)))
+
+
+def repeated(run: Callable[[], object], calls: int) -> None:
+    """Call a function some times."""
+    for _ in range(calls):
+        run()
+
+
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 BASE = Shape(1024, 256, 32_000)
 LISTED = (32, 1024)
+# Heads of small classifiers, whose calls of operations take longer than the products.
+FEW_LOGITS = (Shape(8, 32, 100), Shape(64, 64, 1000))
 POLICY_SHAPES = (BASE, Shape(1024, 768, 50_257), Shape(2048, 128, 50_257), Shape(256, 64, 1_000_000))
 
 
@@ -250,7 +263,7 @@ CASES: Mapping[str, Case] = {
         class_indices,
         sc.linear_cross_entropy,
         peers.dense_cross_entropy,
-        shapes=(BASE, Shape(1024, 768, 50_257), Shape(4096, 256, 10_000), Shape(512, 2048, 32_000)),
+        shapes=(BASE, Shape(1024, 768, 50_257), Shape(4096, 256, 10_000), Shape(512, 2048, 32_000), *FEW_LOGITS),
     ),
     "soft-targets": Case(probabilities, sc.linear_cross_entropy, peers.dense_cross_entropy),
     "forward-kl": Case(teacher, _kl, peers.dense_kl, floor=teacher_products),
