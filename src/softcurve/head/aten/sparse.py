@@ -200,7 +200,9 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
         e, mapped = z[group], z[:0]
         if v is not None:
             mapped = v[group].clone() if raw is not None else mapped
-            v[group].mul_(beta[group]).add_(alpha[group]).mul_(e)
+            if scaled:
+                v[group].mul_(beta[group])
+            v[group].add_(alpha[group]).mul_(e)
         if scaled:
             e.mul_(beta[group])
         if share is not None:
@@ -219,12 +221,16 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 # --- second order ----------------------------------------------------------------------------------------------------
 
 
-def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
+def prepare(
+    tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Set ``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
-    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
-    ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
-    mass of all other classes of the block, which whole rows without such a class leave at 0.
+    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. ``known`` are
+    the largest of the results in each row and their sum, if the sweep has found them. Unless ``others`` is ``None``,
+    returns the class with more than half of it: its mass (or 0), its column (or −1), and the mass of all other classes
+    of the block, which whole rows without such a class leave at 0.
     """
     if scale is None:
         put(tile.z, tile.listed, None)
@@ -238,10 +244,11 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
             rescale(e, scale[rows])
         if others is None:
             continue
-        mass = e.amax(-1, keepdim=True)
+        mass = e.amax(-1, keepdim=True) if known is None else known[0][rows]
         above = mass > 0.5 * others[rows]
         if tile.listed.inside is not None:
-            rest[rows] = torch.where(above, 0.0, e.sum(-1, keepdim=True).double())
+            total = e.sum(-1, keepdim=True) if known is None else known[1][rows]
+            rest[rows] = torch.where(above, 0.0, total.double())
         row = above.squeeze(-1).nonzero().squeeze(-1)
         if len(row):
             confident = e[row]
