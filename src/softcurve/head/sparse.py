@@ -84,6 +84,8 @@ class SparseKernel(CurvatureKernel):
             self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
         stays, wants_stats = not self.data.cuts_classes, self.data.wants_stats
+        if stays and self.swept and not wants_stats:
+            tile = tile._replace(near=self.unlisted.shift)
         sums, column, exponentials = self.tiles.statistics(
             tile, wants_stats=wants_stats, leaves_residual=self.data.wants_gradient and stays
         )

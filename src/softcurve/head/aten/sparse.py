@@ -20,6 +20,8 @@ from softcurve.losses.spec import LogitMap
 
 # Where each row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
 DIRECT = (0.0, 30.0)
+# How far a largest logit of a block may be from the shift of the blocks before, to share it: nothing is rescaled then.
+NEAR = 20.0
 
 
 class Places(NamedTuple):
@@ -57,6 +59,7 @@ class SparseTile(NamedTuple):
     share: Tensor | None  # (classes,): u of label smoothing
     logit_map: LogitMap
     cached: int  # entries that stay in the cache
+    near: Tensor | None = None  # (rows, 1): the shift of a row's earlier blocks, where they stay
     masks_share: bool = False  # whether a masked class has no share, as one that its row excludes
 
     def row_groups(self) -> Iterator[slice]:
@@ -157,12 +160,12 @@ def statistics(
         _map_logits(tile, rows)
     # Of the unlisted: beside a listed class far above them they would be too small for float32.
     top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
-    shift = or_zero(top)
+    shift = _shift_beside(tile.near, top)
     smoothed = _uniform_sums(tile, shift)
     direct = z.device.type == "cpu" and not wants_stats and tile.share is None
-    direct = direct and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
-    if direct:
+    if direct and tile.near is None and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1]):
         shift = torch.zeros_like(top)
+    direct = direct and not bool(shift.any())
     total, change, moment, square = (torch.zeros_like(top) for _ in range(4))
     for rows in tile.row_groups():
         part = z[rows]
@@ -363,6 +366,15 @@ def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
             sums[name] = torch.cat(inner).double().unsqueeze(-1)
     put(tile.z, tile.listed, None)
     return sums
+
+
+def _shift_beside(near: Tensor | None, top: Tensor) -> Tensor:
+    """Return what exponentials are relative to: the largest logit, or the shift of earlier blocks if that is near."""
+    shift = or_zero(top)
+    if near is None:
+        return shift
+    near = near.to(top.dtype)
+    return torch.where((top - near).abs() <= NEAR, near, shift)
 
 
 def or_zero(shift: Tensor) -> Tensor:
