@@ -10,6 +10,7 @@ writes figures and pictures into docs/pictures; with ``--redraw`` it only draws 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -133,7 +134,21 @@ def print_curvature(shapes: Sequence[Shape] | None, repeats: int) -> list[Record
         for matrix, columns in (("Gauss-Newton", 1), ("Gauss-Newton", 10), ("Hessian", 1)):
             records += _product_figures(matrix, columns, shape, repeats)
         records += _head_figures(shape, repeats)
+    if shapes is None:
+        records += _eigenvalue_figures(min(repeats, 3))
     return records
+
+
+def _eigenvalue_figures(repeats: int) -> Iterator[Record]:
+    shape = curvature.Shape(math.prod(curvature.TOKENS), curvature.WIDTH, curvature.VOCABULARY)
+    seconds = interleaved(curvature.eigenvalue_runs(), repeats)
+    for name in seconds:
+        record: Record = {"what": f"eigsh({curvature.EIGENVALUES}), transformer", "shape": shape, "columns": ""}
+        record |= {"who": name, "s": median(seconds[name])}
+        if name != curvature.OURS:
+            record["ratio"] = median_ratio(seconds[curvature.OURS], seconds[name])
+        _print_curvature_row(record)
+        yield record
 
 
 def _product_figures(matrix: str, columns: int, shape: curvature.Shape, repeats: int) -> Iterator[Record]:

@@ -113,6 +113,40 @@ def head_runs(shape: Shape) -> dict[str, Run]:
     return {"loss + gradients": gradients, "diagonal": of_head.diagonal, "trace": of_head.trace}
 
 
+# --- eigenvalues ------------------------------------------------------------------------------------------------------
+
+TOKENS, WIDTH, VOCABULARY, EIGENVALUES = (8, 64), 128, 8192, 3
+
+
+class Transformer(nn.Module):
+    """Token embeddings and two layers with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 256, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # noqa: D102
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        e: Tensor = self.layers(self.embedding(tokens), mask=mask, is_causal=True)
+        return e
+
+
+def eigenvalue_runs() -> dict[str, Run]:
+    """Return functions that compute the largest eigenvalues of a Gauss-Newton matrix, and as many single products."""
+    torch.manual_seed(0)
+    data = [(torch.randint(VOCABULARY, TOKENS), torch.randint(VOCABULARY, TOKENS))]
+    operator = curvature.GGN(Transformer(), nn.Linear(WIDTH, VOCABULARY), data)
+    vector, count = torch.randn(operator.shape[0]), operator.eigsh(EIGENVALUES).products
+
+    def products() -> None:
+        for _ in range(count):
+            operator @ vector
+
+    return {OURS: lambda: operator.eigsh(EIGENVALUES), f"{count} products": products}
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

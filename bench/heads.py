@@ -198,12 +198,17 @@ def teacher_products(given: Inputs) -> Products:
 def hessian_products(given: Inputs) -> Products:
     """Return the products of ``z = e Wᵀ``, ``ż = ė Wᵀ + e Ẇᵀ``, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``.
 
-    The products of the gradients themselves are not included.
+    The products of the gradients themselves are those of :func:`gradient_products`.
     """
     (e, w), (de, dw), z, dz = given.wanted, given.direction, _logits(given), _logits(given)
     of_e, of_w = torch.empty_like(e), torch.empty_like(w)
     forward = [(e, w.T, z), (de, w.T, dz), (e, dw.T, dz)]
     return [*forward, (dz, w, of_e), (z, dw, of_e), (dz.T, e, of_w), (z.T, de, of_w)]
+
+
+def hessian_flow_products(given: Inputs) -> Products:
+    """Return the products of the gradients and those of the HVP, which computes the logits again."""
+    return gradient_products(given) + hessian_products(given)
 
 
 def _logits(given: Inputs) -> Tensor:
@@ -274,7 +279,8 @@ CASES: Mapping[str, Case] = {
         class_indices,
         sc.linear_cross_entropy,
         peers.dense_cross_entropy,
-        floor=hessian_products,
+        shapes=(BASE, Shape(1024, 256, 50_257)),
+        floor=hessian_flow_products,
         run=hessian,
         compiled=compiled_hessian,
     ),

@@ -44,10 +44,12 @@ Pass = Callable[[RowLosses], Any]
 BOUND = 1e-9
 COLUMNS = 3
 
-# Rows, features and classes: with the default budget, with one that cuts rows in two, with the least there is, which
-# cuts classes (see test_budgets_cut_what_they_are_named_after). A pass that goes through no columns needs less.
+# Rows, features and classes: with the default budget, in blocks that stay beside each other as those of large heads do,
+# with a budget that cuts rows in two, with the least there is, which cuts classes (see
+# test_budgets_cut_what_they_are_named_after). A pass that goes through no columns needs less.
 TILINGS = {
     "whole": ((2, 5), 3, 7),
+    "blocks": ((2, 5), 3, 41),
     "rows": ((2, 35), 3, 7),
     "classes": ((3,), 3, 131),
     "many classes": ((3,), 3, 251),
@@ -95,7 +97,7 @@ def settings(*tilings: str, **more: Sequence[str]) -> list[Any]:
     return [pytest.param(*setting.values(), id="-".join(setting.values())) for setting in together]
 
 
-OF_MATRICES = settings("rows", "classes", matrix=MATRICES)
+OF_MATRICES = settings("blocks", "rows", "classes", matrix=MATRICES)
 OF_GRADIENTS = settings("rows", "many classes")
 OF_SAMPLES = [
     (case, "everything", tiling)
@@ -148,7 +150,10 @@ def plan_of(run: Pass, rows: RowLosses, monkeypatch: pytest.MonkeyPatch) -> tupl
 
 def rows_of(given: Problem, tiling: str, run: Pass, monkeypatch: pytest.MonkeyPatch) -> RowLosses:
     """With the budget that the tiling means for this pass."""
-    if tiling == "whole":
+    if tiling == "blocks":
+        monkeypatch.setattr(plan_module, "KEPT_ENTRIES", 64)
+        monkeypatch.setattr(plan_module, "KEPT_ROWS", 6)
+    if tiling in ("whole", "blocks"):
         return whole(given)
     with pytest.raises(ValueError, match="memory_budget") as refused:
         run(whole(given, memory_budget=1))
@@ -306,6 +311,10 @@ def test_budgets_cut_what_they_are_named_after(case, name, monkeypatch):
         plan, _ = plan_of(run, rows_of(posed(case, "everything", tiling), tiling, run, monkeypatch), monkeypatch)
         cuts[tiling.split()[-1]] = "classes" if plan.cuts_classes else "rows" if plan.rows < plan.row_count else "whole"
     assert cuts == {name: name for name in ("whole", "rows", "classes")}
+    plan, _ = plan_of(run, rows_of(posed(case, "everything", "blocks"), "blocks", run, monkeypatch), monkeypatch)
+    is_listed = BY_NAME[case].kind.listed or BY_NAME[case].kind is INDICES
+    assert plan.kept == (is_listed and name != "gradients")
+    assert (plan.classes < plan.class_count) == plan.kept
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ CALLS = [
     (("scipy", "expression", "softcurve.SoftmaxRegressionCV"), "softcurve.SoftmaxRegressionCV"),
     (("safetensors", "expression", "softcurve.SoftmaxRegression"), "softcurve.SoftmaxRegression"),
     (("scipy", "expression", "matrix.to_scipy()"), "to_scipy"),
-    (("scipy", "expression", "matrix.eigsh(1)"), "eigsh"),
+    (("scipy", "expression", "matrix.eigsh(1, method='lobpcg')"), "eigsh"),
     (("matplotlib", "expression", "matrix.spectral_density().plot()"), "plot"),
     (("typer", "module"), "the command line"),
     (("typer", "script", "fit", "--help"), "the command line"),

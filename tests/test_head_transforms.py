@@ -364,13 +364,15 @@ def test_gradients_that_are_handed_over_are_not_scaled_in_place() -> None:
 # --- products that are differentiated in their directions ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", ["whole", "least"])
+@pytest.mark.parametrize("tiling", ["whole", "blocks", "least"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_hvp_of_autograd(name: str, reduction: str, budget: str) -> None:
+def test_hvp_of_autograd(name: str, reduction: str, tiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.autograd.functional.hvp`` is the derivative of a product of Hessian and vector in the vector."""
-    posed = problem(BY_NAME[name], everything(BY_NAME[name]), reduction, (3,), 2, 7)
-    arguments, options = tuple(a.detach() for a in posed.arguments), {"memory_budget": posed.budget(budget)}
+    posed = problem(BY_NAME[name], everything(BY_NAME[name]), reduction, (3,), 2, 41 if tiling == "blocks" else 7)
+    monkeypatch.setattr("softcurve.head.plan.KEPT_ENTRIES", 40 if tiling == "blocks" else 2**20)
+    budget = posed.budget("least" if tiling == "least" else "whole")
+    arguments, options = tuple(a.detach() for a in posed.arguments), {"memory_budget": budget}
     v = directions(arguments)
 
     def ours(*of_loss: Tensor) -> Tensor:

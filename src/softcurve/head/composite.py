@@ -162,8 +162,9 @@ class CompositeKernel(Kernel):
             self._copy(block)
         sums = self.main.residuals(block, fresh)
         totals = (sums.z, sums.v)
-        if self.main.row_factor is not None:
-            sums.z.mul_(self.main.row_factor)
+        for total in totals:
+            if total is not None and self.main.row_factor is not None:
+                total.mul_(self.main.row_factor)
         if not self.factor:
             for part in sums:
                 if part is not None:
@@ -171,8 +172,8 @@ class CompositeKernel(Kernel):
         for term, copy in self.copies:
             if not term.counts:
                 continue
-            residuals, factors = term.kernel.residuals(copy, fresh), (term.kernel.row_factor, None)
-            for total, part, factor in zip(totals, (residuals.z, residuals.v), factors, strict=True):
+            residuals, factor = term.kernel.residuals(copy, fresh), term.kernel.row_factor
+            for total, part in zip(totals, (residuals.z, residuals.v), strict=True):
                 if total is not None and part is not None:
                     total.add_(part if factor is None else part.mul_(factor), alpha=self.stretch)
         return sums

@@ -59,7 +59,7 @@ def add_products(
                     if cut:
                         change(tile, block, column)
                     kernel.multiply_column(block, j)
-                    add_column(tile, block, kernel.row_factor, column, into[j], scale)
+                    add_column(tile, block, kernel, column, into[j], scale)
 
 
 class Diagonal(NamedTuple):
@@ -78,11 +78,15 @@ def diagonal(rows: RowLosses, matrix: str, *, wants_diagonal: bool) -> Diagonal:
     in_bias = traces.new_zeros(len(t.weight)) if wants_diagonal else None
     for tile, kernel in curvature_tiles(rows, matrix, columns=True):
         factor = row_weight(tile) * rows.loss.scale**2
-        blocks = prepared(tile, kernel)
-        if tile.tiles.plan.cuts_classes and rows.loss.target == "sparse":
-            for _ in blocks:  # what lies beside the largest class of a confident row is known after the last
-                pass
-            blocks = prepared(tile, kernel, again=True)
+        blocks: Iterable[Block] = prepared(tile, kernel)
+        if rows.loss.target == "sparse":
+            # What lies beside the largest class of a confident row is known after the last block.
+            if tile.tiles.plan.cuts_classes:
+                for _ in blocks:
+                    pass
+                blocks = prepared(tile, kernel, again=True)
+            else:
+                blocks = list(blocks)
         for block in blocks:
             assert block.v is not None
             kernel.diagonal(block)
@@ -155,7 +159,7 @@ def add_outer_products(
         for j, out in enumerate(into):
             if out.input is not None:
                 out.input[tile.rows] += (inner[:, j : j + 1] * back).to(out.input.dtype)
-        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, None))
+        again: Iterable[Block] = (each for each, _ in tile.residuals(kernel, ()))
         for each in again if block is None or tile.tiles.plan.cuts_classes else [block]:
             for j, out in enumerate(into):
                 along = residual_factor(tile, kernel) * inner[:, j : j + 1]
@@ -173,7 +177,7 @@ def row_weight(tile: Tile) -> Tensor:
 
 def prepared(tile: Tile, kernel: CurvatureKernel, *, again: bool = False) -> Iterator[Block]:
     """Yield the blocks, ready for columns; ``again`` if the rows' statistics are known."""
-    loaded = None if again else tile.accumulate(kernel)
+    loaded = [] if again else tile.accumulate(kernel)
     if not again:
         kernel.prepare_columns()
     count, group = len(list(tile.class_blocks())), None if again else tile.tiles.group
@@ -207,14 +211,16 @@ def change(tile: Tile, block: Block, column: Direction) -> None:
 
 
 def add_column(
-    tile: Tile, block: Block, factor: Tensor | None, column: Direction, into: Direction, scale: float
+    tile: Tile, block: Block, kernel: CurvatureKernel, column: Direction, into: Direction, scale: float
 ) -> None:
     """Take the product with one column back: ``ġ W (+ g Ẇ)``, ``ġᵀ e (+ gᵀ ė)``, ``Σ ġ``."""
     assert block.v is not None
     outer = row_weight(tile) * (scale * tile.model.scale)
-    of_change = outer if factor is None else outer * factor.to(block.v.dtype)
-    terms = [Term(block.v, tile.model.at, of_change)]
-    if block.residual is not None:
+    of_change = outer if kernel.row_factor is None else outer * kernel.row_factor.to(block.v.dtype)
+    sums = MapSums(MapParts(*into))
+    sums.add(tile.rows, block.classes, [Term(block.v, tile.model.at, of_change)])
+    if column.input is None and column.weight is None:
+        return
+    if (residual := kernel.residual(block)) is not None:
         along = column if column.input is None else column._replace(input=column.input[tile.rows])
-        terms.append(Term(block.residual, MapParts(*along), outer, in_bias=False))
-    MapSums(MapParts(*into)).add(tile.rows, block.classes, terms)
+        sums.add(tile.rows, block.classes, [Term(residual, MapParts(*along), outer, in_bias=False)])

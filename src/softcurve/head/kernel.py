@@ -137,7 +137,7 @@ class Kernel(ABC):
     loss: LossSpec
     data: RowData
     sweeps: int = field(default=1, init=False)
-    # What the residuals are still to be multiplied by, row by row: cheaper in the products' small operands.
+    # What the residuals and their changes are still to be multiplied by: cheaper in the products' small operands.
     row_factor: Float[Tensor, "rows 1"] | None = field(default=None, init=False)
     statistics: Statistics = field(default=Statistics(), init=False)
     # The gradient with respect to a sparse target's distribution, and its change along a direction.
@@ -260,6 +260,10 @@ class CurvatureKernel(Kernel, ABC):
     @abstractmethod
     def multiply_column(self, block: Block, number: int) -> None:
         """``v ← matrix · v``, but for ``row_factor``."""
+
+    def residual(self, block: Block) -> Tensor | None:
+        """Return ``∂L/∂z`` for a Hessian, else ``None``; it may replace ``v``, whose product has been taken back."""
+        return block.residual
 
     @abstractmethod
     def diagonal(self, block: Block) -> None:

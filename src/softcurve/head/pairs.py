@@ -179,7 +179,7 @@ class SideNumbers(NamedTuple):
         shift, alpha, beta, _, listed, listed_v = side.rows
         factor = 1.0 if side.row_factor is None else side.row_factor
         lse = torch.where(side.others > 0, shift + torch.log(side.others), math.inf)
-        return SideNumbers(shift, alpha, beta * factor, listed * factor, listed_v, lse)
+        return SideNumbers(shift, alpha * factor, beta * factor, listed * factor, listed_v * factor, lse)
 
     def of_some(self, entries: slice) -> SideNumbers:
         """Return the numbers of some rows or columns."""

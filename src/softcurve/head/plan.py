@@ -31,6 +31,10 @@ GROUP_PIECES = 4
 # A product of more features takes as long either way, and whole rows need fewer operations.
 STREAMED_ENTRIES, STREAMED_ROWS, STREAMED_WIDTH = 2**20, 512, 160
 
+# Entries of a block that is kept beside the others of its rows, so that it is in the cache from the product that writes
+# it to the passes that read it, and its most rows.
+KEPT_ENTRIES, KEPT_ROWS = 2**20, 512
+
 # Classes of a list from which on it is collected from cached blocks; a shorter one is found faster in whole rows.
 LONG_LIST = 128
 
@@ -56,7 +60,10 @@ class Needs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of ``rows`` × ``classes``; ``cached`` entries at a time go through the elementwise passes."""
+    """Tiles of ``rows`` × ``classes``; ``cached`` entries at a time go through the elementwise passes.
+
+    With ``kept`` every block of ``classes`` has memory of its own, and the buffers hold whole rows.
+    """
 
     row_count: int
     class_count: int
@@ -64,16 +71,17 @@ class Plan(NamedTuple):
     classes: int
     cached: int
     needs: Needs
+    kept: bool = False
 
     @property
     def cuts_classes(self) -> bool:
-        """Whether a tile holds only part of a row."""
-        return self.classes < self.class_count
+        """Whether a tile holds only part of a row, so that a block is computed again for every use."""
+        return self.classes < self.class_count and not self.kept
 
     @property
     def entries(self) -> int:
         """The size of a tile's buffer, rounded up to a multiple of 16 so that every buffer is 64-byte aligned."""
-        return _rounded(self.rows * aligned(self.classes), ALIGNED)
+        return _rounded(self.rows * aligned(self.class_count if self.kept else self.classes), ALIGNED)
 
     def class_blocks(self, held: int) -> Iterator[slice]:
         """Yield the classes of each tile, of ``held``: all of them unless other processes have more."""
@@ -100,11 +108,12 @@ def _classes_within(entries: int, class_count: int) -> int:
 def make_plan(
     row_count: int, class_count: int, *, dtype: torch.dtype, device: torch.device, needs: Needs,
     least_pieces: int | float, least_row_entries: int, whole_rows: bool, memory_budget: int | None,
-    may_cut: bool = True, streamed: bool = False, fewest_rows: int = FEWEST_ROWS,
+    may_cut: bool = True, streamed: bool = False, fewest_rows: int = FEWEST_ROWS, kept: bool = False,
 ) -> Plan:  # fmt: skip
     """Return the plan of fewest tiles within ``memory_budget`` bytes; with ``whole_rows`` temporaries are whole rows.
 
-    In a ``streamed`` pass every block of logits is computed and read once, so that on the CPU it is small.
+    In a ``streamed`` pass every block of logits is computed and read once, so that on the CPU it is small. Where whole
+    rows fit, ``kept`` cuts them into blocks that stay beside each other.
 
     Raises ``ValueError`` for less than one row of ``least_pieces`` of a few classes and ``least_row_entries``; of all
     classes, unless they ``may_cut``.
@@ -130,10 +139,13 @@ def make_plan(
     rows = int((entries - temporaries * cached) // (buffers * aligned(class_count) + row_entries))
     streamed = streamed and device.type == "cpu" and row_count * class_count > STREAMED_ENTRIES
     if fits and not streamed and rows >= (min(row_count, fewest_rows) if may_cut else 1):
+        kept = kept and device.type == "cpu" and min(rows, row_count) * class_count > 2 * KEPT_ENTRIES
+        rows = min(rows, KEPT_ROWS) if kept else rows
         even = -(-row_count // -(-row_count // rows))  # tiles of equal size
         rows = min(rows, row_count, _rounded(even, ROWS_OF_PRODUCT))
         cached = min(cached, max(rows * class_count, 1))
-        return Plan(row_count, class_count, rows, class_count, cached, needs)
+        classes = min(class_count, _rounded(-(-KEPT_ENTRIES // rows), ALIGNED)) if kept else class_count
+        return Plan(row_count, class_count, rows, classes, cached, needs, kept)
     free = entries - temporaries * few
     most = STREAMED_ROWS if streamed else 1024
     rows = max(1, min(row_count, most, int(free // (buffers * min(class_count, 256) + row_entries))))
@@ -200,21 +212,26 @@ def plan_pass(
         least_row_entries=most.row_entries, whole_rows=not (sparse or in_triton), memory_budget=budget,
         streamed=streamed and sparse and width <= STREAMED_WIDTH,
         fewest_rows=FEWEST_ROWS if sparse else FEWEST_ROWS_OF_DENSE,
+        kept=directed and not (in_triton or spec.pairs) and spec.target == "sparse" and spec.beside is None,
     )  # fmt: skip
 
 
-def plan_curvature(spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, extra_buffers: int) -> Plan:
+def plan_curvature(
+    spec: LossSpec, tensors: HeadTensors, count: int, budget: int | None, extra_buffers: int, *, kept: bool
+) -> Plan:
     """Plan a pass of second order: ``extra_buffers`` for a column's change, for ``q`` and for the residual."""
     device, row = tensors.input.device, 5 * _width(spec, tensors) + 64 + _excluded_entries(tensors)
     if tensors.indices is not None:
         row += 40 * (tensors.indices.shape[1] + 1)
     buffers = 1 + (spec.target == "teacher") + (spec.softcap is not None) + extra_buffers
     buffers += _copies_target(spec, tensors)
-    budget = 2 * DEFAULT_BUDGET.get(device.type, 2**30) if budget is None else budget
+    kept = kept and spec.target == "sparse" and device.type == "cpu"
+    if budget is None:  # more than a pass of first order has, but for blocks that are kept: those of 256 rows are large
+        budget = (2 - kept) * DEFAULT_BUDGET.get(device.type, 2**30)
     return make_plan(
         count, spec.widest(tensors.weight.shape[0]), dtype=tensors.dtype, device=device,
         needs=Needs(buffers, 6 if spec.target == "sparse" else 24, row), least_pieces=30, least_row_entries=row,
-        whole_rows=False, memory_budget=budget,
+        whole_rows=False, memory_budget=budget, kept=kept,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ from softcurve.processes import max_over, sum_over
 
 NO_MASS = -math.inf
 IDENTITY = LogitMap()
+
+
+class Swept(NamedTuple):
+    """What the sweep has left of a block that is not computed again."""
+
+    exponentials: Any  # as the backend's functions take them; relative to the shift
+    shift: Tensor  # (rows, 1)
+    total: Tensor  # Σ e^{z − shift} of the unlisted classes
+    top: Tensor | None  # the largest of them, for a matrix of second order
 
 
 @dataclass
@@ -58,8 +68,7 @@ class SparseKernel(CurvatureKernel):
         # a block has the class: one that is in no block must not look like a logit.
         self.raw = self.listed = self._without_fillers((zeros + math.nan).expand_as(self.indices))
         self.v_raw = self.v_listed = self.share = zeros.expand_as(self.indices)
-        self.exponentials: Tensor | None = None  # what the sweep has left of whole rows, and their shift
-        self.exponentials_shift = self.unlisted.shift
+        self.swept: dict[int, Swept] = {}  # by the first classes of the blocks
         if self.data.wants_stats:
             self.best = torch.full_like(zeros, NO_MASS)
             self.predicted = torch.zeros_like(self.indices[:, :1])
@@ -74,12 +83,15 @@ class SparseKernel(CurvatureKernel):
         if tile.v is not None:
             self.v_raw = places.update(self.v_raw, tile.v)
             self.v_listed = self.v_raw if logit_map.is_identity else self.v_raw * logit_map.slope(self.raw)
-        whole, wants_stats = not self.data.cuts_classes, self.data.wants_stats
+        stays, wants_stats = not self.data.cuts_classes, self.data.wants_stats
+        if stays and self.swept and not wants_stats:
+            tile = tile._replace(near=self.unlisted.shift)
         sums, column, exponentials = self.tiles.statistics(
-            tile, wants_stats=wants_stats, leaves_residual=self.data.wants_gradient and whole
+            tile, wants_stats=wants_stats, leaves_residual=self.data.wants_gradient and stays
         )
-        if whole:
-            self.exponentials, self.exponentials_shift = exponentials, sums.shift
+        if stays and exponentials is not None:
+            top = tile.z.amax(-1, keepdim=True) if self.matrix else None
+            self.swept[block.classes.start] = Swept(exponentials, sums.shift, sums.total, top)
         if wants_stats:
             listed = self.listed if places.inside is None else torch.where(places.inside, self.listed, NO_MASS)
             top = listed.amax(-1, keepdim=True)
@@ -207,7 +219,7 @@ class SparseKernel(CurvatureKernel):
         weight, logit_map = self.data.weight.double(), self.loss.logit_map
         gradient, self.target_gradient = self._coarse_gradient(weight, self.data.wants_target)
         beta = self._per_exponential(gradient[:, -1:])
-        listed, listed_v, alpha = gradient[:, :-1], gradient[:, :-1], beta
+        listed, listed_v, alpha = gradient[:, :-1], torch.zeros_like(gradient[:, :-1]), torch.zeros_like(beta)
         if self.loss.smoothing:
             listed = listed - weight.unsqueeze(-1) * self._share_factor() * self._unless_excluded(self.share)
         slope = logit_map.slope(self.raw)
@@ -216,18 +228,22 @@ class SparseKernel(CurvatureKernel):
             if self.loss.softcap is not None:
                 product = product * slope + logit_map.bend_ratio(self.raw) * self.v_raw * slope * listed
             listed_v = self._unless_masked(product)
-        else:
-            # Leave β to the products' small operands, unless it is too small to divide by.
-            safe = (beta.abs() > 1e-25) & ((listed / beta).abs() < 1e25).all(-1, keepdim=True)
-            factor = self.row_factor = torch.where(safe, beta, 1.0)
-            weight, listed, beta = weight / factor.squeeze(-1), listed / factor, beta / factor
+        # Leave β to the products' small operands, unless it is too small to divide by.
+        others = (torch.cat([listed, listed_v, alpha], -1) / beta).abs()
+        safe = (beta.abs() > 1e-25) & (others < 1e25).all(-1, keepdim=True)
+        factor = self.row_factor = torch.where(safe, beta, 1.0)
+        weight, listed, beta = weight / factor.squeeze(-1), listed / factor, beta / factor
+        listed_v, alpha = listed_v / factor, alpha / factor
         listed = self._unless_masked(listed * slope)
         weight = weight.unsqueeze(-1) * self._share_factor()
         self.rows = SparseResiduals(self.shift, alpha, beta, weight, listed, listed_v)
 
     def residuals(self, block: Block, fresh: bool) -> Residuals:  # noqa: D102
-        tile = self._tile(block)
-        found: Residuals = self.tiles.residual(tile, self.rows, None if fresh else self.exponentials)
+        tile, swept, rows = self._tile(block), None if fresh else self.swept.get(block.classes.start), self.rows
+        if swept is not None and len(self.swept) > 1:
+            raised = self._raised_factor(swept)
+            rows = rows._replace(alpha=rows.alpha * raised, beta=rows.beta * raised)
+        found: Residuals = self.tiles.residual(tile, rows, None if swept is None else swept.exponentials)
         self._clear_excluded(block, found.z)
         return found
 
@@ -253,13 +269,13 @@ class SparseKernel(CurvatureKernel):
 
     def _per_exponential(self, whole: Tensor) -> Tensor:
         """Return a gradient with respect to ``o`` as a multiple of the exponentials that form the residuals."""
-        return torch.where(self.others > 0, whole / self.others, 0.0) * self._raised_factor()
+        each = torch.where(self.others > 0, whole / self.others, 0.0)
+        # Of one block, whose exponentials then need no factor; several have one each.
+        return each * self._raised_factor(*self.swept.values()) if len(self.swept) == 1 else each
 
-    def _raised_factor(self) -> Tensor:
-        """Return ``e^{shift of the exponentials − shift}``: other processes of a sharded head may have raised it."""
-        if self.exponentials is None:
-            return torch.ones_like(self.shift)
-        return torch.where(self.exponentials_shift == NO_MASS, 1.0, torch.exp(self.exponentials_shift - self.shift))
+    def _raised_factor(self, swept: Swept) -> Tensor:
+        """Return ``e^{shift of a block − shift}``: other blocks, or other processes, may have raised it."""
+        return torch.where(swept.shift == NO_MASS, 1.0, torch.exp(swept.shift - self.shift))
 
     def _unless_masked(self, listed: Tensor) -> Tensor:
         """Return the entries of listed classes, with 0 where a soft cap's slope is 0."""
@@ -285,6 +301,7 @@ class SparseKernel(CurvatureKernel):
         self.top = torch.full_like(self.others, -1, dtype=torch.int64)  # see the class
         self.top_mass, self.rest = torch.zeros_like(self.others), torch.zeros_like(self.others)
         self.sums = defaultdict(lambda: (torch.zeros_like(self.coarse), torch.zeros_like(self.others)))
+        self.products: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of each column, what all blocks share
 
     def _spread(self, p: Tensor) -> Tensor:
         """Return ``κ``; ``p`` is the probability of all unlisted classes."""
@@ -300,9 +317,12 @@ class SparseKernel(CurvatureKernel):
         return spread + self._smoothing_mass() * p if self.loss.smoothing else spread
 
     def prepare_block(self, block: Block, fresh: bool, again: bool = False) -> None:  # noqa: D102
-        tile = self._tile(block)
-        scale = None if fresh or self.exponentials is None else self._raised_factor()
-        dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others)
+        tile, swept = self._tile(block), None if fresh else self.swept.get(block.classes.start)
+        scale = known = None
+        if swept is not None:
+            scale = self._raised_factor(swept)
+            known = None if swept.top is None else (swept.top * scale, swept.total * scale)
+        dominant = self.tiles.prepare(tile, self.shift, scale, None if again else self.others, known)
         if dominant is not None:
             mass, column, rest = dominant
             self.top = torch.where(column < 0, self.top, column + block.classes.start)
@@ -311,13 +331,21 @@ class SparseKernel(CurvatureKernel):
         if block.raw is not None:  # where the listed classes stand as masked ones
             self.tiles.put(block.raw, tile.listed, self.raw)
         if block.residual is not None:
-            factor, share = self.gradient[:, -1:] * self.inverse, self._share_factor()
-            self.tiles.form_residual(tile, block.residual, factor / share)
-            if self.data.share_surplus is not None:
-                self.tiles.rescale(block.residual, share)
-            values = torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1)
-            self._add_apart(block, block.residual, values)
-            self._clear_excluded(block, block.residual)
+            self._form_residual(block, block.residual)
+
+    def residual(self, block: Block) -> Tensor | None:  # noqa: D102
+        if self.matrix != HESSIAN or block.residual is not None or block.v is None:
+            return block.residual
+        self._form_residual(block, block.v)
+        return block.v
+
+    def _form_residual(self, block: Block, out: Tensor) -> None:
+        factor, share = self.gradient[:, -1:] * self.inverse, self._share_factor()
+        self.tiles.form_residual(self._tile(block), out, factor / share)
+        if self.data.share_surplus is not None:
+            self.tiles.rescale(out, share)
+        self._add_apart(block, out, torch.cat([self.gradient[:, :-1], factor * self.top_mass], -1))
+        self._clear_excluded(block, out)
 
     def reduce_prepared(self, group: ProcessGroup) -> None:  # noqa: D102
         sum_over([self.top_mass, self.rest], group)
@@ -330,8 +358,9 @@ class SparseKernel(CurvatureKernel):
         before_apart, before_others = self.sums[number]
         self.sums[number] = (before_apart + apart, before_others + others)
 
-    def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
-        assert block.v is not None
+    def reduce_column(self, number: int, group: ProcessGroup | None) -> None:
+        """Form the factors and summands of each row that multiply a column, and its entries at the classes apart."""
+        super().reduce_column(number, group)
         apart, others = self.sums[number]
         listed, top = apart[:, :-1], apart[:, -1:]
         mean = (others + self.top_mass * top) * self.inverse
@@ -342,7 +371,11 @@ class SparseKernel(CurvatureKernel):
         # q_top (M_o + κ (v_top − q·v)), with v_top − q·v from the others' sums
         centred = (top * self.rest - others) * self.inverse
         at_top = self.top_mass * self.inverse * (product[:, -1:] + self.kappa * centred)
-        values = torch.cat([product[:, :-1], at_top], -1) / self.unit
+        self.products[number] = (alpha, beta, torch.cat([product[:, :-1], at_top], -1) / self.unit)
+
+    def multiply_column(self, block: Block, number: int) -> None:  # noqa: D102
+        assert block.v is not None
+        alpha, beta, values = self.products[number]
         self.tiles.multiply_column(self._tile(block, along_column=True), alpha, beta, 1 / self.unit)
         self._add_apart(block, block.v, values)
 
@@ -391,7 +424,8 @@ class SparseKernel(CurvatureKernel):
         v = block.v if along_column or self.data.has_direction else None
         return SparseTile(
             block.z, block.raw, v, block.out, block.v_out, block.residual, listed, share, self.loss.logit_map,
-            self.data.cached, masks_share=self.data.share_surplus is not None, whole=not self.data.cuts_classes,
+            self.data.cached, masks_share=self.data.share_surplus is not None,
+            whole=not self.data.cuts_classes and block.z.shape[-1] == self.data.held,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,9 @@ class Tiles:
         self.wants_q = (
             self.columns and not spec.lists_classes and DenseKernel.needs_q(spec.divergence, self.matrix or HESSIAN)
         )
-        self.wants_residual = self.columns and self.matrix == HESSIAN
+        # A soft cap bends products by the residual; without one a list's is formed when its product is taken back.
+        bends = spec.softcap is not None or not spec.lists_classes
+        self.wants_residual = self.columns and self.matrix == HESSIAN and bends
         self.buffers = workspace.Buffers(self.dtype, t.input.device)
         self.put = backends.kernels("sparse", "triton" if self.in_triton else "aten").put
 
@@ -96,7 +98,9 @@ class Tiles:
                 streamed=not (self.wants_residuals or self.spec.pairs),
             )  # fmt: skip
         else:
-            self.plan = plan_curvature(*shape, self.columns + self.wants_q + self.wants_residual)
+            self.plan = plan_curvature(
+                *shape, self.columns + self.wants_q + self.wants_residual, kept=self.columns and not self.in_triton
+            )
         self.entries = self.plan.entries
         self.buffers.reserve(math.ceil(self.plan.needs.buffers * self.entries))
         try:
@@ -193,20 +197,20 @@ class Tile:
             return FastRows(spec, data, again=again, scratch=self.tiles.scratch, masks_target=masks)
         return DenseKernel(spec, data)
 
-    def accumulate(self, kernel: Kernel) -> Block | None:
-        """Show every block to the kernel, as often as it wants; return the last one."""
-        block = None
+    def accumulate(self, kernel: Kernel) -> list[Block]:
+        """Show every block to the kernel, as often as it wants; return them unless classes are cut."""
+        loaded: list[Block] = []
         for number in range(kernel.sweeps):
-            for classes in self.class_blocks():
-                if block is None or self.tiles.plan.cuts_classes:
-                    block = self.load(classes)
+            for block, fresh in self.blocks(loaded):
                 kernel.accumulate(number, block)
+                if fresh and not self.tiles.plan.cuts_classes:
+                    loaded.append(block)
             if self.tiles.group is not None:
                 kernel.reduce_over(number, self.tiles.group)
             kernel.finish(number)
-        return block
+        return loaded
 
-    def residuals(self, kernel: Kernel, loaded: Block | None) -> Iterator[tuple[Block, Residuals]]:
+    def residuals(self, kernel: Kernel, loaded: Sequence[Block]) -> Iterator[tuple[Block, Residuals]]:
         """Yield the blocks with residuals, of which the model's replace logits; ``loaded`` is as in :meth:`blocks`."""
         for block, fresh in self.blocks(loaded):
             found = kernel.residuals(block, fresh)
@@ -227,13 +231,13 @@ class Tile:
         # Groups may have classes of the target where there is none of the model.
         return iter([slice(0, held)]) if self.tiles.groups is not None else self.tiles.plan.class_blocks(held)
 
-    def blocks(self, loaded: Block | None = None) -> Iterator[tuple[Block, bool]]:
-        """Yield each block, and whether it was computed anew: where a row is one block, ``loaded`` serves again."""
+    def blocks(self, loaded: Sequence[Block] = ()) -> Iterator[tuple[Block, bool]]:
+        """Yield each block, and whether it was computed anew: those that are ``loaded`` serve again."""
+        if loaded:
+            yield from [(block, False) for block in loaded]
+            return
         for classes in self.class_blocks():
-            if loaded is None or self.tiles.plan.cuts_classes:
-                yield self.load(classes), True
-            else:
-                yield loaded, False
+            yield self.load(classes), True
 
     def load(self, classes: slice) -> Block:
         """Compute the logits of a block and their changes, with buffers for what becomes of them."""
@@ -357,7 +361,8 @@ class Tile:
         flat = buffers.take(name, entries) if half is None else buffers.take(name, entries // 2).view(half)
         padded = self.tiles.buffers.device.type == "cpu" and not self.tiles.in_triton
         step = aligned(width) if padded else width
-        return flat[: len(self) * step].view(len(self), step)[:, :width]
+        first = len(self) * classes.start if self.tiles.plan.kept else 0
+        return flat[first : first + len(self) * step].view(len(self), step)[:, :width]
 
 
 def kept_rows(weight: Tensor) -> slice | Tensor:

@@ -63,9 +63,9 @@ class CurvatureMonitor:
         matrix: ``"gauss_newton"``, which is positive semidefinite, or ``"hessian"``.
         figures: Which of ``"top_eigenvalue"``, ``"trace"`` and ``"gradient_noise"`` are measured.
         products: Random products of the trace, whose standard error falls as ``products^(−1/2)``.
-        tol, method: Of the top eigenvalue, see :meth:`softcurve.curvature.Hessian.eigsh`; it needs scipy. The tolerance
-            bounds the relative residual, in which the error of the eigenvalue is of second order. ``"lanczos"`` is as
-            fast, and holds 20 copies of the trained parameters instead of a few.
+        tol, method: Of the top eigenvalue, see :meth:`softcurve.curvature.Hessian.eigsh`. The tolerance bounds the
+            relative residual, in which the error of the eigenvalue is of second order. ``"lanczos"`` is as fast, needs
+            no scipy, and holds 21 copies of the trained parameters instead of a few.
         seed: Of the random vectors, which are the same in each measurement.
         options: The options of the loss, such as ``shift=1`` for a causal language model, ``temperature`` and
             ``softcap``.

@@ -1,4 +1,4 @@
-"""Eigenpairs at the ends of the spectrum of a symmetric matrix, by scipy's Lanczos and LOBPCG."""
+"""Eigenpairs at the ends of the spectrum of a symmetric matrix, by Lanczos and scipy's LOBPCG."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcurve import checks
 from softcurve.array_types import Float
+from softcurve.curvature.algorithms.lanczos import lanczos, most_wanted
 from softcurve.curvature.algorithms.matrix import SymmetricMatrix, product, random_columns, working_dtype
 from softcurve.extras import needed
 from softcurve.records import ShortRepr
@@ -50,8 +51,8 @@ def eigsh(
 
     ``"BE"`` takes half from each end, and the odd one from above.
 
-    ``"lanczos"`` (ARPACK by scipy, restarted, on the CPU between products) takes the fewest products, one column each.
-    Its ``tol`` is relative to the eigenvalue, and 0 is the dtype's precision. It may miss copies of a multiple
+    ``"lanczos"`` (Wu, Simon 2000) takes the fewest products, one column each, and holds ``max(2 k + 1, 20) + 1``
+    vectors. Its ``tol`` is relative to the eigenvalue, and 0 is the dtype's precision. It may miss copies of a multiple
     eigenvalue, and does not converge on the lower end of a singular matrix, a cluster at 0: set ``max_products``.
 
     ``"lobpcg"`` (Knyazev 2001, by scipy; ``"LA"`` and ``"SA"`` only) takes more products, but ``k`` columns at once,
@@ -61,8 +62,8 @@ def eigsh(
 
     Raises:
         ValueError: ``k`` is not in ``1 … n``, or ``max_products`` is too small to begin.
-        RuntimeError: not converged within ``max_products`` (``None``: ``10 n`` restarts of Lanczos, ``200 (k + 5)``
-            products of LOBPCG); the message names what did converge.
+        RuntimeError: not converged within ``max_products`` (``None``: about ``10 n`` restarts of Lanczos,
+            ``200 (k + 5)`` products of LOBPCG); the message names what did converge.
     """
     n = matrix.shape[0]
     checks.require_choice("which", which, get_args(SpectrumEnd))
@@ -76,10 +77,8 @@ def eigsh(
         raise ValueError(f"k must be at most n = {n}, got {k}; a matrix has no more eigenvalues than columns")
     if method == "lobpcg" and which not in ("LA", "SA"):
         raise ValueError(f"which must be 'LA' or 'SA' for method='lobpcg', got {which!r}; use method='lanczos'")
-    if which == "BE" and k == 1:
-        which = "LA"  # ARPACK takes the odd one from below
     width = max(2 * k + 1, 20) if method == "lanczos" else 5 * k + 4
-    least, purpose = POWERS + width + (width + 1) * (method == "lanczos"), f"method={method!r} and k={k}"
+    least, purpose = width + (k if method == "lanczos" else POWERS), f"method={method!r} and k={k}"
     if is_small := n <= width:
         least, purpose = n, f"a dense matrix of {n} columns"
     if max_products is not None and max_products < least:
@@ -95,12 +94,7 @@ def _dense(matrix: SymmetricMatrix, k: int, which: str) -> Eigenpairs:
     n = matrix.shape[0]
     dense = product(matrix, torch.eye(n, dtype=matrix.dtype, device=matrix.device))
     values, vectors = torch.linalg.eigh((dense + dense.mT) / 2)
-    downwards = torch.arange(n - 1, -1, -1, device=values.device)
-    if which == "LM":
-        places = values.abs().argsort(descending=True, stable=True)[:k].sort(descending=True).values
-    else:
-        above = {"LA": k, "SA": 0, "BE": (k + 1) // 2}[which]
-        places = torch.cat([downwards[:above], downwards[n - (k - above) :]])
+    places = most_wanted(values, which)[:k].sort(descending=True).values
     return _with_residuals(values[places], vectors[:, places], dense @ vectors[:, places], n, "dense")
 
 
@@ -155,28 +149,17 @@ def _not_converged(method: str, converged: list[float], k: int, products: int, t
 def _lanczos(
     matrix: SymmetricMatrix, k: int, which: SpectrumEnd, tol: float, max_products: int | None, seed: int, width: int
 ) -> Eigenpairs:
-    """Run ARPACK: ``width + 1`` products, then at most ``width − k`` for each restart."""
-    with needed("eigsh", "fit"):
-        from scipy.sparse.linalg import ArpackNoConvergence
-        from scipy.sparse.linalg import eigsh as arpack
-
-    start = random_columns(matrix, 1, seed=seed)
-    scaled = _ScaledMatrix(matrix, start)
-    if scaled.scale == 0:
-        zeros = torch.zeros(matrix.shape[0], k, dtype=start.dtype, device=matrix.device)
-        return _with_residuals(zeros[0], zeros.clone().fill_diagonal_(1), zeros, 1, "lanczos")
-    restarts = None if max_products is None else (max_products - POWERS - k - width - 1) // (width - k)
+    """Run the restarted Lanczos method, and compute the true residuals by ``k`` more products."""
     tol = tol or torch.finfo(matrix.dtype).eps
-    v0, operator = start.squeeze(1).cpu().numpy(), scaled.for_scipy(checked=True)
-    try:
-        values, vectors = arpack(operator, k, which=which, v0=v0, ncv=width, maxiter=restarts, tol=tol)
-    except ArpackNoConvergence as stopped:
-        converged = sorted((scaled.scale * float(value) for value in stopped.eigenvalues), reverse=True)
-        raise _not_converged("lanczos", converged, k, scaled.products, tol) from None
-    order = np.argsort(-values, kind="stable")
-    held = scaled.tensor(vectors[:, order])
-    eigenvalues = scaled.tensor(scaled.scale * values[order].astype(float))
-    return _with_residuals(eigenvalues, held, product(matrix, held), scaled.products + k, "lanczos")
+    most = 10 * matrix.shape[0] * width if max_products is None else max_products
+    values, vectors, converged, products = lanczos(
+        matrix, k, which, tol=tol, width=width, max_products=most - k, seed=seed
+    )
+    if not converged.all():
+        raise _not_converged("lanczos", values[converged].sort(descending=True).values.tolist(), k, products, tol)
+    order = values.argsort(descending=True, stable=True)
+    held = vectors[:, order.to(vectors.device)].contiguous()
+    return _with_residuals(values[order].to(held), held, product(matrix, held), products + k, "lanczos")
 
 
 def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_products: int, seed: int) -> Eigenpairs:

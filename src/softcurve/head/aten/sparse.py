@@ -18,6 +18,11 @@ from softcurve.head.aten.dense_terms import DenseTile
 from softcurve.head.kernel import Residuals, row_groups
 from softcurve.losses.spec import LogitMap
 
+# Where each row's largest logit lies between these, e^z itself is summed: one pass less, and no rounding of z − max.
+DIRECT = (0.0, 30.0)
+# How far a largest logit of a block may be from the shift of the blocks before, to share it: nothing is rescaled then.
+NEAR = 20.0
+
 
 class Places(NamedTuple):
     """Columns of a tile, some in each row."""
@@ -54,6 +59,7 @@ class SparseTile(NamedTuple):
     share: Tensor | None  # (classes,): u of label smoothing
     logit_map: LogitMap
     cached: int  # entries that stay in the cache
+    near: Tensor | None = None  # (rows, 1): the shift of a row's earlier blocks, where they stay
     masks_share: bool = False  # whether a masked class has no share, as one that its row excludes
     whole: bool = False  # whether the block has all classes, so that no block is computed anew for its exponentials
 
@@ -152,17 +158,18 @@ def statistics(
     z, v = tile.z, tile.v
     put(z, tile.listed, None)
     # Of the unlisted: beside a listed class far above them they would be too small for float32.
-    top, column, smoothed = z.new_empty(len(z), 1), None, {}
+    top, shift, column, smoothed = z.new_empty(len(z), 1), z.new_empty(len(z), 1), None, {}
     looks_first = wants_stats or tile.share is not None  # otherwise each group is in the cache for both
     if looks_first:
         for rows in tile.row_groups():
             _map_logits(tile, rows)
         top, column = z.max(-1, keepdim=True) if wants_stats else (z.amax(-1, keepdim=True), None)
-        smoothed = _uniform_sums(tile, or_zero(top))
+        shift = _shift_beside(tile.near, top)
+        smoothed = _uniform_sums(tile, shift)
     # torch's softmax takes half the time of its exponential alone, and leaves e^z in multiples of a number of each row.
-    normalises = tile.whole and not looks_first and z.dtype == torch.float32 and z.is_contiguous()
-    normalises = normalises and z.device.type == "cpu"
-    total, change, moment, square, at_shift = (torch.zeros_like(top) for _ in range(5))
+    on_cpu = z.device.type == "cpu"
+    normalises = tile.whole and not looks_first and z.dtype == torch.float32 and z.is_contiguous() and on_cpu
+    total, change, moment, square = (torch.zeros_like(top) for _ in range(4))
     for rows in tile.row_groups():
         part = z[rows]
         if not looks_first:
@@ -170,9 +177,12 @@ def statistics(
             torch.amax(part, -1, keepdim=True, out=top[rows])
         if normalises:
             torch.softmax(part, -1, out=part)
-            torch.amax(part, -1, keepdim=True, out=at_shift[rows])
+            torch.amax(part, -1, keepdim=True, out=shift[rows])
         else:
-            shifted = torch.sub(part, or_zero(top[rows]), out=None if wants_stats else part)
+            if not looks_first:
+                shift[rows] = _shift_beside(None if tile.near is None else tile.near[rows], top[rows], direct=on_cpu)
+            direct = not looks_first and on_cpu and not bool(shift[rows].any())
+            shifted = part if direct else torch.sub(part, shift[rows], out=None if wants_stats else part)
             torch.exp(shifted, out=part)
         if column is not None:
             at_top = part.gather(-1, column[rows])
@@ -185,12 +195,13 @@ def statistics(
         if v is not None:
             torch.sum(part * v[rows], -1, keepdim=True, out=change[rows])
     # A block without mass leaves the shift to others, which may lie anywhere.
-    shift = top.double()
     if normalises:  # p of the largest logit is e^{top − shift}
-        shift = shift - at_shift.double().log()
+        lowest = top.double() - shift.double().log()
         if len(masked := (top == -math.inf).squeeze(-1).nonzero().squeeze(-1)):
-            z[masked], total[masked], shift[masked] = 0.0, 0.0, -math.inf
-    sums = SparseSums.of(shift, total.double(), change=change.double(), moment=moment.double(), **smoothed)
+            z[masked], total[masked], lowest[masked] = 0.0, 0.0, -math.inf
+    else:
+        lowest = torch.where(top == -math.inf, top, shift).double()
+    sums = SparseSums.of(lowest, total.double(), change=change.double(), moment=moment.double(), **smoothed)
     return sums.with_top(square.double()) if wants_stats else sums, column, z
 
 
@@ -210,7 +221,9 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
         e, mapped = z[group], z[:0]
         if v is not None:
             mapped = v[group].clone() if raw is not None else mapped
-            v[group].mul_(beta[group]).add_(alpha[group]).mul_(e)
+            if scaled:
+                v[group].mul_(beta[group])
+            v[group].add_(alpha[group]).mul_(e)
         if scaled:
             e.mul_(beta[group])
         if share is not None:
@@ -229,12 +242,16 @@ def residual(tile: SparseTile, rows: SparseResiduals, exponentials: Tensor | Non
 # --- second order ----------------------------------------------------------------------------------------------------
 
 
-def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
+def prepare(
+    tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Set ``z ← e^{m(z) − shift}``, and 0 at listed classes.
 
-    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. Unless
-    ``others`` is ``None``, returns the class with more than half of it: its mass (or 0), its column (or −1), and the
-    mass of all other classes of the block, which whole rows without such a class leave at 0.
+    ``scale`` multiplies the exponentials that the sweep has left; it is ``None`` if ``z`` holds logits. ``known`` are
+    the largest of the results in each row and their sum, if the sweep has found them. Unless ``others`` is ``None``,
+    returns the class with more than half of it: its mass (or 0), its column (or −1), and the mass of all other classes
+    of the block, which whole rows without such a class leave at 0.
     """
     if scale is None:
         put(tile.z, tile.listed, None)
@@ -248,10 +265,11 @@ def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tenso
             rescale(e, scale[rows])
         if others is None:
             continue
-        mass = e.amax(-1, keepdim=True)
+        mass = e.amax(-1, keepdim=True) if known is None else known[0][rows]
         above = mass > 0.5 * others[rows]
         if tile.listed.inside is not None:
-            rest[rows] = torch.where(above, 0.0, e.sum(-1, keepdim=True).double())
+            total = e.sum(-1, keepdim=True) if known is None else known[1][rows]
+            rest[rows] = torch.where(above, 0.0, total.double())
         row = above.squeeze(-1).nonzero().squeeze(-1)
         if len(row):
             confident = e[row]
@@ -366,6 +384,19 @@ def _uniform_sums(tile: SparseTile, base: Tensor) -> dict[str, Tensor]:
             sums[name] = torch.cat(inner).double().unsqueeze(-1)
     put(tile.z, tile.listed, None)
     return sums
+
+
+def _shift_beside(near: Tensor | None, top: Tensor, *, direct: bool = False) -> Tensor:
+    """Return what exponentials are relative to: the largest logit, or the shift of earlier blocks if that is near.
+
+    If it may be ``direct``, it is 0 where that serves all rows.
+    """
+    shift = or_zero(top)
+    if near is None:
+        is_direct = direct and bool(DIRECT[0] <= top.amin()) and bool(top.amax() <= DIRECT[1])
+        return torch.zeros_like(top) if is_direct else shift
+    near = near.to(top.dtype)
+    return torch.where((top - near).abs() <= NEAR, near, shift)
 
 
 def or_zero(shift: Tensor) -> Tensor:

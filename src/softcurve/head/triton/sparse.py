@@ -305,8 +305,11 @@ def _prepare(
     tl.store(place + row, chosen, mask=exists)
 
 
-def prepare(tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None) -> tuple[Tensor, ...] | None:
-    """Do what the function in ATen does, from logits: ``scale`` is ``None``."""
+def prepare(
+    tile: SparseTile, shift: Tensor, scale: Tensor | None, others: Tensor | None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """Do what the function in ATen does, from logits: ``scale`` and ``known`` are ``None``."""
     put(tile.z, tile.listed, None)
     masses = tile.z.new_empty(2, len(tile.z), 1)
     place = torch.empty_like(masses[0], dtype=torch.int64)
