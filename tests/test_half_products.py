@@ -42,6 +42,42 @@ def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     assert rows
 
 
+@pytest.mark.parametrize(
+    ("has_tiles", "has_instructions", "torch_multiplies", "expected"),
+    [
+        (False, False, True, None),
+        (False, True, False, brgemm.multiply),
+        (True, True, False, half._multiply_by_mkl),
+        (False, True, True, half._multiply_by_torch),
+        (True, True, True, half._multiply_by_torch),
+    ],
+)
+def test_choice(
+    has_tiles: bool, has_instructions: bool, torch_multiplies: bool, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (
+        (half, "_has_tiles", has_tiles),
+        (brgemm, "has_instructions", has_instructions),
+        (half, "_multiplies_into_float32", torch_multiplies),
+        (half, "_mkl_product", print),
+        (brgemm, "available", True),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    assert half._cpu_product() is expected
+
+
+@pytest.mark.skipif(not brgemm.available(), reason="the product of oneDNN cannot be called here")
+def test_product_of_onednn_needs_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN is switched off or limited to older instructions, its function would end the process."""
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert not brgemm.available()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert not brgemm.available()
+
+
 @pytest.mark.parametrize("left", LAYOUTS)
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize(
