@@ -17,8 +17,9 @@ from bench.tables import Record, cell, print_head, print_row
 
 def print_heads(rows: Iterable[tuple[str, Shape]], repeats: int) -> list[Record]:
     """Print seconds, extra memory and error of each contestant and of the matrix products alone."""
-    print("\nlosses on features and a head, (rows, width, classes) float32, gradients with respect to both\n")
+    print("\nlosses on features and a head, (rows, width, classes), gradients with respect to both\n")
     print(
+        "The dtype is float32 unless a case names another.\n"
         "A ratio is the median of the ratios of all rounds. Extra memory excludes inputs and results (gradients,\n"
         "HVPs). The error is the largest relative error of the results, on a sixteenth of the rows. The lower bound\n"
         "of an HVP does not include the products of the gradients. A library that does not provide a loss has no row.\n"

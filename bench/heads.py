@@ -254,13 +254,15 @@ class Case:
     floor: Callable[[Inputs], Products] = gradient_products
     run: Callable[[Loss, Inputs], Run] = gradients
     compiled: Callable[[Loss, Inputs], Run] | None = compiled_gradients
+    dtype: torch.dtype = torch.float32  # of features and weight
 
     def inputs(self, shape: Shape) -> Inputs:
         """Return the same inputs for all implementations."""
         generator = torch.Generator().manual_seed(0)
         e, w = _features_and_weight(shape, generator)
         direction = torch.randn(e.shape, generator=generator), torch.randn(w.shape, generator=generator)
-        return Inputs((e.requires_grad_(), w.requires_grad_()), self.target(shape, generator), direction)
+        e, w = (tensor.to(self.dtype).requires_grad_() for tensor in (e, w))
+        return Inputs((e, w), self.target(shape, generator), direction)
 
 
 CASES: Mapping[str, Case] = {
@@ -269,6 +271,17 @@ CASES: Mapping[str, Case] = {
         sc.linear_cross_entropy,
         peers.dense_cross_entropy,
         shapes=(BASE, Shape(1024, 768, 50_257), Shape(4096, 256, 10_000), Shape(512, 2048, 32_000), *FEW_LOGITS),
+    ),
+    "cross-entropy, bfloat16": Case(
+        class_indices,
+        sc.linear_cross_entropy,
+        peers.dense_cross_entropy,
+        shapes=(
+            *(BASE, Shape(1024, 768, 50_257), Shape(4096, 256, 10_000)),
+            *(Shape(512, 2048, 32_000), Shape(2048, 2048, 32_000)),
+        ),
+        compiled=None,
+        dtype=torch.bfloat16,
     ),
     "soft-targets": Case(probabilities, sc.linear_cross_entropy, peers.dense_cross_entropy),
     "forward-kl": Case(teacher, _kl, peers.dense_kl, floor=teacher_products),

@@ -22,6 +22,11 @@ def dense_cross_entropy(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(e, w), target)
 
 
+def dense_float32_cross_entropy(e: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of half-precision logits in float32."""
+    return F.cross_entropy(F.linear(e, w).float(), target)
+
+
 def dense_kl(e: Tensor, w: Tensor, te: Tensor, tw: Tensor) -> Tensor:
     """Return ``D(teacher‖model)``."""
     log_p, log_q = F.linear(e, w).log_softmax(-1), F.linear(te, tw).log_softmax(-1)
@@ -117,6 +122,7 @@ TRL: Mapping[str, Loss] = {"TRL chunked": _trl_chunked, "TRL on logits": _trl_se
 # Liger's losses for the CPU only a linear teacher. None of them can be differentiated twice.
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
     "cross-entropy": {"torch chunked": _torch_chunked, "cut-cross-entropy": _cut_cross_entropy},
+    "cross-entropy, bfloat16": {"torch eager, float32 loss": dense_float32_cross_entropy},
     **{
         name: {
             "Liger": partial(_liger, beta=beta),

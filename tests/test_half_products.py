@@ -1,6 +1,6 @@
-"""Products of bfloat16 matrices into float32 on the CPU, by MKL's own function where torch's library exports it.
+"""Products of bfloat16 matrices into float32 on the CPU, by MKL's function or oneDNN's where torch's library exports it.
 
-Whether they are used depends on the processor, so the tests ask for them, and skip where there is no such function.
+Which is used depends on the processor, so the tests ask for each, and skip one that cannot be called here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import softcurve
-from softcurve.head import half
+from softcurve.head import brgemm, half
 
-pytestmark = pytest.mark.skipif(half._mkl_product() is None, reason="torch's library has no product of MKL")
-
+AVAILABLE: dict[str, Callable[[], object]] = {"MKL": half._mkl_product, "oneDNN": brgemm.available}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda matrix: matrix,
     "columns": lambda matrix: matrix.T.contiguous().T,
@@ -26,26 +25,64 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture
-def in_use(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The products are used whatever the processor; a list of the numbers of their rows."""
+@pytest.fixture(params=AVAILABLE)
+def in_use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """One of the products is used whatever the processor; a list of the numbers of their rows."""
+    if not AVAILABLE[request.param]():
+        pytest.skip(f"the product of {request.param} cannot be called here")
     rows: list[int] = []
-    product = half._multiply_by_mkl
+    product: half.Product = half._multiply_by_mkl if request.param == "MKL" else brgemm.multiply
 
-    def counted(out: Tensor, *others: object) -> None:
+    def counted(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
         rows.append(len(out))
-        product(out, *others)  # type: ignore[arg-type]
+        product(out, a, b, beta, alpha)
 
-    monkeypatch.setattr(half, "_has_tiles", lambda: True)
-    monkeypatch.setattr(half, "_multiply_by_mkl", counted)
+    monkeypatch.setattr(half, "_cpu_product", lambda: counted)
     yield rows
     assert rows
+
+
+@pytest.mark.parametrize(
+    ("has_tiles", "has_instructions", "torch_multiplies", "expected"),
+    [
+        (False, False, True, None),
+        (False, True, False, brgemm.multiply),
+        (True, True, False, half._multiply_by_mkl),
+        (False, True, True, half._multiply_by_torch),
+        (True, True, True, half._multiply_by_torch),
+    ],
+)
+def test_choice(
+    has_tiles: bool, has_instructions: bool, torch_multiplies: bool, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (
+        (half, "_has_tiles", has_tiles),
+        (brgemm, "has_instructions", has_instructions),
+        (half, "_multiplies_into_float32", torch_multiplies),
+        (half, "_mkl_product", print),
+        (brgemm, "available", True),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    assert half._cpu_product() is expected
+
+
+@pytest.mark.skipif(not brgemm.available(), reason="the product of oneDNN cannot be called here")
+def test_product_of_onednn_needs_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN is switched off or limited to older instructions, its function would end the process."""
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert not brgemm.available()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert not brgemm.available()
 
 
 @pytest.mark.parametrize("left", LAYOUTS)
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize(
-    ("shape", "beta", "alpha"), [((5, 7, 3), 0.0, 1.0), ((1, 4, 1), 1.0, 0.5), ((6, 1, 9), 0.5, 1.0)]
+    ("shape", "beta", "alpha"),
+    [((5, 7, 3), 0.0, 1.0), ((1, 4, 1), 1.0, 0.5), ((6, 1, 9), 0.5, 1.0), ((3, 2, 5), 1.0, 0.0)],
 )
 def test_product(
     left: str, right: str, shape: tuple[int, int, int], beta: float, alpha: float, in_use: list[int]
@@ -56,6 +93,15 @@ def test_product(
         expected = beta * out.double() + alpha * (a.double() @ b.double())
         half.half_product(out, LAYOUTS[left](a), LAYOUTS[right](b), beta=beta, alpha=alpha)
         torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("right", ["rows", "columns"])
+def test_product_of_several_blocks(right: str, in_use: list[int]) -> None:
+    """There is more than one block in each dimension, and a rest."""
+    a, b, out = torch.randn(259, 4099).bfloat16(), torch.randn(4099, 261).bfloat16(), torch.randn(259, 261)
+    expected = out.double() + a.double() @ b.double()
+    half.half_product(out, a, LAYOUTS[right](b), beta=1.0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=5e-4)
 
 
 def test_product_of_nothing(in_use: list[int]) -> None:
@@ -95,6 +141,55 @@ def test_losses_are_no_worse_than_dense(name: str, budget: int | None, in_use: l
         torch.autograd.grad(loss, given), torch.autograd.grad(dense, given), exact, strict=True
     ):
         assert (ours - true).norm() <= 1.01 * (theirs - true).norm()
+
+
+def test_hessian_products_are_no_worse_than_dense(in_use: list[int]) -> None:
+    x, w, t = torch.randn(96, 256).bfloat16(), (torch.randn(4100, 256) / 8).bfloat16(), torch.randint(4100, (96,))
+    v = [torch.randn_like(tensor) for tensor in (x, w)]
+
+    def products(loss: Loss, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        gradients = torch.autograd.grad(loss(*tensors, t), tensors, create_graph=True)
+        return torch.autograd.grad(gradients, tensors, [d.to(tensors[0].dtype) for d in v])
+
+    def dense(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(_at_least_float32(F.linear(x, w)), t)
+
+    exact = products(dense, [x.double(), w.double()])
+    ours, theirs = products(softcurve.linear_cross_entropy, [x, w]), products(dense, [x, w])
+    for one, other, true in zip(ours, theirs, exact, strict=True):
+        assert (one - true).norm() <= 1.01 * (other - true).norm()
+
+
+def test_distillation_and_log_probs_are_no_worse_than_dense(in_use: list[int]) -> None:
+    x, w, tx, tw = (torch.randn(size) for size in ((130, 256), (4100, 256), (130, 300), (4100, 300)))
+    given = [tensor.bfloat16().requires_grad_() for tensor in (x, w / 8, tx, tw / 8)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    index = torch.randint(4100, (130,))
+
+    def compare(ours: Callable[..., Tensor], dense: Callable[..., Tensor]) -> None:
+        truth, loss = dense(*wide), ours(*given)
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+        results = [torch.autograd.grad(each.sum(), tensors, allow_unused=True) for each, tensors in (
+            (truth, wide), (loss, given), (dense(*given), given)
+        )]  # fmt: skip
+        for true, one, other in zip(*results, strict=True):
+            if true is not None:
+                assert (one - true).norm() <= 1.01 * (other - true).norm()
+
+    def distilled(x: Tensor, w: Tensor, tx: Tensor, tw: Tensor) -> Tensor:
+        p, q = (_at_least_float32(F.linear(*each)).log_softmax(-1) for each in ((x, w), (tx, tw)))
+        return F.kl_div(p, q, reduction="batchmean", log_target=True)
+
+    def chosen(x: Tensor, w: Tensor, *_: Tensor) -> Tensor:
+        return _at_least_float32(F.linear(x, w)).log_softmax(-1)[torch.arange(130), index]
+
+    compare(lambda x, w, tx, tw: softcurve.linear_kl_divergence(x, w, softcurve.LinearTeacher(tx, tw)), distilled)
+    compare(lambda x, w, *_: softcurve.linear_log_probs(x, w, index).log_probs, chosen)
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def test_other_threads_are_not_disturbed(in_use: list[int]) -> None:

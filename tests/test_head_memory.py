@@ -109,6 +109,18 @@ warm_and_extra(dense, 512, 128, 50257)
     assert 2.5 * 98 < found < 4.5 * 98
 
 
+def test_bfloat16(run_python: Callable[[str], object]) -> None:
+    """The gradients are summed in float32, beside the budget, before they are rounded."""
+    body = """
+def half(rows, features, classes):
+    return [torch.randn(size, features).bfloat16().requires_grad_() for size in (rows, classes)]
+
+warm_and_extra(lambda x, w, half_x, half_w: gradients(half_x, half_w), 2048, 128, 50257, half)
+"""
+    sums = 4 * 128 * (2048 + 50257) / 2**20
+    assert extra(run_python, body) < MOST + sums
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradients(shape: tuple[int, int, int], run_python: Callable[[str], object]) -> None:
     assert extra(run_python, f"warm_and_extra(gradients, *{shape})") <= MOST

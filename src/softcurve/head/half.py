@@ -1,9 +1,16 @@
 """Products of half-precision matrices into float32.
 
 The product of two such numbers is exact in float32, and so are the factors as they are: nothing is lost against
-widening them first, and nothing of the weight's size is copied. On CUDA torch has this product by ``out_dtype``. On the
-CPU it has none: its float32 product may be computed in bfloat16, but by a switch that acts on every thread of the
-process. MKL's own function, which torch's library exports where it is built with MKL, takes the dtypes call by call.
+widening them first, and nothing of the weight's size is copied. Which product a device has is decided here, call by
+call:
+
+- CUDA, and releases of torch that have it on the CPU: torch's own, by ``out_dtype``.
+- A CPU that multiplies bfloat16 in tiles (AMX): the function of MKL that torch's library exports.
+- A CPU with AVX512-BF16 alone, where MKL takes as long as in float32: :mod:`softcurve.head.brgemm`.
+- Elsewhere none: the factors are widened.
+
+torch's float32 product may be computed in bfloat16 too, but by a switch that acts on every thread of the process.
+A product that may be rounded to half precision at once (:func:`rounds_once`) is torch's own.
 """
 
 from __future__ import annotations
@@ -13,11 +20,15 @@ import functools
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from softcurve.head import brgemm
+
+# ``out = beta out + alpha a @ b`` of (out, a, b, beta, alpha)
+Product: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, float], None]
 # Entries of a product that is added to float32 in steps, where no function adds it.
 STEP_ENTRIES = 2**20
 # Entries of a matrix from which on the CPU multiplies it as it is: residuals are then rounded to half precision, as in
@@ -28,7 +39,7 @@ LEAST_ENTRIES = 2**20
 def multiplies_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether matrices of a half precision can be multiplied into float32 where that should pay."""
     if device.type == "cpu":
-        return dtype == torch.bfloat16 and _has_tiles() and _mkl_product() is not None
+        return dtype == torch.bfloat16 and _cpu_product() is not None
     return device.type == "cuda"
 
 
@@ -58,9 +69,35 @@ def half_on_cpu(first: Tensor | None, *others: Tensor | None) -> torch.dtype | N
 
 def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
     """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
-    if out.device.type == "cpu":
-        _multiply_by_mkl(out, a, b, beta, alpha)
-    elif beta == 0 and alpha == 1:
+    product = _cpu_product() if out.device.type == "cpu" else _multiply_by_torch
+    assert product is not None
+    product(out, a, b, beta, alpha)
+
+
+def rounds_once(*tensors: Tensor) -> bool:
+    """Return whether a product of these that is rounded at once takes less time than one into float32.
+
+    On the CPU torch's own has its right factor packed by oneDNN; the functions below would have to do that themselves.
+    """
+    return tensors[0].device.type == "cpu" and is_half(*tensors)
+
+
+def _cpu_product() -> Product | None:
+    """Return the product of bfloat16 matrices into float32 of this processor, if it has one that pays."""
+    if not (_has_tiles() or brgemm.has_instructions()):
+        return None
+    if _multiplies_into_float32(torch.device("cpu"), torch.bfloat16):
+        return _multiply_by_torch
+    if _has_tiles() and _mkl_product() is not None:
+        return _multiply_by_mkl
+    return brgemm.multiply if brgemm.available() else None
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def _multiply_by_torch(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
+    if beta == 0 and alpha == 1:
         _mm(out, a, b)
     elif _adds_into_float32(out.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
@@ -78,6 +115,17 @@ def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float
 
 def _mm(out: Tensor, a: Tensor, b: Tensor) -> None:
     torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether ``mm`` multiplies half-precision matrices into float32, on the CPU not in torch 2.13."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        _mm(torch.zeros(16, 16, device=device), a, a)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from softcurve.head.kernel import Kernel, Residuals, Statistics
 from softcurve.head.pairs import evaluate_pairs
-from softcurve.head.products import STILL, ClassRows, MapSums, terms_of
+from softcurve.head.products import STILL, ClassRows, MapSums, scaling_of, terms_of
 from softcurve.head.tensors import NOTHING, TARGET, Directions, HeadTensors, Wanted, joined, sides
 from softcurve.head.tiles import Tile, Tiles, kept_rows
 from softcurve.losses.spec import LossSpec
@@ -108,13 +108,13 @@ class _Results:
         """Take the residuals of a block back to features, weight and bias; the model's times ``factor``, row by row."""
         (z, target, v, target_v), of_target = residuals, tile.target_classes(classes)
         if classes.stop > classes.start:  # a process may have classes of one side of a ClassMap alone
-            halved = tile.halved("z", tile.model, z, v, classes)
-            self.model.add(tile.rows, classes, terms_of(tile.model, *halved, factor))
+            halved = tile.halved("z", tile.model, z, v, classes, scaling_of(tile.model, factor))
+            self.model.add(tile.rows, classes, terms_of(tile.model, *halved), is_whole=tile.holds_every_class)
         if of_target.stop == of_target.start:
             return
         if tile.teacher is not None and target is not None:
-            halved = tile.halved("target", tile.teacher, target, target_v, of_target)
-            self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, *halved, None))
+            halved = tile.halved("target", tile.teacher, target, target_v, of_target, scaling_of(tile.teacher, None))
+            self.teacher.add(tile.rows, of_target, terms_of(tile.teacher, *halved), is_whole=tile.holds_every_class)
         elif target is not None:
             self.add_target(tile.rows, of_target, target_v if self.directed else target)
 

@@ -79,6 +79,11 @@ class Plan(NamedTuple):
         return self.classes < self.class_count and not self.kept
 
     @property
+    def is_one_block(self) -> bool:
+        """Whether a tile holds whole rows as one block."""
+        return self.classes >= self.class_count
+
+    @property
     def entries(self) -> int:
         """The size of a tile's buffer, rounded up to a multiple of 16 so that every buffer is 64-byte aligned."""
         return _rounded(self.rows * aligned(self.class_count if self.kept else self.classes), ALIGNED)

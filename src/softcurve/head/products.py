@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from softcurve.head.half import half_product, is_half
+from softcurve.head.half import half_product, is_half, rounds_once
 from softcurve.processes import max_over, sum_over
 from softcurve.records import short_repr
 
@@ -51,8 +51,13 @@ def linear_into(
     return out
 
 
-def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``residual @ weight``."""
+def to_features(residual: Tensor, weight: Tensor, dtype: torch.dtype, *, is_whole: bool = False) -> Tensor:
+    """Return ``residual @ weight``.
+
+    A product that ``is_whole``, because no other is added to it, may be rounded to the half precision of its factors.
+    """
+    if is_whole and rounds_once(residual, weight):
+        return (residual @ weight).to(dtype)
     out = residual.new_empty((residual.shape[0], weight.shape[1]), dtype=dtype)
     if dtype == torch.float32 and is_half(residual, weight):
         half_product(out, residual, weight, beta=0.0)
@@ -224,12 +229,16 @@ class Term(NamedTuple):
     in_bias: bool = True  # whether Rᵀ scale is added to the gradient of the bias
 
 
-def terms_of(map: LinearMap, residual: Tensor, change: Tensor | None, factor: Tensor | None) -> list[Term]:
-    """Return the terms of a gradient, ``g W`` and ``gᵀ e``; or of its change, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``."""
+def scaling_of(map: LinearMap, factor: Tensor | None) -> Tensor | None:
+    """Return the factor of each row's residual, ``(rows, 1)``: its own and the map's scale; ``None`` is 1."""
     scaling = None if factor is None else factor.to(map.input.dtype)
     if map.scale != 1:
-        ones = map.input.new_ones(residual.shape[0], 1)
-        scaling = (ones if scaling is None else scaling) * map.scale
+        scaling = (map.input.new_ones(len(map.input), 1) if scaling is None else scaling) * map.scale
+    return scaling
+
+
+def terms_of(map: LinearMap, residual: Tensor, change: Tensor | None, scaling: Tensor | None) -> list[Term]:
+    """Return the terms of a gradient, ``g W`` and ``gᵀ e``; or of its change, ``ġ W + g Ẇ`` and ``ġᵀ e + gᵀ ė``."""
     if change is None:
         return [Term(residual, map.at, scaling)]
     return [Term(change, map.at, scaling), Term(residual, map.along, scaling, in_bias=False)]
@@ -254,8 +263,8 @@ class MapSums:
                 gradient.zero_()
                 self.touched.add((name, 0))
 
-    def add(self, rows: slice | Tensor, classes: slice, terms: list[Term]) -> None:
-        """Add the terms of one block."""
+    def add(self, rows: slice | Tensor, classes: slice, terms: list[Term], *, is_whole: bool = False) -> None:
+        """Add the terms of one block, which ``is_whole`` if it holds all classes of the head."""
         begun: set[str] = set()
         for residual, at, scale, in_bias in terms:
             for name in FACTORS:
@@ -264,7 +273,7 @@ class MapSums:
                     # Every tile has rows of its own, whose first product is that with the first block.
                     first = self.touched is not None and classes.start == 0 and name not in begun
                     begun.add(name)
-                    part = self._pulled_back(residual, factor, classes, self.into.input.dtype)
+                    part = self._pulled_back(residual, factor, classes, self.into.input.dtype, is_whole)
                     part = part if scale is None else part.mul_(scale)
                     self._add_to_features(self.into.input[:, columns_of(name, factor)], rows, part, first=first)
                 if gradient is not None and at.input is not None:
@@ -275,10 +284,13 @@ class MapSums:
                 each = residual.new_ones(len(residual), dtype=into.dtype) if scale is None else scale[:, 0]
                 back_to_bias(into[classes], residual, each, accumulate=self._adds("bias", classes.start))
 
-    def _pulled_back(self, residual: Tensor, factor: Tensor, classes: slice, dtype: torch.dtype) -> Tensor:
+    def _pulled_back(
+        self, residual: Tensor, factor: Tensor, classes: slice, dtype: torch.dtype, is_whole: bool
+    ) -> Tensor:
         """Return ``R W`` of a block."""
+        is_whole = is_whole and self.rows.chosen is None
         parts = (
-            to_features(residual[:, at], self.rows(factor, piece), dtype)
+            to_features(residual[:, at], self.rows(factor, piece), dtype, is_whole=is_whole)
             for piece, at in self.rows.pieces(classes, factor.shape[1])
         )
         total = next(parts)

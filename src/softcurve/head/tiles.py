@@ -345,15 +345,31 @@ class Tile:
             block.target_out = torch.empty_like(block.z)
         return block
 
+    @property
+    def holds_every_class(self) -> bool:
+        """Whether its one block holds all classes of the head, also those of other processes."""
+        return self.tiles.plan.is_one_block and self.tiles.group is None
+
     def halved(
-        self, name: str, map: LinearMap, residual: Tensor, change: Tensor | None, classes: slice
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return residuals of the ATen kernels as the CPU multiplies them by half-precision factors, if it does."""
+        self, name: str, map: LinearMap, residual: Tensor, change: Tensor | None, classes: slice,
+        scaling: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Return residuals of the ATen kernels as the CPU multiplies them by half-precision factors, if it does.
+
+        They are then scaled row by row before they are rounded, so that their products need not be scaled after they
+        are rounded; the rows' factors that remain are the last that is returned. A class's entries are adjacent, which
+        is how the product with the features reads them.
+        """
         half = half_on_cpu(map.narrow, map.weight)
         if half is None or residual.dtype == half:
-            return residual, change
-        residual = self._buffer(f"{name} half", classes, half).copy_(residual)
-        return residual, None if change is None else self._buffer(f"{name} v half", classes, half).copy_(change)
+            return residual, change, scaling
+
+        def by_class(suffix: str, tensor: Tensor) -> Tensor:
+            tensor = tensor if scaling is None else tensor.mul_(scaling)
+            flat = self.tiles.buffers.take(f"{name} {suffix}", self.tiles.entries // 2).view(half)
+            return flat[: tensor.numel()].view(tensor.shape[::-1]).T.copy_(tensor)
+
+        return by_class("half", residual), None if change is None else by_class("v half", change), None
 
     def _buffer(self, name: str, classes: slice, half: torch.dtype | None = None) -> Tensor:
         """Return a buffer for a block, the same for every tile; in half precision in half the memory."""
