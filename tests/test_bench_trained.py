@@ -37,7 +37,7 @@ def test_gradients_are_those_of_autograd(rows):
 @pytest.mark.parametrize("dtype", trained.DTYPES, ids=str)
 def test_only_classes_with_residual_must_stay(rows, dtype):
     record = trained.share_record(trained.Rows(*(t.to(dtype) for t in rows[:3]), rows.target))
-    assert [record[name] for name in (*trained.REQUIRED[:4], "filter")] == [pytest.approx(LIVE / C)] * 5
+    assert [record[name] for name in (*trained.REQUIRED[:5], "filter")] == [pytest.approx(LIVE / C)] * 6
     assert record["class_entries"] == 1, (
         "a class of small residuals has a gradient of small entries, none of them smaller"
     )
@@ -59,7 +59,8 @@ def test_a_gradient_loses_no_more_than_allowed(rows):
         lost = round(C * (1 - trained.classes_for_input(exact, of, u)))
         errors = [(of.residual[:, order[:n]] @ exact.weight[order[:n]]).norm() for n in (lost, lost + 1)]
         assert errors[0] <= u * of.of_input.norm() < errors[1]
-        assert 0 < trained.classes_for_input(exact, of, u) < trained.classes_for_each_row(exact, of, u) < 1
+        assert 0 < trained.classes_for_input(exact, of, u) <= trained.classes_by_bound(exact, of, u) < 1
+        assert trained.classes_for_input(exact, of, u) < trained.classes_for_each_row(exact, of, u) < 1
         # Rows that choose for themselves leave out at least what all of them can leave out by the same bound.
         terms = of.residual.abs() * exact.weight.norm(dim=1) / of.of_input.norm(dim=1, keepdim=True)
         common = (terms[:, terms.amax(0).argsort()].cumsum(1).amax(0) <= u).double().mean()
