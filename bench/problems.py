@@ -5,6 +5,7 @@ The objective is ``Σ loss_i / n + ½ λ ‖W‖²`` in nats. The intercept is n
 
 from __future__ import annotations
 
+import re
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+BEFORE_REDUCTION = 20_000  # the most frequent words or pairs, of which the reduced problems are made
+AROUND = 4  # words before and after the masked one
 
 
 class Shape(NamedTuple):
@@ -100,18 +104,42 @@ def text(shape: Shape, *, ngrams: int) -> tuple[Any, Array]:
     The modules are the largest top-level files, and each has equally many lines, its first with eight letters or more.
     The features are the most frequent words, or sequences of up to ``ngrams`` words.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    files = Path(sysconfig.get_path("stdlib")).glob("*.py")
     lines: list[str] = []
     labels: list[int] = []
-    for label, file in enumerate(sorted(files, key=lambda file: (-file.stat().st_size, file.name))[: shape.classes]):
-        text = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        chosen = [line for line in text if sum(map(str.isalpha, line)) >= 8][: -(-shape.rows // shape.classes)]
+    for label, module in enumerate(_modules()[: shape.classes]):
+        chosen = [line for line in module.splitlines() if sum(map(str.isalpha, line)) >= 8]
+        chosen = chosen[: -(-shape.rows // shape.classes)]
         lines += chosen
         labels += [label] * len(chosen)
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, ngrams), max_features=shape.width)
-    return vectorizer.fit_transform(lines), np.array(labels)
+    return _tf_idf(lines, ngrams, shape.width), np.array(labels)
+
+
+def dense_text(shape: Shape) -> tuple[Array, Array]:
+    """Return :func:`text` of words and pairs of words, reduced to ``width`` dense features."""
+    rows, labels = text(Shape(shape.rows, BEFORE_REDUCTION, shape.classes), ngrams=2)
+    return _reduced(rows, shape.width), labels
+
+
+def masked_words(shape: Shape) -> tuple[Array, Array]:
+    """Return the words around a word of Python's standard library as dense features, and the word as the label.
+
+    The words are the most frequent ones of the top-level files. Each has equally many rows, at occurrences that are
+    evenly spaced, with the ``AROUND`` words before and after it, alone and with their positions.
+    """
+    words = [word for module in _modules() for word in re.findall(r"[a-z]{2,}", module.lower())]
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(words[AROUND:-AROUND], AROUND):
+        places.setdefault(word, []).append(place)
+    frequent = sorted(places, key=lambda word: (-len(places[word]), word))[: shape.classes]
+    contexts: list[str] = []
+    labels: list[int] = []
+    for label, word in enumerate(frequent):
+        count = min(-(-shape.rows // shape.classes), len(places[word]))
+        for place in (places[word][len(places[word]) * i // count] for i in range(count)):
+            around = (shift for shift in range(-AROUND, AROUND + 1) if shift)
+            contexts.append(" ".join(f"{words[place + shift]} {words[place + shift]}_{shift % 9}" for shift in around))
+            labels.append(label)
+    return _reduced(_tf_idf(contexts, 1, BEFORE_REDUCTION), shape.width), np.array(labels)
 
 
 PROBLEMS = {
@@ -122,6 +150,11 @@ PROBLEMS = {
         "a linear teacher's choice, blurred at its margins", near_separable, Shape(8000, 128, 30), 1e-6
     ),
     "soft-labels": Problem("distributions; of scikit-learn n C weighted rows", soft_labels, Shape(3000, 128, 10), 1e-5),
+    "dense-text": Problem("TF-IDF of words and pairs, reduced by SVD", dense_text, Shape(20_000, 384, 58), 1e-5),
+    "dense-text-weak": Problem("the same with a weaker penalty", dense_text, Shape(20_000, 384, 58), 1e-6),
+    "masked-words": Problem(
+        "TF-IDF of the words around, reduced by SVD; C = 10", masked_words, Shape(60_000, 384, 2000), 1 / 600_000
+    ),
     "text-words": Problem("TF-IDF of words, sparse", partial(text, ngrams=1), Shape(31_900, 6000, 58), 3e-6),
     "text-bigrams": Problem(
         "TF-IDF of words and pairs of words, sparse", partial(text, ngrams=2), Shape(31_900, 60_000, 58), 3e-6
@@ -163,6 +196,29 @@ def _decaying(rng: np.random.Generator, shape: Shape, *, power: float) -> Array:
 def _rotated(rng: np.random.Generator, rows: Array) -> Array:
     rotation = np.linalg.qr(rng.normal(size=(rows.shape[1], rows.shape[1])))[0]
     return rows @ rotation
+
+
+def _modules() -> list[str]:
+    """Return the text of the top-level files of Python's standard library, the largest first."""
+    files = Path(sysconfig.get_path("stdlib")).glob("*.py")
+    ordered = sorted(files, key=lambda file: (-file.stat().st_size, file.name))
+    return [file.read_text(encoding="utf-8", errors="replace") for file in ordered]
+
+
+def _tf_idf(texts: list[str], ngrams: int, width: int) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(sublinear_tf=True, ngram_range=(1, ngrams), max_features=width).fit_transform(texts)
+
+
+def _reduced(rows: Any, width: int) -> Array:
+    """Project sparse rows on their first ``width`` singular vectors, and scale them to a norm of 1, as LSA does."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    svd = TruncatedSVD(min(width, min(rows.shape) - 1), random_state=0)
+    reduced: Array = normalize(svd.fit_transform(rows))
+    return reduced
 
 
 def _consecutive(labels: Array) -> Array:

@@ -35,6 +35,7 @@ from softcurve.fit.diagnostics import diagnose
 from softcurve.fit.fitting import fit_head, regularisation_path
 from softcurve.fit.group import ALONE, Group, raised_by_all
 from softcurve.fit.head_spectrum import curvature_spectrum
+from softcurve.fit.solver import curvature
 from softcurve.fit.solver.curvature import Curvature, negligible_rows
 from softcurve.fit.solver.preconditioner import ClassBlocks
 
@@ -74,6 +75,25 @@ def mixed(*rows, **options) -> Case:
         return found | {"steps": len(found["steps"]), "objectives": found["objectives"][-1]}
 
     return case
+
+
+def rounded(folder, group):
+    """Products in bfloat16, which end at the same head; and none where a process could not make them."""
+    together = ALONE if group is None else Group(group)
+    pays, least = curvature.multiplies_rounded, curvature.LEAST_ROUNDED
+    used, product = [], Curvature.rounded_product
+    Curvature.rounded_product = lambda self, direction: used.append(1) or product(self, direction)
+    curvature.LEAST_ROUNDED = 0
+    try:
+        curvature.multiplies_rounded = lambda: True
+        found = mixed(X, LABELS, C=30.0)(folder, group)
+        every = len(used)
+        curvature.multiplies_rounded = lambda: together.size > 1 and together.first
+        fit_head(to_source(X, LABELS), group=group, precision="mixed")
+        found["used"] = [every > 0, len(used) - every]
+    finally:
+        curvature.multiplies_rounded, curvature.LEAST_ROUNDED, Curvature.rounded_product = pays, least, product
+    return {name: found[name] for name in ("weight", "bias", "objective", "converged", "used")}
 
 
 def of(source, group):
@@ -425,6 +445,7 @@ def sparse_rows(folder, group):
 CASES: dict[str, Case] = {
     "labels": plain(X, LABELS),
     "labels, mixed": mixed(X, LABELS, C=30.0),
+    "labels, rounded": rounded,
     "no intercept": plain(X, LABELS, fit_intercept=False),
     "no penalty": plain(X, LABELS, C=math.inf),
     "separated": plain(*separable(), C=math.inf, max_iter=40),

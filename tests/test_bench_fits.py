@@ -63,7 +63,8 @@ def test_a_hessian_that_is_too_large_is_not_tried() -> None:
     from bench.problems import PROBLEMS
 
     reasons = {name: fits._unfit("newton-cholesky", problem.shape, "float64") for name, problem in PROBLEMS.items()}
-    assert {name for name, reason in reasons.items() if reason} == {"rare-classes", "text-words", "text-bigrams"}
+    refused = {"rare-classes", "masked-words", "text-words", "text-bigrams"}
+    assert {name for name, reason in reasons.items() if reason} == refused
     assert reasons["rare-classes"] == "skipped: a Hessian matrix of 533 GB"
 
 
@@ -75,6 +76,18 @@ def test_sparse_rows_of_text_are_judged_as_their_dense_copy() -> None:
     assert np.bincount(labels).tolist() == [30] * 4
     weight, bias = np.random.default_rng(0).normal(size=(4, 40)), np.arange(4.0)
     assert judge(rows, labels, 0.1, weight, bias) == pytest.approx(judge(rows.toarray(), labels, 0.1, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["dense-text", "masked-words"])
+def test_reduced_text_has_rows_of_norm_one_and_classes_of_equal_size(name: str) -> None:
+    from bench.problems import PROBLEMS, Shape
+
+    rows, labels = PROBLEMS[name].make(Shape(120, 7, 4))
+    assert rows.shape == (120, 7)
+    assert np.bincount(labels).tolist() == [30] * 4
+    norms = np.linalg.norm(rows, axis=1)
+    assert (norms == pytest.approx(1.0)) or set(norms.round(12)) == {0.0, 1.0}
+    assert np.linalg.matrix_rank(rows) == 7
 
 
 @pytest.mark.parametrize("kind", ["labels", "distributions"])

@@ -18,7 +18,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 OF_SIZE = {
     2: tuple(CASES),
     3: (
-        *("labels, mixed", "lists", "JS", "weights", "negligible rows", "negligible rows left out", "two rows"),
+        *(
+            "labels, mixed",
+            "labels, rounded",
+            "lists",
+            "JS",
+            "weights",
+            "negligible rows",
+            "negligible rows left out",
+            "two rows",
+        ),
         *(
             "three rows, streamed",
             "held out",

@@ -12,9 +12,10 @@ from scipy.special import log_softmax
 from softcurve.fit import DataError, fitting
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head
+from softcurve.fit.solver import curvature as curvature_module
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature
-from softcurve.fit.solver.newton import minimise_model
+from softcurve.fit.solver.newton import RoundedProduct, minimise_model
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.divergences import LOSS_NAMES
@@ -68,9 +69,9 @@ class Problem:
     def problem(self, loss):
         return FitProblem(self.source, self.weights, loss, PENALTY, AT_ONCE)
 
-    def curvature(self, memory=2**20, damping=0.0, scale=1.0):
+    def curvature(self, memory=2**20, damping=0.0, scale=1.0, dtype=torch.float64):
         loss = {1.0: "cross_entropy", 0.25: "js"}[scale]
-        curvature = Curvature(self.problem(loss), self.coordinates, dtype=torch.float64, memory=memory)
+        curvature = Curvature(self.problem(loss), self.coordinates, dtype=dtype, memory=memory)
         for start in range(0, len(self.p), AT_ONCE):
             curvature.keep(start, torch.as_tensor(self.p[start : start + AT_ONCE]))
         curvature.move_to(self.parameters)
@@ -169,6 +170,47 @@ def test_rows_left_out_are_negligible(kind, damping, memory):
     lost = problem.dense(damping) - expected
     of_weights = np.tile(np.arange(WIDTH + 1) < WIDTH, CLASSES)
     assert np.linalg.eigvalsh(lost[np.ix_(of_weights, of_weights)]).max() <= 0.1 * PENALTY
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """Fits of any size multiply in bfloat16 on any processor."""
+    monkeypatch.setattr(curvature_module, "multiplies_rounded", lambda: True)
+    monkeypatch.setattr(curvature_module, "LEAST_ROUNDED", 0)
+
+
+@pytest.mark.parametrize("stored", [17, ROWS])
+@pytest.mark.parametrize(("damping", "size"), [(0.0, 1.0), (0.7, 1.0), (1e-3, 60.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_products_are_the_dense_matrix_s_up_to_rounding(kind, damping, size, stored, rounding):
+    problem = Problem(kind, size=size)
+    memory = ROWS * problem.coordinates.size * (4 + 2) + stored * CLASSES * 4
+    curvature = problem.curvature(memory, damping, scale=0.25, dtype=torch.float32)
+    assert len(curvature.probabilities) == stored
+    assert curvature.rounded.dtype == torch.bfloat16
+    curvature.leave_out_negligible_rows()
+    kept = slice(None) if curvature._left_out is None else ~curvature._left_out.numpy()
+    expected = problem.dense(damping, 0.25, rows=kept)
+    # Rounding the features, the direction, the change of the logits and the sums adds four errors of 2⁻⁹ each.
+    diagonal = np.diag(expected)
+    # In float32 the curvature p (1 − p) of certain rows has an error relative to p.
+    scale = np.sqrt(np.outer(diagonal, diagonal)) if size == 1.0 else diagonal.max()
+    actual = whole(curvature.rounded_product, problem.parameters.shape)
+    errors = abs(actual - expected) / scale
+    assert errors.max() <= 4 * 2.0**-9
+    assert errors.max() > 2.0**-13  # it is rounded
+    exact = abs(whole(curvature, problem.parameters.shape) - expected) / scale
+    assert exact.max() <= 2.0**-17
+
+
+def test_features_are_rounded_where_that_pays_and_fits(rounding, monkeypatch):
+    problem = Problem()
+    entries = ROWS * problem.coordinates.size
+    assert problem.curvature(entries * 6, dtype=torch.float32).rounded is not None
+    assert problem.curvature(entries * 6 - 1, dtype=torch.float32).rounded is None
+    assert problem.curvature().rounded is None  # float64
+    monkeypatch.setattr(curvature_module, "LEAST_ROUNDED", entries * CLASSES + 1)
+    assert problem.curvature(dtype=torch.float32).rounded is None
 
 
 def test_no_row_of_notable_curvature_is_left_out():
@@ -353,6 +395,39 @@ def test_conjugate_gradients_solve(inverse):
         product, inverse, gradient, tol=0.0, enough=lambda residual, square: float(residual.abs().max()) <= 0.1
     )
     assert 1e-4 < (product(x) + gradient).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("rounding_error", [0.0, 1e-3, 0.3, 3.0])
+def test_conjugate_gradients_end_at_the_exact_residual(rounding_error):
+    root = torch.randn(24, 24, dtype=torch.float64) / 5
+    matrix = root @ root.T + torch.diag(torch.linspace(1, 30, 24, dtype=torch.float64))
+    noise = torch.randn(24, 24, dtype=torch.float64) / 24**0.5
+    gradient, exact_products = torch.randn(24, 1, dtype=torch.float64), []
+
+    def exact(v):
+        exact_products.append(1)
+        return matrix @ v
+
+    def rough(v):
+        return matrix @ (v + rounding_error * (noise @ v))
+
+    rounded = RoundedProduct(rough)
+    x, residual, change = minimise_model(exact, lambda r: r, gradient, tol=1e-5, rounded=rounded)
+    torch.testing.assert_close(residual, -gradient - matrix @ x, atol=1e-12, rtol=0)
+    assert residual.norm() <= 1e-5 * gradient.norm()
+    assert change == pytest.approx(float(gradient.T @ x + 0.5 * x.T @ matrix @ x), rel=1e-10)
+    assert rounded.accurate == (rounding_error < 0.1)
+    assert len(exact_products) <= 7 if rounded.accurate else len(exact_products) > 7
+
+
+def test_a_rounded_product_without_positive_curvature_is_given_up():
+    rounded = RoundedProduct(lambda v: -v)
+    x, residual, _ = minimise_model(
+        lambda v: 2.0 * v, lambda r: r, torch.ones(3, 1).double(), tol=1e-9, rounded=rounded
+    )
+    torch.testing.assert_close(x, torch.full((3, 1), -0.5, dtype=torch.float64))
+    assert not residual.any()
+    assert not rounded.accurate
 
 
 # --- fits ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ MODEL = (
     "returns (features, head, data)."
 )
 HEAD_DATA = "The samples for a saved head, as for softcurve predict."
-PRECISIONS = "Precision of Hessian–vector products: float64, mixed (float32), or auto."
+PRECISIONS = "Precision of Hessian–vector products: float64, mixed (float32 or bfloat16), or auto."
 PENALTY = "Inverse strength of the penalty ½‖W‖²; inf for none."
 MEMORY = "1024, or 256 for files"
 TARGET = "An .npy file of labels (n,) or distributions (n, C) that replaces the target in DATA."

@@ -29,7 +29,7 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
 
 FORMAT = "softcurve.fit"
-VERSION = "3"
+VERSION = "4"
 ANOTHER = "give another file, or the rows and options that it was written with"
 DESCRIPTIONS = {"rows": "digest of the rows to fit", "weights": "digest of the weights"}
 # The largest values of the fields of a state and of a step that are stored as JSON, by their type.

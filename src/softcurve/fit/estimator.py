@@ -72,8 +72,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             for distributions (only with cross-entropy and forward KL) those of the copies of each sample. A label that
             the dict does not name has weight 1.
         warm_start: Whether another fit starts from the last coefficients, if the objective is lower there.
-        precision: ``mixed``: products in float32, the objective and its gradient in float64; ``float64``; or ``auto``:
-            ``mixed`` unless float32 would save nothing.
+        precision: ``mixed``: products in float32, or in bfloat16 while that is accurate and where the processor has
+            instructions for it, the objective and its gradient in float64; ``float64``; or ``auto``: ``mixed`` unless
+            float32 would save nothing.
         memory_budget: Bytes in addition to the samples; by default 1 GiB, or 256 MiB for a ``numpy.memmap``.
         verbose: Whether each step is printed.
 

@@ -27,6 +27,7 @@ from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
+from softcurve.fit.solver.preconditioner import memory_of_blocks
 from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 
@@ -86,8 +87,9 @@ def fit_head(
         sample_weight: Weights of the rows, ≥ 0; ones by default.
         tol: Tolerance for the largest entry of the gradient.
         max_iter: Maximum number of Newton steps.
-        precision: ``mixed`` multiplies in float32 and computes the objective and its gradient in float64; ``float64``
-            uses float64 throughout; ``auto`` is ``mixed`` unless float32 would save nothing. All end at the same head.
+        precision: ``mixed`` multiplies in float32, or in bfloat16 as long as that is accurate and where the processor
+            has instructions for it, and computes the objective and its gradient in float64; ``float64`` uses float64
+            throughout; ``auto`` is ``mixed`` unless float32 would save nothing. All end at the same head.
         memory_budget: Bytes in addition to the rows of the source. By default 1 GiB for rows in memory, else 256 MiB.
         start: Weight and bias to start from, if the objective is lower there than at the default start: zeros and the
             class frequencies.
@@ -132,6 +134,8 @@ def fit_head(
         if checkpoint is not None:
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
+        blocks_fit = memory_of_blocks(classes, coordinates.size, torch.float32) <= int(FOR_BLOCKS * budget)
+        memory = int((FOR_ROWS if blocks_fit else FOR_ROWS + FOR_BLOCKS) * budget)
         states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)
         state = states.open(classes)
         if state is None and start is not None:
@@ -139,7 +143,7 @@ def fit_head(
         with states.running():
             newton = Newton(
                 objective,
-                partial(Curvature, problem, coordinates, memory=int(FOR_ROWS * budget), on_product=on_product),
+                partial(Curvature, problem, coordinates, memory=memory, on_product=on_product),
                 cold() if state is None else state,
                 tol=tol, memory_of_blocks=int(FOR_BLOCKS * budget), cold=None if start is None else cold,
             )  # fmt: skip

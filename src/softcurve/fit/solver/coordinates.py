@@ -27,6 +27,7 @@ SPAN_BYTES = 2**30  # of the copy of the rows that is made to find their span, i
 SPREAD = 4e-15  # the largest spread of a column or an axis by rounding alone, relative to its entries
 # The largest eigenvalue per feature of a singular correlation matrix, by the rounding of its sums or of the features.
 SINGULAR = {True: 4e-15, False: (16.0 * 2.0**-23) ** 2}
+CLEARLY = 4.0  # the multiple of that eigenvalue from which on the rounding of a Cholesky factorisation does not matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +188,11 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
     """
     group = share_of(source).group
     scale = torch.where(constant, math.inf, covariance.diagonal().clamp(min=0.0).sqrt())
-    values, vectors = _eigh(covariance / scale / scale[:, None], group)
-    null = int((values <= SINGULAR[source.double] * len(values)).sum())
+    correlation, least = covariance / scale / scale[:, None], SINGULAR[source.double] * len(scale)
+    if _exceeds(correlation, CLEARLY * least, group):
+        return _eigh(covariance, group)[1], 0
+    values, vectors = _eigh(correlation, group)
+    null = int((values <= least).sum())
     if not null:
         return _eigh(covariance, group)[1], 0
     # Features D x̂ do not vary along D⁻¹ n if x̂ does not vary along n.
@@ -196,6 +200,18 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
     turned = group.from_first(torch.linalg.qr(vectors[:, :null] / scale[:, None], mode="complete").Q)
     rest = turned[:, null:]
     return torch.cat([turned[:, :null], rest @ _eigh(rest.T @ covariance @ rest, group)[1]], 1), null
+
+
+def _exceeds(matrix: Tensor, bound: float, group: Group) -> bool:
+    """Whether the first process can factorise ``matrix − bound I``, so that every eigenvalue is above the bound.
+
+    This takes a tenth of the time of the eigenvalues.
+    """
+    failed = torch.ones((), dtype=torch.int32)
+    with group.agreed():
+        if group.first:
+            failed = torch.linalg.cholesky_ex(matrix - bound * torch.eye(len(matrix), dtype=matrix.dtype)).info
+    return not group.from_first(failed).any()
 
 
 def _eigh(matrix: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,9 @@ from softcurve.losses.divergences import divergence_of
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
 LEFT_OUT, LEFT_OUT_OF_INTERCEPTS = 0.1, 0.01
+LEAST_ROUNDED = 3_000_000  # multiply-adds of the logits below which products in bfloat16 save nothing
+# Logits of a tile of products in bfloat16, whose cost grows with the number of tiles; and the bytes of memory for each.
+ROUNDED_LOGITS, BYTES_FOR_LOGIT = 2**18, 128
 BRANCHES = 256  # candidates that one message compares in the search over the rows of all processes
 
 
@@ -52,6 +55,9 @@ class Curvature:
 
     ``vectors`` is the dtype of the vectors that it is multiplied by. That is float64, or ``dtype`` for sparse features,
     for which passes over vectors of the size of the head take as long as the products.
+
+    ``rounded`` are the features in bfloat16, for :meth:`rounded_product`: in float32 on processors that multiply
+    bfloat16 faster, if there is memory for them.
     """
 
     def __init__(
@@ -75,25 +81,37 @@ class Curvature:
         self.weights = None if uniform else (weights / self.mean_weight).to(dtype)[:, None]
         # All processes store their features, or none, according to the process with most rows.
         # Sparse ones are stored whatever they take, which is no more than the rows themselves.
-        self.features, self._sparse = None, list[SparseTile]()
-        if not coordinates.sparse and int(most_rows) * size * dtype.itemsize <= memory:
+        self.features, self.rounded, self._sparse = None, None, list[SparseTile]()
+        most = min(problem.rows_at_once, rows)
+        self._rounded_at_once = max(
+            most, min(rows, ROUNDED_LOGITS // self.classes, memory // (BYTES_FOR_LOGIT * self.classes))
+        )
+        most_entries = int(most_rows) * size
+        if not coordinates.sparse and most_entries * dtype.itemsize <= memory:
             self.features = torch.empty(rows, size, dtype=dtype)
             memory -= self.features.nbytes
+            rounded = dtype == torch.float32 and self.all_rows * size * self.classes >= LEAST_ROUNDED
+            rounded = rounded and multiplies_rounded()
+            if not self.group.largest(not rounded or most_entries * torch.bfloat16.itemsize > memory)[0]:
+                self.rounded = torch.empty(rows, size, dtype=torch.bfloat16)
+                memory -= self.rounded.nbytes
+                most = self._rounded_at_once
         stored = min(rows, memory // (self.classes * dtype.itemsize))
         self.probabilities = torch.empty(stored, self.classes, dtype=dtype)
         self.labels = torch.empty(rows, dtype=torch.int64) if source.kind == "labels" else None
-        most = min(problem.rows_at_once, rows)
         # For each row 1 − the largest probability, 1 − that of the label, and ‖u‖².
         self._uncertainty, self._error, self._squares = torch.empty(3, rows, dtype=torch.float64)
         self._softmax_buffer, self._change_buffer, self._error_buffer = torch.empty(3, most, self.classes, dtype=dtype)
         width = 0 if coordinates.sparse else source.width + coordinates.intercept
-        self._centred = torch.ones(most, width, dtype=dtype)
+        self._centred = torch.ones(min(problem.rows_at_once, rows), width, dtype=dtype)
         self._mean = coordinates.mean.to(dtype)
         with self.group.agreed():
             for block, _ in problem.blocks():
                 here = slice(block.start, block.start + len(block))
                 if self.features is not None:
                     coordinates.turned_into(self.features[here], dense_features(block.features))
+                if self.features is not None and self.rounded is not None:
+                    self.rounded[here] = self.features[here]
                 if self.labels is not None:
                     assert isinstance(block.target, Tensor)
                     self.labels[here] = block.target
@@ -141,14 +159,25 @@ class Curvature:
 
     def __call__(self, direction: Float[Tensor, "classes size"]) -> Float[Tensor, "classes size"]:
         """Return the product with one direction."""
+        return self._product(direction, rounded=False)
+
+    def rounded_product(self, direction: Float[Tensor, "classes size"]) -> Float[Tensor, "classes size"]:
+        """Return the product with one direction by matrix products in bfloat16, which have an error of 2⁻⁹ or so.
+
+        The features are rounded once and for all, so that the matrix itself stays symmetric and positive. The part of
+        the softmax is in float32, and so are the sums over the tiles.
+        """
+        return self._product(direction, rounded=True)
+
+    def _product(self, direction: Tensor, *, rounded: bool) -> Tensor:
         self.products += 1
         along = self._for_tiles(direction)
         out = torch.zeros_like(along)
-        (weight, bias), (weight_out, bias_out) = self._parts(along), self._parts(out)
+        (weight, bias), (weight_out, bias_out) = self._parts(along.bfloat16() if rounded else along), self._parts(out)
         result = out if out.dtype == self.vectors else torch.empty_like(along, dtype=self.vectors)
         with self.group.summed(result):
             self.on_product(self.products)
-            for tile in self._tiles():
+            for tile in self._tiles(rounded=rounded):
                 change = tile.features.times(weight, bias, self._change_buffer[: len(tile.features)])
                 tile.features.add_transposed(self._logit_product(tile, change), weight_out, bias_out)
             result.copy_(out)  # none if they are the same
@@ -247,8 +276,8 @@ class Curvature:
         weight, bias = self.coordinates.about_mean(parameters)
         return (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).to(self.dtype)
 
-    def _tiles(self) -> Iterator[CurvatureTile]:
-        for start, features, target in self._rows():
+    def _tiles(self, *, rounded: bool = False) -> Iterator[CurvatureTile]:
+        for start, features, target in self._rows(self.rounded if rounded else self.features):
             end = start + len(features)
             numbers: slice | Tensor = slice(start, end)
             if self._left_out is not None:
@@ -258,7 +287,10 @@ class Curvature:
                 numbers, features = kept + start, features[kept]
                 target = rows_of(target, kept)
                 end = int(numbers[-1]) + 1
-            stored = self.probabilities[numbers] if end <= len(self.probabilities) else self._softmax(features)
+            if end <= len(self.probabilities):
+                stored = self.probabilities[numbers]
+            else:
+                stored = self._softmax(DenseTile(self.features[numbers]) if self.features is not None else features)
             weights = None if self.weights is None else self.weights[numbers]
             yield CurvatureTile(numbers, features, stored, weights, target)
 
@@ -270,30 +302,30 @@ class Curvature:
         p /= p.sum(1, keepdim=True)
         return p
 
-    def _rows(self) -> Iterator[tuple[int, Tile, BlockTarget | None]]:
+    def _rows(self, matrix: Tensor | None) -> Iterator[tuple[int, Tile, BlockTarget | None]]:
         """Yield the first row, the features and the target of each tile, from memory if they are there."""
-        if (self.features is not None or self._sparse) and (self.labels is not None or not self.damping):
-            start = 0
-            for features in self._stored():
+        if (matrix is not None or self._sparse) and (self.labels is not None or not self.damping):
+            start, rounded = 0, matrix is not None and matrix is self.rounded
+            for features in self._stored(matrix, self._rounded_at_once if rounded else self.problem.rows_at_once):
                 here = slice(start, start + len(features))
                 yield start, features, None if self.labels is None else self.labels[here]
                 start += len(features)
             return
-        stored = self._stored()
+        sparse = iter(self._sparse)
         for block, _ in self.problem.blocks():
             target = block.target
             if isinstance(target, Tensor) and target.is_floating_point():
                 target = target.to(self.dtype)
-            if self.features is not None:
-                yield block.start, DenseTile(self.features[block.start : block.start + len(block)]), target
+            if matrix is not None:
+                yield block.start, DenseTile(matrix[block.start : block.start + len(block)]), target
             else:
-                yield block.start, next(stored) if self._sparse else self._centre(block.features), target
+                yield block.start, next(sparse) if self._sparse else self._centre(block.features), target
 
-    def _stored(self) -> Iterator[Tile]:
+    def _stored(self, matrix: Tensor | None, at_once: int) -> Iterator[Tile]:
         """Yield the features that are stored, tile by tile."""
         yield from self._sparse
-        if self.features is not None:
-            yield from map(DenseTile, self.features.split(self.problem.rows_at_once))
+        if matrix is not None:
+            yield from map(DenseTile, matrix.split(at_once))
 
     def _centre(self, features: Features) -> Tile:
         if isinstance(features, SparseFeatures):
@@ -301,6 +333,14 @@ class Curvature:
         out = self._centred[: len(features)]
         torch.sub(features, self._mean, out=out[:, : self.source.width])
         return DenseTile(out)
+
+
+def multiplies_rounded() -> bool:
+    """Return whether the processor has instructions that multiply bfloat16, which takes half the time of float32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(function is not None and function() for function in supported)
 
 
 def _errors(tile: CurvatureTile) -> Tensor:

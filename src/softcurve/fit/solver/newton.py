@@ -34,6 +34,9 @@ NEARLY_EXACT, ENOUGH = 0.3, 0.5
 # approximate inverse, which has been ten to thirty times too small for nearly collinear features.
 GAIN = 0.02
 MOST_PRODUCTS = 500  # of one step
+# The residual of products in bfloat16, relative to the last exact one, that is compared with the exact one again; the
+# products after which it is at the latest; and the ratio of the two from which on rounding counts.
+COMPARED, COMPARED_AFTER, ROUNDED_OFF = 0.1, 50, 2.0
 ROUNDING = 1e-14  # of the objective
 # A step must reach this share of the predicted decrease, or a shorter one is tried, down to the shortest.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
@@ -69,6 +72,7 @@ class State(ShortRepr):
     model_error: float = math.inf  # the part of the gradient that the model of the last step did not predict
     failures: int = 0  # the number of steps since the last one that decreased the objective
     double: bool = False  # whether products are in float64
+    rounded: bool = True  # whether products may be in bfloat16
     blocks: bool = False  # whether the preconditioner is ClassBlocks
     history: tuple[Step, ...] = ()
 
@@ -157,9 +161,14 @@ class Newton:
         inverse = self.prepared[1]
         return lambda gradient: inverse(gradient.to(self.curvature.vectors))
 
+    def _rounded(self) -> RoundedProduct | None:
+        """Return the product in bfloat16 while it is accurate enough, where there is one."""
+        usable = self.state.rounded and self.curvature.rounded is not None
+        return RoundedProduct(self.curvature.rounded_product) if usable else None
+
     def step(self) -> None:
         """Take one step of Newton's method, or raise the damping where it does not decrease the objective."""
-        state, point, curvature = self.state, self.point, self.curvature
+        state, point, curvature, rounded = self.state, self.point, self.curvature, self._rounded()
         inverse = self._approximation(state.damping if state.damping >= NO_DAMPING else 0.0)
         norm = _norm(point.gradient, inverse)
         before = curvature.products
@@ -168,7 +177,7 @@ class Newton:
             # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
             tol=max(min(LOOSEST, state.model_error), TIGHTEST),
             # The residual of a nearly exact model is the next gradient.
-            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None,
+            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None, rounded=rounded,
         )  # fmt: skip
         step, residual = step.double(), residual.double()
         there, whole = self._backtrack(step, predicted)
@@ -186,7 +195,10 @@ class Newton:
         self.state = replace(
             state, damping=_next_damping(state.damping, ratio, better and whole), model_error=model_error,
             failures=failures, double=state.double or slow or failures >= 2,
-            blocks=state.blocks or blocks_pay(curvature, curvature.products - before, self.memory_of_blocks),
+            rounded=state.rounded and (rounded is None or rounded.accurate),
+            blocks=state.blocks or blocks_pay(
+                curvature, curvature.products - before, self.memory_of_blocks, rounded=rounded is not None
+            ),
         )  # fmt: skip
         self._move_to(there if better else point, recompute=not better)
         self._note()
@@ -288,26 +300,76 @@ def _norm(gradient: Tensor, inverse: Map) -> float:
     return math.sqrt(max(float(_inner(gradient, inverse(gradient).double())), 0.0))
 
 
+@dataclass(eq=False)
+class RoundedProduct:
+    """A cheaper product with rounding errors, and whether they have not mattered so far."""
+
+    product: Map
+    accurate: bool = True
+
+
 def minimise_model(
     product: Map, inverse: Map, gradient: Float[Tensor, "classes size"], *, tol: float,
     enough: Callable[[Tensor, float], bool] | None = None, most: int = MOST_PRODUCTS,
+    rounded: RoundedProduct | None = None,
 ) -> tuple[Float[Tensor, "classes size"], Float[Tensor, "classes size"], float]:  # fmt: skip
     """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
 
     Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
     gradient, or where the residual and its squared norm are ``enough``, or after ``most`` products.
+
+    With ``rounded``, its products are used while they are accurate. The residual of the recurrence is replaced by that
+    of ``product`` each time that it has fallen by ``COMPARED``, before the end, and now and then (van der Vorst and Ye,
+    2000). If the two differ, or it has grown, ``product`` continues from there.
     """
-    recurrence = Recurrence(product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
-    square = first = float(recurrence.rho)
-    products = 0
-    while products < most and square > 0.0 and recurrence.advance():
+    first_product = product if rounded is None else rounded.product
+    recurrence = Recurrence(first_product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
+    square = first = compared = float(recurrence.rho)
+    products = since = 0
+
+    def small() -> bool:
+        return square <= tol * tol * first or (enough is not None and enough(recurrence.r, square))
+
+    while products < most and square > 0.0:
         products += 1
-        recurrence.turn()
-        square = float(recurrence.rho)
-        if square <= tol * tol * first or (enough is not None and enough(recurrence.r, square)):
+        positive = bool(recurrence.advance())
+        if positive:
+            recurrence.turn()
+            square = float(recurrence.rho)
+        if rounded is not None and rounded.accurate:
+            since += 1
+            near = since < COMPARED_AFTER and COMPARED**2 * compared < square < compared / COMPARED**2
+            if positive and near and not small():
+                continue
+            most_expected = min(ROUNDED_OFF**2 * square, compared) if positive else 0.0
+            square = compared = _replace_residual(recurrence, product, gradient)
+            products, since = products + 1, 0
+            if not square <= most_expected:
+                rounded.accurate = False
+                square = _restart(recurrence, product, gradient, first)
+                continue
+        if not positive or small():
             break
     x, residual = recurrence.x, recurrence.r
     return x, residual, 0.5 * float(_inner(x, gradient - residual))
+
+
+def _replace_residual(recurrence: Recurrence, product: Map, gradient: Tensor) -> float:
+    """Compute the residual by ``product``, keep the direction, and return the squared norm of the residual."""
+    recurrence.r.copy_(-gradient).sub_(product(recurrence.x))
+    recurrence.rho = _inner(recurrence.r, recurrence.preconditioned(recurrence.r))
+    return float(recurrence.rho)
+
+
+def _restart(recurrence: Recurrence, product: Map, gradient: Tensor, first: float) -> float:
+    """Continue with ``product`` from here, or from zero if that has a smaller residual; return its squared norm."""
+    if not float(recurrence.rho) <= first:
+        recurrence.x.zero_()
+        recurrence.r.copy_(-gradient)
+    recurrence.product = product
+    recurrence.p.copy_(recurrence.preconditioned(recurrence.r))
+    recurrence.rho = _inner(recurrence.r, recurrence.p)
+    return float(recurrence.rho)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

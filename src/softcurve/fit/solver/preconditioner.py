@@ -29,7 +29,9 @@ FLOOR = 1e-10
 UNSEEN = 1e-14
 FEWEST_ROWS, ROWS_PER_FEATURE = 256, 2  # of the block of a class
 GATHERED = 2**25  # bytes of features that are gathered at a time
-SLOWER = 3.0  # the time of a multiply-add of small batched matrices, relative to one of a product
+# The time of a multiply-add of small batched matrices, relative to one of a product in float32, and of such a product
+# relative to one in bfloat16.
+SLOWER, SLOWER_THAN_ROUNDED = 3.0, 2.0
 
 
 class Eigenbasis:
@@ -104,13 +106,21 @@ def between_centred(inverse: ClassBlocks | Eigenbasis) -> Map:
     return of_centred
 
 
-def blocks_pay(curvature: Curvature, products: int, memory: int) -> bool:
-    """Whether ``ClassBlocks`` cost less than the ``products`` that the last step took with the eigenbasis."""
+def blocks_pay(curvature: Curvature, products: int, memory: int, *, rounded: bool) -> bool:
+    """Whether ``ClassBlocks`` cost less than the ``products`` that the last step took with the eigenbasis.
+
+    ``rounded`` is whether these were in bfloat16.
+    """
     rows, size = curvature.all_rows, curvature.coordinates.size
-    if curvature.features is None or curvature.classes * size**2 * curvature.dtype.itemsize > memory:
+    if curvature.features is None or memory_of_blocks(curvature.classes, size, curvature.dtype) > memory:
         return False
     cost = (2 * _block_rows(curvature) * size + size**2) / (4 * rows)  # in products
-    return products > 2 * SLOWER * cost
+    return products > 2 * SLOWER * cost * (SLOWER_THAN_ROUNDED if rounded else 1.0)
+
+
+def memory_of_blocks(classes: int, size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of ``ClassBlocks``."""
+    return classes * size**2 * dtype.itemsize
 
 
 def _block_rows(curvature: Curvature) -> int:

@@ -11,7 +11,10 @@ from softcurve.fit.data.sparse_features import SparseFeatures
 
 
 class DenseTile:
-    """Centred features of some rows as a matrix ``(rows, d)``."""
+    """Centred features of some rows as a matrix ``(rows, d)``.
+
+    A matrix of another dtype than the results is multiplied by factors rounded to its dtype, and so are its products.
+    """
 
     def __init__(self, matrix: Float[Tensor, "rows d"]) -> None:
         self.matrix = matrix
@@ -26,14 +29,20 @@ class DenseTile:
         self, weight: Float[Tensor, "classes d"], bias: Float[Tensor, " classes"] | None, out: Tensor
     ) -> Float[Tensor, "rows classes"]:
         """Write ``U Wᵀ + c`` to ``out`` and return it."""
-        torch.mm(self.matrix, weight.T, out=out)
+        if self.matrix.dtype == out.dtype:
+            torch.mm(self.matrix, weight.T, out=out)
+        else:
+            out.copy_(torch.mm(self.matrix, weight.T.to(self.matrix.dtype)))
         return out if bias is None else out.add_(bias)
 
     def add_transposed(
         self, values: Float[Tensor, "rows classes"], weight: Float[Tensor, "classes d"], bias: Tensor | None
     ) -> None:
         """Add ``Gᵀ U`` to ``weight`` and the sums of the columns of ``G`` to ``bias``."""
-        weight.addmm_(values.T, self.matrix)
+        if self.matrix.dtype == weight.dtype:
+            weight.addmm_(values.T, self.matrix)
+        else:
+            weight.add_(torch.mm(values.to(self.matrix.dtype).T, self.matrix))
         if bias is not None:
             bias += values.sum(0)
 
