@@ -26,7 +26,7 @@ from softcurve.curvature.losses import HeadLosses, LossOptions, with_options_of
 from softcurve.curvature.operator import SymmetricOperator
 from softcurve.curvature.split import require_head, require_same_logits
 from softcurve.extras import needed
-from softcurve.head import loop, workspace
+from softcurve.head import loop
 from softcurve.head.products import STILL, Direction, MapParts
 from softcurve.head.sharded import class_group, lies_over_processes, own_classes
 from softcurve.head.tensors import RowLosses, joined
@@ -313,8 +313,7 @@ class NetworkOperator(SymmetricOperator):
         with torch.inference_mode(False):
             columns = vectors.T.clone() if vectors.is_inference() else vectors.T
             columns = columns.contiguous()  # so that a parameter's part of a row is contiguous
-            into = workspace.empty(columns.shape, columns.dtype, columns.device).zero_()
-            total = 0.0
+            into, total = torch.zeros_like(columns), 0.0
             if len(columns) == 0:
                 return into.T
             for rows in self.network.rows(f"{type(self).__name__} product"):
