@@ -228,11 +228,10 @@ REQUIRED = ("each_row", "input", "bound", "weight", "row_entries", "class_entrie
 ERRORS = ("filter_input", "filter_weight", "dense_input", "dense_weight", "dense_class")
 
 
-def print_shares(paths: Sequence[Path], count: int) -> list[Record]:
+def print_shares(paths: Sequence[Path], count: int) -> None:
     """Print the shares that must stay and the errors, for each file, part and dtype."""
     print("\nshares of the classes (of the residuals) that must stay, and relative errors\n")
     print_head("head", "rows", "dtype", "nats", *REQUIRED, "filter", *ERRORS)
-    records = []
     for path in paths:
         for part in PARTS:
             for dtype in DTYPES:
@@ -241,33 +240,28 @@ def print_shares(paths: Sequence[Path], count: int) -> list[Record]:
                 shares = [f"{record[column]:.3f}" for column in (*REQUIRED, "filter")]
                 errors = [f"{record[column]:.1e}" for column in ERRORS]
                 print_row(path.stem, part, name, f"{record['nats']:.2f}", *shares, *errors)
-                records.append({"head": path.stem, "part": part, "dtype": name, **record})
-    return records
 
 
-def print_times(paths: Sequence[Path], count: int, repeats: int) -> list[Record]:
+def print_times(paths: Sequence[Path], count: int, repeats: int) -> None:
     """Print the time of the products of a share of the classes relative to that of three whole products."""
     print("\ntime of products with a share of the classes in one gradient or both, relative to three whole products\n")
     print_head("head", "(rows, width, classes)", "dtype", "share", *WAYS)
-    records = []
     for path in paths:
         for dtype in DTYPES:
             rows, name = Rows.read(path, PARTS[0], count, dtype), str(dtype).removeprefix("torch.")
             shape = f"({len(rows.input)}, {rows.weight.shape[1]}, {rows.weight.shape[0]})"
             for record in time_records(rows, SHARES, repeats):
                 print_row(path.stem, shape, name, f"{record['share']:.2f}", *(f"{record[way]:.2f}" for way in WAYS))
-                records.append({"head": path.stem, "dtype": name, **record})
-    return records
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables of the files that are named."""
     parser = argparse.ArgumentParser(description="Measure what leaving classes out of a head's gradients would save.")
     parser.add_argument("files", nargs="+", type=Path, help="heads that python -m bench.trained_heads has written")
     parser.add_argument("--rows", type=int, default=1024, help="rows of a tile (1024)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of the times; 0 leaves them out (7)")
     parser.add_argument("--times-only", action="store_true", help="print no shares")
-    chosen = parser.parse_args(given)
+    chosen = parser.parse_args(arguments)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     if not chosen.times_only:
         print_shares(chosen.files, chosen.rows)

@@ -111,14 +111,14 @@ def tensors(head: tuple[Tensor, Tensor], rows: Rows, windows: tuple[Tensor, Tens
 HEADS = {"tiny_lm": tiny_lm, "masked_tokens": masked_tokens}
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train the head that is named and write its file."""
     parser = argparse.ArgumentParser(description="Train a head on text that every Python installation contains.")
     parser.add_argument("head", choices=HEADS)
     parser.add_argument("file", type=Path, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=240, help="number of training steps (240)")
     parser.add_argument("--unfrozen", action="store_true", help="train the whole encoder for as many steps afterwards")
-    chosen = parser.parse_args(given)
+    chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(EXAMPLES))
     contents = HEADS[chosen.head](chosen.steps, unfrozen=chosen.unfrozen)
     with replacing(chosen.file) as file:
