@@ -1,8 +1,7 @@
 """The Lanczos method with thick restarts, for eigenpairs at the ends of the spectrum of a symmetric matrix.
 
-The basis stays on the matrix's device, and its inner products use torch's threads. ARPACK, which computes the same
-restarts implicitly, takes those of numpy's BLAS: they wait actively after each call, and the next product of the matrix
-then took twice as long on the cores that they share.
+The basis stays on the matrix's device, and its inner products use torch's threads. Between the steps of ARPACK, which
+uses the threads of scipy's BLAS, a product of the matrix was measured to take twice as long as alone on two cores.
 
 Source: Wu, Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
 """
