@@ -144,7 +144,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(checks, "explain_nan", lambda *_: None)
     # Nothing runs, so a product may be given what it cannot multiply here.
     monkeypatch.setattr(products, "is_half", lambda *_: False)
-    monkeypatch.setattr(products, "to_features", lambda g, w, dtype: g.new_zeros(len(g), w.shape[1], dtype=dtype))
+    monkeypatch.setattr(products, "to_features", lambda g, w, dtype, **_: g.new_zeros(len(g), w.shape[1], dtype=dtype))
     monkeypatch.setattr(products, "back_to_weight", lambda *_, **__: None)
     monkeypatch.setattr(products, "back_to_bias", lambda *_, **__: None)
     for name, narrow in itertools.product(COMPILED, (None, torch.bfloat16)):
