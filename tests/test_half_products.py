@@ -196,8 +196,8 @@ def test_other_threads_are_not_disturbed(in_use: list[int]) -> None:
     """Float32 products of one thread are the same bits while others compute losses in bfloat16."""
     a, b = torch.randn(300, 300), torch.randn(300, 300)
     alone = a @ b
-    x, w = torch.randn(32, 256).bfloat16(), torch.randn(4100, 256).bfloat16()
-    target, stop, failures = torch.randint(4100, (32,)), threading.Event(), []
+    x, w = torch.randn(64, 256).bfloat16(), torch.randn(4100, 256).bfloat16()
+    target, stop, failures = torch.randint(4100, (64,)), threading.Event(), []
 
     def lose() -> None:
         expected = softcurve.linear_cross_entropy(x, w, target)

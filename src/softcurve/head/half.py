@@ -34,6 +34,8 @@ STEP_ENTRIES = 2**20
 # Entries of a matrix from which on the CPU multiplies it as it is: residuals are then rounded to half precision, as in
 # torch's own backward pass, and of a smaller one a float32 copy costs nothing.
 LEAST_ENTRIES = 2**20
+# Rows of features from which on it does: for fewer, widening the weight takes less time than packing it.
+LEAST_ROWS = 64
 
 
 def multiplies_half(device: torch.device, dtype: torch.dtype) -> bool:
@@ -53,13 +55,15 @@ def is_half(*tensors: Tensor) -> bool:
 def shared_half(first: Tensor | None, *others: Tensor | None) -> torch.dtype | None:
     """Return the half precision in which a map should multiply features by these factors; ``None`` if it widens them.
 
-    On the CPU it widens small factors, so that residuals are not rounded for a copy that costs nothing.
+    On the CPU it widens small factors, so that residuals are not rounded for a copy that costs nothing, and the factors
+    of few rows.
     """
     tensors = [tensor for tensor in (first, *others) if tensor is not None]
     if first is None or len(tensors) <= len(others) or not is_half(*tensors):
         return None
-    small = first.device.type == "cpu" and max(tensor.numel() for tensor in tensors[1:]) < LEAST_ENTRIES
-    return None if small else first.dtype
+    few_rows = first.numel() < LEAST_ROWS * first.shape[-1]
+    small = few_rows or max(tensor.numel() for tensor in tensors[1:]) < LEAST_ENTRIES
+    return None if small and first.device.type == "cpu" else first.dtype
 
 
 def half_on_cpu(first: Tensor | None, *others: Tensor | None) -> torch.dtype | None:
