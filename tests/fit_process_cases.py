@@ -80,19 +80,17 @@ def mixed(*rows, **options) -> Case:
 def rounded(folder, group):
     """Products in bfloat16, which end at the same head; and none where a process could not make them."""
     together = ALONE if group is None else Group(group)
-    pays, least = curvature.multiplies_rounded, curvature.LEAST_ROUNDED
-    used, product = [], Curvature.rounded_product
+    used, product, pays = [], Curvature.rounded_product, curvature.rounding_pays
     Curvature.rounded_product = lambda self, direction: used.append(1) or product(self, direction)
-    curvature.LEAST_ROUNDED = 0
     try:
-        curvature.multiplies_rounded = lambda: True
+        curvature.rounding_pays = lambda rows, size, classes: True
         found = mixed(X, LABELS, C=30.0)(folder, group)
         every = len(used)
-        curvature.multiplies_rounded = lambda: together.size > 1 and together.first
+        curvature.rounding_pays = lambda rows, size, classes: together.size > 1 and together.first
         fit_head(to_source(X, LABELS), group=group, precision="mixed")
         found["used"] = [every > 0, len(used) - every]
     finally:
-        curvature.multiplies_rounded, curvature.LEAST_ROUNDED, Curvature.rounded_product = pays, least, product
+        curvature.rounding_pays, Curvature.rounded_product = pays, product
     return {name: found[name] for name in ("weight", "bias", "objective", "converged", "used")}
 
 

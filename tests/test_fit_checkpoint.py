@@ -58,8 +58,7 @@ def timeless(history):
 @pytest.mark.parametrize("target", [SOFT, SOFT.argmax(1)], ids=["distributions", "labels"])
 def test_a_fit_goes_on_from_every_step(tmp_path, target, precision, monkeypatch):
     if precision == "rounded":  # products in bfloat16, on any processor
-        monkeypatch.setattr(curvature, "multiplies_rounded", lambda: True)
-        monkeypatch.setattr(curvature, "LEAST_ROUNDED", 0)
+        monkeypatch.setattr(curvature, "rounding_pays", lambda rows, size, classes: True)
         precision = "mixed"
     whole = fit(None, target, precision=precision)
     assert whole.converged

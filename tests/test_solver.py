@@ -175,8 +175,7 @@ def test_rows_left_out_are_negligible(kind, damping, memory):
 @pytest.fixture
 def rounding(monkeypatch):
     """Fits of any size multiply in bfloat16 on any processor."""
-    monkeypatch.setattr(curvature_module, "multiplies_rounded", lambda: True)
-    monkeypatch.setattr(curvature_module, "LEAST_ROUNDED", 0)
+    monkeypatch.setattr(curvature_module, "rounding_pays", lambda rows, size, classes: True)
 
 
 @pytest.mark.parametrize("stored", [17, ROWS])
@@ -203,14 +202,23 @@ def test_rounded_products_are_the_dense_matrix_s_up_to_rounding(kind, damping, s
     assert exact.max() <= 2.0**-17
 
 
-def test_features_are_rounded_where_that_pays_and_fits(rounding, monkeypatch):
+def test_features_are_rounded_where_they_fit(rounding):
     problem = Problem()
     entries = ROWS * problem.coordinates.size
     assert problem.curvature(entries * 6, dtype=torch.float32).rounded is not None
     assert problem.curvature(entries * 6 - 1, dtype=torch.float32).rounded is None
     assert problem.curvature().rounded is None  # float64
-    monkeypatch.setattr(curvature_module, "LEAST_ROUNDED", entries * CLASSES + 1)
-    assert problem.curvature(dtype=torch.float32).rounded is None
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_rounding_pays_for_large_products_on_some_processors(bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    pays = curvature_module.rounding_pays
+    assert pays(1797, 512, 10) == bfloat16
+    assert not pays(100, 512, 10)
+    assert not pays(10**6, 64, 10)
 
 
 def test_no_row_of_notable_curvature_is_left_out():

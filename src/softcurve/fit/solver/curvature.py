@@ -29,7 +29,8 @@ from softcurve.losses.divergences import divergence_of
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
 # Shares of the penalty's curvature, and of the logit curvature of all rows, that negligible rows may have together.
 LEFT_OUT, LEFT_OUT_OF_INTERCEPTS = 0.1, 0.01
-LEAST_ROUNDED = 3_000_000  # multiply-adds of the logits below which products in bfloat16 save nothing
+# Multiply-adds of the logits, and parameters of a class, below which products in bfloat16 save nothing.
+LEAST_ROUNDED, NARROWEST_ROUNDED = 3_000_000, 96
 # Logits of a tile of products in bfloat16, whose cost grows with the number of tiles; and the bytes of memory for each.
 ROUNDED_LOGITS, BYTES_FOR_LOGIT = 2**18, 128
 BRANCHES = 256  # candidates that one message compares in the search over the rows of all processes
@@ -90,8 +91,7 @@ class Curvature:
         if not coordinates.sparse and most_entries * dtype.itemsize <= memory:
             self.features = torch.empty(rows, size, dtype=dtype)
             memory -= self.features.nbytes
-            rounded = dtype == torch.float32 and self.all_rows * size * self.classes >= LEAST_ROUNDED
-            rounded = rounded and multiplies_rounded()
+            rounded = dtype == torch.float32 and rounding_pays(self.all_rows, size, self.classes)
             if not self.group.largest(not rounded or most_entries * torch.bfloat16.itemsize > memory)[0]:
                 self.rounded = torch.empty(rows, size, dtype=torch.bfloat16)
                 memory -= self.rounded.nbytes
@@ -335,9 +335,9 @@ class Curvature:
         return DenseTile(out)
 
 
-def multiplies_rounded() -> bool:
-    """Return whether the processor has instructions that multiply bfloat16, which takes half the time of float32."""
-    if not torch.backends.mkldnn.is_available():
+def rounding_pays(rows: int, size: int, classes: int) -> bool:
+    """Return whether the processor has instructions for bfloat16, and the products are large enough to gain by them."""
+    if size < NARROWEST_ROUNDED or rows * size * classes < LEAST_ROUNDED or not torch.backends.mkldnn.is_available():
         return False
     supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(function is not None and function() for function in supported)

@@ -29,9 +29,9 @@ FLOOR = 1e-10
 UNSEEN = 1e-14
 FEWEST_ROWS, ROWS_PER_FEATURE = 256, 2  # of the block of a class
 GATHERED = 2**25  # bytes of features that are gathered at a time
-# The time of a multiply-add of small batched matrices, relative to one of a product in float32, and of such a product
-# relative to one in bfloat16.
-SLOWER, SLOWER_THAN_ROUNDED = 3.0, 2.0
+# The time of a multiply-add of small batched matrices and of eigenvectors, relative to one of a product in float32.
+SLOWER, EIGENVECTORS = 3.0, 30.0
+LOGIT = 60  # the time of a logit outside of the matrix products, in features; products in bfloat16 halve the others
 
 
 class Eigenbasis:
@@ -107,15 +107,19 @@ def between_centred(inverse: ClassBlocks | Eigenbasis) -> Map:
 
 
 def blocks_pay(curvature: Curvature, products: int, memory: int, *, rounded: bool) -> bool:
-    """Whether ``ClassBlocks`` cost less than the ``products`` that the last step took with the eigenbasis.
+    """Whether ``ClassBlocks`` cost less than the eigenbasis and the ``products`` that the last step took with it.
 
     ``rounded`` is whether these were in bfloat16.
     """
-    rows, size = curvature.all_rows, curvature.coordinates.size
-    if curvature.features is None or memory_of_blocks(curvature.classes, size, curvature.dtype) > memory:
+    rows, size, classes = curvature.all_rows, curvature.coordinates.size, curvature.classes
+    if curvature.features is None or memory_of_blocks(classes, size, curvature.dtype) > memory:
         return False
-    cost = (2 * _block_rows(curvature) * size + size**2) / (4 * rows)  # in products
-    return products > 2 * SLOWER * cost * (SLOWER_THAN_ROUNDED if rounded else 1.0)
+    cost = (2 * _block_rows(curvature) * size + size**2) / (4 * rows)  # in products in float32
+    replaced = 0.5  # those of the eigenbasis
+    if classes <= MOST_CLASSES:
+        replaced += (6 * classes + EIGENVECTORS * classes**2 / rows) / (4 * size)
+    saved = products * ((0.5 * size + LOGIT) / (size + LOGIT) if rounded else 1.0)
+    return saved + replaced > 2 * SLOWER * cost
 
 
 def memory_of_blocks(classes: int, size: int, dtype: torch.dtype) -> int:
