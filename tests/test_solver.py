@@ -210,13 +210,20 @@ def test_features_are_rounded_where_they_fit(rounding):
     assert problem.curvature().rounded is None  # float64
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_rounding_pays_for_large_products_on_some_processors(bfloat16, monkeypatch):
+@pytest.mark.parametrize(
+    ("instructions", "enabled", "limit"),
+    [(True, True, None), (False, True, None), (True, False, None), (True, True, "AVX2")],
+)
+def test_rounding_pays_for_large_products_where_onednn_has_instructions(instructions, enabled, limit, monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: enabled)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions, raising=False)
     pays = curvature_module.rounding_pays
-    assert pays(1797, 512, 10) == bfloat16
+    assert pays(1797, 512, 10) == (instructions and enabled and limit is None)
     assert not pays(100, 512, 10)
     assert not pays(10**6, 64, 10)
 

@@ -83,7 +83,7 @@ def rounds_once(*tensors: Tensor) -> bool:
 
     On the CPU torch's own has its right factor packed by oneDNN; the functions below would have to do that themselves.
     """
-    return tensors[0].device.type == "cpu" and is_half(*tensors)
+    return tensors[0].device.type == "cpu" and is_half(*tensors) and brgemm.torch_uses_instructions()
 
 
 def _cpu_product() -> Product | None:

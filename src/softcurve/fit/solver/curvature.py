@@ -24,6 +24,7 @@ from softcurve.fit.losses import named_classes
 from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.objective import FitProblem
 from softcurve.fit.solver.tiles import DenseTile, SparseTile, Tile
+from softcurve.head.brgemm import torch_uses_instructions
 from softcurve.losses.divergences import divergence_of
 
 OF_CURVATURE = 0.1  # τ, which also limits a long step where p = y
@@ -337,10 +338,8 @@ class Curvature:
 
 def rounding_pays(rows: int, size: int, classes: int) -> bool:
     """Return whether the processor has instructions for bfloat16, and the products are large enough to gain by them."""
-    if size < NARROWEST_ROUNDED or rows * size * classes < LEAST_ROUNDED or not torch.backends.mkldnn.is_available():
-        return False
-    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(function is not None and function() for function in supported)
+    large = size >= NARROWEST_ROUNDED and rows * size * classes >= LEAST_ROUNDED
+    return large and torch_uses_instructions()
 
 
 def _errors(tile: CurvatureTile) -> Tensor:
