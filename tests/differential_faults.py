@@ -162,7 +162,6 @@ FAULTS: dict[str, Fault] = {
         lambda p: p.kind in LISTS and _some(p) and p.listed == "all" and p.classes > 1 and p.bias == "none",
         _tensors(lambda c: {"values": c.target["values"] + 1}),
     ),
-    "int32 list": Fault(_of(*LISTS), _tensors(lambda c: {"indices": c.target["indices"].int()})),
     "teacher of other classes": Fault(
         _of("teacher"),
         _tensors(lambda c: {"weight": torch.cat([c.target["weight"]] * 2), "bias": torch.cat([c.target["bias"]] * 2)}),

@@ -414,3 +414,17 @@ def test_a_list_of_all_classes_keeps_the_mass_that_it_lacks() -> None:
     assert softcurve.linear_kl_divergence(torch.zeros(1, 3), torch.zeros(2, 3), half).item() == INF
     whole = softcurve.TopK(torch.tensor([[0, 1]]), torch.tensor([[0.3, 0.7]]).log())
     assert 0 < softcurve.kl_divergence(whole, z).item() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_of_weight_zero_leaves_the_rounding_of_the_others(dtype: torch.dtype) -> None:
+    """What log-probabilities of all classes lack by their rounding is no mass, whatever other rows hold."""
+    rows = torch.linspace(-14.0, 14.0, 14).sin().reshape(2, 7).log_softmax(-1)
+    indices, log_probs, z = torch.arange(7).expand(2, 7), rows.to(dtype), torch.zeros(2, 7)
+    assert log_probs[0].double().exp().sum() < 1
+    weight = torch.tensor([1.0, 0.0])
+    with_padding = softcurve.TopK(indices.int(), log_probs.index_fill(0, torch.tensor([1]), math.nan))
+    expected = pytest.approx(math.log(7) + float((rows[0].double().exp() * rows[0]).sum()), abs=1e-2)
+    assert softcurve.kl_divergence(with_padding, z, sample_weight=weight).item() == expected
+    head = torch.zeros(2, 3), torch.zeros(7, 3)
+    assert softcurve.linear_kl_divergence(*head, with_padding, sample_weight=weight).item() == expected

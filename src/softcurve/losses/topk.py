@@ -284,7 +284,7 @@ class TopK(Target):
 
     def cleared(self, rows: Flags, classes: int) -> TopK:  # noqa: D102
         column, first = rows.unsqueeze(-1), torch.arange(self.indices.shape[-1], device=self.indices.device)
-        even = torch.where(first < classes, -math.log(classes), -math.inf)
+        even = torch.where(first < classes, -math.log(classes), -math.inf).to(self.log_probs.dtype)
         log_probs = torch.where(column, even, self.log_probs)
         return TopK(torch.where(column, first, self.indices.long()), log_probs, self.tail)
 
