@@ -28,7 +28,7 @@ class RitzPairs(NamedTuple):
     products: int
 
 
-def most_wanted(values: Float64[Tensor, " n"], which: str) -> Tensor:
+def most_wanted(values: Float[Tensor, " n"], which: str) -> Tensor:
     """Return the places of ascending eigenvalues, the most wanted first; see :func:`.eigenpairs.eigsh`."""
     upwards = torch.arange(len(values), device=values.device)
     if which == "LM":
