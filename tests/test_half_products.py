@@ -6,6 +6,7 @@ Which is used depends on the processor, so the tests ask for each, and skip one 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,6 +24,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a part of a wider one": lambda matrix: torch.cat([matrix, matrix], 1)[:, : matrix.shape[1]],
     "every other column": lambda matrix: matrix.repeat_interleave(2, dim=1)[:, ::2],
 }
+needs_brgemm = pytest.mark.skipif(not brgemm.available(), reason="the product of oneDNN cannot be called here")
 
 
 @pytest.fixture(params=AVAILABLE)
@@ -66,7 +68,7 @@ def test_choice(
     assert half._cpu_product() is expected
 
 
-@pytest.mark.skipif(not brgemm.available(), reason="the product of oneDNN cannot be called here")
+@needs_brgemm
 def test_product_of_onednn_needs_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN is switched off or limited to older instructions, its function would end the process."""
     torch._C._set_mkldnn_enabled(False)
@@ -76,6 +78,71 @@ def test_product_of_onednn_needs_onednn(monkeypatch: pytest.MonkeyPatch) -> None
         torch._C._set_mkldnn_enabled(True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert not brgemm.available()
+
+
+@needs_brgemm
+@pytest.mark.parametrize("left", [0, 1])
+def test_product_while_onednn_is_switched_off(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may do that between two blocks: the rest is computed without it."""
+    states = iter([True] * left)
+    monkeypatch.setattr(brgemm, "_is_enabled", lambda: next(states, False))
+    a, b, out = torch.randn(259, 33).bfloat16(), torch.randn(33, 261).bfloat16(), torch.randn(259, 261)
+    expected = out.double() + 0.5 * (a.double() @ b.double())
+    with torch.inference_mode():
+        brgemm.multiply(out, a, b, 1.0, 0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_product_after_onednn_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may do that between the choice of the factors and their product."""
+    monkeypatch.setattr(half, "_cpu_product", lambda: None)
+    a, b, out = torch.randn(5, 3).bfloat16(), torch.randn(3, 4).bfloat16(), torch.full((5, 4), torch.nan)
+    half.half_product(out, a, b, beta=0.0, alpha=0.5)
+    torch.testing.assert_close(out, 0.5 * (a.float() @ b.float()))
+
+
+@needs_brgemm
+def test_product_needs_a_verified_release_and_right_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.0+cpu")
+    assert brgemm._functions.__wrapped__() is None
+    monkeypatch.undo()
+    assert brgemm._is_right.__wrapped__()
+    monkeypatch.setattr(brgemm, "_multiply_part", lambda *_, **__: None)
+    assert not brgemm._is_right.__wrapped__()
+
+
+@needs_brgemm
+def test_product_without_new_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None can be started when the interpreter ends."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    a, b, out = torch.randn(300, 8).bfloat16(), torch.randn(8, 3).bfloat16(), torch.empty(300, 3)
+    brgemm.multiply(out, a, b, 0.0, 1.0)
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@needs_brgemm
+def test_no_thread_outlives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to memory that may belong to another tensor by then."""
+    ended, begun = [], threading.Event()
+
+    def work() -> None:
+        begun.wait()
+        ended.append(True)
+
+    def interrupt(thread: threading.Thread, join: Callable[[threading.Thread], None] = threading.Thread.join) -> None:
+        if not begun.is_set():
+            begun.set()
+            raise KeyboardInterrupt
+        join(thread)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        brgemm._run(work, 2, deque())
+    assert len(ended) == 2
 
 
 @pytest.mark.parametrize("left", LAYOUTS)

@@ -27,6 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Releases of torch whose function has been verified: its mangled name fixes the types of its arguments, but not their
+# order or what each means.
+VERIFIED = ((2, 13),)
 # Rows and columns of a block, and the length of its sums: its packed factor then stays in the second-level cache.
 ROWS, COLUMNS, LENGTH = 256, 256, 4096
 # Entries of the right factor that are packed at a time, 8 MiB.
@@ -46,18 +49,38 @@ def torch_uses_instructions() -> bool:
     Where oneDNN is switched off or limited to older instructions, these take ten times as long as in float32.
     """
     limited = any(name in os.environ for name in LIMITS)
-    enabled = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-    return has_instructions() and enabled and not limited
+    return has_instructions() and _is_enabled() and not limited
 
 
 def available() -> bool:
     """Return whether the function can be called, which ends the process where oneDNN cannot use the instructions."""
-    return torch_uses_instructions() and _functions() is not None
+    return torch_uses_instructions() and _is_right()
+
+
+def _is_enabled() -> bool:
+    """Return whether oneDNN is switched on now."""
+    return torch.backends.mkldnn.is_available() and bool(torch._C._get_mkldnn_enabled())
+
+
+@functools.cache
+def _is_right() -> bool:
+    """Return whether the function is there and has the right numbers, at its first use, in a block with odd sizes."""
+    if _functions() is None:
+        return False
+    with torch.inference_mode(mode=False), torch.no_grad():
+        entries = torch.arange(5 * 37 + 37 * 19, dtype=torch.float32, device="cpu").mul_(0.7).sin_().mul_(8).round_()
+        a, b = entries[: 5 * 37].view(5, 37), entries[5 * 37 :].view(37, 19)
+        out = entries.new_ones(5, 21)[:, 1:-1]
+        multiply(out, a.bfloat16(), b.bfloat16(), 1.0, 2.0)
+        # Small integers, whose sums are exact in any order.
+        return torch.equal(out, 1 + 2 * (a.unsqueeze(-1) * b).sum(1))
 
 
 @functools.cache
 def _functions() -> tuple[Callable[..., None], Callable[[bool], None]] | None:
-    """Return the product of a block, and the function that ends a thread's use of it."""
+    """Return the product of a block, and the function that ends a thread's use of it, of a release in ``VERIFIED``."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) not in VERIFIED:
+        return None
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         multiply: Any = library["_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"]
@@ -126,21 +149,48 @@ def _multiply_part(out: Tensor, a: Tensor, packed: Tensor, *, adds: bool) -> Non
     blocks = deque((row, column) for row in range(0, rows, ROWS) for column in range(0, columns, COLUMNS))
     threads = min(len(blocks), torch.get_num_threads())
     a_start, b_start, out_start = a.data_ptr(), packed.data_ptr(), out.data_ptr()
-    a_stride, out_stride, panel = a.stride(0), out.stride(0), packed.stride(0)
+    a_stride, out_stride, panel_stride = a.stride(0), out.stride(0), packed.stride(0)
 
     def work() -> None:
         with suppress(IndexError):  # no block is left
             while True:
                 row, column = blocks.popleft()
+                height, width = min(ROWS, rows - row), min(COLUMNS, columns - column)
+                if not _is_enabled():  # another thread has switched it off since, and the call would end the process
+                    blocks.append((row, column))
+                    break
                 multiply(
-                    min(ROWS, rows - row), min(COLUMNS, columns - column), length, a_stride, COLUMNS, out_stride, adds,
-                    a_start + 2 * row * a_stride, b_start + 2 * (column // COLUMNS) * panel,
+                    height, width, length, a_stride, COLUMNS, out_stride, adds,
+                    a_start + 2 * row * a_stride, b_start + 2 * (column // COLUMNS) * panel_stride,
                     out_start + 4 * (row * out_stride + column), True,
                 )  # fmt: skip
         release(True)
 
-    workers = [Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    _run(work, threads, blocks)
+    for row, column in blocks:
+        panel = packed[column // COLUMNS, :, : columns - column].transpose(1, 2).flatten(0, 1)[:length]
+        here = out[row : row + ROWS, column : column + COLUMNS]
+        here.addmm_(a[row : row + ROWS].float(), panel.float(), beta=float(adds))
+
+
+def _run(work: Callable[[], None], threads: int, blocks: deque[tuple[int, int]]) -> None:
+    """Run ``work`` in new threads until no block is left; none of them outlives an interrupt, as their memory may not.
+
+    Where no thread can be started, as when the interpreter ends, the calling thread does it.
+    """
+    workers: list[Thread] = []
+    try:
+        for _ in range(threads):
+            worker = Thread(target=work)
+            with suppress(RuntimeError):
+                worker.start()
+                workers.append(worker)
+        if not workers:
+            work()
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        blocks.clear()
+        for worker in workers:
+            worker.join()
+        raise

@@ -74,7 +74,10 @@ def half_on_cpu(first: Tensor | None, *others: Tensor | None) -> torch.dtype | N
 def half_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> None:
     """``out = beta out + alpha a @ b`` of half-precision factors, all sums in float32."""
     product = _cpu_product() if out.device.type == "cpu" else _multiply_by_torch
-    assert product is not None
+    if product is None:  # oneDNN has been switched off since the factors were chosen
+        out.mul_(beta) if beta else out.zero_()
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), alpha=alpha)
+        return
     product(out, a, b, beta, alpha)
 
 
@@ -126,7 +129,7 @@ def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether ``mm`` multiplies half-precision matrices into float32, on the CPU not in torch 2.13."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)
     try:
-        _mm(torch.zeros(16, 16, device=device), a, a)
+        _mm(torch.zeros(16, 16, dtype=torch.float32, device=device), a, a)
     except RuntimeError:
         return False
     return True
@@ -136,7 +139,7 @@ def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 def _adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether ``addmm`` adds half-precision products to float32: some releases want the sum in half too."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(out, a, a, out_dtype=out.dtype, out=out)
     except RuntimeError:
