@@ -118,9 +118,9 @@ def classes_blocks(folder, group):
     weights = torch.tensor(np.random.default_rng(5).uniform(0.5, 1.5, len(rows)))
     made, make = [], ClassBlocks.__init__
 
-    def noted(self, curvature):
+    def noted(self, curvature, memory):
         made.append(len(made))
-        make(self, curvature)
+        make(self, curvature, memory)
 
     ClassBlocks.__init__ = noted
     try:

@@ -353,10 +353,15 @@ def test_the_eigenbasis_is_exact_where_all_rows_have_the_same_probabilities(kind
     torch.testing.assert_close(found, x, atol=1e-11, rtol=0)
 
 
+def class_blocks(curvature):
+    return ClassBlocks(curvature, 2**28)
+
+
+@pytest.mark.parametrize("memory", [1, 2**28])
 @pytest.mark.parametrize("damping", [0.0, 0.5])
-def test_class_blocks_of_all_rows_are_the_true_ones(damping):
+def test_class_blocks_of_all_rows_are_the_true_ones(damping, memory):
     problem = Problem()
-    blocks = ClassBlocks(problem.curvature(damping=damping))
+    blocks = ClassBlocks(problem.curvature(damping=damping), memory)
     size = problem.u.shape[1]
     dense = problem.dense(damping).reshape(CLASSES, size, CLASSES, size)
     actual = whole(blocks, problem.parameters.shape).reshape(CLASSES, size, CLASSES, size)
@@ -365,7 +370,30 @@ def test_class_blocks_of_all_rows_are_the_true_ones(damping):
         assert not np.delete(actual[k], k, 1).any()
 
 
-@pytest.mark.parametrize("preconditioner", [Eigenbasis, ClassBlocks])
+def test_class_blocks_stay_within_the_memory_budget(run_python):
+    # The weights of all rows and classes take 25 MB, the rows of all blocks 32 MB, and vectors of the head 4 MB.
+    code = (
+        "import torch\n"
+        "from bench.measure import extra_peak_of\n"
+        "from softcurve.fit.data.row_source import to_source\n"
+        "from softcurve.fit.fitting import fit_head\n"
+        "from softcurve.fit.solver import newton, preconditioner\n"
+        "newton.blocks_pay, made = lambda *curvature, **rounded: True, []\n"
+        "prepare = preconditioner.ClassBlocks.__init__\n"
+        "preconditioner.ClassBlocks.__init__ = lambda *each: made.append(1) or prepare(*each)\n"
+        "y = torch.arange(12_000) % 520\n"
+        "x = torch.randn(12_000, 60) + torch.randn(520, 60)[y]\n"
+        "options = {'C': 1e-3, 'max_iter': 2, 'precision': 'mixed', 'memory_budget': 2**25}\n"
+        "fit_head(to_source(x[:520], y[:520]), **options)\n"
+        "made.clear()\n"
+        "print(len(made), extra_peak_of(lambda: fit_head(to_source(x, y), **options)), len(made))\n"
+    )
+    _, peak, made = run_python(code).stdout.split()
+    assert int(made) > 0
+    assert float(peak) < 44
+
+
+@pytest.mark.parametrize("preconditioner", [Eigenbasis, class_blocks])
 @pytest.mark.parametrize("kind", KINDS)
 def test_approximate_inverses_are_symmetric_and_positive(preconditioner, kind):
     problem = Problem(kind, rows=700, size=3.0)  # more than a block takes
@@ -379,7 +407,7 @@ def test_class_blocks_bring_certain_rows_nearer_than_the_eigenbasis():
     dense = problem.dense(1e-2)
     root = np.linalg.cholesky(dense)
     conditions = []
-    for preconditioner in (Eigenbasis, ClassBlocks):
+    for preconditioner in (Eigenbasis, class_blocks):
         inverse = whole(preconditioner(problem.curvature(damping=1e-2)), problem.parameters.shape)
         values = np.linalg.eigvalsh(root.T @ inverse @ root)
         conditions.append(values.max() / values.min())
@@ -433,6 +461,22 @@ def test_conjugate_gradients_end_at_the_exact_residual(rounding_error):
     assert change == pytest.approx(float(gradient.T @ x + 0.5 * x.T @ matrix @ x), rel=1e-10)
     assert rounded.accurate == (rounding_error < 0.1)
     assert len(exact_products) <= 7 if rounded.accurate else len(exact_products) > 7
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8])
+def test_conjugate_gradients_end_at_the_exact_residual_after_the_most_products(most):
+    matrix = torch.diag(torch.linspace(1, 1000, 60, dtype=torch.float64))
+    products = []
+
+    def times(v, error=0.0):
+        products.append(1)
+        return matrix @ v * (1 + error)
+
+    gradient, rounded = torch.ones(60, 1).double(), RoundedProduct(lambda v: times(v, 2.0**-9))
+    x, residual, _ = minimise_model(times, lambda r: r, gradient, tol=1e-9, most=most, rounded=rounded)
+    torch.testing.assert_close(residual, -gradient - matrix @ x, atol=1e-12, rtol=0)
+    assert x.any()
+    assert len(products) <= max(most, 2)
 
 
 def test_a_rounded_product_without_positive_curvature_is_given_up():

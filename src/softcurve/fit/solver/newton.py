@@ -156,7 +156,8 @@ class Newton:
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
             self.curvature.leave_out_negligible_rows()
-            made = (ClassBlocks if self.state.blocks else Eigenbasis)(self.curvature)
+            blocks, curvature = self.state.blocks, self.curvature
+            made = ClassBlocks(curvature, self.memory_of_blocks) if blocks else Eigenbasis(curvature)
             self.prepared = damping, between_centred(made)
         inverse = self.prepared[1]
         return lambda gradient: inverse(gradient.to(self.curvature.vectors))
@@ -339,7 +340,7 @@ def minimise_model(
         if rounded is not None and rounded.accurate:
             since += 1
             near = since < COMPARED_AFTER and COMPARED**2 * compared < square < compared / COMPARED**2
-            if positive and near and not small():
+            if positive and near and products + 1 < most and not small():
                 continue
             most_expected = min(ROUNDED_OFF**2 * square, compared) if positive else 0.0
             square = compared = _replace_residual(recurrence, product, gradient)

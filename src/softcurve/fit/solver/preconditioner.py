@@ -28,7 +28,8 @@ FLOOR = 1e-10
 # Curvature of a redundant axis that counts as none, relative to the curvature if its features varied.
 UNSEEN = 1e-14
 FEWEST_ROWS, ROWS_PER_FEATURE = 256, 2  # of the block of a class
-GATHERED = 2**25  # bytes of features that are gathered at a time
+# Bytes of features or weights of rows that are gathered at a time, at most this share of the memory for the blocks.
+GATHERED, SHARE_GATHERED = 2**25, 0.125
 # The time of a multiply-add of small batched matrices and of eigenvectors, relative to one of a product in float32.
 SLOWER, EIGENVECTORS = 3.0, 30.0
 LOGIT = 60  # the time of a logit outside of the matrix products, in features; products in bfloat16 halve the others
@@ -57,12 +58,15 @@ class Eigenbasis:
 
 
 class ClassBlocks:
-    """The inverses of the blocks of the classes, whose diagonals are scaled to one before they are factorised."""
+    """The inverses of the blocks of the classes, whose diagonals are scaled to one before they are factorised.
 
-    def __init__(self, curvature: Curvature) -> None:
+    ``memory`` is the number of bytes for the inverses, by which what is gathered to compute them is limited too.
+    """
+
+    def __init__(self, curvature: Curvature, memory: int) -> None:
         assert curvature.features is not None
-        count = _block_rows(curvature)
-        largest = _LargestWeights(min(count, curvature.source.rows), curvature)
+        count, at_once = _block_rows(curvature), min(GATHERED, int(SHARE_GATHERED * memory))
+        largest = _LargestWeights(min(count, curvature.source.rows), curvature, at_once)
         diagonal = curvature.diagonal(None, largest.add)
         weights, rows = largest.found()
         if curvature.group.size > 1:
@@ -70,7 +74,7 @@ class ClassBlocks:
         self.scale = _reciprocal(diagonal, curvature).sqrt_()
         classes, size = self.scale.shape
         self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
-        step = max(1, GATHERED // (count * size * curvature.dtype.itemsize))
+        step = max(1, at_once // (count * size * curvature.dtype.itemsize))
         scale = self.scale.to(curvature.dtype)
         roots = (weights * curvature.mean_weight).sqrt_()
         for start in range(0, classes, step):
@@ -173,12 +177,12 @@ def _inverses(blocks: Tensor) -> Tensor:
 class _LargestWeights:
     """The rows with the largest weights of each class, collected tile by tile."""
 
-    def __init__(self, count: int, curvature: Curvature) -> None:
+    def __init__(self, count: int, curvature: Curvature, at_once: int) -> None:
         self.count = count
         self.weights = torch.empty(curvature.classes, 0, dtype=curvature.dtype)
         self.rows = torch.empty(curvature.classes, 0, dtype=torch.int64)
         self.pending: list[tuple[Tensor, Tensor]] = []
-        self.most_pending = max(count, GATHERED // (curvature.classes * curvature.dtype.itemsize))
+        self.most_pending = max(count, at_once // (curvature.classes * curvature.dtype.itemsize))
 
     def add(self, numbers: Tensor, weights: Tensor) -> None:
         self.pending.append((numbers, weights))
