@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant("shard-rest", "the sums of the processes are added without a common maximum", "head/dense.py",
            "rests.append(side.rest * scale + ", "rests.append(side.rest + ", "test_head_processes.py -k 'one_process and 3'"),
     Mutant("shard-shift", "the tile of a process keeps its own shift after the merge", "head/sparse.py",
-           "torch.where(self.exponentials_shift == NO_MASS, 1.0, torch.exp(self.exponentials_shift - self.shift))", "torch.ones_like(self.shift)",
+           "torch.where(swept.shift == NO_MASS, 1.0, torch.exp(swept.shift - self.shift))", "torch.ones_like(self.shift)",
            "test_head_processes.py -k 'one_process and 3'"),
     Mutant("conjugate", "successive directions are not conjugate", "curvature/algorithms/conjugate_gradients.py",
            "rho / last)", "rho / last / 2)",
