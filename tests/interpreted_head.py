@@ -271,6 +271,8 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]
     if ON_CPU:
         monkeypatch.setattr(half, "multiplies_half", lambda device, dtype: True)
         monkeypatch.setattr(half, "LEAST_ENTRIES", 0)
+        monkeypatch.setattr(half, "LEAST_ROWS", 0)
+        monkeypatch.setattr(products, "rounds_once", lambda *_: False)
     monkeypatch.setattr(products, "half_product", half_product)
     return multiplied
 

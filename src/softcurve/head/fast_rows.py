@@ -26,7 +26,7 @@ from softcurve.losses.spec import LossSpec
 
 # At least four digits are kept of a divergence above this (as many as the rounding of a matrix product leaves in its
 # logits), and six of a softmax with so much beside its largest class: of less, the rounding of a far z − max shows.
-LEAST_VALUE = 1e-2
+LEAST_VALUE = 2e-2
 LEAST_REST = 1e-9
 # In place of −inf: the exponential is 0, and 0 times a difference of logits is 0.
 FAR = -1e30
