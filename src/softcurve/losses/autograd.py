@@ -105,9 +105,9 @@ class _SmallValue(Function):
     @staticmethod
     def forward(ctx: Any, loss: RowLoss, z: Tensor, target: Tensor) -> Tensor:
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        found = loss.value_and_residuals(z, target, wanted) if any(wanted) else None
-        rows, *residuals = (_Value.forward(loss, z, target), None, None) if found is None else found
-        ctx.loss, ctx.wanted, ctx.is_ready = loss, wanted, found is not None
+        both = loss.value_and_residuals(z, target, wanted) if any(wanted) else None
+        rows, *residuals = (_Value.forward(loss, z, target), None, None) if both is None else both
+        ctx.loss, ctx.wanted, ctx.is_ready = loss, wanted, both is not None
         ctx.save_for_backward(z, target, *residuals)
         return rows
 

@@ -130,10 +130,11 @@ class _ScaledMatrix:
         scaled: Columns = image.cpu().numpy() / (self.scale or 1.0)
         return scaled.astype(self.numpy_dtype, copy=False)
 
-    def for_scipy(self, *, checked: bool) -> Any:
+    def for_scipy(self) -> Any:
+        """Return the operator that LOBPCG calls, whose products are not checked: those between its stages are."""
         from scipy.sparse.linalg import LinearOperator
 
-        times = functools.partial(self.times, checked=checked)
+        times = functools.partial(self.times, checked=False)
         return LinearOperator((self.matrix.shape[0],) * 2, matvec=times, matmat=times, dtype=self.numpy_dtype)
 
 
@@ -173,7 +174,7 @@ def _lobpcg(matrix: SymmetricMatrix, k: int, which: str, tol: float, max_product
     accuracy = tol or max(math.sqrt(torch.finfo(working_dtype(matrix)).eps), torch.finfo(matrix.dtype).eps)
     start = random_columns(matrix, k, seed=seed)
     scaled = _ScaledMatrix(matrix, start[:, :1])
-    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.for_scipy(checked=False)
+    unit, dtype, counting = scaled.scale or 1.0, scaled.numpy_dtype, scaled.for_scipy()
     vectors = np.linalg.qr(start.cpu().numpy().astype(dtype))[0]
     largest = 0.0  # in units of the scale
     while True:

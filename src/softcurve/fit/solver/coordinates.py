@@ -203,7 +203,7 @@ def _axes(covariance: Tensor, constant: Tensor, source: Source) -> tuple[Tensor,
 
 
 def _exceeds(matrix: Tensor, bound: float, group: Group) -> bool:
-    """Whether the first process can factorise ``matrix − bound I``, so that every eigenvalue is above the bound.
+    """Return whether the first process can factorise ``matrix − bound I``, so that every eigenvalue is above the bound.
 
     This takes a tenth of the time of the eigenvalues.
     """

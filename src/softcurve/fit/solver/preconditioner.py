@@ -111,7 +111,7 @@ def between_centred(inverse: ClassBlocks | Eigenbasis) -> Map:
 
 
 def blocks_pay(curvature: Curvature, products: int, memory: int, *, rounded: bool) -> bool:
-    """Whether ``ClassBlocks`` cost less than the eigenbasis and the ``products`` that the last step took with it.
+    """Return whether ``ClassBlocks`` cost less than the eigenbasis and the ``products`` that the last step took.
 
     ``rounded`` is whether these were in bfloat16.
     """
