@@ -58,7 +58,10 @@ def told(fit):
         "converged": fit.converged,
         "separated": fit.separated,
         "reason": fit.reason,
-        "steps": [(step.iteration, step.products, step.damping) for step in fit.history],
+        "steps": [
+            (step.iteration, step.products - before, step.damping)
+            for step, before in zip(fit.history, (0, *(step.products for step in fit.history)), strict=False)
+        ],
         "objectives": [step.objective for step in fit.history],
     }
 
@@ -105,30 +108,33 @@ def separable() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(600, 8)) + 40.0 * np.eye(8)[labels] * (rng.random((600, 1)) > 0.05), labels
 
 
-def many_classes() -> tuple[np.ndarray, np.ndarray]:
+def many_classes(width: int) -> tuple[np.ndarray, np.ndarray]:
     """Enough products for the classes' own blocks to pay, and more classes than a matrix of confusions has."""
     rng = np.random.default_rng(2)
-    rows = rng.normal(size=(900, 10)) * np.logspace(0, 2, 10)
-    return rows, (rows @ (rng.normal(size=(10, 210)) / np.logspace(0, 2, 10)[:, None]) * 3).argmax(1)
+    scales = np.logspace(0, 2, width)
+    rows = rng.normal(size=(900, width)) * scales
+    return rows, (rows @ (rng.normal(size=(width, 210)) / scales[:, None]) * 3).argmax(1)
 
 
-def classes_blocks(folder, group):
-    rows, labels = many_classes()
-    # Classes with equally many rows have equal eigenvalues, and of these rounding chooses the eigenvectors.
-    weights = torch.tensor(np.random.default_rng(5).uniform(0.5, 1.5, len(rows)))
-    made, make = [], ClassBlocks.__init__
+def classes_blocks(width: int, **options):
+    def of(folder, group):
+        rows, labels = many_classes(width)
+        # Classes with equally many rows have equal eigenvalues, and of these rounding chooses the eigenvectors.
+        weights = torch.tensor(np.random.default_rng(5).uniform(0.5, 1.5, len(rows)))
+        made, make = [], ClassBlocks.__init__
 
-    def noted(self, curvature, memory):
-        made.append(len(made))
-        make(self, curvature, memory)
+        def noted(self, curvature, memory):
+            make(self, curvature, memory)
+            made.append(self.factored)
 
-    ClassBlocks.__init__ = noted
-    try:
-        options = {"C": 10.0, "tol": 1e-6, "precision": "float64", "sample_weight": weights}
-        fit = fit_head(to_source(rows, labels), group=group, **options)
-    finally:
-        ClassBlocks.__init__ = make
-    return told(fit) | {"blocks": made}
+        ClassBlocks.__init__ = noted
+        try:
+            fit = fit_head(to_source(rows, labels), group=group, precision="float64", sample_weight=weights, **options)
+        finally:
+            ClassBlocks.__init__ = make
+        return told(fit) | {"blocks": made}
+
+    return of
 
 
 def negligible(folder, group):
@@ -183,7 +189,7 @@ def held_out(folder, group):
 
 
 def confused(folder, group):
-    rows, labels = many_classes()
+    rows, labels = many_classes(10)
     source = of(to_source(rows, labels, classes=tuple(range(210))), group)
     weight = torch.tensor(np.random.default_rng(3).normal(size=(210, 10)))
     scores = diagnose(source, weight, torch.zeros(210).double(), "cross_entropy")
@@ -457,7 +463,8 @@ CASES: dict[str, Case] = {
     "weights, labels, mixed": mixed(X, LABELS, sample_weight=WEIGHTS),
     "negligible rows": negligible,
     "negligible rows left out": left_out,
-    "classes' blocks": classes_blocks,
+    "classes' blocks": classes_blocks(10, C=10.0, tol=1e-9),
+    "classes' blocks of few rows": classes_blocks(64, C=1e-3, tol=1e-8, memory_budget=2**24),
     "wide": plain(RNG.normal(size=(30, 50)), LABELS[:30]),
     "sparse rows": sparse_rows,
     "two rows": plain(X[:2], np.array([0, 1])),

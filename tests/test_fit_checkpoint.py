@@ -24,7 +24,7 @@ from softcurve.fit import DataError, fitting
 from softcurve.fit.checkpoint import digest_of_all
 from softcurve.fit.data.row_source import RowSource, to_source
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.solver import curvature
+from softcurve.fit.solver import curvature, preconditioner
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -54,9 +54,15 @@ def timeless(history):
     return [replace(step, seconds=0.0) for step in history]
 
 
+@pytest.fixture
+def early_blocks(monkeypatch):
+    """The blocks of the classes in small problems too."""
+    monkeypatch.setattr(preconditioner, "LEAST_OF_BLOCKS", 0.0)
+
+
 @pytest.mark.parametrize("precision", ["rounded", "mixed", "float64"])
 @pytest.mark.parametrize("target", [SOFT, SOFT.argmax(1)], ids=["distributions", "labels"])
-def test_a_fit_goes_on_from_every_step(tmp_path, target, precision, monkeypatch):
+def test_a_fit_goes_on_from_every_step(tmp_path, target, precision, monkeypatch, early_blocks):
     if precision == "rounded":  # products in bfloat16, on any processor
         monkeypatch.setattr(curvature, "rounding_pays", lambda rows, size, classes: True)
         precision = "mixed"
@@ -215,7 +221,7 @@ def test_a_killed_process_is_gone_on_from(tmp_path, time_of_it):
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path, early_blocks):
     path = tmp_path / "state"
     fit(path, max_iter=3)
     return path
@@ -339,6 +345,12 @@ def without_history(tensors, metadata):
         (lambda tensors, metadata: tensors["parameters"][1].fill_(torch.nan), "'parameters' has entries that are not"),
         (lambda tensors, metadata: tensors["bias"][1].fill_(torch.inf), "'bias' has entries that are not finite"),
         (
+            lambda tensors, metadata: tensors["blocks_bias"][1].fill_(torch.nan),
+            "'blocks_bias' has entries that are not",
+        ),
+        (lambda tensors, metadata: tensors.pop("blocks_bias"), "'blocks_bias' must be float64 of shape"),
+        (of_state(more_products=-1), "'state' cannot be read"),
+        (
             lambda tensors, metadata: tensors.update(weight=torch.zeros(2, 2)),
             "'weight' must be float64 of shape \\(4, 6\\)",
         ),
@@ -366,5 +378,5 @@ def test_places_that_cannot_be_written_are_named_before_the_fit(tmp_path):
 def test_a_checkpoint_holds_no_code(written):
     assert isinstance(written, Path)
     with safe_open(written, framework="pt") as file:
-        assert sorted(file.keys()) == ["bias", "parameters", "weight"]
+        assert sorted(file.keys()) == ["bias", "blocks_bias", "blocks_weight", "parameters", "weight"]
         assert json.loads(file.metadata()["state"])["history"][0]["iteration"] == 0

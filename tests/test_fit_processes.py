@@ -27,6 +27,7 @@ OF_SIZE = {
             "negligible rows",
             "negligible rows left out",
             "two rows",
+            "classes' blocks of few rows",
         ),
         *(
             "three rows, streamed",

@@ -13,6 +13,7 @@ from softcurve.fit import DataError, fitting
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver import curvature as curvature_module
+from softcurve.fit.solver import preconditioner
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature
 from softcurve.fit.solver.newton import RoundedProduct, minimise_model
@@ -353,21 +354,76 @@ def test_the_eigenbasis_is_exact_where_all_rows_have_the_same_probabilities(kind
     torch.testing.assert_close(found, x, atol=1e-11, rtol=0)
 
 
+OF_MATRICES = CLASSES * (WIDTH + 1) ** 2 * 8  # bytes of the blocks of the classes as matrices
+
+
 def class_blocks(curvature):
     return ClassBlocks(curvature, 2**28)
 
 
-@pytest.mark.parametrize("memory", [1, 2**28])
+def blocks_of_three_rows(curvature):
+    return ClassBlocks(curvature, OF_MATRICES - 1)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    monkeypatch.setattr(preconditioner, "FEWEST_FACTORED", 1)
+
+
+def of_classes(matrix, size):
+    """The blocks of the classes of a matrix, which has nothing beside them."""
+    matrix = matrix.reshape(CLASSES, size, CLASSES, size)
+    for k in range(CLASSES):
+        assert not np.delete(matrix[k], k, 1).any()
+    return np.stack([matrix[k, :, k] for k in range(CLASSES)])
+
+
+@pytest.mark.parametrize("memory", [OF_MATRICES, 2**28])
 @pytest.mark.parametrize("damping", [0.0, 0.5])
-def test_class_blocks_of_all_rows_are_the_true_ones(damping, memory):
+def test_class_blocks_of_all_rows_are_the_true_ones(damping, memory, monkeypatch):
+    monkeypatch.setattr(preconditioner, "COVERED", 1.0)
     problem = Problem()
     blocks = ClassBlocks(problem.curvature(damping=damping), memory)
     size = problem.u.shape[1]
     dense = problem.dense(damping).reshape(CLASSES, size, CLASSES, size)
-    actual = whole(blocks, problem.parameters.shape).reshape(CLASSES, size, CLASSES, size)
+    actual = of_classes(whole(blocks, problem.parameters.shape), size)
     for k in range(CLASSES):
-        np.testing.assert_allclose(actual[k, :, k] @ dense[k, :, k], np.eye(size), atol=1e-9)
-        assert not np.delete(actual[k], k, 1).any()
+        np.testing.assert_allclose(actual[k] @ dense[k, :, k], np.eye(size), atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_class_blocks_of_few_rows_have_their_rows_and_the_diagonal_of_all(damping, count, few_rows, monkeypatch):
+    monkeypatch.setattr(preconditioner, "COVERED", 1e-3)
+    monkeypatch.setattr(preconditioner, "FEWEST_ROWS", count)
+    problem = Problem()
+    blocks = blocks_of_three_rows(problem.curvature(damping=damping))
+    assert blocks.factored
+    size = problem.u.shape[1]
+    dense = problem.dense(damping).reshape(CLASSES, size, CLASSES, size)
+    weights = np.einsum("ncc->nc", problem.of_rows(damping))
+    actual = of_classes(whole(blocks, problem.parameters.shape), size)
+    for k in range(CLASSES):
+        diagonal = np.diag(dense[k, :, k])
+        chosen = weights[:, k].argsort()[-count:]
+        rows = np.sqrt(weights[chosen, k, None] / diagonal) * problem.u[chosen]
+        rest = np.maximum(1.0 - np.square(rows).sum(0), preconditioner.LEAST_REST)
+        block = np.sqrt(np.outer(diagonal, diagonal)) * (rows.T @ rows + np.diag(rest))
+        np.testing.assert_allclose(actual[k] @ block, np.eye(size), atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [class_blocks, blocks_of_three_rows])
+def test_blocks_of_another_point_have_the_diagonal_of_this_one(make, few_rows, monkeypatch):
+    monkeypatch.setattr(preconditioner, "LEAST_REST", 1e-9)
+    problem = Problem()
+    curvature = problem.curvature(damping=0.5)
+    blocks = make(curvature)
+    curvature.damping = 0.0
+    blocks.rescale(curvature)
+    size = problem.u.shape[1]
+    inverses = of_classes(whole(blocks, problem.parameters.shape), size)
+    diagonal = np.diag(problem.dense(0.0)).reshape(CLASSES, size)
+    np.testing.assert_allclose(np.stack([np.diag(np.linalg.inv(each)) for each in inverses]), diagonal, rtol=1e-9)
 
 
 def test_class_blocks_stay_within_the_memory_budget(run_python):
@@ -378,7 +434,7 @@ def test_class_blocks_stay_within_the_memory_budget(run_python):
         "from softcurve.fit.data.row_source import to_source\n"
         "from softcurve.fit.fitting import fit_head\n"
         "from softcurve.fit.solver import newton, preconditioner\n"
-        "newton.blocks_pay, made = lambda *curvature, **rounded: True, []\n"
+        "newton.cost_of_blocks, made = lambda *curvature, **rounded: 0.0, []\n"
         "prepare = preconditioner.ClassBlocks.__init__\n"
         "preconditioner.ClassBlocks.__init__ = lambda *each: made.append(1) or prepare(*each)\n"
         "y = torch.arange(12_000) % 520\n"
@@ -393,11 +449,11 @@ def test_class_blocks_stay_within_the_memory_budget(run_python):
     assert float(peak) < 44
 
 
-@pytest.mark.parametrize("preconditioner", [Eigenbasis, class_blocks])
+@pytest.mark.parametrize("make", [Eigenbasis, class_blocks, blocks_of_three_rows])
 @pytest.mark.parametrize("kind", KINDS)
-def test_approximate_inverses_are_symmetric_and_positive(preconditioner, kind):
+def test_approximate_inverses_are_symmetric_and_positive(make, kind, few_rows):
     problem = Problem(kind, rows=700, size=3.0)  # more than a block takes
-    matrix = whole(preconditioner(problem.curvature(damping=0.2)), problem.parameters.shape)
+    matrix = whole(make(problem.curvature(damping=0.2)), problem.parameters.shape)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * abs(matrix).max())
     assert np.linalg.eigvalsh(matrix).min() > 0.0
 
@@ -407,8 +463,8 @@ def test_class_blocks_bring_certain_rows_nearer_than_the_eigenbasis():
     dense = problem.dense(1e-2)
     root = np.linalg.cholesky(dense)
     conditions = []
-    for preconditioner in (Eigenbasis, class_blocks):
-        inverse = whole(preconditioner(problem.curvature(damping=1e-2)), problem.parameters.shape)
+    for make in (Eigenbasis, class_blocks):
+        inverse = whole(make(problem.curvature(damping=1e-2)), problem.parameters.shape)
         values = np.linalg.eigvalsh(root.T @ inverse @ root)
         conditions.append(values.max() / values.min())
     assert conditions[1] < conditions[0]

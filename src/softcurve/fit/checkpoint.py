@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from softcurve.fit.solver.coordinates import Coordinates
 from softcurve.fit.solver.newton import OtherRows, State, Step
 
 FORMAT = "softcurve.fit"
-VERSION = "4"
+VERSION = "5"
 ANOTHER = "give another file, or the rows and options that it was written with"
 DESCRIPTIONS = {"rows": "digest of the rows to fit", "weights": "digest of the weights"}
+OF_BLOCKS = "blocks_"  # the tensors of the point where the blocks of the classes are computed
 # The largest values of the fields of a state and of a step that are stored as JSON, by their type.
 LARGEST: dict[Any, float] = {"bool": 1, "int": 2**63 - 1, "float": sys.float_info.max}
 
@@ -113,12 +114,12 @@ class Checkpoint:
         if metadata.pop("digest", None) != digest_of_all(tensors, metadata):
             raise self._damaged("its content does not agree with the digest that was written with it")
         self._require_same(metadata, self.identity)
-        weight = self._checked(tensors, "weight", (classes, len(self.coordinates.mean)))
-        parameters = self.coordinates.parameters(weight, self._checked(tensors, "bias", (classes,)))
+        parameters = self._point(tensors, "", classes)
         if metadata.get("axes") == self.axes:  # without the rounding of the conversion
             parameters = self._checked(tensors, "parameters", (classes, self.coordinates.size))
+        blocks_at = self._point(tensors, OF_BLOCKS, classes) if OF_BLOCKS + "weight" in tensors else None
         try:
-            return _decoded(metadata["state"], parameters)
+            return replace(_decoded(metadata["state"], parameters), blocks_at=blocks_at)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._damaged("its metadata 'state' cannot be read") from error
 
@@ -127,8 +128,10 @@ class Checkpoint:
         state, waits = self.latest, not now and time.monotonic() - self.written < self.every
         if self.path is None or state is None or waits or not self.group.first:
             return
-        weight, bias = self.coordinates.head(state.parameters)
-        tensors = {"weight": weight, "bias": bias, "parameters": state.parameters}
+        tensors = {"parameters": state.parameters}
+        for prefix, point in (("", state.parameters), (OF_BLOCKS, state.blocks_at)):
+            if point is not None:
+                tensors[prefix + "weight"], tensors[prefix + "bias"] = self.coordinates.head(point)
         values = {field.name: getattr(state, field.name) for field in fields(state) if field.type in LARGEST}
         encoded = json.dumps(values | {"history": [asdict(step) for step in state.history]})
         metadata = self.identity | {"axes": self.axes, "state": encoded}
@@ -143,6 +146,10 @@ class Checkpoint:
                     f"checkpoint: {self.path} is of another run: its {DESCRIPTIONS.get(name, name)} is "
                     f"{metadata.get(name)!r}, and here it is {self.identity[name]!r}; {ANOTHER}"
                 )
+
+    def _point(self, tensors: dict[str, Tensor], prefix: str, classes: int) -> Tensor:
+        weight = self._checked(tensors, prefix + "weight", (classes, len(self.coordinates.mean)))
+        return self.coordinates.parameters(weight, self._checked(tensors, prefix + "bias", (classes,)))
 
     def _checked(self, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.get(name)

@@ -136,6 +136,14 @@ class Curvature:
         """Set the parameters at which probabilities that are not stored are computed."""
         self.parameters = self._for_tiles(parameters)
 
+    def uncertain_rows(self) -> float:
+        """Return the effective number of uncertain rows, ``(Σu)² / Σu²`` with ``u = w (1 − max p)``."""
+        uncertainty = self._uncertainty * self.problem.weights
+        sums = torch.stack([uncertainty.sum(), uncertainty.square().sum()])
+        with self.group.summed(sums):
+            pass
+        return float(sums[0] ** 2 / sums[1]) if sums[1] > 0 else 0.0
+
     def leave_out_negligible_rows(self) -> None:
         """Let products leave out the rows that together have less than a tenth of the penalty's curvature.
 

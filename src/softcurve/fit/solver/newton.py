@@ -21,7 +21,16 @@ from softcurve.curvature.algorithms.conjugate_gradients import Recurrence
 from softcurve.curvature.algorithms.matrix import Map
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.objective import Objective, Point
-from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis, between_centred, blocks_pay, centred
+from softcurve.fit.solver.preconditioner import (
+    ClassBlocks,
+    Eigenbasis,
+    between_centred,
+    centred,
+    cost_of_blocks,
+    expected_rows,
+    most_rows,
+    saved_by_blocks,
+)
 from softcurve.records import ShortRepr
 
 REMEDY = "raise tol, or scale the features to the order of 1"
@@ -74,6 +83,12 @@ class State(ShortRepr):
     double: bool = False  # whether products are in float64
     rounded: bool = True  # whether products may be in bfloat16
     blocks: bool = False  # whether the preconditioner is ClassBlocks
+    # The point where the blocks in use are computed (None: the next one), the damping there, the products of the first
+    # step with them, and how many more the later steps took.
+    blocks_at: Float64[Tensor, "classes size"] | None = None
+    blocks_damping: float = 0.0
+    first_products: int = 0
+    more_products: int = 0
     history: tuple[Step, ...] = ()
 
 
@@ -98,6 +113,7 @@ class Newton:
         self.point = self._first_point(cold if last is None else None)
         self.curvature.move_to(self.point.parameters)
         self.prepared: tuple[float, Map] | None = None
+        self.blocks: ClassBlocks | None = None
         if last is None:
             self._note()
         elif not math.isclose(self.point.value, last.objective, rel_tol=SAME_OBJECTIVE, abs_tol=SAME_OBJECTIVE):
@@ -156,11 +172,33 @@ class Newton:
         if self.prepared is None or self.prepared[0] != damping:
             self.curvature.damping = damping
             self.curvature.leave_out_negligible_rows()
-            blocks, curvature = self.state.blocks, self.curvature
-            made = ClassBlocks(curvature, self.memory_of_blocks) if blocks else Eigenbasis(curvature)
-            self.prepared = damping, between_centred(made)
+            usable = self.state.blocks and most_rows(self.curvature, self.memory_of_blocks)
+            self.prepared = damping, between_centred(self._blocks(damping) if usable else Eigenbasis(self.curvature))
         inverse = self.prepared[1]
         return lambda gradient: inverse(gradient.to(self.curvature.vectors))
+
+    def _blocks(self, damping: float) -> ClassBlocks:
+        """Return the blocks in use with the diagonal at this point; others, or their first ones, are computed here."""
+        state, point, curvature = self.state, self.point, self.curvature
+        if state.blocks_at is None:
+            self.state = replace(
+                state, blocks_at=point.parameters, blocks_damping=damping, first_products=0, more_products=0
+            )
+            self.blocks = ClassBlocks(curvature, self.memory_of_blocks)
+            return self.blocks
+        if self.blocks is None:  # in a fit that goes on from a checkpoint
+            self._look_from(state.blocks_at, state.blocks_damping)
+            self.blocks = ClassBlocks(curvature, self.memory_of_blocks)
+            self._look_from(point.parameters, damping)
+        self.blocks.rescale(curvature)
+        return self.blocks
+
+    def _look_from(self, parameters: Tensor, damping: float) -> None:
+        """Let the curvature be that at these parameters."""
+        self.objective.at(parameters, self.curvature.keep)
+        self.curvature.move_to(parameters)
+        self.curvature.damping = damping
+        self.curvature.leave_out_negligible_rows()
 
     def _rounded(self) -> RoundedProduct | None:
         """Return the product in bfloat16 while it is accurate enough, where there is one."""
@@ -169,8 +207,8 @@ class Newton:
 
     def step(self) -> None:
         """Take one step of Newton's method, or raise the damping where it does not decrease the objective."""
+        inverse = self._approximation(self.state.damping if self.state.damping >= NO_DAMPING else 0.0)
         state, point, curvature, rounded = self.state, self.point, self.curvature, self._rounded()
-        inverse = self._approximation(state.damping if state.damping >= NO_DAMPING else 0.0)
         norm = _norm(point.gradient, inverse)
         before = curvature.products
         step, residual, predicted = minimise_model(
@@ -181,6 +219,7 @@ class Newton:
             enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None, rounded=rounded,
         )  # fmt: skip
         step, residual = step.double(), residual.double()
+        products = curvature.products - before
         there, whole = self._backtrack(step, predicted)
         # The model predicts the gradient at the end of the whole step.
         model_error = _norm(there.gradient + residual, inverse) / norm if whole and norm and there.finite else math.inf
@@ -197,12 +236,31 @@ class Newton:
             state, damping=_next_damping(state.damping, ratio, better and whole), model_error=model_error,
             failures=failures, double=state.double or slow or failures >= 2,
             rounded=state.rounded and (rounded is None or rounded.accurate),
-            blocks=state.blocks or blocks_pay(
-                curvature, curvature.products - before, self.memory_of_blocks, rounded=rounded is not None
-            ),
         )  # fmt: skip
+        self._choose_blocks(products, rounded=rounded is not None)
         self._move_to(there if better else point, recompute=not better)
         self._note()
+
+    def _choose_blocks(self, products: int, *, rounded: bool) -> None:
+        """Note after a step with as many products whether the next one uses blocks, and whether it computes them anew.
+
+        Blocks are computed when they should save more than they cost, and anew when steps have taken as many products
+        more than the first one with them.
+        """
+        state, curvature, memory = self.state, self.curvature, self.memory_of_blocks
+        if not state.blocks:
+            cost = cost_of_blocks(curvature, expected_rows(curvature, memory), memory, rounded=rounded)
+            self.state = replace(state, blocks=saved_by_blocks(curvature, products) > cost)
+        elif self.blocks is not None:
+            cost = cost_of_blocks(curvature, self.blocks.count, memory, rounded=rounded)
+            first = state.first_products or products
+            more = state.more_products + products - first
+            self.state = replace(state, first_products=first, more_products=max(more, 0))
+            if more > cost:
+                self._drop_blocks()
+
+    def _drop_blocks(self) -> None:
+        self.state, self.blocks = replace(self.state, blocks_at=None), None
 
     def _backtrack(self, step: Tensor, predicted: float) -> tuple[Point, bool]:
         """Shorten the step until the objective decreases; return the new point and whether the full step was taken."""
@@ -251,6 +309,7 @@ class Newton:
         if self.state.double and self.curvature.dtype != torch.float64:
             self.products += self.curvature.products
             self.curvature = self.curvature_in(dtype=torch.float64)
+            self._drop_blocks()
             recompute = True
         self.curvature.move_to(point.parameters)
         if recompute:

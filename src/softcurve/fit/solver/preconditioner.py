@@ -11,6 +11,7 @@ is near it. The blocks take 2 to 15 times fewer products, and cost as much as so
 
 from __future__ import annotations
 
+import math
 from copy import copy
 
 import torch
@@ -27,11 +28,17 @@ MOST_CLASSES = 512  # above it, eigenvectors over the classes take longer than t
 FLOOR = 1e-10
 # Curvature of a redundant axis that counts as none, relative to the curvature if its features varied.
 UNSEEN = 1e-14
-FEWEST_ROWS, ROWS_PER_FEATURE = 256, 2  # of the block of a class
+# Most rows of the block of a class that is a matrix, and the share of the curvature of all classes that is enough.
+FEWEST_ROWS, ROWS_PER_FEATURE, COVERED = 256, 4, 0.9
+ROWS_OF_UNCERTAIN = 8.0  # the rows of the blocks of all classes that have that share, for each uncertain row
+# Rows from which on one that is not pays, and the least rest of its diagonal, as rounding hides a smaller one.
+FEWEST_FACTORED, LEAST_REST = 32, 1e-2
+SAVED, REUSED = 0.6, 4.0  # the share of the products with the eigenbasis that blocks save, and the steps that use them
 # Bytes of features or weights of rows that are gathered at a time, at most this share of the memory for the blocks.
 GATHERED, SHARE_GATHERED = 2**25, 0.125
 # The time of a multiply-add of small batched matrices and of eigenvectors, relative to one of a product in float32.
 SLOWER, EIGENVECTORS = 3.0, 30.0
+LEAST_OF_BLOCKS, LEAST_OF_PRODUCT = 1e8, 5e6  # the multiply-adds that take as long as what else these need
 LOGIT = 60  # the time of a logit outside of the matrix products, in features; products in bfloat16 halve the others
 
 
@@ -58,38 +65,50 @@ class Eigenbasis:
 
 
 class ClassBlocks:
-    """The inverses of the blocks of the classes, whose diagonals are scaled to one before they are factorised.
+    """The inverses of the blocks of the classes, whose diagonals are scaled to one before they are inverted.
 
-    ``memory`` is the number of bytes for the inverses, by which what is gathered to compute them is limited too.
+    A block is ``D + UᵀU`` with the rows ``U`` where the curvature of the class is largest. With fewer rows than half
+    the features, or where matrices do not fit in ``memory`` bytes, the inverse is ``D⁻½ (I − BᵀB) D⁻½`` with as many
+    rows (Woodbury, 1950). ``memory`` also limits what is gathered to compute the inverses.
     """
 
     def __init__(self, curvature: Curvature, memory: int) -> None:
         assert curvature.features is not None
-        count, at_once = _block_rows(curvature), min(GATHERED, int(SHARE_GATHERED * memory))
-        largest = _LargestWeights(min(count, curvature.source.rows), curvature, at_once)
+        group, at_once = curvature.group, min(GATHERED, int(SHARE_GATHERED * memory))
+        largest = _LargestWeights(most_rows(curvature, memory), curvature, at_once)
         diagonal = curvature.diagonal(None, largest.add)
-        weights, rows = largest.found()
-        if curvature.group.size > 1:
-            weights, rows = _among_all(weights, rows, count, curvature.group)
+        weights, rows, self.count = largest.chosen()
         self.scale = _reciprocal(diagonal, curvature).sqrt_()
+        self.rest: Tensor | None = None
         classes, size = self.scale.shape
-        self.inverses = torch.empty(classes, size, size, dtype=curvature.dtype)
-        step = max(1, at_once // (count * size * curvature.dtype.itemsize))
+        self.factored = _is_factored(curvature, self.count, memory)
+        self.parts = torch.empty(classes, self.count if self.factored else size, size, dtype=curvature.dtype)
+        step = max(1, at_once // (self.count * size * curvature.dtype.itemsize))
         scale = self.scale.to(curvature.dtype)
         roots = (weights * curvature.mean_weight).sqrt_()
         for start in range(0, classes, step):
             these = slice(start, start + step)
             features = curvature.features[rows[these]].mul_(roots[these, :, None]).mul_(scale[these, None, :])
-            blocks = torch.empty(features.shape[0], size, size, dtype=curvature.dtype)
-            with curvature.group.summed(blocks):
-                torch.bmm(features.mT, features, out=blocks)
-            blocks.diagonal(dim1=1, dim2=2).fill_(1.0)
-            self.inverses[these] = _inverses(blocks)
+            if self.factored:
+                self.rest = torch.empty_like(self.scale) if self.rest is None else self.rest
+                self.parts[these], self.rest[these] = _factors(_of_all(features, self.count, group))
+            else:
+                self.parts[these] = _inverses(features, group)
+
+    def rescale(self, curvature: Curvature) -> None:
+        """Give the blocks the diagonal at another point."""
+        self.scale = _reciprocal(curvature.diagonal(None), curvature).sqrt_()
 
     def __call__(self, gradient: Float64[Tensor, "classes size"]) -> Float64[Tensor, "classes size"]:
         """Apply the inverse."""
-        scaled = (gradient * self.scale).to(self.inverses.dtype)
-        return torch.bmm(self.inverses, scaled[:, :, None])[:, :, 0].double().mul_(self.scale)
+        scale = self.scale if self.rest is None else self.scale * self.rest
+        # A row times a matrix takes less than half the time of a matrix times a column.
+        scaled = (gradient * scale).to(self.parts.dtype)[:, None, :]
+        if self.factored:
+            product = torch.baddbmm(scaled, torch.bmm(scaled, self.parts.mT), self.parts, alpha=-1.0)
+        else:
+            product = torch.bmm(scaled, self.parts)
+        return product[:, 0].double().mul_(scale)
 
 
 def centred(parameters: Tensor) -> Tensor:
@@ -110,29 +129,58 @@ def between_centred(inverse: ClassBlocks | Eigenbasis) -> Map:
     return of_centred
 
 
-def blocks_pay(curvature: Curvature, products: int, memory: int, *, rounded: bool) -> bool:
-    """Return whether ``ClassBlocks`` cost less than the eigenbasis and the ``products`` that the last step took.
+def expected_rows(curvature: Curvature, memory: int) -> int:
+    """Estimate the number of rows of the block of a class at the present point; 0 if there is no memory for blocks."""
+    most = most_rows(curvature, memory)
+    return (
+        min(most, max(FEWEST_ROWS, int(ROWS_OF_UNCERTAIN * curvature.uncertain_rows() / curvature.classes)))
+        if most
+        else 0
+    )
 
-    ``rounded`` is whether these were in bfloat16.
-    """
-    rows, size, classes = curvature.all_rows, curvature.coordinates.size, curvature.classes
-    if curvature.features is None or memory_of_blocks(classes, size, curvature.dtype) > memory:
-        return False
-    cost = (2 * _block_rows(curvature) * size + size**2) / (4 * rows)  # in products in float32
-    replaced = 0.5  # those of the eigenbasis
+
+def cost_of_blocks(curvature: Curvature, count: int, memory: int, *, rounded: bool) -> float:
+    """Estimate what ``ClassBlocks`` of ``count`` rows cost, in products in float32 or in ``rounded`` ones."""
+    rows, size = curvature.all_rows, curvature.coordinates.size
+    if not count:
+        return math.inf
+    of_class = 2 * count**2 if _is_factored(curvature, count, memory) else 2 * count * size + SLOWER * size**2
+    # Of a class and feature, as these are of a class or of both.
+    of_blocks = of_class + 4 * rows + LEAST_OF_BLOCKS / (size * curvature.classes)
+    of_product = 4 * rows + LEAST_OF_PRODUCT / (size * curvature.classes)
+    return of_blocks / of_product * ((size + LOGIT) / (0.5 * size + LOGIT) if rounded else 1.0)
+
+
+def saved_by_blocks(curvature: Curvature, products: int) -> float:
+    """Return the products that blocks save in the steps that use them, after one of as many with the eigenbasis."""
+    size, classes = curvature.coordinates.size, curvature.classes
+    of_step = 0.5  # those of the eigenbasis
     if classes <= MOST_CLASSES:
-        replaced += (6 * classes + EIGENVECTORS * classes**2 / rows) / (4 * size)
-    saved = products * ((0.5 * size + LOGIT) / (size + LOGIT) if rounded else 1.0)
-    return saved + replaced > 2 * SLOWER * cost
+        of_step += (6 * classes + EIGENVECTORS * classes**2 / curvature.all_rows) / (4 * size)
+    return REUSED * (SAVED * products + of_step)
 
 
 def memory_of_blocks(classes: int, size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of ``ClassBlocks``."""
+    """Return the bytes of ``ClassBlocks`` as matrices."""
     return classes * size**2 * dtype.itemsize
 
 
-def _block_rows(curvature: Curvature) -> int:
-    return min(curvature.all_rows, max(FEWEST_ROWS, ROWS_PER_FEATURE * curvature.coordinates.size))
+def most_rows(curvature: Curvature, memory: int) -> int:
+    """Return how many rows the block of a class may have; 0 if there is no memory for blocks, or for the features."""
+    size, classes, of_number = curvature.coordinates.size, curvature.classes, curvature.dtype.itemsize
+    if curvature.features is None:
+        return 0
+    if memory_of_blocks(classes, size, curvature.dtype) <= memory:
+        most = max(FEWEST_ROWS, ROWS_PER_FEATURE * size)
+    else:
+        most = min(size // 2, memory // (classes * size * of_number))
+        most = most if most >= FEWEST_FACTORED else 0
+    return min(curvature.all_rows, most)
+
+
+def _is_factored(curvature: Curvature, count: int, memory: int) -> bool:
+    size = curvature.coordinates.size
+    return 4 * count < 3 * size or memory_of_blocks(curvature.classes, size, curvature.dtype) > memory
 
 
 def _reciprocal(diagonal: Float64[Tensor, "classes size"], curvature: Curvature) -> Float64[Tensor, "classes size"]:
@@ -148,23 +196,35 @@ def _reciprocal(diagonal: Float64[Tensor, "classes size"], curvature: Curvature)
     return inverse.nan_to_num_(nan=0.0, posinf=0.0)
 
 
-def _among_all(weights: Tensor, rows: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Keep those of the largest weights of this process that are among the ``count`` largest of all processes.
+def _of_all(
+    features: Float[Tensor, "classes own size"], count: int, group: Group
+) -> Float[Tensor, "classes rows size"]:
+    """Return the rows of all processes, of which each class has at most ``count`` that are not zero."""
+    if group.size == 1:
+        return features
+    every = torch.cat([each.transpose(0, 1) for each in group.gathered(features.transpose(0, 1).contiguous())], 1)
+    rows = every.square().sum(2).topk(count, dim=1).indices
+    return every.gather(1, rows[:, :, None].expand(-1, -1, every.shape[2]))
 
-    Where one class keeps fewer rows than another, rows of weight zero fill the places.
+
+def _factors(features: Float[Tensor, "classes rows size"]) -> tuple[Tensor, Float[Tensor, "classes size"]]:
+    """Return ``B`` and ``D⁻½`` with ``(D + UᵀU)⁻¹ = D⁻½ (I − BᵀB) D⁻½`` where the sum has a diagonal of one."""
+    rest = (1.0 - features.square().sum(1)).clamp_(min=LEAST_REST).rsqrt_()
+    features = features * rest[:, None, :]
+    inner = torch.bmm(features, features.mT)
+    inner.diagonal(dim1=1, dim2=2).add_(1.0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), features, upper=False), rest
+
+
+def _inverses(features: Float[Tensor, "classes rows size"], group: Group) -> Float[Tensor, "classes size size"]:
+    """Return ``(D + UᵀU)⁻¹`` of the rows of all processes where the sum has a diagonal of one.
+
+    The diagonal is raised until the matrices are positive after rounding.
     """
-    by_rank = [each.T for each in group.gathered(weights.T.contiguous())]
-    before = sum(each.shape[1] for each in by_rank[: group.rank])
-    every = torch.cat(by_rank, 1)
-    chosen = torch.zeros_like(every, dtype=torch.bool)
-    chosen.scatter_(1, every.topk(min(count, every.shape[1]), dim=1, sorted=False).indices, True)
-    chosen = chosen[:, before : before + weights.shape[1]]
-    kept, at = (weights * chosen).topk(int(chosen.sum(1).amax()) if chosen.numel() else 0, dim=1, sorted=False)
-    return kept, rows.gather(1, at)
-
-
-def _inverses(blocks: Tensor) -> Tensor:
-    """Invert positive matrices with a diagonal of one, which is raised until they are positive after rounding."""
+    blocks = features.new_empty(len(features), features.shape[2], features.shape[2])
+    with group.summed(blocks):
+        torch.bmm(features.mT, features, out=blocks)
+    blocks.diagonal(dim1=1, dim2=2).fill_(1.0)
     jitter = 16 * torch.finfo(blocks.dtype).eps
     while True:
         blocks.diagonal(dim1=1, dim2=2).add_(jitter)
@@ -177,22 +237,44 @@ def _inverses(blocks: Tensor) -> Tensor:
 class _LargestWeights:
     """The rows with the largest weights of each class, collected tile by tile."""
 
-    def __init__(self, count: int, curvature: Curvature, at_once: int) -> None:
+    def __init__(self, most: int, curvature: Curvature, at_once: int) -> None:
+        self.group, self.most, count = curvature.group, most, min(most, curvature.source.rows)
         self.count = count
         self.weights = torch.empty(curvature.classes, 0, dtype=curvature.dtype)
         self.rows = torch.empty(curvature.classes, 0, dtype=torch.int64)
+        self.total = torch.zeros(1, dtype=torch.float64)
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.most_pending = max(count, at_once // (curvature.classes * curvature.dtype.itemsize))
 
     def add(self, numbers: Tensor, weights: Tensor) -> None:
+        self.total += weights.sum(dtype=torch.float64)
         self.pending.append((numbers, weights))
         if sum(len(numbers) for numbers, _ in self.pending) >= self.most_pending:
             self._merge()
 
-    def found(self) -> tuple[Tensor, Tensor]:
-        """Return weights and numbers of the rows, ``(C, count)`` each."""
+    def chosen(self) -> tuple[Tensor, Tensor, int]:
+        """Return weights and numbers of the rows, ``(C, count)`` each, and the count in all processes.
+
+        The count is the least, from ``FEWEST_ROWS``, with which they have the share ``COVERED`` of all curvature. In
+        several processes, each returns its own ones of these rows. Where one class has fewer of them than another, rows
+        of weight zero fill the places.
+        """
         self._merge()
-        return self.weights, self.rows
+        with self.group.summed(self.total):
+            pass
+        weights, rows = self.weights, self.rows
+        by_rank = [each.T for each in self.group.gathered(weights.T.contiguous())]
+        every = torch.cat(by_rank, 1)
+        best, at = every.topk(min(self.most, every.shape[1]), dim=1)
+        covered = best.sum(0, dtype=torch.float64).cumsum(0)
+        count = min(best.shape[1], max(FEWEST_ROWS, int((covered < COVERED * self.total).sum()) + 1))
+        if self.group.size == 1:
+            return best[:, :count], rows.gather(1, at[:, :count]), count
+        chosen = torch.zeros_like(every, dtype=torch.bool).scatter_(1, at[:, :count], True)
+        before = sum(each.shape[1] for each in by_rank[: self.group.rank])
+        chosen = chosen[:, before : before + weights.shape[1]]
+        kept, at = (weights * chosen).topk(int(chosen.sum(1).amax()) if chosen.numel() else 0, dim=1, sorted=False)
+        return kept, rows.gather(1, at), count
 
     def _merge(self) -> None:
         if not self.pending:
