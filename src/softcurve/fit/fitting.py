@@ -27,7 +27,7 @@ from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import Curvature
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
-from softcurve.fit.solver.preconditioner import memory_of_blocks
+from softcurve.fit.solver.preconditioner import rows_in_memory
 from softcurve.losses.divergences import Divergence
 from softcurve.records import ShortRepr
 
@@ -134,8 +134,9 @@ def fit_head(
         if checkpoint is not None:
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
-        blocks_fit = memory_of_blocks(classes, coordinates.size, torch.float32) <= int(FOR_BLOCKS * budget)
-        memory = int((FOR_ROWS if blocks_fit else FOR_ROWS + FOR_BLOCKS) * budget)
+        for_blocks = int(FOR_BLOCKS * budget)
+        blocks_fit = rows_in_memory(share.total, coordinates.size, classes, torch.float32, for_blocks) > 0
+        memory = int(FOR_ROWS * budget) if blocks_fit else int((FOR_ROWS + FOR_BLOCKS) * budget)
         states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)
         state = states.open(classes)
         if state is None and start is not None:
@@ -145,7 +146,7 @@ def fit_head(
                 objective,
                 partial(Curvature, problem, coordinates, memory=memory, on_product=on_product),
                 cold() if state is None else state,
-                tol=tol, memory_of_blocks=int(FOR_BLOCKS * budget), cold=None if start is None else cold,
+                tol=tol, memory_of_blocks=for_blocks, cold=None if start is None else cold,
             )  # fmt: skip
             converged, reason = newton.run(max_iter, states.note)
         weight, bias = coordinates.head(newton.point.parameters)

@@ -6,7 +6,8 @@ represents how the curvature of each class varies over the axes of the features,
 
 ``ClassBlocks`` is the block of each class, assembled from the rows where its curvature is largest, and the diagonal of
 all rows. Once most rows are predicted with certainty, few rows carry the curvature of a class, and no Kronecker product
-is near it. The blocks take 2 to 15 times fewer products, and cost as much as some of them.
+is near it. The blocks take 2 to 15 times fewer products, and cost as much as some of them. Later points use them with
+their own diagonals: what the rows of a class have in common changes little from step to step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROWS_OF_UNCERTAIN = 8.0  # the rows of the blocks of all classes that have that 
 FEWEST_FACTORED, LEAST_REST = 32, 1e-2
 SAVED, REUSED = 0.6, 4.0  # the share of the products with the eigenbasis that blocks save, and the steps that use them
 # Bytes of features or weights of rows that are gathered at a time, at most this share of the memory for the blocks.
-GATHERED, SHARE_GATHERED = 2**25, 0.125
+GATHERED, SHARE_GATHERED = 2**23, 0.125
 # The time of a multiply-add of small batched matrices and of eigenvectors, relative to one of a product in float32.
 SLOWER, EIGENVECTORS = 3.0, 30.0
 LEAST_OF_BLOCKS, LEAST_OF_PRODUCT = 1e8, 5e6  # the multiply-adds that take as long as what else these need
@@ -67,9 +68,9 @@ class Eigenbasis:
 class ClassBlocks:
     """The inverses of the blocks of the classes, whose diagonals are scaled to one before they are inverted.
 
-    A block is ``D + UᵀU`` with the rows ``U`` where the curvature of the class is largest. With fewer rows than half
-    the features, or where matrices do not fit in ``memory`` bytes, the inverse is ``D⁻½ (I − BᵀB) D⁻½`` with as many
-    rows (Woodbury, 1950). ``memory`` also limits what is gathered to compute the inverses.
+    A block is ``D + UᵀU`` with the rows ``U`` where the curvature of the class is largest. For few of them, or where
+    matrices do not fit in ``memory`` bytes, the inverse is ``D⁻½ (I − BᵀB) D⁻½`` with as many rows (Woodbury, 1950).
+    ``memory`` also limits what is gathered to compute the inverses.
     """
 
     def __init__(self, curvature: Curvature, memory: int) -> None:
@@ -167,15 +168,18 @@ def memory_of_blocks(classes: int, size: int, dtype: torch.dtype) -> int:
 
 def most_rows(curvature: Curvature, memory: int) -> int:
     """Return how many rows the block of a class may have; 0 if there is no memory for blocks, or for the features."""
-    size, classes, of_number = curvature.coordinates.size, curvature.classes, curvature.dtype.itemsize
     if curvature.features is None:
         return 0
-    if memory_of_blocks(classes, size, curvature.dtype) <= memory:
-        most = max(FEWEST_ROWS, ROWS_PER_FEATURE * size)
-    else:
-        most = min(size // 2, memory // (classes * size * of_number))
-        most = most if most >= FEWEST_FACTORED else 0
-    return min(curvature.all_rows, most)
+    size, dtype = curvature.coordinates.size, curvature.dtype
+    return rows_in_memory(curvature.all_rows, size, curvature.classes, dtype, memory)
+
+
+def rows_in_memory(rows: int, size: int, classes: int, dtype: torch.dtype, memory: int) -> int:
+    """Return how many rows the block of a class may have within ``memory`` bytes; 0 if there is too little."""
+    if memory_of_blocks(classes, size, dtype) <= memory:
+        return min(rows, max(FEWEST_ROWS, ROWS_PER_FEATURE * size))
+    most = min(size // 2, memory // (classes * size * dtype.itemsize))
+    return min(rows, most) if most >= FEWEST_FACTORED else 0
 
 
 def _is_factored(curvature: Curvature, count: int, memory: int) -> bool:
