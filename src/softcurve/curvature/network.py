@@ -311,8 +311,10 @@ class NetworkOperator(SymmetricOperator):
 
     def _columns(self, vectors: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            columns = vectors.T.clone() if vectors.is_inference() else vectors.T
-            columns = columns.contiguous()  # so that a parameter's part of a row is contiguous
+            columns = vectors.T
+            if vectors.is_inference() or not columns.is_contiguous():
+                # So that a parameter's part of a row is contiguous; column by column takes half the time of one copy.
+                columns = torch.stack(vectors.unbind(1)) if vectors.shape[1] else columns.clone()
             into, total = torch.zeros_like(columns), 0.0
             if len(columns) == 0:
                 return into.T
