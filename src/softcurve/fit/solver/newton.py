@@ -178,7 +178,7 @@ class Newton:
         return lambda gradient: inverse(gradient.to(self.curvature.vectors))
 
     def _blocks(self, damping: float) -> ClassBlocks:
-        """Return the blocks in use with the diagonal at this point; others, or their first ones, are computed here."""
+        """Return the blocks in use, with the diagonal at this point. If there are none, they are computed here."""
         state, point, curvature = self.state, self.point, self.curvature
         if state.blocks_at is None:
             self.state = replace(
