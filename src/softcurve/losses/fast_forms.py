@@ -142,6 +142,24 @@ def dense_residuals(scale: Values, z: Rows, y: Rows) -> tuple[Rows, Flags]:
     return unless_masked(z, residual), (1 - top > LEAST_REST).squeeze(-1) | (scale == 0)
 
 
+def dense_losses_and_residuals(z: Rows, y: Rows) -> tuple[Values, Rows, Flags]:
+    """Return :func:`dense_losses` and :func:`dense_residuals` of scale 1 from the same exponentials.
+
+    With ``m = max z`` and ``S = Σ_k e^{z_k − m}`` the loss is ``(Σ_k y_k) log S − Σ_k y_k (z_k − m)``, which is NaN or
+    infinite in a row with a masked class, so that it is not sure. A class above one half has the exponential 1 and
+    ``S < 2``. Exponentials and two passes take less time than torch's softmax along a dimension that is not the last,
+    and fresh memory takes longer than a pass, so that each buffer is used again.
+    """
+    shifted = z - z.amax(-1, keepdim=True)
+    e, mass = shifted.exp(), y.sum(-1, keepdim=True)
+    total = e.sum(-1, keepdim=True)
+    value = mass * total.log() - shifted.mul_(y).sum(-1, keepdim=True)
+    residual = torch.mul(e, mass / total, out=shifted).sub_(y)
+    _take_up(residual, (total < 2).squeeze(-1), e.floor_)
+    sure = (value > LEAST_LOSS * mass) & (value < math.inf) & (total - 1 > LEAST_REST)
+    return value.squeeze(-1), residual, sure.squeeze(-1)
+
+
 # --- a divergence ----------------------------------------------------------------------------------------------------
 
 
@@ -241,10 +259,14 @@ def balance(gradient: Rows, p: Rows, top: Column) -> None:
 
     It overwrites ``p``: fresh memory takes longer than a pass over memory in use.
     """
-    confident = top > 0.5
+    _take_up(gradient, (top > 0.5).squeeze(-1), lambda: p.gt_(0.5))
+
+
+def _take_up(gradient: Rows, confident: Flags, largest: Callable[[], Rows]) -> None:
+    """Balance the rows that are ``confident``, in which ``largest()`` is 1 at the class above one half and else 0."""
     if confident.any():
-        largest = p.add_(0.5).floor_()  # 1 at a class above one half
-        gradient.addcmul_(largest, torch.where(confident, -gradient.sum(-1, keepdim=True), 0.0))
+        missing = torch.where(confident, -gradient.sum(-1), 0.0)
+        gradient.addcmul_(largest(), missing.unsqueeze(-1))
 
 
 def pull(s: Rows, e: Rows, total: Column | None = None, out: Rows | None = None) -> Column:
