@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("block-surplus", "the rounding of both log-sum-exps stays in a divergence", "head/dense.py",
            "surplus.square() / 2)", "surplus.square() * 0)", "test_exactness.py -k nearly_equal_vocabulary"),
     Mutant("fast-balance", "a confident class does not take up what its row misses of 0", "head/fast_rows.py",
-           "                _balance(z, e, rest)\n", "                pass\n", "test_exactness.py -k 'test_confident_row and head'"),
+           "                _balance(z, e, confident)\n", "                pass\n", "test_exactness.py -k 'test_confident_row and head'"),
     Mutant("fast-near", "nearly equal rows stay with the fast formulas", "head/fast_rows.py",
            "LEAST_VALUE = 2e-2", "LEAST_VALUE = 0.0", "test_exactness.py -k small_divergences"),
     Mutant("fast-js", "the model's side of JS has the weight beta", "losses/fast_forms.py",
