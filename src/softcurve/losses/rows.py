@@ -177,10 +177,13 @@ class IndexCrossEntropy(RowLoss):
 
     def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
         """Return value and gradient by few passes, if they are accurate in every row."""
-        plain = self.logit_map.is_identity and not self.z_loss and not self.smoothing
-        if not plain or not fast_forms.serves(z, target):
+        if not self.logit_map.is_identity or self.z_loss or not fast_forms.serves(z, target):
             return None
-        both = fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
+        at = target.unsqueeze(-1)
+        if self.smoothing:
+            both = fast_forms.smoothed_losses_and_residuals(self.smoothing, z, at)
+        else:
+            both = fast_forms.index_losses_and_residuals(z, at)
         return None if both is None else (both[0].squeeze(-1), both[1], None)
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
