@@ -125,7 +125,7 @@ MUTANTS = [
            "\nLEAST = 0.1\n", "\nLEAST = 0.0\n", "test_fast_forms.py -k 'every_kind or only_unsure'"),
     Mutant("fast-surplus", "a confident class does not take up what its row misses of 0 in few passes",
            "losses/fast_forms.py", "    if confident.any():\n", "    if False:\n",
-           "test_exactness.py -k 'test_confident_row and logits-Logits'"),
+           "test_fast_forms.py -k test_confident_class"),
     Mutant("dim-exclude", "excluded classes are not moved with dim", "losses/targets.py",
            'or name == "exclude")', 'or name == "")', "test_dim.py -k moving"),
     Mutant("weight-tangent", "forward mode forgets the sample weights", "head/autograd.py",

@@ -118,6 +118,16 @@ def test_masks_in_few_passes(name: str) -> None:
     torch.testing.assert_close(value, expected.float(), rtol=2e-6, atol=0)
 
 
+def test_confident_class_takes_up_what_a_row_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is formed without the value, as that of more logits than are kept beside it."""
+    monkeypatch.setattr(softcurve.losses.autograd, "SMALL_ELEMENTS", 0)
+    z, y = torch.randn(3, 21), torch.zeros(3, 21)
+    z[:, 4], y[:, 4] = torch.tensor([10.0, 12.0, 14.0]), 1.0
+    (gradient,) = torch.autograd.grad(softcurve.cross_entropy(z.requires_grad_(), y, reduction="sum"), z)
+    expected = z.detach().double().softmax(-1) - y
+    torch.testing.assert_close(gradient, expected.float(), rtol=3e-6, atol=0)
+
+
 def test_gradient_beside_a_mask_without_mass() -> None:
     """Rows of any mass: one has a masked class without mass, one has no mass, and one is certain."""
     z, y = torch.randn(6, 5), torch.rand(6, 5)
