@@ -118,6 +118,29 @@ def test_masks_in_few_passes(name: str) -> None:
     torch.testing.assert_close(value, expected.float(), rtol=2e-6, atol=0)
 
 
+def test_confident_class_takes_up_what_a_row_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is formed without the value, as that of more logits than are kept beside it."""
+    monkeypatch.setattr(softcurve.losses.autograd, "SMALL_ELEMENTS", 0)
+    z, y = torch.randn(3, 21), torch.zeros(3, 21)
+    z[:, 4], y[:, 4] = torch.tensor([10.0, 12.0, 14.0]), 1.0
+    (gradient,) = torch.autograd.grad(softcurve.cross_entropy(z.requires_grad_(), y, reduction="sum"), z)
+    expected = z.detach().double().softmax(-1) - y
+    torch.testing.assert_close(gradient, expected.float(), rtol=3e-6, atol=0)
+
+
+def test_gradient_beside_a_mask_without_mass() -> None:
+    """Rows of any mass: one has a masked class without mass, one has no mass, and one is certain."""
+    z, y = torch.randn(6, 5), torch.rand(6, 5)
+    z[1, 2], y[1, 2], y[2], z[3, 4] = -math.inf, 0.0, 0.0, 40.0
+    z.requires_grad_()
+    value = softcurve.cross_entropy(z, y, reduction="none")
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    p, mass = z.detach().double().softmax(-1), y.double().sum(-1, keepdim=True)
+    expected = -torch.where(y == 0, 0.0, y.double() * z.detach().double().log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(value.detach(), expected.float(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient, (mass * p - y).float(), rtol=1e-5, atol=2e-7)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
 @pytest.mark.parametrize("gap", [0.0, 12.0, 40.0])

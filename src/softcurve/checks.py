@@ -310,7 +310,7 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
     if rows.numel() == 0 or not values_visible(rows, *(() if counted is None else (counted,))):
         return
     if counted is None:
-        least, most = (each.item() for each in rows.detach().aminmax())
+        least, most = _extremes(rows.detach())
     else:  # a row that does not count may hold NaN
         extremes = rows.detach().aminmax(dim=-1)
         zero = extremes.min.new_zeros(())
@@ -339,6 +339,15 @@ def require_probabilities(name: str, rows: Tensor, counted: Tensor | None = None
         )
 
 
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """Return the least and the largest entry, NaN beside NaN; ``aminmax`` would copy a tensor of another order."""
+    if values.is_contiguous():
+        least, most = values.aminmax()
+    else:
+        least, most = values.amin(), values.amax()
+    return least.item(), most.item()
+
+
 def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool:
     """Return whether the rows of two or more classes that are ``counted`` are ≥ 0 and sum to 1, if that can be seen."""
     if not values_visible(rows) or rows.shape[-1] < 2:
@@ -352,7 +361,12 @@ def look_like_probabilities(rows: Tensor, counted: Tensor | None = None) -> bool
         return bool(near_one.all()) and bool(some.amin() >= 0)
 
     # For most logits the first rows decide, without a pass over all of them.
-    return rows.numel() > 0 and are_probabilities(rows.reshape(-1, rows.shape[-1])[:4]) and are_probabilities(rows)
+    if rows.numel() == 0:
+        return False
+    first = rows
+    while first.ndim > 2:  # a reshape would copy rows whose classes are not last in memory
+        first = first[0]
+    return are_probabilities(first[:4] if first.ndim == 2 else first) and are_probabilities(rows)
 
 
 def row_sums(rows: Tensor) -> Tensor:

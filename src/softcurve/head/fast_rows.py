@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from softcurve.array_types import Indices
 from softcurve.head.aten.dense import rest_of
 from softcurve.head.aten.dense_terms import masses
 from softcurve.head.aten.exponentials import exponentials_into
@@ -67,17 +68,20 @@ class FastRows(Kernel):
     def accumulate(self, number: int, block: Block) -> None:
         """Form losses, ∂L/∂z and ∂L/∂target of all rows, and again those of the rows that are not sure."""
         assert block.target is not None
+        by_logits = self.data.wants_target or not self.loss.is_cross_entropy
         for rows in row_groups(block.z, self.data.cached):
             z, target = block.z[rows], block.target[rows].to(block.z.dtype)
             e = self._buffer(0, z)
-            self.rest[rows] = rest = _exponentials(z, e)
-            if self.loss.is_cross_entropy and not self.data.wants_target:
-                self._compare_with_probabilities(z, e, rest, self._masses(target, rows), rows)
-            else:
+            if by_logits:
                 out = block.target_out[rows] if self.data.wants_gradient and block.target_out is not None else None
-                self._compare_with_logits(z, e, rest, target, out, rows)
+                confident = self._compare_with_logits(z, e, target, out, rows)
+            else:
+                self.rest[rows], confident = _exponentials(z, e)
+                self._compare_with_probabilities(z, e, self.rest[rows], self._masses(target, rows), rows)
             if self.data.wants_gradient:
-                _balance(z, e, rest)
+                _balance(z, e, confident)
+        if by_logits:
+            self._complete_numbers()
         self._compute_again(block, (~self._is_sure()).nonzero().squeeze(-1))
 
     def _is_sure(self) -> Tensor:
@@ -117,8 +121,8 @@ class FastRows(Kernel):
         if self.loss.target != "probabilities":
             logits = target if self.loss.target == "teacher" else self._buffer(2, target).copy_(target)
             y = self._buffer(1, target)
-            self.target_rest[rows] = rest = _exponentials(logits, y)
-            y.div_(1 + rest)
+            self.target_rest[rows], _ = _exponentials(logits, y)
+            y.div_(1 + self.target_rest[rows])
         return masses(y, self.loss, self.data.class_count, weight, share)[1]
 
     def _compare_with_probabilities(self, z: Tensor, e: Tensor, rest: Tensor, y: Tensor, rows: slice) -> None:
@@ -129,48 +133,57 @@ class FastRows(Kernel):
             torch.addcmul(y, e, mass / (1 + rest), value=-1, out=z)
             self.factor[rows].neg_()
 
-    def _compare_with_logits(
-        self, z: Tensor, e: Tensor, rest: Tensor, given: Tensor, out: Tensor | None, rows: slice
-    ) -> None:
-        """Compare two softmaxes; the target's residual is written into ``out``."""
-        y, t = self._buffer(1, z), given
+    def _compare_with_logits(self, z: Tensor, e: Tensor, given: Tensor, out: Tensor | None, rows: slice) -> Indices:
+        """Compare two softmaxes, whose numbers :meth:`_complete_numbers` completes; return the model's confident rows.
+
+        The target's residual is written into ``out``.
+        """
+        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
+        reverse = isinstance(divergence, ReverseKL)
+        # Of the reverse KL's target only the sum is needed, and a buffer less is in the cache.
+        y, t = e if reverse and out is None else self._buffer(1, z), given
         if self.loss.target != "teacher":  # the caller's tensor must not be overwritten
             t = torch.mul(given, self.target_scale, out=self._buffer(2, z))
-        self.target_rest[rows] = target_rest = _exponentials(t, y)
+        self.target_rest[rows], target_confident = _exponentials(t, y)
+        self.rest[rows], confident = _exponentials(z, e)
         unsure = self._replace_masks(z, e, t, y) if self.masks_target else None
-        log_rest, target_log_rest = torch.log1p(rest), torch.log1p(target_rest)
-        total, target_total = 1 + rest, 1 + target_rest
-        weight = self.data.weight[rows].unsqueeze(-1)
+        total, target_total = 1 + self.rest[rows], 1 + self.target_rest[rows]
         z_out = z if self.data.wants_gradient else None
-        self.factor[rows] = weight / total
-        out_factor = weight * self.target_scale / target_total
-        divergence = None if self.loss.is_cross_entropy else self.loss.divergence
         if isinstance(divergence, JensenShannon):
-            log_ratio, constant = torch.sub(t, z, out=z), log_rest - target_log_rest
+            constant = torch.log1p(self.rest[rows]) - torch.log1p(self.target_rest[rows])
             value = jensen_shannon(
-                divergence.beta, log_ratio, constant, e, y, z_out, out, totals=(total, target_total),
+                divergence.beta, torch.sub(t, z, out=z), constant, e, y, z_out, out, totals=(total, target_total),
                 mixture=self._buffer(2, z),
             )  # fmt: skip
-            self.factor[rows] *= divergence.beta - 1
+        elif reverse:
+            value = pull(z.sub_(t), e, total, z_out)
             if out is not None:
-                out.mul_(-out_factor * divergence.beta)
-        elif isinstance(divergence, ReverseKL):
-            s = torch.sub(z, t, out=self._buffer(2, z))
-            value = pull(s, e, total, z_out) + (target_log_rest - log_rest)
-            if out is not None:
-                torch.sub(y, e * (target_total / total), out=out).mul_(out_factor)
+                torch.sub(y, e * (target_total / total), out=out)
         else:  # a cross-entropy, s = −log p, or the forward KL, s = log y/p
             s = z.neg_() if divergence is None else torch.sub(t, z, out=z)
-            value = pull(s, y, target_total, out) + log_rest
-            value = value if divergence is None else value - target_log_rest
-            if out is not None:
-                out.mul_(out_factor)
+            value = pull(s, y, target_total, out)
             if z_out is not None:
                 torch.addcmul(e, y, total / target_total, value=-1, out=z_out)
         value = value if unsure is None else torch.where(unsure, math.nan, value)
         self.values[rows] = value.squeeze(-1)
         if out is not None:
-            _balance(out, y, target_rest)
+            factor = -divergence.beta if isinstance(divergence, JensenShannon) else 1.0
+            out.mul_(self.data.weight[rows].unsqueeze(-1) * (factor * self.target_scale) / target_total)
+            _balance(out, y, target_confident)
+        return confident
+
+    def _complete_numbers(self) -> None:
+        """Add the logarithms of both sums to the values, and form the factors, once for all groups of rows."""
+        log_rest, target_log_rest = torch.log1p(self.rest).squeeze(-1), torch.log1p(self.target_rest).squeeze(-1)
+        self.factor.div_(1 + self.rest)
+        if self.loss.is_cross_entropy:
+            self.values += log_rest
+        elif isinstance(self.loss.divergence, JensenShannon):
+            self.factor *= self.loss.divergence.beta - 1
+        elif isinstance(self.loss.divergence, ReverseKL):
+            self.values += target_log_rest - log_rest
+        else:
+            self.values += log_rest - target_log_rest
 
     def _replace_masks(self, z: Tensor, e: Tensor, t: Tensor, y: Tensor) -> Tensor | None:
         """Replace −inf by a finite logit; return the rows, ``(rows, 1)``, where a mass meets a class without one."""
@@ -184,20 +197,22 @@ class FastRows(Kernel):
         return None if meets is None else meets.any(-1, keepdim=True)
 
 
-def _exponentials(z: Tensor, out: Tensor) -> Tensor:
-    """``z ← z − max``, ``out = e^z``; return ``Σ e^z − 1``, where the 1 of the largest class is left out exactly."""
+def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Indices]:
+    """``z ← z − max``, ``out = e^z``; return ``Σ e^z − 1`` and the rows in which a class has more than one half.
+
+    The 1 of the largest class is left out exactly.
+    """
     z.sub_(z.amax(-1, keepdim=True))
     rest = exponentials_into(out, z).sum(-1, keepdim=True).sub_(1)
     confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
     if len(confident):  # whose other classes need all of their digits
         exact = torch.exp(z[confident])
         out[confident], rest[confident] = exact, rest_of(exact)
-    return rest
+    return rest, confident
 
 
-def _balance(gradient: Tensor, e: Tensor, rest: Tensor) -> None:
+def _balance(gradient: Tensor, e: Tensor, confident: Indices) -> None:
     """Let a class above one half take up what its row misses of its sum of 0, as in ``softmax.dense_residual``."""
-    confident = (rest.squeeze(-1) < 1).nonzero().squeeze(-1)
-    if confident.numel():
+    if len(confident):
         top = e[confident].argmax(-1)
         gradient[confident, top] -= gradient[confident].sum(-1)

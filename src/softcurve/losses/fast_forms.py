@@ -126,6 +126,24 @@ def smoothed_index_losses(smoothing: float, z: Rows, at: Tensor) -> tuple[Values
     return rows, (rows > LEAST_LOSS) & rows.isfinite()
 
 
+def smoothed_losses_and_residuals(smoothing: float, z: Rows, at: Tensor) -> tuple[Column, Rows] | None:
+    """Return :func:`smoothed_index_losses`, ``(..., 1)``, and :func:`index_residuals` of scale 1, if all are sure."""
+    classes = z.shape[-1]
+    e = z - z.amax(-1, keepdim=True)
+    at_target, mean = e.gather(-1, at), e.mean(-1, keepdim=True)
+    others = e.exp_().scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+    of_target = at_target.exp()
+    total = others + of_target
+    rows = total.log().sub_(at_target, alpha=1 - smoothing).sub_(mean, alpha=smoothing)
+    least, most = rows.aminmax()
+    if not (least.item() > LEAST_LOSS and most.item() < math.inf):
+        return None
+    if _above(LEAST_OTHERS, torch.minimum(others, of_target) / total) is not None:
+        return None
+    of_target = (total * (smoothing * (1 - 1 / classes))).sub_(others)
+    return rows, e.sub_(total * (smoothing / classes)).scatter_(-1, at, of_target).div_(total)
+
+
 def dense_losses(z: Rows, y: Rows) -> tuple[Values, Flags]:
     """Return ``−Σ_k y_k log p_k`` of rows ``y`` of any sum; where a class without mass is masked, it is not sure."""
     rows = _where_stored(torch.log_softmax, z).mul_(y).sum(-1).neg_()
@@ -140,6 +158,24 @@ def dense_residuals(scale: Values, z: Rows, y: Rows) -> tuple[Rows, Flags]:
     residual = torch.addcmul(p * (column * mass), y, column, value=-1)
     balance(residual, p, top)
     return unless_masked(z, residual), (1 - top > LEAST_REST).squeeze(-1) | (scale == 0)
+
+
+def dense_losses_and_residuals(z: Rows, y: Rows) -> tuple[Values, Rows, Flags]:
+    """Return :func:`dense_losses` and :func:`dense_residuals` of scale 1 from the same exponentials.
+
+    With ``m = max z`` and ``S = Σ_k e^{z_k − m}`` the loss is ``(Σ_k y_k) log S − Σ_k y_k (z_k − m)``, which is NaN or
+    infinite in a row with a masked class, so that it is not sure. A class above one half has the exponential 1 and
+    ``S < 2``. Exponentials and two passes take less time than torch's softmax along a dimension that is not the last,
+    and fresh memory takes longer than a pass, so that each buffer is used again.
+    """
+    shifted = z - z.amax(-1, keepdim=True)
+    e, mass = shifted.exp(), y.sum(-1, keepdim=True)
+    total = e.sum(-1, keepdim=True)
+    value = mass * total.log() - shifted.mul_(y).sum(-1, keepdim=True)
+    residual = torch.mul(e, mass / total, out=shifted).sub_(y)
+    _take_up(residual, (total < 2).squeeze(-1), e.floor_)
+    sure = (value > LEAST_LOSS * mass) & (value < math.inf) & (total - 1 > LEAST_REST)
+    return value.squeeze(-1), residual, sure.squeeze(-1)
 
 
 # --- a divergence ----------------------------------------------------------------------------------------------------
@@ -216,16 +252,18 @@ def _compared(
 
     The multiples, one for each row, are those of :func:`jensen_shannon`, and the totals for a KL divergence.
     """
-    value, in_z, in_target = None, None, torch.empty_like(teacher.z) if wanted[1] else None
+    value, in_z, in_target = None, None, None
     constant = model.lse - teacher.lse
     if beta is not None:
-        in_z = torch.empty_like(model.z) if wanted[0] else None
+        in_z, in_target = (torch.empty_like(model.z) if each else None for each in wanted)
         log_ratio = torch.sub(teacher.z, model.z, out=in_z)
         totals = (model.total, teacher.total)
         value = jensen_shannon(beta, log_ratio, constant, model.p, teacher.p, in_z, in_target, totals=totals)
         return value, in_z, in_target
     if wants_value or wanted[1]:
-        value = pull(teacher.z - model.z, teacher.p, teacher.total, in_target) + constant
+        log_ratio = torch.sub(teacher.z, model.z, out=None if wanted[0] else model.p)  # in memory in use
+        in_target = log_ratio if wanted[1] else None
+        value = pull(log_ratio, teacher.p, teacher.total, in_target) + constant
     if wanted[0]:  # in place where the target's probabilities are not needed any more
         ratio, out = model.total / teacher.total, None if wanted[1] else teacher.p
         in_z = torch.addcmul(model.p, teacher.p, ratio, value=-1, out=out)
@@ -241,10 +279,14 @@ def balance(gradient: Rows, p: Rows, top: Column) -> None:
 
     It overwrites ``p``: fresh memory takes longer than a pass over memory in use.
     """
-    confident = top > 0.5
+    _take_up(gradient, (top > 0.5).squeeze(-1), lambda: p.gt_(0.5))
+
+
+def _take_up(gradient: Rows, confident: Flags, largest: Callable[[], Rows]) -> None:
+    """Balance the rows that are ``confident``, in which ``largest()`` is 1 at the class above one half and else 0."""
     if confident.any():
-        largest = p.add_(0.5).floor_()  # 1 at a class above one half
-        gradient.addcmul_(largest, torch.where(confident, -gradient.sum(-1, keepdim=True), 0.0))
+        missing = torch.where(confident, -gradient.sum(-1), 0.0)
+        gradient.addcmul_(largest(), missing.unsqueeze(-1))
 
 
 def pull(s: Rows, e: Rows, total: Column | None = None, out: Rows | None = None) -> Column:

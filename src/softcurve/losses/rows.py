@@ -177,10 +177,13 @@ class IndexCrossEntropy(RowLoss):
 
     def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
         """Return value and gradient by few passes, if they are accurate in every row."""
-        plain = self.logit_map.is_identity and not self.z_loss and not self.smoothing
-        if not plain or not fast_forms.serves(z, target):
+        if not self.logit_map.is_identity or self.z_loss or not fast_forms.serves(z, target):
             return None
-        both = fast_forms.index_losses_and_residuals(z, target.unsqueeze(-1))
+        at = target.unsqueeze(-1)
+        if self.smoothing:
+            both = fast_forms.smoothed_losses_and_residuals(self.smoothing, z, at)
+        else:
+            both = fast_forms.index_losses_and_residuals(z, at)
         return None if both is None else (both[0].squeeze(-1), both[1], None)
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
@@ -236,6 +239,19 @@ class DenseCrossEntropy(RowLoss):
         if not checks.values_visible(from_top) or from_top.isnan().any():
             from_top = torch.where(target == 0, 0.0, target * rows.shifted).sum(-1)  # 0 · log 0 = 0
         return target.sum(-1) * torch.log1p(rows.rest).squeeze(-1) - from_top
+
+    def value_and_residuals(self, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> ValueAndGradients | None:
+        """Return the value and the gradient in ``z`` from the same exponentials, if every row is finite."""
+        plain = self.logit_map.is_identity and not self.z_loss and z.dtype == target.dtype
+        if not plain or wanted[1] or not fast_forms.serves(z, target):
+            return None
+        value, residual, sure = fast_forms.dense_losses_and_residuals(z, target)
+
+        def exact(z: Tensor, target: Tensor) -> Gradients:
+            return self._exact_loss(z, target), softmax.dense_residual(z.new_ones(z.shape[:-1]), z, target)
+
+        fast_forms.completed((value, residual), sure, exact, z, target)
+        return (value, residual, None) if math.isfinite(value.sum().item()) else None
 
     def residuals(self, scale: Tensor, z: Tensor, target: Tensor, wanted: tuple[bool, bool]) -> Gradients:
         """Return ``scale [(Σ_k y_k) p − y]`` and ``−scale log p``, which is 0 where a masked class has no mass."""
