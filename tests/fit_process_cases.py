@@ -116,8 +116,8 @@ def many_classes(width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, (rows @ (rng.normal(size=(width, 210)) / scales[:, None]) * 3).argmax(1)
 
 
-def classes_blocks(width: int, **options):
-    def of(folder, group):
+def classes_blocks(width: int, *, factored: bool, **options) -> Case:
+    def case(folder, group):
         rows, labels = many_classes(width)
         # Classes with equally many rows have equal eigenvalues, and of these rounding chooses the eigenvectors.
         weights = torch.tensor(np.random.default_rng(5).uniform(0.5, 1.5, len(rows)))
@@ -132,9 +132,11 @@ def classes_blocks(width: int, **options):
             fit = fit_head(to_source(rows, labels), group=group, precision="float64", sample_weight=weights, **options)
         finally:
             ClassBlocks.__init__ = make
+        assert made
+        assert all(made) == factored
         return told(fit) | {"blocks": made}
 
-    return of
+    return case
 
 
 def negligible(folder, group):
@@ -463,8 +465,8 @@ CASES: dict[str, Case] = {
     "weights, labels, mixed": mixed(X, LABELS, sample_weight=WEIGHTS),
     "negligible rows": negligible,
     "negligible rows left out": left_out,
-    "classes' blocks": classes_blocks(10, C=10.0, tol=1e-9),
-    "classes' blocks of few rows": classes_blocks(64, C=1e-3, tol=1e-8, memory_budget=2**24),
+    "classes' blocks": classes_blocks(10, factored=False, C=10.0, tol=1e-9),
+    "classes' blocks of few rows": classes_blocks(64, factored=True, C=1e-3, tol=1e-8, memory_budget=2**24),
     "wide": plain(RNG.normal(size=(30, 50)), LABELS[:30]),
     "sparse rows": sparse_rows,
     "two rows": plain(X[:2], np.array([0, 1])),

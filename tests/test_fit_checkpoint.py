@@ -24,7 +24,8 @@ from softcurve.fit import DataError, fitting
 from softcurve.fit.checkpoint import digest_of_all
 from softcurve.fit.data.row_source import RowSource, to_source
 from softcurve.fit.fitting import fit_head
-from softcurve.fit.solver import curvature, preconditioner
+from softcurve.fit.solver import curvature, newton, preconditioner
+from softcurve.fit.solver.preconditioner import ClassBlocks
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -56,8 +57,17 @@ def timeless(history):
 
 @pytest.fixture
 def early_blocks(monkeypatch):
-    """The blocks of the classes in small problems too."""
-    monkeypatch.setattr(preconditioner, "LEAST_OF_BLOCKS", 0.0)
+    """Let fits of small problems use the blocks of the classes, and return the list of those that are computed."""
+    monkeypatch.setattr(preconditioner, "REUSED", 1e9)
+    monkeypatch.setattr(newton, "IN_VAIN", 1e9)
+    computed, compute = [], ClassBlocks.__init__
+
+    def noted(self, *arguments):
+        compute(self, *arguments)
+        computed.append(self.count)
+
+    monkeypatch.setattr(ClassBlocks, "__init__", noted)
+    return computed
 
 
 @pytest.mark.parametrize("precision", ["rounded", "mixed", "float64"])
@@ -69,6 +79,7 @@ def test_a_fit_goes_on_from_every_step(tmp_path, target, precision, monkeypatch,
     whole = fit(None, target, precision=precision)
     assert whole.converged
     assert whole.iterations >= 5
+    assert 0 < len(early_blocks) < whole.iterations - 1  # some of them serve several steps
     for number in range(whole.iterations + 1):
         path = tmp_path / f"{number}.safetensors"
         with pytest.raises(Interrupted):

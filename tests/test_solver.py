@@ -16,7 +16,7 @@ from softcurve.fit.solver import curvature as curvature_module
 from softcurve.fit.solver import preconditioner
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
 from softcurve.fit.solver.curvature import OF_CURVATURE, Curvature
-from softcurve.fit.solver.newton import RoundedProduct, minimise_model
+from softcurve.fit.solver.model import RoundedProduct, minimise_model
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import ClassBlocks, Eigenbasis
 from softcurve.losses.divergences import LOSS_NAMES
@@ -424,6 +424,17 @@ def test_blocks_of_another_point_have_the_diagonal_of_this_one(make, few_rows, m
     inverses = of_classes(whole(blocks, problem.parameters.shape), size)
     diagonal = np.diag(problem.dense(0.0)).reshape(CLASSES, size)
     np.testing.assert_allclose(np.stack([np.diag(np.linalg.inv(each)) for each in inverses]), diagonal, rtol=1e-9)
+
+
+def test_blocks_of_no_rows_are_the_diagonal():
+    # As where all rows are certain, so that their curvature is negligible beside that of the penalty.
+    problem = Problem()
+    curvature = problem.curvature()
+    curvature._left_out = torch.ones(ROWS, dtype=torch.bool)
+    actual = whole(ClassBlocks(curvature, 2**28), problem.parameters.shape)
+    inverse = whole(lambda x: x / curvature.diagonal(None), problem.parameters.shape)
+    np.testing.assert_allclose(np.diag(actual)[:WIDTH], np.diag(inverse)[:WIDTH], rtol=1e-12)
+    assert not (actual - np.diag(np.diag(actual))).any()
 
 
 def test_class_blocks_stay_within_the_memory_budget(run_python):

@@ -24,7 +24,7 @@ from softcurve.fit.data.subset import shared
 from softcurve.fit.group import Group, require_same
 from softcurve.fit.losses import check_loss, named_classes, target_labels, target_probability
 from softcurve.fit.solver.coordinates import Coordinates, find_coordinates
-from softcurve.fit.solver.curvature import Curvature
+from softcurve.fit.solver.curvature import Curvature, rounding_pays
 from softcurve.fit.solver.newton import Newton, State, Step
 from softcurve.fit.solver.objective import FitProblem, Objective
 from softcurve.fit.solver.preconditioner import rows_in_memory
@@ -134,9 +134,11 @@ def fit_head(
         if checkpoint is not None:
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
-        for_blocks = int(FOR_BLOCKS * budget)
-        blocks_fit = rows_in_memory(share.total, coordinates.size, classes, torch.float32, for_blocks) > 0
-        memory = int(FOR_ROWS * budget) if blocks_fit else int((FOR_ROWS + FOR_BLOCKS) * budget)
+        size, memory, for_blocks = coordinates.size, int(FOR_ROWS * budget), int(FOR_BLOCKS * budget)
+        of_feature = 4 + 2 * rounding_pays(share.total, size, classes)
+        features_fit = of_feature * share.group.largest(source.rows)[0] * size <= memory
+        if not (features_fit and rows_in_memory(share.total, size, classes, torch.float32, for_blocks)):
+            memory, for_blocks = memory + for_blocks, 0  # no blocks
         states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)
         state = states.open(classes)
         if state is None and start is not None:

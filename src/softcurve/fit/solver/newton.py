@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softcurve.array_types import Float, Float64
-from softcurve.curvature.algorithms.conjugate_gradients import Recurrence
+from softcurve.array_types import Float64
 from softcurve.curvature.algorithms.matrix import Map
 from softcurve.fit.solver.curvature import Curvature
+from softcurve.fit.solver.model import MOST_PRODUCTS, RoundedProduct, inner, minimise_model
 from softcurve.fit.solver.objective import Objective, Point
 from softcurve.fit.solver.preconditioner import (
     ClassBlocks,
@@ -42,10 +42,7 @@ NEARLY_EXACT, ENOUGH = 0.3, 0.5
 # The nats that Newton's step may still gain at the end, relative to the tolerance. They are measured with an
 # approximate inverse, which has been ten to thirty times too small for nearly collinear features.
 GAIN = 0.02
-MOST_PRODUCTS = 500  # of one step
-# The residual of products in bfloat16, relative to the last exact one, that is compared with the exact one again; the
-# products after which it is at the latest; and the ratio of the two from which on rounding counts.
-COMPARED, COMPARED_AFTER, ROUNDED_OFF = 0.1, 50, 2.0
+IN_VAIN = 2.0  # the multiple of the products of the eigenbasis from which on blocks are
 ROUNDING = 1e-14  # of the objective
 # A step must reach this share of the predicted decrease, or a shorter one is tried, down to the shortest.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3
@@ -83,12 +80,16 @@ class State(ShortRepr):
     double: bool = False  # whether products are in float64
     rounded: bool = True  # whether products may be in bfloat16
     blocks: bool = False  # whether the preconditioner is ClassBlocks
-    # The point where the blocks in use are computed (None: the next one), the damping there, the products of the first
-    # step with them, and how many more the later steps took.
+    # The point where the blocks in use are computed (None: the next one) and the damping there; the products of the
+    # step with the eigenbasis before the first blocks and of the first with these, and how many more the later took.
     blocks_at: Float64[Tensor, "classes size"] | None = None
     blocks_damping: float = 0.0
+    eigenbasis_products: int = 0
     first_products: int = 0
     more_products: int = 0
+    no_blocks: bool = False  # whether blocks have been tried in vain
+    # The error of a step's model below which the curvature at its end counts as alike, so that blocks are used again.
+    alike: float = 0.5
     history: tuple[Step, ...] = ()
 
 
@@ -208,16 +209,14 @@ class Newton:
     def step(self) -> None:
         """Take one step of Newton's method, or raise the damping where it does not decrease the objective."""
         inverse = self._approximation(self.state.damping if self.state.damping >= NO_DAMPING else 0.0)
-        state, point, curvature, rounded = self.state, self.point, self.curvature, self._rounded()
-        norm = _norm(point.gradient, inverse)
-        before = curvature.products
-        step, residual, predicted = minimise_model(
-            curvature, inverse, point.gradient.to(curvature.vectors),
-            # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
-            tol=max(min(LOOSEST, state.model_error), TIGHTEST),
-            # The residual of a nearly exact model is the next gradient.
-            enough=self._within_tolerance if state.model_error < NEARLY_EXACT else None, rounded=rounded,
-        )  # fmt: skip
+        point, curvature, rounded = self.point, self.curvature, self._rounded()
+        before, most = curvature.products, self._most_products(rounded=rounded is not None)
+        step, residual, predicted = self._minimise(inverse, rounded, most)
+        if most < MOST_PRODUCTS and curvature.products - before >= most:
+            self._replace_blocks()
+            inverse, before = self._approximation(curvature.damping), curvature.products
+            step, residual, predicted = self._minimise(inverse, rounded, MOST_PRODUCTS)
+        state, norm = self.state, _norm(point.gradient, inverse)
         step, residual = step.double(), residual.double()
         products = curvature.products - before
         there, whole = self._backtrack(step, predicted)
@@ -237,27 +236,63 @@ class Newton:
             failures=failures, double=state.double or slow or failures >= 2,
             rounded=state.rounded and (rounded is None or rounded.accurate),
         )  # fmt: skip
-        self._choose_blocks(products, rounded=rounded is not None)
+        self._choose_blocks(products, rounded=rounded is not None, alike=not better or model_error < state.alike)
         self._move_to(there if better else point, recompute=not better)
         self._note()
 
-    def _choose_blocks(self, products: int, *, rounded: bool) -> None:
+    def _minimise(self, inverse: Map, rounded: RoundedProduct | None, most: int) -> tuple[Tensor, Tensor, float]:
+        """Return the step, its residual and the predicted change of the objective, after at most so many products."""
+        error, gradient = self.state.model_error, self.point.gradient.to(self.curvature.vectors)
+        return minimise_model(
+            self.curvature, inverse, gradient,
+            # Solving the model more exactly than it is true gains nothing (Eisenstat and Walker, 1996).
+            tol=max(min(LOOSEST, error), TIGHTEST),
+            # The residual of a nearly exact model is the next gradient.
+            enough=self._within_tolerance if error < NEARLY_EXACT else None, most=most, rounded=rounded,
+        )  # fmt: skip
+
+    def _most_products(self, *, rounded: bool) -> int:
+        """Return the products of a step after which its blocks are replaced.
+
+        Those of an earlier point may take as many products more as new ones cost. The first ones of a fit may take
+        twice those of the eigenbasis, which has represented the curvature better if they take more.
+        """
+        state = self.state
+        if self.blocks is None or not (state.first_products or state.eigenbasis_products):
+            return MOST_PRODUCTS
+        cost = cost_of_blocks(self.curvature, self.blocks.count, self.memory_of_blocks, rounded=rounded)
+        if not state.first_products:
+            return int(min(MOST_PRODUCTS, IN_VAIN * state.eigenbasis_products + cost))
+        return int(min(MOST_PRODUCTS, min(state.first_products, cost) + cost))
+
+    def _replace_blocks(self) -> None:
+        """Replace blocks that take too many products: by others, or the first ones of a fit by the eigenbasis."""
+        if self.state.first_products:
+            self.state = replace(self.state, alike=self.state.alike / 2)
+        else:
+            self.state = replace(self.state, blocks=False, no_blocks=True)
+        self._drop_blocks()
+        self.prepared = None
+
+    def _choose_blocks(self, products: int, *, rounded: bool, alike: bool) -> None:
         """Note after a step with as many products whether the next one uses blocks, and whether it computes them anew.
 
-        Blocks are computed when they should save more than they cost, and anew when steps have taken as many products
-        more than the first one with them.
+        They are used when they should save more than they cost. They are computed anew when the last step has changed
+        the curvature, so that it is not ``alike``, or when steps have taken as many products more than the first one
+        with them as others cost.
         """
         state, curvature, memory = self.state, self.curvature, self.memory_of_blocks
-        if not state.blocks:
-            cost = cost_of_blocks(curvature, expected_rows(curvature, memory), memory, rounded=rounded)
-            self.state = replace(state, blocks=saved_by_blocks(curvature, products) > cost)
-        elif self.blocks is not None:
+        if self.blocks is not None:
             cost = cost_of_blocks(curvature, self.blocks.count, memory, rounded=rounded)
             first = state.first_products or products
-            more = state.more_products + products - first
-            self.state = replace(state, first_products=first, more_products=max(more, 0))
-            if more > cost:
+            more = max(state.more_products + products - first, 0)
+            self.state = replace(state, first_products=first, more_products=more, eigenbasis_products=0)
+            if more > cost or not alike:
                 self._drop_blocks()
+        elif not (state.blocks or state.no_blocks):
+            cost = cost_of_blocks(curvature, expected_rows(curvature, memory), memory, rounded=rounded)
+            pays = saved_by_blocks(curvature, products) > cost
+            self.state = replace(state, blocks=pays, eigenbasis_products=products)
 
     def _drop_blocks(self) -> None:
         self.state, self.blocks = replace(self.state, blocks_at=None), None
@@ -265,7 +300,7 @@ class Newton:
     def _backtrack(self, step: Tensor, predicted: float) -> tuple[Point, bool]:
         """Shorten the step until the objective decreases; return the new point and whether the full step was taken."""
         point = self.point
-        slope = float(_inner(point.gradient, step))
+        slope = float(inner(point.gradient, step))
         share = 1.0
         while True:
             there = self.objective.at(centred(point.parameters + share * step), self.curvature.keep)
@@ -285,7 +320,7 @@ class Newton:
         """
         point = self.point
         step = there.parameters - point.parameters
-        first, last = (float(_inner(at.gradient, step)) for at in (point, there))
+        first, last = (float(inner(at.gradient, step)) for at in (point, there))
         length = _zero_of_slope(first, last, there.value - point.value)
         if length < WORTH_GOING_ON:
             return there
@@ -357,81 +392,4 @@ def _next_damping(damping: float, ratio: float, better: bool) -> float:
 
 
 def _norm(gradient: Tensor, inverse: Map) -> float:
-    return math.sqrt(max(float(_inner(gradient, inverse(gradient).double())), 0.0))
-
-
-@dataclass(eq=False)
-class RoundedProduct:
-    """A cheaper product with rounding errors, and whether they have not mattered so far."""
-
-    product: Map
-    accurate: bool = True
-
-
-def minimise_model(
-    product: Map, inverse: Map, gradient: Float[Tensor, "classes size"], *, tol: float,
-    enough: Callable[[Tensor, float], bool] | None = None, most: int = MOST_PRODUCTS,
-    rounded: RoundedProduct | None = None,
-) -> tuple[Float[Tensor, "classes size"], Float[Tensor, "classes size"], float]:  # fmt: skip
-    """Return ``x`` with ``A x ≈ −gradient``, its residual, and the change ``g·x + ½ x·A x`` that the model predicts.
-
-    Conjugate gradients end where the norm of the residual that the preconditioner defines is ``tol`` times that of the
-    gradient, or where the residual and its squared norm are ``enough``, or after ``most`` products.
-
-    With ``rounded``, its products are used while they are accurate. The residual of the recurrence is replaced by that
-    of ``product`` each time that it has fallen by ``COMPARED``, before the end, and now and then (van der Vorst and Ye,
-    2000). If the two differ, or it has grown, ``product`` continues from there.
-    """
-    first_product = product if rounded is None else rounded.product
-    recurrence = Recurrence(first_product, inverse, torch.zeros_like(gradient), -gradient, dot=_inner)
-    square = first = compared = float(recurrence.rho)
-    products = since = 0
-
-    def small() -> bool:
-        return square <= tol * tol * first or (enough is not None and enough(recurrence.r, square))
-
-    while products < most and square > 0.0:
-        products += 1
-        positive = bool(recurrence.advance())
-        if positive:
-            recurrence.turn()
-            square = float(recurrence.rho)
-        if rounded is not None and rounded.accurate:
-            since += 1
-            near = since < COMPARED_AFTER and COMPARED**2 * compared < square < compared / COMPARED**2
-            if positive and near and products + 1 < most and not small():
-                continue
-            most_expected = min(ROUNDED_OFF**2 * square, compared) if positive else 0.0
-            square = compared = _replace_residual(recurrence, product, gradient)
-            products, since = products + 1, 0
-            if not square <= most_expected:
-                rounded.accurate = False
-                square = _restart(recurrence, product, gradient, first)
-                continue
-        if not positive or small():
-            break
-    x, residual = recurrence.x, recurrence.r
-    return x, residual, 0.5 * float(_inner(x, gradient - residual))
-
-
-def _replace_residual(recurrence: Recurrence, product: Map, gradient: Tensor) -> float:
-    """Compute the residual by ``product``, keep the direction, and return the squared norm of the residual."""
-    recurrence.r.copy_(-gradient).sub_(product(recurrence.x))
-    recurrence.rho = _inner(recurrence.r, recurrence.preconditioned(recurrence.r))
-    return float(recurrence.rho)
-
-
-def _restart(recurrence: Recurrence, product: Map, gradient: Tensor, first: float) -> float:
-    """Continue with ``product`` from here, or from zero if that has a smaller residual; return its squared norm."""
-    if not float(recurrence.rho) <= first:
-        recurrence.x.zero_()
-        recurrence.r.copy_(-gradient)
-    recurrence.product = product
-    recurrence.p.copy_(recurrence.preconditioned(recurrence.r))
-    recurrence.rho = _inner(recurrence.r, recurrence.p)
-    return float(recurrence.rho)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    # The order in memory is that of both, so that no entry is copied.
-    return torch.dot(*((each if a.is_contiguous() else each.T).reshape(-1) for each in (a, b)))
+    return math.sqrt(max(float(inner(gradient, inverse(gradient).double())), 0.0))

@@ -32,14 +32,17 @@ UNSEEN = 1e-14
 # Most rows of the block of a class that is a matrix, and the share of the curvature of all classes that is enough.
 FEWEST_ROWS, ROWS_PER_FEATURE, COVERED = 256, 4, 0.9
 ROWS_OF_UNCERTAIN = 8.0  # the rows of the blocks of all classes that have that share, for each uncertain row
-# Rows from which on one that is not pays, and the least rest of its diagonal, as rounding hides a smaller one.
-FEWEST_FACTORED, LEAST_REST = 32, 1e-2
-SAVED, REUSED = 0.6, 4.0  # the share of the products with the eigenbasis that blocks save, and the steps that use them
+# The rows from which on a block in factors pays, and the least that remains of its diagonal beside them, for each block
+# and for each of its features: I − BᵀB would not be positive after rounding if less remained.
+FEWEST_FACTORED, LEAST_REST, LEAST_REST_PER_FEATURE = 32, 1e-2, 2.5e-5
+OF_SELECTED = 24  # bytes for each row that is selected for a class
+SAVED, REUSED = 0.6, 2.5  # the share of the products with the eigenbasis that blocks save, and the steps that use them
 # Bytes of features or weights of rows that are gathered at a time, at most this share of the memory for the blocks.
 GATHERED, SHARE_GATHERED = 2**23, 0.125
 # The time of a multiply-add of small batched matrices and of eigenvectors, relative to one of a product in float32.
 SLOWER, EIGENVECTORS = 3.0, 30.0
-LEAST_OF_BLOCKS, LEAST_OF_PRODUCT = 1e8, 5e6  # the multiply-adds that take as long as what else these need
+# The fixed part of the time of blocks and of a product, which small problems notice, in multiply-adds.
+LEAST_OF_BLOCKS, LEAST_OF_PRODUCT = 1e8, 5e6
 LOGIT = 60  # the time of a logit outside of the matrix products, in features; products in bfloat16 halve the others
 
 
@@ -84,7 +87,7 @@ class ClassBlocks:
         classes, size = self.scale.shape
         self.factored = _is_factored(curvature, self.count, memory)
         self.parts = torch.empty(classes, self.count if self.factored else size, size, dtype=curvature.dtype)
-        step = max(1, at_once // (self.count * size * curvature.dtype.itemsize))
+        step = max(1, at_once // max(1, self.count * size * curvature.dtype.itemsize))
         scale = self.scale.to(curvature.dtype)
         roots = (weights * curvature.mean_weight).sqrt_()
         for start in range(0, classes, step):
@@ -146,7 +149,7 @@ def cost_of_blocks(curvature: Curvature, count: int, memory: int, *, rounded: bo
     if not count:
         return math.inf
     of_class = 2 * count**2 if _is_factored(curvature, count, memory) else 2 * count * size + SLOWER * size**2
-    # Of a class and feature, as these are of a class or of both.
+    # Multiply-adds for each class and feature.
     of_blocks = of_class + 4 * rows + LEAST_OF_BLOCKS / (size * curvature.classes)
     of_product = 4 * rows + LEAST_OF_PRODUCT / (size * curvature.classes)
     return of_blocks / of_product * ((size + LOGIT) / (0.5 * size + LOGIT) if rounded else 1.0)
@@ -177,7 +180,8 @@ def most_rows(curvature: Curvature, memory: int) -> int:
 def rows_in_memory(rows: int, size: int, classes: int, dtype: torch.dtype, memory: int) -> int:
     """Return how many rows the block of a class may have within ``memory`` bytes; 0 if there is too little."""
     if memory_of_blocks(classes, size, dtype) <= memory:
-        return min(rows, max(FEWEST_ROWS, ROWS_PER_FEATURE * size))
+        selected = max(FEWEST_FACTORED, memory // (OF_SELECTED * classes))
+        return min(rows, selected, max(FEWEST_ROWS, ROWS_PER_FEATURE * size))
     most = min(size // 2, memory // (classes * size * dtype.itemsize))
     return min(rows, most) if most >= FEWEST_FACTORED else 0
 
@@ -212,8 +216,12 @@ def _of_all(
 
 
 def _factors(features: Float[Tensor, "classes rows size"]) -> tuple[Tensor, Float[Tensor, "classes size"]]:
-    """Return ``B`` and ``D⁻½`` with ``(D + UᵀU)⁻¹ = D⁻½ (I − BᵀB) D⁻½`` where the sum has a diagonal of one."""
-    rest = (1.0 - features.square().sum(1)).clamp_(min=LEAST_REST).rsqrt_()
+    """Return ``B`` and ``D⁻½`` with ``(D + UᵀU)⁻¹ = D⁻½ (I − BᵀB) D⁻½``.
+
+    The sum has a diagonal of one, or a little more where the rows leave less than the least rest.
+    """
+    rest = (1.0 - features.square().sum(1)).clamp_(min=max(LEAST_REST, LEAST_REST_PER_FEATURE * features.shape[2]))
+    rest = rest.rsqrt_()
     features = features * rest[:, None, :]
     inner = torch.bmm(features, features.mT)
     inner.diagonal(dim1=1, dim2=2).add_(1.0)
