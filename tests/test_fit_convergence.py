@@ -17,6 +17,7 @@ from softcurve.fit import DataError
 from softcurve.fit.data.row_source import to_source
 from softcurve.fit.fitting import fit_head
 from softcurve.fit.solver import newton
+from softcurve.fit.solver.preconditioner import ClassBlocks
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # many small fits, which test_solver.py has checked
 
@@ -173,6 +174,31 @@ def test_a_step_out_of_range_is_damped(monkeypatch, length):
     log_p = log_softmax(X @ fit.weight.numpy().T + fit.bias.numpy(), axis=1)
     penalty = 0.5 * float(fit.weight.square().sum()) / 150
     assert fit.objective == pytest.approx(penalty - log_p[np.arange(150), Y].mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("cost", "in_vain", "least", "most"),
+    [(1e9, 1e9, 2, 4), (1.0, 1e9, 5, 100), (1.0, 0.0, 1, 1)],
+    ids=["reused", "computed anew", "given up"],
+)
+def test_class_blocks_are_reused_replaced_and_given_up(monkeypatch, cost, in_vain, least, most):
+    # By what others cost, in products, and by the multiple of the products of the eigenbasis that is in vain.
+    options = {"tol": 1e-12, "C": 100.0}
+    without, computed, compute = fit_head(to_source(X, Y), **options), [], ClassBlocks.__init__
+
+    def noted(self, *arguments):
+        compute(self, *arguments)
+        computed.append(self.count)
+
+    monkeypatch.setattr(ClassBlocks, "__init__", noted)
+    monkeypatch.setattr(newton, "saved_by_blocks", lambda *step: 2 * cost)
+    monkeypatch.setattr(newton, "cost_of_blocks", lambda *blocks, **rounded: cost)
+    monkeypatch.setattr(newton, "IN_VAIN", in_vain)
+    fit = fit_head(to_source(X, Y), **options)
+    assert fit.converged
+    # The penalty alone has a curvature of 1 / 15,000 in every direction.
+    torch.testing.assert_close(fit.weight, without.weight, atol=3e-8, rtol=0)
+    assert least <= len(computed) <= most
 
 
 def test_rows_are_blamed_for_what_no_step_has_done():
