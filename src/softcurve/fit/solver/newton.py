@@ -214,6 +214,7 @@ class Newton:
         step, residual, predicted = self._minimise(inverse, rounded, most)
         if most < MOST_PRODUCTS and curvature.products - before >= most:
             self._replace_blocks()
+            del inverse  # its blocks take as much memory as those that replace them
             inverse, before = self._approximation(curvature.damping), curvature.products
             step, residual, predicted = self._minimise(inverse, rounded, MOST_PRODUCTS)
         state, norm = self.state, _norm(point.gradient, inverse)
