@@ -135,8 +135,8 @@ def fit_head(
             whole_weights = share.group.gathered(weights)
             identity |= {"rows": source.fingerprint[:16], "weights": digest(*whole_weights)}
         size, memory, for_blocks = coordinates.size, int(FOR_ROWS * budget), int(FOR_BLOCKS * budget)
-        of_feature = 4 + 2 * rounding_pays(share.total, size, classes)
-        features_fit = of_feature * share.group.largest(source.rows)[0] * size <= memory
+        of_feature = 8 if double else 4 + 2 * rounding_pays(share.total, size, classes)
+        features_fit = share.group.largest(of_feature * source.rows * size)[0] <= memory
         if not (features_fit and rows_in_memory(share.total, size, classes, torch.float32, for_blocks)):
             memory, for_blocks = memory + for_blocks, 0  # no blocks
         states = Checkpoint(checkpoint, coordinates, identity, share.group, every=checkpoint_every, on_step=on_step)

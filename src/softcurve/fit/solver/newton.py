@@ -42,7 +42,7 @@ NEARLY_EXACT, ENOUGH = 0.3, 0.5
 # The nats that Newton's step may still gain at the end, relative to the tolerance. They are measured with an
 # approximate inverse, which has been ten to thirty times too small for nearly collinear features.
 GAIN = 0.02
-IN_VAIN = 2.0  # the multiple of the products of the eigenbasis from which on blocks are
+IN_VAIN = 2.0  # blocks that take more than this multiple of the products of the eigenbasis are given up
 ROUNDING = 1e-14  # of the objective
 # A step must reach this share of the predicted decrease, or a shorter one is tried, down to the shortest.
 SUFFICIENT, SHORTEST = 1e-4, 1e-3

@@ -35,7 +35,7 @@ ROWS_OF_UNCERTAIN = 8.0  # the rows of the blocks of all classes that have that 
 # The rows from which on a block in factors pays, and the least that remains of its diagonal beside them, for each block
 # and for each of its features: I − BᵀB would not be positive after rounding if less remained.
 FEWEST_FACTORED, LEAST_REST, LEAST_REST_PER_FEATURE = 32, 1e-2, 2.5e-5
-OF_SELECTED = 24  # bytes for each row that is selected for a class
+BYTES_PER_SELECTED = 24  # of the weights and numbers of the rows that are selected for a class
 SAVED, REUSED = 0.6, 2.5  # the share of the products with the eigenbasis that blocks save, and the steps that use them
 # Bytes of features or weights of rows that are gathered at a time, at most this share of the memory for the blocks.
 GATHERED, SHARE_GATHERED = 2**23, 0.125
@@ -136,11 +136,9 @@ def between_centred(inverse: ClassBlocks | Eigenbasis) -> Map:
 def expected_rows(curvature: Curvature, memory: int) -> int:
     """Estimate the number of rows of the block of a class at the present point; 0 if there is no memory for blocks."""
     most = most_rows(curvature, memory)
-    return (
-        min(most, max(FEWEST_ROWS, int(ROWS_OF_UNCERTAIN * curvature.uncertain_rows() / curvature.classes)))
-        if most
-        else 0
-    )
+    if not most:
+        return 0
+    return min(most, max(FEWEST_ROWS, int(ROWS_OF_UNCERTAIN * curvature.uncertain_rows() / curvature.classes)))
 
 
 def cost_of_blocks(curvature: Curvature, count: int, memory: int, *, rounded: bool) -> float:
@@ -180,13 +178,14 @@ def most_rows(curvature: Curvature, memory: int) -> int:
 def rows_in_memory(rows: int, size: int, classes: int, dtype: torch.dtype, memory: int) -> int:
     """Return how many rows the block of a class may have within ``memory`` bytes; 0 if there is too little."""
     if memory_of_blocks(classes, size, dtype) <= memory:
-        selected = max(FEWEST_FACTORED, memory // (OF_SELECTED * classes))
+        selected = max(FEWEST_FACTORED, memory // (BYTES_PER_SELECTED * classes))
         return min(rows, selected, max(FEWEST_ROWS, ROWS_PER_FEATURE * size))
     most = min(size // 2, memory // (classes * size * dtype.itemsize))
     return min(rows, most) if most >= FEWEST_FACTORED else 0
 
 
 def _is_factored(curvature: Curvature, count: int, memory: int) -> bool:
+    """Return whether blocks of ``count`` rows stay in factors, which take less time than matrices or alone fit."""
     size = curvature.coordinates.size
     return 4 * count < 3 * size or memory_of_blocks(curvature.classes, size, curvature.dtype) > memory
 
